@@ -1,0 +1,35 @@
+"""One way to time an implementation: warm, synchronised, forward and backward, fresh gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def step(forward: Callable[[], Tensor | Sequence[Tensor]], gradient: Tensor, leaves: Sequence[Tensor]) -> Callable:
+    """A call that runs forward, then the gradients of ``leaves``, and waits until the device is done."""
+
+    def run() -> None:
+        outputs = forward()
+        outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+        torch.autograd.grad(outputs, leaves, [gradient] * len(outputs))
+        if gradient.is_cuda:
+            torch.cuda.synchronize()
+
+    return run
+
+
+def record(benchmark, run: Callable, *, op: str, implementation: str, flops: int, bytes_moved: int) -> None:
+    """Time ``run`` and note the work it cannot avoid: operations, and bytes read and written once."""
+    benchmark.extra_info.update(op=op, implementation=implementation, flops=flops, bytes=bytes_moved)
+    benchmark.pedantic(run, rounds=15, iterations=1, warmup_rounds=3)
+
+
+def close(ours: Tensor, reference: Tensor, exact: Tensor) -> bool:
+    """Whether our error against float64 is at most twice the reference's own (and a floor)."""
+    exact = exact.double()
+    scale = exact.norm().clamp_min(1e-30)
+    error, allowed = (ours.double() - exact).norm() / scale, (reference.double() - exact).norm() / scale
+    return bool(error <= 2 * allowed + 1e-6)

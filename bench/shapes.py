@@ -1,0 +1,28 @@
+"""Shapes of the frozen linears and adapters, named after the models that have them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Width of the model, width of its feed-forward, tokens in a batch."""
+
+    d: int
+    ffn: int
+    tokens: int
+
+
+# A CPU gets batches that fit its patience, a GPU batches that fill it.
+TOKENS = {"cpu": 512, "cuda": 8192}
+WIDTHS = {
+    "nllb-600m": (1024, 4096),
+    "nllb-3.3b": (2048, 8192),
+    "t5-base": (768, 2048),
+}
+
+
+def shape(name: str, device: str) -> Shape:
+    d, ffn = WIDTHS[name]
+    return Shape(d, ffn, TOKENS[device])

@@ -1,0 +1,44 @@
+"""petl_kernels: lean and fast parameter-efficient fine-tuning of translation models.
+
+Names are loaded when they are first used, so that ``petl_kernels.ops`` needs PyTorch and nothing else.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+__version__ = "0.1.0"
+
+_HOME = {
+    **dict.fromkeys(
+        (
+            "Adapter",
+            "BitFit",
+            "CrossAttention",
+            "FullFineTuning",
+            "IA3",
+            "LayerNormTuning",
+            "LoRA",
+            "PrefixTuning",
+        ),
+        "petl_kernels.methods",
+    ),
+    **dict.fromkeys(("adapt", "merge", "report", "trainable_parameters", "unmerge", "use_adapter"), "petl_kernels.api"),
+    **dict.fromkeys(("load_adapter", "save_adapter", "save_merged"), "petl_kernels.interop"),
+    "InputError": "petl_kernels.errors",
+}
+_MODULES = ("nn", "ops", "parity")
+
+__all__ = [*_HOME, *_MODULES]
+
+
+def __getattr__(name: str):
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(f"petl_kernels.{name}")
+    raise AttributeError(f"module 'petl_kernels' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

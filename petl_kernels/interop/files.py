@@ -1,0 +1,132 @@
+"""Files that appear whole or not at all.
+
+Everything is written under a temporary name beside its target, flushed to the disk, and then renamed. A run that is
+killed, or a disk that is full, leaves the old content as it was and no half-written file under the target's name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+    """A temporary path beside `path`; what the block writes there becomes the file `path` when the block ends well.
+
+    Raises: OSError that names `path` when the disk is full or the folder cannot be written. On any error the
+    temporary file is removed and an older `path` stays untouched.
+    """
+    path = Path(path)
+    temporary = _beside(path)
+    try:
+        with _errors_name(path):
+            yield temporary
+            _flush(temporary)
+            os.replace(temporary, path)
+            _flush(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
+    """An open file ("w": UTF-8 text with \\n line ends, "wb": bytes) that becomes `path` when the block ends well.
+
+    Raises as `atomic_path` does.
+    """
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    with atomic_path(path) as temporary, open(temporary, mode, **text) as file:
+        yield file
+        file.flush()
+
+
+@contextlib.contextmanager
+def atomic_dir(path: str | os.PathLike) -> Iterator[Path]:
+    """A temporary folder beside `path`; it becomes the folder `path` when the block ends well.
+
+    An older folder `path` is replaced as a whole, in one step where the system can exchange two names (Linux).
+    Raises: as `atomic_path`; then the temporary folder is removed and an older `path` stays untouched.
+    """
+    path = Path(path)
+    temporary = _beside(path)
+    try:
+        with _errors_name(path):
+            temporary.mkdir()
+            yield temporary
+            for folder, _, names in os.walk(temporary):
+                for name in names:
+                    _flush(Path(folder, name))
+                _flush(Path(folder))
+            _rename_folder(temporary, path)
+            _flush(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _rename_folder(temporary: Path, path: Path) -> None:
+    if not path.exists():
+        os.rename(temporary, path)
+        return
+    if _exchange(temporary, path):  # the older folder now has the temporary name, and is removed by the caller
+        return
+    old = _beside(path)
+    os.rename(path, old)
+    try:
+        os.rename(temporary, path)
+    except OSError:
+        os.rename(old, path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names in one step (Linux renameat2); False where the system or the file system cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError, TypeError):
+        return False
+    return renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0
+
+
+@contextlib.contextmanager
+def _errors_name(path: Path) -> Iterator[None]:
+    """Let every error of the disk name the file that the user asked for, not the temporary one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None:
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+        raise
+    except Exception as error:  # safetensors reports the disk's errors as its own, with the number in the text
+        number = re.search(r"os error (\d+)", str(error)) if type(error).__name__ == "SafetensorError" else None
+        if number is None:
+            raise
+        code = int(number.group(1))
+        raise OSError(code, os.strerror(code), str(path)) from error
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """True when the error says that no space (or quota, or allowed file size) is left."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

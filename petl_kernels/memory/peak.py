@@ -1,0 +1,62 @@
+"""The most tensor memory that a piece of work holds at once, on any device."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class _Ledger(TorchDispatchMode):
+    """Adds up the storages that operations create, and takes each off when it is freed.
+
+    What one kernel allocates and frees inside itself is not seen: PyTorch's CPU allocator keeps no peak.
+    """
+
+    def __init__(self, living: Iterable[Tensor]):
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: dict[int, int] = {}
+        for tensor in living:
+            self._enter(tensor)
+
+    def _enter(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known or not size:
+            return
+        self._known[key] = size
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._leave, key)
+
+    def _leave(self, key: int) -> None:
+        self.live -= self._known.pop(key, 0)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._enter(leaf)
+        return result
+
+
+def peak_bytes(work: Callable[[], None], living: Iterable[Tensor], device: torch.device) -> int:
+    """Peak bytes of tensors while ``work`` runs, ``living`` (parameters, their gradients, optimiser state) included.
+
+    CUDA: the allocator's own peak, everything allocated by the process. CPU: outputs of operations, counted by storage.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device)
+    ledger = _Ledger(living)
+    with ledger:
+        work()
+    return ledger.peak

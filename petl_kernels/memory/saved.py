@@ -1,0 +1,46 @@
+"""How many bytes autograd keeps between forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Saved:
+    """What a forward pass saved: one entry per distinct storage, in bytes."""
+
+    storages: dict[int, int] = field(default_factory=dict)
+    # Holding the tensors keeps an address from being handed out twice while we count.
+    _alive: list[Tensor] = field(default_factory=list, repr=False)
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.storages.values())
+
+
+@contextmanager
+def saved_bytes(exclude: Iterable[Tensor] = ()) -> Iterator[Saved]:
+    """Count the bytes that the operations of this block save for backward.
+
+    Unique storages, whole storages: a saved view keeps all of what it looks into. ``exclude`` names tensors
+    that live anyway (parameters, buffers, the inputs of the step). Counting holds the saved tensors until the
+    block's ``Saved`` goes, so use it for one step, not for a run.
+    """
+    living = {tensor.untyped_storage().data_ptr() for tensor in exclude}
+    saved = Saved()
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        address = storage.data_ptr()
+        if address not in living and storage.nbytes() and address not in saved.storages:
+            saved.storages[address] = storage.nbytes()
+            saved._alive.append(tensor.detach())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield saved

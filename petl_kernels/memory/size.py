@@ -1,0 +1,42 @@
+"""Sizes of memory as people write them."""
+
+from __future__ import annotations
+
+import re
+
+from petl_kernels.errors import InputError
+
+_UNITS = {"": 1, "B": 1}
+for _power, _letter in enumerate("KMGT", start=1):
+    _UNITS[f"{_letter}B"] = 1000**_power
+    _UNITS[f"{_letter}IB"] = 1024**_power
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes in ``text``: "8GiB" is 8 * 2**30, "8GB" is 8 * 10**9, "1048576" is bytes.
+
+    Raises InputError for anything else, and for sizes that are not above zero.
+    """
+    if isinstance(text, int):
+        number, unit = float(text), ""
+    else:
+        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", text)
+        if match is None or match[2].upper() not in _UNITS:
+            raise InputError(
+                f"memory size {text!r}: expected a number with B, KB, MB, GB, KiB, MiB or GiB, such as 8GiB"
+            )
+        number, unit = float(match[1]), match[2].upper()
+    size = int(number * _UNITS[unit])
+    if size <= 0:
+        raise InputError(f"memory size {text!r}: expected more than zero bytes")
+    return size
+
+
+def format_size(size: int) -> str:
+    """``size`` bytes with a binary unit and three figures: 1.50 GiB."""
+    amount = float(size)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(amount) < 1024:
+            return f"{amount:.0f} B" if unit == "B" else f"{amount:.3g} {unit}"
+        amount /= 1024
+    return f"{amount:.3g} TiB"
