@@ -29,7 +29,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     path = Path(path)
     temporary = _beside(path)
     try:
-        with _errors_name(path):
+        with _errors_name(path, temporary):
             yield temporary
             _flush(temporary)
             os.replace(temporary, path)
@@ -60,7 +60,9 @@ def atomic_dir(path: str | os.PathLike) -> Iterator[Path]:
     path = Path(path)
     temporary = _beside(path)
     try:
-        with _errors_name(path):
+        with _errors_name(path, temporary):
+            if path.exists() and not path.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
             temporary.mkdir()
             yield temporary
             for folder, _, names in os.walk(temporary):
@@ -111,14 +113,15 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _errors_name(path: Path) -> Iterator[None]:
-    """Let every error of the disk name the file that the user asked for, not the temporary one."""
+def _errors_name(path: Path, temporary: Path) -> Iterator[None]:
+    """Let the disk's errors name the file that the user asked for: they name the temporary one, or none at all."""
     try:
         yield
     except OSError as error:
-        if error.errno is not None:
-            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
-        raise
+        ours = error.filename is None or os.fspath(error.filename).startswith(str(temporary))
+        if error.errno is None or not ours:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
     except Exception as error:  # safetensors reports the disk's errors as its own, with the number in the text
         number = re.search(r"os error (\d+)", str(error)) if type(error).__name__ == "SafetensorError" else None
         if number is None:

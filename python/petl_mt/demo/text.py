@@ -1,16 +1,16 @@
-"""Multi-parallel text in many languages, made from the CLDR data that Babel carries: no download, same seed, same text.
+"""Multi-parallel text made from the CLDR data that Babel carries: no download; the same seed, the same text.
 
-A sentence is a template filled with phrases (a date, an amount of money, a list of countries ...). A phrase knows its
-content, not its language; CLDR says how each language writes it: word order, inflection and plural forms included.
+A sentence is a template filled with phrases (a date, an amount of money, a list of countries ...). A phrase
+knows its content, not its language; CLDR says how a language writes it: word order, inflection and plurals.
 
     en  Finland, Kenya, and Japan – 3 weeks – Tuesday, March 4, 2031
     fi  Suomi, Kenia ja Japani – 3 viikkoa – tiistai 4. maaliskuuta 2031
 
-The split. Every combination of two or more atoms has a key: a calendar date, a time of day, an amount with its unit or
-currency, two neighbours in a list, a number. A hash of the key alone (not of the seed) puts it in train (70%), valid (10%)
-or test (20%), and a sentence of a split uses combinations of that split only. So the test lines hold dates, amounts and
-pairs of countries that no training line of any run holds, while their words are all training words (but for numbers), and a
-parent trained with one seed has not seen the test lines of another.
+The split. Every combination of atoms has a key: a calendar date, a time of day, an amount with its unit or
+currency, two neighbours in a list, a number. A hash of the key (not the seed) puts it in train (70%), valid
+(10%) or test (20%), and a sentence of a split uses the combinations of that split. So test lines have dates,
+amounts and pairs of countries that no training line of any run has, while their words are training words (but
+for numbers), and a parent trained with one seed has not seen the test lines of another.
 
     python -m petl_mt.demo.text --out text --pairs en-de,en-fr --train 5000 --valid 100 --test 200 --seed 1
 """
@@ -24,12 +24,13 @@ import random
 import re
 import unicodedata
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import cache, lru_cache
 from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
 
 from babel import Locale
+from babel.core import get_global
 from babel.dates import format_date, format_interval, format_skeleton, format_time, format_timedelta
 from babel.lists import format_list
 from babel.numbers import format_compact_decimal, format_currency, format_decimal, format_percent
@@ -41,44 +42,68 @@ LANGUAGES = ("en", "de", "fr", "cs", "ru", "fi", "tr", "ar", "hi", "ja")
 SPLITS = ("train", "valid", "test")
 
 TERRITORIES = (
-    "AL AR AM AU AT AZ BD BE BO BA BR BG KH CM CA TD CL CN CO HR CU CY CZ DK EC EG EE ET FI FR GE DE GH GR GT HU IS IN ID "
-    "IR IQ IE IT JM JP JO KZ KE KW LA LV LB LY LT LU MG MY ML MT MX MD MN MA MZ NA NP NL NZ NE NG NO OM PK PA PY PE PH PL "
-    "PT QA RO RU RW SA SN RS SG SK SI SO ZA KR ES LK SD SE CH SY TJ TZ TH TN TR UG UA AE GB US UY UZ VE VN YE ZM ZW"
+    "AL AR AM AU AT AZ BD BE BO BA BR BG KH CM CA TD CL CN CO HR CU CY CZ DK EC EG EE ET FI FR GE DE GH "
+    "GR GT HU IS IN ID IR IQ IE IT JM JP JO KZ KE KW LA LV LB LY LT LU MG MY ML MT MX MD MN MA MZ NA NP "
+    "NL NZ NE NG NO OM PK PA PY PE PH PL PT QA RO RU RW SA SN RS SG SK SI SO ZA KR ES LK SD SE CH SY TJ "
+    "TZ TH TN TR UG UA AE GB US UY UZ VE VN YE ZM ZW"
 ).split()
 LANGUAGE_NAMES = (
-    "af sq am ar hy az eu bn bg my ca zh hr cs da nl en et fi fr gl ka de el gu he hi hu is id ga it ja kn kk km ko ku lo la "
-    "lv lt mk ms ml mt mr mn ne no fa pl pt pa ro ru sa sr sk sl so es sw sv ta te th tr uk ur uz vi cy yo zu"
+    "af sq am ar hy az eu bn bg my ca zh hr cs da nl en et fi fr gl ka de el gu he hi hu is id ga it ja "
+    "kn kk km ko ku lo la lv lt mk ms ml mt mr mn ne no fa pl pt pa ro ru sa sr sk sl so es sw sv ta te "
+    "th tr uk ur uz vi cy yo zu"
 ).split()
-CURRENCIES = "EUR USD GBP JPY CNY CHF CZK RUB TRY INR SEK NOK DKK PLN HUF BRL MXN CAD AUD KRW EGP KES ZAR NGN ISK".split()
+CURRENCIES = (
+    "EUR USD GBP JPY CNY CHF CZK RUB TRY INR SEK NOK DKK PLN HUF BRL MXN CAD AUD KRW EGP KES ZAR NGN ISK"
+).split()
 CITIES = (
-    "Africa/Cairo Africa/Nairobi Africa/Lagos Africa/Algiers Africa/Johannesburg America/New_York America/Chicago America/Bogota "
-    "America/Toronto America/Mexico_City America/Havana America/Lima America/Sao_Paulo Asia/Baghdad Asia/Bangkok Asia/Beirut "
-    "Asia/Damascus Asia/Dubai Asia/Hong_Kong Asia/Jakarta Asia/Jerusalem Asia/Kabul Asia/Seoul Asia/Shanghai Asia/Singapore "
-    "Asia/Tashkent Asia/Tehran Asia/Tokyo Australia/Sydney Europe/Athens Europe/Belgrade Europe/Berlin Europe/Brussels "
-    "Europe/Bucharest Europe/Budapest Europe/Copenhagen Europe/Dublin Europe/Helsinki Europe/Istanbul Europe/Lisbon Europe/London "
-    "Europe/Luxembourg Europe/Madrid Europe/Minsk Europe/Moscow Europe/Oslo Europe/Paris Europe/Prague Europe/Riga Europe/Rome "
-    "Europe/Sofia Europe/Stockholm Europe/Vienna Europe/Vilnius Europe/Warsaw Europe/Zurich"
+    "Africa/Cairo Africa/Nairobi Africa/Lagos Africa/Algiers Africa/Johannesburg America/New_York "
+    "America/Chicago America/Bogota America/Toronto America/Mexico_City America/Havana America/Lima "
+    "America/Sao_Paulo Asia/Baghdad Asia/Bangkok Asia/Beirut Asia/Damascus Asia/Dubai Asia/Hong_Kong "
+    "Asia/Jakarta Asia/Jerusalem Asia/Kabul Asia/Seoul Asia/Shanghai Asia/Singapore Asia/Tashkent "
+    "Asia/Tehran Asia/Tokyo Australia/Sydney Europe/Athens Europe/Belgrade Europe/Berlin "
+    "Europe/Brussels Europe/Bucharest Europe/Budapest Europe/Copenhagen Europe/Dublin Europe/Helsinki "
+    "Europe/Istanbul Europe/Lisbon Europe/London Europe/Luxembourg Europe/Madrid Europe/Minsk "
+    "Europe/Moscow Europe/Oslo Europe/Paris Europe/Prague Europe/Riga Europe/Rome Europe/Sofia "
+    "Europe/Stockholm Europe/Vienna Europe/Vilnius Europe/Warsaw Europe/Zurich"
 ).split()
 ZONES = (
-    "Africa_Central Africa_Eastern America_Central America_Eastern America_Pacific Arabian Argentina Atlantic Australia_Eastern "
-    "China Europe_Central Europe_Eastern Europe_Western India Indochina Iran Israel Japan Korea Moscow Pakistan Singapore"
+    "Africa_Central Africa_Eastern America_Central America_Eastern America_Pacific Arabian Argentina "
+    "Atlantic Australia_Eastern China Europe_Central Europe_Eastern Europe_Western India Indochina Iran "
+    "Israel Japan Korea Moscow Pakistan Singapore"
 ).split()
 MEASURES = (
-    "length-kilometer length-meter length-centimeter length-millimeter length-mile length-foot length-light-year mass-kilogram "
-    "mass-gram mass-tonne mass-pound volume-liter volume-milliliter volume-cubic-meter volume-teaspoon area-square-kilometer "
-    "area-square-meter area-hectare temperature-celsius temperature-fahrenheit power-watt power-kilowatt power-horsepower "
-    "energy-kilocalorie energy-kilowatt-hour electric-volt electric-ampere frequency-hertz frequency-megahertz pressure-hectopascal "
-    "digital-gigabyte digital-megabyte angle-degree graphics-pixel speed-kilometer-per-hour "
-    "speed-meter-per-second speed-knot consumption-liter-per-100-kilometer"
+    "length-kilometer length-meter length-centimeter length-millimeter length-mile length-foot "
+    "length-light-year mass-kilogram mass-gram mass-tonne mass-pound volume-liter volume-milliliter "
+    "volume-cubic-meter volume-teaspoon area-square-kilometer area-square-meter area-hectare "
+    "temperature-celsius temperature-fahrenheit power-watt power-kilowatt power-horsepower "
+    "energy-kilocalorie energy-kilowatt-hour electric-volt electric-ampere frequency-hertz "
+    "frequency-megahertz pressure-hectopascal digital-gigabyte digital-megabyte angle-degree "
+    "graphics-pixel speed-kilometer-per-hour speed-meter-per-second speed-knot "
+    "consumption-liter-per-100-kilometer"
 ).split()
 RATES = (
-    ("length-meter", "duration-minute"), ("length-mile", "duration-day"), ("volume-liter", "duration-second"),
-    ("volume-liter", "duration-hour"), ("mass-gram", "volume-liter"), ("mass-kilogram", "area-hectare"), ("mass-tonne", "duration-year"),
-    ("digital-gigabyte", "duration-month"), ("digital-megabyte", "duration-second"), ("energy-kilocalorie", "duration-day"),
-    ("length-kilometer", "duration-week"), ("mass-gram", "duration-day"),
-)  # fmt: skip
+    ("length-meter", "duration-minute"),
+    ("length-mile", "duration-day"),
+    ("volume-liter", "duration-second"),
+    ("volume-liter", "duration-hour"),
+    ("mass-gram", "volume-liter"),
+    ("mass-tonne", "duration-year"),
+    ("digital-gigabyte", "duration-month"),
+    ("digital-megabyte", "duration-second"),
+    ("energy-kilocalorie", "duration-day"),
+    ("length-kilometer", "duration-week"),
+    ("mass-gram", "duration-day"),
+)
 DURATIONS = {"year": 30, "month": 24, "week": 52, "day": 90, "hour": 72, "minute": 90, "second": 90}
-SECONDS = {"year": 31536000, "month": 2592000, "week": 604800, "day": 86400, "hour": 3600, "minute": 60, "second": 1}
+SECONDS = {
+    "year": 31536000,
+    "month": 2592000,
+    "week": 604800,
+    "day": 86400,
+    "hour": 3600,
+    "minute": 60,
+    "second": 1,
+}
 
 
 @lru_cache(maxsize=1 << 20)
@@ -95,7 +120,7 @@ class Phrase(NamedTuple):
     content: tuple
 
 
-# ---- how a language writes each kind of phrase --------------------------------------------------------------------------
+# ---- how a language writes each kind of phrase --------------------------------------------------------
 
 RENDER: dict[str, Callable[..., str]] = {}
 
@@ -181,7 +206,8 @@ def _rate(language, number, numerator, denominator):
 
 @_renders
 def _money(language, amount, currency):
-    return format_currency(amount, currency, locale=language, format_type="name", currency_digits=False, format="#,##0.##")
+    digits = {"currency_digits": False, "format": "#,##0.##"}
+    return format_currency(amount, currency, locale=language, format_type="name", **digits)
 
 
 @_renders
@@ -233,6 +259,11 @@ def _currency(language, code):
 
 
 @_renders
+def _place(language, zone):
+    return f"{_city(language, zone)} ({_country(language, get_global('zone_territories')[zone])})"
+
+
+@_renders
 def _countries(language, codes, style):
     return _join(language, [_country(language, c) for c in codes], style)
 
@@ -247,9 +278,9 @@ def _cities(language, zones, style):
     return _join(language, [_city(language, z) for z in zones], style)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _length(language: str, *units: str) -> str:
-    """The longest form in which the language has names for these units (where two are equal CLDR keeps the shorter)."""
+    """The longest form in which the language has these units; of two equal ones CLDR keeps the shorter."""
     names = Locale.parse(language)._data["unit_patterns"]
     return next(form for form in ("long", "short") if all("other" in names[unit].get(form, {}) for unit in units))
 
@@ -270,7 +301,7 @@ def render(phrase: Phrase, language: str) -> str:
     return unicodedata.normalize("NFC", " ".join(_MARKS.sub("", text).split()))
 
 
-# ---- what a phrase may say ---------------------------------------------------------------------------------------------
+# ---- what a phrase may say --------------------------------------------------------------------------------
 
 
 class Draw:
@@ -279,41 +310,44 @@ class Draw:
     def __init__(self, rng: random.Random, split: str):
         self.rng, self.split = rng, split
 
-    def _until(self, propose: Callable[[], tuple], key: Callable[..., str]) -> tuple:
+    def _until(self, name: str, propose: Callable[[], tuple]) -> tuple:
+        """Contents as they are proposed, until one is of this split."""
         while True:
             content = propose()
-            if split_of(key(*content)) == self.split:
+            if split_of(" ".join(map(str, (name, *content)))) == self.split:
                 return content
 
     def _date(self) -> dt.date:
-        start, days = dt.date(1960, 1, 1), 32000
-        return self._until(lambda: (start + dt.timedelta(self.rng.randrange(days)),), lambda d: f"date {d}")[0]
+        first, days = dt.date(1960, 1, 1), 32000
+        return self._until("date", lambda: (first + dt.timedelta(self.rng.randrange(days)),))[0]
 
     def _time(self) -> tuple[int, int]:
-        return self._until(
-            lambda: (self.rng.randrange(24), self.rng.choice(range(0, 60, 5)) if self.rng.random() < 0.5 else self.rng.randrange(60)),
-            lambda h, m: f"time {h}:{m}",
-        )
+        """Hour and minute, the latter more often a multiple of five."""
+        minute = lambda: self.rng.randrange(12) * 5 + self.rng.choice((0, 0, 0, 1, 2, 3, 4))  # noqa: E731
+        return self._until("time", lambda: (self.rng.randrange(24), minute()))
 
-    def _amount(self, units, largest: int = 999) -> tuple:
+    def _amount(self, units) -> tuple:
         """A number, small ones more often, and a unit."""
 
         def propose():
-            number = self.rng.randint(1, min(largest, self.rng.choice((20, 99, 999))))
+            number = self.rng.randint(1, self.rng.choice((20, 99, 999)))
             if self.rng.random() < 0.2:
                 number += self.rng.randrange(1, 10) / 10
             return number, self.rng.choice(units)
 
-        return self._until(propose, lambda n, u: f"amount {n} {u}")
+        return self._until("amount", propose)
 
     def _chain(self, items, key: str, longest: int) -> tuple:
         """Different items; each two neighbours are a pair of this split."""
-        chain = [self.rng.choice(items)]
         length = self.rng.randint(2, longest)
+        chain = [self.rng.choice(items)]
+        tries = 0
         while len(chain) < length:
-            following = self.rng.choice(items)
-            if following not in chain and split_of(f"{key} {sorted((chain[-1], following))}") == self.split:
-                chain.append(following)
+            item, tries = self.rng.choice(items), tries + 1
+            if item not in chain and split_of(f"{key} {sorted((chain[-1], item))}") == self.split:
+                chain.append(item)
+            elif tries % 100 == 0:  # the last one may have no neighbour in this split
+                chain = [item]
         return tuple(chain)
 
     def _style(self) -> str:
@@ -321,17 +355,16 @@ class Draw:
 
     # Slots of the templates: each returns a phrase.
     def date(self) -> Phrase:
-        form = self.rng.choice(("full", "full", "long", "day", "month"))
-        if form in ("full", "long"):
-            return Phrase(f"{form}_date", (self._date(),))
-        if form == "day":
-            number = lambda: (self.rng.randint(1, 12), self.rng.randint(1, 29))  # noqa: E731
-            return Phrase("day_of_month", self._until(number, lambda m, d: f"day {m} {d}"))
-        if self.rng.random() < 0.3:
-            quarter = lambda: (self.rng.randint(1, 4), self.rng.randint(1950, 2049))  # noqa: E731
-            return Phrase("quarter", self._until(quarter, lambda q, y: f"quarter {q} {y}"))
-        month = lambda: (self.rng.randint(1, 12), self.rng.randint(1950, 2049))  # noqa: E731
-        return Phrase("month_of_year", self._until(month, lambda m, y: f"month {m} {y}"))
+        month, year = (lambda: self.rng.randint(1, 12)), (lambda: self.rng.randint(1950, 2049))
+        forms = ("full_date", "full_date", "long_date", "day_of_month", "month_of_year", "quarter")
+        form = self.rng.choice(forms)
+        if form == "day_of_month":
+            return Phrase(form, self._until("day", lambda: (month(), self.rng.randint(1, 29))))
+        if form == "month_of_year":
+            return Phrase(form, self._until("month", lambda: (month(), year())))
+        if form == "quarter":
+            return Phrase(form, self._until("quarter", lambda: (self.rng.randint(1, 4), year())))
+        return Phrase(form, (self._date(),))
 
     def moment(self) -> Phrase:
         return Phrase("moment", (self._date(), *self._time()))
@@ -339,7 +372,7 @@ class Draw:
     def interval(self) -> Phrase:
         while True:
             start = self._date()
-            end = start + dt.timedelta(self.rng.randint(1, 28) if self.rng.random() < 0.6 else self.rng.randint(29, 800))
+            end = start + dt.timedelta(self.rng.randint(1, self.rng.choice((28, 28, 800))))
             if split_of(f"date {end}") == self.split:
                 return Phrase("interval", (start, end))
 
@@ -350,18 +383,15 @@ class Draw:
         return Phrase("weekday", (self.rng.randrange(7),))
 
     def duration(self) -> Phrase:
-        names = list(DURATIONS)
-        first = self.rng.randrange(len(names))
-        parts = []
-        for unit in names[first : first + self.rng.choice((1, 1, 2, 3))]:
-            propose = lambda unit=unit: (self.rng.randint(1, DURATIONS[unit]), unit)  # noqa: E731
-            parts.append(self._until(propose, lambda n, u: f"amount {n} {u}"))
+        first, length = self.rng.randrange(len(DURATIONS)), self.rng.choice((1, 1, 2, 3))
+        units = list(DURATIONS)[first : first + length]
+        parts = [self._until("amount", lambda u=u: (self.rng.randint(1, DURATIONS[u]), u)) for u in units]
         return Phrase("duration", (tuple(parts),))
 
     def from_now(self) -> Phrase:
         unit = self.rng.choice(list(DURATIONS))
-        propose = lambda: (self.rng.choice((-1, 1)) * self.rng.randint(2, DURATIONS[unit]), unit)  # noqa: E731
-        return Phrase("from_now", self._until(propose, lambda n, u: f"from now {n} {u}"))
+        number = lambda: self.rng.choice((-1, 1)) * self.rng.randint(2, DURATIONS[unit])  # noqa: E731
+        return Phrase("from_now", self._until("from now", lambda: (number(), unit)))
 
     def measure(self) -> Phrase:
         return Phrase("measure", self._amount(MEASURES))
@@ -377,19 +407,22 @@ class Draw:
         return Phrase("price", self._amount(CURRENCIES))
 
     def percent(self) -> Phrase:
-        return Phrase("percent", self._until(lambda: (self.rng.randint(1, 100),), lambda n: f"percent {n}"))
+        return Phrase("percent", self._until("percent", lambda: (self.rng.randint(1, 100),)))
 
     def number(self) -> Phrase:
         if self.rng.random() < 0.5:
-            millions = lambda: (self.rng.randint(2, 99) * self.rng.choice((1000, 10**6, 10**9)),)  # noqa: E731
-            return Phrase("millions", self._until(millions, lambda n: f"number {n}"))
-        return Phrase("number", self._until(lambda: (self.rng.randint(1000, 99999),), lambda n: f"number {n}"))
+            return Phrase("number", self._until("number", lambda: (self.rng.randint(1000, 99999),)))
+        power = lambda: self.rng.choice((1000, 10**6, 10**9))  # noqa: E731
+        return Phrase("millions", self._until("number", lambda: (self.rng.randint(2, 99) * power(),)))
 
     def country(self) -> Phrase:
         return Phrase("country", (self.rng.choice(TERRITORIES),))
 
     def city(self) -> Phrase:
         return Phrase("city", (self.rng.choice(CITIES),))
+
+    def place(self) -> Phrase:
+        return Phrase("place", (self.rng.choice(CITIES),))
 
     def zone(self) -> Phrase:
         return Phrase("zone", (self.rng.choice(ZONES), self.rng.choice(("standard", "daylight", "generic"))))
@@ -425,8 +458,8 @@ TEMPLATES = """
 {city}, {date}
 {city}, {moment}
 {city}: {measure}, {percent}
-{city} ({country}), {date}
-{city} ({country}) – {measure}
+{place}, {date}
+{place} – {measure}
 {cities}: {duration}
 {cities} – {date} – {price}
 {cities} ({zone}): {time}
@@ -455,7 +488,7 @@ TEMPLATES = """
 {interval}: {cities}; {percent}
 {interval} ({duration}): {money}
 {moment} ({zone}): {measure}
-{moment} – {city}, {country}: {price}
+{moment} – {place}: {price}
 {from_now}: {money}
 {from_now}, {time}: {languages}
 {duration}: {measure}, {measure}
@@ -466,7 +499,17 @@ TEMPLATES = """
 {number} – {country}, {date}
 {percent}: {languages}
 {zone}: {time} – {time}
-{zone} – {country}, {city}: {from_now}
+{zone} – {place}: {from_now}
+{countries} – {languages} – {cities}: {date}
+{place}, {date}, {time}: {money} – {percent}
+{weekday}, {time}, {city} ({zone}): {measure}, {rate}
+{interval}: {countries} ({languages}) – {price}, {number}
+{country}: {percent}; {country}: {percent}; {country}: {percent}
+{moment} – {moment} ({zone}): {duration}, {rate}
+{languages} ({percent}) – {languages} ({percent}) – {countries}
+{cities}: {from_now}, {duration}; {cities}: {date}
+{currency} – {countries}: {money}, {price} ({from_now})
+{date} – {measure}, {measure}, {measure} – {city}
 """.strip().splitlines()
 
 
@@ -498,7 +541,7 @@ def sentences(split: str, seed: int | str) -> Iterator[Sentence]:
 
 
 def parallel_lines(languages: tuple[str, ...], split: str, count: int, seed: int | str) -> list[tuple[str, ...]]:
-    """`count` rows, one sentence each in the given languages; no sentence twice in any of them."""
+    """`count` rows: a sentence (3 to 25 English words) in each language; none stands twice in a language."""
     for language in languages:
         if language not in LANGUAGES:
             raise InputError(f"no demo text in language {language!r}: expected one of {', '.join(LANGUAGES)}")
@@ -509,6 +552,8 @@ def parallel_lines(languages: tuple[str, ...], split: str, count: int, seed: int
     for sentence in sentences(split, seed):
         if len(rows) >= count:
             break
+        if not 3 <= len(sentence.text("en").split()) <= 25:
+            continue
         row = tuple(sentence.text(language) for language in languages)
         if any(text in known for text, known in zip(row, seen, strict=True)):
             continue
@@ -521,7 +566,7 @@ def parallel_lines(languages: tuple[str, ...], split: str, count: int, seed: int
 def write_pair(out: Path, pair: str, train: int, valid: int, test: int, seed: int) -> dict[str, tuple[Path, Path]]:
     """Write `<split>.<pair>.<language>` for the three splits; returns the two paths of each split.
 
-    Training lines differ from pair to pair; validation and test lines are the same sentences for all pairs of a seed.
+    Training lines differ from pair to pair; validation and test lines are the same sentences for all of them.
     """
     source, _, target = pair.partition("-")
     paths = {}
@@ -536,7 +581,7 @@ def write_pair(out: Path, pair: str, train: int, valid: int, test: int, seed: in
 
 
 def write_vocabulary_text(out: Path, languages: tuple[str, ...], count: int, seed: int) -> list[Path]:
-    """Write `vocabulary.<language>`: training sentences in each language, for a SentencePiece model of all of them."""
+    """Write `vocabulary.<language>`: training sentences, for a SentencePiece model of all the languages."""
     out.mkdir(parents=True, exist_ok=True)
     paths = []
     for language in languages:

@@ -1,0 +1,164 @@
+// What the CPU kernels share: blocks of rows that stay in cache, and wide arithmetic for narrow dtypes.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/OpMathType.h>
+#include <ATen/Parallel.h>
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+
+#include <algorithm>
+#include <optional>
+#include <type_traits>
+#include <vector>
+
+#define PETL_DISPATCH_FLOATING(dtype, name, ...) \
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, name, __VA_ARGS__)
+
+namespace petl {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// The dtype of sums and of arithmetic between products: fp64 for fp64, fp32 for everything else.
+template <typename T>
+using compute_t = at::opmath_type<T>;
+
+inline at::ScalarType compute_type(const Tensor& x) {
+  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+// x (..., features) as a contiguous matrix (rows, features).
+inline Tensor as_rows(const Tensor& x) {
+  return x.reshape({-1, x.size(-1)}).contiguous();
+}
+
+// The shape of x with another number of features.
+inline std::vector<int64_t> with_features(const Tensor& x, int64_t features) {
+  auto sizes = x.sizes().vec();
+  sizes.back() = features;
+  return sizes;
+}
+
+// A matrix over memory that somebody else owns: blocks of a larger matrix, scratch.
+template <typename T>
+Tensor matrix(const T* data, int64_t rows, int64_t columns) {
+  return at::from_blob(const_cast<T*>(data), {rows, columns}, at::dtype(c10::CppTypeToScalarType<T>::value));
+}
+
+// A matrix is worked on in blocks of rows: at most kMaxRows, enough for the library's products to run well and few
+// enough for the cache. The cut depends on the number of rows alone, never on the number of threads.
+struct Blocks {
+  static constexpr int64_t kMaxRows = 256;
+
+  explicit Blocks(int64_t rows)
+      : rows(rows),
+        count(std::max<int64_t>(1, at::divup(rows, kMaxRows))),
+        block_rows(std::max<int64_t>(1, at::divup(rows, count))) {}
+
+  // f(first_row, row_count) for the blocks [begin, end)
+  template <typename F>
+  void for_each(int64_t begin, int64_t end, const F& f) const {
+    for (int64_t row = begin * block_rows; row < std::min(rows, end * block_rows); row += block_rows) {
+      f(row, std::min(block_rows, rows - row));
+    }
+  }
+
+  template <typename F>
+  void parallel_for_each(const F& f) const {
+    at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+      // Worker threads do not inherit the caller's dispatch state (autograd off, inference mode).
+      at::AutoDispatchBelowADInplaceOrView guard;
+      for_each(begin, end, f);
+    });
+  }
+
+  int64_t rows, count, block_rows;
+};
+
+// For sums over rows: the blocks are grouped into at most kMaxSlices slices, and a slice owns one partial sum. Partial
+// sums are added in order, so the result does not depend on how the work was spread over threads.
+class Slices {
+ public:
+  static constexpr int64_t kMaxSlices = 16;
+
+  explicit Slices(const Blocks& blocks)
+      : blocks_(blocks),
+        slice_blocks_(at::divup(blocks.count, kMaxSlices)),
+        count_(at::divup(blocks.count, slice_blocks_)) {}
+
+  // Zeros of shape (slices, *shape) in the compute dtype of like.
+  Tensor partial_sums(const Tensor& like, std::vector<int64_t> shape) const {
+    shape.insert(shape.begin(), count_);
+    return at::zeros(shape, like.options().dtype(compute_type(like)));
+  }
+
+  // f(slice, first_row, row_count) for each block, slices in parallel.
+  template <typename F>
+  void parallel_for_each(const F& f) const {
+    at::parallel_for(0, count_, 1, [&](int64_t begin, int64_t end) {
+      at::AutoDispatchBelowADInplaceOrView guard;
+      for (int64_t slice = begin; slice < end; ++slice) {
+        blocks_.for_each(slice * slice_blocks_, (slice + 1) * slice_blocks_, [&](int64_t row, int64_t count) {
+          f(slice, row, count);
+        });
+      }
+    });
+  }
+
+ private:
+  Blocks blocks_;
+  int64_t slice_blocks_, count_;
+};
+
+// The partial sum of one slice.
+template <typename T>
+T* slice_of(const Tensor& partial_sums, int64_t slice) {
+  return partial_sums.mutable_data_ptr<T>() + slice * partial_sums.stride(0);
+}
+
+// Scratch memory, one piece a thread. Allocated once by the caller: pages that are new cost more than the arithmetic.
+template <typename T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t size)
+      : size_(at::divup(size, kAlignment) * kAlignment),
+        values_(at::empty({at::get_num_threads() * size_}, at::dtype(c10::CppTypeToScalarType<T>::value))) {}
+
+  T* mine() const { return values_.mutable_data_ptr<T>() + at::get_thread_num() * size_; }
+
+ private:
+  static constexpr int64_t kAlignment = 64;
+  int64_t size_;
+  Tensor values_;
+};
+
+template <typename To, typename From>
+void convert(const From* from, To* to, int64_t count) {
+  if constexpr (std::is_same_v<To, From>) {
+    std::copy(from, from + count, to);
+  } else {
+    at::vec::convert(from, to, count);
+  }
+}
+
+// The values as To: where they are when they are of that type already, or converted into buffer.
+template <typename To, typename From>
+const To* converted(const From* from, To* buffer, int64_t count) {
+  if constexpr (std::is_same_v<To, From>) {
+    return from;
+  } else {
+    convert(from, buffer, count);
+    return buffer;
+  }
+}
+
+// to += from
+template <typename To, typename From>
+void accumulate(const From* __restrict from, To* __restrict to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    to[i] += static_cast<To>(from[i]);
+  }
+}
+
+} // namespace petl

@@ -1,0 +1,72 @@
+// The CPU kernels, one file an op. Shapes and formulas: petl_kernels/ops/<op>.py.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/core/List.h>
+
+#include <optional>
+#include <string_view>
+#include <tuple>
+#include <vector>
+
+namespace petl {
+
+at::Tensor frozen_linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias);
+
+std::tuple<at::Tensor, at::Tensor> frozen_linear_backward(
+    const at::Tensor& dy, const at::Tensor& weight, bool need_dx, bool need_dbias);
+
+std::tuple<std::vector<at::Tensor>, at::Tensor> lora_linear(
+    const at::Tensor& x,
+    at::TensorList weights,
+    const c10::List<std::optional<at::Tensor>>& biases,
+    at::TensorList a,
+    at::TensorList b,
+    at::ArrayRef<double> scales,
+    double dropout,
+    const std::optional<at::Tensor>& seed);
+
+std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<at::Tensor>>
+lora_linear_backward(
+    at::TensorList dys,
+    const at::Tensor& x,
+    const at::Tensor& s,
+    at::TensorList weights,
+    at::TensorList a,
+    at::TensorList b,
+    at::ArrayRef<double> scales,
+    double dropout,
+    const std::optional<at::Tensor>& seed,
+    bool need_dx,
+    const c10::List<bool>& need_dbias);
+
+at::Tensor bottleneck_adapter(
+    const at::Tensor& x,
+    const std::optional<at::Tensor>& residual,
+    const std::optional<at::Tensor>& ln_weight,
+    const std::optional<at::Tensor>& ln_bias,
+    const at::Tensor& down,
+    const std::optional<at::Tensor>& down_bias,
+    const at::Tensor& up,
+    const std::optional<at::Tensor>& up_bias,
+    double eps,
+    std::string_view activation,
+    double scale);
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
+bottleneck_adapter_backward(
+    const at::Tensor& dy,
+    const at::Tensor& x,
+    bool residual_is_x,
+    const std::optional<at::Tensor>& ln_weight,
+    const std::optional<at::Tensor>& ln_bias,
+    const at::Tensor& down,
+    const std::optional<at::Tensor>& down_bias,
+    const at::Tensor& up,
+    double eps,
+    std::string_view activation,
+    double scale,
+    bool need_dx,
+    bool has_up_bias);
+
+} // namespace petl

@@ -1,0 +1,183 @@
+// The formulas are in petl_kernels/ops/lora_linear.py.
+//
+// The products with W are the library's. The adapters' products accumulate into their results, so no product of the
+// full size is written twice. With dropout, the mask lives for one block of rows: drop(x) is formed in cache,
+// multiplied, and forgotten.
+#include "column_sum.h"
+#include "kernels.h"
+#include "philox.h"
+
+namespace petl {
+namespace {
+
+int64_t total_rank(at::TensorList a) {
+  int64_t rank = 0;
+  for (const Tensor& a_g : a) {
+    rank += a_g.size(0);
+  }
+  return rank;
+}
+
+// values ⊙= x, both (count, features)
+template <typename T, typename Acc>
+void multiply_rows(const T* x, int64_t count, int64_t features, Acc* __restrict values, Acc* row_buffer) {
+  for (int64_t i = 0; i < count; ++i) {
+    const Acc* row = converted(x + i * features, row_buffer, features);
+    for (int64_t j = 0; j < features; ++j) {
+      values[i * features + j] *= row[j];
+    }
+  }
+}
+
+// sum += left ⊙ right
+template <typename T>
+void add_product(const T* left, const T* right, int64_t count, T* __restrict sum) {
+  for (int64_t j = 0; j < count; ++j) {
+    sum[j] += left[j] * right[j];
+  }
+}
+
+// s = drop(x) Aᵀ for the stacked A (rank, features).
+Tensor dropped_product(const Tensor& x, const Tensor& a, const Dropout& dropout) {
+  const int64_t rows = x.size(0), features = x.size(1), rank = a.size(0);
+  Tensor s = at::empty({rows, rank}, x.options());
+  const Tensor a_transposed = a.to(compute_type(x)).t();
+  PETL_DISPATCH_FLOATING(x.scalar_type(), "lora_linear", [&] {
+    using acc_t = compute_t<scalar_t>;
+    const auto* x_data = x.const_data_ptr<scalar_t>();
+    auto* s_data = s.mutable_data_ptr<scalar_t>();
+    const Blocks blocks(rows);
+    const Scratch<acc_t> dropped(blocks.block_rows * features), product(blocks.block_rows * rank), row_buffer(features);
+    blocks.parallel_for_each([&](int64_t row, int64_t count) {
+      dropout.factors(dropped.mine(), count * features, row * features);
+      multiply_rows(x_data + row * features, count, features, dropped.mine(), row_buffer.mine());
+      Tensor out = matrix(product.mine(), count, rank);
+      at::mm_out(out, matrix(dropped.mine(), count, features), a_transposed);
+      convert(product.mine(), s_data + row * rank, count * rank);
+    });
+  });
+  return s;
+}
+
+// With t = ds A: dx += drop'(t), and returns dA = dsᵀ drop(x). Both need the same mask, formed once per block.
+Tensor dropped_gradients(
+    const Tensor& ds, const Tensor& x, const Tensor& a, const Dropout& dropout, const OptionalTensor& dx) {
+  const int64_t rows = x.size(0), features = x.size(1), rank = a.size(0);
+  const Tensor wide_a = a.to(compute_type(x)), wide_ds = ds.to(compute_type(x));
+  const Blocks blocks(rows);
+  const Slices slices(blocks);
+  const Tensor da = slices.partial_sums(x, {rank, features});
+  PETL_DISPATCH_FLOATING(x.scalar_type(), "lora_linear_backward", [&] {
+    using acc_t = compute_t<scalar_t>;
+    const auto* x_data = x.const_data_ptr<scalar_t>();
+    const auto* ds_data = wide_ds.const_data_ptr<acc_t>();
+    auto* dx_data = dx ? dx->mutable_data_ptr<scalar_t>() : nullptr;
+    const int64_t block_size = blocks.block_rows * features;
+    const Scratch<acc_t> mask(block_size), work(block_size), row_buffer(features);
+    slices.parallel_for_each([&](int64_t slice, int64_t row, int64_t count) {
+      const Tensor ds_block = matrix(ds_data + row * rank, count, rank);
+      Tensor block = matrix(work.mine(), count, features);
+      dropout.factors(mask.mine(), count * features, row * features);
+      std::copy(mask.mine(), mask.mine() + count * features, work.mine());
+      multiply_rows(x_data + row * features, count, features, work.mine(), row_buffer.mine());
+      matrix(slice_of<acc_t>(da, slice), rank, features).addmm_(ds_block.t(), block);
+      if (dx_data == nullptr) {
+        return;
+      }
+      at::mm_out(block, ds_block, wide_a);
+      for (int64_t i = 0; i < count; ++i) {
+        scalar_t* out = dx_data + (row + i) * features;
+        acc_t* sum = row_buffer.mine();
+        convert(out, sum, features);
+        add_product(work.mine() + i * features, mask.mine() + i * features, features, sum);
+        convert(sum, out, features);
+      }
+    });
+  });
+  return da.sum(0);
+}
+
+} // namespace
+
+std::tuple<std::vector<Tensor>, Tensor> lora_linear(
+    const Tensor& x,
+    at::TensorList weights,
+    const c10::List<OptionalTensor>& biases,
+    at::TensorList a,
+    at::TensorList b,
+    at::ArrayRef<double> scales,
+    double dropout,
+    const OptionalTensor& seed) {
+  const Tensor rows = as_rows(x);
+  const Tensor stacked_a = at::cat(a).to(x.scalar_type());
+  const Dropout drop(dropout, seed);
+  Tensor s = drop ? dropped_product(rows, stacked_a, drop) : at::mm(rows, stacked_a.t());
+
+  std::vector<Tensor> ys;
+  int64_t first = 0;
+  for (size_t g = 0; g < weights.size(); ++g) {
+    const int64_t rank = a[g].size(0);
+    Tensor y = at::linear(rows, weights[g], biases.get(g));
+    y.addmm_(s.narrow(1, first, rank), b[g].to(x.scalar_type()).t(), 1, scales[g]);
+    ys.push_back(y.view(with_features(x, weights[g].size(0))));
+    first += rank;
+  }
+  return {ys, s};
+}
+
+std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>> lora_linear_backward(
+    at::TensorList dys,
+    const Tensor& x,
+    const Tensor& s,
+    at::TensorList weights,
+    at::TensorList a,
+    at::TensorList b,
+    at::ArrayRef<double> scales,
+    double dropout,
+    const OptionalTensor& seed,
+    bool need_dx,
+    const c10::List<bool>& need_dbias) {
+  const auto dtype = x.scalar_type();
+  const Tensor rows = as_rows(x);
+  const Tensor stacked_a = at::cat(a).to(dtype);
+  const Tensor nothing = at::empty({0}, x.options());
+  Tensor ds = at::empty({rows.size(0), total_rank(a)}, x.options());
+  Tensor dx = need_dx ? at::empty_like(rows) : nothing;
+  std::vector<Tensor> da, db, dbias;
+
+  int64_t first = 0;
+  for (size_t g = 0; g < weights.size(); ++g) {
+    const int64_t rank = a[g].size(0);
+    const Tensor dy = as_rows(dys[g]);
+    Tensor ds_g = ds.narrow(1, first, rank);
+    at::addmm_out(ds_g, ds_g, dy, b[g].to(dtype), /*beta=*/0, /*alpha=*/scales[g]);
+    // (sᵀ dy)ᵀ and not dyᵀ s: the libraries run the wide result faster than the narrow one.
+    const Tensor db_transposed = at::mm(s.narrow(1, first, rank).t(), dy);
+    db.push_back((db_transposed.t() * scales[g]).to(b[g].scalar_type()).contiguous());
+    dbias.push_back(need_dbias.get(g) ? column_sum(dy) : at::empty({0}, x.options()));
+    if (need_dx) {
+      g == 0 ? at::mm_out(dx, dy, weights[g]) : dx.addmm_(dy, weights[g]);
+    }
+    first += rank;
+  }
+
+  const Dropout drop(dropout, seed);
+  Tensor stacked_da;
+  if (drop) {
+    stacked_da = dropped_gradients(ds, rows, stacked_a, drop, need_dx ? OptionalTensor(dx) : std::nullopt);
+  } else {
+    stacked_da = at::mm(ds.t(), rows);
+    if (need_dx) {
+      dx.addmm_(ds, stacked_a);
+    }
+  }
+  first = 0;
+  for (const Tensor& a_g : a) {
+    // A copy of its own: results of an op must not share memory.
+    da.push_back(stacked_da.narrow(0, first, a_g.size(0)).to(a_g.scalar_type(), false, /*copy=*/true));
+    first += a_g.size(0);
+  }
+  return {need_dx ? dx.view(x.sizes()) : dx, da, db, dbias};
+}
+
+} // namespace petl

@@ -1,0 +1,22 @@
+// Every C++ kernel of the package, by device. The schema, the fake kernel and the autograd rule of each op stand in
+// petl_kernels/ops, because a package built without a compiler needs them too; backends/cpu.py connects the two.
+#include <torch/extension.h>
+#include <torch/library.h>
+
+#include "cpu/kernels.h"
+#include "host/build_info.h"
+
+TORCH_LIBRARY(petl_cpu, m) {
+  m.def("frozen_linear", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::frozen_linear)));
+  m.def("frozen_linear_backward", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::frozen_linear_backward)));
+  m.def("lora_linear", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::lora_linear)));
+  m.def("lora_linear_backward", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::lora_linear_backward)));
+  m.def("bottleneck_adapter", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::bottleneck_adapter)));
+  m.def(
+      "bottleneck_adapter_backward",
+      torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::bottleneck_adapter_backward)));
+}
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.def("build_info", &petl::build_info, "How this extension was built: compiler, flags, PyTorch, CUDA.");
+}

@@ -1,0 +1,253 @@
+"""Adapt a model, switch between its adapters, merge one into it, and say what is trained."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+from torch import nn
+
+from petl_kernels import ops
+from petl_kernels.errors import InputError
+from petl_kernels.methods.base import (
+    Method,
+    Named,
+    Record,
+    activate,
+    active_name,
+    adapter_state,
+    add_record,
+    discard,
+    find_record,
+    pieces,
+    records,
+    run_pieces,
+    set_parameter,
+)
+from petl_kernels.methods.structure import total_parameters
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
+
+
+def adapt(model: nn.Module, config: Method, name: str = "default") -> nn.Module:
+    """Freeze ``model``, put what ``config`` trains into it under ``name``, make that active and return the model.
+
+    The model is changed in place; its modules keep their paths and its parameters their names. Several adapters can be
+    on one model under different names: one of them is active at a time (``use_adapter``).
+    Raises InputError, with the model as it was: a name that is taken or no name, targets that match nothing, a rank
+    larger than a layer, a model of another family than the method knows.
+    """
+    if not isinstance(config, Method):
+        raise InputError(f"config {config!r}: expected a method's config, such as LoRA(rank=16)")
+    _check_new_name(model, name)
+    _refuse_merged(model, "adapting")
+    before, required = active_name(model), set(trainable_parameters(model))
+    activate(model, None)
+    try:
+        add_record(model, config, name)
+    except Exception:
+        discard(model, name)
+        activate(model, before)
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter in required)
+        raise
+    activate(model, name)
+    return model
+
+
+def use_adapter(model: nn.Module, name: str | None) -> nn.Module:
+    """Make ``name`` the adapter that ``model`` runs and trains; None is the plain, frozen base.
+
+    Base tensors that an adapter has trained are swapped in and out exactly.
+    """
+    if name is not None:
+        find_record(model, name)
+    if name != active_name(model):
+        _refuse_merged(model, "switching")
+        activate(model, name)
+    return model
+
+
+def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """What an optimiser gets: the parameters of ``model`` that require grad, shared ones once."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Put the active adapter into the base weights: the plain model then computes what the adapted one did.
+
+    A tied weight that changes in one place only (LoRA on the output projection) is untied, in the config too. The
+    weights from before are kept in host memory for ``unmerge``. Methods that train base tensors have nothing to merge.
+    Raises InputError for methods that no weight can hold (bottleneck adapters, prefixes, BitFit on T5).
+    """
+    name = active_name(model)
+    if name is None:
+        raise InputError("merge: no adapter of the model is active")
+    _refuse_merged(model, "merging")
+    record = records(model)[name]
+    new = record.config.merged_weights(model, name)
+    record.unmerged = {}
+    for key, tensor in _untied(model, record, new).items():
+        record.unmerged[key] = model.get_parameter(key)
+        set_parameter(model, key, nn.Parameter(tensor, requires_grad=False))
+    for original in set(record.unmerged.values()):  # no module holds them now
+        original.data = original.data if original.is_meta else original.data.cpu()
+    run_pieces(model, None)
+    model.requires_grad_(False)
+    return model
+
+
+def _untied(model: nn.Module, record: Record, new: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """``new`` with a copy for every parameter that is tied to one in it; the config is told."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for key, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(key)
+    # all of a tied group become parameters of their own, since transformers ties all of it or none
+    copies = {
+        other: parameter.detach().clone()
+        for parameter, group in names.items()
+        if len(group) > 1 and not new.keys().isdisjoint(group)
+        for other in group
+        if other not in new
+    }
+    config = getattr(model, "config", None)
+    if copies and getattr(config, "tie_word_embeddings", False):
+        config.tie_word_embeddings, record.was_tied = False, True
+    return {**copies, **new}
+
+
+def unmerge(model: nn.Module) -> nn.Module:
+    """Undo ``merge``: the weights of before, bit for bit, with their ties, and the adapter beside them again."""
+    name = active_name(model)
+    if name is None or not records(model)[name].merged:
+        raise InputError("unmerge: no adapter of the model is merged")
+    record = records(model)[name]
+    for key, original in record.unmerged.items():
+        original.data = original.data.to(model.get_parameter(key).device)
+        set_parameter(model, key, original)
+    record.unmerged = None
+    if record.was_tied:
+        model.config.tie_word_embeddings, record.was_tied = True, False
+    activate(model, name)
+    return model
+
+
+def _check_new_name(model: nn.Module, name: str) -> None:
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise InputError(f"adapter name {name!r}: expected letters, digits, - and _")
+    if hasattr(Named(), name):  # names are keys of module dictionaries
+        raise InputError(f"adapter name {name!r}: an attribute of PyTorch modules, choose another name")
+    if name in records(model):
+        raise InputError(f"adapter {name!r}: already on this model, choose another name")
+
+
+def _refuse_merged(model: nn.Module, doing: str) -> None:
+    name = active_name(model)
+    if name is not None and records(model)[name].merged:
+        raise InputError(f"adapter {name!r}: merged into the model, unmerge it before {doing}")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What trains in a model. ``str`` of it is a table.
+
+    settings: those of the config that differ from its defaults, and its size. trained, stored, total and frozen are
+    numbers of parameters; stored is less than trained where training uses another form (prefix-tuning).
+    places: (module with layer numbers as *, what is trained there, modules, parameters). backends: op -> backend that
+    serves it here.
+    """
+
+    model: str
+    adapter: str | None
+    method: str | None
+    settings: dict[str, Any]
+    trained: int
+    stored: int
+    total: int
+    frozen: int
+    merged: bool
+    others: tuple[str, ...]
+    places: tuple[tuple[str, str, int, int], ...]
+    backends: dict[str, str]
+
+    @property
+    def share(self) -> float:
+        """Stored parameters over those of the plain model."""
+        return self.stored / self.total
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "share": self.share}
+
+    def __str__(self) -> str:
+        if self.adapter is None:
+            lines = [f"{self.model}: no adapter is active; trained {self.trained:,} of {self.total:,} parameters"]
+        else:
+            settings = ", ".join(f"{key} {value}" for key, value in self.settings.items())
+            title = f"{self.model}, adapter {self.adapter!r}: {self.method}"
+            lines = [
+                title + (f" ({settings})" if settings else "") + (", merged" if self.merged else ""),
+                f"trained {self.trained:,}, stored {self.stored:,} = {self.share:.3%} of {self.total:,} parameters; "
+                f"frozen {self.frozen:,}",
+            ]
+        if self.others:
+            lines.append(f"other adapters: {', '.join(self.others)}")
+        left = max((len(where) for where, *_ in self.places), default=0)
+        right = max((len(what) for _, what, *_ in self.places), default=0)
+        for where, what, modules, n in self.places:
+            lines.append(f"  {where:<{left}}  {what:<{right}}  {modules:>3} modules {n:>13,}")
+        lines += [f"{op} served by {backend}" for op, backend in self.backends.items()]
+        return "\n".join(lines)
+
+
+def report(model: nn.Module) -> Report:
+    """What trains in ``model``: method, numbers of parameters, where they are, and which backend serves them."""
+    name = active_name(model)
+    total = total_parameters(model)
+    others = tuple(other for other in records(model) if other != name)
+    parameters = trainable_parameters(model)
+    trained = sum(p.numel() for p in parameters)
+    if name is None:
+        return Report(
+            type(model).__name__, None, None, {}, trained, trained, total, total - trained, False, others, (), {}
+        )
+    record = records(model)[name]
+    settings = {
+        field.name: getattr(record.config, field.name)
+        for field in fields(record.config)
+        if field.name == record.config.size_field or getattr(record.config, field.name) not in (field.default, {})
+    }
+    own = {p for _, piece in pieces(model, name) for p in piece.parameters()} | set(record.added.values())
+    device = next(model.parameters()).device
+    return Report(
+        model=type(model).__name__,
+        adapter=name,
+        method=record.config.label,
+        settings=settings,
+        trained=trained,
+        stored=sum(tensor.numel() for tensor in adapter_state(model, name).values()),
+        total=total,
+        frozen=total - sum(p.numel() for p in parameters if p not in own),
+        merged=record.merged,
+        others=others,
+        places=() if record.merged else _places(model, name, record),
+        backends={op: ops.backend_of(op, device) for op in record.config.ops},
+    )
+
+
+def _places(model: nn.Module, name: str, record: Record) -> tuple[tuple[str, str, int, int], ...]:
+    """(module with layer numbers as *, what is trained there, modules, parameters), in the model's order."""
+    found = [(path, piece.what, sum(p.numel() for p in piece.parameters())) for path, piece in pieces(model, name)]
+    owners: dict[str, dict[str, int]] = {}
+    for key in (*record.base, *record.added):
+        path, _, attribute = key.rpartition(".")
+        owners.setdefault(path, {})[attribute] = model.get_parameter(key).numel()
+    found += [(path, ", ".join(numbers), sum(numbers.values())) for path, numbers in owners.items()]
+    table: dict[tuple[str, str], tuple[int, int]] = {}
+    for path, what, n in found:
+        row = re.sub(r"\.\d+(?=\.|$)", ".*", path) or type(model).__name__, what
+        modules, total = table.get(row, (0, 0))
+        if n:
+            table[row] = (modules + 1, total + n)
+    return tuple((*row, *numbers) for row, numbers in table.items())

@@ -1,0 +1,21 @@
+"""The C++ kernels for the CPU (``csrc/cpu``)."""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+
+from petl_kernels.backends import register
+
+# The extension is compiled for AVX2 on x86-64; loading it on an older processor would end the process.
+if platform.machine() in ("x86_64", "AMD64") and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+    raise ImportError("this processor has no AVX2")
+try:
+    import petl_kernels._C  # noqa: F401  registers torch.ops.petl_cpu
+except ModuleNotFoundError as error:
+    raise ImportError("the C++ extension was not built: reinstall with a C++ compiler on the PATH") from error
+
+for _op in ("frozen_linear", "lora_linear", "bottleneck_adapter"):
+    for _name in (_op, f"{_op}_backward"):
+        register(_name, "cpu")(getattr(torch.ops.petl_cpu, _name).default)

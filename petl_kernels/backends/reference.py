@@ -1,0 +1,5 @@
+"""The reference as a backend: importing the ops registers it, beside each formula in ``petl_kernels/ops``."""
+
+from __future__ import annotations
+
+from petl_kernels.ops import bottleneck_adapter, frozen_linear, lora_linear  # noqa: F401

@@ -1,0 +1,37 @@
+"""Triton kernels of the ops: for CUDA devices, and for the CPU in Triton's interpreter (TRITON_INTERPRET=1).
+
+The kernels take bf16, fp16 and fp32; a call in another dtype goes to the reference. So does bf16 in the
+interpreter, whose bf16 products are wrong.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import torch
+import triton
+
+from petl_kernels.backends import kernel_of, register
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED and isinstance(triton.language.cdiv, triton.JITFunction):
+    raise ImportError("triton was imported before TRITON_INTERPRET=1 was set")
+
+from petl_kernels.backends.triton import bottleneck_adapter, frozen_linear, lora_linear  # noqa: E402
+
+DTYPES = {torch.float16, torch.float32} | (set() if INTERPRETED else {torch.bfloat16})
+
+
+def _register(kernel: Callable) -> None:
+    op = kernel.__name__
+
+    @register(op, "triton")
+    def serve(first, *args):
+        x = first[0] if isinstance(first, (list, tuple)) else first
+        return (kernel if x.dtype in DTYPES else kernel_of(op, "reference"))(first, *args)
+
+
+for module in (frozen_linear, lora_linear, bottleneck_adapter):
+    _register(getattr(module, module.__name__.rpartition(".")[2]))
+    _register(getattr(module, module.__name__.rpartition(".")[2] + "_backward"))

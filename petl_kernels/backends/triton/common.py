@@ -1,0 +1,138 @@
+"""What the Triton kernels share: the launcher, tile order, pointer choice, the dropout mask, sums of parts.
+
+Every product accumulates in fp32 and asks for `input_precision="ieee"`, which matters for fp32 inputs only:
+TF32 would miss the error criterion of the ops. No float atomics anywhere: sums over tokens are split into parts
+that `sum_partials` adds in a fixed order, so two runs agree bitwise.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from petl_kernels.backends.triton import config
+
+
+def launch(kernel, grid: tuple[int, ...], *args, warps: int, stages: int, **constexprs) -> None:
+    """Run `kernel` on the device of its first tensor. FP fusion is set: Triton 3.10 changes its default."""
+    tensor = next(arg for arg in args if isinstance(arg, torch.Tensor))
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        with torch.cuda.device(tensor.device):
+            kernel[grid](*args, **constexprs, **options)
+    else:
+        kernel[grid](*args, **constexprs, **options)
+
+
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """(..., K) as (tokens, K) whose last stride is 1; a view wherever the strides allow it."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+
+
+def sum_partials(partials: torch.Tensor, outs: list[torch.Tensor]) -> None:
+    """outs, end to end = the sum of `partials` (splits, elements) over the splits, in each out's dtype."""
+    sizes = tuple(out.numel() for out in outs)
+    block = config.SUM_BLOCK
+    grid = (triton.cdiv(max(sizes), block),)
+    splits, total = partials.shape
+    launch(_sum_kernel, grid, partials, tuple(outs), sizes, splits, total, BLOCK=block, warps=4, stages=1)
+
+
+@triton.jit
+def _sum_kernel(partials, outs, sizes, splits, total, BLOCK: tl.constexpr):
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    start = 0
+    for i in tl.static_range(len(outs)):
+        inside = index < sizes[i]
+        acc = tl.zeros((BLOCK,), tl.float32)
+        pointers = partials + start + index
+        for _ in range(splits):
+            acc += tl.load(pointers, mask=inside, other=0.0)
+            pointers += total
+        tl.store(outs[i] + index, acc.to(outs[i].dtype.element_ty), mask=inside)
+        start += sizes[i]
+
+
+@triton.jit
+def load(pointers, row_inside, col_inside):
+    """A tile, with zeros outside."""
+    return tl.load(pointers, mask=row_inside[:, None] & col_inside[None, :], other=0.0)
+
+
+@triton.jit
+def store(pointers, tile, row_inside, col_inside):
+    tl.store(pointers, tile.to(pointers.dtype.element_ty), mask=row_inside[:, None] & col_inside[None, :])
+
+
+@triton.jit
+def swizzle(pid, tiles_m, tiles_n, GROUP: tl.constexpr):
+    """Tile order that walks GROUP rows of tiles column by column: both operands stay in the L2 cache."""
+    first = pid // (GROUP * tiles_n) * GROUP
+    rows = min(tiles_m - first, GROUP)
+    inside = pid % (GROUP * tiles_n)
+    return first + inside % rows, inside // rows
+
+
+@triton.jit
+def pick(items, index):
+    """items[index] for an index known only at run time; the items are pointers or numbers."""
+    value = items[0]
+    for i in tl.static_range(1, len(items)):
+        value = tl.where(index == i, items[i], value)
+    return value
+
+
+@triton.jit
+def aligned(number, ALIGN: tl.constexpr):
+    """`number`, which ALIGN divides, in a form that shows it: Triton itself only notices multiples of 16."""
+    return number // ALIGN * ALIGN
+
+
+@triton.jit
+def stacked_rows(matrices, sizes, index, stride):
+    """Pointers to rows `index` of matrices stacked on top of each other (matrix i has sizes[i] rows)."""
+    pointers = matrices[0] + index * stride
+    start = 0
+    for i in tl.static_range(1, len(matrices)):
+        start += sizes[i - 1]
+        pointers = tl.where(index >= start, matrices[i] + (index - start) * stride, pointers)
+    return pointers
+
+
+@triton.jit
+def total_size(sizes):
+    total = 0
+    for i in tl.static_range(len(sizes)):
+        total += sizes[i]
+    return total
+
+
+@triton.jit
+def start_of(sizes, index):
+    """sizes[0] + ... + sizes[index - 1]"""
+    start = 0
+    for i in tl.static_range(len(sizes) - 1):
+        start = tl.where(index > i, start + sizes[i], start)
+    return start
+
+
+@triton.jit
+def drop(tile, seed, rows, cols, K, threshold, keep_scale):
+    """Inverted dropout of a tile, with `threshold` = floor(p * 2^32).
+
+    The mask is never stored: element (row, col) of the (tokens, K) input is kept iff Philox4x32-10 at counter
+    row * K + col gives at least the threshold. One counter for each element is the ops' convention; it costs
+    about 70 integer instructions, four times what one counter for each four elements would.
+    """
+    counter = rows[:, None].to(tl.uint32) * K + cols[None, :].to(tl.uint32)
+    random = tl.randint(tl.load(seed), counter.to(tl.uint32)).to(tl.uint32)
+    kept = random >= threshold.to(tl.uint32, bitcast=True)
+    return tl.where(kept, tile.to(tl.float32) * keep_scale, 0.0).to(tile.dtype)
+
+
+def dropout_arguments(dropout: float) -> tuple[int, float]:
+    """(threshold as the signed 32-bit number with the same bits, 1 / (1 - p))."""
+    threshold = int(dropout * 2**32)
+    return threshold - 2**32 if threshold >= 2**31 else threshold, 1.0 / (1.0 - dropout)

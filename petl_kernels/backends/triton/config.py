@@ -1,0 +1,136 @@
+"""Block shapes, warps and pipeline depths: fixed per device class, input width and problem size, never autotuned.
+
+Autotuning runs kernels with whatever memory they take, which a memory budget forbids, and picks differently from
+run to run. Device classes differ in the shared memory that a block may use: sm_80 163 KB, sm_90 and sm_100 227 KB,
+and "small" for every other card (99 KB on sm_86, sm_89 and sm_120). "interpreter" holds tiles small enough that
+tests meet several.
+
+None of these numbers has been tuned on a card yet. They are the usual ones for each architecture, kept where the
+compiler reports no spilled registers and the shared memory fits (tests/backends/test_triton_aot.py).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+
+SUM_BLOCK = 256
+MAX_GROUPS = 3  # linears in one launch: q, k and v
+TILE_GROUP = 8  # rows of tiles that are walked together, see common.swizzle
+
+
+class Tile(NamedTuple):
+    m: int  # rows: tokens, except in sums over tokens, where these are columns of the activation
+    n: int  # columns of the result
+    k: int  # length of one step along the summed dimension
+    warps: int
+    stages: int
+
+
+MATMUL = {
+    "small": (Tile(128, 128, 32, 8, 4), Tile(64, 64, 64, 4, 3), Tile(16, 64, 64, 4, 4)),
+    "sm80": (Tile(128, 256, 32, 8, 4), Tile(128, 128, 32, 4, 4), Tile(64, 64, 64, 4, 4), Tile(16, 64, 128, 4, 4)),
+    "sm90": (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 4), Tile(16, 64, 128, 4, 4)),
+    "sm100": (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 4, 4), Tile(64, 64, 64, 4, 4), Tile(16, 64, 128, 4, 4)),
+    "fp32": (Tile(64, 64, 32, 4, 3), Tile(16, 64, 32, 4, 3)),
+    "interpreter": (Tile(32, 32, 32, 4, 1),),
+}
+# Products with a rank-r factor read the activation once and are bound by memory; n is the largest block of ranks.
+SKINNY = {
+    "small": Tile(32, 64, 128, 4, 3),
+    "sm80": Tile(64, 64, 128, 4, 3),
+    "sm90": Tile(64, 64, 128, 4, 4),
+    "sm100": Tile(64, 64, 128, 4, 4),
+    "fp32": Tile(32, 64, 32, 4, 3),
+    "interpreter": Tile(32, 32, 32, 4, 1),
+}
+# Sums over tokens: (columns of the activation) x (ranks or bottleneck), stepping k tokens at a time.
+TOKEN_SUM = {
+    "small": Tile(64, 64, 64, 4, 3),
+    "sm80": Tile(64, 64, 64, 4, 4),
+    "sm90": Tile(64, 128, 64, 4, 4),
+    "sm100": Tile(64, 128, 64, 4, 4),
+    "fp32": Tile(32, 64, 32, 4, 2),
+    "interpreter": Tile(32, 32, 16, 4, 1),
+}
+
+
+# The fused adapter: a block of m rows, n columns of the result at a time, steps of k columns of the input. The
+# second entry serves accumulators wider than ADAPTER_NARROW.
+ADAPTER = {
+    "small": (Tile(64, 64, 64, 4, 3), Tile(32, 64, 32, 4, 2)),
+    "sm80": (Tile(64, 128, 128, 8, 3), Tile(64, 64, 64, 8, 3)),
+    "sm90": (Tile(64, 128, 128, 8, 3), Tile(64, 64, 64, 8, 3)),
+    "sm100": (Tile(64, 128, 128, 8, 3), Tile(64, 64, 64, 8, 3)),
+    "fp32": (Tile(32, 32, 32, 4, 2), Tile(32, 32, 32, 4, 2)),
+    "interpreter": (Tile(32, 32, 32, 4, 1), Tile(32, 32, 32, 4, 1)),
+}
+ADAPTER_NARROW = 64
+# Widest accumulators in all (the bottleneck; twice that in backward) for which a block of rows stays fused.
+ADAPTER_LIMIT = {"small": 128, "sm80": 256, "sm90": 256, "sm100": 256, "fp32": 128, "interpreter": 64}
+
+
+def device_class(device: torch.device) -> str:
+    """The key of the tables above."""
+    if device.type != "cuda":
+        return "interpreter"
+    major, minor = torch.cuda.get_device_capability(device)
+    return {(8, 0): "sm80", (9, 0): "sm90", (10, 0): "sm100", (10, 3): "sm100"}.get((major, minor), "small")
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors to fill."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def key(x: torch.Tensor) -> str:
+    """The key of the tables above: fp32 has smaller tiles, the same on every card."""
+    kind = device_class(x.device)
+    return "fp32" if x.dtype == torch.float32 and kind != "interpreter" else kind
+
+
+def matmul_tile(x: torch.Tensor, rows: int, cols: int, elements: int = 128) -> Tile:
+    """The largest tile that still fills three quarters of the multiprocessors; the smallest when none does.
+
+    elements: how many of the accumulator a thread may hold, below 128 where a kernel needs registers beside it.
+    """
+    ladder = [t for t in MATMUL[key(x)] if t.n <= 128 or elements >= 128]
+    wanted = 0.75 * processors(x.device)
+    tile = next((t for t in ladder if -(-rows // t.m) * -(-cols // t.n) >= wanted), ladder[-1])
+    while tile.m * tile.n > 32 * tile.warps * elements:
+        tile = tile._replace(warps=8) if tile.warps < 8 else tile._replace(m=tile.m // 2)
+    return tile
+
+
+def adapter_tile(x: torch.Tensor, rows: int, width: int) -> Tile:
+    """The tile for accumulators of `width` columns in all; fewer rows where some multiprocessors would idle."""
+    tile = ADAPTER[key(x)][width > ADAPTER_NARROW]
+    while tile.m > 16 and -(-rows // tile.m) < 0.75 * processors(x.device):
+        tile = tile._replace(m=tile.m // 2, warps=4)
+    return tile
+
+
+def padded(size: int, largest: int) -> int:
+    """A block for `size` ranks: a power of two, at least the 16 that a matrix instruction takes, at most `largest`."""
+    return min(max(16, 1 << (size - 1).bit_length()), largest)
+
+
+def alignment(ranks: tuple[int, ...]) -> int:
+    """The largest power of two, up to 16, that divides every rank: how wide loads along ranks may be."""
+    return math.gcd(16, *ranks)
+
+
+def rank_block(ranks: tuple[int, ...], size: int) -> int:
+    """A block of ranks beside a full accumulator: loads of unaligned ranks need more registers."""
+    return padded(size, 64 if alignment(ranks) == 16 else 16)
+
+
+def splits(x: torch.Tensor, tile: Tile, programs: int) -> int:
+    """Parts of a sum over x's tokens: two programs for each multiprocessor, but four steps in each part."""
+    tokens = x.numel() // x.shape[-1]
+    wanted = -(-2 * processors(x.device) // programs)
+    return max(1, min(wanted, -(-tokens // (4 * tile.k))))

@@ -1,0 +1,147 @@
+"""`save_adapter`, `load_adapter`, `save_merged`: between adapted models and folders."""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from petl_kernels.api import adapt, merge, unmerge
+from petl_kernels.errors import InputError
+from petl_kernels.interop import native_format, peft_format
+from petl_kernels.interop.files import atomic_dir
+from petl_kernels.methods.base import active_name, adapter_state, find_record, load_adapter_state, records
+
+_FORMATS = (peft_format, native_format)
+
+
+def save_adapter(model: nn.Module, folder: str | os.PathLike, name: str | None = None) -> Path:
+    """Write the adapter `name` (default: the active one) and return the folder that holds its two files.
+
+    LoRA, (IA)^3 and LayerNorm tuning are written as Hugging Face PEFT reads them (`adapter_config.json`,
+    `adapter_model.safetensors`), the other methods in our own format (`petl_adapter.json`, `petl_adapter.safetensors`).
+    As in PEFT, an adapter that is not named "default" goes into a subfolder of its name. The same adapter gives the
+    same bytes; an older adapter in the folder is replaced whole or, on any error, left as it was.
+
+    Raises: InputError for an unknown name or a folder that holds an adapter of the other format; OSError that names
+    the file when the disk is full.
+    """
+    name = _pick_name(model, name)
+    config = find_record(model, name).config
+    home = Path(folder) if name == "default" else Path(folder) / name
+    writer = peft_format if peft_format.can_write(config) else native_format
+    for other in _FORMATS:
+        if other is not writer and (home / other.CONFIG).exists():
+            raise InputError(f"{home} holds another adapter ({other.CONFIG}): choose another folder or remove it")
+    writer.write(home, model, config, adapter_state(model, name))
+    return home
+
+
+def load_adapter(model: nn.Module, folder: str | os.PathLike, name: str | None = None) -> nn.Module:
+    """Put the adapter of `folder` (PEFT's format or ours) into `model`, make it the active one, return the model.
+
+    The modules are created from the files; the model may be plain or have other adapters. `name`: which adapter of the
+    folder, and its name in the model; by default that of the only subfolder with an adapter, or "default" for files
+    that stand in the folder itself.
+
+    Raises InputError in one line, and leaves the model as it was: no adapter there, damaged or foreign files, a PEFT
+    type or setting that is not supported, tensors that are missing, surplus or of the wrong shape, a base model of
+    another class or size (our format), a name that the model has already.
+    """
+    home, name = _find(Path(folder), name)
+    reader = next(reader for reader in _FORMATS if (home / reader.CONFIG).is_file())
+    config, state = reader.read(home, model)
+    _check_fit(model, home, config, name, state)
+    adapt(model, config, name)
+    load_adapter_state(model, name, state)
+    return model
+
+
+def save_merged(model: nn.Module, tokenizer, folder: str | os.PathLike) -> Path:
+    """Write model, active adapter merged in, and tokenizer as a plain checkpoint that `transformers` loads unchanged.
+
+    The model itself is the same afterwards. Raises InputError when the active adapter cannot be merged (adapters and
+    prefixes add layers) or the folder exists and is not empty; OSError that names the folder when the disk is full.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"output {str(folder)!r} exists and is not empty")
+    name = active_name(model)
+    was_merged = name is None or find_record(model, name).merged
+    if not was_merged:
+        merge(model)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_dir(folder) as temporary:
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+    finally:
+        if not was_merged:
+            unmerge(model)
+    return folder
+
+
+def _pick_name(model: nn.Module, name: str | None) -> str:
+    if name is not None:
+        return name
+    if active_name(model) is not None:
+        return active_name(model)
+    known = list(records(model))
+    if len(known) == 1:
+        return known[0]
+    which = f"name one of {', '.join(known)}" if known else "the model has no adapter"
+    raise InputError(f"no adapter is active: {which}")
+
+
+def _holds_adapter(folder: Path) -> bool:
+    return any((folder / reader.CONFIG).is_file() for reader in _FORMATS)
+
+
+def _find(folder: Path, name: str | None) -> tuple[Path, str]:
+    """(folder with the two files, the adapter's name in the model)."""
+    if not folder.is_dir():
+        raise InputError(f"adapter folder {str(folder)!r} does not exist")
+    if all((folder / reader.CONFIG).is_file() for reader in _FORMATS):
+        raise InputError(f"{folder} holds two adapters, {' and '.join(reader.CONFIG for reader in _FORMATS)}")
+    if name is not None and _holds_adapter(folder / name):
+        return folder / name, name
+    if _holds_adapter(folder):
+        return folder, name or "default"
+    inside = sorted(child.name for child in folder.iterdir() if child.is_dir() and _holds_adapter(child))
+    if len(inside) == 1 and name is None:
+        return folder / inside[0], inside[0]
+    if inside:
+        wanted = "say which" if name is None else f"none is named {name!r}"
+        raise InputError(f"{folder} holds the adapters {', '.join(inside)}: {wanted}")
+    expected = " or ".join(reader.CONFIG for reader in _FORMATS)
+    raise InputError(f"{folder} holds no adapter: {expected} was expected")
+
+
+def _check_fit(model: nn.Module, home: Path, config, name: str, state: dict[str, torch.Tensor]) -> None:
+    """Adapt a copy of the model that has shapes but no values, and compare: the model itself stays untouched."""
+    shapes = _without_values(model)
+    try:
+        adapt(shapes, config, name)
+        load_adapter_state(shapes, name, {key: tensor.to("meta") for key, tensor in state.items()})
+    except InputError as error:
+        raise InputError(f"{home}: {error}") from error
+
+
+def _without_values(model: nn.Module) -> nn.Module:
+    """A copy of the model on the meta device; tied parameters stay tied."""
+    set_aside = [
+        tensor
+        for record in records(model).values()
+        for kept in (record.base, record.added, record.unmerged or {})
+        for tensor in kept.values()
+    ]
+    memo: dict[int, object] = {}  # what deepcopy takes for each tensor in place of copying it
+    for tensor in (*model.parameters(), *model.buffers(), *set_aside):
+        empty = tensor.detach().to("meta")
+        if isinstance(tensor, nn.Parameter):
+            empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
+        memo[id(tensor)] = empty
+    return copy.deepcopy(model, memo)

@@ -1,0 +1,110 @@
+"""Hugging Face checkpoints in: a model and its tokenizer from a folder or a hub id."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+
+import torch
+
+from petl_kernels.errors import InputError
+
+# config.model_type -> class; NLLB is an m2m_100, mBART-50 an mbart, MADLAD-400 a t5
+SUPPORTED = {
+    "m2m_100": "M2M100ForConditionalGeneration",
+    "mbart": "MBartForConditionalGeneration",
+    "marian": "MarianMTModel",
+    "t5": "T5ForConditionalGeneration",
+    "mt5": "MT5ForConditionalGeneration",
+}
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
+_TOKENIZER_FILES = ("tokenizer.json", "*.model", "*.spm", "vocab.json")
+
+
+def load_pretrained(path_or_id: str | os.PathLike, dtype: torch.dtype = torch.float32):
+    """(model, tokenizer) of a checkpoint folder or a hub id; the model is on the CPU, in eval mode, in `dtype`.
+
+    Classes: M2M-100 and NLLB, mBART and mBART-50, Marian, T5, mT5 and MADLAD-400. Layerdrop, which skips whole layers
+    at random in training (0.05 in M2M-100's configs), is set to 0: adapters must see the same layers in every step.
+
+    Raises InputError in one line: no such folder, not a checkpoint, a class that is not supported, weights that are
+    damaged or do not fit the config, no tokenizer, a tokenizer with more tokens than the model.
+    """
+    import transformers
+
+    name = os.fspath(path_or_id)
+    folder = _folder(name)
+    what = f"model {name!r}" if folder is not None else f"model {name!r} is no folder here and as a hub id"
+    config = _attempt(what, transformers.AutoConfig.from_pretrained, name)
+    if config.model_type not in SUPPORTED:
+        raise InputError(
+            f"model {name!r}: type {config.model_type!r} is not supported, only {', '.join(sorted(SUPPORTED))}"
+        )
+    if folder is not None and not _has(folder, _WEIGHTS):
+        raise InputError(f"model {name!r}: the folder has a config but no weights")
+    tokenizer = _load_tokenizer(name, folder)
+    _no_layerdrop(config)
+
+    model_class = getattr(transformers, SUPPORTED[config.model_type])
+    model, info = _attempt(
+        f"model {name!r}",
+        model_class.from_pretrained,
+        name,
+        config=config,
+        dtype=dtype,
+        output_loading_info=True,
+    )
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise InputError(f"model {name!r}: {len(missing)} tensors are missing from the weights, {missing[0]!r} first")
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise InputError(f"model {name!r}: the tokenizer has {len(tokenizer)} tokens, the model only {rows}")
+    return model.eval(), tokenizer
+
+
+def _folder(name: str) -> Path | None:
+    """The local folder, or None for a hub id ("name" or "owner/name")."""
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(f"model {name!r}: the folder has no config.json, so it is not a checkpoint")
+        return path
+    if path.exists():
+        raise InputError(f"model {name!r} is a file: a checkpoint folder or a hub id was expected")
+    beside = path.parent != Path() and path.parent.is_dir()  # "runs/x" where runs/ is a folder here
+    if beside or name.startswith((".", "~", os.sep)) or name.count("/") > 1 or not name.strip("/"):
+        raise InputError(f"model {name!r}: no such folder")
+    return None
+
+
+def _has(folder: Path, patterns: tuple[str, ...]) -> bool:
+    return any(next(folder.glob(pattern), None) is not None for pattern in patterns)
+
+
+def _load_tokenizer(name: str, folder: Path | None):
+    from transformers import AutoTokenizer
+
+    if folder is not None and not _has(folder, _TOKENIZER_FILES):
+        raise InputError(f"model {name!r}: the folder has no tokenizer ({', '.join(_TOKENIZER_FILES)})")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Recommended: pip install sacremoses")  # unused by MarianTokenizer
+        return _attempt(f"tokenizer of {name!r}", AutoTokenizer.from_pretrained, name)
+
+
+def _no_layerdrop(config) -> None:
+    for key in ("encoder_layerdrop", "decoder_layerdrop", "layerdrop"):
+        if hasattr(config, key):
+            setattr(config, key, 0.0)
+
+
+def _attempt(what: str, load, *args, **kwargs):
+    """Call `load`; whatever transformers, the hub or safetensors raise becomes one line."""
+    try:
+        return load(*args, **kwargs)
+    except (KeyboardInterrupt, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise InputError(f"{what} cannot be loaded: {lines[0]}") from error

@@ -1,0 +1,312 @@
+"""Hugging Face PEFT's format: LORA, IA3 and LN_TUNING, written and read.
+
+A folder with `adapter_config.json` and `adapter_model.safetensors`. Keys are "base_model.model." + the module's path
+in the Hugging Face model + a suffix; `_SUFFIXES` gives PEFT's suffix for each of ours. Matching of targets and patterns
+as in PEFT 0.21: a list matches a path exactly or by ".name" at its end, a string is a regular expression for the whole
+path; LoRA's scale is alpha / r, or alpha / sqrt(r) with `use_rslora`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from petl_kernels.errors import InputError
+from petl_kernels.interop.store import read_json, read_tensors, write_adapter
+from petl_kernels.methods.base import Method
+from petl_kernels.methods.ia3 import IA3
+from petl_kernels.methods.ln_tuning import LayerNormTuning
+from petl_kernels.methods.lora import LoRA
+from petl_kernels.methods.structure import base_modules, describe
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+
+# Settings that change what the adapter computes and have no counterpart here: refused unless they are off.
+_UNSUPPORTED = {
+    "LORA": (
+        "alora_invocation_tokens",
+        "arrow_config",
+        "ensure_weight_tying",
+        "fan_in_fan_out",
+        "kasa_config",
+        "layer_replication",
+        "lora_bias",
+        "megatron_config",
+        "modules_to_save",
+        "monteclora_config",
+        "target_parameters",
+        "trainable_token_indices",
+        "use_bdlora",
+        "use_dora",
+        "use_qalora",
+        "velora_config",
+    ),
+    "IA3": ("fan_in_fan_out", "modules_to_save"),
+    "LN_TUNING": ("modules_to_save",),
+}
+# Initialisations after which the base model is not the plain one any more, so that A and B alone mean nothing.
+_CHANGES_BASE = ("corda", "loftq", "lora_ga", "olora", "pissa")
+
+
+def can_write(config: Method) -> bool:
+    """Whether PEFT has a type for the method."""
+    return isinstance(config, (LoRA, IA3, LayerNormTuning))
+
+
+def write(folder: Path, model: nn.Module, config: Method, state: dict[str, Tensor]) -> None:
+    """Write the adapter's two files into `folder`."""
+    write_config = {LoRA: _lora_config, IA3: _ia3_config, LayerNormTuning: _ln_config}[type(config)]
+    content = {
+        "base_model_name_or_path": getattr(getattr(model, "config", None), "name_or_path", "") or None,
+        "inference_mode": True,
+        "task_type": "SEQ_2_SEQ_LM",
+        **write_config(model, config),
+    }
+    to_peft = {LoRA: _lora_key, IA3: str, LayerNormTuning: _ln_key}[type(config)]
+    tensors = {_PREFIX + to_peft(key): tensor for key, tensor in state.items()}
+    write_adapter(folder / CONFIG, content, folder / WEIGHTS, tensors)
+
+
+def read(folder: Path, model: nn.Module) -> tuple[Method, dict[str, Tensor]]:
+    """(config, state) of the adapter in `folder`, with the state's keys as `adapter_state` gives them.
+
+    Raises InputError for damaged files, PEFT types and settings that are not supported, foreign keys.
+    """
+    path = folder / CONFIG
+    content = read_json(path)
+    kind = content.get("peft_type")
+    if kind is None:
+        raise InputError(f"{path} has no peft_type: not a PEFT adapter")
+    readers = {"LORA": _read_lora, "IA3": _read_ia3, "LN_TUNING": _read_ln}
+    if kind not in readers:
+        raise InputError(f"{path}: peft_type {kind!r} is not supported, only {', '.join(readers)}")
+    for key in _UNSUPPORTED[kind]:
+        if content.get(key):
+            raise InputError(f"{path}: {key} = {content[key]!r} is not supported")
+    tensors = _strip_prefix(folder / WEIGHTS, read_tensors(folder / WEIGHTS))
+    try:
+        return readers[kind](content, tensors, model)
+    except (InputError, TypeError, ValueError, re.error) as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+# -- LORA -----------------------------------------------------------------------------------------------------------
+
+
+def _lora_config(model: nn.Module, config: LoRA) -> dict:
+    return {
+        "peft_type": "LORA",
+        "r": config.rank,
+        "lora_alpha": _whole(config.alpha),
+        "lora_dropout": config.dropout,
+        "target_modules": _write_targets(model, config.targets, config.target_paths(model)),
+        "rank_pattern": config.rank_pattern,
+        "alpha_pattern": {key: _whole(alpha) for key, alpha in config.alpha_pattern.items()},
+        "use_rslora": config.rslora,
+        "use_dora": False,
+        "bias": config.bias,
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+    }
+
+
+def _lora_key(key: str) -> str:
+    path, _, suffix = key.rpartition(".")
+    if suffix == "bias":
+        return f"{path}.base_layer.bias"
+    return f"{key}.weight" if suffix in ("lora_A", "lora_B") else key
+
+
+def _read_lora(content: dict, tensors: dict[str, Tensor], model: nn.Module) -> tuple[LoRA, dict[str, Tensor]]:
+    start = content.get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(_CHANGES_BASE):
+        raise InputError(
+            f"init_lora_weights = {start!r} is not supported: it changes the base model; "
+            "convert the adapter with PEFT's path_initial_model_for_weight_conversion"
+        )
+    config = LoRA(
+        rank=content.get("r", 8),
+        alpha=float(content.get("lora_alpha", 8)),
+        dropout=float(content.get("lora_dropout") or 0.0),
+        targets=_read_targets(model, content),
+        rank_pattern=_patterns(content, "rank_pattern", int),
+        alpha_pattern=_patterns(content, "alpha_pattern", (int, float)),
+        rslora=bool(content.get("use_rslora")),
+        bias=content.get("bias") or "none",
+    )
+    state = {}
+    for key, tensor in tensors.items():
+        path, _, last = key.rpartition(".")
+        if path.endswith((".lora_A", ".lora_B")) and last == "weight":
+            state[path] = tensor
+        elif path.endswith(".base_layer") and last == "bias":
+            state[f"{path.removesuffix('.base_layer')}.bias"] = tensor
+        elif path.endswith(".base_layer") and last == "weight":
+            _check_same_base(model, f"{path.removesuffix('.base_layer')}.weight", tensor)
+        elif last in ("lora_embedding_A", "lora_embedding_B"):
+            state[key] = tensor
+        else:
+            raise InputError(f"{WEIGHTS} holds {_PREFIX + key!r}, which LoRA does not have")
+    return config, state
+
+
+def _patterns(content: dict, key: str, kind) -> dict:
+    patterns = content.get(key) or {}
+    if not isinstance(patterns, dict) or not all(isinstance(value, kind) for value in patterns.values()):
+        raise InputError(f"{key} {patterns!r}: expected an object of names and numbers")
+    for pattern in patterns:
+        re.compile(pattern)
+    return patterns
+
+
+def _check_same_base(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """PEFT stores a targeted output projection's base weight too; it says nothing new unless it was trained."""
+    here = dict(model.named_parameters(remove_duplicate=False)).get(name)
+    if here is None or here.shape != tensor.shape:
+        raise InputError(f"{WEIGHTS} brings a base weight {name!r} that this model has not or in another shape")
+    here = here.detach().cpu()
+    if not (torch.equal(here.to(tensor.dtype), tensor) or torch.equal(here, tensor.to(here.dtype))):
+        raise InputError(f"{WEIGHTS} brings a base weight {name!r} that differs from this model's: another base model")
+
+
+# -- IA3 ------------------------------------------------------------------------------------------------------------
+
+
+def _ia3_config(model: nn.Module, config: IA3) -> dict:
+    places = config.places(model)
+    inputs = [path for path, feedforward in places.items() if feedforward]
+    names = _short_names(model, places)
+    short = sorted({path.rpartition(".")[2] for path in inputs})
+    if isinstance(names, str) or _ending(places, short) != inputs or not set(short) <= set(names):
+        names, short = sorted(places), inputs  # PEFT wants the feed-forward names among the targets' names
+    return {
+        "peft_type": "IA3",
+        "target_modules": names,
+        "feedforward_modules": sorted(short),
+        "fan_in_fan_out": False,
+        "modules_to_save": None,
+    }
+
+
+def _ending(paths: Iterable[str], names: Iterable[str]) -> list[str]:
+    """PEFT's rule for feed-forward modules: the path ends with a name, whatever stands before."""
+    return [path for path in paths if path.endswith(tuple(names))]
+
+
+def _read_ia3(content: dict, tensors: dict[str, Tensor], model: nn.Module) -> tuple[IA3, dict[str, Tensor]]:
+    targets = _read_targets(model, content)
+    names = content.get("feedforward_modules") or ()
+    places = IA3(targets=targets, feedforward=()).places(model)
+    if isinstance(names, str):
+        inputs = [path for path in places if re.fullmatch(names, path)]
+    else:
+        inputs = _ending(places, names)
+    for key in tensors:
+        if not key.endswith(".ia3_l"):
+            raise InputError(f"{WEIGHTS} holds {_PREFIX + key!r}, which (IA)^3 does not have")
+    return IA3(targets=targets, feedforward=tuple(inputs)), tensors
+
+
+# -- LN_TUNING ------------------------------------------------------------------------------------------------------
+
+
+def _ln_config(model: nn.Module, config: LayerNormTuning) -> dict:
+    paths = dict.fromkeys(name.rpartition(".")[0] for name in config.base_tensors(model))
+    return {
+        "peft_type": "LN_TUNING",
+        "target_modules": _write_targets(model, config.targets, list(paths)),
+        "modules_to_save": None,
+    }
+
+
+def _ln_key(key: str) -> str:
+    path, _, suffix = key.rpartition(".")
+    return f"{path}.ln_tuning_layers.{suffix}"
+
+
+def _read_ln(content: dict, tensors: dict[str, Tensor], model: nn.Module) -> tuple[LayerNormTuning, dict]:
+    state = {}
+    for key, tensor in tensors.items():
+        path, _, last = key.rpartition(".")
+        if not path.endswith(".ln_tuning_layers"):
+            raise InputError(f"{WEIGHTS} holds {_PREFIX + key!r}, which LayerNorm tuning does not have")
+        state[f"{path.removesuffix('.ln_tuning_layers')}.{last}"] = tensor
+    return LayerNormTuning(targets=_read_targets(model, content)), state
+
+
+# -- targets --------------------------------------------------------------------------------------------------------
+
+
+def _write_targets(model: nn.Module, targets: tuple[str, ...] | str | None, paths: list[str]) -> list[str] | str:
+    """As given where PEFT reads it in the same way, else by the paths that it stands for."""
+    if targets is None or targets == "all-linear":
+        return _short_names(model, paths)
+    return targets if isinstance(targets, str) else sorted(targets)
+
+
+def _short_names(model: nn.Module, paths: Iterable[str]) -> list[str]:
+    """The last parts of `paths` if they match these modules and no others, else the whole paths; sorted."""
+    paths = set(paths)
+    names = {path.rpartition(".")[2] for path in paths}
+    matched = {path for path, _ in base_modules(model) if path.rpartition(".")[2] in names}
+    return sorted(names if matched == paths else paths)
+
+
+def _read_targets(model: nn.Module, content: dict) -> tuple[str, ...] | str:
+    """Targets as our configs take them. Where PEFT narrows them further (excluded modules, some layers only), the paths
+    that are left."""
+    targets = content.get("target_modules")
+    if not targets or not isinstance(targets, (str, list)):
+        raise InputError(f"target_modules {targets!r}: expected a list of names or a regular expression")
+    excluded, layers = content.get("exclude_modules"), content.get("layers_to_transform")
+    paths = [path for path, _ in base_modules(model) if path]
+    if isinstance(targets, list):  # PEFT is content when one of the names matches, we want each to
+        targets = [name for name in targets if any(_matches([name], path) for path in paths)] or targets
+    if not excluded and layers in (None, []):
+        return targets if isinstance(targets, str) else tuple(sorted(targets))
+    if targets == "all-linear":
+        paths, targets = list(describe(model).linears), paths
+    patterns = content.get("layers_pattern") or []
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    layers = layers if isinstance(layers, list) else None if layers is None else [layers]
+    left = [
+        path
+        for path in paths
+        if _matches(targets, path)
+        and not (excluded and _matches(excluded, path))
+        and (not layers or _layer_index(path, patterns) in layers)
+    ]
+    if not left:
+        raise InputError("target_modules with exclude_modules or layers_to_transform leave no module of this model")
+    return tuple(left)
+
+
+def _matches(targets: list[str] | str, path: str) -> bool:
+    if isinstance(targets, str):
+        return re.fullmatch(targets, path) is not None
+    return any(path == name or path.endswith(f".{name}") for name in targets)
+
+
+def _layer_index(path: str, patterns: list[str]) -> int | None:
+    """The number of the layer that `path` is in: the first number in it, or the first after one of `patterns`."""
+    expressions = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in patterns] or [r".*?\.[^.]*\.(\d+)\."]
+    match = next(filter(None, (re.match(expression, path) for expression in expressions)), None)
+    return int(match.group(1)) if match else None
+
+
+def _strip_prefix(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    for key in tensors:
+        if not key.startswith(_PREFIX):
+            raise InputError(f"{path} holds {key!r}: PEFT's keys start with {_PREFIX!r}")
+    return {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}
+
+
+def _whole(number: float) -> int | float:
+    """32.0 -> 32: PEFT writes whole alphas as integers."""
+    return int(number) if float(number).is_integer() else number

@@ -1,0 +1,1 @@
+"""Lean layers built from the ops."""

@@ -1,0 +1,37 @@
+"""Cross-attention tuning (arXiv 2104.08771).
+
+Trained are q, k, v and the output projection of the decoder's attention to the source, with its LayerNorm (before it,
+in post-norm models after it); everything else is frozen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from petl_kernels.methods.base import Method
+from petl_kernels.methods.structure import describe
+
+
+@dataclass(frozen=True)
+class CrossAttention(Method):
+    method: ClassVar[str] = "cross-attention"
+
+    def base_tensors(self, model: nn.Module) -> list[str]:
+        modules = [
+            path
+            for attention in describe(model).attentions
+            if attention.kind == "cross"
+            for path in (*attention.linears, attention.norm)
+        ]
+        return [
+            f"{path}.{name}"
+            for path in modules
+            for name in ("weight", "bias")
+            if getattr(model.get_submodule(path), name, None) is not None
+        ]
+
+    def count(self, model: nn.Module) -> int:
+        return sum(model.get_parameter(name).numel() for name in self.base_tensors(model))

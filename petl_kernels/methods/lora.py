@@ -1,0 +1,305 @@
+"""LoRA (arXiv 2106.09685): y = x Wᵀ + c + scale · drop(x) Aᵀ Bᵀ with A (r, in), B (out, r) and scale = alpha / r.
+
+A starts from kaiming_uniform(a=√5) and B from 0, so training starts from the base model. On an embedding table E the
+rows get E[i] + scale · B A[:, i], with A (r, vocabulary) from 0 and B (dim, r) from N(0, 1), as in loralib.
+
+Merging puts W + scale · B A into the base. Where the weight is tied (the output projection with the embeddings), the
+tie is first dissolved: only the module that carries the LoRA changes.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from petl_kernels import ops
+from petl_kernels.errors import InputError
+from petl_kernels.methods.base import Method, Named, Piece, attach, check_size, piece_dtype
+from petl_kernels.methods.structure import describe, find_targets
+
+
+class LowRank(Piece):
+    """A and B of one linear layer. A (r, in), B (out, r)."""
+
+    what = "LoRA"
+
+    def __init__(self, linear: nn.Linear, rank: int, scale: float, dropout: float):
+        super().__init__()
+        place = {"device": linear.weight.device, "dtype": piece_dtype(linear.weight)}
+        self.scale, self.dropout = scale, dropout
+        self.A = nn.Parameter(torch.empty(rank, linear.in_features, **place))
+        self.B = nn.Parameter(torch.zeros(linear.out_features, rank, **place))
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+
+    def state(self) -> dict[str, Tensor]:
+        return {"lora_A": self.A, "lora_B": self.B}
+
+    def delta(self) -> Tensor:
+        """scale · B A, (out, in)."""
+        return self.scale * (self.B @ self.A)
+
+    def extra_repr(self) -> str:
+        return f"rank={self.A.shape[0]}, scale={self.scale}, dropout={self.dropout}"
+
+
+class LoRALinear(nn.Linear):
+    """A linear layer with LoRA adapters by name, one of them active.
+
+    ``weight`` and ``bias`` are the base's own parameters under their own names; the weight is frozen.
+    """
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, rank: int = 16, alpha: float | None = None, dropout: float = 0.0, name: str = "default"
+    ) -> LoRALinear:
+        """``linear``, frozen, with one active adapter; alpha is 2 · rank when not given."""
+        layer = cls.wrap(linear)
+        layer.requires_grad_(False)
+        layer.add(name, rank, (2 * rank if alpha is None else alpha) / rank, dropout)
+        layer.lora.active = name
+        return layer
+
+    @classmethod
+    def wrap(cls, linear: nn.Linear) -> LoRALinear:
+        """``linear`` with its parameters, hooks and submodules, ready for ``add``."""
+        layer = cls.__new__(cls)
+        layer.__dict__.update(linear.__dict__)
+        for own in ("_parameters", "_buffers", "_modules"):
+            layer.__dict__[own] = copy.copy(linear.__dict__[own])
+        layer.lora = Named()
+        layer._original = None
+        return layer
+
+    def add(self, name: str, rank: int, scale: float, dropout: float = 0.0) -> None:
+        """A new adapter, not active. Raises InputError for a rank that is no size or larger than the layer."""
+        check_rank(f"{self.out_features} x {self.in_features} linear", rank, self.in_features, self.out_features)
+        self.lora[name] = LowRank(self, rank, scale, dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        piece = self.lora.current()
+        if piece is None:  # the plain layer; its weight is trained where another adapter of the model trains the base
+            plain = F.linear if self.weight.requires_grad else ops.frozen_linear
+            return plain(x, self.weight, self.bias)
+        dropout = piece.dropout if self.training else 0.0
+        return ops.lora_linear(x, self.weight, self.bias, piece.A, piece.B, piece.scale, dropout)
+
+    def merged_weight(self, name: str) -> Tensor:
+        """W + scale · B A in W's dtype, summed in fp32 or wider."""
+        return _add(self.weight, self.lora[name].delta())
+
+    def merge(self) -> None:
+        """Put the active adapter into the weight. The original is kept, so ``unmerge`` restores it bit for bit."""
+        if self._original is not None or self.lora.active is None:
+            raise InputError("LoRALinear.merge: expected an active adapter that is not merged yet")
+        self._original = (self.lora.active, [self.weight])  # in a list: not a parameter of this module
+        self.weight = nn.Parameter(self.merged_weight(self.lora.active), requires_grad=False)
+        self.lora.active = None
+
+    def unmerge(self) -> None:
+        if self._original is None:
+            raise InputError("LoRALinear.unmerge: no adapter is merged")
+        self.lora.active, (self.weight,) = self._original
+        self._original = None
+
+
+class GroupedLoRALinear(nn.Module):
+    """LoRA linears that share their input, such as q, k and v: x is read once and dropped once.
+
+    x (..., in) -> [(..., out_g) for each]. Equal to the linears one by one.
+    """
+
+    def __init__(self, linears: list[LoRALinear]):
+        super().__init__()
+        self.linears = nn.ModuleList(linears)
+
+    @classmethod
+    def from_linears(
+        cls, linears: list[nn.Linear], rank: int = 16, alpha: float | None = None, dropout: float = 0.0
+    ) -> GroupedLoRALinear:
+        """``linears``, frozen, each with an adapter of ``rank``; alpha is 2 · rank when not given."""
+        if not linears:
+            raise InputError("GroupedLoRALinear: expected at least one linear layer")
+        return cls([LoRALinear.from_linear(linear, rank, alpha, dropout) for linear in linears])
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        adapters = [linear.lora.current() for linear in self.linears]
+        return ops.lora_linear_grouped(
+            x,
+            [linear.weight for linear in self.linears],
+            [linear.bias for linear in self.linears],
+            [piece.A for piece in adapters],
+            [piece.B for piece in adapters],
+            [piece.scale for piece in adapters],
+            adapters[0].dropout if self.training else 0.0,
+        )
+
+
+class EmbeddingLowRank(Piece):
+    """A and B of one embedding table. A (r, vocabulary), B (dim, r)."""
+
+    what = "LoRA"
+
+    def __init__(self, embedding: nn.Embedding, rank: int, scale: float):
+        super().__init__()
+        place = {"device": embedding.weight.device, "dtype": piece_dtype(embedding.weight)}
+        self.scale = scale
+        self.A = nn.Parameter(torch.zeros(rank, embedding.num_embeddings, **place))
+        self.B = nn.Parameter(torch.randn(embedding.embedding_dim, rank, **place))
+
+    def after(self, host: nn.Embedding, args: tuple, output: Tensor) -> Tensor:
+        # some tables (M2M-100, mBART) multiply what they return
+        scale = self.scale * getattr(host, "embed_scale", 1.0)
+        return output + (scale * (F.embedding(args[0], self.A.T) @ self.B.T)).to(output.dtype)
+
+    def state(self) -> dict[str, Tensor]:
+        return {"lora_embedding_A": self.A, "lora_embedding_B": self.B}
+
+    def delta(self) -> Tensor:
+        """scale · Aᵀ Bᵀ, (vocabulary, dim)."""
+        return self.scale * (self.B @ self.A).T
+
+
+@dataclass(frozen=True)
+class LoRA(Method):
+    """Low-rank adapters on the linear layers (or token embeddings) that ``targets`` names.
+
+    targets: module names, or a regular expression for whole paths, or "all-linear"; None is q and v of every attention.
+    rank_pattern, alpha_pattern: other ranks and alphas for some modules, by a regular expression for the path's end.
+    rslora: scale = alpha / √rank (arXiv 2312.03732) in place of alpha / rank.
+    bias: "none", or "lora_only": the targets' own biases are trained as well.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] | str | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    rslora: bool = False
+    bias: str = "none"
+
+    method: ClassVar[str] = "lora"
+    size_field: ClassVar[str] = "rank"
+    ops: ClassVar[tuple[str, ...]] = ("lora_linear",)
+
+    def __post_init__(self):
+        check_size("lora", "rank", self.rank)
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"lora dropout {self.dropout!r}: expected a number in [0, 1)")
+        for alpha in (self.alpha, *self.alpha_pattern.values()):
+            if not alpha > 0:
+                raise InputError(f"lora alpha {alpha!r}: expected a number above 0")
+        if self.bias not in ("none", "lora_only"):
+            raise InputError(f"lora bias {self.bias!r}: expected 'none' or 'lora_only'")
+        if isinstance(self.targets, (list, tuple)):
+            object.__setattr__(self, "targets", tuple(self.targets))
+            if not self.targets:
+                raise InputError("lora targets (): expected at least one module name")
+
+    def inject(self, model: nn.Module, name: str) -> None:
+        for path, (rank, scale) in self.resolve(model).items():
+            module = model.get_submodule(path)
+            if isinstance(module, nn.Embedding):
+                attach(module, name, EmbeddingLowRank(module, rank, scale))
+                continue
+            if not isinstance(module, LoRALinear):
+                parent, _, child = path.rpartition(".")
+                module = LoRALinear.wrap(module)
+                setattr(model.get_submodule(parent), child, module)
+            module.add(name, rank, scale, self.dropout)
+
+    def resolve(self, model: nn.Module) -> dict[str, tuple[int, float]]:
+        """Path -> (rank, scale) of every target."""
+        plan = {}
+        for path in self.target_paths(model):
+            rank = _by_pattern(self.rank_pattern, path, self.rank)
+            alpha = _by_pattern(self.alpha_pattern, path, self.alpha)
+            _check_plain(path, model.get_submodule(path))
+            check_rank(repr(path), rank, *_shape(model.get_submodule(path)))
+            plan[path] = (rank, alpha / (math.sqrt(rank) if self.rslora else rank))
+        return plan
+
+    def target_paths(self, model: nn.Module) -> list[str]:
+        if self.targets is None:
+            return [path for attention in describe(model).attentions for path in (attention.q, attention.v)]
+        paths = find_targets(model, self.targets, (nn.Linear, nn.Embedding), "lora")
+        for path in paths:
+            _check_embedding(model, path)
+        return paths
+
+    def base_tensors(self, model: nn.Module) -> list[str]:
+        if self.bias == "none":
+            return []
+        paths = self.target_paths(model)
+        return [f"{path}.bias" for path in paths if getattr(model.get_submodule(path), "bias", None) is not None]
+
+    def count(self, model: nn.Module) -> int:
+        low_rank = sum(rank * sum(_shape(model.get_submodule(path))) for path, (rank, _) in self.resolve(model).items())
+        return low_rank + sum(model.get_parameter(name).numel() for name in self.base_tensors(model))
+
+    def merged_weights(self, model: nn.Module, name: str) -> dict[str, Tensor]:
+        weights = {}
+        for path in self.target_paths(model):
+            module = model.get_submodule(path)
+            piece = module.lora[name] if isinstance(module, LoRALinear) else module.petl[name]
+            weights[f"{path}.weight"] = _add(module.weight, piece.delta())
+        return weights
+
+    @classmethod
+    def sized(cls, size: int, **fixed) -> LoRA:
+        return cls(**{"rank": size, "alpha": 2.0 * size, **fixed})
+
+    @classmethod
+    def largest_size(cls, model: nn.Module, **fixed) -> int:
+        paths = cls(**{"rank": 1, **fixed}).target_paths(model)
+        return min(min(_shape(model.get_submodule(path))) for path in paths)
+
+
+def check_rank(what: str, rank: int, n_in: int, n_out: int) -> None:
+    check_size("lora", "rank", rank)
+    if rank > min(n_in, n_out):
+        raise InputError(f"lora rank {rank}: larger than {what} allows, expected at most {min(n_in, n_out)}")
+
+
+def _add(weight: Tensor, delta: Tensor) -> Tensor:
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return (weight.detach().to(wide) + delta.detach().to(wide)).to(weight.dtype)
+
+
+def _shape(module: nn.Linear | nn.Embedding) -> tuple[int, int]:
+    if isinstance(module, nn.Embedding):
+        return module.num_embeddings, module.embedding_dim
+    return module.in_features, module.out_features
+
+
+def _check_plain(path: str, module: nn.Linear | nn.Embedding) -> None:
+    """A module that computes with its weight as it is, not one that holds it packed."""
+    size = tuple(reversed(_shape(module))) if isinstance(module, nn.Linear) else _shape(module)
+    if tuple(module.weight.shape) != size or not module.weight.is_floating_point():
+        raise InputError(f"lora target {path!r}: a {type(module).__name__} with packed weights, expected plain ones")
+
+
+def _by_pattern(patterns: dict, path: str, default):
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", path):
+            return value
+    return default
+
+
+def _check_embedding(model: nn.Module, path: str) -> None:
+    """Token embeddings only, and only tables that the forward pass reads."""
+    module = model.get_submodule(path)
+    if not isinstance(module, nn.Embedding):
+        return
+    name = path.rpartition(".")[2]
+    if name == "shared":
+        raise InputError(f"lora target {path!r}: the model holds it but reads embed_tokens, expected 'embed_tokens'")
+    if name != "embed_tokens":
+        raise InputError(f"lora target {path!r}: not a table of token embeddings, expected 'embed_tokens'")

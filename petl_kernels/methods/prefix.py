@@ -1,0 +1,200 @@
+"""Prefix-tuning (arXiv 2101.00190): trained keys and values in front of those of every attention.
+
+    softmax(q [P_k; K]ᵀ · scale) [P_v; V],   P_k, P_v (length, heads · head_dim)
+
+in encoder self-, decoder self- and cross-attention of every layer. While training, P = MLP(P') with
+MLP(p) = W_2 tanh(W_1 p + b_1) + b_2, width d -> 512 -> d, one MLP for each of the three kinds of attention; ``fold``
+puts its results in the place of P' and drops it. What is stored is folded, and ``count`` counts that.
+
+The prefix is joined inside the attention function, after the key/value cache, so caches never hold it and beam search
+reorders them as before. transformers finds attention functions in a registry by name; the functions registered here
+wrap its "eager" and "sdpa" ones. Masks and T5's position bias are extended by zeros: every query sees the prefix.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from petl_kernels.errors import InputError
+from petl_kernels.methods.base import Method, Named, Piece, attach, check_size, find_record, piece_dtype, pieces
+from petl_kernels.methods.structure import Attention, describe
+
+HIDDEN = 512
+_WRAPPED = ("eager", "sdpa")
+_NAME = "petl_prefix_"
+
+
+class Prefix(Piece):
+    """The prefix of one attention: ``key`` and ``value`` (length, heads · head_dim).
+
+    While there is an MLP they are its inputs, afterwards the prefix itself.
+    """
+
+    what = "prefix"
+
+    def __init__(self, attention: Attention, length: int, mlp: nn.Module, weight: Tensor):
+        super().__init__()
+        shape = (length, attention.heads * attention.head_dim)
+        self.heads, self.head_dim = attention.heads, attention.head_dim
+        self.key = nn.Parameter(torch.randn(shape, dtype=piece_dtype(weight), device=weight.device))
+        self.value = nn.Parameter(torch.randn(shape, dtype=piece_dtype(weight), device=weight.device))
+        self.mlp = (mlp,)  # in a tuple: it is shared, and a submodule of the model's root
+
+    def before(self, host: nn.Module, args: tuple) -> None:
+        implementation = host.config._attn_implementation
+        if not implementation.startswith(_NAME):
+            raise InputError(
+                f"attention implementation {implementation!r}: it leaves the prefix out, "
+                f"expected {_NAME}{implementation!s} (model.set_attn_implementation)"
+            )
+
+    def state(self) -> dict[str, Tensor]:
+        key, value = self.folded()
+        return {"prefix.key": key, "prefix.value": value}
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        if self.mlp is None:
+            return self.key, self.value
+        (mlp,) = self.mlp
+        return mlp(self.key), mlp(self.value)
+
+    def fold(self) -> None:
+        if self.mlp is None:
+            return
+        with torch.no_grad():
+            key, value = self.folded()
+            self.key.copy_(key)
+            self.value.copy_(value)
+        self.mlp = None
+
+    def joined(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The prefix in front of key and value (batch, heads, tokens, head_dim)."""
+        own_key, own_value = (self._heads(own, key) for own in self.folded())
+        return torch.cat([own_key, key], dim=2), torch.cat([own_value, value], dim=2)
+
+    def _heads(self, own: Tensor, like: Tensor) -> Tensor:
+        own = own.to(like.dtype).view(-1, self.heads, self.head_dim).transpose(0, 1)
+        return own.expand(like.shape[0], -1, -1, -1)
+
+
+class PrefixMLPs(Piece):
+    """The MLPs of one adapter, by kind of attention; empty once folded."""
+
+    what = "MLPs of the prefix"
+
+    def __init__(self, widths: dict[str, int], weight: Tensor):
+        super().__init__()
+        place = {"dtype": piece_dtype(weight), "device": weight.device}
+        self.by_kind = nn.ModuleDict(
+            {
+                kind: nn.Sequential(nn.Linear(width, HIDDEN, **place), nn.Tanh(), nn.Linear(HIDDEN, width, **place))
+                for kind, width in widths.items()
+            }
+        )
+
+    def fold(self) -> None:
+        self.by_kind = nn.ModuleDict()
+
+
+@dataclass(frozen=True)
+class PrefixTuning(Method):
+    """``length`` trained keys and values in every attention."""
+
+    length: int = 20
+
+    method: ClassVar[str] = "prefix"
+    size_field: ClassVar[str] = "length"
+
+    def __post_init__(self):
+        check_size("prefix", "length", self.length)
+
+    def inject(self, model: nn.Module, name: str) -> None:
+        attentions = describe(model).attentions
+        use_prefix_attention(model)
+        weight = model.get_submodule(attentions[0].q).weight
+        mlps = PrefixMLPs({attention.kind: attention.heads * attention.head_dim for attention in attentions}, weight)
+        for attention in attentions:
+            piece = Prefix(attention, self.length, mlps.by_kind[attention.kind], weight)
+            attach(model.get_submodule(attention.path), name, piece)
+        # after the attentions: folding visits the places in order, and they need the MLPs
+        if not hasattr(model, "petl_prefix_mlps"):
+            model.petl_prefix_mlps = Named()
+        model.petl_prefix_mlps[name] = mlps
+
+    def count(self, model: nn.Module) -> int:
+        return sum(2 * self.length * attention.heads * attention.head_dim for attention in describe(model).attentions)
+
+    def merged_weights(self, model: nn.Module, name: str) -> dict[str, Tensor]:
+        raise InputError(f"adapter {name!r}: a prefix is not part of any weight, so it cannot be merged")
+
+
+def fold(model: nn.Module, name: str) -> None:
+    """Replace the MLP of the prefix ``name`` by its results: the same outputs, fewer parameters, less work.
+
+    The folded prefix is trained directly from then on; an optimiser of the MLP has to be made anew.
+    """
+    if not isinstance(find_record(model, name).config, PrefixTuning):
+        raise InputError(f"adapter {name!r}: not a prefix, there is nothing to fold")
+    for _, piece in list(pieces(model, name)):
+        piece.fold()
+
+
+def use_prefix_attention(model: nn.Module) -> None:
+    """Let the model's attentions go through ``attend``; InputError for implementations other than eager and sdpa."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+    from transformers.modeling_utils import AttentionInterface
+
+    original = model.config._attn_implementation
+    if original.startswith(_NAME):
+        return
+    if original not in _WRAPPED:
+        raise InputError(f"prefix: attention implementation {original!r}, expected {' or '.join(map(repr, _WRAPPED))}")
+    AttentionInterface.register(_NAME + original, partial(attend, original))
+    AttentionMaskInterface.register(_NAME + original, ALL_MASK_ATTENTION_FUNCTIONS[original])
+    model.set_attn_implementation(_NAME + original)
+
+
+def attend(
+    original: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' attention ``original`` with the prefix of ``module``'s active adapter, if it has one.
+
+    query (batch, heads, queries, head_dim), key and value (batch, heads, keys, head_dim), attention_mask
+    (batch or 1, 1, queries, keys), boolean or additive, or None.
+    """
+    function = _original(original, module)
+    piece = module.petl.current() if hasattr(module, "petl") else None
+    if not isinstance(piece, Prefix):
+        return function(module, query, key, value, attention_mask, **kwargs)
+    n_prefix, n_queries, n_keys = piece.key.shape[0], query.shape[2], key.shape[2]
+    key, value = piece.joined(key, value)
+    if attention_mask is not None:
+        attention_mask = F.pad(attention_mask, (n_prefix, 0), value=attention_mask.dtype == torch.bool)
+    elif original == "sdpa" and n_queries > 1 and _is_causal(module, kwargs):
+        # sdpa would apply its own causal mask, which starts at the first key; the prefix comes before that
+        allowed = torch.ones(n_queries, n_prefix + n_keys, dtype=torch.bool, device=query.device)
+        attention_mask = allowed.tril(n_prefix)[None, None]
+    if kwargs.get("position_bias") is not None:
+        kwargs["position_bias"] = F.pad(kwargs["position_bias"], (n_prefix, 0))
+    output, weights = function(module, query, key, value, attention_mask, **kwargs)
+    return output, None if weights is None else weights[..., n_prefix:]
+
+
+def _is_causal(module: nn.Module, kwargs: dict) -> bool:
+    given = kwargs.get("is_causal")
+    return getattr(module, "is_causal", True) if given is None else given
+
+
+def _original(name: str, module: nn.Module):
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    if name == "eager":  # each model file has its own
+        return sys.modules[type(module).__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS[name]

@@ -1,0 +1,103 @@
+"""A linear layer whose weight is frozen.
+
+    y     = x Wᵀ + c
+    dx    = dy W
+    dc    = Σ_tokens dy          (fp32 sums, in the bias' dtype)
+
+x (..., K), W (N, K), c (N,) or None, y (..., N); x and W of one dtype (bf16, fp16, fp32, fp64), c of any.
+
+Saves: 0 bytes per token. ``nn.Linear`` keeps x (2K bytes in bf16) whenever its weight could need a gradient.
+Source: the derivative of a matrix product with dW left out.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from petl_kernels.backends import active, dispatch, register
+from petl_kernels.ops.common import (
+    accumulate_dtype,
+    check_activation,
+    check_parameter,
+    check_weight,
+    define,
+    differentiate,
+    empty,
+)
+
+
+def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y = x Wᵀ + c for a frozen ``weight`` (N, K); x (..., K) -> (..., N). ``bias`` may be trained.
+
+    Raises InputError: x of rank 0, shapes that do not fit, devices or dtypes that differ, a weight that requires grad.
+    """
+    check_activation("frozen_linear", x)
+    check_weight("frozen_linear", "weight", weight, x)
+    if bias is not None:
+        check_parameter("frozen_linear", "bias", bias, (weight.shape[0],), x)
+    return torch.ops.petl.frozen_linear(x, weight, bias, active())
+
+
+@register("frozen_linear", "reference")
+def reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    y = F.linear(x.reshape(-1, x.shape[-1]), weight, bias)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+@register("frozen_linear_backward", "reference")
+def reference_backward(dy: Tensor, weight: Tensor, need_dx: bool, need_dbias: bool) -> tuple[Tensor, Tensor]:
+    rows = dy.reshape(-1, dy.shape[-1])
+    dx = (rows @ weight).view(*dy.shape[:-1], weight.shape[1]) if need_dx else empty(dy)
+    dbias = rows.sum(0, dtype=accumulate_dtype(dy.dtype)) if need_dbias else empty(dy)
+    return dx, dbias
+
+
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+    kernel = dispatch("frozen_linear", x.device, backend)
+    return kernel(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def _forward_fake(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _backward(dy: Tensor, weight: Tensor, need_dx: bool, need_dbias: bool, backend: str) -> tuple[Tensor, Tensor]:
+    kernel = dispatch("frozen_linear_backward", dy.device, backend)
+    dx, dbias = kernel(dy, weight.to(dy.dtype), need_dx, need_dbias)
+    return dx, dbias.to(accumulate_dtype(dy.dtype))
+
+
+def _backward_fake(dy: Tensor, weight: Tensor, need_dx: bool, need_dbias: bool, backend: str) -> tuple[Tensor, Tensor]:
+    dx = dy.new_empty(*dy.shape[:-1], weight.shape[1]) if need_dx else empty(dy)
+    return dx, dy.new_empty(weight.shape[0] if need_dbias else 0, dtype=accumulate_dtype(dy.dtype))
+
+
+def _save(ctx, inputs, output) -> None:
+    _, weight, bias, ctx.backend = inputs
+    ctx.save_for_backward(weight)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _gradients(ctx, needs, dy: Tensor):
+    (weight,) = ctx.saved_tensors
+    need_dx, _, need_dbias, _ = needs
+    dx, dbias = torch.ops.petl.frozen_linear_backward(dy, weight, need_dx, need_dbias, ctx.backend)
+    return dx if need_dx else None, None, dbias.to(ctx.bias_dtype) if need_dbias else None, None
+
+
+define(
+    "frozen_linear",
+    "(Tensor x, Tensor weight, Tensor? bias, str backend) -> Tensor",
+    _forward,
+    _forward_fake,
+    autocast=(0,),
+)
+define(
+    "frozen_linear_backward",
+    "(Tensor dy, Tensor weight, bool need_dx, bool need_dbias, str backend) -> (Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+differentiate("frozen_linear", _save, _gradients)

@@ -1,0 +1,236 @@
+"""Linear layers with low-rank adapters that share one input: q, k and v read x once.
+
+For each of G linear layers g, with s_g = drop(x) A_gᵀ:
+
+    y_g   = x W_gᵀ + c_g + scale_g · s_g B_gᵀ
+
+    ds_g  = scale_g · dy_g B_g
+    dA_g  = ds_gᵀ drop(x)
+    dB_g  = scale_g · dy_gᵀ s_g
+    dx    = Σ_g dy_g W_g + drop'(Σ_g ds_g A_g)
+    dc_g  = Σ_tokens dy_g
+
+x (..., K), W_g (N_g, K), c_g (N_g,) or None, A_g (r_g, K), B_g (N_g, r_g), y_g (..., N_g), and s = [s_1 … s_G] of
+shape (tokens, Σ r_g). x and W_g share a dtype (bf16, fp16, fp32, fp64); A_g, B_g and c_g may be wider: they are cast
+to x.dtype for the products, sums are fp32, and their gradients come back in their own dtype. Dropout is one mask for
+the whole group, recomputed from a seed (``petl_kernels/ops/philox.py``), so a group equals its members one by one.
+
+Saves: x, and s (2 Σ r_g bytes per token in bf16); 8 bytes in all for the seed. No mask, no copy of x.
+Source: LoRA, arXiv 2106.09685.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from petl_kernels.backends import active, dispatch, register
+from petl_kernels.errors import InputError
+from petl_kernels.ops import philox
+from petl_kernels.ops.common import (
+    accumulate_dtype,
+    check_activation,
+    check_device,
+    check_parameter,
+    check_weight,
+    define,
+    differentiate,
+    empty,
+    present,
+    shape,
+)
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """y = x Wᵀ + c + scale · drop(x) Aᵀ Bᵀ; x (..., K) -> (..., N). See ``lora_linear_grouped``."""
+    return lora_linear_grouped(x, [weight], [bias], [a], [b], [scale], dropout, seed)[0]
+
+
+def lora_linear_grouped(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    a: list[Tensor],
+    b: list[Tensor],
+    scales: list[float],
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> list[Tensor]:
+    """The outputs (..., N_g) of G linear layers with adapters that read the same x (..., K).
+
+    seed: int64 tensor of shape (1,) on x's device, drawn with ``torch.randint`` when dropout > 0 and none is given.
+    Raises InputError: x of rank 0, lists of different lengths, shapes that do not fit, devices or dtypes of x and the
+    weights that differ, a weight that requires grad, dropout outside [0, 1).
+    """
+    _check(x, weights, biases, a, b, scales, dropout, seed)
+    if dropout == 0:
+        seed = None
+    elif seed is None:
+        seed = philox.draw_seed(x.device)
+    given = [empty(x) if bias is None else bias for bias in biases]
+    scales = [float(scale) for scale in scales]
+    ys, _ = torch.ops.petl.lora_linear(
+        x, list(weights), given, list(a), list(b), scales, float(dropout), seed, active()
+    )
+    return ys
+
+
+def _check(x, weights, biases, a, b, scales, dropout, seed) -> None:
+    op = "lora_linear"
+    check_activation(op, x)
+    lengths = [len(group) for group in (weights, biases, a, b, scales)]
+    if lengths[0] == 0 or len(set(lengths)) > 1:
+        raise InputError(
+            f"{op}: {lengths} weights, biases, a, b and scales: expected the same number of each, one or more"
+        )
+    for weight, bias, a_g, b_g in zip(weights, biases, a, b, strict=True):
+        check_weight(op, "weight", weight, x)
+        if bias is not None:
+            check_parameter(op, "bias", bias, (weight.shape[0],), x)
+        if a_g.dim() != 2:
+            raise InputError(f"{op}: a has shape {shape(a_g)}: expected (rank, {x.shape[-1]})")
+        check_parameter(op, "a", a_g, (a_g.shape[0], x.shape[-1]), x)
+        check_parameter(op, "b", b_g, (weight.shape[0], a_g.shape[0]), x)
+    if not 0 <= dropout < 1:
+        raise InputError(f"{op}: dropout is {dropout}: expected a number in [0, 1)")
+    if dropout and x.numel() >= philox.MAX_ELEMENTS:
+        raise InputError(f"{op}: x has {x.numel()} elements: expected fewer than 2^32 with dropout")
+    if seed is not None:
+        if seed.dtype != torch.int64 or tuple(seed.shape) != (1,):
+            raise InputError(f"{op}: seed is {seed.dtype} of shape {shape(seed)}: expected int64 of shape (1,)")
+        check_device(op, "seed", seed, x)
+
+
+@register("lora_linear", "reference")
+def reference(x, weights, biases, a, b, scales, dropout, seed) -> tuple[list[Tensor], Tensor]:
+    rows = x.reshape(-1, x.shape[-1])
+    s = philox.dropout(rows, dropout, seed) @ torch.cat(a).to(x.dtype).T
+    ys = []
+    for weight, bias, b_g, scale, s_g in zip(weights, biases, b, scales, _split(s, a), strict=True):
+        y = F.linear(rows, weight, bias) + scale * (s_g @ b_g.to(x.dtype).T)
+        ys.append(y.view(*x.shape[:-1], weight.shape[0]))
+    return ys, s
+
+
+@register("lora_linear_backward", "reference")
+def reference_backward(dys, x, s, weights, a, b, scales, dropout, seed, need_dx, need_dbias):
+    rows = x.reshape(-1, x.shape[-1])
+    dys = [dy.reshape(-1, dy.shape[-1]) for dy in dys]
+    ds = [scale * (dy @ b_g.to(x.dtype)) for dy, b_g, scale in zip(dys, b, scales, strict=True)]
+    db = [
+        (scale * (dy.T @ s_g)).to(b_g.dtype) for dy, s_g, b_g, scale in zip(dys, _split(s, a), b, scales, strict=True)
+    ]
+    dropped = philox.dropout(rows, dropout, seed)
+    da = [(ds_g.T @ dropped).to(a_g.dtype) for ds_g, a_g in zip(ds, a, strict=True)]
+    dx = empty(x)
+    if need_dx:
+        through_adapters = torch.cat(ds, 1) @ torch.cat(a).to(x.dtype)
+        dx = philox.dropout(through_adapters, dropout, seed)
+        for dy, weight in zip(dys, weights, strict=True):
+            dx = dx + dy @ weight
+        dx = dx.view(x.shape)
+    dbias = [
+        dy.sum(0, dtype=accumulate_dtype(dy.dtype)) if need else empty(dy)
+        for dy, need in zip(dys, need_dbias, strict=True)
+    ]
+    return dx, da, db, dbias
+
+
+def _split(s: Tensor, a: list[Tensor]) -> tuple[Tensor, ...]:
+    return s.split([a_g.shape[0] for a_g in a], 1)
+
+
+def _forward(x, weights, biases, a, b, scales, dropout, seed, backend):
+    kernel = dispatch("lora_linear", x.device, backend)
+    weights = [weight.to(x.dtype) for weight in weights]
+    biases = [None if present(bias) is None else bias.to(x.dtype) for bias in biases]
+    ys, s = kernel(x, weights, biases, a, b, scales, dropout, seed)
+    return list(ys), s
+
+
+def _forward_fake(x, weights, biases, a, b, scales, dropout, seed, backend):
+    ys = [x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights]
+    return ys, x.new_empty(_tokens(x), sum(a_g.shape[0] for a_g in a))
+
+
+def _tokens(x: Tensor) -> int:
+    tokens = 1
+    for size in x.shape[:-1]:
+        tokens = tokens * size
+    return tokens
+
+
+def _backward(dys, x, s, weights, a, b, scales, dropout, seed, need_dx, need_dbias, backend):
+    kernel = dispatch("lora_linear_backward", x.device, backend)
+    weights = [weight.to(x.dtype) for weight in weights]
+    dx, da, db, dbias = kernel(dys, x, s, weights, a, b, scales, dropout, seed, need_dx, need_dbias)
+    return dx, list(da), list(db), [grad.to(accumulate_dtype(x.dtype)) for grad in dbias]
+
+
+def _backward_fake(dys, x, s, weights, a, b, scales, dropout, seed, need_dx, need_dbias, backend):
+    sums = accumulate_dtype(x.dtype)
+    dx = x.new_empty(x.shape) if need_dx else empty(x)
+    da = [a_g.new_empty(a_g.shape) for a_g in a]
+    db = [b_g.new_empty(b_g.shape) for b_g in b]
+    dbias = [
+        x.new_empty(weight.shape[0] if need else 0, dtype=sums)
+        for weight, need in zip(weights, need_dbias, strict=True)
+    ]
+    return dx, da, db, dbias
+
+
+def _save(ctx, inputs, output) -> None:
+    x, weights, biases, a, b, ctx.scales, ctx.dropout, seed, ctx.backend = inputs
+    ctx.groups = len(weights)
+    ctx.bias_dtypes = [bias.dtype for bias in biases]
+    ctx.save_for_backward(x, output[1], seed, *weights, *a, *b)
+    ctx.set_materialize_grads(False)  # no zeros for s, whose gradient nobody has
+
+
+def _gradients(ctx, needs, dys: list[Tensor], _):
+    x, s, seed, *parameters = ctx.saved_tensors
+    n = ctx.groups
+    weights, a, b = parameters[:n], parameters[n : 2 * n], parameters[2 * n :]
+    need_dx, _, need_dbias, need_da, need_db, *_ = needs
+    dys = [
+        x.new_zeros(*x.shape[:-1], weight.shape[0]) if dy is None else dy
+        for dy, weight in zip(dys, weights, strict=True)
+    ]
+    dx, da, db, dbias = torch.ops.petl.lora_linear_backward(
+        dys, x, s, weights, a, b, ctx.scales, ctx.dropout, seed, need_dx, need_dbias, ctx.backend
+    )
+    dbias = [grad.to(dtype) for grad, dtype in zip(dbias, ctx.bias_dtypes, strict=True)]
+    wanted = [_only(need_dbias, dbias), _only(need_da, da), _only(need_db, db)]
+    return dx if need_dx else None, [None] * n, *wanted, None, None, None, None
+
+
+def _only(needs: list[bool], grads: list[Tensor]) -> list[Tensor | None]:
+    return [grad if need else None for need, grad in zip(needs, grads, strict=True)]
+
+
+define(
+    "lora_linear",
+    "(Tensor x, Tensor[] weights, Tensor[] biases, Tensor[] a, Tensor[] b, float[] scales, float dropout,"
+    " Tensor? seed, str backend) -> (Tensor[], Tensor)",
+    _forward,
+    _forward_fake,
+    autocast=(0,),
+)
+define(
+    "lora_linear_backward",
+    "(Tensor[] dys, Tensor x, Tensor s, Tensor[] weights, Tensor[] a, Tensor[] b, float[] scales, float dropout,"
+    " Tensor? seed, bool need_dx, bool[] need_dbias, str backend) -> (Tensor, Tensor[], Tensor[], Tensor[])",
+    _backward,
+    _backward_fake,
+)
+differentiate("lora_linear", _save, _gradients)

@@ -1,0 +1,118 @@
+"""Checkpoints: what training changed, the optimiser, the generators and where the data stood.
+
+checkpoints/step-N/ holds trained.safetensors (the trained tensors only: a frozen base is not copied),
+optimizer.safetensors, random.safetensors and progress.json; no file that could run code when it is read. `latest` and
+`best` are links to such folders. Learning rates and the order of the data follow from the step, the epoch and the
+configuration.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from petl_kernels.errors import InputError
+from petl_kernels.interop.files import atomic_dir
+
+
+def trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+class Checkpoints:
+    """The checkpoints/ folder of a run; keeps what `latest` and `best` point at."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any], best: bool) -> Path:
+        """Write step-N whole, then move the links: an interruption at any moment leaves the older one usable."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"step-{progress['step']}"
+        with atomic_dir(path) as temporary:
+            save_file(
+                {k: t.contiguous().cpu() for k, t in trained_tensors(model).items()}, temporary / "trained.safetensors"
+            )
+            save_file(_optimizer_tensors(optimizer), temporary / "optimizer.safetensors")
+            save_file(_generators(), temporary / "random.safetensors")
+            (temporary / "progress.json").write_text(json.dumps(progress, indent=1) + "\n", encoding="utf-8")
+        if best:
+            self._link("best", path.name)
+        self._link("latest", path.name)
+        self._prune()
+        return path
+
+    def path(self, which: str) -> Path | None:
+        """The folder that ``latest`` or ``best`` means, or None."""
+        path = self.folder / which
+        return path.resolve() if path.exists() else None
+
+    def load_trained(self, path: Path, model: nn.Module) -> None:
+        """Put the tensors of a checkpoint into ``model``; refused unless names and shapes are the same."""
+        ours = trained_tensors(model)
+        try:
+            saved = load_file(path / "trained.safetensors")
+        except Exception as error:
+            raise InputError(f"checkpoint {path}: unreadable: {error}") from None
+        wrong = sorted(set(ours) ^ set(saved)) or [k for k in ours if ours[k].shape != saved[k].shape]
+        if wrong:
+            raise InputError(f"checkpoint {path}: {wrong[0]} does not fit the model; it is of another run")
+        with torch.no_grad():
+            for name, tensor in ours.items():
+                tensor.copy_(saved[name])
+
+    def load(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """Restore everything; returns the progress that was saved."""
+        self.load_trained(path, model)
+        _load_optimizer(optimizer, load_file(path / "optimizer.safetensors"))
+        _set_generators(load_file(path / "random.safetensors"))
+        return json.loads((path / "progress.json").read_text(encoding="utf-8"))
+
+    def _link(self, name: str, target: str) -> None:
+        temporary = self.folder / f".{name}.{os.getpid()}.tmp"
+        temporary.unlink(missing_ok=True)
+        os.symlink(target, temporary)
+        os.replace(temporary, self.folder / name)
+
+    def _prune(self) -> None:
+        kept = {os.readlink(self.folder / name) for name in ("latest", "best") if (self.folder / name).is_symlink()}
+        for path in [*self.folder.glob("step-*"), *self.folder.glob(".step-*.tmp")]:  # .tmp: of a killed run
+            if path.name not in kept:
+                shutil.rmtree(path)
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Adam's moments and step counts, as "<index of the parameter>.<name>"."""
+    states = optimizer.state_dict()["state"]
+    return {f"{i}.{name}": t.contiguous().cpu() for i, state in states.items() for name, t in state.items()}
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    states: dict[int, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        index, name = key.split(".")
+        states.setdefault(int(index), {})[name] = tensor
+    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _generators() -> dict[str, torch.Tensor]:
+    """PyTorch's generators, the only ones that training draws from in order."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states |= {f"cuda{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    return states
+
+
+def _set_generators(states: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(states.pop("cpu"))
+    for name, state in states.items():
+        index = int(name.removeprefix("cuda"))
+        if index < torch.cuda.device_count():
+            torch.cuda.set_rng_state(state, index)

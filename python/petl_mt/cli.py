@@ -1,0 +1,333 @@
+"""The program `petl-mt`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from petl_kernels.errors import InputError
+
+TRAIN_EXAMPLE = """examples:
+  petl-mt train --model facebook/nllb-200-distilled-600M --train train.en train.sw --valid dev.en dev.sw \\
+      --src-lang en --tgt-lang sw --method adapter --params 10% --out runs/en-sw
+  petl-mt train --model new --pair en-de a.en a.de --pair de-en a.de a.en --valid-pair en-de d.en d.de \\
+      --vocab-size 4000 --d-model 256 --layers 3 --steps 5000 --out runs/parent
+"""
+
+
+# Commands that stand beside their work: module (its add_parser adds the command) and what the overview says.
+ELSEWHERE = {
+    "demo": ("petl_mt.demo.demo", "the main job on text the package makes itself, no download"),
+    "study": ("petl_mt.study", "several methods and budgets on one pair: a table and a plot"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, 2 for wrong input or a full disk, 130 when interrupted."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    command = argv[0] if argv else ""
+    try:
+        arguments = _parser(command).parse_args(_tie_negative_values(argv))
+        return arguments.run(arguments) or 0
+    except InputError as error:
+        message = str(error)
+    except BrokenPipeError:
+        return 141
+    except OSError as error:
+        message = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
+    except KeyboardInterrupt:
+        return 130
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        message = "out of device memory; expected a smaller --batch-tokens, or a --memory budget"
+    print(f"petl-mt {command}: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line for a wrong flag; argparse puts all the flags before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def _tie_negative_values(argv: list[str]) -> list[str]:
+    """``--params -3%`` as ``--params=-3%``: argparse would take the value for a flag, and say something else."""
+    tied: list[str] = []
+    for word in argv:
+        if re.match(r"-\d", word) and tied and re.fullmatch(r"--[a-z-]+", tied[-1]):
+            tied[-1] += f"={word}"
+        else:
+            tied.append(word)
+    return tied
+
+
+def _parser(command: str) -> argparse.ArgumentParser:
+    parser = _Parser(prog="petl-mt", description="Fine-tune translation models within a budget.")
+    parser.add_argument("--version", action="version", version=_version())
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_train(commands)
+    _add_translate(commands)
+    _add_score(commands)
+    _add_merge(commands)
+    for name, (module, text) in ELSEWHERE.items():
+        if name == command:
+            importlib.import_module(module).add_parser(commands)
+        else:
+            commands.add_parser(name, help=text)
+    _add_bench(commands)
+    doctor = commands.add_parser("doctor", help="versions, device, which backend serves each op, and does it agree")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _version() -> str:
+    from petl_kernels import __version__
+
+    return f"petl-mt {__version__}"
+
+
+def _add_train(commands) -> None:
+    parser = commands.add_parser(
+        "train",
+        help="adapt a model, or train a new one",
+        epilog=TRAIN_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=_train)
+    flag = _Flags(parser)
+    parser.add_argument("--config", metavar="FILE.yaml", help="options from a file; flags go on top")
+    flag("--model", metavar="DIR|ID|new", help="checkpoint folder, hub id, or new: train from scratch")
+    flag("--out", metavar="DIR", help="folder for the run")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
+
+    text = parser.add_argument_group("text")
+    flag("--train", nargs=2, metavar=("SRC", "TGT"), group=text)
+    flag("--valid", nargs=2, metavar=("SRC", "TGT"), group=text)
+    text.add_argument("--src-lang", metavar="CODE")
+    text.add_argument("--tgt-lang", metavar="CODE")
+    for name in ("--pair", "--valid-pair"):
+        text.add_argument(
+            name,
+            nargs=3,
+            action="append",
+            metavar=("SRC-TGT", "SRC", "TGT"),
+            help="languages such as en-de and two files; again for each further pair",
+        )
+    flag("--max-length", type=int, metavar="N", group=text, help="longer pairs (in tokens) are left out, and counted")
+    flag("--bleu-tokenize", metavar="NAME", group=text, help="sacreBLEU tokenizer; else by target language")
+
+    new = parser.add_argument_group("--model new")
+    flag("--vocab-size", type=int, metavar="N", group=new)
+    flag("--vocab-text", nargs="+", metavar="FILE", group=new, help="more text for the vocabulary only")
+    flag("--character-coverage", type=float, metavar="SHARE", group=new)
+    for name in ("--d-model", "--layers", "--ffn", "--heads"):
+        flag(name, type=int, metavar="N", group=new)
+
+    method = parser.add_argument_group("method")
+    flag("--method", metavar="NAME", group=method, help="adapter, lora, prefix, bitfit, cross-attention, full, ...")
+    flag("--params", metavar="BUDGET", group=method, help="trained parameters: 10%% of the model's, or 2M")
+    method.add_argument("--method-arg", action="append", metavar="KEY=VALUE", help="a setting such as rank=16")
+
+    loop = parser.add_argument_group("training")
+    for name in (
+        "--steps",
+        "--batch-tokens",
+        "--accumulate",
+        "--warmup",
+        "--seed",
+        "--eval-every",
+        "--patience",
+        "--beam",
+    ):
+        flag(name, type=int, metavar="N", group=loop)
+    for name in ("--lr", "--label-smoothing", "--dropout", "--attention-dropout", "--clip", "--weight-decay"):
+        flag(name, type=float, metavar="X", group=loop)
+    flag("--schedule", metavar="inverse-sqrt|linear|polynomial", group=loop)
+    flag("--betas", nargs=2, type=float, metavar=("B1", "B2"), group=loop)
+    flag("--precision", metavar="fp32|bf16", group=loop)
+    flag("--memory", metavar="SIZE", group=loop, help="budget for a training step, such as 8GiB")
+    flag("--tensorboard", action="store_true", group=loop)
+
+
+class _Flags:
+    """Adds flags of TrainConfig. One that is not given is None, so that a value from a file stays."""
+
+    def __init__(self, parser: argparse.ArgumentParser) -> None:
+        from .config import TrainConfig
+
+        self.parser, self.defaults = parser, vars(TrainConfig())
+
+    def __call__(self, name: str, group=None, **options) -> None:
+        default = self.defaults[name[2:].replace("-", "_")]
+        if default not in (None, "", False, []):
+            shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+            options["help"] = f"{options.get('help', '')} (default: {shown})".strip()
+        (group or self.parser).add_argument(name, default=None, **options)
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--run", required=True, dest="run_folder", metavar="DIR", help="the --out of a training run")
+    parser.add_argument("--src-lang", metavar="CODE")
+    parser.add_argument("--tgt-lang", metavar="CODE")
+    parser.add_argument("--beam", type=int, metavar="N")
+    parser.add_argument("--max-length", type=int, metavar="N", help="longer sources are cut, and counted")
+    parser.add_argument("--batch-tokens", type=int, metavar="N")
+
+
+def _add_translate(commands) -> None:
+    parser = commands.add_parser("translate", help="lines from standard input to standard output")
+    parser.set_defaults(run=_translate)
+    _add_run(parser)
+
+
+def _add_score(commands) -> None:
+    parser = commands.add_parser("score", help="BLEU and chrF on a test text")
+    parser.set_defaults(run=_score)
+    _add_run(parser)
+    parser.add_argument("--test", nargs=2, required=True, metavar=("SRC", "TGT"))
+    parser.add_argument("--hypotheses", metavar="FILE", help="write the translations there")
+    parser.add_argument("--bleu-tokenize", metavar="NAME")
+
+
+def _add_merge(commands) -> None:
+    parser = commands.add_parser("merge", help="a folder that transformers loads, the adapter inside the weights")
+    parser.set_defaults(run=_merge)
+    parser.add_argument("--run", required=True, dest="run_folder", metavar="DIR", help="the --out of a training run")
+    parser.add_argument("--out", required=True, metavar="DIR")
+
+
+def _add_bench(commands) -> None:
+    parser = commands.add_parser("bench", help="benchmarks")
+    parser.set_defaults(run=_bench)
+    parser.add_argument("what", nargs="?", default="ops", metavar="ops|layers|step")
+    parser.add_argument("--peers", action="store_true", help="peers side by side")
+    parser.add_argument("--device", metavar="cpu|cuda")
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    config = train_config(arguments)
+    from .train import train
+
+    train(config, resume=arguments.resume)
+    return 0
+
+
+def train_config(arguments: argparse.Namespace):
+    """The configuration: of the run when resuming, else of --config, and flags on top of either."""
+    from .config import TrainConfig, load_yaml
+    from .runs import RunFolder
+
+    values, where = {}, "flags"
+    if arguments.config:
+        values, where = load_yaml(arguments.config), arguments.config
+    elif arguments.resume and arguments.out and RunFolder(Path(arguments.out)).config.exists():
+        path = RunFolder(Path(arguments.out)).config
+        values, where = load_yaml(path), str(path)
+    values = {key.replace("-", "_") if isinstance(key, str) else key: value for key, value in values.items()}
+    own = ("run", "command", "config", "resume", "pair", "valid_pair", "method_arg")
+    values.update({k: v for k, v in vars(arguments).items() if k not in own and v is not None})
+    if arguments.pair and arguments.train:
+        raise InputError("--train and --pair: expected one of the two")
+    for name, pairs in (("train", arguments.pair), ("valid", arguments.valid_pair)):
+        if pairs:
+            values[name] = [_pair(*pair) for pair in pairs]
+    if arguments.method_arg:
+        values["method_args"] = dict(_setting(text) for text in arguments.method_arg)
+    return TrainConfig.from_dict(values, where)
+
+
+def _translate(arguments: argparse.Namespace) -> int:
+    from .data import decode_lines
+    from .runs import Translator
+
+    translator = Translator(arguments.run_folder, **_search(arguments))
+    lines = decode_lines(sys.stdin.buffer.read(), "standard input")
+    for text in translator.stream(lines):
+        sys.stdout.buffer.write(text.encode("utf-8") + b"\n")
+        sys.stdout.buffer.flush()
+    _report_cut(translator)
+    return 0
+
+
+def _score(arguments: argparse.Namespace) -> int:
+    from petl_kernels.interop.files import atomic_write
+
+    from .config import Pair
+    from .data import read_pair
+    from .evaluate import bleu_metric, score_lines
+    from .runs import Translator
+
+    source, target = read_pair(Pair("", "", *arguments.test))
+    if arguments.bleu_tokenize:
+        bleu_metric("", arguments.bleu_tokenize)
+    translator = Translator(arguments.run_folder, **_search(arguments))
+    hypotheses = list(translator.stream(source))
+    if arguments.hypotheses:
+        with atomic_write(arguments.hypotheses) as file:
+            file.write("".join(line + "\n" for line in hypotheses))
+    tokenize = arguments.bleu_tokenize or translator.config.bleu_tokenize
+    for line in score_lines(hypotheses, target, translator.tgt_lang, tokenize).lines():
+        print(line)
+    _report_cut(translator)
+    return 0
+
+
+def _search(arguments: argparse.Namespace) -> dict:
+    names = ("src_lang", "tgt_lang", "beam", "max_length", "batch_tokens")
+    return {name: getattr(arguments, name) for name in names}
+
+
+def _report_cut(translator) -> None:
+    if translator.cut:
+        print(f"{translator.cut} sources were longer than {translator.max_length} tokens and were cut", file=sys.stderr)
+
+
+def _merge(arguments: argparse.Namespace) -> int:
+    import petl_kernels as pk
+
+    from .runs import hush, load_run
+
+    with hush():
+        model, tokenizer, _ = load_run(arguments.run_folder)
+        pk.save_merged(model, tokenizer, arguments.out)
+    print(f"written: {arguments.out}", file=sys.stderr)
+    return 0
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from .bench import run
+
+    return run(arguments.what, arguments.device, arguments.peers)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from .doctor import doctor
+
+    return doctor()
+
+
+def _pair(languages: str, source: str, target: str) -> dict[str, str]:
+    codes = languages.split("-")
+    if len(codes) != 2 or not all(codes):
+        raise InputError(f"pair {languages!r}: expected two language codes such as en-de")
+    return {"src_lang": codes[0], "tgt_lang": codes[1], "source": source, "target": target}
+
+
+def _setting(text: str) -> tuple[str, object]:
+    import yaml
+
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise InputError(f"method-arg {text!r}: expected KEY=VALUE")
+    return key.replace("-", "_"), yaml.safe_load(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

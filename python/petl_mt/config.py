@@ -1,0 +1,272 @@
+"""What a training run is told: one dataclass, read from flags, from YAML, or made in Python."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from petl_kernels.errors import InputError
+
+SCHEDULES = ("inverse-sqrt", "linear", "polynomial")
+PRECISIONS = ("fp32", "bf16")
+
+# Peak learning rates for a model of width 1,024, where full fine-tuning wants 3e-5 (fairseq's mBART recipe). What
+# starts at zero beside a frozen base wants 10 to 30 times that, single vectors and prefixes more still. Adam's best
+# rate falls with the width, so `default_lr` multiplies by 1024 / d_model.
+LEARNING_RATES = {
+    "full": 3e-5,
+    "cross-attention": 1e-4,
+    "adapter": 5e-4,
+    "adapter-sublayer": 5e-4,
+    "pfeiffer": 5e-4,
+    "parallel": 5e-4,
+    "lora": 5e-4,
+    "bitfit": 1e-3,
+    "bitfit-biases": 1e-3,
+    "ln": 1e-3,
+    "prefix": 1e-3,
+    "ia3": 3e-3,
+}
+NEW_MODEL_LEARNING_RATE = 5e-4  # at width 512, the transformer's usual rate with inverse-sqrt decay
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two files aligned line by line, and their languages."""
+
+    src_lang: str
+    tgt_lang: str
+    source: str
+    target: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.src_lang}-{self.tgt_lang}"
+
+
+@dataclass
+class TrainConfig:
+    """Everything that decides a run. ``None`` means: the default of the method or model, see ``resolve``."""
+
+    model: str = ""  # folder, hub id, or "new"
+    out: str = ""
+    train: list[Pair] = field(default_factory=list)
+    valid: list[Pair] = field(default_factory=list)
+
+    # --model new
+    vocab_size: int = 8000
+    vocab_text: list[str] = field(default_factory=list)  # further text for the vocabulary only
+    character_coverage: float = 0.9999
+    d_model: int = 512
+    layers: int = 6  # encoder layers, and as many decoder layers
+    ffn: int | None = None  # 4 * d_model
+    heads: int | None = None  # d_model / 64
+
+    method: str | None = None  # "full" for a new model, "adapter" for any other
+    params: str | int | float | None = None  # "10%", "2M", 0.1
+    method_args: dict[str, Any] = field(default_factory=dict)
+
+    steps: int = 10_000
+    batch_tokens: int = 4096  # padded tokens of the longer side, in one batch
+    accumulate: int = 1  # batches to one update
+    max_length: int = 256  # tokens; longer pairs are left out, and counted
+    memory: str | None = None
+
+    lr: float | None = None
+    schedule: str | None = None  # inverse-sqrt for a new model, linear for any other
+    warmup: int | None = None  # steps / 10, at most 4,000
+    label_smoothing: float = 0.1
+    dropout: float | None = None  # the model's own; 0.1 for a new one
+    attention_dropout: float | None = None
+    clip: float = 1.0  # 0 switches it off
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.98)
+    precision: str = "fp32"
+    seed: int = 1
+
+    eval_every: int | None = None  # steps / 10
+    patience: int | None = None  # evaluations without a better validation loss before stopping
+    beam: int = 5
+    bleu_tokenize: str | None = None  # sacreBLEU's tokenizer; None chooses by target language
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        self.train = [_pair(item, self, "train") for item in self.train]
+        self.valid = [_pair(item, self, "valid") for item in self.valid]
+        self.betas = tuple(self.betas)
+
+    @property
+    def is_new(self) -> bool:
+        return self.model == "new"
+
+    def check(self) -> None:
+        """Refuse what can be refused without reading a file."""
+        _need(bool(self.model), "model: not given; expected a folder, a hub id, or new")
+        _need(bool(self.out), "out: not given; expected a folder to write the run to")
+        _need(bool(self.train), "train: not given; expected a source file and a target file")
+        if not self.is_new:
+            pairs = {(p.src_lang, p.tgt_lang) for p in self.train}
+            _need(len(pairs) == 1, f"train: {len(pairs)} language pairs; several at once need --model new")
+        _need(
+            not (self.is_new and self.method not in (None, "full")),
+            f"method {self.method!r}: a new model is trained in full, leave --method out",
+        )
+        for name in ("steps", "batch_tokens", "accumulate", "max_length", "beam", "d_model", "layers", "vocab_size"):
+            _need(getattr(self, name) >= 1, f"{name} {getattr(self, name)}: expected at least 1")
+        for name in ("ffn", "heads", "eval_every", "patience"):
+            value = getattr(self, name)
+            _need(value is None or value >= 1, f"{name} {value}: expected at least 1")
+        for name in ("label_smoothing", "dropout", "attention_dropout"):
+            value = getattr(self, name)
+            _need(value is None or 0 <= value < 1, f"{name} {value}: expected at least 0 and below 1")
+        _need(self.patience is None or bool(self.valid), "patience: needs validation text (--valid)")
+        _need(self.lr is None or (self.lr > 0 and math.isfinite(self.lr)), f"lr {self.lr}: expected above 0")
+        _need(self.clip >= 0, f"clip {self.clip}: expected 0 (off) or above")
+        _need(self.weight_decay >= 0, f"weight_decay {self.weight_decay}: expected 0 or above")
+        _need(self.warmup is None or self.warmup >= 0, f"warmup {self.warmup}: expected 0 or above")
+        _need(
+            len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
+            f"betas {self.betas}: expected two numbers, each at least 0 and below 1",
+        )
+        _choice("schedule", self.schedule, (None, *SCHEDULES))
+        _choice("precision", self.precision, PRECISIONS)
+        _need(
+            self.batch_tokens >= self.max_length,
+            f"batch_tokens {self.batch_tokens}: expected at least max_length ({self.max_length}), "
+            "or the longest sentences fit in no batch",
+        )
+        if self.params is not None:
+            from petl_kernels.methods import parse_budget
+
+            parse_budget(self.params)
+        if self.memory is not None:
+            from petl_kernels.memory.size import parse_size
+
+            parse_size(self.memory)
+
+    def resolve(self, d_model: int) -> TrainConfig:
+        """The same configuration with every default of the method and of the model's width filled in."""
+        new = dataclasses.replace(self)
+        new.method = self.method or ("full" if self.is_new else "adapter")
+        new.lr = self.lr if self.lr is not None else default_lr(new.method, d_model, self.is_new)
+        new.schedule = self.schedule or ("inverse-sqrt" if self.is_new else "linear")
+        new.warmup = self.warmup if self.warmup is not None else min(4000, self.steps // 10)
+        new.eval_every = self.eval_every or max(1, self.steps // 10)
+        return new
+
+    def to_dict(self) -> dict[str, Any]:
+        values = dataclasses.asdict(self)
+        values["betas"] = list(self.betas)
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str = "config") -> TrainConfig:
+        """A configuration from a mapping; keys that are not fields are refused, with the nearest names."""
+        return cls(**check_keys(values, where))
+
+
+def default_lr(method: str, d_model: int, is_new: bool) -> float:
+    if is_new:
+        return float(f"{NEW_MODEL_LEARNING_RATE * (512 / d_model) ** 0.5:.3g}")
+    return float(f"{LEARNING_RATES.get(method, 5e-4) * 1024 / d_model:.3g}")
+
+
+_EXTRA_KEYS = ("src_lang", "tgt_lang")
+
+
+def check_keys(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """``values`` as keyword arguments of ``TrainConfig``: names and types checked, pairs made from short forms."""
+    if not isinstance(values, Mapping):
+        raise InputError(f"{where}: expected a mapping of option names to values, found {type(values).__name__}")
+    fields = {f.name: f for f in dataclasses.fields(TrainConfig)}
+    result = {}
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name in _EXTRA_KEYS:
+            continue
+        if name not in fields:
+            near = difflib.get_close_matches(name, [*fields, *_EXTRA_KEYS], n=3, cutoff=0.5)
+            hint = f"; did you mean {' or '.join(near)}?" if near else f"; known: {', '.join(fields)}"
+            raise InputError(f"{where}: unknown option {key!r}{hint}")
+        result[name] = _typed(name, str(fields[name].type), value, where)
+    languages = [values.get(key, values.get(key.replace("_", "-"))) for key in _EXTRA_KEYS]
+    for name in ("train", "valid"):
+        if name in result:
+            result[name] = _pairs(result[name], languages, name, where)
+    return result
+
+
+def load_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file."""
+    try:
+        with open(path, encoding="utf-8") as stream:
+            values = yaml.safe_load(stream)
+    except OSError as error:
+        raise InputError(f"config {path}: {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"config {path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"config {path}: expected a mapping of option names to values")
+    return values
+
+
+def _need(condition: bool, message: str) -> None:
+    if not condition:
+        raise InputError(message)
+
+
+def _choice(name: str, value: Any, choices: tuple) -> None:
+    shown = ", ".join(str(c) for c in choices if c is not None)
+    _need(value in choices, f"{name} {value!r}: expected one of {shown}")
+
+
+def _typed(name: str, annotation: str, value: Any, where: str) -> Any:
+    """``value`` as the field's type: YAML has 3e-4 as a string, and 1 for 1.0."""
+    if value is None and "None" in annotation:
+        return None
+    kinds = {"int": int, "float": float, "str": str, "bool": bool}
+    for part in (p.strip() for p in annotation.split("|")):
+        kind = kinds.get(part)
+        if kind is None or (isinstance(value, bool) and kind is not bool):
+            continue
+        if isinstance(value, kind):
+            return value
+        if kind is float and isinstance(value, (int, str)):
+            try:
+                return float(value)
+            except ValueError:
+                continue
+        if kind is int and isinstance(value, float) and value == int(value):
+            return int(value)
+    if annotation.startswith(("list", "dict", "tuple")):
+        wanted = {"l": list, "d": dict, "t": (list, tuple)}[annotation[0]]
+        if isinstance(value, wanted):
+            return value
+    raise InputError(f"{where}: {name} {value!r}: expected {annotation.replace(' | None', '')}")
+
+
+def _pairs(items: list, languages: list[str | None], name: str, where: str) -> list[Pair]:
+    """``[SRC, TGT]`` with the languages beside it, or a list of mappings or pairs."""
+    if len(items) == 2 and all(isinstance(item, str) for item in items):
+        if None in languages:
+            raise InputError(f"{where}: {name} is given as two files; src_lang and tgt_lang are needed with it")
+        return [Pair(str(languages[0]), str(languages[1]), *items)]
+    keys = {f.name for f in dataclasses.fields(Pair)}
+    for item in items:
+        if not isinstance(item, Pair) and not (isinstance(item, Mapping) and set(item) == keys):
+            raise InputError(
+                f"{where}: {name}: expected two files, or a list of mappings with src_lang, tgt_lang, "
+                f"source and target; found {item!r}"
+            )
+    return [item if isinstance(item, Pair) else Pair(**{k: str(v) for k, v in item.items()}) for item in items]
+
+
+def _pair(item: Any, config: TrainConfig, name: str) -> Pair:
+    return item if isinstance(item, Pair) else Pair(**item)

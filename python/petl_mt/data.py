@@ -1,0 +1,242 @@
+"""Parallel text: reading, checking, tokenising once, and batches by a token budget."""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from petl_kernels.errors import InputError
+
+from .config import Pair
+
+IGNORE = -100  # label of a padded position
+ENCODE_AT_ONCE = 50_000  # lines; their ids are Python lists for a moment
+
+
+def read_lines(path: str | Path) -> list[str]:
+    """The lines of a UTF-8 text file, plain or gzip (by its first bytes), without their ends.
+
+    A line ends at "\\n" only: other separators of Unicode stand inside sentences.
+    """
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+        if data[:2] == b"\x1f\x8b":
+            data = gzip.decompress(data)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise InputError(f"{path}: damaged gzip file: {error}") from None
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}; expected a text file") from None
+    if not data.strip():
+        raise InputError(f"{path}: empty; expected one sentence a line")
+    return decode_lines(data, str(path))
+
+
+def decode_lines(data: bytes, name: str) -> list[str]:
+    """The lines of UTF-8 text; ``name`` is what an error calls it."""
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{name}: line {line} is not UTF-8 (byte 0x{data[error.start]:02x})") from None
+    lines = text.removeprefix("\ufeff").split("\n")
+    if lines[-1] == "":
+        lines.pop()
+    return [line.rstrip("\r") for line in lines]
+
+
+def read_pair(pair: Pair) -> tuple[list[str], list[str]]:
+    """Both sides of a pair; refused unless they have the same number of lines."""
+    source, target = read_lines(pair.source), read_lines(pair.target)
+    if len(source) != len(target):
+        raise InputError(
+            f"{pair.source} has {len(source)} lines and {pair.target} has {len(target)}: "
+            "expected files aligned line by line"
+        )
+    return source, target
+
+
+@dataclass
+class Counts:
+    """What became of the lines of one pair."""
+
+    name: str
+    lines: int
+    empty: int  # one side or both without text
+    too_long: int  # one side or both over max_length tokens
+    tokens: int = 0  # target tokens that are trained on or scored
+
+    @property
+    def kept(self) -> int:
+        return self.lines - self.empty - self.too_long
+
+    def line(self) -> str:
+        return (
+            f"{self.name}: {self.kept:,} of {self.lines:,} pairs, {self.tokens:,} target tokens; "
+            f"left out {self.empty:,} empty, {self.too_long:,} over-long"
+        )
+
+
+class Ragged:
+    """A list of integer sequences in one flat array."""
+
+    def __init__(self, rows: Iterable[Sequence[int]] = ()) -> None:
+        self._flat, self._lengths = array("i"), array("q")
+        for row in rows:
+            self.append(row)
+
+    def append(self, row: Sequence[int]) -> None:
+        self._flat.extend(row)
+        self._lengths.append(len(row))
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        return np.frombuffer(self._lengths, dtype=np.int64) if self._lengths else np.zeros(0, dtype=np.int64)
+
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        return np.concatenate(([0], np.cumsum(self.lengths)))
+
+    @cached_property
+    def _ids(self) -> np.ndarray:
+        return np.frombuffer(self._flat, dtype=np.int32)
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self._ids[self._starts[index] : self._starts[index + 1]]
+
+    def padded(self, indices: np.ndarray, pad: int, width: int) -> Tensor:
+        """Rows ``indices`` as int64 (rows, width), filled up with ``pad``."""
+        result = np.full((len(indices), width), pad, dtype=np.int64)
+        for row, index in enumerate(indices):
+            result[row, : self.lengths[index]] = self[index]
+        return torch.from_numpy(result)
+
+
+@dataclass
+class Batch:
+    """source, labels: int64 (sentences, length); padding is the model's pad in source, ``IGNORE`` in labels."""
+
+    source: Tensor
+    labels: Tensor
+    indices: np.ndarray
+
+    @property
+    def target_tokens(self) -> int:
+        return int((self.labels != IGNORE).sum())
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(self.source.to(device), self.labels.to(device), self.indices)
+
+
+class Corpus:
+    """Tokenised sentence pairs, of one language pair or several."""
+
+    def __init__(self, sources: Ragged, targets: Ragged, pad: int) -> None:
+        self.sources, self.targets, self.pad = sources, targets, pad
+        self.lengths = np.maximum(self.sources.lengths, self.targets.lengths)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def plan(self, batch_tokens: int, multiple: int = 1, rng: np.random.Generator | None = None) -> list[np.ndarray]:
+        """Batches of sentence indices: longest sentence, rounded up to ``multiple``, × sentences <= batch_tokens.
+
+        With ``rng`` sentences of one length mix anew and batches come in random order; without, by length.
+        """
+        order = np.arange(len(self)) if rng is None else rng.permutation(len(self))
+        order = order[np.lexsort((self.sources.lengths[order], self.lengths[order]))]
+        padded = -(-self.lengths[order] // multiple) * multiple
+        batches, first = [], 0
+        while first < len(order):
+            # Lengths rise, so the size of a batch that ends at i grows with i: the first i over budget ends it.
+            most = max(1, batch_tokens // int(padded[first]))
+            sizes = padded[first : first + most] * np.arange(1, min(most, len(order) - first) + 1)
+            count = max(1, int(np.searchsorted(sizes, batch_tokens, side="right")))
+            batches.append(order[first : first + count])
+            first += count
+        if rng is not None:
+            batches = [batches[i] for i in rng.permutation(len(batches))]
+        return batches
+
+    def collate(self, indices: np.ndarray, multiple: int = 1) -> Batch:
+        def width(side: Ragged) -> int:
+            return -(-int(side.lengths[indices].max()) // multiple) * multiple
+
+        source = self.sources.padded(indices, self.pad, width(self.sources))
+        labels = self.targets.padded(indices, IGNORE, width(self.targets))
+        return Batch(source, labels, indices)
+
+
+@dataclass
+class Position:
+    """The next batch to train on."""
+
+    epoch: int = 0
+    batch: int = 0
+
+
+class TrainBatches:
+    """The endless sequence of training batches, decided by (seed, epoch) alone: any position can be gone back to."""
+
+    def __init__(self, corpus: Corpus, batch_tokens: int, seed: int, multiple: int = 1) -> None:
+        self.corpus, self.batch_tokens, self.seed, self.multiple = corpus, batch_tokens, seed, multiple
+        self._epoch, self._plan = -1, []
+
+    def plan(self, epoch: int) -> list[np.ndarray]:
+        if epoch != self._epoch:
+            rng = np.random.default_rng([self.seed, epoch])
+            self._plan = self.corpus.plan(self.batch_tokens, self.multiple, rng)
+            self._epoch = epoch
+        return self._plan
+
+    def take(self, position: Position) -> Batch:
+        """The batch at ``position``, which moves on by one."""
+        batch = self.corpus.collate(self.plan(position.epoch)[position.batch], self.multiple)
+        position.batch += 1
+        if position.batch == len(self._plan):
+            position.epoch, position.batch = position.epoch + 1, 0
+        return batch
+
+
+Text = tuple[Pair, list[str], list[str]]
+
+
+def encode_pairs(texts: list[Text], languages: dict, max_length: int, use: str = "") -> tuple[Corpus, list[Counts]]:
+    """One corpus of all pairs; empty and over-long pairs are left out and counted.
+
+    ``languages`` maps a pair's name to its ``petl_kernels.interop.languages.LanguagePair``; ``use`` ("train",
+    "valid") goes before the pair's name in the counts.
+    """
+    sources, targets, counts, pad = Ragged(), Ragged(), [], 0
+    for pair, source, target in texts:
+        language = languages[pair.name]
+        pad = language.pad_token_id
+        filled = [i for i in range(len(source)) if source[i].strip() and target[i].strip()]
+        count = Counts(f"{use} {pair.name}".strip(), len(source), len(source) - len(filled), 0)
+        for first in range(0, len(filled), ENCODE_AT_ONCE):
+            some = filled[first : first + ENCODE_AT_ONCE]
+            source_ids = language.encode_source([source[i] for i in some])
+            target_ids = language.encode_target([target[i] for i in some])
+            for s, t in zip(source_ids, target_ids, strict=True):
+                if len(s) > max_length or len(t) > max_length:
+                    count.too_long += 1
+                    continue
+                sources.append(s)
+                targets.append(t)
+                count.tokens += len(t)
+        counts.append(count)
+    if not len(sources):
+        raise InputError("no sentence pair is left: " + "; ".join(c.line() for c in counts))
+    return Corpus(sources, targets, pad), counts

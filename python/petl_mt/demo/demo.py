@@ -1,0 +1,197 @@
+"""`petl-mt demo`: a parent that never saw Finnish or Turkish is adapted to them, with each method, in minutes.
+
+Nothing is downloaded: the text is made (text.py), the parent ships with the package (parent.yaml says how it was made).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from petl_kernels.errors import InputError
+from petl_kernels.interop.hf import load_pretrained
+from petl_kernels.interop.languages import LanguagePair
+
+from ..config import Pair, TrainConfig
+from ..evaluate import Scores, score_lines, translate
+from ..runs import hush
+from ..study import PARENT, Row, StudyConfig, cells, run_study, table, title
+from ..train import train
+from .make_parent import parent_folder
+from .text import parallel_lines, write_pair
+
+PAIRS = ("en-fi", "en-tr")
+SHARE = 0.8  # of the minutes is planned with; the rest is for a machine that slows down
+
+
+@dataclass
+class Plan:
+    """What the demo does; the defaults fit five minutes on two cores."""
+
+    grids: dict[str, Sequence[str]] = field(default_factory=lambda: {
+        "en-fi": ("full", "adapter=10%,1%", "adapter-sublayer=10%", "parallel=10%", "lora=10%,1%", "cross-attention",
+                  "prefix=1%", "bitfit"),
+        "en-tr": ("full", "adapter=10%", "lora=1%"),
+    })  # fmt: skip
+    # Higher than the trainer's defaults: a hundred steps must carry the parent into a language it has never written.
+    lr: dict[str, float] = field(
+        default_factory=lambda: {
+            "full": 1e-3,
+            "cross-attention": 2e-3,
+            "adapter": 4e-3,
+            "adapter-sublayer": 4e-3,
+            "parallel": 4e-3,
+            "lora": 4e-3,
+            "prefix": 1e-2,
+            "bitfit": 1e-2,
+        }
+    )
+    steps: int = 100
+    train: int = 3000
+    test: int = 100
+    own: int = 50  # lines of the parent's own pair
+    batch_tokens: int = 2048
+    beam: int = 4
+    seed: int = 1
+    examples: int = 3
+
+    @property
+    def rows(self) -> int:
+        """Runs in all, the parent's included."""
+        return sum(1 + sum(item.count(",") + 1 for item in grid) for grid in self.grids.values())
+
+
+def run_demo(out: str | Path, pairs: Sequence[str] = PAIRS, minutes: float = 5.0, plan: Plan | None = None,
+             model: str | Path | None = None) -> dict[str, list[Row]]:  # fmt: skip
+    """Run the demo into the folder ``out``; returns the rows of each pair. Finished rows there are not run again."""
+    from rich.console import Console
+
+    began = time.perf_counter()
+    plan = plan or Plan()
+    plan.grids = {pair: plan.grids[pair] for pair in pairs}
+    model, out = str(model or parent_folder()), Path(out)
+    console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
+    studies = {pair: _study(plan, pair, model, out) for pair in pairs}
+    text = studies[pairs[0]].base
+    console.print(
+        f"text: {plan.train:,} training and {plan.test} test lines for each of {', '.join(pairs)}, from CLDR; "
+        f"for example\n  {_first_line(text.train[0].source)}\n  {_first_line(text.train[0].target)}"
+    )
+    with hush():
+        scores, seconds = _own_pair(plan, model)
+    console.print(f"parent: BLEU {scores.bleu:.1f} on its own pair en-de ({scores.sentences} lines it has not seen)")
+
+    steps = _steps_of(out) or _fitting_steps(plan, studies[pairs[0]].base, minutes * 60 * SHARE, began, seconds)
+    if steps < plan.steps:
+        console.print(
+            f"{steps} steps instead of {plan.steps}, to fit {minutes:g} minutes on this machine: expect lower "
+            "BLEU than in the documentation"
+        )
+    results = {}
+    for pair, study in studies.items():
+        study.base.steps, study.base.eval_every = steps, steps
+        results[pair] = run_study(study, quiet=True, on_row=lambda row, pair=pair: _say(console, pair, row))
+    for pair, study in studies.items():
+        console.print()
+        console.print(table(results[pair], title(study)))
+        _print_examples(console, study, results[pair], plan.examples)
+    console.print(f"\nwritten: {', '.join(str(out / pair / 'study.{md,json,png}') for pair in pairs)}")
+    console.print(f"{time.perf_counter() - began:.0f} seconds")
+    return results
+
+
+def _study(plan: Plan, pair: str, model: str, out: Path) -> StudyConfig:
+    files = write_pair(out / "text", pair, plan.train, 1, plan.test, plan.seed)
+    texts = {split: Pair(*pair.split("-"), *map(str, files[split])) for split in ("train", "test")}
+    base = TrainConfig(model=model, out=str(out / pair), train=[texts["train"]], steps=plan.steps, max_length=128,
+                       batch_tokens=plan.batch_tokens, beam=plan.beam, seed=plan.seed)  # fmt: skip
+    return StudyConfig(base, texts["test"], plan.grids[pair], plan.lr)
+
+
+def _own_pair(plan: Plan, model: str) -> tuple[Scores, float]:
+    """The parent on en-de, and the seconds that one line took."""
+    rows = parallel_lines(("en", "de"), "test", plan.own, plan.seed)
+    parent, tokenizer = load_pretrained(model)
+    began = time.perf_counter()
+    lines, _ = translate(parent, LanguagePair(parent, tokenizer, "en", "de"), [row[0] for row in rows], plan.beam)
+    seconds = (time.perf_counter() - began) / len(rows)
+    return score_lines(lines, [row[1] for row in rows], "de"), seconds
+
+
+def _fitting_steps(plan: Plan, base: TrainConfig, budget: float, began: float, line_seconds: float) -> int:
+    """The plan's steps, or fewer when a trial says that they would take longer than ``budget`` seconds in all."""
+    trial = 4
+    with tempfile.TemporaryDirectory() as folder:
+        tried = train(TrainConfig(model=base.model, out=f"{folder}/trial", train=base.train, method="full", steps=trial,
+                                  batch_tokens=base.batch_tokens, max_length=base.max_length), quiet=True)  # fmt: skip
+    left = budget - (time.perf_counter() - began) - plan.rows * (plan.test * line_seconds + 1)
+    fitting = int(left / max(1, plan.rows - len(plan.grids)) / tried.seconds_per_step)
+    return min(plan.steps, max(trial, fitting))
+
+
+def _steps_of(out: Path) -> int | None:
+    """The steps of the demo that ``out`` holds already: it goes on with them."""
+    for path in sorted(out.glob("*/study.json")):
+        return json.loads(path.read_text(encoding="utf-8"))["config"]["steps"]
+    return None
+
+
+def _first_line(path: str) -> str:
+    with open(path, encoding="utf-8") as file:
+        return file.readline().strip()
+
+
+def _say(console, pair: str, row: Row) -> None:
+    if row.status == "done":
+        took = f"{row.seconds:.0f} s" if row.seconds else ""
+        console.print(f"{pair}  {row.name:<24} {cells(row)[2]:>7} trained  BLEU {row.scores.bleu:5.1f}  {took}")
+    else:
+        console.print(f"{pair}  {row.name:<24} {row.status}: {row.note}")
+
+
+def _print_examples(console, study: StudyConfig, rows: Sequence[Row], count: int) -> None:
+    """The longest of the first test sentences, with what the parent, full fine-tuning and an adapter make of it."""
+    from rich.table import Table
+
+    named = {row.method: row for row in reversed(rows) if row.status == "done"}
+    shown = {"source": Path(study.test.source), "reference": Path(study.test.target)}
+    for method in (PARENT, "adapter", "lora", "full"):
+        if method in named:
+            row = named[method]
+            entry = next((e for e in study.entries() if (e.method, e.params) == (row.method, row.params)), None)
+            shown[row.name] = study.folder(entry) / "test.hyp"
+    lines = {name: path.read_text(encoding="utf-8").splitlines() for name, path in shown.items()}
+    grid = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for index in range(min(count, len(lines["source"]))):
+        for name in lines:
+            grid.add_row(name, shorten(lines[name][index]))
+        grid.add_row()
+    console.print(grid)
+
+
+def shorten(line: str, longest: int = 120) -> str:
+    return line if len(line) <= longest else line[: longest - 1] + "…"
+
+
+def add_parser(commands) -> None:
+    """``petl-mt demo``: adds the command to the subparsers of ``petl-mt``."""
+    parser = commands.add_parser("demo", help="the main job on text the package makes itself, no download")
+    parser.set_defaults(run=_main)
+    parser.add_argument("--out", metavar="DIR", default="runs/demo", help="default: runs/demo")
+    parser.add_argument("--pair", choices=(*PAIRS, "both"), default="both")
+    parser.add_argument(
+        "--minutes", type=float, default=5.0, help="on a slow machine fewer steps are made (default: 5)"
+    )
+
+
+def _main(arguments: argparse.Namespace) -> int:
+    if not arguments.minutes > 0:
+        raise InputError(f"minutes {arguments.minutes:g}: expected more than 0")
+    run_demo(arguments.out, PAIRS if arguments.pair == "both" else (arguments.pair,), arguments.minutes)
+    return 0

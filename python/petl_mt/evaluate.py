@@ -1,0 +1,127 @@
+"""Validation loss, beam search, BLEU and chrF."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+
+import torch
+from sacrebleu.metrics import BLEU, CHRF
+
+from petl_kernels.errors import InputError
+
+from .data import Corpus, Ragged
+from .loss import sequence_loss
+
+# sacreBLEU splits at spaces and punctuation; these languages write without spaces.
+_TOKENIZE = {"zh": "zh", "ja": "char", "th": "char", "km": "char", "lo": "char", "my": "char"}
+_THREE_LETTERS = {"zho": "zh", "cmn": "zh", "jpn": "ja", "tha": "th", "khm": "km", "lao": "lo", "mya": "my"}
+
+Autocast = Callable[[], AbstractContextManager]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Corpus BLEU and chrF2 with what sacreBLEU needs to make them again."""
+
+    bleu: float
+    bleu_signature: str
+    chrf: float
+    chrf_signature: str
+    sentences: int
+
+    def lines(self) -> list[str]:
+        return [f"BLEU {self.bleu:.2f} {self.bleu_signature}", f"chrF {self.chrf:.2f} {self.chrf_signature}"]
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def bleu_tokenizer(tgt_lang: str) -> str:
+    """The tokenizer that BLEU is computed with when none is named: 13a, except where words have no spaces."""
+    code = re.split(r"[-_]", re.sub(r"[^A-Za-z_-]", "", tgt_lang).strip("_").lower())[0]
+    return _TOKENIZE.get(_THREE_LETTERS.get(code, code), "13a")
+
+
+def bleu_metric(tgt_lang: str, tokenize: str | None = None) -> BLEU:
+    """sacreBLEU for a target language. InputError for a tokenizer that is unknown or cannot run here."""
+    try:
+        return BLEU(tokenize=tokenize or bleu_tokenizer(tgt_lang))
+    except Exception as error:  # a package or a download that is missing, by whatever exception
+        known = ", ".join(BLEU.TOKENIZERS)
+        reason = "" if tokenize not in BLEU.TOKENIZERS else f" ({' '.join(str(error).split())})"
+        raise InputError(f"bleu_tokenize {tokenize!r}{reason}: expected one of {known}") from None
+
+
+def score_lines(
+    hypotheses: Sequence[str], references: Sequence[str], tgt_lang: str, tokenize: str | None = None
+) -> Scores:
+    """BLEU and chrF2 of ``hypotheses`` against one reference each."""
+    bleu, chrf = bleu_metric(tgt_lang, tokenize), CHRF()
+    b, c = (metric.corpus_score(list(hypotheses), [list(references)]) for metric in (bleu, chrf))
+    signatures = str(bleu.get_signature()), str(chrf.get_signature())
+    return Scores(round(b.score, 4), signatures[0], round(c.score, 4), signatures[1], len(hypotheses))
+
+
+@torch.no_grad()
+def validation_loss(model, corpus: Corpus, batch_tokens: int, start: int, autocast: Autocast = nullcontext) -> float:
+    """Mean negative log-likelihood of a target token, in nats, without label smoothing."""
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for indices in corpus.plan(batch_tokens):
+        batch = corpus.collate(indices).to(device)
+        with autocast():
+            total += sequence_loss(model, batch, start, corpus.pad).double()
+    model.train(was_training)
+    return total.item() / int(corpus.targets.lengths.sum())
+
+
+@torch.no_grad()
+def translate(
+    model,
+    language,
+    texts: Sequence[str],
+    beam: int = 5,
+    max_length: int = 256,
+    batch_tokens: int = 4096,
+    autocast: Autocast = nullcontext,
+) -> tuple[list[str], int]:
+    """Translations by beam search, in the order of ``texts``, and how many sources were cut to ``max_length`` tokens.
+
+    A line without text gives an empty line. Searched in batches of like length.
+    """
+    device = next(model.parameters()).device
+    filled = [i for i, text in enumerate(texts) if text.strip()]
+    encoded = language.encode_source([texts[i] for i in filled])
+    cut = sum(len(ids) > max_length for ids in encoded)
+    # The end-of-sentence mark and a language tag behind it stay when a source is cut.
+    encoded = [ids if len(ids) <= max_length else ids[: max_length - 2] + ids[-2:] for ids in encoded]
+    results = [""] * len(texts)
+    if not filled:
+        return results, 0
+    was_training = model.training
+    model.eval()
+    rows = Ragged(encoded)
+    corpus = Corpus(rows, rows, language.pad_token_id)
+    for indices in corpus.plan(max(1, batch_tokens // beam)):
+        width = int(corpus.lengths[indices].max())
+        source = corpus.sources.padded(indices, corpus.pad, width).to(device)
+        with autocast():
+            output = model.generate(
+                input_ids=source,
+                attention_mask=(source != corpus.pad).long(),
+                num_beams=beam,
+                early_stopping=beam > 1,
+                do_sample=False,
+                max_length=None,
+                max_new_tokens=min(max_length, 2 * width + 32),
+                **language.generate_kwargs(),
+            )
+        for index, text in zip(indices, language.decode(output), strict=True):
+            results[filled[index]] = " ".join(text.split())  # one line in, one line out
+    model.train(was_training)
+    return results, cut

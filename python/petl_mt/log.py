@@ -1,0 +1,124 @@
+"""Progress on the terminal, metrics.jsonl, and TensorBoard when asked."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from petl_kernels.errors import InputError
+from petl_kernels.memory.size import format_size
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Peak bytes: of the allocator on a CUDA device, of the process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class RunLog:
+    """Where a run reports to: a bar (or lines, when stderr is no terminal), metrics.jsonl, TensorBoard."""
+
+    def __init__(
+        self, folder: Path, steps: int, start: int = 0, tensorboard: bool = False, quiet: bool = False
+    ) -> None:
+        self.quiet, self.steps = quiet, steps
+        self._start, self._began, self._said = start, time.monotonic(), 0.0
+        path = folder / "metrics.jsonl"
+        _drop_after(path, start)
+        self._file = open(path, "a", encoding="utf-8", buffering=1)
+        self._board = _board(folder / "tensorboard", start) if tensorboard else None
+        self._bar = self._task = None
+        if not quiet and sys.stderr.isatty():
+            self._bar = _bar()
+            self._task = self._bar.add_task("", total=steps, completed=start, figures="")
+            self._bar.start()
+
+    def metrics(self, step: int, **values: Any) -> None:
+        """One line of metrics.jsonl."""
+        try:
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+        except OSError as error:  # a full disk: say which file
+            raise OSError(error.errno, error.strerror, self._file.name) from None
+        if self._board is not None:
+            for name, value in values.items():
+                if isinstance(value, (int, float)):
+                    self._board.add_scalar(name, value, step)
+
+    def progress(self, step: int, loss: float, tokens_per_second: float, memory: int) -> None:
+        if self.quiet:
+            return
+        figures = f"loss {loss:.3f}  {tokens_per_second:,.0f} target tokens/s  {format_size(memory)}"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, figures=figures)
+            return
+        now = time.monotonic()
+        if now - self._said < 10 and step < self.steps:
+            return
+        self._said = now
+        left = (now - self._began) / max(1, step - self._start) * (self.steps - step)
+        self.say(f"step {step}/{self.steps}  {figures}  {left / 60:.1f} min left")
+
+    def say(self, text: str) -> None:
+        """A line for the reader, on stderr."""
+        if self.quiet:
+            return
+        if self._bar is not None:
+            self._bar.console.print(text, highlight=False, markup=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        if self._board is not None:
+            self._board.close()
+        with contextlib.suppress(OSError):  # what could not be written has been reported
+            self._file.close()
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """A resumed run repeats the steps after its checkpoint: their lines go."""
+    from petl_kernels.interop.files import atomic_write
+
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError):  # the line that was being written when the run was killed
+            continue
+    with atomic_write(path) as file:
+        file.write("".join(line + "\n" for line in kept))
+
+
+def _bar():
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[figures]}"),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=Console(stderr=True), refresh_per_second=2)
+
+
+def _board(folder: Path, start: int):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise InputError("tensorboard: not installed; pip install tensorboard, or leave --tensorboard out") from None
+    return SummaryWriter(str(folder), purge_step=start + 1)

@@ -1,0 +1,34 @@
+"""The training loss, in one place."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .data import IGNORE, Batch
+
+
+def shift_right(labels: Tensor, start: int, pad: int) -> Tensor:
+    """Decoder input: ``start`` and then the labels without their last column, padding as ``pad``."""
+    shifted = torch.cat([labels.new_full((labels.shape[0], 1), start), labels[:, :-1]], dim=1)
+    return shifted.masked_fill_(shifted == IGNORE, pad)
+
+
+def sequence_loss(model, batch: Batch, start: int, pad: int, label_smoothing: float = 0.0) -> Tensor:
+    """Summed over target tokens: (1 - ε)·(-log p(y)) + ε·mean over the vocabulary of -log p, from logits in fp32."""
+    output = model(
+        input_ids=batch.source,
+        attention_mask=(batch.source != pad).long(),
+        decoder_input_ids=shift_right(batch.labels, start, pad),
+        use_cache=False,
+    )
+    logits = output.logits
+    with torch.autocast(logits.device.type, enabled=False):
+        return F.cross_entropy(
+            logits.float().flatten(0, 1),
+            batch.labels.flatten(),
+            ignore_index=IGNORE,
+            reduction="sum",
+            label_smoothing=label_smoothing,
+        )

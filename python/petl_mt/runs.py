@@ -1,0 +1,156 @@
+"""A run folder: what lies where, and loading what was trained."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+
+from petl_kernels.errors import InputError
+from petl_kernels.interop.files import atomic_write
+
+from .config import TrainConfig, load_yaml
+from .evaluate import translate
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """config.yaml, metrics.jsonl, result.json, README.md, valid.best.hyp, checkpoints/, and adapter/ or model/."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def vocabulary(self) -> Path:  # of a new model
+        return self.path / "vocab"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def check_free(self) -> None:
+        """Refuse a folder that holds anything, another run above all."""
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"out {self.path}: is a file; expected a folder for the run")
+        if self.config.exists():
+            raise InputError(f"out {self.path}: holds another run; expected an empty folder, or --resume")
+        if self.path.is_dir() and any(self.path.iterdir()):
+            raise InputError(f"out {self.path}: is not empty; expected an empty folder")
+
+    def check_same(self, config: TrainConfig) -> None:
+        """Refuse to resume under another configuration, naming the keys that differ."""
+        old, new = self.read_config().to_dict(), config.to_dict()
+        differing = [key for key in new if key != "out" and old[key] != new[key]]
+        if differing:
+            shown = ", ".join(f"{key} ({_short(old[key])} -> {_short(new[key])})" for key in differing)
+            raise InputError(f"out {self.path}: cannot resume with another configuration: {shown}")
+
+    def read_config(self) -> TrainConfig:
+        if not self.config.exists():
+            raise InputError(f"run {self.path}: no config.yaml in it; expected the --out folder of petl-mt train")
+        return TrainConfig.from_dict(load_yaml(self.config), str(self.config))
+
+    def write_config(self, config: TrainConfig) -> None:
+        with atomic_write(self.config) as file:
+            yaml.safe_dump(config.to_dict(), file, sort_keys=False, allow_unicode=True)
+
+
+def load_run(path: str | Path):
+    """(model, tokenizer, config) of a finished run, the best of it, ready to translate."""
+    import petl_kernels as pk
+    from petl_kernels.interop.hf import load_pretrained
+
+    run = RunFolder(Path(path))
+    config = run.read_config()
+    if run.model.is_dir():
+        return *load_pretrained(run.model), config
+    if not run.adapter.is_dir():
+        raise InputError(f"run {path}: neither adapter/ nor model/ in it; it has not finished, --resume it")
+    model, tokenizer = load_pretrained(config.model)
+    return pk.load_adapter(model, run.adapter).eval(), tokenizer, config
+
+
+class Translator:
+    """A finished run that translates one of its language pairs."""
+
+    def __init__(
+        self,
+        run: str | Path,
+        src_lang: str | None = None,
+        tgt_lang: str | None = None,
+        beam: int | None = None,
+        max_length: int | None = None,
+        batch_tokens: int | None = None,
+    ) -> None:
+        from petl_kernels.interop.languages import LanguagePair
+
+        with hush():
+            self.model, tokenizer, self.config = load_run(run)
+        self.model.to("cuda" if torch.cuda.is_available() else "cpu")
+        src_lang, self.tgt_lang = _languages(self.config, src_lang, tgt_lang)
+        self.language = LanguagePair(self.model, tokenizer, src_lang, self.tgt_lang)
+        self.beam, self.max_length = beam or self.config.beam, max_length or self.config.max_length
+        self.batch_tokens = batch_tokens or self.config.batch_tokens
+        self.cut = 0  # sources that were longer than max_length
+
+    def stream(self, lines: list[str], at_once: int = 1024) -> Iterator[str]:
+        """One translation for each line, in order; ``at_once`` lines are sorted by length and searched together."""
+        with hush():
+            for i in range(0, len(lines), at_once):
+                results, cut = translate(
+                    self.model, self.language, lines[i : i + at_once], self.beam, self.max_length, self.batch_tokens
+                )
+                self.cut += cut
+                yield from results
+
+
+def _languages(config: TrainConfig, src_lang: str | None, tgt_lang: str | None) -> tuple[str, str]:
+    """The languages asked for, or those of a run that has only one pair."""
+    pairs = {pair.name: pair for pair in config.train}
+    if src_lang and tgt_lang:
+        return src_lang, tgt_lang
+    if len(pairs) > 1:
+        raise InputError(f"the run has the pairs {', '.join(pairs)}: expected --src-lang and --tgt-lang")
+    pair = next(iter(pairs.values()))
+    return src_lang or pair.src_lang, tgt_lang or pair.tgt_lang
+
+
+@contextlib.contextmanager
+def hush():
+    """Without the chatter of transformers, which knows less about what we are doing than we do."""
+    import transformers
+
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(before)
+        transformers.logging.enable_progress_bar()
+
+
+def _short(value) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def absolute(path: str) -> str:
+    """A path that still holds when the run is resumed from another folder."""
+    return os.path.abspath(os.path.expanduser(path))

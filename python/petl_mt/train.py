@@ -1,0 +1,466 @@
+"""Training: everything that happens between a configuration and a run folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+import petl_kernels as pk
+from petl_kernels.errors import InputError
+from petl_kernels.interop.files import atomic_dir, atomic_write
+from petl_kernels.memory.saved import saved_bytes
+
+from .checkpoint import Checkpoints
+from .config import Pair, TrainConfig
+from .data import Batch, Corpus, Position, TrainBatches, encode_pairs, read_pair
+from .evaluate import Scores, bleu_metric, score_lines, translate, validation_loss
+from .log import RunLog, memory_in_use
+from .loss import sequence_loss
+from .prepare import (
+    adapt,
+    cast_frozen_matrices,
+    decoder_start,
+    language_pair,
+    load_model,
+    make_accelerator,
+    make_optimizer,
+    set_dropout,
+)
+from .runs import RunFolder, absolute, hush
+from .schedule import lr_factor
+
+LOG_LINES = 200  # lines of training metrics over a whole run
+
+
+class TrainingStopped(InputError):
+    """The run cannot go on (the loss is no number any more); the last good checkpoint is kept."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands: all that a checkpoint needs beside tensors."""
+
+    step: int = 0  # updates done
+    epoch: int = 0
+    batch: int = 0  # of this epoch, the next one
+    best_loss: float | None = None
+    best_step: int = 0
+    evaluations_since_best: int = 0
+    target_tokens: int = 0
+    seconds: float = 0.0  # in training steps
+    saved_bytes_per_token: float | None = None
+
+
+@dataclass
+class RunResult:
+    """What a run came to; result.json holds the same."""
+
+    out: str
+    method: str
+    steps: int
+    best_step: int
+    valid_loss: float | None
+    scores: dict[str, Scores]  # by pair, on the validation text
+    trained_parameters: int  # that the optimiser has
+    stored_parameters: int  # of the adapter or model that is written; fewer where training uses another form
+    total_parameters: int  # of the model without what was added to it
+    seconds_per_step: float
+    target_tokens_per_second: float
+    saved_bytes_per_token: float | None  # kept for backward, per padded token of source and target
+    peak_memory_bytes: int
+    data: list[dict[str, Any]] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list, repr=False)
+
+    @property
+    def trained_share(self) -> float:
+        """What the method adds to or changes in the model, over the model's parameters."""
+        return self.stored_parameters / self.total_parameters
+
+    @property
+    def bleu(self) -> float | None:
+        """BLEU of the first validation pair."""
+        return next((scores.bleu for scores in self.scores.values()), None)
+
+    @property
+    def chrf(self) -> float | None:
+        return next((scores.chrf for scores in self.scores.values()), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        values = dataclasses.asdict(self)
+        del values["losses"]
+        return {**values, "trained_share": self.trained_share}
+
+
+def train(config: TrainConfig, resume: bool = False, quiet: bool = False) -> RunResult:
+    """Train as ``config`` says, into the folder ``config.out``.
+
+    ``resume`` goes on from the last checkpoint there, with the same data order and generators. Nothing is written
+    before every input has been read and found right. Raises InputError for what a user can mend, TrainingStopped
+    when the loss is no longer a number.
+    """
+    config.check()
+    config = _absolute_paths(config)
+    run = RunFolder(Path(config.out))
+    resuming = resume and run.config.exists()
+    if not resuming:
+        run.check_free()
+    with hush():
+        return _Training(config, run, resuming, quiet).run()
+
+
+class _Training:
+    def __init__(self, config: TrainConfig, run: RunFolder, resuming: bool, quiet: bool) -> None:
+        self.folder, self.quiet = run, quiet
+        train_text = [(pair, *read_pair(pair)) for pair in config.train]
+        self.valid_text = [(pair, *read_pair(pair)) for pair in config.valid]
+        for pair in config.valid:
+            bleu_metric(pair.tgt_lang, config.bleu_tokenize)  # refused now, not after hours of training
+        self.accelerator = make_accelerator(config.precision)
+        self.device = self.accelerator.device
+        torch.manual_seed(config.seed)
+
+        self.model, self.tokenizer = load_model(config, run, train_text, resuming)
+        self.config = config = config.resolve(self.model.config.d_model)
+        if resuming:
+            run.check_same(config)
+        pairs = {pair.name: pair for pair in [*config.train, *config.valid]}
+        self.languages = {name: language_pair(self.model, self.tokenizer, pair) for name, pair in pairs.items()}
+        self.start = decoder_start(self.model, next(iter(self.languages.values())))
+        corpus, self.counts = encode_pairs(train_text, self.languages, config.max_length, "train")
+        self.valid, self.valid_counts = None, []
+        if config.valid:
+            self.valid, self.valid_counts = encode_pairs(self.valid_text, self.languages, config.max_length, "valid")
+        self.multiple = 8 if self.device.type == "cuda" else 1
+        self.batches = TrainBatches(corpus, config.batch_tokens, config.seed, self.multiple)
+
+        self.total_parameters = self.stored_parameters = sum(p.numel() for p in self.model.parameters())
+        torch.manual_seed(config.seed)  # what is injected starts the same, whatever was made before it
+        self.model = adapt(self.model, config)
+        set_dropout(self.model, config.dropout, config.attention_dropout)
+        if config.precision == "bf16":
+            cast_frozen_matrices(self.model, torch.bfloat16)
+        self.model.to(self.device)
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        if config.method != "full":
+            self.stored_parameters = pk.report(self.model).stored
+        self.optimizer = self.accelerator.prepare(make_optimizer(self.parameters, config))
+        self.micro_tokens = self._micro_batch_tokens(corpus)
+
+        self.progress = Progress()
+        self.checkpoints = Checkpoints(run.checkpoints)
+        self.durations: list[float] = []
+        self.losses: list[float] = []
+        self._prepare_folder(resuming)
+
+    def _micro_batch_tokens(self, corpus: Corpus) -> int | None:
+        """Padded tokens that one forward and backward may take under ``--memory``; None is all of a batch."""
+        if self.config.memory is None:
+            return None
+        from petl_kernels.memory.budget import cap_device, fit_micro_batch
+        from petl_kernels.memory.size import parse_size
+
+        memory = parse_size(self.config.memory)
+        longest = -(-int(corpus.lengths.max()) // self.multiple) * self.multiple
+        cap_device(memory, self.device)
+
+        def step(sentences: int) -> None:
+            ids = torch.full((sentences, longest), self.tokenizer.eos_token_id, device=self.device)
+            batch = Batch(ids, ids.clone(), np.arange(sentences))
+            self.accelerator.backward(self._loss(batch, sentences * longest))
+
+        fit = fit_micro_batch(
+            step,
+            lambda: [
+                *self.model.parameters(),
+                *self.model.buffers(),
+                *(p.grad for p in self.parameters if p.grad is not None),
+            ],
+            2 * 4 * sum(p.numel() for p in self.parameters),
+            memory,
+            self.config.batch_tokens,
+            longest,
+            self.device,
+        )
+        self.optimizer.zero_grad()
+        torch.manual_seed(self.config.seed)
+        return fit.micro_tokens
+
+    def _prepare_folder(self, resuming: bool) -> None:
+        self.folder.path.mkdir(parents=True, exist_ok=True)
+        if not resuming:
+            self.folder.write_config(self.config)
+        if self.config.is_new and not self.folder.vocabulary.exists():
+            with atomic_dir(self.folder.vocabulary) as temporary:
+                self.tokenizer.save_pretrained(temporary)
+        latest = self.checkpoints.path("latest")
+        if resuming and latest is not None:
+            self.progress = Progress(**self.checkpoints.load(latest, self.model, self.optimizer))
+        self.log = RunLog(self.folder.path, self.config.steps, self.progress.step, self.config.tensorboard, self.quiet)
+        for count in [*self.counts, *self.valid_counts]:
+            self.log.say(count.line())
+        share = self.stored_parameters / self.total_parameters
+        self.log.say(
+            f"{self.config.method}: {self.stored_parameters:,} of {self.total_parameters:,} parameters "
+            f"({share:.3%}), lr {self.config.lr:g}, {self.device}, "
+            f"{self.config.precision}"
+        )
+        if self.progress.step:
+            self.log.say(f"resumed after step {self.progress.step}")
+
+    def run(self) -> RunResult:
+        try:
+            with _interrupts() as interrupted:
+                self._loop(interrupted)
+            return self._finish()
+        finally:
+            self.log.close()
+
+    def _loop(self, interrupted: Callable[[], bool]) -> None:
+        config, progress = self.config, self.progress
+        self.model.train()
+        while progress.step < config.steps and not self._out_of_patience():
+            self._update()
+            if progress.step % config.eval_every == 0 or progress.step == config.steps:
+                self._evaluate_and_save()
+            elif interrupted():
+                self._save(best=False)
+            if interrupted():
+                self.log.say(f"interrupted; step {progress.step} is saved, go on with --resume")
+                raise KeyboardInterrupt
+
+    def _update(self) -> None:
+        """One update: gradients of ``accumulate`` batches, normalised by all their target tokens together."""
+        began = time.perf_counter()
+        config, progress = self.config, self.progress
+        position = Position(progress.epoch, progress.batch)
+        batches = [self.batches.take(position) for _ in range(config.accumulate)]
+        tokens = sum(batch.target_tokens for batch in batches)
+        loss = torch.zeros((), device=self.device)
+        for batch in batches:
+            for part in self._micro_batches(batch):
+                loss += self._backward(part, tokens)
+        norm = nn.utils.clip_grad_norm_(self.parameters, config.clip if config.clip > 0 else math.inf)
+        loss_value = self._finite(loss, norm, progress.step + 1)
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.lr * lr_factor(config.schedule, progress.step + 1, config.warmup, config.steps)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+        progress.step += 1
+        progress.epoch, progress.batch = position.epoch, position.batch
+        progress.target_tokens += tokens
+        seconds = time.perf_counter() - began
+        progress.seconds += seconds
+        self.durations.append(seconds)
+        self._log_step(loss_value, tokens, float(norm))
+
+    def _micro_batches(self, batch: Batch) -> Iterator[Batch]:
+        if self.micro_tokens is None:
+            yield batch.to(self.device)
+            return
+        rows = max(1, self.micro_tokens // max(batch.source.shape[1], batch.labels.shape[1]))
+        for i in range(0, len(batch.source), rows):
+            part = slice(i, i + rows)
+            yield Batch(batch.source[part], batch.labels[part], batch.indices[part]).to(self.device)
+
+    def _backward(self, batch: Batch, tokens: int) -> torch.Tensor:
+        """Add the gradient of this part's share of the mean loss over ``tokens``; returns that share."""
+        with self._count_saved(batch):
+            loss = self._loss(batch, tokens)
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+    @contextmanager
+    def _count_saved(self, batch: Batch) -> Iterator[None]:
+        """The first time: measure what autograd keeps of a forward pass."""
+        if self.progress.saved_bytes_per_token is not None:
+            yield
+            return
+        living = [*self.model.parameters(), *self.model.buffers(), batch.source, batch.labels]
+        with saved_bytes(exclude=living) as saved:
+            yield
+        self.progress.saved_bytes_per_token = saved.bytes / (batch.source.numel() + batch.labels.numel())
+
+    def _loss(self, batch: Batch, tokens: int) -> torch.Tensor:
+        pad = self.tokenizer.pad_token_id
+        with self.accelerator.autocast():
+            return sequence_loss(self.model, batch, self.start, pad, self.config.label_smoothing) / tokens
+
+    def _finite(self, loss: torch.Tensor, norm: torch.Tensor, step: int) -> float:
+        loss_value, norm_value = torch.stack([loss.float(), norm.float()]).tolist()
+        if math.isfinite(loss_value) and math.isfinite(norm_value):
+            return loss_value
+        what = f"loss is {loss_value}" if not math.isfinite(loss_value) else f"gradient norm is {norm_value}"
+        kept = self.checkpoints.path("latest")
+        where = f"the last good checkpoint is {kept}" if kept else "no checkpoint was written yet"
+        raise TrainingStopped(f"training stopped at step {step}: {what} (lr {self.config.lr:g}); {where}")
+
+    def _log_step(self, loss: float, tokens: int, norm: float) -> None:
+        self.losses.append(loss)
+        progress, every = self.progress, max(1, self.config.steps // LOG_LINES)
+        if progress.step % every and progress.step not in (1, self.config.steps):
+            return
+        recent = self.losses[-every:]
+        speed = progress.target_tokens / progress.seconds
+        memory = memory_in_use(self.device)
+        self.log.metrics(
+            progress.step,
+            loss=round(sum(recent) / len(recent), 6),
+            grad_norm=round(norm, 6),
+            lr=self.optimizer.param_groups[0]["lr"],
+            target_tokens=progress.target_tokens,
+            target_tokens_per_second=round(speed, 1),
+            epoch=progress.epoch,
+            memory_bytes=memory,
+            seconds=round(progress.seconds, 3),
+        )
+        self.log.progress(progress.step, sum(recent) / len(recent), speed, memory)
+
+    def _evaluate_and_save(self) -> None:
+        progress = self.progress
+        best = True
+        if self.valid is not None:
+            loss = validation_loss(
+                self.model,
+                self.valid,
+                self.micro_tokens or self.config.batch_tokens,
+                self.start,
+                self.accelerator.autocast,
+            )
+            best = math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss)
+            if best:
+                progress.best_loss, progress.evaluations_since_best = loss, 0
+            else:
+                progress.evaluations_since_best += 1
+            self.log.metrics(progress.step, valid_loss=round(loss, 6))
+            self.log.say(f"step {progress.step}: validation loss {loss:.4f}{' (best)' if best else ''}")
+        if best:
+            progress.best_step = progress.step
+        self._save(best)
+
+    def _save(self, best: bool) -> None:
+        self.checkpoints.save(self.model, self.optimizer, dataclasses.asdict(self.progress), best)
+
+    def _out_of_patience(self) -> bool:
+        patience = self.config.patience
+        return patience is not None and self.progress.evaluations_since_best >= patience
+
+    def _finish(self) -> RunResult:
+        """Back to the best checkpoint; translate and score the validation text; write what a user takes away."""
+        from .card import write_card
+
+        config, progress = self.config, self.progress
+        best = self.checkpoints.path("best")
+        if best is not None:
+            self.checkpoints.load_trained(best, self.model)
+        self.model.eval()
+        self._write_weights()
+        scores = self._score()
+        trained = sum(p.numel() for p in self.parameters)
+        steady = self.durations[min(5, len(self.durations) // 2) :] or [progress.seconds / max(1, progress.step)]
+        result = RunResult(
+            out=config.out,
+            method=config.method,
+            steps=progress.step,
+            best_step=progress.best_step,
+            valid_loss=progress.best_loss,
+            scores=scores,
+            trained_parameters=trained,
+            stored_parameters=self.stored_parameters,
+            total_parameters=self.total_parameters,
+            seconds_per_step=statistics.median(steady),
+            target_tokens_per_second=progress.target_tokens / progress.seconds if progress.seconds else 0.0,
+            saved_bytes_per_token=progress.saved_bytes_per_token,
+            peak_memory_bytes=memory_in_use(self.device),
+            data=[dataclasses.asdict(count) for count in [*self.counts, *self.valid_counts]],
+            losses=self.losses,
+        )
+        with atomic_write(self.folder.path / "result.json") as file:
+            json.dump(result.to_dict(), file, indent=1, ensure_ascii=False)
+            file.write("\n")
+        write_card(self.folder, config, result)
+        self.log.say(f"written: {config.out}")
+        return result
+
+    def _write_weights(self) -> None:
+        if self.config.method == "full":
+            with atomic_dir(self.folder.model) as temporary:
+                self.model.save_pretrained(temporary)
+                self.tokenizer.save_pretrained(temporary)
+            return
+        pk.save_adapter(self.model, self.folder.adapter)
+
+    def _score(self) -> dict[str, Scores]:
+        """Beam search on the validation text; hypotheses in valid.best.hyp, or valid.best.<pair>.hyp for several."""
+        scores = {}
+        for pair, source, target in self.valid_text:
+            lines, cut = translate(
+                self.model,
+                self.languages[pair.name],
+                source,
+                self.config.beam,
+                self.config.max_length,
+                self.micro_tokens or self.config.batch_tokens,
+                self.accelerator.autocast,
+            )
+            if cut:
+                self.log.say(f"{pair.name}: {cut} validation sources cut to {self.config.max_length} tokens")
+            scores[pair.name] = result = score_lines(lines, target, pair.tgt_lang, self.config.bleu_tokenize)
+            for line in result.lines():
+                self.log.say(f"{pair.name}: {line}")
+            self.log.metrics(self.progress.step, pair=pair.name, bleu=result.bleu, chrf=result.chrf)
+            name = "valid.best.hyp" if len(self.valid_text) == 1 else f"valid.best.{pair.name}.hyp"
+            with atomic_write(self.folder.path / name) as file:
+                file.write("".join(line + "\n" for line in lines))
+        return scores
+
+
+def _absolute_paths(config: TrainConfig) -> TrainConfig:
+    def pairs(items: list[Pair]) -> list[Pair]:
+        return [dataclasses.replace(p, source=absolute(p.source), target=absolute(p.target)) for p in items]
+
+    model = absolute(config.model) if not config.is_new and os.path.isdir(config.model) else config.model
+    return dataclasses.replace(
+        config,
+        model=model,
+        out=absolute(config.out),
+        train=pairs(config.train),
+        valid=pairs(config.valid),
+        vocab_text=[absolute(path) for path in config.vocab_text],
+    )
+
+
+@contextmanager
+def _interrupts():
+    """Turn the first SIGINT or SIGTERM into a question the loop asks after each update; the second ends at once."""
+    caught: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+
+    def handle(number: int, frame) -> None:
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(caught)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,61 @@
+"""Every Triton kernel compiled without a GPU: matrix instructions, spilled registers, shared memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+SCRIPT = Path(__file__).with_name("triton_aot.py")
+# The shared memory that a block may have. "small" is sm_86, and stands for sm_89 and sm_120 too.
+SHARED_MEMORY = {"sm80": 163 * 1024, "sm90": 227 * 1024, "sm100": 227 * 1024, "small": 99 * 1024}
+MATRIX_INSTRUCTION = {"sm90": "wgmma.mma_async", "sm100": "tcgen05.mma"}
+WITHOUT_PRODUCT = {"_sum_kernel", "_column_sums_kernel", "_fold_kernel", "_finish_kernel"}
+WITH_PRODUCT = {
+    *("_matmul_kernel", "_project_kernel", "_outputs_kernel", "_rank_gradients_kernel", "_input_gradient_kernel"),
+    *("_a_gradients_kernel", "_b_gradients_kernel", "_forward_kernel", "_backward_kernel", "_token_sums_kernel"),
+    *("_latent_kernel", "_up_kernel", "_latent_backward_kernel", "_dx_kernel"),
+}
+# ptxas spills a register or two of its own accord where that lets one more block on a multiprocessor.
+STACK = 16
+
+
+@pytest.mark.parametrize("card", SHARED_MEMORY)
+def test_compiled_kernels(card):
+    reports = compile_kernels(card)
+    assert {report["kernel"] for report in reports} == WITHOUT_PRODUCT | WITH_PRODUCT
+    found = [f"{problem}: {report}" for report in reports for problem in problems(card, report)]
+    assert not found, "\n".join(found)
+
+
+def compile_kernels(card: str) -> list[dict]:
+    """In a process of its own: in this one the kernels may be the interpreter's."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(SCRIPT.parents[2]), environment.get("PYTHONPATH", "")])
+    run = subprocess.run([sys.executable, SCRIPT, card], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def problems(card: str, report: dict) -> Iterator[str]:
+    if report["stack"] > STACK:
+        yield f"spills {report['stack']} bytes"
+    if report["shared"] > SHARED_MEMORY[card]:
+        yield f"needs {report['shared']} bytes of shared memory, the card has {SHARED_MEMORY[card]}"
+    if report["atomics"]:
+        yield "uses atomics, whose sums depend on the order of arrival"
+    if report["kernel"] in WITH_PRODUCT:
+        if not report["instructions"]["cp.async.c"]:
+            yield "does not copy its operands ahead"
+        # fp32 keeps its precision, so it has no matrix instruction; blocks under 64 rows have Ampere's.
+        large = report["constexprs"]["BM"] >= 64
+        instruction = MATRIX_INSTRUCTION.get(card, "mma.sync") if large else "mma.sync"
+        if report["dtype"] != "float32" and not report["instructions"][instruction]:
+            yield f"has no {instruction}"

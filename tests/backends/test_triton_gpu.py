@@ -1,0 +1,30 @@
+"""The Triton kernels on a CUDA device, in every dtype, at the interpreter's sizes and at those that take each tile."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import triton_cases
+
+from petl_kernels import parity
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+CASES = triton_cases.CASES | triton_cases.LARGE
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_gradients(name, dtype):
+    op, case = CASES[name]
+    assert parity.compare(op, "triton", case(parity.Source(torch.device("cuda"), DTYPES[dtype]))) is None
+
+
+@pytest.mark.parametrize("name", ["lora_linear-rank-16-dropout-0.1", "bottleneck_adapter-64-relu"])
+def test_two_runs_agree_bitwise(name):
+    op, case = triton_cases.LARGE[name]
+    given = case(parity.Source(torch.device("cuda"), torch.bfloat16))
+    first, second = (parity.run(op, "triton", given) for _ in range(2))
+    for value in first:
+        assert torch.equal(first[value], second[value]), value

@@ -1,0 +1,113 @@
+"""The Triton kernels in Triton's interpreter, in fp32 and fp16: values and every gradient against float64."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+import pytest
+import torch
+import triton_cases
+
+from petl_kernels import backends, ops, parity
+from petl_kernels.ops import philox
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="a CUDA device runs the kernels")
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def triton():
+    """The backend is there: nothing may have imported Triton before the interpreter was chosen."""
+    assert backends.load_error("triton") is None
+    return importlib.import_module("petl_kernels.backends.triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", triton_cases.CASES)
+def test_values_and_gradients(name, dtype):
+    op, case = triton_cases.CASES[name]
+    assert parity.compare(op, "triton", case(parity.Source(CPU, DTYPES[dtype]))) is None
+
+
+@pytest.mark.parametrize("name", ["lora_linear-129-rows-3-groups-dropout", "bottleneck_adapter-129-rows-relu"])
+def test_two_runs_agree_bitwise(name):
+    op, case = triton_cases.CASES[name]
+    given = case(parity.Source(CPU, torch.float16))
+    first, second = (parity.run(op, "triton", given) for _ in range(2))
+    for value in first:
+        assert torch.equal(first[value], second[value]), value
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**62 + 12345])
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_dropout_mask_is_the_reference_stream(seed, p):
+    """With A the identity, s is drop(x) itself."""
+    x, eye, seed = torch.ones(33, 20), torch.eye(20), torch.tensor([seed])
+    weight, b = torch.zeros(4, 20), torch.zeros(4, 20)
+    _, s = backends.kernel_of("lora_linear", "triton")(x, [weight], [None], [eye], [b], [1.0], p, seed)
+    torch.testing.assert_close(s, philox.dropout(x, p, seed), rtol=1e-6, atol=0)
+
+
+def test_group_equals_its_members():
+    given = parity.lora_linear_arguments(
+        parity.Source(CPU, torch.float32), (17,), ns=(40, 33), k=45, ranks=(4, 5), dropout=0.3
+    )
+    forward = backends.kernel_of("lora_linear", "triton")
+    lists = [given[name] for name in ("weights", "biases", "a", "b", "scales")]
+    together, _ = forward(given["x"], *lists, given["dropout"], given["seed"])
+    for g, y in enumerate(together):
+        (alone,), _ = forward(given["x"], *(members[g : g + 1] for members in lists), given["dropout"], given["seed"])
+        torch.testing.assert_close(y, alone)
+
+
+def test_only_the_gradients_asked_for():
+    given = parity.frozen_linear_arguments(parity.Source(CPU, torch.float32), (5,), n=8, k=12)
+    backward = backends.kernel_of("frozen_linear_backward", "triton")
+    assert [g.numel() for g in backward(given["dy"], given["weight"], False, False)] == [0, 0]
+    given = parity.lora_linear_arguments(parity.Source(CPU, torch.float32), (5,), (8, 12), 16, (2, 3))
+    _, s = backends.kernel_of("lora_linear", "triton")(
+        *(given[n] for n in ("x", "weights", "biases", "a", "b", "scales", "dropout", "seed"))
+    )
+    rest = [given[n] for n in ("weights", "a", "b", "scales", "dropout", "seed")]
+    dx, _, _, dbias = backends.kernel_of("lora_linear_backward", "triton")(
+        given["dys"], given["x"], s, *rest, False, [False, True]
+    )
+    assert dx.numel() == 0
+    assert [g.numel() for g in dbias] == [0, 12]
+    torch.testing.assert_close(dbias[1], given["dys"][1].sum(0))
+
+
+def test_autograd_through_the_public_op():
+    torch.manual_seed(0)
+    x = torch.randn(3, 11, 24, requires_grad=True)
+    a, b = torch.randn(4, 24, requires_grad=True), torch.randn(16, 4, requires_grad=True)
+    weight, bias = torch.randn(16, 24), torch.randn(16)
+    grads = {}
+    for backend in ("triton", "reference"):
+        with ops.use(backend):
+            y = ops.lora_linear(x, weight, bias, a, b, 2.0, dropout=0.2, seed=torch.tensor([3]))
+            assert ops.backend_of("lora_linear", "cpu") == backend
+        grads[backend] = [y, *torch.autograd.grad(y.square().sum(), (x, a, b))]
+    for name, got, want in zip(("y", "x", "a", "b"), *grads.values(), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_dtypes_the_kernels_do_not_take_go_to_the_reference(dtype):
+    """float64, and bf16 in the interpreter, whose bf16 products are wrong."""
+    given = parity.frozen_linear_arguments(parity.Source(CPU, dtype), (5,), n=8, k=12)
+    values = [parity.run("frozen_linear", backend, given)["y"] for backend in ("triton", "reference")]
+    assert torch.equal(*values)
+
+
+def test_package_works_without_triton(monkeypatch):
+    for name in [n for n in sys.modules if n.startswith("petl_kernels.backends.triton")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setattr(backends, "_load_errors", {})
+    assert "triton" in backends.load_error("triton")
+    assert "triton" not in backends.available_backends()

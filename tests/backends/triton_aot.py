@@ -1,0 +1,175 @@
+"""Compile the Triton kernels for cards that need not be here, exactly as the launcher would.
+
+The backend's own functions run on meta tensors with `launch` replaced, so every signature, alignment and configuration
+is the one that ships. `python tests/backends/triton_aot.py CARD` prints one JSON line for each compiled kernel.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from petl_kernels.backends.triton import bottleneck_adapter, common, config, frozen_linear, lora_linear
+
+# device class -> (compute capability to compile for, multiprocessors of its usual card)
+CARDS = {"sm80": (80, 108), "sm90": (90, 132), "sm100": (100, 148), "small": (86, 82)}
+POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64"}
+CUOBJDUMP = Path(triton.__path__[0]) / "backends/nvidia/bin/cuobjdump"
+
+
+def record(card: str, call: Callable[[], None]) -> list[tuple]:
+    """The launches that `call()` makes on a card of this class: (kernel, args, constexprs, options)."""
+    launches = []
+
+    def launch(kernel, grid, *args, warps, stages, **constexprs):
+        options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+        launches.append((kernel, args, constexprs, options))
+
+    saved = config.device_class, config.processors
+    config.device_class, config.processors = lambda device: card, lambda device: CARDS[card][1]
+    modules = (bottleneck_adapter, common, frozen_linear, lora_linear)
+    original = common.launch
+    for module in modules:
+        module.launch = launch
+    try:
+        call()
+    finally:
+        config.device_class, config.processors = saved
+        for module in modules:
+            module.launch = original
+    return launches
+
+
+def source(kernel, args: tuple, constexprs: dict) -> ASTSource:
+    """What Triton's launcher would specialise: alignment to 16, integers equal to 1, absent tensors."""
+    constants, attributes = {}, {}
+
+    def describe(path: tuple[int, ...], value, specialise: bool):
+        if isinstance(value, tuple):
+            return tuple(describe((*path, i), item, specialise) for i, item in enumerate(value))
+        if isinstance(value, torch.Tensor):
+            if value.storage_offset() * value.element_size() % 16 == 0:
+                attributes[path] = [["tt.divisibility", 16]]
+            return POINTERS[value.dtype]
+        if isinstance(value, float):
+            return "fp32"
+        if value is None or (value == 1 and specialise):
+            constants[path] = value
+            return "constexpr"
+        if value % 16 == 0 and specialise:
+            attributes[path] = [["tt.divisibility", 16]]
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+    signature = {}
+    for i, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
+        signature[name] = describe((i,), value, name != "threshold")
+    for name, value in constexprs.items():
+        signature[name] = "constexpr"
+        constants[(kernel.arg_names.index(name),)] = value
+    return ASTSource(kernel, {name: signature[name] for name in kernel.arg_names}, constants, attributes)
+
+
+def compile_launch(card: str, kernel, args, constexprs, options) -> dict:
+    compiled = triton.compile(
+        source(kernel, args, constexprs), target=GPUTarget("cuda", CARDS[card][0], 32), options=options
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    counts = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
+    ptx = compiled.asm["ptx"]
+    return {
+        "kernel": kernel.__name__,
+        "constexprs": constexprs,
+        "options": options,
+        "registers": int(counts["REG"]),
+        "stack": int(counts["STACK"]) + int(counts["LOCAL"]),
+        "shared": compiled.metadata.shared,
+        "atomics": len(re.findall(r"\b(?:atom|red)\.", ptx)),
+        "instructions": {
+            name: ptx.count(name) for name in ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "cp.async.c")
+        },
+    }
+
+
+def frozen(dtype: torch.dtype, tokens: int, d: int = 1024) -> None:
+    x, weight, bias = (_new(dtype, *shape) for shape in ((tokens, d), (d, d), (d,)))
+    frozen_linear.frozen_linear(x, weight, bias)
+    frozen_linear.frozen_linear_backward(x, weight, True, True)
+
+
+def lora(dtype: torch.dtype, groups: int, rank: int, dropout: float, tokens: int = 8192, d: int = 1024) -> None:
+    x, dys = _new(dtype, tokens, d), [_new(dtype, tokens, d) for _ in range(groups)]
+    weights, biases = [_new(dtype, d, d) for _ in range(groups)], [_new(dtype, d) for _ in range(groups)]
+    a, b = ([_new(torch.float32, *shape) for _ in range(groups)] for shape in ((rank, d), (d, rank)))
+    rest = ([2.0] * groups, dropout, _new(torch.int64, 1))
+    _, s = lora_linear.lora_linear(x, weights, biases, a, b, *rest)
+    lora_linear.lora_linear_backward(dys, x, s, weights, a, b, *rest, True, [True] * groups)
+
+
+def adapter(
+    dtype: torch.dtype, m: int, norm: bool = True, activation: str = "relu", tokens: int = 8192, d: int = 1024
+) -> None:
+    x = _new(dtype, tokens, d)
+    down, down_bias, up, bias = (_new(torch.float32, *shape) for shape in ((m, d), (m,), (d, m), (d,)))
+    ln = (bias, bias) if norm else (None, None)
+    bottleneck_adapter.bottleneck_adapter(x, None, *ln, down, down_bias, up, bias, 1e-5, activation, 1.0)
+    bottleneck_adapter.bottleneck_adapter_backward(
+        x, x, True, *ln, down, down_bias, up, 1e-5, activation, 1.0, True, True
+    )
+
+
+def _new(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+# Every kernel and every tile of the tables, in one of the two 16-bit types: their code differs in a suffix.
+EVERYWHERE = [
+    (lora, BF16, 3, 16, 0.1),
+    (lora, FP16, 1, 16, 0.0),
+    (frozen, BF16, 8192),
+    (frozen, FP16, 2048),
+    (frozen, BF16, 512),
+    (frozen, FP16, 16),
+    (adapter, BF16, 64),
+    (adapter, FP16, 256),
+    (adapter, BF16, 512),
+]
+ONLY = {
+    "sm80": [(lora, FP32, 3, 16, 0.1), (adapter, FP32, 64)],
+    "sm90": [
+        (lora, BF16, 3, 64, 0.0),
+        (lora, FP16, 2, 8, 0.0),
+        (adapter, FP16, 128),
+        (adapter, BF16, 64, True, "gelu", 16),
+        (adapter, FP16, 16, False, "silu"),
+    ],
+}
+
+
+def main(card: str) -> None:
+    seen = set()
+    for function, *arguments in EVERYWHERE + ONLY.get(card, []):
+        for kernel, args, constexprs, options in record(card, lambda f=function, a=arguments: f(*a)):
+            dtype = str(arguments[0]).removeprefix("torch.")
+            key = (kernel.__name__, str(constexprs), str(options), dtype == "float32")
+            if key not in seen:
+                seen.add(key)
+                report = compile_launch(card, kernel, args, constexprs, options)
+                print(json.dumps({"dtype": dtype, **report}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,94 @@
+"""A toy language pair, its files, and a small parent trained on it."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from petl_mt.config import Pair, TrainConfig
+from petl_mt.train import train
+
+ENGLISH = "one two three four five six red green blue big small house tree river stone bird".split()
+GERMAN = "eins zwei drei vier fünf sechs rot grün blau groß klein Haus Baum Fluss Stein Vogel".split()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def toy_lines(count: int, seed: int) -> tuple[list[str], list[str]]:
+    """Sentences of 1 to 7 words, and the same sentences word by word in the other language."""
+    draw = random.Random(seed)
+    rows = [[draw.randrange(len(ENGLISH)) for _ in range(draw.randint(1, 7))] for _ in range(count)]
+    return [" ".join(ENGLISH[i] for i in row) for row in rows], [" ".join(GERMAN[i] for i in row) for row in rows]
+
+
+def write(path: Path, lines: list[str]) -> str:
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory) -> dict[str, Pair]:
+    """Files of the toy language: train (200 lines), valid (17) and test (11)."""
+    folder = tmp_path_factory.mktemp("text")
+    pairs = {}
+    for seed, (name, count) in enumerate({"train": 200, "valid": 17, "test": 11}.items()):
+        english, german = toy_lines(count, seed)
+        files = write(folder / f"{name}.en", english), write(folder / f"{name}.de", german)
+        pairs[name] = Pair("en", "de", *files)
+    return pairs
+
+
+def turned(pair: Pair) -> Pair:
+    return Pair(pair.tgt_lang, pair.src_lang, pair.target, pair.source)
+
+
+@pytest.fixture(scope="session")
+def parent(text, tmp_path_factory) -> Path:
+    """The run folder of a small model, trained from scratch both ways."""
+    out = tmp_path_factory.mktemp("parent") / "run"
+    config = TrainConfig(
+        model="new",
+        out=str(out),
+        train=[text["train"], turned(text["train"])],
+        valid=[text["valid"]],
+        vocab_size=60,
+        d_model=32,
+        layers=1,
+        heads=2,
+        ffn=48,
+        steps=600,
+        batch_tokens=256,
+        max_length=40,
+        lr=5e-3,
+        warmup=50,
+        eval_every=300,
+        beam=2,
+        dropout=0.0,
+    )
+    train(config, quiet=True)
+    return out
+
+
+@pytest.fixture
+def settings(parent, text, tmp_path) -> dict:
+    """Keyword arguments of a short run on the parent with LoRA, dropout on."""
+    return {
+        "model": str(parent / "model"),
+        "out": str(tmp_path / "run"),
+        "train": [text["train"]],
+        "valid": [text["valid"]],
+        "method": "lora",
+        "method_args": {"rank": 2, "dropout": 0.1},
+        "steps": 8,
+        "batch_tokens": 128,
+        "max_length": 40,
+        "lr": 1e-2,
+        "eval_every": 3,
+        "beam": 1,
+        "dropout": 0.1,
+    }

@@ -1,0 +1,156 @@
+"""The program from end to end: train, translate, score, merge, doctor."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+
+import pytest
+import torch
+from petl_mt.cli import main
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+import petl_kernels as pk
+from petl_kernels.interop.hf import load_pretrained
+
+
+@pytest.fixture(scope="module")
+def lora_run(parent, text, tmp_path_factory):
+    """A run made by the program with LoRA."""
+    out = tmp_path_factory.mktemp("runs") / "lora"
+    train, valid = text["train"], text["valid"]
+    code = main(
+        ["train", "--model", str(parent / "model"), "--train", train.source, train.target, "--valid", valid.source,
+         valid.target, "--src-lang", "en", "--tgt-lang", "de", "--method", "lora", "--params", "10%", "--steps", "6",
+         "--batch-tokens", "256", "--max-length", "40", "--lr", "0.01", "--beam", "2", "--out", str(out)]
+    )  # fmt: skip
+    assert code == 0
+    return out
+
+
+def feed(monkeypatch, data: bytes) -> io.BytesIO:
+    """Standard input of these bytes; returns what standard output collects."""
+    out = io.BytesIO()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out))
+    return out
+
+
+def test_the_budget_was_reached(lora_run):
+    result = json.loads((lora_run / "result.json").read_text())
+    assert 0.05 < result["trained_share"] <= 0.1
+    assert (lora_run / "adapter" / "adapter_config.json").exists()
+
+
+def test_progress_is_reported(lora_run, text, parent, tmp_path, capfd):
+    train = text["train"]
+    main(
+        ["train", "--model", str(parent / "model"), "--train", train.source, train.target, "--src-lang", "en",
+         "--tgt-lang", "de", "--steps", "2", "--batch-tokens", "256", "--max-length", "6", "--out", str(tmp_path / "x")]
+    )  # fmt: skip
+    report = capfd.readouterr().err
+    assert "train en-de: " in report and " over-long" in report and "0 empty" in report
+    assert "target tokens/s" in report and "min left" in report and "adapter: " in report
+
+
+def test_translate_keeps_lines_and_order(lora_run, monkeypatch):
+    lines = ["one two three", "", "river", "one two three", "big house"]
+    out = feed(monkeypatch, "\n".join(lines).encode())  # no newline at the end
+    assert main(["translate", "--run", str(lora_run), "--beam", "2", "--max-length", "12"]) == 0
+    found = out.getvalue().decode().split("\n")
+    assert len(found) == 6 and found[-1] == "" and found[1] == "" and found[0] == found[3] != ""
+    single = feed(monkeypatch, b"river\n")
+    assert main(["translate", "--run", str(lora_run), "--beam", "2", "--max-length", "12"]) == 0
+    assert single.getvalue().decode() == found[2] + "\n"
+
+
+@pytest.mark.parametrize("data", [b"", b"\n", b"\n\n"])
+def test_translate_nothing(lora_run, monkeypatch, data):
+    out = feed(monkeypatch, data)
+    assert main(["translate", "--run", str(lora_run)]) == 0
+    assert out.getvalue() == data
+
+
+def test_translate_says_what_it_cut(lora_run, monkeypatch, capsys):
+    feed(monkeypatch, b"one " * 30 + b"\ntwo\n")
+    assert main(["translate", "--run", str(lora_run), "--max-length", "8"]) == 0
+    assert "1 sources were longer than 8 tokens and were cut" in capsys.readouterr().err
+
+
+def test_score(lora_run, text, tmp_path, capsys):
+    test, hypotheses = text["test"], tmp_path / "test.hyp"
+    flags = ["score", "--run", str(lora_run), "--test", test.source, test.target, "--beam", "1"]
+    assert main([*flags, "--hypotheses", str(hypotheses)]) == 0
+    bleu, chrf = capsys.readouterr().out.splitlines()
+    assert bleu.startswith("BLEU ") and "tok:13a" in bleu and chrf.startswith("chrF ")
+    assert len(hypotheses.read_text(encoding="utf-8").splitlines()) == 11
+    assert main([*flags, "--bleu-tokenize", "char"]) == 0
+    assert "tok:char" in capsys.readouterr().out
+
+
+def test_score_of_validation_text_is_what_training_said(lora_run, text, capsys):
+    valid = text["valid"]
+    assert main(["score", "--run", str(lora_run), "--test", valid.source, valid.target]) == 0
+    said = json.loads((lora_run / "result.json").read_text())["scores"]["en-de"]
+    assert f"BLEU {said['bleu']:.2f} {said['bleu_signature']}" in capsys.readouterr().out
+
+
+def test_merge_gives_a_folder_for_transformers(lora_run, parent, tmp_path):
+    assert main(["merge", "--run", str(lora_run), "--out", str(tmp_path / "merged")]) == 0
+    merged = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "merged").eval()
+    assert not [name for name, _ in merged.named_parameters() if "lora" in name]
+    base, tokenizer = load_pretrained(parent / "model")
+    words = AutoTokenizer.from_pretrained(tmp_path / "merged", src_lang="en", tgt_lang="de")
+    inputs = words(["one two", "river"], text_target=["eins zwei", "Fluss"], padding=True, return_tensors="pt")
+    plain = base(**inputs).logits
+    adapted = pk.load_adapter(base, lora_run / "adapter").eval()(**inputs).logits
+    torch.testing.assert_close(merged(**inputs).logits, adapted, rtol=1e-5, atol=1e-5)
+    assert (adapted - plain).abs().max() > 1e-2
+
+
+def test_merge_of_a_fully_trained_run_is_the_model(parent, tmp_path):
+    assert main(["merge", "--run", str(parent), "--out", str(tmp_path / "merged")]) == 0
+    merged, trained = (AutoModelForSeq2SeqLM.from_pretrained(path) for path in (tmp_path / "merged", parent / "model"))
+    assert all(torch.equal(a, b) for a, b in zip(merged.parameters(), trained.parameters(), strict=True))
+
+
+def test_a_run_of_several_pairs_asks_which(parent, monkeypatch, capsys):
+    feed(monkeypatch, b"one\n")
+    assert main(["translate", "--run", str(parent)]) == 2
+    assert "the run has the pairs en-de, de-en: expected --src-lang and --tgt-lang" in capsys.readouterr().err
+    out = feed(monkeypatch, b"eins\n")
+    assert main(["translate", "--run", str(parent), "--src-lang", "de", "--tgt-lang", "en"]) == 0
+    assert out.getvalue().count(b"\n") == 1
+
+
+def test_doctor(capsys):
+    assert main(["doctor"]) == 0
+    report = capsys.readouterr().out
+    for word in ("torch 2", "transformers", "device: ", "extension: ", "backend reference: available"):
+        assert word in report
+    table = report.split("parity with the reference:\n")[1].splitlines()
+    assert table[0].split() == ["op", "backend", "float32", "bfloat16", "float16"]
+    assert {line.split()[0] for line in table[1:]} == set(pk.ops.OPS)
+    assert sum("*" in line for line in table[1:]) == len(pk.ops.OPS)
+
+
+def test_doctor_fails_when_an_op_is_wrong(monkeypatch, capsys):
+    monkeypatch.setattr(pk.parity, "table", lambda: [("lora_linear", "cpu", "float32", "dx is off by 1", True)])
+    assert main(["doctor"]) == 1
+    assert "dx is off by 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["train", "translate", "score", "merge", "bench", "doctor", "demo", "study"])
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    assert end.value.code == 0 and f"petl-mt {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [[], ["trian"], ["train", "--stepps", "3"], ["train", "--steps", "x"]])
+def test_usage_errors(flags, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(flags)
+    error = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and len(error) == 1 and error[0].startswith("petl-mt")

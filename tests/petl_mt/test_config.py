@@ -1,0 +1,118 @@
+"""Options: from YAML, from flags, on top of each other, checked and resolved."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+from petl_mt.cli import _parser, train_config
+from petl_mt.config import LEARNING_RATES, Pair, TrainConfig, default_lr, load_yaml
+
+from petl_kernels.errors import InputError
+from petl_kernels.methods import METHODS
+
+
+def from_flags(*flags: str) -> TrainConfig:
+    return train_config(_parser("train").parse_args(["train", *flags]))
+
+
+def test_flags_go_on_top_of_the_file(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "model: some/model\ntrain: [a.en, a.de]\nsrc-lang: en\ntgt_lang: de\nlr: 3e-4\nsteps: 70\nbeam: 3\n"
+    )
+    config = from_flags("--config", str(path), "--steps", "9", "--out", "run")
+    assert (config.model, config.steps, config.beam, config.lr, config.out) == ("some/model", 9, 3, 3e-4, "run")
+    assert config.train == [Pair("en", "de", "a.en", "a.de")]
+
+
+def test_one_pair_or_several():
+    one = from_flags("--train", "a", "b", "--valid", "c", "d", "--src-lang", "en", "--tgt-lang", "sw")
+    assert one.train == [Pair("en", "sw", "a", "b")] and one.valid == [Pair("en", "sw", "c", "d")]
+    several = from_flags("--pair", "en-de", "a", "b", "--pair", "de-en", "b", "a", "--valid-pair", "en-de", "c", "d")
+    assert [pair.name for pair in several.train] == ["en-de", "de-en"]
+    assert several.valid == [Pair("en", "de", "c", "d")]
+
+
+def test_method_arguments_are_typed():
+    config = from_flags("--method-arg", "rank=16", "--method-arg", "targets=[q_proj, v_proj]")
+    assert config.method_args == {"rank": 16, "targets": ["q_proj", "v_proj"]}
+
+
+def test_what_is_written_reads_back(tmp_path):
+    config = TrainConfig(model="m", out="o", train=[Pair("en", "de", "a", "b")], params="10%", betas=(0.8, 0.9))
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config.to_dict()))
+    assert TrainConfig.from_dict(load_yaml(path)) == config
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"learning_rat": 1}, "unknown option 'learning_rat'"),
+        ({"batch-token": 1}, "did you mean batch_tokens"),
+        ({"steps": "many"}, "steps 'many': expected int"),
+        ({"steps": 1.5}, "steps 1.5: expected int"),
+        ({"steps": True}, "steps True: expected int"),
+        ({"lr": "fast"}, "lr 'fast': expected float"),
+        ({"vocab_text": "a.txt"}, "vocab_text 'a.txt': expected list"),
+        ({"train": ["a", "b"]}, "src_lang and tgt_lang are needed"),
+        ({"train": [{"source": "a"}]}, "expected two files, or a list of mappings"),
+    ],
+)
+def test_wrong_values_are_refused(values, message):
+    with pytest.raises(InputError) as refusal:
+        TrainConfig.from_dict(values, "run.yaml")
+    assert "run.yaml: " in str(refusal.value) and message in str(refusal.value)
+
+
+@pytest.mark.parametrize("content", ["- a\n- b\n", "a: [", "\x00", ""])
+def test_files_that_are_no_mapping_are_refused(tmp_path, content):
+    path = tmp_path / "run.yaml"
+    path.write_text(content)
+    with pytest.raises(InputError, match="run.yaml"):
+        load_yaml(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": ""}, "model: not given"),
+        ({"out": ""}, "out: not given"),
+        ({"train": []}, "train: not given"),
+        ({"steps": 0}, "steps 0: expected at least 1"),
+        ({"label_smoothing": 1.0}, "label_smoothing 1.0: expected at least 0 and below 1"),
+        ({"dropout": -0.1}, "dropout -0.1"),
+        ({"lr": 0.0}, "lr 0.0: expected above 0"),
+        ({"schedule": "cosine"}, "schedule 'cosine': expected one of inverse-sqrt, linear, polynomial"),
+        ({"precision": "fp16"}, "precision 'fp16': expected one of fp32, bf16"),
+        ({"betas": (0.9, 1.0)}, "betas (0.9, 1.0)"),
+        ({"batch_tokens": 100}, "batch_tokens 100: expected at least max_length (256)"),
+        ({"params": "0%"}, "'0%'"),
+        ({"params": "-1%"}, "'-1%'"),
+        ({"params": "101%"}, "'101%'"),
+        ({"params": "some"}, "'some'"),
+        ({"memory": "8 apples"}, "'8 apples'"),
+        ({"patience": 3}, "patience: needs validation text"),
+        ({"model": "new", "method": "lora"}, "method 'lora': a new model is trained in full"),
+        ({"train": [Pair("en", "de", "a", "b"), Pair("de", "en", "b", "a")]}, "need --model new"),
+    ],
+)
+def test_configurations_that_cannot_run_are_refused(change, message):
+    good = {"model": "m", "out": "o", "train": [Pair("en", "de", "a", "b")]}
+    TrainConfig(**good).check()
+    with pytest.raises(InputError) as refusal:
+        TrainConfig(**{**good, **change}).check()
+    assert message in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_defaults_follow_method_and_width():
+    assert set(LEARNING_RATES) == set(METHODS)
+    full = LEARNING_RATES["full"]
+    assert all(10 * full <= LEARNING_RATES[name] <= 30 * full for name in ("adapter", "pfeiffer", "parallel", "lora"))
+    assert default_lr("full", 1024, is_new=False) == full and default_lr("full", 256, is_new=False) == 4 * full
+    adapted = TrainConfig(model="m", steps=500).resolve(1024)
+    assert (adapted.method, adapted.schedule, adapted.warmup, adapted.eval_every) == ("adapter", "linear", 50, 50)
+    new = TrainConfig(model="new", steps=100_000).resolve(512)
+    assert (new.method, new.schedule, new.warmup, new.lr) == ("full", "inverse-sqrt", 4000, 5e-4)
+    kept = TrainConfig(model="m", lr=0.5, warmup=0, eval_every=7, schedule="polynomial", method="ln").resolve(1024)
+    assert (kept.lr, kept.warmup, kept.eval_every, kept.schedule, kept.method) == (0.5, 0, 7, "polynomial", "ln")

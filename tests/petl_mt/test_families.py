@@ -1,0 +1,88 @@
+"""Every model family through the trainer: the loss that the family's own code computes, training, search, merging."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write
+from petl_mt.cli import main
+from petl_mt.config import Pair, TrainConfig
+from petl_mt.data import IGNORE, encode_pairs
+from petl_mt.evaluate import validation_loss
+from petl_mt.prepare import decoder_start, set_dropout
+from petl_mt.train import train
+from transformers import AutoModelForSeq2SeqLM
+
+from petl_kernels.interop.hf import load_pretrained
+from petl_kernels.interop.languages import LanguagePair
+
+_spec = importlib.util.spec_from_file_location("families", Path(__file__).parents[1] / "interop" / "conftest.py")
+families = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(families)
+
+LANGUAGES = {"nllb": ("eng_Latn", "swh_Latn"), "mbart50": ("en_XX", "de_DE"), "mbart25": ("en_XX", "de_DE")}
+
+
+@pytest.fixture(scope="module", params=["nllb", "mbart50", "mbart25", "marian", "t5", "t5-tied"])
+def checkpoint(request, tmp_path_factory):
+    """(folder, source language, target language) of a random checkpoint."""
+    folder = tmp_path_factory.mktemp(request.param)
+    tokenizer = families.make_tokenizer(request.param, folder / "pieces")
+    rows = 1 + max(tokenizer.get_vocab().values())
+    model = families.make_model(request.param, rows)
+    if request.param == "mbart50":  # as its checkpoints have it
+        model.config.decoder_start_token_id = model.generation_config.decoder_start_token_id = 2
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    return folder / "model", *LANGUAGES.get(request.param, ("en", "de"))
+
+
+@pytest.fixture
+def pair(checkpoint, tmp_path) -> Pair:
+    lines = families.sentences(40, seed=5)
+    return Pair(*checkpoint[1:], write(tmp_path / "source", lines), write(tmp_path / "target", lines[::-1]))
+
+
+def test_the_loss_is_that_of_the_family(checkpoint, pair):
+    model, tokenizer = load_pretrained(checkpoint[0])
+    language = LanguagePair(model, tokenizer, *checkpoint[1:])
+    texts = [line.split("\n")[:7] for line in (Path(pair.source).read_text(), Path(pair.target).read_text())]
+    corpus, _ = encode_pairs([(pair, *texts)], {pair.name: language}, 60)
+    total, tokens = 0.0, 0
+    for indices in corpus.plan(1):  # one sentence a batch: the families' own shifts need no padding then
+        batch = corpus.collate(indices)
+        count = int((batch.labels != IGNORE).sum())
+        total += model(input_ids=batch.source, labels=batch.labels).loss.item() * count
+        tokens += count
+    found = validation_loss(model, corpus, 100, decoder_start(model, language))
+    assert found == pytest.approx(total / tokens, rel=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_lora_from_text_to_a_merged_folder(checkpoint, pair, tmp_path, precision):
+    config = TrainConfig(
+        model=str(checkpoint[0]), out=str(tmp_path / "run"), train=[pair], valid=[pair], method="lora",
+        method_args={"rank": 2}, steps=6, batch_tokens=240, max_length=60, lr=3e-3, beam=2, precision=precision,
+    )  # fmt: skip
+    result = train(config, quiet=True)
+    assert result.losses[-1] < result.losses[0] and result.data[0]["lines"] == 40
+    hypotheses = (tmp_path / "run" / "valid.best.hyp").read_text(encoding="utf-8").splitlines()
+    assert len(hypotheses) == 40 and not any("<" in line or "__" in line for line in hypotheses)
+    assert main(["merge", "--run", str(tmp_path / "run"), "--out", str(tmp_path / "merged")]) == 0
+    AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "merged")
+
+
+def test_dropout_settings_reach_every_family(checkpoint):
+    """With a rate near one the model computes something else in training; with zero it does not."""
+    model, _ = load_pretrained(checkpoint[0])
+    ids = torch.tensor([[5, 6, 7, 8]])
+    exact = model(input_ids=ids, decoder_input_ids=ids).logits
+    model.train()
+    set_dropout(model, 0.0, 0.0)
+    torch.testing.assert_close(model(input_ids=ids, decoder_input_ids=ids).logits, exact)
+    for rates in ((0.9, 0.0), (0.0, 0.9)):
+        set_dropout(model, *rates)
+        assert (model(input_ids=ids, decoder_input_ids=ids).logits - exact).abs().max() > 1e-3

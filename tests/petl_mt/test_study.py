@@ -1,0 +1,160 @@
+"""The study on a tiny parent: rows, files, resuming, budgets out of reach, wrong input."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from petl_mt import cli, study
+from petl_mt.config import Pair, TrainConfig
+from petl_mt.demo.text import parallel_lines, write_pair
+from petl_mt.new_model import make_model, train_vocabulary
+from petl_mt.study import Entry, Row, StudyConfig, parse_grid, run_study
+
+from petl_kernels.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def parent(tmp_path_factory):
+    """An untrained model with a vocabulary of the demo's text."""
+    folder = tmp_path_factory.mktemp("parent")
+    lines = [line for row in parallel_lines(("en", "fi"), "train", 400, 1) for line in row]
+    tokenizer = train_vocabulary(lines, 300, 1.0, seed=1)
+    torch.manual_seed(0)
+    model = make_model(TrainConfig(d_model=16, layers=1, heads=2, ffn=32), tokenizer)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def config(parent, tmp_path):
+    files = write_pair(tmp_path / "text", "en-fi", 40, 3, 4, seed=1)
+    pairs = {split: Pair("en", "fi", *map(str, files[split])) for split in files}
+    base = TrainConfig(
+        model=str(parent),
+        out=str(tmp_path / "out"),
+        train=[pairs["train"]],
+        steps=2,
+        batch_tokens=256,
+        max_length=64,
+        beam=1,
+        dropout=0.0,
+    )
+    return StudyConfig(base, pairs["test"], ["full", "lora=2%,0.0001%", "bitfit"], {"lora": 0.02})
+
+
+def test_rows_and_files(config, tmp_path):
+    seen = []
+    rows = run_study(config, quiet=True, on_row=seen.append)
+    assert seen == rows
+    assert [row.name for row in rows] == ["no adaptation", "full", "lora 2%", "lora 0.0001%", "bitfit"]
+    assert [row.status for row in rows] == ["done", "done", "done", "unreachable", "done"]
+    parent, full, lora, _, bitfit = rows
+    assert (parent.trained_parameters, parent.trained_share, full.trained_share) == (0, 0.0, 1.0)
+    assert 0.01 < lora.trained_share <= 0.021 and 0 < bitfit.trained_share < 0.2
+    assert lora.lr == 0.02 and full.lr != 0.02
+    for row in (full, lora, bitfit):
+        assert row.steps == 2 and row.seconds_per_step > 0 and row.saved_bytes_per_token > 0
+        assert 0 <= row.scores.bleu < 100 and 0 <= row.scores.chrf < 100 and row.scores.sentences == 4
+        assert "version:" in row.scores.bleu_signature and "nc:6" in row.scores.chrf_signature
+    assert bitfit.saved_bytes_per_token < full.saved_bytes_per_token
+
+    out = tmp_path / "out"
+    assert not list(out.glob("rows/*/checkpoints"))
+    for name in ("parent", "full", "lora-2pct", "bitfit"):
+        assert len((out / "rows" / name / "test.hyp").read_text().splitlines()) == 4
+    stored = json.loads((out / "study.json").read_text())
+    assert [Row.from_dict(row) for row in stored["rows"]] == rows
+    assert stored["seed"] == 1 and {"processor", "torch", "sacrebleu"} <= set(stored["machine"])
+    table = (out / "study.md").read_text()
+    assert "| lora 0.0001% | unreachable: the nearest it can is" in table and lora.scores.bleu_signature in table
+    assert (out / "study.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_finished_rows_are_not_run_again_and_interrupted_ones_go_on(config, monkeypatch):
+    grid = list(config.grid)
+    config.grid = ["full"]
+    run_study(config, quiet=True)
+
+    def interrupted(run, **options):
+        started.append(run.method)
+        result = train(run, **options)
+        if run.method == "lora":
+            raise KeyboardInterrupt  # after training, before the row is written
+        return result
+
+    started, train = [], study.train
+    monkeypatch.setattr(study, "train", interrupted)
+    config.grid = grid
+    with pytest.raises(KeyboardInterrupt):
+        run_study(config, quiet=True)
+    assert started == ["lora"]
+    monkeypatch.setattr(study, "train", lambda run, **options: started.append(run.method) or train(run, **options))
+    rows = run_study(config, quiet=True)
+    assert started == ["lora", "lora", "bitfit"] and len(rows) == 5
+    assert run_study(config, quiet=True) == rows and len(started) == 3
+
+
+def test_another_configuration_in_the_same_folder_is_refused(config):
+    config.grid = ["bitfit"]
+    run_study(config, quiet=True)
+    config.base = dataclasses.replace(config.base, steps=3)
+    with pytest.raises(InputError, match=r"bitfit: holds a row of another study: steps \(2 -> 3\)"):
+        run_study(config, quiet=True)
+
+
+def test_another_text_under_the_same_name_is_refused(config):
+    config.grid = ["bitfit"]
+    run_study(config, quiet=True)
+    with open(config.base.train[0].target, "r+", encoding="utf-8") as file:
+        file.write("X")
+    with pytest.raises(InputError, match="bitfit: holds a row of another study: digests"):
+        run_study(config, quiet=True)
+
+
+def test_a_run_that_diverges_is_a_row_and_not_the_end(config):
+    config.grid, config.lr = ["full", "bitfit"], {"full": 1e30}
+    config.base = dataclasses.replace(config.base, steps=4)
+    rows = run_study(config, quiet=True)
+    assert [row.status for row in rows] == ["done", "stopped", "done"] and "training stopped at step" in rows[1].note
+
+
+@pytest.mark.parametrize("grid, message", [
+    (["adaptor=10%"], "unknown method 'adaptor', expected one of full, adapter"),
+    (["adapter=0%"], "budget '0%': expected a share"),
+    (["adapter=120%"], "budget '120%': expected a share"),
+    (["adapter="], "no budget after ="),
+    ([], "grid: empty"),
+])  # fmt: skip
+def test_wrong_grids_are_refused(grid, message):
+    with pytest.raises(InputError, match=message):
+        parse_grid(grid)
+
+
+def test_grid():
+    assert parse_grid(["adapter=10%,0.1%", "full", "full", "lora=2M"]) == [
+        Entry("adapter", "10%"), Entry("adapter", "0.1%"), Entry("full"), Entry("lora", "2M"),
+    ]  # fmt: skip
+
+
+def test_unequal_test_files_are_refused_before_anything_is_written(config, tmp_path):
+    with open(config.test.source, "a", encoding="utf-8") as file:
+        file.write("one more\n")
+    with pytest.raises(InputError, match="has 5 lines and .* has 4"):
+        run_study(config, quiet=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_command(config, capsys):
+    base = config.base
+    arguments = [
+        "study", "--model", base.model, "--out", base.out, "--train", base.train[0].source, base.train[0].target,
+        "--test", config.test.source, config.test.target, "--src-lang", "en", "--tgt-lang", "fi", "--grid", "bitfit",
+        "--lr", "bitfit=0.01", "--steps", "2", "--batch-tokens", "256", "--max-length", "64", "--beam", "1",
+    ]  # fmt: skip
+    assert cli.main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "bitfit" in shown and "BLEU nrefs:1" in shown and "0.01" in shown
