@@ -3,8 +3,8 @@
 // Everything between x and y happens on blocks of rows that stay in cache: LayerNorm, the two products, activation,
 // residual. scalar_t is the dtype of x, product_t that of the products (bf16 where the processor multiplies it, else
 // acc_t), acc_t that of everything between them and of sums.
-#include "column_sum.h"
 #include "kernels.h"
+#include "rows.h"
 
 namespace petl {
 namespace {
@@ -71,54 +71,6 @@ void activate_backward(Activation activation, const T* z, T* grads, int64_t coun
   }
 }
 
-// Σ of term(j), in enough independent sums for the compiler to vectorise and the adders to stay busy.
-template <typename T, typename Term>
-inline T lane_sum(int64_t count, const Term& term) {
-  constexpr int64_t kLanes = 32;
-  T lanes[kLanes] = {};
-  const int64_t whole = count - count % kLanes;
-  for (int64_t j = 0; j < whole; j += kLanes) {
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      lanes[lane] += term(j + lane);
-    }
-  }
-  for (int64_t j = whole; j < count; ++j) {
-    lanes[j - whole] += term(j);
-  }
-  T sum = 0;
-  for (const T lane : lanes) {
-    sum += lane;
-  }
-  return sum;
-}
-
-// n = (x - mean) · rstd for one row; returns rstd. The mean is found in two steps: rounding in the first is as large as
-// a row's offset, and what it left behind is a small number that the second finds exactly enough.
-template <typename T>
-T normalise_row(const T* __restrict x, T* __restrict n, int64_t features, T eps) {
-  const T offset = lane_sum<T>(features, [&](int64_t j) { return x[j]; }) / features;
-  const T rest = lane_sum<T>(features, [&](int64_t j) { return x[j] - offset; }) / features;
-  const T squares = lane_sum<T>(features, [&](int64_t j) {
-    const T centred = (x[j] - offset) - rest;
-    return centred * centred;
-  });
-  const T rstd = 1 / std::sqrt(squares / features + eps);
-  for (int64_t j = 0; j < features; ++j) {
-    n[j] = ((x[j] - offset) - rest) * rstd;
-  }
-  return rstd;
-}
-
-// dx from g = dn, for one row.
-template <typename T>
-void normalise_row_backward(const T* __restrict g, const T* __restrict n, T rstd, T* __restrict dx, int64_t features) {
-  const T mean_g = lane_sum<T>(features, [&](int64_t j) { return g[j]; }) / features;
-  const T mean_gn = lane_sum<T>(features, [&](int64_t j) { return g[j] * n[j]; }) / features;
-  for (int64_t j = 0; j < features; ++j) {
-    dx[j] = rstd * (g[j] - mean_g - n[j] * mean_gn);
-  }
-}
-
 // rows[i] += row
 template <typename T>
 void add_row(T* rows, int64_t count, int64_t columns, const T* row) {
@@ -136,7 +88,9 @@ void add_matmul(const Tensor& left, const Tensor& right, P* buffer, Acc* total) 
   } else {
     Tensor product = matrix(buffer, rows, columns);
     at::mm_out(product, left, right);
-    accumulate(buffer, total, rows * columns);
+    for (int64_t j = 0; j < rows * columns; ++j) {
+      total[j] += static_cast<Acc>(buffer[j]);
+    }
   }
 }
 
@@ -166,8 +120,7 @@ struct Parameters {
         up(up.to(x.scalar_type()).to(product_type).contiguous()),
         z_bias(widen(down_bias, x)) {
     if (bias) {
-      const Tensor shift = at::mv(wide_down, *bias);
-      z_bias = z_bias ? *z_bias + shift : shift;
+      z_bias = z_bias ? at::addmv(*z_bias, wide_down, *bias) : at::mv(wide_down, *bias);
     }
   }
 
@@ -180,6 +133,31 @@ struct Parameters {
   Tensor wide_down, down, up;
   OptionalTensor z_bias;
 };
+
+// From M to dD, in place, and to the gradients of the LayerNorm's parameters (dbias only where there is a bias).
+template <typename T>
+void unfold_norm(const Parameters& p, const Tensor& sum_dz, Tensor& m, Tensor& dweight, Tensor& dbias) {
+  const int64_t rows = m.size(0), d = m.size(1);
+  const T* __restrict weight = p.weight->const_data_ptr<T>();
+  const T* dz = sum_dz.const_data_ptr<T>();
+  T* __restrict dw = dweight.zero_().mutable_data_ptr<T>();
+  T* __restrict dv = dbias.zero_().mutable_data_ptr<T>();
+  for (int64_t k = 0; k < rows; ++k) {
+    const T* __restrict down = p.wide_down.const_data_ptr<T>() + k * d;
+    T* __restrict row = m.mutable_data_ptr<T>() + k * d;
+    for (int64_t j = 0; j < d; ++j) {
+      dw[j] += down[j] * row[j];
+      row[j] *= weight[j];
+    }
+    if (p.bias) {
+      const T* __restrict bias = p.bias->const_data_ptr<T>();
+      for (int64_t j = 0; j < d; ++j) {
+        dv[j] += down[j] * dz[k];
+        row[j] += bias[j] * dz[k];
+      }
+    }
+  }
+}
 
 // One call's blocks.
 template <typename scalar_t, typename product_t>
@@ -199,8 +177,7 @@ struct Adapter {
         wide_z_block(blocks.block_rows * m),
         rstds(blocks.block_rows),
         row_a(std::max(d, m)),
-        row_b(d),
-        row_c(std::max(d, m)) {}
+        row_b(std::max(d, m)) {}
 
   // n for a block, in product_t (x itself without a LayerNorm).
   Tensor normalise(const scalar_t* x, int64_t count) const {
@@ -210,15 +187,14 @@ struct Adapter {
       }
     }
     for (int64_t i = 0; i < count; ++i) {
-      const acc_t* row = converted(x + i * d, row_a.mine(), d);
       product_t* n = n_block.mine() + i * d;
-      if (!p.norm) {
-        convert(row, n, d);
-      } else if constexpr (std::is_same_v<product_t, acc_t>) {
-        rstds.mine()[i] = normalise_row(row, n, d, eps);
+      if (p.norm) {
+        const acc_t* row = converted(x + i * d, row_a.mine(), d);
+        acc_t* normalised = in_place_or(n, row_b.mine());
+        rstds.mine()[i] = normalise_row(row, normalised, d, eps);
+        settle(normalised, n, d);
       } else {
-        rstds.mine()[i] = normalise_row(row, row_b.mine(), d, eps);
-        convert(row_b.mine(), n, d);
+        convert(x + i * d, n, d);
       }
     }
     return matrix(n_block.mine(), count, d);
@@ -240,13 +216,13 @@ struct Adapter {
     const auto* c_up = data_or_null<acc_t>(scaled_up_bias);
     auto* y_data = y.mutable_data_ptr<scalar_t>();
 
-    blocks.parallel_for_each([&](int64_t row, int64_t count) {
-      acc_t* z = project_down(normalise(x_data + row * d, count));
+    blocks.parallel_for_each([&](int64_t first, int64_t count) {
+      acc_t* z = project_down(normalise(x_data + first * d, count));
       activate(activation, z, count * m);
       convert(z, z_block.mine(), count * m);
 
       // The product accumulates into residual + scale · u, in y itself where the dtypes agree.
-      scalar_t* y_rows = y_data + row * d;
+      scalar_t* y_rows = y_data + first * d;
       product_t* sum;
       if constexpr (std::is_same_v<scalar_t, product_t>) {
         sum = y_rows;
@@ -254,7 +230,7 @@ struct Adapter {
         sum = n_block.mine();
       }
       for (int64_t i = 0; i < count; ++i) {
-        add_bias(residual_data + (row + i) * d, c_up, sum + i * d);
+        add(residual_data + (first + i) * d, c_up, sum + i * d);
       }
       matrix(sum, count, d).addmm_(matrix(z_block.mine(), count, m), p.up.t(), 1, scale);
       if constexpr (!std::is_same_v<scalar_t, product_t>) {
@@ -263,27 +239,28 @@ struct Adapter {
     });
   }
 
-  // to = from + bias for one row
-  void add_bias(const scalar_t* from, const acc_t* bias, product_t* to) const {
-    const acc_t* values = converted(from, row_a.mine(), d);
-    acc_t* sum;
-    if constexpr (std::is_same_v<product_t, acc_t>) {
-      sum = to;
-    } else {
-      sum = row_b.mine();
-    }
+  // to = from + bias for one row; no bias where it is null.
+  template <typename From, typename To>
+  void add(const From* from, const acc_t* bias, To* to) const {
     if (bias == nullptr) {
       return convert(from, to, d);
     }
+    const acc_t* values = converted(from, row_a.mine(), d);
+    acc_t* sum = in_place_or(to, row_b.mine());
     for (int64_t j = 0; j < d; ++j) {
       sum[j] = values[j] + bias[j];
     }
-    if constexpr (!std::is_same_v<product_t, acc_t>) {
-      convert(sum, to, d);
+    settle(sum, to, d);
+  }
+
+  // values *= scale
+  void multiply(acc_t* values, int64_t count) const {
+    for (int64_t j = 0; scale != 1 && j < count; ++j) {
+      values[j] *= scale;
     }
   }
 
-  // Partial sums, one per slice: M = dzᵀ n, Σ dz, dUᵀ / scale, Σ dy.
+  // Partial sums, one per slice: M = dzᵀ n, Σ dz, dUᵀ, Σ dy.
   struct Sums {
     Tensor m, dz, dup_transposed, dy;
   };
@@ -303,18 +280,19 @@ struct Adapter {
     const Scratch<product_t> g_block(blocks.block_rows * d), active_block(blocks.block_rows * m), product(d * m);
     const Scratch<acc_t> dz_block(blocks.block_rows * m);
 
-    slices.parallel_for_each([&](int64_t slice, int64_t row, int64_t count) {
-      const scalar_t* dy_rows = dy_data + row * d;
+    slices.parallel_for_each([&](int64_t slice, int64_t first, int64_t count) {
+      const scalar_t* dy_rows = dy_data + first * d;
       const Tensor dy_matrix = matrix(converted(dy_rows, dy_block.mine(), count * d), count, d);
       if (has_up_bias) {
         add_columns(dy_rows, count, d, slice_of<acc_t>(sums.dy, slice));
       }
 
-      const Tensor n = normalise(x_data + row * d, count);
+      const Tensor n = normalise(x_data + first * d, count);
       const acc_t* z = project_down(n);
       acc_t* dz = dz_block.mine();
       std::copy(z, z + count * m, dz);
       activate(activation, dz, count * m);
+      multiply(dz, count * m);
       convert(dz, active_block.mine(), count * m);
       const Tensor active = matrix(active_block.mine(), count, m);
       add_matmul(active.t(), dy_matrix, product.mine(), slice_of<acc_t>(sums.dup_transposed, slice));
@@ -322,9 +300,7 @@ struct Adapter {
       Tensor dz_matrix = matrix(z_block.mine(), count, m);
       at::mm_out(dz_matrix, dy_matrix, p.up);
       convert(z_block.mine(), dz, count * m);
-      for (int64_t i = 0; i < count * m; ++i) {
-        dz[i] *= scale;
-      }
+      multiply(dz, count * m);
       activate_backward(activation, z, dz, count * m);
       add_columns(dz, count, m, slice_of<acc_t>(sums.dz, slice));
       convert(dz, z_block.mine(), count * m);
@@ -334,7 +310,7 @@ struct Adapter {
         Tensor g = matrix(g_block.mine(), count, d);
         at::mm_out(g, dz_matrix, p.down);
         input_gradient(
-            g_block.mine(), n.const_data_ptr<product_t>(), residual_is_x ? dy_rows : nullptr, count, dx_data + row * d);
+            g_block.mine(), n.const_data_ptr<product_t>(), residual_is_x ? dy_rows : nullptr, count, dx_data + first * d);
       }
     });
   }
@@ -343,7 +319,7 @@ struct Adapter {
   template <typename T>
   void add_columns(const T* rows, int64_t count, int64_t columns, acc_t* total) const {
     constexpr int64_t kRun = 32;
-    acc_t* sum = row_c.mine();
+    acc_t* sum = row_b.mine();
     for (int64_t first = 0; first < count; first += kRun) {
       std::fill(sum, sum + columns, acc_t(0));
       for (int64_t i = first; i < std::min(count, first + kRun); ++i) {
@@ -355,18 +331,16 @@ struct Adapter {
 
   // dx of a block from g = dz D and n; adds dy unless it is null.
   void input_gradient(const product_t* g, const product_t* n, const scalar_t* dy, int64_t count, scalar_t* dx) const {
+    acc_t* grad = row_b.mine();
     for (int64_t i = 0; i < count; ++i) {
-      const acc_t* wide_g = converted(g + i * d, row_a.mine(), d);
-      acc_t* out = row_c.mine();
+      convert(g + i * d, grad, d);
       if (p.norm) {
-        normalise_row_backward(wide_g, converted(n + i * d, row_b.mine(), d), rstds.mine()[i], out, d);
-      } else {
-        std::copy(wide_g, wide_g + d, out);
+        normalise_row_backward(grad, converted(n + i * d, row_a.mine(), d), rstds.mine()[i], d);
       }
       if (dy != nullptr) {
-        accumulate(converted(dy + i * d, row_b.mine(), d), out, d);
+        accumulate(converted(dy + i * d, row_a.mine(), d), grad, d);
       }
-      convert(out, dx + i * d, d);
+      convert(grad, dx + i * d, d);
     }
   }
 
@@ -377,7 +351,7 @@ struct Adapter {
   Activation activation;
   acc_t scale;
   Scratch<product_t> n_block, z_block;
-  Scratch<acc_t> wide_z_block, rstds, row_a, row_b, row_c;
+  Scratch<acc_t> wide_z_block, rstds, row_a, row_b;
 };
 
 bool multiplies_bf16() {
@@ -459,17 +433,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_ad
         .backward(dy_rows, rows, residual_is_x, has_up_bias, slices, {sum_m, sum_dz, sum_dup, sum_dy}, dx);
   });
 
-  sum_m = sum_m.sum(0);
-  sum_dz = sum_dz.sum(0);
   const auto absent = [&] { return at::empty({0}, sum_m.options()); };
-  Tensor dln_weight = absent(), dln_bias = absent(), ddown = sum_m;
+  Tensor ddown = Slices::total(sum_m), dln_weight = absent(), dln_bias = absent();
+  sum_dz = Slices::total(sum_dz);
   if (ln_weight) {
-    dln_weight = (sum_m * parameters.wide_down).sum(0).to(ln_weight->scalar_type());
-    ddown = sum_m * *parameters.weight;
-  }
-  if (ln_bias) {
-    dln_bias = at::mv(parameters.wide_down.t(), sum_dz).to(ln_bias->scalar_type());
-    ddown.addr_(sum_dz, *parameters.bias);
+    dln_weight = at::empty({d}, sum_m.options());
+    dln_bias = ln_bias ? at::empty({d}, sum_m.options()) : dln_bias;
+    AT_DISPATCH_FLOATING_TYPES(sum_m.scalar_type(), "bottleneck_adapter_backward", [&] {
+      unfold_norm<scalar_t>(parameters, sum_dz, ddown, dln_weight, dln_bias);
+    });
+    dln_weight = dln_weight.to(ln_weight->scalar_type());
+    dln_bias = ln_bias ? dln_bias.to(ln_bias->scalar_type()) : dln_bias;
   }
   return {
       dx ? dx->view(x.sizes()) : at::empty({0}, x.options()),
@@ -477,8 +451,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_ad
       dln_bias,
       ddown.to(down.scalar_type()),
       down_bias ? sum_dz.to(down_bias->scalar_type()) : absent(),
-      (sum_dup.sum(0).t() * scale).to(up.scalar_type()).contiguous(),
-      has_up_bias ? sum_dy.sum(0) * scale : absent()};
+      Slices::total(sum_dup).to(up.scalar_type()).t().contiguous(),
+      has_up_bias ? Slices::total(sum_dy) * scale : absent()};
 }
 
 } // namespace petl

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <tuple>
 #include <type_traits>
 #include <vector>
 
@@ -93,6 +94,18 @@ class Slices {
     return at::zeros(shape, like.options().dtype(compute_type(like)));
   }
 
+  // The partial sums added in order.
+  static Tensor total(const Tensor& partial_sums) {
+    if (partial_sums.size(0) == 1) {
+      return partial_sums[0];
+    }
+    Tensor total = at::add(partial_sums[0], partial_sums[1]);
+    for (int64_t slice = 2; slice < partial_sums.size(0); ++slice) {
+      total.add_(partial_sums[slice]);
+    }
+    return total;
+  }
+
   // f(slice, first_row, row_count) for each block, slices in parallel.
   template <typename F>
   void parallel_for_each(const F& f) const {
@@ -153,11 +166,20 @@ const To* converted(const From* from, To* buffer, int64_t count) {
   }
 }
 
-// to += from
-template <typename To, typename From>
-void accumulate(const From* __restrict from, To* __restrict to, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
-    to[i] += static_cast<To>(from[i]);
+// Where to compute values that end up in to: there, or in buffer when to is narrower. settle() then moves them.
+template <typename Wide, typename To>
+Wide* in_place_or(To* to, Wide* buffer) {
+  if constexpr (std::is_same_v<To, Wide>) {
+    return to;
+  } else {
+    return buffer;
+  }
+}
+
+template <typename Wide, typename To>
+void settle(const Wide* values, To* to, int64_t count) {
+  if constexpr (!std::is_same_v<To, Wide>) {
+    convert(values, to, count);
   }
 }
 

@@ -94,7 +94,7 @@ Tensor dropped_gradients(
       }
     });
   });
-  return da.sum(0);
+  return Slices::total(da);
 }
 
 } // namespace

@@ -21,6 +21,9 @@ def test_what_is_no_size_is_refused_by_its_text(text):
     assert repr(text) in str(error.value)
 
 
-def test_sizes_read_back():
-    assert format_size(3 * 2**29) == "1.5 GiB"
-    assert format_size(12) == "12 B"
+@pytest.mark.parametrize(
+    "size, text",
+    [(12, "12 B"), (1023, "1023 B"), (1024, "1 KiB"), (3 * 2**29, "1.5 GiB"), (1010 * 2**20, "1010 MiB")],
+)
+def test_sizes_read_back(size, text):
+    assert format_size(size) == text

@@ -387,8 +387,9 @@ def _latent_gradient(
     gradient = (scale * da * _derivative(z, ACTIVATION)).to(dz.dtype.element_ty)
     store(a + block, _activate(z, ACTIVATION), row_inside, latent_inside)
     store(dz + block, gradient, row_inside, latent_inside)
-    tl.store(statistics + rows, mean, mask=row_inside & first)
-    tl.store(statistics + M + rows, rstd, mask=row_inside & first)
+    if first:
+        tl.store(statistics + rows, mean, mask=row_inside)
+        tl.store(statistics + M + rows, rstd, mask=row_inside)
     exact = gradient.to(tl.float32)
     return gradient, tl.sum(exact * c1[None, :], 1), tl.sum(exact * (z - c2[None, :]), 1)
 
@@ -516,19 +517,20 @@ def _token_sums_kernel(
         wide_sum += tl.sum(tile.to(tl.float32), 0)
         narrow_sum += tl.sum(right.to(tl.float32), 0)
         if LN:
-            normalises = row_inside & (is_up == 0)
-            mean = tl.load(statistics + rows, mask=normalises, other=0.0)
-            rstd = tl.load(statistics + M + rows, mask=normalises, other=1.0)
+            mean = tl.where(is_up, 0.0, tl.load(statistics + rows, mask=row_inside, other=0.0))
+            rstd = tl.where(is_up, 1.0, tl.load(statistics + M + rows, mask=row_inside, other=0.0))
             tile = ((tile.to(tl.float32) - mean[:, None]) * rstd[:, None]).to(tile.dtype)
         acc = tl.dot(tl.trans(tile), right, acc, input_precision="ieee")
 
     out = partials + split.to(tl.int64) * (2 * d * m + d + m)
     if is_up:
         store(out + d * m + cols[:, None] * m + latent[None, :], scale * acc, col_inside, latent_inside)
-        tl.store(out + 2 * d * m + cols, scale * wide_sum, mask=col_inside & (chunk == 0))
+        if chunk == 0:
+            tl.store(out + 2 * d * m + cols, scale * wide_sum, mask=col_inside)
     else:
         store(out + latent[None, :] * d + cols[:, None], acc, col_inside, latent_inside)
-        tl.store(out + 2 * d * m + d + latent, narrow_sum, mask=latent_inside & (tl.program_id(0) == 0))
+        if tl.program_id(0) == 0:
+            tl.store(out + 2 * d * m + d + latent, narrow_sum, mask=latent_inside)
 
 
 @triton.jit
@@ -567,8 +569,8 @@ def _finish_kernel(
         store(ddown + latent[:, None] * d + cols[None, :], e, inside, col_inside)
         store(dup + cols[None, :] * m + latent[:, None], u, inside, col_inside)
         if ddown_bias is not None:
-            first = inside & (tl.program_id(0) == 0)
-            tl.store(ddown_bias + latent, dd.to(ddown_bias.dtype.element_ty), mask=first)
+            if tl.program_id(0) == 0:
+                tl.store(ddown_bias + latent, dd.to(ddown_bias.dtype.element_ty), mask=inside)
     if LN:
         tl.store(dln_weight + cols, weight_sum.to(dln_weight.dtype.element_ty), mask=col_inside)
         if ln_bias is not None:

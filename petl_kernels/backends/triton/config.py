@@ -70,7 +70,7 @@ ADAPTER = {
 }
 ADAPTER_NARROW = 64
 # Widest accumulators in all (the bottleneck; twice that in backward) for which a block of rows stays fused.
-ADAPTER_LIMIT = {"small": 128, "sm80": 256, "sm90": 256, "sm100": 256, "fp32": 128, "interpreter": 64}
+ADAPTER_LIMIT = {"small": 128, "sm80": 256, "sm90": 256, "sm100": 256, "fp32": 64, "interpreter": 64}
 
 
 def device_class(device: torch.device) -> str:

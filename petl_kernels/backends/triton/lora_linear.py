@@ -159,7 +159,9 @@ def _input_gradient(dx, dys, ds, weights, a, dropout, seed, add: bool) -> None:
     rows, inner = dx.shape
     sizes = tuple(w.shape[0] for w in weights)
     ranks = tuple(m.shape[0] for m in a)
-    tile = config.matmul_tile(ds, rows, inner, elements=32 if dropout else 128)
+    # The mask takes some ten registers for each element of the accumulator.
+    elements = 128 if dropout == 0 else 16 if dx.dtype == torch.float32 else 32
+    tile = config.matmul_tile(ds, rows, inner, elements)
     seed, threshold, keep_scale, dropped = _dropout(dropout, seed)
     grid = (triton.cdiv(rows, tile.m) * triton.cdiv(inner, tile.n),)
     launch(
@@ -371,7 +373,8 @@ def _b_gradients_kernel(
     block = out + before + cols[:, None] * R + rank[None, :]
     store(block, acc * pick(scales, g), col_inside, rank_inside)
     if BIAS:
-        tl.store(out + bias_start + start_of(sizes, g) + cols, sums, mask=col_inside & (chunk == 0))
+        if chunk == 0:
+            tl.store(out + bias_start + start_of(sizes, g) + cols, sums, mask=col_inside)
 
 
 @triton.jit(do_not_specialize=["threshold"])
