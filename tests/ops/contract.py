@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from petl_kernels import backends, ops, parity
+from petl_kernels import backends, parity
 from petl_kernels.memory.saved import saved_bytes
 
 CPU = torch.device("cpu")
@@ -79,7 +79,3 @@ def assert_compiles(function: Callable, *inputs: Tensor, tolerance: float = 1e-6
 def opcheck(op: Callable, arguments: tuple) -> None:
     for backend in BACKENDS:
         torch.library.opcheck(op, (*arguments, backend))
-
-
-def served_by(backend: str):
-    return ops.use(backend)

@@ -35,9 +35,7 @@ def test_values_and_gradients(backend, dtype, rows, activation, adapters):
 @pytest.mark.parametrize("norm", [True, False], ids=["norm", "no norm"])
 @pytest.mark.parametrize("parallel", [True, False], ids=["parallel", "after"])
 def test_every_form(backend, dtype, bias, norm, parallel):
-    arguments = arguments_of(
-        dtype, rows=(33,), bias=bias, norm=norm, parallel=parallel, activation="gelu", scale=4.0
-    )
+    arguments = arguments_of(dtype, rows=(33,), bias=bias, norm=norm, parallel=parallel, activation="gelu", scale=4.0)
     contract.assert_parity("bottleneck_adapter", backend, arguments)
 
 

@@ -134,9 +134,7 @@ def test_opcheck():
     a = [draw(2, 8).requires_grad_(), draw(3, 8).requires_grad_()]
     b = [draw(6, 2).requires_grad_(), draw(5, 3).requires_grad_()]
     for dropout, seed in ((0.0, None), (0.3, draw.seed())):
-        contract.opcheck(
-            torch.ops.petl.lora_linear.default, (x, weights, biases, a, b, [2.0, 0.5], dropout, seed)
-        )
+        contract.opcheck(torch.ops.petl.lora_linear.default, (x, weights, biases, a, b, [2.0, 0.5], dropout, seed))
         dys, s = [draw(3, 4, 6), draw(3, 4, 5)], draw(12, 5)
         plain = [[p.detach() for p in group] for group in (weights, a, b)]
         for need_dx, need_dbias in ((True, [True, False]), (False, [False, False])):

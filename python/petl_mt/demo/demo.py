@@ -27,7 +27,7 @@ from .make_parent import parent_folder
 from .text import parallel_lines, write_pair
 
 PAIRS = ("en-fi", "en-tr")
-SHARE = 0.8  # of the minutes is planned with; the rest is for a machine that slows down
+SHARE = 0.85  # of the minutes is planned with; the rest is for a machine that slows down
 
 
 @dataclass
@@ -35,28 +35,26 @@ class Plan:
     """What the demo does; the defaults fit five minutes on two cores."""
 
     grids: dict[str, Sequence[str]] = field(default_factory=lambda: {
-        "en-fi": ("full", "adapter=10%,1%", "adapter-sublayer=10%", "parallel=10%", "lora=10%,1%", "cross-attention",
-                  "prefix=1%", "bitfit"),
-        "en-tr": ("full", "adapter=10%", "lora=1%"),
+        "en-fi": ("full", "adapter=10%,1%", "parallel=10%", "lora=10%,1%", "cross-attention", "prefix=1%", "bitfit"),
+        "en-tr": ("full", "adapter=10%"),
     })  # fmt: skip
-    # Higher than the trainer's defaults: a hundred steps must carry the parent into a language it has never written.
+    # Higher than the trainer's defaults: sixty steps must carry the parent into a language it has never written.
     lr: dict[str, float] = field(
         default_factory=lambda: {
-            "full": 1e-3,
-            "cross-attention": 2e-3,
-            "adapter": 4e-3,
-            "adapter-sublayer": 4e-3,
+            "full": 2e-3,
+            "cross-attention": 4e-3,
+            "adapter": 8e-3,
             "parallel": 4e-3,
-            "lora": 4e-3,
-            "prefix": 1e-2,
-            "bitfit": 1e-2,
+            "lora": 5e-3,
+            "prefix": 2e-2,
+            "bitfit": 2e-2,
         }
     )
-    steps: int = 100
+    steps: int = 60
     train: int = 3000
-    test: int = 100
+    test: int = 80
     own: int = 50  # lines of the parent's own pair
-    batch_tokens: int = 2048
+    batch_tokens: int = 1024
     beam: int = 4
     seed: int = 1
     examples: int = 3

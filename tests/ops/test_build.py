@@ -1,0 +1,56 @@
+"""The extension: what it says about itself, the CUDA sources on a machine without a GPU, a machine without a compiler."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from . import contract
+
+ROOT = Path(__file__).parents[2]
+needs_sources = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="runs in a source tree")
+
+
+@pytest.mark.skipif("cpu" not in contract.BACKENDS, reason="the extension is not built")
+def test_build_info():
+    import petl_kernels._C
+
+    info = petl_kernels._C.build_info()
+    assert set(info) == {"compiler", "flags", "torch", "vectors", "cuda"}
+    assert "-O3" in info["flags"] and re.match(r"(gcc|clang) \d+", info["compiler"])
+    assert torch.__version__.startswith(info["torch"])
+
+
+@needs_sources
+def test_without_a_compiler_the_build_goes_through():
+    # setup.py decides when it is imported; what it would hand to setuptools is printed instead.
+    program = "import setuptools; setuptools.setup = lambda **given: print(sorted(given)); import setup"
+    environment = os.environ | {"CXX": "no-such-compiler"}
+    command = [sys.executable, "-c", program]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "ext_modules" not in run.stdout
+    assert run.stderr.count("no C++ compiler found") == 1
+
+
+@needs_sources
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize("architecture", ["80", "90", "100"])
+def test_cuda_sources_compile_without_pytorch(tmp_path, architecture):
+    for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+        command = ["nvcc", "-std=c++17", "-O3", "-c", source, "-o", tmp_path / "out.o", "-Xptxas", "-v"]
+        command += [f"-gencode=arch=compute_{architecture},code=sm_{architecture}"]
+        run = subprocess.run(command, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        report = run.stdout + run.stderr
+        spills = [int(n) for n in re.findall(r"(\d+) bytes spill", report)]
+        registers = [int(n) for n in re.findall(r"Used (\d+) registers", report)]
+        assert spills and not any(spills), report
+        assert registers and max(registers) <= 64, report

@@ -1,0 +1,167 @@
+"""Which backend serves an op: by name, by default, after a failed check, without the extension."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import warnings
+
+import pytest
+import torch
+
+from petl_kernels import backends, ops, parity
+from petl_kernels.errors import InputError
+
+from . import contract
+
+CUDA = torch.device("cuda", 0)
+needs_extension = pytest.mark.skipif("cpu" not in contract.BACKENDS, reason="the extension is not built")
+
+
+@pytest.fixture
+def router(monkeypatch):
+    """A router whose state is put back, with a pretended Triton backend of lora_linear that only the test knows."""
+    for name in ("_kernels", "_load_errors", "_chosen", "_parity_errors"):
+        monkeypatch.setattr(backends, name, dict(getattr(backends, name)))
+    monkeypatch.setattr(backends, "_warned", set())
+    backends._load_errors["triton"] = None
+    for key in [key for key in backends._kernels if key[1] == "triton"]:
+        del backends._kernels[key]
+    for op in ("lora_linear", "lora_linear_backward"):
+        backends.register(op, "triton")(backends.kernel_of(op, "reference"))
+    return backends
+
+
+def test_names():
+    assert ops.OPS == ("frozen_linear", "lora_linear", "bottleneck_adapter")
+    assert "reference" in ops.available_backends()
+    assert set(ops.available_backends()) <= set(backends.BACKENDS)
+
+
+@needs_extension
+def test_the_extension_serves_the_cpu_by_default():
+    assert [ops.backend_of(op, "cpu") for op in ops.OPS] == ["cpu"] * 3
+
+
+def test_use_is_for_a_block():
+    before = ops.backend_of("lora_linear", "cpu")
+    with ops.use("reference"):
+        assert ops.backend_of("lora_linear", "cpu") == "reference"
+        with pytest.raises(RuntimeError), ops.use(contract.BACKENDS[-1]):
+            assert ops.backend_of("lora_linear", "cpu") == contract.BACKENDS[-1]
+            raise RuntimeError
+        assert ops.backend_of("lora_linear", "cpu") == "reference"
+    assert ops.backend_of("lora_linear", "cpu") == before
+
+
+def test_use_holds_in_other_threads():
+    names = []
+    with ops.use("reference"):
+        thread = threading.Thread(target=lambda: names.append(ops.backend_of("lora_linear", "cpu")))
+        thread.start()
+        thread.join()
+    assert names == ["reference"]
+
+
+def test_use_refuses_an_unknown_name():
+    with pytest.raises(InputError, match="backend 'tritron' is unknown: expected one of reference, cpu, triton, cuda"):
+        with ops.use("tritron"):
+            pass
+
+
+def test_use_refuses_what_is_not_here(router):
+    router._load_errors["cuda"] = "the extension was built without CUDA"
+    with pytest.raises(InputError, match=r"'cuda' is not available here \(the extension was built without CUDA\)"):
+        with ops.use("cuda"):
+            pass
+
+
+def test_a_backend_on_the_wrong_device_is_refused(router, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    x = torch.ones(2, 3)
+    with ops.use("triton"), pytest.raises(InputError, match="backend 'triton' does not run on device 'cpu'"):
+        ops.lora_linear(x, torch.ones(4, 3), None, torch.ones(2, 3), torch.ones(4, 2), 1.0)
+
+
+def test_an_op_that_the_backend_lacks_keeps_its_default(router, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with ops.use("triton"):
+        assert ops.backend_of("frozen_linear", "cpu") == contract.BACKENDS[-1]
+        assert ops.frozen_linear(torch.ones(2, 3), torch.ones(4, 3)).shape == (2, 4)
+
+
+def test_backward_uses_the_backend_of_forward(router):
+    seen = []
+    for op in ("lora_linear", "lora_linear_backward"):
+        kernel = router.kernel_of(op, "reference")
+        router._kernels[op, "reference"] = lambda *args, op=op, kernel=kernel: seen.append(op) or kernel(*args)
+    router._chosen.clear()
+    a = torch.ones(2, 3, requires_grad=True)
+    with ops.use("reference"):
+        y = ops.lora_linear(torch.ones(2, 3), torch.ones(4, 3), None, a, torch.ones(4, 2), 1.0)
+    y.sum().backward()
+    assert seen == ["lora_linear", "lora_linear_backward"]
+
+
+def test_on_cuda_a_backend_is_taken_when_the_check_passes(router, monkeypatch):
+    asked = []
+    monkeypatch.setattr(parity, "check", lambda *args: asked.append(args))
+    assert router._choose("lora_linear", CUDA, "") == "triton"
+    assert router._choose("lora_linear_backward", CUDA, "") == "triton"
+    assert asked == [("lora_linear", "triton", CUDA, dtype) for dtype in parity.DTYPES]  # once, for both directions
+    assert router._choose("frozen_linear", CUDA, "") == "reference"
+    assert router._choose("bottleneck_adapter", CUDA, "") == "reference"  # the pretended backend has no such op
+
+
+def test_on_cuda_a_backend_that_fails_the_check_is_left_out_with_one_warning(router, monkeypatch):
+    monkeypatch.setattr(parity, "check", lambda op, backend, device, dtype: "y0 is off by 1, allowed 0.1")
+    with pytest.warns(UserWarning, match="triton lora_linear is not used on cuda:0: y0 is off by 1") as record:
+        assert router._choose("lora_linear", CUDA, "") == "reference"
+        assert router._choose("lora_linear_backward", CUDA, "") == "reference"
+    assert len(record) == 1
+
+
+@needs_extension
+def test_no_check_and_no_warning_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(parity, "check", None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backends._choose("lora_linear", torch.device("cpu"), "") == "cpu"
+
+
+WITHOUT_EXTENSION = """
+import sys, warnings
+sys.modules["petl_kernels._C"] = None
+import torch
+from petl_kernels import ops
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    x = torch.ones(2, 3, requires_grad=True)
+    for _ in range(2):
+        ops.frozen_linear(x, torch.ones(4, 3)).sum().backward()
+        ops.lora_linear(x, torch.ones(4, 3), None, torch.ones(2, 3), torch.ones(4, 2), 1.0).sum().backward()
+print(ops.backend_of("lora_linear", "cpu"), ops.available_backends()[0], "cpu" in ops.available_backends())
+print(*[str(w.message) for w in caught if "petl_kernels" in str(w.message)], sep="\\n")
+"""
+
+
+def test_without_the_extension_the_reference_serves_and_says_so_once():
+    run = subprocess.run([sys.executable, "-c", WITHOUT_EXTENSION], capture_output=True, text=True, check=True)
+    served, *messages = run.stdout.splitlines()
+    assert served == "reference reference False"
+    assert len(messages) == 1 and "backend 'cpu' is not available" in messages[0] and "compiler" in messages[0]
+
+
+OLD_PROCESSOR = """
+import torch
+torch.backends.cpu.get_cpu_capability = lambda: "DEFAULT"
+from petl_kernels import backends
+print(backends.load_error("cpu"))
+"""
+
+
+@pytest.mark.skipif("__import__('platform').machine() != 'x86_64'")
+def test_a_processor_without_avx2_does_not_load_the_extension():
+    run = subprocess.run([sys.executable, "-c", OLD_PROCESSOR], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "this processor has no AVX2"
