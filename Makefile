@@ -13,7 +13,7 @@ demo: $(VENV)/.package
 	$(BIN)/petl-mt demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 bench: $(VENV)/.dev
 	$(BIN)/petl-mt bench ops --peers

@@ -1,6 +1,6 @@
 // Connects the CUDA kernels, which know no PyTorch, with tensors. Compiled only where PyTorch has CUDA.
 #include <ATen/ATen.h>
-#include <ATen/cuda/CUDAContext.h>
+#include <c10/cuda/CUDAStream.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
@@ -40,7 +40,7 @@ Tensor column_sum_cuda(const Tensor& rows) {
       columns,
       sums.mutable_data_ptr(),
       workspace.mutable_data_ptr(),
-      at::cuda::getCurrentCUDAStream()));
+      c10::cuda::getCurrentCUDAStream()));
   return sums;
 }
 

@@ -1,4 +1,4 @@
-"""The extension: what it says about itself, the CUDA sources on a machine without a GPU, a machine without a compiler."""
+"""The extension: what it says about itself, CUDA sources on a machine without a GPU, a machine without a compiler."""
 
 from __future__ import annotations
 

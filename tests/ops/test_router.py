@@ -22,9 +22,10 @@ needs_extension = pytest.mark.skipif("cpu" not in contract.BACKENDS, reason="the
 @pytest.fixture
 def router(monkeypatch):
     """A router whose state is put back, with a pretended Triton backend of lora_linear that only the test knows."""
-    for name in ("_kernels", "_load_errors", "_chosen", "_parity_errors"):
+    for name in ("_kernels", "_load_errors"):
         monkeypatch.setattr(backends, name, dict(getattr(backends, name)))
-    monkeypatch.setattr(backends, "_warned", set())
+    for name, fresh in (("_chosen", {}), ("_parity_errors", {}), ("_warned", set())):
+        monkeypatch.setattr(backends, name, fresh)
     backends._load_errors["triton"] = None
     for key in [key for key in backends._kernels if key[1] == "triton"]:
         del backends._kernels[key]
@@ -96,7 +97,6 @@ def test_backward_uses_the_backend_of_forward(router):
     for op in ("lora_linear", "lora_linear_backward"):
         kernel = router.kernel_of(op, "reference")
         router._kernels[op, "reference"] = lambda *args, op=op, kernel=kernel: seen.append(op) or kernel(*args)
-    router._chosen.clear()
     a = torch.ones(2, 3, requires_grad=True)
     with ops.use("reference"):
         y = ops.lora_linear(torch.ones(2, 3), torch.ones(4, 3), None, a, torch.ones(4, 2), 1.0)
