@@ -23,7 +23,9 @@ from torch import nn
 import petl_kernels as pk
 from petl_kernels.errors import InputError
 from petl_kernels.interop.files import atomic_dir, atomic_write
+from petl_kernels.memory.budget import Fit, cap_device, fit_micro_batch
 from petl_kernels.memory.saved import saved_bytes
+from petl_kernels.memory.size import format_size, parse_size
 
 from .checkpoint import Checkpoints
 from .config import Pair, TrainConfig
@@ -159,7 +161,8 @@ class _Training:
         if config.method != "full":
             self.stored_parameters = pk.report(self.model).stored
         self.optimizer = self.accelerator.prepare(make_optimizer(self.parameters, config))
-        self.micro_tokens = self._micro_batch_tokens(corpus)
+        self.fit = self._fit_memory(corpus)
+        self.micro_tokens = self.fit.micro_tokens if self.fit else None
 
         self.progress = Progress()
         self.checkpoints = Checkpoints(run.checkpoints)
@@ -167,13 +170,10 @@ class _Training:
         self.losses: list[float] = []
         self._prepare_folder(resuming)
 
-    def _micro_batch_tokens(self, corpus: Corpus) -> int | None:
-        """Padded tokens that one forward and backward may take under ``--memory``; None is all of a batch."""
+    def _fit_memory(self, corpus: Corpus) -> Fit | None:
+        """The micro-batch that one forward and backward may take under ``--memory``; None is all of a batch."""
         if self.config.memory is None:
             return None
-        from petl_kernels.memory.budget import cap_device, fit_micro_batch
-        from petl_kernels.memory.size import parse_size
-
         memory = parse_size(self.config.memory)
         longest = -(-int(corpus.lengths.max()) // self.multiple) * self.multiple
         cap_device(memory, self.device)
@@ -198,7 +198,7 @@ class _Training:
         )
         self.optimizer.zero_grad()
         torch.manual_seed(self.config.seed)
-        return fit.micro_tokens
+        return fit
 
     def _prepare_folder(self, resuming: bool) -> None:
         self.folder.path.mkdir(parents=True, exist_ok=True)
@@ -219,6 +219,11 @@ class _Training:
             f"({share:.3%}), lr {self.config.lr:g}, {self.device}, "
             f"{self.config.precision}"
         )
+        if self.fit:
+            self.log.say(
+                f"memory {self.config.memory}: micro-batches of up to {self.fit.micro_tokens:,} tokens, "
+                f"at most {self.fit.accumulate} to a batch; the largest step took {format_size(self.fit.peak_bytes)}"
+            )
         if self.progress.step:
             self.log.say(f"resumed after step {self.progress.step}")
 

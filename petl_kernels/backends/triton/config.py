@@ -124,9 +124,9 @@ def alignment(ranks: tuple[int, ...]) -> int:
     return math.gcd(16, *ranks)
 
 
-def rank_block(ranks: tuple[int, ...], size: int) -> int:
-    """A block of ranks beside a full accumulator: loads of unaligned ranks need more registers."""
-    return padded(size, 64 if alignment(ranks) == 16 else 16)
+def rank_block(x: torch.Tensor, ranks: tuple[int, ...], size: int) -> int:
+    """A block of ranks beside a full accumulator: small where fp32 or unaligned ranks need more registers."""
+    return padded(size, 64 if alignment(ranks) == 16 and x.dtype != torch.float32 else 16)
 
 
 def splits(x: torch.Tensor, tile: Tile, programs: int) -> int:

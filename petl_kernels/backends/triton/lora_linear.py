@@ -117,10 +117,11 @@ def _project(s, x, a, dropout, seed) -> None:
     tile = config.SKINNY[config.key(x)]
     block = config.padded(sum(ranks), tile.n)
     seed, threshold, keep_scale, dropped = _dropout(dropout, seed)
+    warps = 8 if dropped or block > 32 else tile.warps
     grid = (triton.cdiv(rows, tile.m), triton.cdiv(sum(ranks), block))
     launch(
         _project_kernel, grid, s, x, a, seed, rows, inner, ranks, s.stride(0), x.stride(0), threshold, keep_scale,
-        DROPOUT=dropped, BM=tile.m, BK=tile.k, BR=block, warps=tile.warps * (1 + dropped), stages=tile.stages,
+        DROPOUT=dropped, BM=tile.m, BK=tile.k, BR=block, warps=warps, stages=tile.stages,
     )  # fmt: skip
 
 
@@ -135,7 +136,7 @@ def _outputs(ys, x, s, weights, biases, b, scales) -> None:
     launch(
         _outputs_kernel, grid, tuple(ys), x, s, tuple(w.contiguous() for w in weights),
         None if biases[0] is None else tuple(biases), b, tuple(map(float, scales)), rows, inner, sizes, ranks,
-        x.stride(0), s.stride(0), BM=tile.m, BN=tile.n, BK=tile.k, BR=config.rank_block(ranks, max(ranks)),
+        x.stride(0), s.stride(0), BM=tile.m, BN=tile.n, BK=tile.k, BR=config.rank_block(x, ranks, max(ranks)),
         ALIGN=config.alignment(ranks), GROUP=config.TILE_GROUP, warps=tile.warps, stages=tile.stages,
     )  # fmt: skip
 
@@ -167,7 +168,7 @@ def _input_gradient(dx, dys, ds, weights, a, dropout, seed, add: bool) -> None:
     launch(
         _input_gradient_kernel, grid, dx, tuple(dys), ds, tuple(w.contiguous() for w in weights), a, seed, rows, inner,
         sizes, ranks, tuple(dy.stride(0) for dy in dys), ds.stride(0), threshold, keep_scale,
-        DROPOUT=dropped, ADD=add, BM=tile.m, BN=tile.n, BK=tile.k, BR=config.rank_block(ranks, sum(ranks)),
+        DROPOUT=dropped, ADD=add, BM=tile.m, BN=tile.n, BK=tile.k, BR=config.rank_block(ds, ranks, sum(ranks)),
         ALIGN=config.alignment(ranks), GROUP=config.TILE_GROUP, warps=tile.warps, stages=tile.stages,
     )  # fmt: skip
 
