@@ -161,7 +161,7 @@ def _input_gradient(dx, dys, ds, weights, a, dropout, seed, add: bool) -> None:
     sizes = tuple(w.shape[0] for w in weights)
     ranks = tuple(m.shape[0] for m in a)
     # The mask takes some ten registers for each element of the accumulator.
-    elements = 128 if dropout == 0 else 16 if dx.dtype == torch.float32 else 32
+    elements = 128 if dropout == 0 else 16 if ds.dtype == torch.float32 else 32
     tile = config.matmul_tile(ds, rows, inner, elements)
     seed, threshold, keep_scale, dropped = _dropout(dropout, seed)
     grid = (triton.cdiv(rows, tile.m) * triton.cdiv(inner, tile.n),)
