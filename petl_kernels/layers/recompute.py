@@ -110,9 +110,13 @@ def _capture(tensor: Tensor) -> Kept | Remade:
     found = _made.get(tensor.untyped_storage()._cdata)
     if found is not None and not found[0].expired():
         return Remade(found[1], found[2], tensor)
+    _observe(tensor)
+    return Kept(tensor)
+
+
+def _observe(tensor: Tensor) -> None:
     for observe in observers:
         observe(tensor)
-    return Kept(tensor)
 
 
 @contextmanager
@@ -146,20 +150,16 @@ class HostCopy:
         self._host: Tensor | None = None
 
     def get(self) -> Tensor:
-        """The tensor: the very one at first, later a copy from host memory."""
+        """The tensor: the very one at first, later its copy from host memory."""
         if self._x is not None:
             return self._x
-        x = self._host.to(self._device, non_blocking=True)
-        return x.requires_grad_(self._requires_grad)
+        return self._host.detach().to(self._device, non_blocking=True).requires_grad_(self._requires_grad)
 
     def offload(self) -> None:
         x, self._x = self._x, None
         self._device, self._requires_grad = x.device, x.requires_grad
-        if x.device.type == "cuda":
-            self._host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
-            self._host.copy_(x.detach(), non_blocking=True)
-        else:
-            self._host = x.detach().clone()
+        self._host = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
+        self._host.copy_(x.detach(), non_blocking=True)
 
 
 def checkpointed(fn: Callable, x: Tensor, *inputs, offload: bool = False):
@@ -169,6 +169,9 @@ def checkpointed(fn: Callable, x: Tensor, *inputs, offload: bool = False):
     """
     if not torch.is_grad_enabled():
         return fn(x, *inputs)
+    for tensor in inputs if offload else (x, *inputs):
+        if isinstance(tensor, Tensor):
+            _observe(tensor)
     if not offload:
         return checkpoint(fn, x, *inputs, use_reentrant=False)
     held = HostCopy(x)

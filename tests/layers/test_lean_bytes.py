@@ -1,0 +1,172 @@
+"""What lean layers keep and compute, against PEFT's defaults: the table of DESIGN, section 6.
+
+One encoder and one decoder layer of M2M-100's size, bf16, LoRA of rank 16 on q and v. Bytes are those of the storages
+that live after the forward pass only because of it. Work is what the flop counter sees of matrix products.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+
+import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import M2M100Config, M2M100ForConditionalGeneration
+
+import petl_kernels as pk
+from petl_kernels.memory.saved import saved_bytes
+
+D, FFN, HEADS = 1024, 4096, 16
+ROWS, LENGTH = 2, 128
+TOKENS = ROWS * LENGTH
+
+
+class Born(TorchDispatchMode):
+    """Weak references to every storage that an operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        return result
+
+    def alive(self) -> int:
+        gc.collect()
+        return sum(size for reference, size in self.storages.values() if not reference.expired())
+
+
+@pytest.fixture(scope="module")
+def base():
+    torch.manual_seed(0)
+    config = M2M100Config(
+        vocab_size=64,
+        d_model=D,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=HEADS,
+        decoder_attention_heads=HEADS,
+        encoder_ffn_dim=FFN,
+        decoder_ffn_dim=FFN,
+        max_position_embeddings=LENGTH,
+        dropout=0.1,
+        attention_dropout=0.0,
+        activation_dropout=0.0,
+        encoder_layerdrop=0.0,
+        decoder_layerdrop=0.0,
+    )
+    return M2M100ForConditionalGeneration(config).to(torch.bfloat16).eval()
+
+
+class Layers(torch.nn.Module):
+    """The two layers alone: source and target (rows, length, d) to the decoder layer's output."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        (self.encoder,), (self.decoder,) = model.model.encoder.layers, model.model.decoder.layers
+
+    def forward(self, source, target):
+        memory = self.encoder(source, None)
+        return self.decoder(target, None, memory)
+
+
+def measured(layers: Layers, rows: int = ROWS) -> tuple[float, float]:
+    """(bytes kept per token of source and target and layer, matrix FLOPs of forward and backward)"""
+    torch.manual_seed(1)
+    # the embeddings' dropout is before the layers: their inputs exist anyway, and are kept by the first norms
+    source, target = (torch.randn(rows, LENGTH, D, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    with FlopCounterMode(display=False) as counter:
+        with Born() as born:
+            output = layers(source, target)
+        kept = born.alive() - output.untyped_storage().nbytes()
+        kept += source.untyped_storage().nbytes() + target.untyped_storage().nbytes()
+        output.sum().backward()
+    return kept / (2 * rows * LENGTH), counter.get_total_flops()
+
+
+def lora(base, tier: int) -> Layers:
+    model = pk.adapt(copy.deepcopy(base), pk.LoRA(rank=16))
+    return Layers(pk.lean(model, tier).train())
+
+
+@pytest.fixture(scope="module")
+def peft_defaults(base):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"])
+    model = peft.get_peft_model(copy.deepcopy(base), config).train()
+    return measured(Layers(model.base_model.model))
+
+
+@pytest.mark.parametrize(("tier", "share", "work"), [(1, 0.48, 0.0), (2, 0.24, 0.17), (3, 0.17, 0.22)])
+def test_lora_against_peft(base, peft_defaults, tier, share, work):
+    kept, flops = measured(lora(base, tier))
+    assert kept <= share * peft_defaults[0]
+    # 12 d² weights in the encoder layer, 16 d² in the decoder layer; 2 FLOPs each in forward, 2 in the gradient
+    linear = 4 * 28 * D * D * TOKENS
+    assert flops - peft_defaults[1] <= work * linear
+    assert flops - peft_defaults[1] > (work - 0.02) * linear  # the bound is near: nothing is skipped by accident
+
+
+@pytest.mark.parametrize(("tier", "allowed"), [(1, 12_960), (2, 6_850), (3, 4_800), (4, 2_048)])
+def test_encoder_layer(base, tier, allowed):
+    layers = lora(base, tier)
+    x = torch.randn(ROWS, LENGTH, D, dtype=torch.bfloat16, requires_grad=True)
+    with Born() as born:
+        y = layers.encoder(x, None)
+    kept = born.alive() - y.untyped_storage().nbytes() + x.untyped_storage().nbytes()
+    assert kept / TOKENS <= allowed + 8 / TOKENS * 16  # a few seeds, whatever the batch
+
+
+def test_tier_4_keeps_the_inputs(base):
+    kept, _ = measured(lora(base, 4))
+    assert kept <= (3 * 2 * D) / 2 + 50  # source, its encoding, target; nothing else
+
+
+def test_tier_5_keeps_the_encoding(base):
+    kept, _ = measured(lora(base, 5))
+    host = 2 * 2 * D  # the layers' inputs, which on the CPU are copied to where everything is
+    given = 2 * 2 * D  # the inputs themselves, which the test holds
+    assert kept <= (given + host + 2 * D) / 2 + 50
+
+
+@pytest.mark.parametrize("tier", [1, 2, 3, 4])
+def test_saved_bytes_sees_what_lean_layers_keep(base, tier):
+    layers = lora(base, tier)
+    source, target = (torch.randn(ROWS, LENGTH, D, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    with Born() as born, saved_bytes(exclude=[*layers.parameters(), source, target]) as saved:
+        output = layers(source, target)
+    counted = saved.bytes
+    saved._alive.clear()
+    alive = born.alive() - output.untyped_storage().nbytes()
+    assert counted == pytest.approx(alive, rel=0.01)
+
+
+BESIDE_LORA = {
+    "bitfit": (pk.BitFit, 100),
+    "prefix": (lambda: pk.PrefixTuning(length=4), 100),
+    "layer": (lambda: pk.Adapter(bottleneck=64), 2150),
+    "sublayer": (lambda: pk.Adapter(bottleneck=64, placement="sublayer"), 2200),
+}
+
+
+@pytest.mark.parametrize("method", BESIDE_LORA)
+def test_other_methods_against_lora(base, method):
+    """Bytes per token and layer over LoRA's tier 2. The slope over two batches: prefixes keep some that no token has."""
+    make, allowed = BESIDE_LORA[method]
+    layers = Layers(pk.lean(pk.adapt(copy.deepcopy(base), make()), 2).train())
+
+    def slope(of: Layers) -> float:
+        small, large = measured(of, 1)[0], measured(of, 2)[0]
+        return 2 * large - small
+
+    assert slope(layers) - slope(lora(base, 2)) <= allowed
