@@ -44,10 +44,11 @@ def test_two_runs_agree_bitwise(name):
 
 @pytest.mark.parametrize("seed", [0, 7, 2**62 + 12345])
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
-def test_dropout_mask_is_the_reference_stream(seed, p):
-    """With A the identity, s is drop(x) itself."""
-    x, eye, seed = torch.ones(33, 20), torch.eye(20), torch.tensor([seed])
-    weight, b = torch.zeros(4, 20), torch.zeros(4, 20)
+@pytest.mark.parametrize("features", [20, 64, 19])
+def test_dropout_mask_is_the_reference_stream(seed, p, features):
+    """With A the identity, s is drop(x) itself; rows that 4 does not divide take the other path."""
+    x, eye, seed = torch.ones(33, features), torch.eye(features), torch.tensor([seed])
+    weight, b = torch.zeros(4, features), torch.zeros(4, features)
     _, s = backends.kernel_of("lora_linear", "triton")(x, [weight], [None], [eye], [b], [1.0], p, seed)
     torch.testing.assert_close(s, philox.dropout(x, p, seed), rtol=1e-6, atol=0)
 
