@@ -78,9 +78,12 @@ def compare_tensors(name: str, computed: Tensor, reference: Tensor, exact: Tenso
 @torch.no_grad()
 def run(op: str, backend: str, arguments: dict) -> Values:
     """Outputs and all gradients of one op by name, straight from a backend's kernels."""
-    forward = backends.kernel_of(op, backend) or backends.kernel_of(op, "reference")
-    backward = backends.kernel_of(f"{op}_backward", backend) or backends.kernel_of(f"{op}_backward", "reference")
-    return _RUN[op](forward, backward, arguments)
+    kernels = (_kernel(f"{op}{part}", backend) for part in ("", "_backward", *_MORE_PARTS.get(op, ())))
+    return _RUN[op](*kernels, arguments)
+
+
+def _kernel(op: str, backend: str) -> Callable:
+    return backends.kernel_of(op, backend) or backends.kernel_of(op, "reference")
 
 
 def _run_frozen_linear(forward: Callable, backward: Callable, given: dict) -> Values:
@@ -116,10 +119,42 @@ def _run_bottleneck_adapter(forward: Callable, backward: Callable, given: dict) 
     return {"y": y, **values}
 
 
+def _run_layer_norm(forward: Callable, backward: Callable, from_statistics: Callable, given: dict) -> Values:
+    x, weight, bias, dy = (given[name] for name in ("x", "weight", "bias", "dy"))
+    y, mean, rstd = forward(x, weight, bias, given["eps"])
+    again = from_statistics(x, mean, rstd, weight, bias)
+    dx, dweight, dbias = backward(dy, x, mean, rstd, weight, True, True, bias is not None)
+    return {"y": y, "mean": mean, "rstd": rstd, "again": again, "dx": dx, "dweight": dweight, "dbias": dbias}
+
+
+def _run_rms_norm(forward: Callable, backward: Callable, from_statistics: Callable, given: dict) -> Values:
+    x, weight = given["x"], given["weight"]
+    y, rstd = forward(x, weight, given["eps"])
+    dx, dweight = backward(given["dy"], x, rstd, weight, True, True)
+    return {"y": y, "rstd": rstd, "again": from_statistics(x, rstd, weight), "dx": dx, "dweight": dweight}
+
+
+def _run_frozen_ffn(forward: Callable, backward: Callable, given: dict) -> Values:
+    from petl_kernels.ops.frozen_ffn import what_to_keep
+
+    x, w1, c1, w2, c2, gate, activation = (given[name] for name in ("x", "w1", "c1", "w2", "c2", "gate", "activation"))
+    keeps = what_to_keep(activation, gate is not None, given["recompute"])
+    y, *kept = forward(x, w1, c1, w2, c2, gate, activation, keeps)
+    needs = (True, c1 is not None, c2 is not None)
+    dx, dc1, dc2 = backward(
+        given["dy"], x if keeps == "x" else None, *kept, w1, c1, w2, gate, activation, keeps, *needs
+    )
+    return {"y": y, "dx": dx, "dc1": dc1, "dc2": dc2}
+
+
+_MORE_PARTS = {"layer_norm": ("_from_statistics",), "rms_norm": ("_from_statistics",)}
 _RUN = {
     "frozen_linear": _run_frozen_linear,
     "lora_linear": _run_lora_linear,
     "bottleneck_adapter": _run_bottleneck_adapter,
+    "layer_norm": _run_layer_norm,
+    "rms_norm": _run_rms_norm,
+    "frozen_ffn": _run_frozen_ffn,
 }
 
 
@@ -192,10 +227,7 @@ def bottleneck_adapter_arguments(
     adapter_dtype=None,
 ) -> dict:
     adapter_dtype = adapter_dtype or draw.dtype
-    down_bias = draw(m, dtype=adapter_dtype)
-    if activation == "relu" and draw.dtype.itemsize == 2:
-        # Rounding may put a z near 0 on the other side of the kink, in the reference as in a kernel: stay away from it.
-        down_bias = torch.tensor([5.0, -5.0]).repeat(m)[:m].to(down_bias)
+    down_bias = _hidden_bias(draw, m, activation, adapter_dtype)
     return {
         "x": draw(*rows, d),
         "residual": draw(*rows, d) if parallel else None,
@@ -208,6 +240,46 @@ def bottleneck_adapter_arguments(
         "eps": 1e-5,
         "activation": activation,
         "scale": scale,
+        "dy": draw(*rows, d),
+    }
+
+
+def _hidden_bias(draw: Source, size: int, activation: str, dtype: torch.dtype) -> Tensor:
+    bias = draw(size, dtype=dtype)
+    if activation == "relu" and draw.dtype.itemsize == 2:
+        # Rounding may put a z near 0 on the other side of the kink, in the reference as in a kernel: stay away from it.
+        bias = torch.tensor([5.0, -5.0]).repeat(size)[:size].to(bias)
+    return bias
+
+
+def layer_norm_arguments(draw: Source, rows=(17,), d=72, bias=True, parameter_dtype=None) -> dict:
+    parameter_dtype = parameter_dtype or draw.dtype
+    return {
+        "x": draw(*rows, d),
+        "weight": draw(d, dtype=parameter_dtype),
+        "bias": draw(d, dtype=parameter_dtype) if bias else None,
+        "eps": 1e-5,
+        "dy": draw(*rows, d, dtype=torch.promote_types(draw.dtype, parameter_dtype)),
+    }
+
+
+def rms_norm_arguments(draw: Source, rows=(17,), d=72, parameter_dtype=None) -> dict:
+    given = layer_norm_arguments(draw, rows, d, False, parameter_dtype)
+    return {name: value for name, value in given.items() if name != "bias"}
+
+
+def frozen_ffn_arguments(
+    draw: Source, rows=(17,), d=40, f=72, bias=True, gated=False, activation="relu", recompute=False
+) -> dict:
+    return {
+        "x": draw(*rows, d),
+        "w1": draw(f, d, std=d**-0.5),
+        "c1": _hidden_bias(draw, f, activation, draw.dtype) if bias else None,
+        "w2": draw(d, f, std=f**-0.5),
+        "c2": draw(d) if bias else None,
+        "gate": draw(f, d, std=d**-0.5) if gated else None,
+        "activation": activation,
+        "recompute": recompute,
         "dy": draw(*rows, d),
     }
 
@@ -257,8 +329,47 @@ def _silu_parallel(device, dtype):
     )
 
 
+def _norm(device, dtype):
+    return layer_norm_arguments(Source(device, dtype), rows=(3, 43))
+
+
+def _norm_fp32_parameters(device, dtype):
+    return layer_norm_arguments(Source(device, dtype), rows=(33,), parameter_dtype=torch.float32)
+
+
+def _norm_without_bias(device, dtype):
+    return layer_norm_arguments(Source(device, dtype), bias=False)
+
+
+def _rms(device, dtype):
+    return rms_norm_arguments(Source(device, dtype), rows=(3, 43))
+
+
+def _rms_fp32_weight(device, dtype):
+    return rms_norm_arguments(Source(device, dtype), rows=(33,), parameter_dtype=torch.float32)
+
+
+def _relu_bits(device, dtype):
+    return frozen_ffn_arguments(Source(device, dtype), rows=(3, 43), f=75)
+
+
+def _gelu_recomputed(device, dtype):
+    return frozen_ffn_arguments(Source(device, dtype), activation="gelu", recompute=True)
+
+
+def _gelu_tanh_gated(device, dtype):
+    return frozen_ffn_arguments(Source(device, dtype), rows=(33,), bias=False, gated=True, activation="gelu_tanh")
+
+
+def _silu_kept(device, dtype):
+    return frozen_ffn_arguments(Source(device, dtype), activation="silu")
+
+
 CASES = {
     "frozen_linear": (_with_bias, _without_bias),
     "lora_linear": (_one_layer, _group_with_dropout),
     "bottleneck_adapter": (_relu, _gelu_fp32_adapter, _silu_parallel),
+    "layer_norm": (_norm, _norm_fp32_parameters, _norm_without_bias),
+    "rms_norm": (_rms, _rms_fp32_weight),
+    "frozen_ffn": (_relu_bits, _gelu_recomputed, _gelu_tanh_gated, _silu_kept),
 }

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 from petl_kernels.backends import available_backends, backend_of, use
 from petl_kernels.ops.bottleneck_adapter import bottleneck_adapter
+from petl_kernels.ops.frozen_ffn import frozen_ffn
 from petl_kernels.ops.frozen_linear import frozen_linear
+from petl_kernels.ops.layer_norm import layer_norm, layer_norm_from_statistics, layer_norm_with_statistics
 from petl_kernels.ops.lora_linear import lora_linear, lora_linear_grouped
+from petl_kernels.ops.rms_norm import rms_norm, rms_norm_from_statistics, rms_norm_with_statistics
 
-OPS = ("frozen_linear", "lora_linear", "bottleneck_adapter")
+OPS = ("frozen_linear", "lora_linear", "bottleneck_adapter", "layer_norm", "rms_norm", "frozen_ffn")
 
 __all__ = [
     "OPS",
     "available_backends",
     "backend_of",
     "bottleneck_adapter",
+    "frozen_ffn",
     "frozen_linear",
+    "layer_norm",
+    "layer_norm_from_statistics",
+    "layer_norm_with_statistics",
     "lora_linear",
     "lora_linear_grouped",
+    "rms_norm",
+    "rms_norm_from_statistics",
+    "rms_norm_with_statistics",
     "use",
 ]

@@ -131,6 +131,11 @@ def check_weight(op: str, name: str, weight: Tensor, x: Tensor) -> None:
         raise InputError(
             f"{op}: {name} has shape {shape(weight)}: expected (out, {x.shape[-1]}) for x of shape {shape(x)}"
         )
+    check_frozen(op, name, weight, x)
+
+
+def check_frozen(op: str, name: str, weight: Tensor, x: Tensor) -> None:
+    """A weight that is not trained, of the dtype and device of x."""
     check_device(op, name, weight, x)
     if weight.dtype != x.dtype and not autocasts(x):
         raise InputError(f"{op}: {name} has dtype {weight.dtype}: expected that of x, {x.dtype}")
