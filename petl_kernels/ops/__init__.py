@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from petl_kernels.backends import available_backends, backend_of, use
+from petl_kernels.ops.attention import attention
 from petl_kernels.ops.bottleneck_adapter import bottleneck_adapter
 from petl_kernels.ops.frozen_linear import frozen_linear
 from petl_kernels.ops.lora_linear import lora_linear, lora_linear_grouped
 
-OPS = ("frozen_linear", "lora_linear", "bottleneck_adapter")
+OPS = ("frozen_linear", "lora_linear", "bottleneck_adapter", "attention")
 
 __all__ = [
     "OPS",
+    "attention",
     "available_backends",
     "backend_of",
     "bottleneck_adapter",

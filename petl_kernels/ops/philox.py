@@ -46,13 +46,13 @@ def threshold(p: float) -> int:
 
 
 @torch.no_grad()
-def keep_mask(seed: Tensor, shape: tuple[int, ...], p: float) -> Tensor:
-    """Which elements stay: a bool tensor of ``shape``."""
+def keep_mask(seed: Tensor, shape: tuple[int, ...], p: float, first: int = 0) -> Tensor:
+    """Which of the elements from ``first`` on stay: a bool tensor of ``shape``."""
     keep = torch.empty(shape, dtype=torch.bool, device=seed.device)
     flat = keep.view(-1)
     for start in range(0, flat.shape[0], _CHUNK):
         part = flat[start : start + _CHUNK]
-        index = torch.arange(start, start + part.shape[0], device=seed.device)
+        index = torch.arange(first + start, first + start + part.shape[0], device=seed.device)
         part.copy_(philox(seed, index)[0] >= threshold(p))
     return keep
 
