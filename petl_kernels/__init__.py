@@ -23,7 +23,9 @@ _HOME = {
         ),
         "petl_kernels.methods",
     ),
-    **dict.fromkeys(("adapt", "lean", "merge", "report", "trainable_parameters", "unmerge", "use_adapter"), "petl_kernels.api"),
+    **dict.fromkeys(
+        ("adapt", "lean", "merge", "report", "trainable_parameters", "unmerge", "use_adapter"), "petl_kernels.api"
+    ),
     **dict.fromkeys(("load_adapter", "save_adapter", "save_merged"), "petl_kernels.interop"),
     "InputError": "petl_kernels.errors",
 }

@@ -148,6 +148,20 @@ def _run_frozen_ffn(forward: Callable, backward: Callable, given: dict) -> Value
 
 
 _MORE_PARTS = {"layer_norm": ("_from_statistics",), "rms_norm": ("_from_statistics",)}
+
+
+def _run_attention(forward: Callable, backward: Callable, given: dict) -> Values:
+    q, k, v, bias, prefix_k = (given[name] for name in ("q", "k", "v", "bias", "prefix_k"))
+    rest = [given[name] for name in ("mask", "bias", "prefix_k", "prefix_v", "causal", "scale", "dropout", "seed")]
+    o, lse = forward(q, k, v, *rest)
+    grads = backward(given["do"], q, k, v, o, lse, *rest, bias is not None)
+    names = ("dq", "dk", "dv", "dbias", "dprefix_k", "dprefix_v")
+    present = (True, True, True, bias is not None, prefix_k is not None, prefix_k is not None)
+    values = {name: grad for name, grad, there in zip(names, grads, present, strict=True) if there}
+    # The lse of a query that sees nothing, or only what an additive mask all but hides, means nothing.
+    return {"o": o, "lse": lse.masked_fill(lse.isinf() | (lse < -1e4), 0), **values}
+
+
 _RUN = {
     "frozen_linear": _run_frozen_linear,
     "lora_linear": _run_lora_linear,
@@ -155,6 +169,7 @@ _RUN = {
     "layer_norm": _run_layer_norm,
     "rms_norm": _run_rms_norm,
     "frozen_ffn": _run_frozen_ffn,
+    "attention": _run_attention,
 }
 
 
@@ -284,6 +299,60 @@ def frozen_ffn_arguments(
     }
 
 
+def attention_arguments(
+    draw: Source,
+    batch=2,
+    heads=3,
+    queries=17,
+    keys=17,
+    d=16,
+    mask=None,
+    bias=0,
+    causal=False,
+    dropout=0.0,
+    prefix=0,
+    scale=None,
+    prefix_dtype=None,
+) -> dict:
+    """mask: None, "padding", "rows" (some queries see nothing), "additive" or "finfo"; bias: its batch size, or 0."""
+
+    def heads_of(length):
+        return draw(batch, length, heads, d).transpose(1, 2)
+
+    prefix_dtype = prefix_dtype or draw.dtype
+    return {
+        "q": heads_of(queries),
+        "k": heads_of(keys),
+        "v": heads_of(keys),
+        "mask": attention_mask(draw, mask, batch, heads, queries, keys),
+        "bias": draw(bias, heads, queries, keys) if bias else None,
+        "prefix_k": draw(prefix, heads, d, dtype=prefix_dtype) if prefix else None,
+        "prefix_v": draw(prefix, heads, d, dtype=prefix_dtype) if prefix else None,
+        "causal": causal,
+        "scale": d**-0.5 if scale is None else scale,
+        "dropout": dropout,
+        "seed": draw.seed() if dropout else None,
+        "do": heads_of(queries),
+    }
+
+
+def attention_mask(draw: Source, kind: str | None, batch: int, heads: int, queries: int, keys: int) -> Tensor | None:
+    if kind is None:
+        return None
+    if kind == "additive":
+        return draw(1, heads, queries, keys, dtype=torch.float32)
+    if kind == "padding":
+        visible = draw(batch, 1, 1, keys, dtype=torch.float32) > -0.5
+        visible[..., :1] = True
+        return visible
+    visible = draw(batch, 1, queries, keys, dtype=torch.float32) > 0
+    visible[:, :, ::3] = False
+    if kind == "rows":
+        return visible
+    lowest = torch.finfo(torch.float32).min
+    return torch.where(visible, 0.0, lowest)
+
+
 def _with_bias(device, dtype):
     return frozen_linear_arguments(Source(device, dtype), rows=(33,))
 
@@ -365,6 +434,20 @@ def _silu_kept(device, dtype):
     return frozen_ffn_arguments(Source(device, dtype), activation="silu")
 
 
+def _causal_with_dropout(device, dtype):
+    return attention_arguments(Source(device, dtype), queries=37, keys=43, mask="padding", causal=True, dropout=0.3)
+
+
+def _relative_bias(device, dtype):
+    return attention_arguments(Source(device, dtype), queries=33, keys=33, mask="rows", bias=1, scale=1.0)
+
+
+def _prefix_of_cross_attention(device, dtype):
+    return attention_arguments(
+        Source(device, dtype), queries=37, keys=70, d=24, mask="rows", prefix=5, prefix_dtype=torch.float32
+    )
+
+
 CASES = {
     "frozen_linear": (_with_bias, _without_bias),
     "lora_linear": (_one_layer, _group_with_dropout),
@@ -372,4 +455,5 @@ CASES = {
     "layer_norm": (_norm, _norm_fp32_parameters, _norm_without_bias),
     "rms_norm": (_rms, _rms_fp32_weight),
     "frozen_ffn": (_relu_bits, _gelu_recomputed, _gelu_tanh_gated, _silu_kept),
+    "attention": (_causal_with_dropout, _relative_bias, _prefix_of_cross_attention),
 }

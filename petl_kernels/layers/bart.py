@@ -11,7 +11,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from petl_kernels.layers.blocks import ACTIVATIONS, AttentionBlock, FeedForwardBlock, attention_block, feed_forward_block
+from petl_kernels.layers.blocks import (
+    ACTIVATIONS,
+    AttentionBlock,
+    FeedForwardBlock,
+    attention_block,
+    feed_forward_block,
+)
 from petl_kernels.layers.recompute import context
 
 

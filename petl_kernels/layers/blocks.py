@@ -219,9 +219,7 @@ def linears(modules: Sequence[nn.Module], x: Tensor, again: bool) -> list[Tensor
     if len(grouped) < 2 or len({_lora_dropout(module) for module in grouped}) > 1:
         return [linear(module, x, again) for module in modules]
     found = dict(zip(grouped, maybe(again, partial(_grouped_lora, grouped), x), strict=True))
-    return [
-        _after(module, found[module], again) if module in found else linear(module, x, again) for module in modules
-    ]
+    return [_after(module, found[module], again) if module in found else linear(module, x, again) for module in modules]
 
 
 def _grouped_lora(modules: list[LoRALinear], x: Tensor) -> tuple[Tensor, ...]:

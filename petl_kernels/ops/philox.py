@@ -126,15 +126,16 @@ def threshold(p: float) -> int:
 
 
 @torch.no_grad()
-def keep_mask(seed: Tensor, shape: tuple[int, ...], p: float) -> Tensor:
-    """Which elements stay: a bool tensor of ``shape``."""
+def keep_mask(seed: Tensor, shape: tuple[int, ...], p: float, first: int = 0) -> Tensor:
+    """Which of the elements from ``first`` on stay: a bool tensor of ``shape``."""
     keep = torch.empty(shape, dtype=torch.bool, device=seed.device)
     flat = keep.view(-1)
     for start in range(0, flat.shape[0], 4 * _CHUNK):
         part = flat[start : start + 4 * _CHUNK]
-        counters = start // 4 + torch.arange(-(-part.shape[0] // 4), device=seed.device)
+        skipped = (first + start) % 4
+        counters = torch.arange((first + start) // 4, (first + start + part.shape[0] + 3) // 4, device=seed.device)
         outputs = torch.stack(philox(seed, counters), 1).view(-1)
-        part.copy_(outputs[: part.shape[0]] >= threshold(p))
+        part.copy_(outputs[skipped : skipped + part.shape[0]] >= threshold(p))
     return keep
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import copy
 
 import torch
+from methods.models import build
 from torch import Tensor, nn
 
 import petl_kernels as pk
 from petl_kernels.layers.lean import LeanLayer
 from petl_kernels.methods import METHODS
-
-from methods.models import build
 
 SETTINGS = {"lora": {"rank": 3}, "prefix": {"length": 3}}
 SETTINGS |= {key: {"bottleneck": 5} for key in ("adapter", "adapter-sublayer", "pfeiffer", "parallel")}

@@ -6,11 +6,11 @@ import copy
 
 import pytest
 import torch
+from methods.models import FAMILIES, RELATIVES, build
 
 import petl_kernels as pk
 from petl_kernels.methods import METHODS
 
-from methods.models import FAMILIES, RELATIVES, build
 from .lean_cases import DROPOUT, adapted, exact_rms_norms, ragged, step, without_recomputation, worst
 
 TIERS = (1, 2, 3, 4, 5)
