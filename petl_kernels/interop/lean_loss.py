@@ -26,6 +26,7 @@ class LeanLoss:
     Where the output projection is not a plain linear layer (LoRA on it, say), the loss comes from logits.
     """
 
+    @torch.compiler.disable(recursive=False)  # what it calls is compiled; the exchange of the projection is not
     def forward(self, *args, **kwargs):
         labels = kwargs.pop("labels", None)
         if labels is None:

@@ -187,7 +187,7 @@ def _frozen_ffn(block: FeedForwardBlock, u: Tensor, tier: int) -> Tensor:
     first, out = block.inputs[0], block.out
     gate = block.inputs[1].weight if len(block.inputs) > 1 else None
     again = tier >= PRODUCTS
-    return ops.frozen_ffn(u, first.weight, first.bias, out.weight, out.bias, block.activation, gate, again)
+    return ops.frozen_ffn(u, first.weight, first.bias, out.weight, out.bias, gate, block.activation, again)
 
 
 def _is_frozen_ffn(block: FeedForwardBlock) -> bool:

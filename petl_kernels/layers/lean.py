@@ -150,8 +150,7 @@ def _skipped(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if isinstance(module, nn.ModuleList):  # T5
             for part in module:
                 yield type(part).__name__, part
-                for inner_name, inner in part.named_children():
-                    yield inner_name, inner
+                yield from part.named_children()
         elif not isinstance(module, nn.Linear) and name != "petl":
             yield name, module
 
