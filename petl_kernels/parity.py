@@ -162,6 +162,15 @@ def _run_attention(forward: Callable, backward: Callable, given: dict) -> Values
     return {"o": o, "lse": lse.masked_fill(lse.isinf() | (lse < -1e4), 0), **values}
 
 
+def _run_linear_cross_entropy(forward: Callable, backward: Callable, given: dict) -> Values:
+    from petl_kernels.ops.linear_cross_entropy import compute  # see table()
+
+    names = ("hidden", "weight", "labels", "bias", "label_smoothing", "smoothing", "logit_scale", "ignore_index")
+    fixed = [given[name] for name in (*names, "chunk_bytes", "dlosses")]
+    losses, dhidden, dweight, dbias, _ = compute(forward, *fixed, True, True, given["bias"] is not None)
+    return {"losses": losses, "dhidden": dhidden, "dweight": dweight, "dbias": dbias}
+
+
 _RUN = {
     "frozen_linear": _run_frozen_linear,
     "lora_linear": _run_lora_linear,
@@ -170,6 +179,7 @@ _RUN = {
     "rms_norm": _run_rms_norm,
     "frozen_ffn": _run_frozen_ffn,
     "attention": _run_attention,
+    "linear_cross_entropy": _run_linear_cross_entropy,
 }
 
 
@@ -353,6 +363,35 @@ def attention_mask(draw: Source, kind: str | None, batch: int, heads: int, queri
     return torch.where(visible, 0.0, lowest)
 
 
+def linear_cross_entropy_arguments(
+    draw: Source,
+    rows=(17,),
+    d=24,
+    words=72,
+    bias=True,
+    label_smoothing=0.1,
+    smoothing="uniform",
+    logit_scale=1.0,
+    chunk_rows=7,
+    dlosses=False,
+    weight_dtype=None,
+) -> dict:
+    labels = torch.randint(0, words, rows, generator=draw.generator)
+    labels.view(-1)[2::5] = -100
+    return {
+        "hidden": draw(*rows, d),
+        "weight": draw(words, d, std=2 * d**-0.5, dtype=weight_dtype),
+        "labels": labels.to(draw.device),
+        "bias": draw(words) if bias else None,
+        "label_smoothing": label_smoothing,
+        "smoothing": smoothing,
+        "logit_scale": logit_scale,
+        "ignore_index": -100,
+        "chunk_bytes": chunk_rows * words * draw.dtype.itemsize,
+        "dlosses": draw(labels.numel(), dtype=torch.float32) if dlosses else None,
+    }
+
+
 def _with_bias(device, dtype):
     return frozen_linear_arguments(Source(device, dtype), rows=(33,))
 
@@ -448,6 +487,20 @@ def _prefix_of_cross_attention(device, dtype):
     )
 
 
+def _uniform(device, dtype):
+    return linear_cross_entropy_arguments(Source(device, dtype), rows=(3, 11))
+
+
+def _fairseq_scaled_rows(device, dtype):
+    return linear_cross_entropy_arguments(
+        Source(device, dtype), (17,), words=131, bias=False, smoothing="fairseq", logit_scale=0.5, dlosses=True
+    )
+
+
+def _no_smoothing(device, dtype):
+    return linear_cross_entropy_arguments(Source(device, dtype), rows=(17,), label_smoothing=0.0)
+
+
 CASES = {
     "frozen_linear": (_with_bias, _without_bias),
     "lora_linear": (_one_layer, _group_with_dropout),
@@ -456,4 +509,5 @@ CASES = {
     "rms_norm": (_rms, _rms_fp32_weight),
     "frozen_ffn": (_relu_bits, _gelu_recomputed, _gelu_tanh_gated, _silu_kept),
     "attention": (_causal_with_dropout, _relative_bias, _prefix_of_cross_attention),
+    "linear_cross_entropy": (_uniform, _fairseq_scaled_rows, _no_smoothing),
 }

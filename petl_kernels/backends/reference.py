@@ -2,4 +2,4 @@
 
 from __future__ import annotations
 
-from petl_kernels.ops import bottleneck_adapter, frozen_linear, lora_linear  # noqa: F401
+from petl_kernels.ops import bottleneck_adapter, frozen_linear, linear_cross_entropy, lora_linear  # noqa: F401

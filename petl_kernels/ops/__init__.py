@@ -8,6 +8,7 @@ from petl_kernels.ops.bottleneck_adapter import bottleneck_adapter
 from petl_kernels.ops.frozen_ffn import frozen_ffn
 from petl_kernels.ops.frozen_linear import frozen_linear
 from petl_kernels.ops.layer_norm import layer_norm, layer_norm_from_statistics, layer_norm_with_statistics
+from petl_kernels.ops.linear_cross_entropy import linear_cross_entropy
 from petl_kernels.ops.lora_linear import lora_linear, lora_linear_grouped
 from petl_kernels.ops.rms_norm import rms_norm, rms_norm_from_statistics, rms_norm_with_statistics
 
@@ -19,6 +20,7 @@ OPS = (
     "rms_norm",
     "frozen_ffn",
     "attention",
+    "linear_cross_entropy",
 )
 
 __all__ = [
@@ -32,6 +34,7 @@ __all__ = [
     "layer_norm",
     "layer_norm_from_statistics",
     "layer_norm_with_statistics",
+    "linear_cross_entropy",
     "lora_linear",
     "lora_linear_grouped",
     "rms_norm",
