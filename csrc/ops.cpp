@@ -15,6 +15,8 @@ TORCH_LIBRARY(petl_cpu, m) {
   m.def(
       "bottleneck_adapter_backward",
       torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::bottleneck_adapter_backward)));
+  m.def("attention", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::attention)));
+  m.def("attention_backward", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::attention_backward)));
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {

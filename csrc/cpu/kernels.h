@@ -69,4 +69,34 @@ bottleneck_adapter_backward(
     bool need_dx,
     bool has_up_bias);
 
+std::tuple<at::Tensor, at::Tensor> attention(
+    const at::Tensor& q,
+    const at::Tensor& k,
+    const at::Tensor& v,
+    const std::optional<at::Tensor>& mask,
+    const std::optional<at::Tensor>& bias,
+    const std::optional<at::Tensor>& prefix_k,
+    const std::optional<at::Tensor>& prefix_v,
+    bool causal,
+    double scale,
+    double dropout,
+    const std::optional<at::Tensor>& seed);
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention_backward(
+    const at::Tensor& dout,
+    const at::Tensor& q,
+    const at::Tensor& k,
+    const at::Tensor& v,
+    const at::Tensor& o,
+    const at::Tensor& lse,
+    const std::optional<at::Tensor>& mask,
+    const std::optional<at::Tensor>& bias,
+    const std::optional<at::Tensor>& prefix_k,
+    const std::optional<at::Tensor>& prefix_v,
+    bool causal,
+    double scale,
+    double dropout,
+    const std::optional<at::Tensor>& seed,
+    bool need_dbias);
+
 } // namespace petl
