@@ -15,6 +15,7 @@ TORCH_LIBRARY(petl_cpu, m) {
   m.def(
       "bottleneck_adapter_backward",
       torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::bottleneck_adapter_backward)));
+  m.def("linear_cross_entropy", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::linear_cross_entropy)));
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {

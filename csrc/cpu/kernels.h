@@ -69,4 +69,15 @@ bottleneck_adapter_backward(
     bool need_dx,
     bool has_up_bias);
 
+// One chunk of logits (rows, V), which the gradient overwrites; labels and dlosses (rows,), bias (V,).
+at::Tensor linear_cross_entropy(
+    const at::Tensor& logits,
+    const at::Tensor& labels,
+    const std::optional<at::Tensor>& bias,
+    double label_weight,
+    double word_weight,
+    double scale,
+    const std::optional<at::Tensor>& dlosses,
+    bool gradient);
+
 } // namespace petl
