@@ -17,6 +17,7 @@ TORCH_LIBRARY(petl_cpu, m) {
       torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::bottleneck_adapter_backward)));
   m.def("attention", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::attention)));
   m.def("attention_backward", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::attention_backward)));
+  m.def("linear_cross_entropy", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::linear_cross_entropy)));
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {

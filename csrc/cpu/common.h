@@ -150,6 +150,16 @@ template <typename To, typename From>
 void convert(const From* from, To* to, int64_t count) {
   if constexpr (std::is_same_v<To, From>) {
     std::copy(from, from + count, to);
+  } else if constexpr (std::is_same_v<From, float> && at::vec::is_reduced_floating_point_v<To>) {
+    // at::vec::convert rounds one number at a time here.
+    constexpr int64_t kLanes = at::vec::Vectorized<float>::size();
+    const int64_t whole = count - count % (2 * kLanes);
+    for (int64_t j = 0; j < whole; j += 2 * kLanes) {
+      const auto low = at::vec::Vectorized<float>::loadu(from + j);
+      const auto high = at::vec::Vectorized<float>::loadu(from + j + kLanes);
+      at::vec::convert_from_float<To>(low, high).store(to + j);
+    }
+    at::vec::convert(from + whole, to + whole, count - whole);
   } else {
     at::vec::convert(from, to, count);
   }

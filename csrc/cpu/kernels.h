@@ -98,5 +98,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     double dropout,
     const std::optional<at::Tensor>& seed,
     bool need_dbias);
+// One chunk of logits (rows, V), which the gradient overwrites; labels and dlosses (rows,), bias (V,).
+at::Tensor linear_cross_entropy(
+    const at::Tensor& logits,
+    const at::Tensor& labels,
+    const std::optional<at::Tensor>& bias,
+    double label_weight,
+    double word_weight,
+    double scale,
+    const std::optional<at::Tensor>& dlosses,
+    bool gradient);
 
 } // namespace petl

@@ -19,3 +19,4 @@ except ModuleNotFoundError as error:
 for _op in ("frozen_linear", "lora_linear", "bottleneck_adapter", "attention"):
     for _name in (_op, f"{_op}_backward"):
         register(_name, "cpu")(getattr(torch.ops.petl_cpu, _name).default)
+register("linear_cross_entropy", "cpu")(torch.ops.petl_cpu.linear_cross_entropy.default)

@@ -42,7 +42,7 @@ def loss_of(
 
 
 @pytest.mark.parametrize("backend", contract.BACKENDS)
-@pytest.mark.parametrize("dtype", [*contract.DTYPES, FP64], ids=str)
+@pytest.mark.parametrize("dtype", contract.DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [(1,), (3,), (17,), (129,), (2, 3, 5)], ids=str)
 @pytest.mark.parametrize("smoothing", ["uniform", "fairseq", "no"])
 @pytest.mark.parametrize(("words", "bias"), [(2, False), (131, True), (1200, True)])
@@ -184,7 +184,7 @@ def test_opcheck_of_backward():
 @pytest.mark.parametrize("backend", contract.BACKENDS)
 @pytest.mark.parametrize("dtype", [FP32, torch.bfloat16], ids=str)
 def test_same_bits_in_two_runs(backend, dtype):
-    contract.assert_deterministic(OP, backend, arguments_of(dtype, rows=(100,), words=3000, chunk_rows=32))
+    contract.assert_deterministic(OP, backend, arguments_of(dtype, rows=(40,), words=1100, chunk_rows=16))
 
 
 @pytest.mark.skipif("cpu" not in contract.BACKENDS, reason="the extension is not built")
