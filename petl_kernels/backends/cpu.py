@@ -16,6 +16,8 @@ try:
 except ModuleNotFoundError as error:
     raise ImportError("the C++ extension was not built: reinstall with a C++ compiler on the PATH") from error
 
-for _op in ("frozen_linear", "lora_linear", "bottleneck_adapter"):
+for _op in ("frozen_linear", "lora_linear", "bottleneck_adapter", "layer_norm", "rms_norm", "frozen_ffn"):
     for _name in (_op, f"{_op}_backward"):
         register(_name, "cpu")(getattr(torch.ops.petl_cpu, _name).default)
+for _name in ("layer_norm_from_statistics", "rms_norm_from_statistics"):
+    register(_name, "cpu")(getattr(torch.ops.petl_cpu, _name).default)
