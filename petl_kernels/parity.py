@@ -124,14 +124,14 @@ def _run_layer_norm(forward: Callable, backward: Callable, from_statistics: Call
     y, mean, rstd = forward(x, weight, bias, given["eps"])
     again = from_statistics(x, mean, rstd, weight, bias)
     dx, dweight, dbias = backward(dy, x, mean, rstd, weight, True, True, bias is not None)
-    return {"y": y, "mean": mean, "rstd": rstd, "again": again, "dx": dx, "dweight": dweight, "dbias": dbias}
+    return {"y": y, "again": again, "dx": dx, "dweight": dweight, "dbias": dbias}
 
 
 def _run_rms_norm(forward: Callable, backward: Callable, from_statistics: Callable, given: dict) -> Values:
     x, weight = given["x"], given["weight"]
     y, rstd = forward(x, weight, given["eps"])
     dx, dweight = backward(given["dy"], x, rstd, weight, True, True)
-    return {"y": y, "rstd": rstd, "again": from_statistics(x, rstd, weight), "dx": dx, "dweight": dweight}
+    return {"y": y, "again": from_statistics(x, rstd, weight), "dx": dx, "dweight": dweight}
 
 
 def _run_frozen_ffn(forward: Callable, backward: Callable, given: dict) -> Values:

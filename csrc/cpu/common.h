@@ -48,13 +48,14 @@ Tensor matrix(const T* data, int64_t rows, int64_t columns) {
 }
 
 // A matrix is worked on in blocks of rows: at most kMaxRows, enough for the library's products to run well and few
-// enough for the cache. The cut depends on the number of rows alone, never on the number of threads.
+// enough for the cache (or fewer, where there is no product). The cut depends on the number of rows alone, never on the
+// number of threads.
 struct Blocks {
   static constexpr int64_t kMaxRows = 256;
 
-  explicit Blocks(int64_t rows)
+  explicit Blocks(int64_t rows, int64_t max_rows = kMaxRows)
       : rows(rows),
-        count(std::max<int64_t>(1, at::divup(rows, kMaxRows))),
+        count(std::max<int64_t>(1, at::divup(rows, max_rows))),
         block_rows(std::max<int64_t>(1, at::divup(rows, count))) {}
 
   // f(first_row, row_count) for the blocks [begin, end)

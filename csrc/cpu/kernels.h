@@ -108,5 +108,61 @@ at::Tensor linear_cross_entropy(
     double scale,
     const std::optional<at::Tensor>& dlosses,
     bool gradient);
+std::tuple<at::Tensor, at::Tensor, at::Tensor> layer_norm(
+    const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, double eps);
+
+at::Tensor layer_norm_from_statistics(
+    const at::Tensor& x,
+    const at::Tensor& mean,
+    const at::Tensor& rstd,
+    const at::Tensor& weight,
+    const std::optional<at::Tensor>& bias);
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> layer_norm_backward(
+    const at::Tensor& dy,
+    const at::Tensor& x,
+    const at::Tensor& mean,
+    const at::Tensor& rstd,
+    const at::Tensor& weight,
+    bool need_dx,
+    bool need_dweight,
+    bool need_dbias);
+
+std::tuple<at::Tensor, at::Tensor> rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps);
+
+at::Tensor rms_norm_from_statistics(const at::Tensor& x, const at::Tensor& rstd, const at::Tensor& weight);
+
+std::tuple<at::Tensor, at::Tensor> rms_norm_backward(
+    const at::Tensor& dy,
+    const at::Tensor& x,
+    const at::Tensor& rstd,
+    const at::Tensor& weight,
+    bool need_dx,
+    bool need_dweight);
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> frozen_ffn(
+    const at::Tensor& x,
+    const at::Tensor& w1,
+    const std::optional<at::Tensor>& c1,
+    const at::Tensor& w2,
+    const std::optional<at::Tensor>& c2,
+    const std::optional<at::Tensor>& gate,
+    std::string_view activation,
+    std::string_view keeps);
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> frozen_ffn_backward(
+    const at::Tensor& dy,
+    const std::optional<at::Tensor>& x,
+    const at::Tensor& kept_z,
+    const at::Tensor& kept_g,
+    const at::Tensor& w1,
+    const std::optional<at::Tensor>& c1,
+    const at::Tensor& w2,
+    const std::optional<at::Tensor>& gate,
+    std::string_view activation,
+    std::string_view keeps,
+    bool need_dx,
+    bool need_dc1,
+    bool need_dc2);
 
 } // namespace petl

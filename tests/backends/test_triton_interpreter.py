@@ -33,7 +33,15 @@ def test_values_and_gradients(name, dtype):
     assert parity.compare(op, "triton", case(parity.Source(CPU, DTYPES[dtype]))) is None
 
 
-@pytest.mark.parametrize("name", ["lora_linear-129-rows-3-groups-dropout", "bottleneck_adapter-129-rows-relu"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lora_linear-129-rows-3-groups-dropout",
+        "bottleneck_adapter-129-rows-relu",
+        "layer_norm-129-rows",
+        "frozen_ffn-129-rows-relu",
+    ],
+)
 def test_two_runs_agree_bitwise(name):
     op, case = triton_cases.CASES[name]
     given = case(parity.Source(CPU, torch.float16))
@@ -63,6 +71,38 @@ def test_group_equals_its_members():
     for g, y in enumerate(together):
         (alone,), _ = forward(given["x"], *(members[g : g + 1] for members in lists), given["dropout"], given["seed"])
         torch.testing.assert_close(y, alone)
+
+
+@pytest.mark.parametrize("name", [name for name in triton_cases.CASES if "norm-" in name and "adapter" not in name])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_norms_output_again_is_its_output_to_the_bit(name, dtype):
+    op, case = triton_cases.CASES[name]
+    values = parity.run(op, "triton", case(parity.Source(CPU, DTYPES[dtype])))
+    assert torch.equal(values["y"], values["again"])
+
+
+@pytest.mark.parametrize("f", [5, 40, 75])
+def test_bits_are_packed_as_the_reference_packs_them(f):
+    given = parity.frozen_ffn_arguments(parity.Source(CPU, torch.float32), (129,), d=24, f=f)
+    arguments = [given[name] for name in ("x", "w1", "c1", "w2", "c2", "gate", "activation")]
+    bits = [backends.kernel_of("frozen_ffn", name)(*arguments, "bits")[1] for name in ("triton", "reference")]
+    assert torch.equal(*bits)
+
+
+def test_only_the_gradients_of_a_norm_and_a_network_asked_for():
+    given = parity.layer_norm_arguments(parity.Source(CPU, torch.float32), (5,), d=12)
+    x, weight = given["x"], given["weight"]
+    backward = backends.kernel_of("layer_norm_backward", "triton")
+    arguments = (given["dy"], x, x.mean(-1), x.var(-1, correction=0).rsqrt(), weight)
+    assert [grad.numel() for grad in backward(*arguments, False, True, False)] == [0, 12, 0]
+    assert [grad.numel() for grad in backward(*arguments, True, False, True)] == [60, 0, 12]
+    torch.testing.assert_close(backward(*arguments, False, False, True)[2], given["dy"].sum(0))
+    given = parity.frozen_ffn_arguments(parity.Source(CPU, torch.float32), (5,), d=12, f=16, activation="silu")
+    saved = [given[name] for name in ("dy", "x")] + [torch.empty(0)] * 2
+    weights = [given[name] for name in ("w1", "c1", "w2", "gate")]
+    backward = backends.kernel_of("frozen_ffn_backward", "triton")
+    grads = backward(*saved, *weights, "silu", "x", False, True, False)
+    assert [grad.numel() for grad in grads] == [0, 16, 0]
 
 
 def test_only_the_gradients_asked_for():

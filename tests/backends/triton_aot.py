@@ -19,11 +19,26 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from petl_kernels.backends.triton import bottleneck_adapter, common, config, frozen_linear, lora_linear
+from petl_kernels.backends.triton import (
+    bottleneck_adapter,
+    common,
+    config,
+    frozen_ffn,
+    frozen_linear,
+    layer_norm,
+    lora_linear,
+    rms_norm,
+)
 
 # device class -> (compute capability to compile for, multiprocessors of its usual card)
 CARDS = {"sm80": (80, 108), "sm90": (90, 132), "sm100": (100, 148), "small": (86, 82)}
-POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64"}
+POINTERS = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int64: "*i64",
+    torch.uint8: "*u8",
+}
 CUOBJDUMP = Path(triton.__path__[0]) / "backends/nvidia/bin/cuobjdump"
 
 
@@ -37,7 +52,7 @@ def record(card: str, call: Callable[[], None]) -> list[tuple]:
 
     saved = config.device_class, config.processors
     config.device_class, config.processors = lambda device: card, lambda device: CARDS[card][1]
-    modules = (bottleneck_adapter, common, frozen_linear, lora_linear)
+    modules = (bottleneck_adapter, common, frozen_ffn, frozen_linear, layer_norm, lora_linear)
     original = common.launch
     for module in modules:
         module.launch = launch
@@ -130,6 +145,23 @@ def adapter(
     )
 
 
+def norms(dtype: torch.dtype, d: int, parameters: torch.dtype, tokens: int = 8192) -> None:
+    x, weight = _new(dtype, tokens, d), _new(parameters, d)
+    y, mean, rstd = layer_norm.layer_norm(x, weight, weight, 1e-5)
+    layer_norm.layer_norm_from_statistics(x, mean, rstd, weight, weight)
+    layer_norm.layer_norm_backward(y, x, mean, rstd, weight, True, True, True)
+    y, rstd = rms_norm.rms_norm(x, weight, 1e-6)
+    rms_norm.rms_norm_from_statistics(x, rstd, weight)
+    rms_norm.rms_norm_backward(y, x, rstd, weight, True, True)
+
+
+def ffn(dtype: torch.dtype, activation: str, gated: bool, keeps: str, tokens: int = 1024, d: int = 1024) -> None:
+    x, w1, w2, c1, c2 = (_new(dtype, *shape) for shape in ((tokens, d), (4 * d, d), (d, 4 * d), (4 * d,), (d,)))
+    gate = w1 if gated else None
+    _, z, g = frozen_ffn.frozen_ffn(x, w1, c1, w2, c2, gate, activation, keeps)
+    frozen_ffn.frozen_ffn_backward(x, x, z, g, w1, c1, w2, gate, activation, keeps, True, True, True)
+
+
 def _new(dtype: torch.dtype, *shape: int) -> torch.Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
@@ -146,15 +178,21 @@ EVERYWHERE = [
     (adapter, BF16, 64),
     (adapter, FP16, 256),
     (adapter, BF16, 512),
+    (norms, BF16, 1024, FP32),
+    (norms, FP16, 8192, FP16),
+    (ffn, BF16, "relu", False, "bits"),
+    (ffn, FP16, "gelu_tanh", True, "z"),
 ]
 ONLY = {
-    "sm80": [(lora, FP32, 3, 16, 0.1), (adapter, FP32, 64)],
+    "sm80": [(lora, FP32, 3, 16, 0.1), (adapter, FP32, 64), (norms, FP32, 1024, FP32), (ffn, FP32, "gelu", True, "x")],
     "sm90": [
         (lora, BF16, 3, 64, 0.0),
         (lora, FP16, 2, 8, 0.0),
         (adapter, FP16, 128),
         (adapter, BF16, 64, True, "gelu", 16),
         (adapter, FP16, 16, False, "silu"),
+        (ffn, BF16, "gelu", False, "z"),
+        (ffn, BF16, "silu", True, "x"),
     ],
 }
 

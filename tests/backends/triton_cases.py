@@ -10,8 +10,11 @@ from __future__ import annotations
 import torch
 
 from petl_kernels.parity import bottleneck_adapter_arguments as adapter
+from petl_kernels.parity import frozen_ffn_arguments as ffn
 from petl_kernels.parity import frozen_linear_arguments as frozen
+from petl_kernels.parity import layer_norm_arguments as layer_norm
 from petl_kernels.parity import lora_linear_arguments as lora
+from petl_kernels.parity import rms_norm_arguments as rms_norm
 
 
 def _strided(tensor: torch.Tensor) -> torch.Tensor:
@@ -48,6 +51,21 @@ def _adapter_strided(draw):
     return given | rows | {"x": _strided(given["x"])}
 
 
+def _norm_strided(draw):
+    given = layer_norm(draw, (3, 11), d=45)
+    return given | {"x": _strided(given["x"]), "dy": _strided_rows(given["dy"]), "weight": _strided(given["weight"])}
+
+
+def _norm_offset(draw):
+    given = layer_norm(draw, (17,), d=70)
+    return given | {"x": given["x"] * 0.5 + 20}
+
+
+def _ffn_strided(draw):
+    given = ffn(draw, (3, 11), d=24, f=45)
+    return given | {"x": _strided(given["x"]), "dy": _strided_rows(given["dy"]), "w1": _strided(given["w1"])}
+
+
 FROZEN = {
     "1-row": lambda draw: frozen(draw, (1,), n=37, k=45),
     "33-rows-no-bias": lambda draw: frozen(draw, (33,), n=64, k=33, bias=False),
@@ -81,9 +99,46 @@ ADAPTER = {
     "strided": _adapter_strided,
     "no-rows": lambda draw: adapter(draw, (0,), d=45, m=5),
 }
+LAYER_NORM = {
+    "1-row": lambda draw: layer_norm(draw, (1,), d=7),
+    "129-rows": lambda draw: layer_norm(draw, (3, 43), d=72),
+    "fp32-parameters": lambda draw: layer_norm(draw, (33,), d=45, parameter_dtype=torch.float32),
+    "no-bias": lambda draw: layer_norm(draw, (17,), d=32, bias=False),
+    "offset": _norm_offset,
+    "strided": _norm_strided,
+    "no-rows": lambda draw: layer_norm(draw, (0,), d=45),
+}
+RMS_NORM = {
+    "1-row": lambda draw: rms_norm(draw, (1,), d=7),
+    "129-rows": lambda draw: rms_norm(draw, (3, 43), d=72),
+    "fp32-weight": lambda draw: rms_norm(draw, (33,), d=45, parameter_dtype=torch.float32),
+    "no-rows": lambda draw: rms_norm(draw, (2, 0), d=45),
+}
+# Chunks have 48 rows in the interpreter.
+FFN = {
+    "1-row": lambda draw: ffn(draw, (1,), d=7, f=5),
+    "129-rows-relu": lambda draw: ffn(draw, (3, 43), d=24, f=75),
+    "no-bias-silu": lambda draw: ffn(draw, (33,), d=40, f=64, bias=False, activation="silu"),
+    "gelu": lambda draw: ffn(draw, (97,), d=24, f=33, activation="gelu"),
+    "gelu-recomputed": lambda draw: ffn(draw, (97,), d=24, f=33, activation="gelu", recompute=True),
+    "relu-gated": lambda draw: ffn(draw, (33,), d=24, f=40, gated=True),
+    "gelu-tanh-gated": lambda draw: ffn(draw, (33,), d=24, f=40, bias=False, gated=True, activation="gelu_tanh"),
+    "gelu-tanh-gated-recomputed": lambda draw: ffn(
+        draw, (97,), d=24, f=40, gated=True, activation="gelu_tanh", recompute=True
+    ),
+    "strided": _ffn_strided,
+    "no-rows": lambda draw: ffn(draw, (0,), d=24, f=40),
+}
 CASES = {
     f"{op}-{name}": (op, case)
-    for op, cases in (("frozen_linear", FROZEN), ("lora_linear", LORA), ("bottleneck_adapter", ADAPTER))
+    for op, cases in (
+        ("frozen_linear", FROZEN),
+        ("lora_linear", LORA),
+        ("bottleneck_adapter", ADAPTER),
+        ("layer_norm", LAYER_NORM),
+        ("rms_norm", RMS_NORM),
+        ("frozen_ffn", FFN),
+    )
     for name, case in cases.items()
 }
 
@@ -110,5 +165,16 @@ LARGE = {
             ),
         )
         for m, activation in ((16, "relu"), (64, "relu"), (64, "gelu"), (100, "silu"), (256, "relu"), (400, "gelu"))
+    },
+    **{f"layer_norm-{d}": ("layer_norm", lambda draw, d=d: layer_norm(draw, (2050,), d)) for d in (1032, 8200)},
+    "rms_norm-1032": ("rms_norm", lambda draw: rms_norm(draw, (8200,), 1032, parameter_dtype=torch.float32)),
+    **{
+        f"frozen_ffn-{activation}-gated-{gated}": (
+            "frozen_ffn",
+            lambda draw, activation=activation, gated=gated: ffn(
+                draw, (4100,), 520, 2060, gated=gated, activation=activation
+            ),
+        )
+        for activation, gated in (("relu", False), ("gelu", False), ("gelu_tanh", True))
     },
 }

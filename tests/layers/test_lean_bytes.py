@@ -7,46 +7,19 @@ that live after the forward pass only because of it. Work is what the flop count
 from __future__ import annotations
 
 import copy
-import gc
 
 import pytest
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import M2M100Config, M2M100ForConditionalGeneration
 
 import petl_kernels as pk
+from petl_kernels.memory.kept import Born
 from petl_kernels.memory.saved import saved_bytes
 
 D, FFN, HEADS = 1024, 4096, 16
 ROWS, LENGTH = 2, 128
 TOKENS = ROWS * LENGTH
-
-
-class Born(TorchDispatchMode):
-    """Weak references to every storage that an operation makes."""
-
-    def __init__(self):
-        super().__init__()
-        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        given = {storage._cdata for storage in _storages((args, kwargs))}
-        for storage in _storages(result):
-            if storage._cdata not in given:  # no view of something older
-                self.storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        return result
-
-    def alive(self) -> int:
-        gc.collect()
-        return sum(size for reference, size in self.storages.values() if not reference.expired())
-
-
-def _storages(values) -> list[torch.UntypedStorage]:
-    return [leaf.untyped_storage() for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
 
 
 @pytest.fixture(scope="module")

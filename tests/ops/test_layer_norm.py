@@ -94,8 +94,22 @@ def test_non_contiguous_and_expanded(norm, backend):
 def test_zero_rows(norm, backend):
     values = parity.run(norm, backend, arguments_of(norm, FP32, rows=(2, 0)))
     assert values["y"].shape == values["dx"].shape == (2, 0, 72)
-    assert values["rstd"].shape == (2, 0)
     assert torch.equal(values["dweight"], torch.zeros(72))
+
+
+@norms
+@backends
+@pytest.mark.parametrize("dtype", [*contract.DTYPES, FP64], ids=str)
+def test_statistics(norm, backend, dtype):
+    given = arguments_of(norm, dtype, rows=(3, 43), d=131)
+    x = given["x"].double()
+    with ops.use(backend):
+        _, *mean, rstd = getattr(ops, f"{norm}_with_statistics")(given["x"], given["weight"], eps=1e-3)
+    tolerance = {"rtol": 1e-6, "atol": 1e-7}
+    for computed in mean:
+        torch.testing.assert_close(computed.double(), x.mean(-1), **tolerance)
+    square = x.var(-1, correction=0) if mean else x.square().mean(-1)
+    torch.testing.assert_close(rstd.double(), (square + 1e-3).rsqrt(), **tolerance)
 
 
 @norms

@@ -119,6 +119,33 @@ def start_of(sizes, index):
 
 
 @triton.jit
+def activate(z, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "relu":
+        return tl.maximum(z, 0.0)
+    elif ACTIVATION == "gelu":
+        return 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        # z σ(2u), since (1 + tanh u) / 2 = σ(2u); 2u has the factor √(8 / π).
+        return z * tl.sigmoid(1.5957691216057308 * z * (1.0 + 0.044715 * z * z))
+    else:
+        return z * tl.sigmoid(z)
+
+
+@triton.jit
+def derivative(z, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "relu":
+        return tl.where(z > 0, 1.0, 0.0)
+    elif ACTIVATION == "gelu":
+        return 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
+    elif ACTIVATION == "gelu_tanh":
+        gate = tl.sigmoid(1.5957691216057308 * z * (1.0 + 0.044715 * z * z))
+        return gate * (1.0 + z * (1.0 - gate) * 1.5957691216057308 * (1.0 + 0.134145 * z * z))
+    else:
+        gate = tl.sigmoid(z)
+        return gate * (1.0 + z * (1.0 - gate))
+
+
+@triton.jit
 def drop(tile, seed, rows, first, K, threshold, keep_scale, QUADS: tl.constexpr):
     """Inverted dropout of a tile whose columns start at `first`, with `threshold` = floor(p * 2^32).
 

@@ -72,6 +72,12 @@ ADAPTER_NARROW = 64
 # Widest accumulators in all (the bottleneck; twice that in backward) for which a block of rows stays fused.
 ADAPTER_LIMIT = {"small": 128, "sm80": 256, "sm90": 256, "sm100": 256, "fp32": 64, "interpreter": 64}
 
+# Work without a product: m rows (k at a time, in sums over them) by n columns.
+POINTWISE = Tile(16, 128, 16, 4, 2)
+# The hidden values of a feed-forward network that exist at a time, and the fewest rows of them.
+CHUNK_BYTES, CHUNK_ROWS = 8 << 20, 256
+INTERPRETER_CHUNK_ROWS = 48
+
 
 def device_class(device: torch.device) -> str:
     """The key of the tables above."""
@@ -134,3 +140,22 @@ def splits(x: torch.Tensor, tile: Tile, programs: int) -> int:
     tokens = x.numel() // x.shape[-1]
     wanted = -(-2 * processors(x.device) // programs)
     return max(1, min(wanted, -(-tokens // (4 * tile.k))))
+
+
+def pointwise_tile(x: torch.Tensor) -> Tile:
+    return POINTWISE._replace(n=32) if device_class(x.device) == "interpreter" else POINTWISE
+
+
+def row_block(rows: torch.Tensor) -> tuple[int, int]:
+    """(columns in one step along a row, warps): 16 columns a thread at most, and 4096 in all."""
+    block = min(1 << (rows.shape[1] - 1).bit_length(), 32 if device_class(rows.device) == "interpreter" else 4096)
+    return block, max(1, min(8, block // 256))
+
+
+def chunk_rows(rows: torch.Tensor, hidden: int) -> int:
+    """How many rows a chunk has, in chunks of equal length."""
+    most = max(CHUNK_ROWS, CHUNK_BYTES // (hidden * rows.element_size()))
+    if device_class(rows.device) == "interpreter":
+        most = INTERPRETER_CHUNK_ROWS
+    tokens = max(1, rows.shape[0])
+    return -(-tokens // -(-tokens // most))

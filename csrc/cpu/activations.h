@@ -1,0 +1,98 @@
+// Activations and their derivatives over arrays in the dtype of sums.
+#pragma once
+
+#include <string_view>
+
+#include "common.h"
+
+namespace petl {
+
+enum class Activation { relu, gelu, gelu_tanh, silu };
+
+inline Activation parse_activation(std::string_view name) {
+  if (name == "relu") {
+    return Activation::relu;
+  }
+  if (name == "gelu") {
+    return Activation::gelu;
+  }
+  if (name == "gelu_tanh") {
+    return Activation::gelu_tanh;
+  }
+  TORCH_CHECK(name == "silu", "unknown activation ", name);
+  return Activation::silu;
+}
+
+// gelu_tanh(z) = z σ(s(z)) as silu(z) = z σ(z), because (1 + tanh u) / 2 = σ(2u); these are s and its derivative.
+template <typename V>
+struct GeluTanh {
+  static V inner(V z) { return slope() * z * (V(1) + cubic() * z * z); }
+  static V inner_slope(V z) { return slope() * (V(1) + V(3) * cubic() * z * z); }
+
+ private:
+  static V slope() { return V(1.59576912160573071176); }  // √(8 / π)
+  static V cubic() { return V(0.044715); }
+};
+
+// values = act(values)
+template <typename T>
+void activate(Activation activation, T* values, int64_t count) {
+  using Vec = at::vec::Vectorized<T>;
+  const Vec zero(0), half(T(0.5)), one(1), sqrt_half(T(0.70710678118654752440));
+  switch (activation) {
+    case Activation::relu:
+      return at::vec::map<T>([=](Vec z) { return at::vec::maximum(z, zero); }, values, values, count);
+    case Activation::gelu:
+      return at::vec::map<T>([=](Vec z) { return half * z * (one + (z * sqrt_half).erf()); }, values, values, count);
+    case Activation::gelu_tanh:
+      return at::vec::map<T>(
+          [=](Vec z) { return z / (one + GeluTanh<Vec>::inner(z).neg().exp()); }, values, values, count);
+    case Activation::silu:
+      return at::vec::map<T>([=](Vec z) { return z / (one + z.neg().exp()); }, values, values, count);
+  }
+}
+
+// grads = grads ⊙ act'(z)
+template <typename T>
+void activate_backward(Activation activation, const T* z, T* grads, int64_t count) {
+  using Vec = at::vec::Vectorized<T>;
+  const Vec zero(0), half(T(0.5)), one(1), sqrt_half(T(0.70710678118654752440));
+  const Vec density_at_zero(T(0.39894228040143267794));
+  switch (activation) {
+    case Activation::relu:
+      return at::vec::map2<T>(
+          [=](Vec z, Vec grad) { return Vec::blendv(zero, grad, z > zero); }, grads, z, grads, count);
+    case Activation::gelu:
+      return at::vec::map2<T>(
+          [=](Vec z, Vec grad) {
+            const Vec density = density_at_zero * (z * z * half).neg().exp();
+            return grad * (half * (one + (z * sqrt_half).erf()) + z * density);
+          },
+          grads,
+          z,
+          grads,
+          count);
+    case Activation::gelu_tanh:
+      return at::vec::map2<T>(
+          [=](Vec z, Vec grad) {
+            const Vec gate = one / (one + GeluTanh<Vec>::inner(z).neg().exp());
+            return grad * gate * (one + z * (one - gate) * GeluTanh<Vec>::inner_slope(z));
+          },
+          grads,
+          z,
+          grads,
+          count);
+    case Activation::silu:
+      return at::vec::map2<T>(
+          [=](Vec z, Vec grad) {
+            const Vec gate = one / (one + z.neg().exp());
+            return grad * gate * (one + z * (one - gate));
+          },
+          grads,
+          z,
+          grads,
+          count);
+  }
+}
+
+} // namespace petl
