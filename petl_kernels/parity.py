@@ -116,10 +116,24 @@ def _run_bottleneck_adapter(forward: Callable, backward: Callable, given: dict) 
     return {"y": y, **values}
 
 
+def _run_activation(forward: Callable, backward: Callable, given: dict) -> Values:
+    z, options = given["z"], [given[name] for name in ("kind", "dropout", "seed")]
+    y, bits = forward(z, *options)
+    return {"y": y, "dz": backward(given["dy"], bits if given["kind"] == "relu" else z, *options)}
+
+
+def _run_gated_activation(forward: Callable, backward: Callable, given: dict) -> Values:
+    z, g, *options = (given[name] for name in ("z", "g", "kind", "dropout", "seed"))
+    dz, dg = backward(given["dy"], z, g, *options)
+    return {"y": forward(z, g, *options), "dz": dz, "dg": dg}
+
+
 _RUN = {
     "frozen_linear": _run_frozen_linear,
     "lora_linear": _run_lora_linear,
     "bottleneck_adapter": _run_bottleneck_adapter,
+    "activation": _run_activation,
+    "gated_activation": _run_gated_activation,
 }
 
 
@@ -212,6 +226,13 @@ def bottleneck_adapter_arguments(
     }
 
 
+def activation_arguments(draw: Source, rows=(17,), features=72, kind="relu", dropout=0.0, gated=False) -> dict:
+    z = draw(*rows, features, std=2.0)
+    gate = {"g": draw(*rows, features)} if gated else {}
+    seed = draw.seed() if dropout else None
+    return {"z": z, **gate, "kind": kind, "dropout": dropout, "seed": seed, "dy": draw(*rows, features)}
+
+
 def _with_bias(device, dtype):
     return frozen_linear_arguments(Source(device, dtype), rows=(33,))
 
@@ -257,8 +278,34 @@ def _silu_parallel(device, dtype):
     )
 
 
+def _packed_relu(device, dtype):
+    return activation_arguments(Source(device, dtype), rows=(33,), features=77)
+
+
+def _gelu_with_dropout(device, dtype):
+    return activation_arguments(Source(device, dtype), rows=(3, 11), kind="gelu", dropout=0.3)
+
+
+def _gelu_tanh(device, dtype):
+    return activation_arguments(Source(device, dtype), kind="gelu_tanh")
+
+
+def _silu(device, dtype):
+    return activation_arguments(Source(device, dtype), kind="silu")
+
+
+def _gated_gelu_tanh(device, dtype):
+    return activation_arguments(Source(device, dtype), rows=(33,), kind="gelu_tanh", gated=True)
+
+
+def _gated_silu_with_dropout(device, dtype):
+    return activation_arguments(Source(device, dtype), rows=(3, 11), features=77, kind="silu", dropout=0.3, gated=True)
+
+
 CASES = {
     "frozen_linear": (_with_bias, _without_bias),
     "lora_linear": (_one_layer, _group_with_dropout),
     "bottleneck_adapter": (_relu, _gelu_fp32_adapter, _silu_parallel),
+    "activation": (_packed_relu, _gelu_with_dropout, _gelu_tanh, _silu),
+    "gated_activation": (_gated_gelu_tanh, _gated_silu_with_dropout),
 }

@@ -69,4 +69,29 @@ bottleneck_adapter_backward(
     bool need_dx,
     bool has_up_bias);
 
+std::tuple<at::Tensor, at::Tensor> activation(
+    const at::Tensor& z, std::string_view kind, double dropout, const std::optional<at::Tensor>& seed);
+
+at::Tensor activation_backward(
+    const at::Tensor& dy,
+    const at::Tensor& saved,
+    std::string_view kind,
+    double dropout,
+    const std::optional<at::Tensor>& seed);
+
+at::Tensor gated_activation(
+    const at::Tensor& z,
+    const at::Tensor& g,
+    std::string_view kind,
+    double dropout,
+    const std::optional<at::Tensor>& seed);
+
+std::tuple<at::Tensor, at::Tensor> gated_activation_backward(
+    const at::Tensor& dy,
+    const at::Tensor& z,
+    const at::Tensor& g,
+    std::string_view kind,
+    double dropout,
+    const std::optional<at::Tensor>& seed);
+
 } // namespace petl

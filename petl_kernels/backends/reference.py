@@ -2,4 +2,10 @@
 
 from __future__ import annotations
 
-from petl_kernels.ops import bottleneck_adapter, frozen_linear, lora_linear  # noqa: F401
+from petl_kernels.ops import (  # noqa: F401
+    activation,
+    bottleneck_adapter,
+    frozen_linear,
+    gated_activation,
+    lora_linear,
+)

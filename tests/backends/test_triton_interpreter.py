@@ -33,7 +33,10 @@ def test_values_and_gradients(name, dtype):
     assert parity.compare(op, "triton", case(parity.Source(CPU, DTYPES[dtype]))) is None
 
 
-@pytest.mark.parametrize("name", ["lora_linear-129-rows-3-groups-dropout", "bottleneck_adapter-129-rows-relu"])
+@pytest.mark.parametrize(
+    "name",
+    ["lora_linear-129-rows-3-groups-dropout", "bottleneck_adapter-129-rows-relu", "activation-relu-dropout"],
+)
 def test_two_runs_agree_bitwise(name):
     op, case = triton_cases.CASES[name]
     given = case(parity.Source(CPU, torch.float16))
@@ -51,6 +54,18 @@ def test_dropout_mask_is_the_reference_stream(seed, p, features):
     weight, b = torch.zeros(4, features), torch.zeros(4, features)
     _, s = backends.kernel_of("lora_linear", "triton")(x, [weight], [None], [eye], [b], [1.0], p, seed)
     torch.testing.assert_close(s, philox.dropout(x, p, seed), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("features", [1, 13, 64, 77])
+def test_packed_bits_and_special_numbers(dtype, features):
+    z = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1.0, -1.0]).repeat(features)
+    z = z.view(7, features).to(DTYPES[dtype])
+    (y, bits), (exact, exact_bits) = (
+        backends.kernel_of("activation", backend)(z, "relu", 0.0, None) for backend in ("triton", "reference")
+    )
+    torch.testing.assert_close(y, exact, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(bits, exact_bits)
 
 
 def test_group_equals_its_members():

@@ -19,11 +19,25 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from petl_kernels.backends.triton import bottleneck_adapter, common, config, frozen_linear, lora_linear
+from petl_kernels.backends.triton import (
+    activation,
+    bottleneck_adapter,
+    common,
+    config,
+    frozen_linear,
+    gated_activation,
+    lora_linear,
+)
 
 # device class -> (compute capability to compile for, multiprocessors of its usual card)
 CARDS = {"sm80": (80, 108), "sm90": (90, 132), "sm100": (100, 148), "small": (86, 82)}
-POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64"}
+POINTERS = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int64: "*i64",
+    torch.uint8: "*u8",
+}
 CUOBJDUMP = Path(triton.__path__[0]) / "backends/nvidia/bin/cuobjdump"
 
 
@@ -37,7 +51,7 @@ def record(card: str, call: Callable[[], None]) -> list[tuple]:
 
     saved = config.device_class, config.processors
     config.device_class, config.processors = lambda device: card, lambda device: CARDS[card][1]
-    modules = (bottleneck_adapter, common, frozen_linear, lora_linear)
+    modules = (activation, bottleneck_adapter, common, frozen_linear, gated_activation, lora_linear)
     original = common.launch
     for module in modules:
         module.launch = launch
@@ -130,6 +144,14 @@ def adapter(
     )
 
 
+def activate(dtype: torch.dtype, kind: str, dropout: float, tokens: int = 8192, features: int = 4096) -> None:
+    z, seed = _new(dtype, tokens, features), _new(torch.int64, 1)
+    y, bits = activation.activation(z, kind, dropout, seed)
+    activation.activation_backward(y, bits if kind == "relu" else z, kind, dropout, seed)
+    gated_activation.gated_activation(z, y, kind, dropout, seed)
+    gated_activation.gated_activation_backward(y, z, y, kind, dropout, seed)
+
+
 def _new(dtype: torch.dtype, *shape: int) -> torch.Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
@@ -146,11 +168,16 @@ EVERYWHERE = [
     (adapter, BF16, 64),
     (adapter, FP16, 256),
     (adapter, BF16, 512),
+    (activate, BF16, "relu", 0.1),
+    (activate, FP16, "gelu_tanh", 0.0),
 ]
 ONLY = {
     "sm80": [(lora, FP32, 3, 16, 0.1), (adapter, FP32, 64)],
     "sm90": [
         (lora, BF16, 3, 64, 0.0),
+        (activate, FP32, "gelu", 0.1),
+        (activate, BF16, "relu", 0.0),
+        (activate, BF16, "silu", 0.1, 8192, 1037),
         (lora, FP16, 2, 8, 0.0),
         (adapter, FP16, 128),
         (adapter, BF16, 64, True, "gelu", 16),

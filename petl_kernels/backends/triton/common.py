@@ -143,7 +143,12 @@ def drop(tile, seed, rows, first, K, threshold, keep_scale, QUADS: tl.constexpr)
     return tl.where(kept, tile.to(tl.float32) * keep_scale, 0.0).to(tile.dtype)
 
 
-def dropout_arguments(dropout: float) -> tuple[int, float]:
-    """(threshold as the signed 32-bit number with the same bits, 1 / (1 - p))."""
+def dropout_arguments(
+    dropout: float, seed: torch.Tensor | None, features: int
+) -> tuple[torch.Tensor | None, int, float, dict[str, bool]]:
+    """What `drop` takes: (seed, threshold as the signed 32-bit number with the same bits, 1 / (1 - p), constants)."""
     threshold = int(dropout * 2**32)
-    return threshold - 2**32 if threshold >= 2**31 else threshold, 1.0 / (1.0 - dropout)
+    threshold = threshold - 2**32 if threshold >= 2**31 else threshold
+    dropped = dropout > 0
+    constants = {"DROPOUT": dropped, "QUADS": dropped and features % 4 == 0}
+    return seed if dropped else None, threshold, 1.0 / (1.0 - dropout), constants
