@@ -169,6 +169,16 @@ def _run_linear_cross_entropy(forward: Callable, backward: Callable, given: dict
     fixed = [given[name] for name in (*names, "chunk_bytes", "dlosses")]
     losses, dhidden, dweight, dbias, _ = compute(forward, *fixed, True, True, given["bias"] is not None)
     return {"losses": losses, "dhidden": dhidden, "dweight": dweight, "dbias": dbias}
+def _run_activation(forward: Callable, backward: Callable, given: dict) -> Values:
+    z, options = given["z"], [given[name] for name in ("kind", "dropout", "seed")]
+    y, bits = forward(z, *options)
+    return {"y": y, "dz": backward(given["dy"], bits if given["kind"] == "relu" else z, *options)}
+
+
+def _run_gated_activation(forward: Callable, backward: Callable, given: dict) -> Values:
+    z, g, *options = (given[name] for name in ("z", "g", "kind", "dropout", "seed"))
+    dz, dg = backward(given["dy"], z, g, *options)
+    return {"y": forward(z, g, *options), "dz": dz, "dg": dg}
 
 
 _RUN = {
@@ -180,6 +190,8 @@ _RUN = {
     "frozen_ffn": _run_frozen_ffn,
     "attention": _run_attention,
     "linear_cross_entropy": _run_linear_cross_entropy,
+    "activation": _run_activation,
+    "gated_activation": _run_gated_activation,
 }
 
 
@@ -390,6 +402,11 @@ def linear_cross_entropy_arguments(
         "chunk_bytes": chunk_rows * words * draw.dtype.itemsize,
         "dlosses": draw(labels.numel(), dtype=torch.float32) if dlosses else None,
     }
+def activation_arguments(draw: Source, rows=(17,), features=72, kind="relu", dropout=0.0, gated=False) -> dict:
+    z = draw(*rows, features, std=2.0)
+    gate = {"g": draw(*rows, features)} if gated else {}
+    seed = draw.seed() if dropout else None
+    return {"z": z, **gate, "kind": kind, "dropout": dropout, "seed": seed, "dy": draw(*rows, features)}
 
 
 def _with_bias(device, dtype):
@@ -499,6 +516,28 @@ def _fairseq_scaled_rows(device, dtype):
 
 def _no_smoothing(device, dtype):
     return linear_cross_entropy_arguments(Source(device, dtype), rows=(17,), label_smoothing=0.0)
+def _packed_relu(device, dtype):
+    return activation_arguments(Source(device, dtype), rows=(33,), features=77)
+
+
+def _gelu_with_dropout(device, dtype):
+    return activation_arguments(Source(device, dtype), rows=(3, 11), kind="gelu", dropout=0.3)
+
+
+def _gelu_tanh(device, dtype):
+    return activation_arguments(Source(device, dtype), kind="gelu_tanh")
+
+
+def _silu(device, dtype):
+    return activation_arguments(Source(device, dtype), kind="silu")
+
+
+def _gated_gelu_tanh(device, dtype):
+    return activation_arguments(Source(device, dtype), rows=(33,), kind="gelu_tanh", gated=True)
+
+
+def _gated_silu_with_dropout(device, dtype):
+    return activation_arguments(Source(device, dtype), rows=(3, 11), features=77, kind="silu", dropout=0.3, gated=True)
 
 
 CASES = {
@@ -510,4 +549,6 @@ CASES = {
     "frozen_ffn": (_relu_bits, _gelu_recomputed, _gelu_tanh_gated, _silu_kept),
     "attention": (_causal_with_dropout, _relative_bias, _prefix_of_cross_attention),
     "linear_cross_entropy": (_uniform, _fairseq_scaled_rows, _no_smoothing),
+    "activation": (_packed_relu, _gelu_with_dropout, _gelu_tanh, _silu),
+    "gated_activation": (_gated_gelu_tanh, _gated_silu_with_dropout),
 }

@@ -1,4 +1,4 @@
-// Activations and their derivatives over arrays in the dtype of sums.
+// Activations and their derivatives over values in the compute dtype.
 #pragma once
 
 #include <string_view>
@@ -7,7 +7,7 @@
 
 namespace petl {
 
-enum class Activation { relu, gelu, gelu_tanh, silu };
+enum class Activation { relu, gelu, silu, gelu_tanh };
 
 inline Activation parse_activation(std::string_view name) {
   if (name == "relu") {
@@ -23,15 +23,15 @@ inline Activation parse_activation(std::string_view name) {
   return Activation::silu;
 }
 
-// gelu_tanh(z) = z σ(s(z)) as silu(z) = z σ(z), because (1 + tanh u) / 2 = σ(2u); these are s and its derivative.
-template <typename V>
+// gelu_tanh(z) = z σ(2u(z)) with 2u(z) = 2 √(2/π) (z + 0.044715 z³), since (1 + tanh(u)) / 2 = σ(2u).
+template <typename T>
 struct GeluTanh {
-  static V inner(V z) { return slope() * z * (V(1) + cubic() * z * z); }
-  static V inner_slope(V z) { return slope() * (V(1) + V(3) * cubic() * z * z); }
+  using Vec = at::vec::Vectorized<T>;
+  Vec linear{T(1.59576912160573071176)}, cubic{T(0.044715 * 1.59576912160573071176)}, three{T(3)}, one{T(1)}, large{T(1e30)};
 
- private:
-  static V slope() { return V(1.59576912160573071176); }  // √(8 / π)
-  static V cubic() { return V(0.044715); }
+  // e = exp(-2u): σ(2u) = 1 / (1 + e)
+  Vec exponential(Vec z) const { return (z * (linear + cubic * z * z)).neg().exp(); }
+  Vec slope(Vec z) const { return linear + three * cubic * z * z; }
 };
 
 // values = act(values)
@@ -44,11 +44,10 @@ void activate(Activation activation, T* values, int64_t count) {
       return at::vec::map<T>([=](Vec z) { return at::vec::maximum(z, zero); }, values, values, count);
     case Activation::gelu:
       return at::vec::map<T>([=](Vec z) { return half * z * (one + (z * sqrt_half).erf()); }, values, values, count);
-    case Activation::gelu_tanh:
-      return at::vec::map<T>(
-          [=](Vec z) { return z / (one + GeluTanh<Vec>::inner(z).neg().exp()); }, values, values, count);
     case Activation::silu:
       return at::vec::map<T>([=](Vec z) { return z / (one + z.neg().exp()); }, values, values, count);
+    case Activation::gelu_tanh:
+      return at::vec::map<T>([f = GeluTanh<T>()](Vec z) { return z / (f.one + f.exponential(z)); }, values, values, count);
   }
 }
 
@@ -61,7 +60,7 @@ void activate_backward(Activation activation, const T* z, T* grads, int64_t coun
   switch (activation) {
     case Activation::relu:
       return at::vec::map2<T>(
-          [=](Vec z, Vec grad) { return Vec::blendv(zero, grad, z > zero); }, grads, z, grads, count);
+          [=](Vec z, Vec grad) { return Vec::blendv(grad, zero, z <= zero); }, grads, z, grads, count);
     case Activation::gelu:
       return at::vec::map2<T>(
           [=](Vec z, Vec grad) {
@@ -72,21 +71,22 @@ void activate_backward(Activation activation, const T* z, T* grads, int64_t coun
           z,
           grads,
           count);
-    case Activation::gelu_tanh:
-      return at::vec::map2<T>(
-          [=](Vec z, Vec grad) {
-            const Vec gate = one / (one + GeluTanh<Vec>::inner(z).neg().exp());
-            return grad * gate * (one + z * (one - gate) * GeluTanh<Vec>::inner_slope(z));
-          },
-          grads,
-          z,
-          grads,
-          count);
     case Activation::silu:
       return at::vec::map2<T>(
           [=](Vec z, Vec grad) {
             const Vec gate = one / (one + z.neg().exp());
             return grad * gate * (one + z * (one - gate));
+          },
+          grads,
+          z,
+          grads,
+          count);
+    case Activation::gelu_tanh:
+      return at::vec::map2<T>(
+          [f = GeluTanh<T>()](Vec z, Vec grad) {
+            // 1 - σ as e σ: the difference would lose what the slope, up to z², brings out again.
+            const Vec e = at::vec::minimum(f.exponential(z), f.large), gate = f.one / (f.one + e);
+            return grad * gate * (f.one + z * (e * gate) * f.slope(z));
           },
           grads,
           z,

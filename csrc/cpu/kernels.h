@@ -164,5 +164,29 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> frozen_ffn_backward(
     bool need_dx,
     bool need_dc1,
     bool need_dc2);
+std::tuple<at::Tensor, at::Tensor> activation(
+    const at::Tensor& z, std::string_view kind, double dropout, const std::optional<at::Tensor>& seed);
+
+at::Tensor activation_backward(
+    const at::Tensor& dy,
+    const at::Tensor& saved,
+    std::string_view kind,
+    double dropout,
+    const std::optional<at::Tensor>& seed);
+
+at::Tensor gated_activation(
+    const at::Tensor& z,
+    const at::Tensor& g,
+    std::string_view kind,
+    double dropout,
+    const std::optional<at::Tensor>& seed);
+
+std::tuple<at::Tensor, at::Tensor> gated_activation_backward(
+    const at::Tensor& dy,
+    const at::Tensor& z,
+    const at::Tensor& g,
+    std::string_view kind,
+    double dropout,
+    const std::optional<at::Tensor>& seed);
 
 } // namespace petl

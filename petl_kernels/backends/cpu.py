@@ -24,6 +24,8 @@ _WITH_BACKWARD = (
     "rms_norm",
     "frozen_ffn",
     "attention",
+    "activation",
+    "gated_activation",
 )
 _ALONE = ("layer_norm_from_statistics", "rms_norm_from_statistics", "linear_cross_entropy")
 for _name in (*_WITH_BACKWARD, *(f"{_op}_backward" for _op in _WITH_BACKWARD), *_ALONE):

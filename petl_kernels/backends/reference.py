@@ -2,4 +2,15 @@
 
 from __future__ import annotations
 
-from petl_kernels.ops import bottleneck_adapter, frozen_linear, linear_cross_entropy, lora_linear  # noqa: F401
+from petl_kernels.ops import (  # noqa: F401
+    activation,
+    attention,
+    bottleneck_adapter,
+    frozen_ffn,
+    frozen_linear,
+    gated_activation,
+    layer_norm,
+    linear_cross_entropy,
+    lora_linear,
+    rms_norm,
+)

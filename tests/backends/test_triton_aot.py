@@ -21,6 +21,7 @@ WITHOUT_PRODUCT = {
     *("_sum_kernel", "_column_sums_kernel", "_fold_kernel", "_finish_kernel", "_hidden_kernel"),
     *("_hidden_backward_kernel", "_norm_kernel", "_norm_again_kernel", "_norm_dx_kernel", "_norm_sums_kernel"),
 }
+ELEMENTWISE = {"_activation_kernel", "_activation_backward_kernel", "_gated_kernel", "_gated_backward_kernel"}
 WITH_PRODUCT = {
     *("_matmul_kernel", "_project_kernel", "_outputs_kernel", "_rank_gradients_kernel", "_input_gradient_kernel"),
     *("_a_gradients_kernel", "_b_gradients_kernel", "_forward_kernel", "_backward_kernel", "_token_sums_kernel"),
@@ -33,7 +34,7 @@ STACK = 16
 @pytest.mark.parametrize("card", SHARED_MEMORY)
 def test_compiled_kernels(card):
     reports = compile_kernels(card)
-    assert {report["kernel"] for report in reports} == WITHOUT_PRODUCT | WITH_PRODUCT
+    assert {report["kernel"] for report in reports} == WITHOUT_PRODUCT | WITH_PRODUCT | ELEMENTWISE
     found = [f"{problem}: {report}" for report in reports for problem in problems(card, report)]
     assert not found, "\n".join(found)
 

@@ -40,6 +40,7 @@ def test_values_and_gradients(name, dtype):
         "bottleneck_adapter-129-rows-relu",
         "layer_norm-129-rows",
         "frozen_ffn-129-rows-relu",
+        "activation-relu-dropout",
     ],
 )
 def test_two_runs_agree_bitwise(name):
@@ -59,6 +60,18 @@ def test_dropout_mask_is_the_reference_stream(seed, p, features):
     weight, b = torch.zeros(4, features), torch.zeros(4, features)
     _, s = backends.kernel_of("lora_linear", "triton")(x, [weight], [None], [eye], [b], [1.0], p, seed)
     torch.testing.assert_close(s, philox.dropout(x, p, seed), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("features", [1, 13, 64, 77])
+def test_packed_bits_and_special_numbers(dtype, features):
+    z = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1.0, -1.0]).repeat(features)
+    z = z.view(7, features).to(DTYPES[dtype])
+    (y, bits), (exact, exact_bits) = (
+        backends.kernel_of("activation", backend)(z, "relu", 0.0, None) for backend in ("triton", "reference")
+    )
+    torch.testing.assert_close(y, exact, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(bits, exact_bits)
 
 
 def test_group_equals_its_members():

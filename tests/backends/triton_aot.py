@@ -20,11 +20,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from petl_kernels.backends.triton import (
+    activation,
     bottleneck_adapter,
     common,
     config,
     frozen_ffn,
     frozen_linear,
+    gated_activation,
     layer_norm,
     lora_linear,
     rms_norm,
@@ -52,7 +54,10 @@ def record(card: str, call: Callable[[], None]) -> list[tuple]:
 
     saved = config.device_class, config.processors
     config.device_class, config.processors = lambda device: card, lambda device: CARDS[card][1]
-    modules = (bottleneck_adapter, common, frozen_ffn, frozen_linear, layer_norm, lora_linear)
+    modules = (
+        *(activation, bottleneck_adapter, common, frozen_ffn, frozen_linear, gated_activation, layer_norm),
+        *(lora_linear, rms_norm),
+    )
     original = common.launch
     for module in modules:
         module.launch = launch
@@ -160,6 +165,12 @@ def ffn(dtype: torch.dtype, activation: str, gated: bool, keeps: str, tokens: in
     gate = w1 if gated else None
     _, z, g = frozen_ffn.frozen_ffn(x, w1, c1, w2, c2, gate, activation, keeps)
     frozen_ffn.frozen_ffn_backward(x, x, z, g, w1, c1, w2, gate, activation, keeps, True, True, True)
+def activate(dtype: torch.dtype, kind: str, dropout: float, tokens: int = 8192, features: int = 4096) -> None:
+    z, seed = _new(dtype, tokens, features), _new(torch.int64, 1)
+    y, bits = activation.activation(z, kind, dropout, seed)
+    activation.activation_backward(y, bits if kind == "relu" else z, kind, dropout, seed)
+    gated_activation.gated_activation(z, y, kind, dropout, seed)
+    gated_activation.gated_activation_backward(y, z, y, kind, dropout, seed)
 
 
 def _new(dtype: torch.dtype, *shape: int) -> torch.Tensor:
@@ -182,11 +193,16 @@ EVERYWHERE = [
     (norms, FP16, 8192, FP16),
     (ffn, BF16, "relu", False, "bits"),
     (ffn, FP16, "gelu_tanh", True, "z"),
+    (activate, BF16, "relu", 0.1),
+    (activate, FP16, "gelu_tanh", 0.0),
 ]
 ONLY = {
     "sm80": [(lora, FP32, 3, 16, 0.1), (adapter, FP32, 64), (norms, FP32, 1024, FP32), (ffn, FP32, "gelu", True, "x")],
     "sm90": [
         (lora, BF16, 3, 64, 0.0),
+        (activate, FP32, "gelu", 0.1),
+        (activate, BF16, "relu", 0.0),
+        (activate, BF16, "silu", 0.1, 8192, 1037),
         (lora, FP16, 2, 8, 0.0),
         (adapter, FP16, 128),
         (adapter, BF16, 64, True, "gelu", 16),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from petl_kernels.parity import activation_arguments as activation
 from petl_kernels.parity import bottleneck_adapter_arguments as adapter
 from petl_kernels.parity import frozen_ffn_arguments as ffn
 from petl_kernels.parity import frozen_linear_arguments as frozen
@@ -64,6 +65,15 @@ def _norm_offset(draw):
 def _ffn_strided(draw):
     given = ffn(draw, (3, 11), d=24, f=45)
     return given | {"x": _strided(given["x"]), "dy": _strided_rows(given["dy"]), "w1": _strided(given["w1"])}
+def _activation_strided(draw):
+    given = activation(draw, (3, 11), features=45, dropout=0.3)
+    return given | {"z": _strided(given["z"]), "dy": _strided_rows(given["dy"])}
+
+
+def _gated_halves(draw):
+    given = activation(draw, (3, 11), features=40, kind="silu", gated=True)
+    z, g = torch.cat([given["z"], given["g"]], -1).chunk(2, -1)
+    return given | {"z": z, "g": g, "dy": _strided(given["dy"])}
 
 
 FROZEN = {
@@ -129,18 +139,36 @@ FFN = {
     "strided": _ffn_strided,
     "no-rows": lambda draw: ffn(draw, (0,), d=24, f=40),
 }
-CASES = {
-    f"{op}-{name}": (op, case)
-    for op, cases in (
-        ("frozen_linear", FROZEN),
-        ("lora_linear", LORA),
-        ("bottleneck_adapter", ADAPTER),
-        ("layer_norm", LAYER_NORM),
-        ("rms_norm", RMS_NORM),
-        ("frozen_ffn", FFN),
-    )
-    for name, case in cases.items()
+ACTIVATION = {
+    "1-row-relu": lambda draw: activation(draw, (1,), features=45),
+    "relu": lambda draw: activation(draw, (3, 43), features=72),
+    "width-1-relu": lambda draw: activation(draw, (5,), features=1, dropout=0.3),
+    "relu-dropout": lambda draw: activation(draw, (33,), features=72, dropout=0.3),
+    "gelu": lambda draw: activation(draw, (17,), features=77, kind="gelu"),
+    "gelu-tanh-dropout": lambda draw: activation(draw, (33,), features=40, kind="gelu_tanh", dropout=0.3),
+    "silu-dropout": lambda draw: activation(draw, (33,), features=77, kind="silu", dropout=0.5),
+    "strided": _activation_strided,
+    "no-rows": lambda draw: activation(draw, (2, 0), features=45, dropout=0.5),
 }
+GATED = {
+    "1-row-gelu": lambda draw: activation(draw, (1,), features=45, kind="gelu", gated=True),
+    "gelu-tanh": lambda draw: activation(draw, (3, 43), features=72, kind="gelu_tanh", gated=True),
+    "silu-dropout": lambda draw: activation(draw, (33,), features=77, kind="silu", dropout=0.5, gated=True),
+    "relu-dropout": lambda draw: activation(draw, (33,), features=72, dropout=0.3, gated=True),
+    "halves": _gated_halves,
+    "no-rows": lambda draw: activation(draw, (0,), features=45, kind="silu", dropout=0.5, gated=True),
+}
+TABLES = {
+    "frozen_linear": FROZEN,
+    "lora_linear": LORA,
+    "bottleneck_adapter": ADAPTER,
+    "layer_norm": LAYER_NORM,
+    "rms_norm": RMS_NORM,
+    "frozen_ffn": FFN,
+    "activation": ACTIVATION,
+    "gated_activation": GATED,
+}
+CASES = {f"{op}-{name}": (op, case) for op, cases in TABLES.items() for name, case in cases.items()}
 
 LARGE = {
     **{
@@ -176,5 +204,15 @@ LARGE = {
             ),
         )
         for activation, gated in (("relu", False), ("gelu", False), ("gelu_tanh", True))
+    **{
+        f"{op}-{kind}-{features}-dropout-{p}": (
+            op,
+            lambda draw, op=op, kind=kind, features=features, p=p: activation(
+                draw, (1030,), features, kind, dropout=p, gated=op == "gated_activation"
+            ),
+        )
+        for op, kind in (("activation", "relu"), ("activation", "gelu"), ("gated_activation", "gelu_tanh"))
+        for features in (4096, 1037)
+        for p in (0.0, 0.1)
     },
 }

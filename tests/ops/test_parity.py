@@ -65,6 +65,11 @@ def broken(monkeypatch):
         ("bottleneck_adapter_backward", 4, "ddown_bias"),
         ("bottleneck_adapter_backward", 5, "dup"),
         ("bottleneck_adapter_backward", 6, "dup_bias"),
+        ("activation", 0, "y"),
+        ("activation_backward", 0, "dz"),
+        ("gated_activation", 0, "y"),
+        ("gated_activation_backward", 0, "dz"),
+        ("gated_activation_backward", 1, "dg"),
     ],
 )
 def test_a_value_that_is_off_is_found(broken, op, position, name, dtype):

@@ -19,9 +19,11 @@ if INTERPRETED and isinstance(triton.language.cdiv, triton.JITFunction):
     raise ImportError("triton was imported before TRITON_INTERPRET=1 was set")
 
 from petl_kernels.backends.triton import (  # noqa: E402
+    activation,
     bottleneck_adapter,
     frozen_ffn,
     frozen_linear,
+    gated_activation,
     layer_norm,
     lora_linear,
     rms_norm,
@@ -39,7 +41,16 @@ def _register(kernel: Callable) -> None:
         return (kernel if x.dtype in DTYPES else kernel_of(op, "reference"))(first, *args)
 
 
-for module in (frozen_linear, lora_linear, bottleneck_adapter, layer_norm, rms_norm, frozen_ffn):
+for module in (
+    frozen_linear,
+    lora_linear,
+    bottleneck_adapter,
+    layer_norm,
+    rms_norm,
+    frozen_ffn,
+    activation,
+    gated_activation,
+):
     name = module.__name__.rpartition(".")[2]
     for part in ("", *PARTS):
         if hasattr(module, name + part):

@@ -31,7 +31,8 @@ import triton.language as tl
 from torch.nn import functional as F
 
 from petl_kernels.backends.triton import config
-from petl_kernels.backends.triton.common import activate, as_rows, derivative, launch, load, store, swizzle
+from petl_kernels.backends.triton.activation import activate, derivative
+from petl_kernels.backends.triton.common import as_rows, launch, load, store, swizzle
 
 
 def bottleneck_adapter(

@@ -119,33 +119,6 @@ def start_of(sizes, index):
 
 
 @triton.jit
-def activate(z, ACTIVATION: tl.constexpr):
-    if ACTIVATION == "relu":
-        return tl.maximum(z, 0.0)
-    elif ACTIVATION == "gelu":
-        return 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
-    elif ACTIVATION == "gelu_tanh":
-        # z σ(2u), since (1 + tanh u) / 2 = σ(2u); 2u has the factor √(8 / π).
-        return z * tl.sigmoid(1.5957691216057308 * z * (1.0 + 0.044715 * z * z))
-    else:
-        return z * tl.sigmoid(z)
-
-
-@triton.jit
-def derivative(z, ACTIVATION: tl.constexpr):
-    if ACTIVATION == "relu":
-        return tl.where(z > 0, 1.0, 0.0)
-    elif ACTIVATION == "gelu":
-        return 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
-    elif ACTIVATION == "gelu_tanh":
-        gate = tl.sigmoid(1.5957691216057308 * z * (1.0 + 0.044715 * z * z))
-        return gate * (1.0 + z * (1.0 - gate) * 1.5957691216057308 * (1.0 + 0.134145 * z * z))
-    else:
-        gate = tl.sigmoid(z)
-        return gate * (1.0 + z * (1.0 - gate))
-
-
-@triton.jit
 def drop(tile, seed, rows, first, K, threshold, keep_scale, QUADS: tl.constexpr):
     """Inverted dropout of a tile whose columns start at `first`, with `threshold` = floor(p * 2^32).
 
@@ -170,7 +143,12 @@ def drop(tile, seed, rows, first, K, threshold, keep_scale, QUADS: tl.constexpr)
     return tl.where(kept, tile.to(tl.float32) * keep_scale, 0.0).to(tile.dtype)
 
 
-def dropout_arguments(dropout: float) -> tuple[int, float]:
-    """(threshold as the signed 32-bit number with the same bits, 1 / (1 - p))."""
+def dropout_arguments(
+    dropout: float, seed: torch.Tensor | None, features: int
+) -> tuple[torch.Tensor | None, int, float, dict[str, bool]]:
+    """What `drop` takes: (seed, threshold as the signed 32-bit number with the same bits, 1 / (1 - p), constants)."""
     threshold = int(dropout * 2**32)
-    return threshold - 2**32 if threshold >= 2**31 else threshold, 1.0 / (1.0 - dropout)
+    threshold = threshold - 2**32 if threshold >= 2**31 else threshold
+    dropped = dropout > 0
+    constants = {"DROPOUT": dropped, "QUADS": dropped and features % 4 == 0}
+    return seed if dropped else None, threshold, 1.0 / (1.0 - dropout), constants

@@ -79,6 +79,15 @@ CHUNK_BYTES, CHUNK_ROWS = 8 << 20, 256
 INTERPRETER_CHUNK_ROWS = 48
 
 
+class ElementwiseTile(NamedTuple):
+    m: int  # rows
+    n: int  # columns
+    warps: int
+
+    def grid(self, x: torch.Tensor) -> tuple[int, int]:
+        return -(-x.shape[0] // self.m), -(-x.shape[1] // self.n)
+
+
 def device_class(device: torch.device) -> str:
     """The key of the tables above."""
     if device.type != "cuda":
@@ -97,6 +106,11 @@ def key(x: torch.Tensor) -> str:
     """The key of the tables above: fp32 has smaller tiles, the same on every card."""
     kind = device_class(x.device)
     return "fp32" if x.dtype == torch.float32 and kind != "interpreter" else kind
+
+
+def elementwise_tile(x: torch.Tensor) -> ElementwiseTile:
+    """16 elements a thread: two loads of 16 bytes each, in 16 bit."""
+    return ElementwiseTile(2, 32, 4) if device_class(x.device) == "interpreter" else ElementwiseTile(4, 512, 4)
 
 
 def matmul_tile(x: torch.Tensor, rows: int, cols: int, elements: int = 128) -> Tile:

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 
 from petl_kernels.backends.triton import config
-from petl_kernels.backends.triton.common import activate, as_rows, derivative, launch, load, store, sum_partials
+from petl_kernels.backends.triton.activation import activate, derivative
+from petl_kernels.backends.triton.common import as_rows, launch, load, store, sum_partials
 from petl_kernels.backends.triton.frozen_linear import column_sums
 
 

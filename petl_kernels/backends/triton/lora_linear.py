@@ -106,22 +106,17 @@ def _same_dtype(matrices: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     return tuple(m.to(dtype).contiguous() for m in matrices)
 
 
-def _dropout(dropout: float, seed: torch.Tensor | None) -> tuple[torch.Tensor | None, int, float, bool]:
-    threshold, keep_scale = dropout_arguments(dropout)
-    return (seed if dropout > 0 else None), threshold, keep_scale, dropout > 0
-
-
 def _project(s, x, a, dropout, seed) -> None:
     rows, inner = x.shape
     ranks = tuple(m.shape[0] for m in a)
     tile = config.SKINNY[config.key(x)]
     block = config.padded(sum(ranks), tile.n)
-    seed, threshold, keep_scale, dropped = _dropout(dropout, seed)
-    warps = 8 if dropped or block > 32 else tile.warps
+    seed, threshold, keep_scale, constants = dropout_arguments(dropout, seed, inner)
+    warps = 8 if dropout or block > 32 else tile.warps
     grid = (triton.cdiv(rows, tile.m), triton.cdiv(sum(ranks), block))
     launch(
         _project_kernel, grid, s, x, a, seed, rows, inner, ranks, s.stride(0), x.stride(0), threshold, keep_scale,
-        DROPOUT=dropped, QUADS=inner % 4 == 0, BM=tile.m, BK=tile.k, BR=block, warps=warps, stages=tile.stages,
+        **constants, BM=tile.m, BK=tile.k, BR=block, warps=warps, stages=tile.stages,
     )  # fmt: skip
 
 
@@ -160,16 +155,15 @@ def _input_gradient(dx, dys, ds, weights, a, dropout, seed, add: bool) -> None:
     rows, inner = dx.shape
     sizes = tuple(w.shape[0] for w in weights)
     ranks = tuple(m.shape[0] for m in a)
-    quads = inner % 4 == 0
     # The mask takes registers beside the accumulator: some ten for each counter.
-    elements = 128 if dropout == 0 else 16 if ds.dtype == torch.float32 else 64 if quads else 32
+    elements = 128 if dropout == 0 else 16 if ds.dtype == torch.float32 else 64 if inner % 4 == 0 else 32
     tile = config.matmul_tile(ds, rows, inner, elements)
-    seed, threshold, keep_scale, dropped = _dropout(dropout, seed)
+    seed, threshold, keep_scale, constants = dropout_arguments(dropout, seed, inner)
     grid = (triton.cdiv(rows, tile.m) * triton.cdiv(inner, tile.n),)
     launch(
         _input_gradient_kernel, grid, dx, tuple(dys), ds, tuple(w.contiguous() for w in weights), a, seed, rows, inner,
         sizes, ranks, tuple(dy.stride(0) for dy in dys), ds.stride(0), threshold, keep_scale,
-        DROPOUT=dropped, QUADS=quads, ADD=add, BM=tile.m, BN=tile.n, BK=tile.k,
+        **constants, ADD=add, BM=tile.m, BN=tile.n, BK=tile.k,
         BR=config.rank_block(ds, ranks, sum(ranks)), ALIGN=config.alignment(ranks), GROUP=config.TILE_GROUP,
         warps=tile.warps, stages=tile.stages,
     )  # fmt: skip
@@ -197,11 +191,11 @@ def _adapter_gradients(da, db, dbias, dys, x, s, ds, scales, dropout, seed) -> N
         BIAS=with_bias, ALIGN=config.alignment(ranks), BM=tile.k, BN=tile.m, BR=b_block,
         warps=tile.warps, stages=tile.stages,
     )  # fmt: skip
-    seed, threshold, keep_scale, dropped = _dropout(dropout, seed)
+    seed, threshold, keep_scale, constants = dropout_arguments(dropout, seed, inner)
     launch(
         _a_gradients_kernel, (*a_grid, splits), partials[:, ends[len(sizes)] :], x, ds, seed, rows, inner, sum(ranks),
         x.stride(0), ds.stride(0), ends[-1], threshold, keep_scale,
-        DROPOUT=dropped, QUADS=inner % 4 == 0, ALIGN=config.alignment(ranks), BM=tile.k, BN=tile.m, BR=block,
+        **constants, ALIGN=config.alignment(ranks), BM=tile.k, BN=tile.m, BR=block,
         warps=tile.warps, stages=tile.stages,
     )  # fmt: skip
     sum_partials(partials, outs)
