@@ -15,6 +15,8 @@ TORCH_LIBRARY(petl_cpu, m) {
   m.def(
       "bottleneck_adapter_backward",
       torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::bottleneck_adapter_backward)));
+  m.def("dropout_add", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::dropout_add)));
+  m.def("dropout_add_backward", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::dropout_add_backward)));
   m.def("activation", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::activation)));
   m.def("activation_backward", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::activation_backward)));
   m.def("gated_activation", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::gated_activation)));

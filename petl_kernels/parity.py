@@ -128,12 +128,18 @@ def _run_gated_activation(forward: Callable, backward: Callable, given: dict) ->
     return {"y": forward(z, g, *options), "dz": dz, "dg": dg}
 
 
+def _run_dropout_add(forward: Callable, backward: Callable, given: dict) -> Values:
+    x, residual, p, seed = (given[name] for name in ("x", "residual", "p", "seed"))
+    return {"y": forward(x, residual, p, seed), "dx": backward(given["dy"], x.dtype, p, seed)}
+
+
 _RUN = {
     "frozen_linear": _run_frozen_linear,
     "lora_linear": _run_lora_linear,
     "bottleneck_adapter": _run_bottleneck_adapter,
     "activation": _run_activation,
     "gated_activation": _run_gated_activation,
+    "dropout_add": _run_dropout_add,
 }
 
 
@@ -233,6 +239,12 @@ def activation_arguments(draw: Source, rows=(17,), features=72, kind="relu", dro
     return {"z": z, **gate, "kind": kind, "dropout": dropout, "seed": seed, "dy": draw(*rows, features)}
 
 
+def dropout_add_arguments(draw: Source, rows=(17,), features=72, p=0.3, stream=None) -> dict:
+    stream = stream or draw.dtype
+    x, residual, dy = draw(*rows, features), draw(*rows, features, dtype=stream), draw(*rows, features, dtype=stream)
+    return {"x": x, "residual": residual, "p": p, "seed": draw.seed(), "dy": dy}
+
+
 def _with_bias(device, dtype):
     return frozen_linear_arguments(Source(device, dtype), rows=(33,))
 
@@ -302,10 +314,19 @@ def _gated_silu_with_dropout(device, dtype):
     return activation_arguments(Source(device, dtype), rows=(3, 11), features=77, kind="silu", dropout=0.3, gated=True)
 
 
+def _one_dtype(device, dtype):
+    return dropout_add_arguments(Source(device, dtype), rows=(3, 11), features=77)
+
+
+def _fp32_stream(device, dtype):
+    return dropout_add_arguments(Source(device, dtype), rows=(33,), stream=torch.float32)
+
+
 CASES = {
     "frozen_linear": (_with_bias, _without_bias),
     "lora_linear": (_one_layer, _group_with_dropout),
     "bottleneck_adapter": (_relu, _gelu_fp32_adapter, _silu_parallel),
     "activation": (_packed_relu, _gelu_with_dropout, _gelu_tanh, _silu),
     "gated_activation": (_gated_gelu_tanh, _gated_silu_with_dropout),
+    "dropout_add": (_one_dtype, _fp32_stream),
 }

@@ -16,6 +16,6 @@ try:
 except ModuleNotFoundError as error:
     raise ImportError("the C++ extension was not built: reinstall with a C++ compiler on the PATH") from error
 
-for _op in ("frozen_linear", "lora_linear", "bottleneck_adapter", "activation", "gated_activation"):
+for _op in ("frozen_linear", "lora_linear", "bottleneck_adapter", "activation", "gated_activation", "dropout_add"):
     for _name in (_op, f"{_op}_backward"):
         register(_name, "cpu")(getattr(torch.ops.petl_cpu, _name).default)

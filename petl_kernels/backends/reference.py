@@ -5,6 +5,7 @@ from __future__ import annotations
 from petl_kernels.ops import (  # noqa: F401
     activation,
     bottleneck_adapter,
+    dropout_add,
     frozen_linear,
     gated_activation,
     lora_linear,

@@ -21,6 +21,7 @@ if INTERPRETED and isinstance(triton.language.cdiv, triton.JITFunction):
 from petl_kernels.backends.triton import (  # noqa: E402
     activation,
     bottleneck_adapter,
+    dropout_add,
     frozen_linear,
     gated_activation,
     lora_linear,
@@ -38,6 +39,6 @@ def _register(kernel: Callable) -> None:
         return (kernel if x.dtype in DTYPES else kernel_of(op, "reference"))(first, *args)
 
 
-for module in (frozen_linear, lora_linear, bottleneck_adapter, activation, gated_activation):
+for module in (frozen_linear, lora_linear, bottleneck_adapter, activation, gated_activation, dropout_add):
     _register(getattr(module, module.__name__.rpartition(".")[2]))
     _register(getattr(module, module.__name__.rpartition(".")[2] + "_backward"))
