@@ -181,6 +181,11 @@ def _run_gated_activation(forward: Callable, backward: Callable, given: dict) ->
     return {"y": forward(z, g, *options), "dz": dz, "dg": dg}
 
 
+def _run_dropout_add(forward: Callable, backward: Callable, given: dict) -> Values:
+    x, residual, p, seed = (given[name] for name in ("x", "residual", "p", "seed"))
+    return {"y": forward(x, residual, p, seed), "dx": backward(given["dy"], x.dtype, p, seed)}
+
+
 _RUN = {
     "frozen_linear": _run_frozen_linear,
     "lora_linear": _run_lora_linear,
@@ -192,6 +197,7 @@ _RUN = {
     "linear_cross_entropy": _run_linear_cross_entropy,
     "activation": _run_activation,
     "gated_activation": _run_gated_activation,
+    "dropout_add": _run_dropout_add,
 }
 
 
@@ -409,6 +415,12 @@ def activation_arguments(draw: Source, rows=(17,), features=72, kind="relu", dro
     return {"z": z, **gate, "kind": kind, "dropout": dropout, "seed": seed, "dy": draw(*rows, features)}
 
 
+def dropout_add_arguments(draw: Source, rows=(17,), features=72, p=0.3, stream=None) -> dict:
+    stream = stream or draw.dtype
+    x, residual, dy = draw(*rows, features), draw(*rows, features, dtype=stream), draw(*rows, features, dtype=stream)
+    return {"x": x, "residual": residual, "p": p, "seed": draw.seed(), "dy": dy}
+
+
 def _with_bias(device, dtype):
     return frozen_linear_arguments(Source(device, dtype), rows=(33,))
 
@@ -540,6 +552,14 @@ def _gated_silu_with_dropout(device, dtype):
     return activation_arguments(Source(device, dtype), rows=(3, 11), features=77, kind="silu", dropout=0.3, gated=True)
 
 
+def _one_dtype(device, dtype):
+    return dropout_add_arguments(Source(device, dtype), rows=(3, 11), features=77)
+
+
+def _fp32_stream(device, dtype):
+    return dropout_add_arguments(Source(device, dtype), rows=(33,), stream=torch.float32)
+
+
 CASES = {
     "frozen_linear": (_with_bias, _without_bias),
     "lora_linear": (_one_layer, _group_with_dropout),
@@ -551,4 +571,5 @@ CASES = {
     "linear_cross_entropy": (_uniform, _fairseq_scaled_rows, _no_smoothing),
     "activation": (_packed_relu, _gelu_with_dropout, _gelu_tanh, _silu),
     "gated_activation": (_gated_gelu_tanh, _gated_silu_with_dropout),
+    "dropout_add": (_one_dtype, _fp32_stream),
 }

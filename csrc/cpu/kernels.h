@@ -164,6 +164,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> frozen_ffn_backward(
     bool need_dx,
     bool need_dc1,
     bool need_dc2);
+at::Tensor dropout_add(const at::Tensor& x, const at::Tensor& residual, double p, const at::Tensor& seed);
+
+at::Tensor dropout_add_backward(const at::Tensor& dy, at::ScalarType dtype, double p, const at::Tensor& seed);
+
 std::tuple<at::Tensor, at::Tensor> activation(
     const at::Tensor& z, std::string_view kind, double dropout, const std::optional<at::Tensor>& seed);
 

@@ -7,6 +7,7 @@ from petl_kernels.ops import (  # noqa: F401
     attention,
     bottleneck_adapter,
     frozen_ffn,
+    dropout_add,
     frozen_linear,
     gated_activation,
     layer_norm,

@@ -7,6 +7,7 @@ from petl_kernels.ops.attention import attention
 from petl_kernels.ops.activation import activation
 from petl_kernels.ops.bottleneck_adapter import bottleneck_adapter
 from petl_kernels.ops.frozen_ffn import frozen_ffn
+from petl_kernels.ops.dropout_add import dropout_add
 from petl_kernels.ops.frozen_linear import frozen_linear
 from petl_kernels.ops.layer_norm import layer_norm, layer_norm_from_statistics, layer_norm_with_statistics
 from petl_kernels.ops.linear_cross_entropy import linear_cross_entropy
@@ -26,6 +27,7 @@ OPS = (
     "activation",
     "gated_activation",
 )
+OPS = ("frozen_linear", "lora_linear", "bottleneck_adapter", "activation", "gated_activation", "dropout_add")
 
 __all__ = [
     "OPS",
@@ -37,6 +39,7 @@ __all__ = [
     "backend_of",
     "bottleneck_adapter",
     "frozen_ffn",
+    "dropout_add",
     "frozen_linear",
     "layer_norm",
     "layer_norm_from_statistics",

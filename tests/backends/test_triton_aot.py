@@ -22,6 +22,14 @@ WITHOUT_PRODUCT = {
     *("_hidden_backward_kernel", "_norm_kernel", "_norm_again_kernel", "_norm_dx_kernel", "_norm_sums_kernel"),
 }
 ELEMENTWISE = {"_activation_kernel", "_activation_backward_kernel", "_gated_kernel", "_gated_backward_kernel"}
+WITHOUT_PRODUCT = {"_sum_kernel", "_column_sums_kernel", "_fold_kernel", "_finish_kernel"}
+ELEMENTWISE = {
+    "_activation_kernel",
+    "_activation_backward_kernel",
+    "_gated_kernel",
+    "_gated_backward_kernel",
+    "_dropout_add_kernel",
+}
 WITH_PRODUCT = {
     *("_matmul_kernel", "_project_kernel", "_outputs_kernel", "_rank_gradients_kernel", "_input_gradient_kernel"),
     *("_a_gradients_kernel", "_b_gradients_kernel", "_forward_kernel", "_backward_kernel", "_token_sums_kernel"),

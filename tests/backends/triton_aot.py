@@ -25,6 +25,7 @@ from petl_kernels.backends.triton import (
     common,
     config,
     frozen_ffn,
+    dropout_add,
     frozen_linear,
     gated_activation,
     layer_norm,
@@ -58,6 +59,7 @@ def record(card: str, call: Callable[[], None]) -> list[tuple]:
         *(activation, bottleneck_adapter, common, frozen_ffn, frozen_linear, gated_activation, layer_norm),
         *(lora_linear, rms_norm),
     )
+    modules = (activation, bottleneck_adapter, common, dropout_add, frozen_linear, gated_activation, lora_linear)
     original = common.launch
     for module in modules:
         module.launch = launch
@@ -173,6 +175,12 @@ def activate(dtype: torch.dtype, kind: str, dropout: float, tokens: int = 8192, 
     gated_activation.gated_activation_backward(y, z, y, kind, dropout, seed)
 
 
+def residual(dtype: torch.dtype, stream: torch.dtype, tokens: int = 8192, d: int = 1024) -> None:
+    x, stream, seed = _new(dtype, tokens, d), _new(stream, tokens, d), _new(torch.int64, 1)
+    y = dropout_add.dropout_add(x, stream, 0.1, seed)
+    dropout_add.dropout_add_backward(y, dtype, 0.1, seed)
+
+
 def _new(dtype: torch.dtype, *shape: int) -> torch.Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
@@ -195,6 +203,8 @@ EVERYWHERE = [
     (ffn, FP16, "gelu_tanh", True, "z"),
     (activate, BF16, "relu", 0.1),
     (activate, FP16, "gelu_tanh", 0.0),
+    (residual, BF16, BF16),
+    (residual, FP16, FP32),
 ]
 ONLY = {
     "sm80": [(lora, FP32, 3, 16, 0.1), (adapter, FP32, 64), (norms, FP32, 1024, FP32), (ffn, FP32, "gelu", True, "x")],

@@ -12,6 +12,7 @@ import torch
 from petl_kernels.parity import activation_arguments as activation
 from petl_kernels.parity import bottleneck_adapter_arguments as adapter
 from petl_kernels.parity import frozen_ffn_arguments as ffn
+from petl_kernels.parity import dropout_add_arguments as dropout_add
 from petl_kernels.parity import frozen_linear_arguments as frozen
 from petl_kernels.parity import layer_norm_arguments as layer_norm
 from petl_kernels.parity import lora_linear_arguments as lora
@@ -74,6 +75,13 @@ def _gated_halves(draw):
     given = activation(draw, (3, 11), features=40, kind="silu", gated=True)
     z, g = torch.cat([given["z"], given["g"]], -1).chunk(2, -1)
     return given | {"z": z, "g": g, "dy": _strided(given["dy"])}
+
+
+def _dropout_add_strided(draw):
+    given = dropout_add(draw, (3, 11), features=45)
+    return (
+        given | {name: _strided_rows(given[name]) for name in ("x", "dy")} | {"residual": _strided(given["residual"])}
+    )
 
 
 FROZEN = {
@@ -158,6 +166,13 @@ GATED = {
     "halves": _gated_halves,
     "no-rows": lambda draw: activation(draw, (0,), features=45, kind="silu", dropout=0.5, gated=True),
 }
+DROPOUT_ADD = {
+    "1-row": lambda draw: dropout_add(draw, (1,), features=45),
+    "3x43-rows": lambda draw: dropout_add(draw, (3, 43), features=72, p=0.1),
+    "fp32-stream": lambda draw: dropout_add(draw, (33,), features=64, stream=torch.float32),
+    "strided": _dropout_add_strided,
+    "no-rows": lambda draw: dropout_add(draw, (0,), features=45),
+}
 TABLES = {
     "frozen_linear": FROZEN,
     "lora_linear": LORA,
@@ -167,6 +182,7 @@ TABLES = {
     "frozen_ffn": FFN,
     "activation": ACTIVATION,
     "gated_activation": GATED,
+    "dropout_add": DROPOUT_ADD,
 }
 CASES = {f"{op}-{name}": (op, case) for op, cases in TABLES.items() for name, case in cases.items()}
 
@@ -214,5 +230,12 @@ LARGE = {
         for op, kind in (("activation", "relu"), ("activation", "gelu"), ("gated_activation", "gelu_tanh"))
         for features in (4096, 1037)
         for p in (0.0, 0.1)
+    },
+    **{
+        f"dropout_add-{features}": (
+            "dropout_add",
+            lambda draw, features=features: dropout_add(draw, (1030,), features, 0.1, torch.float32),
+        )
+        for features in (1024, 1037)
     },
 }

@@ -70,6 +70,8 @@ def broken(monkeypatch):
         ("gated_activation", 0, "y"),
         ("gated_activation_backward", 0, "dz"),
         ("gated_activation_backward", 1, "dg"),
+        ("dropout_add", 0, "y"),
+        ("dropout_add_backward", 0, "dx"),
     ],
 )
 def test_a_value_that_is_off_is_found(broken, op, position, name, dtype):

@@ -22,6 +22,7 @@ from petl_kernels.backends.triton import (  # noqa: E402
     activation,
     bottleneck_adapter,
     frozen_ffn,
+    dropout_add,
     frozen_linear,
     gated_activation,
     layer_norm,
@@ -55,3 +56,6 @@ for module in (
     for part in ("", *PARTS):
         if hasattr(module, name + part):
             _register(getattr(module, name + part))
+for module in (frozen_linear, lora_linear, bottleneck_adapter, activation, gated_activation, dropout_add):
+    _register(getattr(module, module.__name__.rpartition(".")[2]))
+    _register(getattr(module, module.__name__.rpartition(".")[2] + "_backward"))

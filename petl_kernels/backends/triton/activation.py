@@ -42,7 +42,8 @@ def activation_backward(
         seed, threshold, keep_scale, constants = dropout_arguments(dropout, seed, features)
         launch(
             _activation_backward_kernel, tile.grid(rows), dz, rows, saved, seed, tokens, features, rows.stride(0),
-            saved.stride(0), threshold, keep_scale, ACTIVATION=kind, **constants, BM=tile.m, BN=tile.n, warps=tile.warps, stages=1,
+            saved.stride(0), threshold, keep_scale, ACTIVATION=kind, **constants, BM=tile.m, BN=tile.n,
+            warps=tile.warps, stages=1,
         )  # fmt: skip
     return dz.view(dy.shape)
 
