@@ -270,8 +270,8 @@ def _chunks(rows: Tensor, kept: Tensor | None, words: int, chunk_bytes: int) -> 
     count = rows.shape[0] if kept is None else kept.shape[0]
     if count == 0:
         return
-    # cuBLAS is fast for rows that begin at multiples of 16 bytes.
-    stride = -(-words * rows.itemsize // 16) * 16 // rows.itemsize if rows.is_cuda else words
+    # cuBLAS and Triton are fast for rows that begin at multiples of 16 numbers.
+    stride = -(-words // 16) * 16 if rows.is_cuda else words
     most = max(1, chunk_bytes // (stride * rows.itemsize))
     size = -(-count // -(-count // most))
     buffer = rows.new_empty(size, stride)

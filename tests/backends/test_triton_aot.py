@@ -17,7 +17,14 @@ SCRIPT = Path(__file__).with_name("triton_aot.py")
 # The shared memory that a block may have. "small" is sm_86, and stands for sm_89 and sm_120 too.
 SHARED_MEMORY = {"sm80": 163 * 1024, "sm90": 227 * 1024, "sm100": 227 * 1024, "small": 99 * 1024}
 MATRIX_INSTRUCTION = {"sm90": "wgmma.mma_async", "sm100": "tcgen05.mma"}
-WITHOUT_PRODUCT = {"_sum_kernel", "_column_sums_kernel", "_fold_kernel", "_finish_kernel"}
+WITHOUT_PRODUCT = {
+    "_sum_kernel",
+    "_column_sums_kernel",
+    "_fold_kernel",
+    "_finish_kernel",
+    "_sums_kernel",
+    "_loss_kernel",
+}
 WITH_PRODUCT = {
     *("_matmul_kernel", "_project_kernel", "_outputs_kernel", "_rank_gradients_kernel", "_input_gradient_kernel"),
     *("_a_gradients_kernel", "_b_gradients_kernel", "_forward_kernel", "_backward_kernel", "_token_sums_kernel"),

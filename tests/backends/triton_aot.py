@@ -19,7 +19,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from petl_kernels.backends.triton import bottleneck_adapter, common, config, frozen_linear, lora_linear
+from petl_kernels.backends.triton import (
+    bottleneck_adapter,
+    common,
+    config,
+    frozen_linear,
+    linear_cross_entropy,
+    lora_linear,
+)
 
 # device class -> (compute capability to compile for, multiprocessors of its usual card)
 CARDS = {"sm80": (80, 108), "sm90": (90, 132), "sm100": (100, 148), "small": (86, 82)}
@@ -37,7 +44,7 @@ def record(card: str, call: Callable[[], None]) -> list[tuple]:
 
     saved = config.device_class, config.processors
     config.device_class, config.processors = lambda device: card, lambda device: CARDS[card][1]
-    modules = (bottleneck_adapter, common, frozen_linear, lora_linear)
+    modules = (bottleneck_adapter, common, frozen_linear, linear_cross_entropy, lora_linear)
     original = common.launch
     for module in modules:
         module.launch = launch
@@ -130,6 +137,14 @@ def adapter(
     )
 
 
+def loss(dtype: torch.dtype, words: int, bias: bool, smoothing: float, rows: int = 64) -> None:
+    logits = _new(dtype, rows, -(-words // 16) * 16)[:, :words]
+    labels, word = _new(torch.int64, rows), _new(torch.float32, words) if bias else None
+    dlosses = _new(torch.float32, rows) if bias else None
+    linear_cross_entropy.linear_cross_entropy(logits, labels, word, 0.9, smoothing, 0.5, dlosses, True)
+    linear_cross_entropy.linear_cross_entropy(logits, labels, word, 0.9, smoothing, 0.5, None, False)
+
+
 def _new(dtype: torch.dtype, *shape: int) -> torch.Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
@@ -146,9 +161,11 @@ EVERYWHERE = [
     (adapter, BF16, 64),
     (adapter, FP16, 256),
     (adapter, BF16, 512),
+    (loss, BF16, 256206, False, 1e-6),
+    (loss, FP16, 128112, True, 0.0),
 ]
 ONLY = {
-    "sm80": [(lora, FP32, 3, 16, 0.1), (adapter, FP32, 64)],
+    "sm80": [(lora, FP32, 3, 16, 0.1), (adapter, FP32, 64), (loss, FP32, 128112, True, 1e-6)],
     "sm90": [
         (lora, BF16, 3, 64, 0.0),
         (lora, FP16, 2, 8, 0.0),

@@ -11,6 +11,7 @@ import torch
 
 from petl_kernels.parity import bottleneck_adapter_arguments as adapter
 from petl_kernels.parity import frozen_linear_arguments as frozen
+from petl_kernels.parity import linear_cross_entropy_arguments as loss
 from petl_kernels.parity import lora_linear_arguments as lora
 
 
@@ -81,9 +82,32 @@ ADAPTER = {
     "strided": _adapter_strided,
     "no-rows": lambda draw: adapter(draw, (0,), d=45, m=5),
 }
+
+
+def _loss_switched_off(draw):
+    """A whole block of words that a bias of -inf switches off."""
+    given = loss(draw, (9,), words=97, label_smoothing=0.0)
+    given["bias"] -= 200
+    given["bias"][32:64] = -torch.inf
+    return given | {"labels": given["labels"].where((given["labels"] < 32) | (given["labels"] >= 64), 0)}
+
+
+LOSS = {
+    "1-row-1-block": lambda draw: loss(draw, (1,), words=20),
+    "33-rows-fairseq": lambda draw: loss(draw, (3, 11), words=131, smoothing="fairseq", logit_scale=0.5),
+    "no-smoothing-no-bias": lambda draw: loss(draw, (17,), words=97, bias=False, label_smoothing=0.0),
+    "dlosses-power-of-two-words": lambda draw: loss(draw, (17,), words=128, dlosses=True, chunk_rows=17),
+    "switched-off": _loss_switched_off,
+    "no-rows": lambda draw: loss(draw, (0,), words=40),
+}
 CASES = {
     f"{op}-{name}": (op, case)
-    for op, cases in (("frozen_linear", FROZEN), ("lora_linear", LORA), ("bottleneck_adapter", ADAPTER))
+    for op, cases in (
+        ("frozen_linear", FROZEN),
+        ("lora_linear", LORA),
+        ("bottleneck_adapter", ADAPTER),
+        ("linear_cross_entropy", LOSS),
+    )
     for name, case in cases.items()
 }
 
@@ -110,5 +134,12 @@ LARGE = {
             ),
         )
         for m, activation in ((16, "relu"), (64, "relu"), (64, "gelu"), (100, "silu"), (256, "relu"), (400, "gelu"))
+    },
+    **{
+        f"linear_cross_entropy-{words}-words": (
+            "linear_cross_entropy",
+            lambda draw, words=words: loss(draw, (300,), 520, words, chunk_rows=128),
+        )
+        for words in (32000, 50021)
     },
 }

@@ -18,7 +18,12 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED and isinstance(triton.language.cdiv, triton.JITFunction):
     raise ImportError("triton was imported before TRITON_INTERPRET=1 was set")
 
-from petl_kernels.backends.triton import bottleneck_adapter, frozen_linear, lora_linear  # noqa: E402
+from petl_kernels.backends.triton import (  # noqa: E402
+    bottleneck_adapter,
+    frozen_linear,
+    linear_cross_entropy,
+    lora_linear,
+)
 
 DTYPES = {torch.float16, torch.float32} | (set() if INTERPRETED else {torch.bfloat16})
 
@@ -35,3 +40,4 @@ def _register(kernel: Callable) -> None:
 for module in (frozen_linear, lora_linear, bottleneck_adapter):
     _register(getattr(module, module.__name__.rpartition(".")[2]))
     _register(getattr(module, module.__name__.rpartition(".")[2] + "_backward"))
+_register(linear_cross_entropy.linear_cross_entropy)

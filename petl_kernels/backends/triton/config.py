@@ -72,6 +72,10 @@ ADAPTER_NARROW = 64
 # Widest accumulators in all (the bottleneck; twice that in backward) for which a block of rows stays fused.
 ADAPTER_LIMIT = {"small": 128, "sm80": 256, "sm90": 256, "sm100": 256, "fp32": 64, "interpreter": 64}
 
+# The words that one program of the vocabulary loss holds in registers: 16 a thread.
+VOCABULARY_BLOCK = 4096
+VOCABULARY_WARPS = 8
+
 
 def device_class(device: torch.device) -> str:
     """The key of the tables above."""
@@ -134,3 +138,7 @@ def splits(x: torch.Tensor, tile: Tile, programs: int) -> int:
     tokens = x.numel() // x.shape[-1]
     wanted = -(-2 * processors(x.device) // programs)
     return max(1, min(wanted, -(-tokens // (4 * tile.k))))
+
+
+def vocabulary_block(x: torch.Tensor) -> int:
+    return 32 if key(x) == "interpreter" else VOCABULARY_BLOCK
