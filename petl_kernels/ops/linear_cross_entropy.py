@@ -18,12 +18,12 @@ dtype. The scale comes before the bias, as T5 scales its hidden states (by 1/√
 (fp64 for fp64), logits are rounded to h's dtype as those of ``F.linear`` are, and all that follows them is fp32.
 
 Rows whose label is ``ignore_index`` are taken out first: no work is done for them, their loss and gradient are 0. To
-find them, and labels that are out of range, a CUDA device is waited for once.
+find them, and labels that are out of range, the host waits for a CUDA device (so: not in a CUDA graph).
 
 The rest is worked on in chunks of rows. One buffer holds a chunk's logits, and then, in place, dz: `chunk_bytes` bytes
 at most, but one row at least. The gradients are formed there and then, for a dloss of 1; backward multiplies them by
-the true one. A trained W, or a W of another dtype than h, is worked on in blocks of words of `chunk_bytes` / 4 more
-(in the wide dtype dW is summed in, or cast to h's dtype, for each chunk anew: a W of h's dtype is faster).
+the true one. dW is added up, and a W of another dtype than h is cast, for each chunk in blocks of words that take
+`chunk_bytes` / 4 more. A W of h's dtype is faster.
 
 Saves: d · itemsize bytes per row (dh), and 4. W trained: 4·V·d more, once (dW in fp32, like dh until backward); b: 4·V.
 ``reduction="none"`` with W or b trained keeps h (d · itemsize bytes per row), the labels (8 per row), W and b, and
@@ -270,8 +270,8 @@ def _chunks(rows: Tensor, kept: Tensor | None, words: int, chunk_bytes: int) -> 
     count = rows.shape[0] if kept is None else kept.shape[0]
     if count == 0:
         return
-    # cuBLAS is fast for rows that begin at multiples of 16 bytes.
-    stride = -(-words * rows.itemsize // 16) * 16 // rows.itemsize if rows.is_cuda else words
+    # cuBLAS and Triton are fast for rows that begin at multiples of 16 numbers.
+    stride = -(-words // 16) * 16 if rows.is_cuda else words
     most = max(1, chunk_bytes // (stride * rows.itemsize))
     size = -(-count // -(-count // most))
     buffer = rows.new_empty(size, stride)

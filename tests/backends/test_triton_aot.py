@@ -29,6 +29,12 @@ ELEMENTWISE = {
     "_gated_kernel",
     "_gated_backward_kernel",
     "_dropout_add_kernel",
+    "_sum_kernel",
+    "_column_sums_kernel",
+    "_fold_kernel",
+    "_finish_kernel",
+    "_sums_kernel",
+    "_loss_kernel",
 }
 WITH_PRODUCT = {
     *("_matmul_kernel", "_project_kernel", "_outputs_kernel", "_rank_gradients_kernel", "_input_gradient_kernel"),

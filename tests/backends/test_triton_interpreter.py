@@ -116,6 +116,16 @@ def test_only_the_gradients_of_a_norm_and_a_network_asked_for():
     backward = backends.kernel_of("frozen_ffn_backward", "triton")
     grads = backward(*saved, *weights, "silu", "x", False, True, False)
     assert [grad.numel() for grad in grads] == [0, 16, 0]
+def test_padded_rows_of_logits():
+    """A CUDA device gets rows that begin at multiples of 16 numbers; what lies between them counts for nothing."""
+    padded, labels = torch.randn(5, 48), torch.tensor([0, 39, 7, 31, 32])
+    padded[:, 40:] = torch.nan
+    results = []
+    for backend in ("triton", "reference"):
+        logits = padded.clone()[:, :40]
+        losses = backends.kernel_of("linear_cross_entropy", backend)(logits, labels, None, 0.8, 0.005, 1.0, None, True)
+        results.append((losses, logits))
+    torch.testing.assert_close(*results)
 
 
 def test_only_the_gradients_asked_for():

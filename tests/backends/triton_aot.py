@@ -31,6 +31,12 @@ from petl_kernels.backends.triton import (
     layer_norm,
     lora_linear,
     rms_norm,
+    bottleneck_adapter,
+    common,
+    config,
+    frozen_linear,
+    linear_cross_entropy,
+    lora_linear,
 )
 
 # device class -> (compute capability to compile for, multiprocessors of its usual card)
@@ -60,6 +66,7 @@ def record(card: str, call: Callable[[], None]) -> list[tuple]:
         *(lora_linear, rms_norm),
     )
     modules = (activation, bottleneck_adapter, common, dropout_add, frozen_linear, gated_activation, lora_linear)
+    modules = (bottleneck_adapter, common, frozen_linear, linear_cross_entropy, lora_linear)
     original = common.launch
     for module in modules:
         module.launch = launch
@@ -179,6 +186,12 @@ def residual(dtype: torch.dtype, stream: torch.dtype, tokens: int = 8192, d: int
     x, stream, seed = _new(dtype, tokens, d), _new(stream, tokens, d), _new(torch.int64, 1)
     y = dropout_add.dropout_add(x, stream, 0.1, seed)
     dropout_add.dropout_add_backward(y, dtype, 0.1, seed)
+def loss(dtype: torch.dtype, words: int, bias: bool, smoothing: float, rows: int = 64) -> None:
+    logits = _new(dtype, rows, -(-words // 16) * 16)[:, :words]
+    labels, word = _new(torch.int64, rows), _new(torch.float32, words) if bias else None
+    dlosses = _new(torch.float32, rows) if bias else None
+    linear_cross_entropy.linear_cross_entropy(logits, labels, word, 0.9, smoothing, 0.5, dlosses, True)
+    linear_cross_entropy.linear_cross_entropy(logits, labels, word, 0.9, smoothing, 0.5, None, False)
 
 
 def _new(dtype: torch.dtype, *shape: int) -> torch.Tensor:
@@ -208,6 +221,11 @@ EVERYWHERE = [
 ]
 ONLY = {
     "sm80": [(lora, FP32, 3, 16, 0.1), (adapter, FP32, 64), (norms, FP32, 1024, FP32), (ffn, FP32, "gelu", True, "x")],
+    (loss, BF16, 256206, False, 1e-6),
+    (loss, FP16, 128112, True, 0.0),
+]
+ONLY = {
+    "sm80": [(lora, FP32, 3, 16, 0.1), (adapter, FP32, 64), (loss, FP32, 128112, True, 1e-6)],
     "sm90": [
         (lora, BF16, 3, 64, 0.0),
         (activate, FP32, "gelu", 0.1),

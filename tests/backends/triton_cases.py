@@ -15,6 +15,7 @@ from petl_kernels.parity import frozen_ffn_arguments as ffn
 from petl_kernels.parity import dropout_add_arguments as dropout_add
 from petl_kernels.parity import frozen_linear_arguments as frozen
 from petl_kernels.parity import layer_norm_arguments as layer_norm
+from petl_kernels.parity import linear_cross_entropy_arguments as loss
 from petl_kernels.parity import lora_linear_arguments as lora
 from petl_kernels.parity import rms_norm_arguments as rms_norm
 
@@ -125,6 +126,33 @@ LAYER_NORM = {
     "offset": _norm_offset,
     "strided": _norm_strided,
     "no-rows": lambda draw: layer_norm(draw, (0,), d=45),
+
+
+def _loss_switched_off(draw):
+    """A whole block of words that a bias of -inf switches off."""
+    given = loss(draw, (9,), words=97, label_smoothing=0.0)
+    given["bias"] -= 200
+    given["bias"][32:64] = -torch.inf
+    return given | {"labels": given["labels"].where((given["labels"] < 32) | (given["labels"] >= 64), 0)}
+
+
+LOSS = {
+    "1-row-1-block": lambda draw: loss(draw, (1,), words=20),
+    "33-rows-fairseq": lambda draw: loss(draw, (3, 11), words=131, smoothing="fairseq", logit_scale=0.5),
+    "no-smoothing-no-bias": lambda draw: loss(draw, (17,), words=97, bias=False, label_smoothing=0.0),
+    "dlosses-power-of-two-words": lambda draw: loss(draw, (17,), words=128, dlosses=True, chunk_rows=17),
+    "switched-off": _loss_switched_off,
+    "no-rows": lambda draw: loss(draw, (0,), words=40),
+}
+CASES = {
+    f"{op}-{name}": (op, case)
+    for op, cases in (
+        ("frozen_linear", FROZEN),
+        ("lora_linear", LORA),
+        ("bottleneck_adapter", ADAPTER),
+        ("linear_cross_entropy", LOSS),
+    )
+    for name, case in cases.items()
 }
 RMS_NORM = {
     "1-row": lambda draw: rms_norm(draw, (1,), d=7),
@@ -237,5 +265,11 @@ LARGE = {
             lambda draw, features=features: dropout_add(draw, (1030,), features, 0.1, torch.float32),
         )
         for features in (1024, 1037)
+    **{
+        f"linear_cross_entropy-{words}-words": (
+            "linear_cross_entropy",
+            lambda draw, words=words: loss(draw, (300,), 520, words, chunk_rows=128),
+        )
+        for words in (32000, 50021)
     },
 }

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import petl_kernels as pk
 from petl_kernels import backends, ops, parity
 from petl_kernels.errors import InputError
 from petl_kernels.memory.peak import peak_bytes
@@ -360,17 +359,6 @@ def test_compiles_to_one_graph(backend, reduction):
 
     with ops.use(backend):
         contract.assert_compiles(function, *tensors.values(), tolerance=1e-5)
-
-
-def test_module():
-    tensors, labels = leaves_of(contract.source(FP32))
-    module = pk.nn.LinearCrossEntropy(label_smoothing=0.1, reduction="sum", logit_scale=0.5, smoothing="fairseq")
-    loss = module(tensors["hidden"], tensors["weight"], labels, tensors["bias"])
-    expected = pk.linear_cross_entropy(
-        labels=labels, **tensors, label_smoothing=0.1, reduction="sum", logit_scale=0.5, smoothing="fairseq"
-    )
-    assert torch.equal(loss, expected)
-    assert not list(module.parameters()) and "label_smoothing=0.1" in repr(module)
 
 
 @pytest.mark.parametrize("backend", contract.BACKENDS)

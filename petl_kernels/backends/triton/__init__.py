@@ -28,6 +28,10 @@ from petl_kernels.backends.triton import (  # noqa: E402
     layer_norm,
     lora_linear,
     rms_norm,
+    bottleneck_adapter,
+    frozen_linear,
+    linear_cross_entropy,
+    lora_linear,
 )
 
 DTYPES = {torch.float16, torch.float32} | (set() if INTERPRETED else {torch.bfloat16})
@@ -59,3 +63,4 @@ for module in (
 for module in (frozen_linear, lora_linear, bottleneck_adapter, activation, gated_activation, dropout_add):
     _register(getattr(module, module.__name__.rpartition(".")[2]))
     _register(getattr(module, module.__name__.rpartition(".")[2] + "_backward"))
+_register(linear_cross_entropy.linear_cross_entropy)
