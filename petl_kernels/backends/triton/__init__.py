@@ -18,7 +18,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED and isinstance(triton.language.cdiv, triton.JITFunction):
     raise ImportError("triton was imported before TRITON_INTERPRET=1 was set")
 
-from petl_kernels.backends.triton import bottleneck_adapter, frozen_linear, lora_linear  # noqa: E402
+from petl_kernels.backends.triton import attention, bottleneck_adapter, frozen_linear, lora_linear  # noqa: E402
 
 DTYPES = {torch.float16, torch.float32} | (set() if INTERPRETED else {torch.bfloat16})
 
@@ -32,6 +32,6 @@ def _register(kernel: Callable) -> None:
         return (kernel if x.dtype in DTYPES else kernel_of(op, "reference"))(first, *args)
 
 
-for module in (frozen_linear, lora_linear, bottleneck_adapter):
+for module in (frozen_linear, lora_linear, bottleneck_adapter, attention):
     _register(getattr(module, module.__name__.rpartition(".")[2]))
     _register(getattr(module, module.__name__.rpartition(".")[2] + "_backward"))

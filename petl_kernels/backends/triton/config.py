@@ -72,6 +72,25 @@ ADAPTER_NARROW = 64
 # Widest accumulators in all (the bottleneck; twice that in backward) for which a block of rows stays fused.
 ADAPTER_LIMIT = {"small": 128, "sm80": 256, "sm90": 256, "sm100": 256, "fp32": 64, "interpreter": 64}
 
+# Attention: blocks of m queries and n keys; the second entry serves more than ATTENTION_NARROW features.
+ATTENTION_FORWARD = {
+    "small": (Tile(64, 64, 64, 4, 2), Tile(64, 32, 128, 4, 2)),
+    "sm80": (Tile(128, 64, 64, 4, 3), Tile(128, 64, 128, 8, 2)),
+    "sm90": (Tile(128, 64, 64, 4, 3), Tile(128, 64, 128, 8, 2)),
+    "sm100": (Tile(128, 64, 64, 4, 3), Tile(128, 64, 128, 8, 2)),
+    "fp32": (Tile(32, 32, 64, 4, 2), Tile(16, 32, 128, 4, 2)),
+    "interpreter": (Tile(16, 32, 64, 4, 1), Tile(16, 32, 128, 4, 1)),
+}
+ATTENTION_BACKWARD = {
+    "small": (Tile(32, 64, 64, 4, 2), Tile(32, 32, 128, 4, 2)),
+    "sm80": (Tile(64, 64, 64, 4, 2), Tile(64, 64, 128, 8, 2)),
+    "sm90": (Tile(64, 64, 64, 4, 2), Tile(64, 64, 128, 8, 2)),
+    "sm100": (Tile(64, 64, 64, 4, 2), Tile(64, 64, 128, 8, 2)),
+    "fp32": (Tile(32, 32, 64, 4, 2), Tile(16, 16, 128, 4, 2)),
+    "interpreter": (Tile(32, 16, 64, 4, 1), Tile(32, 16, 128, 4, 1)),
+}
+ATTENTION_NARROW = 64
+
 
 def device_class(device: torch.device) -> str:
     """The key of the tables above."""
@@ -112,6 +131,10 @@ def adapter_tile(x: torch.Tensor, rows: int, width: int) -> Tile:
     while tile.m > 16 and -(-rows // tile.m) < 0.75 * processors(x.device):
         tile = tile._replace(m=tile.m // 2, warps=4)
     return tile
+
+
+def attention_tile(table: dict[str, tuple[Tile, Tile]], q: torch.Tensor) -> Tile:
+    return table[key(q)][q.shape[3] > ATTENTION_NARROW]
 
 
 def padded(size: int, largest: int) -> int:
