@@ -19,11 +19,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from petl_kernels.backends.triton import bottleneck_adapter, common, config, frozen_linear, lora_linear
+from petl_kernels.backends.triton import attention, bottleneck_adapter, common, config, frozen_linear, lora_linear
 
 # device class -> (compute capability to compile for, multiprocessors of its usual card)
 CARDS = {"sm80": (80, 108), "sm90": (90, 132), "sm100": (100, 148), "small": (86, 82)}
-POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64"}
+POINTERS = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int64: "*i64",
+    torch.uint8: "*u8",
+}
 CUOBJDUMP = Path(triton.__path__[0]) / "backends/nvidia/bin/cuobjdump"
 
 
@@ -37,7 +43,7 @@ def record(card: str, call: Callable[[], None]) -> list[tuple]:
 
     saved = config.device_class, config.processors
     config.device_class, config.processors = lambda device: card, lambda device: CARDS[card][1]
-    modules = (bottleneck_adapter, common, frozen_linear, lora_linear)
+    modules = (attention, bottleneck_adapter, common, frozen_linear, lora_linear)
     original = common.launch
     for module in modules:
         module.launch = launch
@@ -130,6 +136,21 @@ def adapter(
     )
 
 
+def attend(dtype: torch.dtype, d: int, options: tuple[str, ...] = (), length: int = 512, heads: int = 16) -> None:
+    q, k, v, do = (_new(dtype, 16, length, heads, d).transpose(1, 2) for _ in range(4))
+    mask = None
+    if "padding" in options:
+        mask = _new(torch.bool, 16, 1, 1, length)
+    elif "additive" in options:
+        mask = _new(torch.float32, 16, 1, length, length)
+    bias = _new(dtype, 1, heads, length, length) if "bias" in options else None
+    prefix = [_new(torch.float32, 20, heads, d) if "prefix" in options else None] * 2
+    dropout = 0.1 if "dropout" in options else 0.0
+    rest = (mask, bias, *prefix, "causal" in options, d**-0.5, dropout, _new(torch.int64, 1) if dropout else None)
+    o, lse = attention.attention(q, k, v, *rest)
+    attention.attention_backward(do, q, k, v, o, lse, *rest, False)
+
+
 def _new(dtype: torch.dtype, *shape: int) -> torch.Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
@@ -146,15 +167,20 @@ EVERYWHERE = [
     (adapter, BF16, 64),
     (adapter, FP16, 256),
     (adapter, BF16, 512),
+    (attend, BF16, 64, ("padding", "dropout")),
+    (attend, FP16, 128, ("additive", "bias", "causal", "dropout", "prefix")),
 ]
 ONLY = {
-    "sm80": [(lora, FP32, 3, 16, 0.1), (adapter, FP32, 64)],
+    "sm80": [(lora, FP32, 3, 16, 0.1), (adapter, FP32, 64), (attend, FP32, 64, ("padding", "dropout"))],
     "sm90": [
         (lora, BF16, 3, 64, 0.0),
         (lora, FP16, 2, 8, 0.0),
         (adapter, FP16, 128),
         (adapter, BF16, 64, True, "gelu", 16),
         (adapter, FP16, 16, False, "silu"),
+        (attend, BF16, 64),
+        (attend, FP16, 64, ("additive", "bias", "causal", "dropout", "prefix")),
+        (attend, FP16, 32, ("padding",)),
     ],
 }
 

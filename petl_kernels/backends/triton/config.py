@@ -75,15 +75,15 @@ ADAPTER_LIMIT = {"small": 128, "sm80": 256, "sm90": 256, "sm100": 256, "fp32": 6
 # Attention: blocks of m queries and n keys; the second entry serves more than ATTENTION_NARROW features.
 ATTENTION_FORWARD = {
     "small": (Tile(64, 64, 64, 4, 2), Tile(64, 32, 128, 4, 2)),
-    "sm80": (Tile(128, 64, 64, 4, 3), Tile(128, 64, 128, 8, 2)),
-    "sm90": (Tile(128, 64, 64, 4, 3), Tile(128, 64, 128, 8, 2)),
-    "sm100": (Tile(128, 64, 64, 4, 3), Tile(128, 64, 128, 8, 2)),
+    "sm80": (Tile(128, 64, 64, 8, 3), Tile(128, 64, 128, 8, 2)),
+    "sm90": (Tile(128, 64, 64, 8, 3), Tile(128, 64, 128, 8, 2)),
+    "sm100": (Tile(128, 64, 64, 8, 3), Tile(128, 64, 128, 8, 2)),
     "fp32": (Tile(32, 32, 64, 4, 2), Tile(16, 32, 128, 4, 2)),
     "interpreter": (Tile(16, 32, 64, 4, 1), Tile(16, 32, 128, 4, 1)),
 }
 ATTENTION_BACKWARD = {
     "small": (Tile(32, 64, 64, 4, 2), Tile(32, 32, 128, 4, 2)),
-    "sm80": (Tile(64, 64, 64, 4, 2), Tile(64, 64, 128, 8, 2)),
+    "sm80": (Tile(64, 64, 64, 8, 2), Tile(64, 64, 128, 8, 2)),
     "sm90": (Tile(64, 64, 64, 4, 2), Tile(64, 64, 128, 8, 2)),
     "sm100": (Tile(64, 64, 64, 4, 2), Tile(64, 64, 128, 8, 2)),
     "fp32": (Tile(32, 32, 64, 4, 2), Tile(16, 16, 128, 4, 2)),
