@@ -38,6 +38,7 @@ from petl_kernels.backends.triton import (
     linear_cross_entropy,
     lora_linear,
 )
+from petl_kernels.backends.triton import attention, bottleneck_adapter, common, config, frozen_linear, lora_linear
 
 # device class -> (compute capability to compile for, multiprocessors of its usual card)
 CARDS = {"sm80": (80, 108), "sm90": (90, 132), "sm100": (100, 148), "small": (86, 82)}
@@ -67,6 +68,7 @@ def record(card: str, call: Callable[[], None]) -> list[tuple]:
     )
     modules = (activation, bottleneck_adapter, common, dropout_add, frozen_linear, gated_activation, lora_linear)
     modules = (bottleneck_adapter, common, frozen_linear, linear_cross_entropy, lora_linear)
+    modules = (attention, bottleneck_adapter, common, frozen_linear, lora_linear)
     original = common.launch
     for module in modules:
         module.launch = launch
@@ -192,6 +194,19 @@ def loss(dtype: torch.dtype, words: int, bias: bool, smoothing: float, rows: int
     dlosses = _new(torch.float32, rows) if bias else None
     linear_cross_entropy.linear_cross_entropy(logits, labels, word, 0.9, smoothing, 0.5, dlosses, True)
     linear_cross_entropy.linear_cross_entropy(logits, labels, word, 0.9, smoothing, 0.5, None, False)
+def attend(dtype: torch.dtype, d: int, options: tuple[str, ...] = (), length: int = 512, heads: int = 16) -> None:
+    q, k, v, do = (_new(dtype, 16, length, heads, d).transpose(1, 2) for _ in range(4))
+    mask = None
+    if "padding" in options:
+        mask = _new(torch.bool, 16, 1, 1, length)
+    elif "additive" in options:
+        mask = _new(torch.float32, 16, 1, length, length)
+    bias = _new(dtype, 1, heads, length, length) if "bias" in options else None
+    prefix = [_new(torch.float32, 20, heads, d) if "prefix" in options else None] * 2
+    dropout = 0.1 if "dropout" in options else 0.0
+    rest = (mask, bias, *prefix, "causal" in options, d**-0.5, dropout, _new(torch.int64, 1) if dropout else None)
+    o, lse = attention.attention(q, k, v, *rest)
+    attention.attention_backward(do, q, k, v, o, lse, *rest, False)
 
 
 def _new(dtype: torch.dtype, *shape: int) -> torch.Tensor:
@@ -226,6 +241,11 @@ ONLY = {
 ]
 ONLY = {
     "sm80": [(lora, FP32, 3, 16, 0.1), (adapter, FP32, 64), (loss, FP32, 128112, True, 1e-6)],
+    (attend, BF16, 64, ("padding", "dropout")),
+    (attend, FP16, 128, ("additive", "bias", "causal", "dropout", "prefix")),
+]
+ONLY = {
+    "sm80": [(lora, FP32, 3, 16, 0.1), (adapter, FP32, 64), (attend, FP32, 64, ("padding", "dropout"))],
     "sm90": [
         (lora, BF16, 3, 64, 0.0),
         (activate, FP32, "gelu", 0.1),
@@ -237,6 +257,9 @@ ONLY = {
         (adapter, FP16, 16, False, "silu"),
         (ffn, BF16, "gelu", False, "z"),
         (ffn, BF16, "silu", True, "x"),
+        (attend, BF16, 64),
+        (attend, FP16, 64, ("additive", "bias", "causal", "dropout", "prefix")),
+        (attend, FP16, 32, ("padding",)),
     ],
 }
 

@@ -1,6 +1,6 @@
 """Calls that between them take every path of the Triton kernels, at sizes that no tile divides.
 
-The interpreter's tiles are 32 wide: 33 rows are two tiles, 129 rows several parts of a sum over tokens, and an
+The interpreter's tiles are 32 wide or less: 33 rows are two tiles, 129 rows several parts of a sum over tokens, and an
 adapter with a bottleneck above 64 (32 in backward) takes two launches. On a GPU the same calls run, and `LARGE`
 beside them, at sizes that take the tiles of its tables.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from petl_kernels.parity import activation_arguments as activation
+from petl_kernels.parity import attention_arguments as attention
 from petl_kernels.parity import bottleneck_adapter_arguments as adapter
 from petl_kernels.parity import frozen_ffn_arguments as ffn
 from petl_kernels.parity import dropout_add_arguments as dropout_add
@@ -83,6 +84,9 @@ def _dropout_add_strided(draw):
     return (
         given | {name: _strided_rows(given[name]) for name in ("x", "dy")} | {"residual": _strided(given["residual"])}
     )
+def _attention_strided(draw):
+    given = attention(draw, queries=20, keys=20, mask="rows")
+    return given | {name: _strided(given[name]) for name in ("q", "k", "v")} | {"do": draw(16).expand(2, 3, 20, 16)}
 
 
 FROZEN = {
@@ -213,6 +217,31 @@ TABLES = {
     "dropout_add": DROPOUT_ADD,
 }
 CASES = {f"{op}-{name}": (op, case) for op, cases in TABLES.items() for name, case in cases.items()}
+ATTENTION = {
+    "1-query": lambda draw: attention(draw, batch=1, heads=2, queries=1, keys=1, d=1),
+    "wide": lambda draw: attention(draw, batch=1, heads=1, queries=20, keys=33, d=100),
+    "too-wide": lambda draw: attention(draw, heads=1, queries=5, keys=6, d=130, prefix=2),
+    "padding": lambda draw: attention(draw, batch=1, heads=2, queries=33, keys=70, d=24, mask="padding"),
+    "rows-that-see-nothing": lambda draw: attention(draw, batch=1, heads=2, queries=37, keys=40, mask="rows"),
+    "finfo-min": lambda draw: attention(draw, batch=1, heads=2, queries=37, keys=40, mask="finfo"),
+    "additive": lambda draw: attention(draw, batch=1, heads=2, queries=18, keys=40, mask="additive", scale=1.0),
+    "causal": lambda draw: attention(draw, batch=1, heads=2, queries=70, keys=70, d=33, causal=True),
+    "causal-more-keys": lambda draw: attention(draw, batch=1, heads=2, queries=33, keys=70, causal=True, prefix=3),
+    "causal-fewer-keys": lambda draw: attention(draw, batch=1, heads=2, queries=70, keys=33, causal=True),
+    "bias": lambda draw: attention(draw, batch=1, heads=2, queries=33, keys=33, bias=1, mask="padding"),
+    "dropout": lambda draw: attention(draw, batch=1, heads=2, queries=33, keys=50, dropout=0.3),
+    "prefix": lambda draw: attention(
+        draw, batch=1, heads=2, queries=33, keys=50, prefix=20, prefix_dtype=torch.float32
+    ),
+    "everything": lambda draw: attention(
+        draw, heads=2, queries=20, keys=40, d=20, prefix=5, mask="rows", bias=2, causal=True, dropout=0.4
+    ),
+    "strided": _attention_strided,
+    "no-rows": lambda draw: attention(draw, batch=1, heads=2, queries=0, prefix=2, dropout=0.1),
+    "no-keys": lambda draw: attention(draw, keys=0, prefix=2),
+}
+OPS = {"frozen_linear": FROZEN, "lora_linear": LORA, "bottleneck_adapter": ADAPTER, "attention": ATTENTION}
+CASES = {f"{op}-{name}": (op, case) for op, cases in OPS.items() for name, case in cases.items()}
 
 LARGE = {
     **{
@@ -271,5 +300,13 @@ LARGE = {
             lambda draw, words=words: loss(draw, (300,), 520, words, chunk_rows=128),
         )
         for words in (32000, 50021)
+    **{
+        f"attention-{d}-{name}": ("attention", lambda draw, d=d, options=options: attention(draw, d=d, **options))
+        for d in (32, 64, 128)
+        for name, options in {
+            "plain": {"queries": 500, "keys": 700},
+            "causal-dropout": {"queries": 520, "keys": 520, "causal": True, "dropout": 0.1, "mask": "padding"},
+            "prefix-finfo": {"queries": 300, "keys": 300, "prefix": 100, "mask": "finfo"},
+        }.items()
     },
 }

@@ -44,6 +44,7 @@ def test_names():
         "gated_activation",
         "dropout_add",
     )
+    assert ops.OPS == ("frozen_linear", "lora_linear", "bottleneck_adapter", "attention")
     assert "reference" in ops.available_backends()
     assert set(ops.available_backends()) <= set(backends.BACKENDS)
 

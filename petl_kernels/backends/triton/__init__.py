@@ -33,6 +33,7 @@ from petl_kernels.backends.triton import (  # noqa: E402
     linear_cross_entropy,
     lora_linear,
 )
+from petl_kernels.backends.triton import attention, bottleneck_adapter, frozen_linear, lora_linear  # noqa: E402
 
 DTYPES = {torch.float16, torch.float32} | (set() if INTERPRETED else {torch.bfloat16})
 
@@ -61,6 +62,7 @@ for module in (
         if hasattr(module, name + part):
             _register(getattr(module, name + part))
 for module in (frozen_linear, lora_linear, bottleneck_adapter, activation, gated_activation, dropout_add):
+for module in (frozen_linear, lora_linear, bottleneck_adapter, attention):
     _register(getattr(module, module.__name__.rpartition(".")[2]))
     _register(getattr(module, module.__name__.rpartition(".")[2] + "_backward"))
 _register(linear_cross_entropy.linear_cross_entropy)

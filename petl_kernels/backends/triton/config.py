@@ -89,6 +89,24 @@ class ElementwiseTile(NamedTuple):
 # The words that one program of the vocabulary loss holds in registers: 16 a thread.
 VOCABULARY_BLOCK = 4096
 VOCABULARY_WARPS = 8
+# Attention: blocks of m queries and n keys; the second entry serves more than ATTENTION_NARROW features.
+ATTENTION_FORWARD = {
+    "small": (Tile(64, 64, 64, 4, 2), Tile(64, 32, 128, 4, 2)),
+    "sm80": (Tile(128, 64, 64, 8, 3), Tile(128, 64, 128, 8, 2)),
+    "sm90": (Tile(128, 64, 64, 8, 3), Tile(128, 64, 128, 8, 2)),
+    "sm100": (Tile(128, 64, 64, 8, 3), Tile(128, 64, 128, 8, 2)),
+    "fp32": (Tile(32, 32, 64, 4, 2), Tile(16, 32, 128, 4, 2)),
+    "interpreter": (Tile(16, 32, 64, 4, 1), Tile(16, 32, 128, 4, 1)),
+}
+ATTENTION_BACKWARD = {
+    "small": (Tile(32, 64, 64, 4, 2), Tile(32, 32, 128, 4, 2)),
+    "sm80": (Tile(64, 64, 64, 8, 2), Tile(64, 64, 128, 8, 2)),
+    "sm90": (Tile(64, 64, 64, 4, 2), Tile(64, 64, 128, 8, 2)),
+    "sm100": (Tile(64, 64, 64, 4, 2), Tile(64, 64, 128, 8, 2)),
+    "fp32": (Tile(32, 32, 64, 4, 2), Tile(16, 16, 128, 4, 2)),
+    "interpreter": (Tile(32, 16, 64, 4, 1), Tile(32, 16, 128, 4, 1)),
+}
+ATTENTION_NARROW = 64
 
 
 def device_class(device: torch.device) -> str:
@@ -135,6 +153,10 @@ def adapter_tile(x: torch.Tensor, rows: int, width: int) -> Tile:
     while tile.m > 16 and -(-rows // tile.m) < 0.75 * processors(x.device):
         tile = tile._replace(m=tile.m // 2, warps=4)
     return tile
+
+
+def attention_tile(table: dict[str, tuple[Tile, Tile]], q: torch.Tensor) -> Tile:
+    return table[key(q)][q.shape[3] > ATTENTION_NARROW]
 
 
 def padded(size: int, largest: int) -> int:
