@@ -74,8 +74,9 @@ struct Hidden {
       auto* h_data = h.mutable_data_ptr<scalar_t>();
       const auto* g_data = data_or_null<scalar_t>(g);
       auto* bits_data = data_or_null<uint8_t>(bits);
+      const Scratch<acc_t> value_buffer(kPiece), gate_buffer(kPiece);
       const auto piece = [&](int64_t row, int64_t first, int64_t count) {
-        alignas(64) acc_t values[kPiece], gates[kPiece];
+        acc_t *values = value_buffer.mine(), *gates = gate_buffer.mine();
         const int64_t at = row * f + first;
         add_bias(z_data + at, bias == nullptr ? nullptr : bias + first, values, count);
         if (keep_z && bias != nullptr) {
@@ -113,8 +114,9 @@ struct Hidden {
       auto* dh_data = dh.mutable_data_ptr<scalar_t>();
       const auto* g_data = data_or_null<scalar_t>(g);
       auto* dg_data = data_or_null<scalar_t>(dg);
+      const Scratch<acc_t> value_buffer(kPiece), grad_buffer(kPiece), gate_buffer(kPiece);
       const auto piece = [&](int64_t row, int64_t first, int64_t count, acc_t* sum) {
-        alignas(64) acc_t values[kPiece], grads[kPiece], buffer[kPiece];
+        acc_t *values = value_buffer.mine(), *grads = grad_buffer.mine(), *buffer = gate_buffer.mine();
         const int64_t at = row * f + first;
         add_bias(z_data + at, bias == nullptr ? nullptr : bias + first, values, count);
         convert(dh_data + at, grads, count);

@@ -38,7 +38,7 @@ def test_values_and_gradients(name, dtype):
     [
         "lora_linear-129-rows-3-groups-dropout",
         "bottleneck_adapter-129-rows-relu",
-        "layer_norm-129-rows",
+        "layer_norm-67-rows",
         "frozen_ffn-129-rows-relu",
         "activation-relu-dropout",
     ],
@@ -86,7 +86,7 @@ def test_group_equals_its_members():
         torch.testing.assert_close(y, alone)
 
 
-@pytest.mark.parametrize("name", [name for name in triton_cases.CASES if "norm-" in name and "adapter" not in name])
+@pytest.mark.parametrize("name", ["layer_norm-offset", "layer_norm-fp32-parameters", "rms_norm-fp32-weight"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_norms_output_again_is_its_output_to_the_bit(name, dtype):
     op, case = triton_cases.CASES[name]

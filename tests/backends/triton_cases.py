@@ -61,7 +61,7 @@ def _norm_strided(draw):
 
 
 def _norm_offset(draw):
-    given = layer_norm(draw, (17,), d=70)
+    given = layer_norm(draw, (7,), d=70)
     return given | {"x": given["x"] * 0.5 + 20}
 
 
@@ -124,9 +124,9 @@ ADAPTER = {
 }
 LAYER_NORM = {
     "1-row": lambda draw: layer_norm(draw, (1,), d=7),
-    "129-rows": lambda draw: layer_norm(draw, (3, 43), d=72),
-    "fp32-parameters": lambda draw: layer_norm(draw, (33,), d=45, parameter_dtype=torch.float32),
-    "no-bias": lambda draw: layer_norm(draw, (17,), d=32, bias=False),
+    "67-rows": lambda draw: layer_norm(draw, (67,), d=72),
+    "fp32-parameters": lambda draw: layer_norm(draw, (3, 3), d=45, parameter_dtype=torch.float32),
+    "no-bias": lambda draw: layer_norm(draw, (9,), d=32, bias=False),
     "offset": _norm_offset,
     "strided": _norm_strided,
     "no-rows": lambda draw: layer_norm(draw, (0,), d=45),
@@ -160,8 +160,8 @@ CASES = {
 }
 RMS_NORM = {
     "1-row": lambda draw: rms_norm(draw, (1,), d=7),
-    "129-rows": lambda draw: rms_norm(draw, (3, 43), d=72),
-    "fp32-weight": lambda draw: rms_norm(draw, (33,), d=45, parameter_dtype=torch.float32),
+    "67-rows": lambda draw: rms_norm(draw, (67,), d=72),
+    "fp32-weight": lambda draw: rms_norm(draw, (9,), d=45, parameter_dtype=torch.float32),
     "no-rows": lambda draw: rms_norm(draw, (2, 0), d=45),
 }
 # Chunks have 48 rows in the interpreter.

@@ -288,6 +288,16 @@ def test_no_hidden_tensor_of_all_tokens(small_chunks, activation, gated, recompu
     assert largest.elements <= 50 * 640
 
 
+@pytest.mark.skipif("cpu" not in contract.BACKENDS, reason="the extension is not built")
+@pytest.mark.parametrize(("activation", "gated", "recompute"), [("relu", False, False), ("silu", True, True)])
+def test_no_hidden_tensor_of_all_tokens_in_the_extension(activation, gated, recompute):
+    given = arguments_of(FP32, rows=(2048,), d=8, f=8200, gated=gated, activation=activation, recompute=recompute)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        parity.run("frozen_ffn", "cpu", given)
+    largest = max(event.self_cpu_memory_usage for event in profile.events())
+    assert 256 * 8200 * 4 <= largest < 2 * 256 * 8200 * 4  # a chunk; all tokens would be eight
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 def test_autocast_follows_linear(recompute):
     leaves, fixed = split(arguments_of(FP32, rows=(17,), activation="gelu"))

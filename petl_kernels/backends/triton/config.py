@@ -187,7 +187,7 @@ def pointwise_tile(x: torch.Tensor) -> Tile:
 
 def row_block(rows: torch.Tensor) -> tuple[int, int]:
     """(columns in one step along a row, warps): 16 columns a thread at most, and 4096 in all."""
-    block = min(1 << (rows.shape[1] - 1).bit_length(), 32 if device_class(rows.device) == "interpreter" else 4096)
+    block = min(1 << (rows.shape[1] - 1).bit_length(), 64 if device_class(rows.device) == "interpreter" else 4096)
     return block, max(1, min(8, block // 256))
 
 
