@@ -150,7 +150,7 @@ def rows_of(name: str) -> list[tuple[str, ...]]:
 
 
 def main() -> None:
-    head = ("model", "what", "bytes per token and layer", "of PEFT's defaults", "all layers, 4,096 + 4,096 tokens", "work")
+    head = ("model", "what", "bytes per token and layer", "of PEFT's", "all layers, 4,096 + 4,096 tokens", "more work")
     lines = [head, ("---", "---", "---:", "---:", "---:", "---:")]
     for name in SHAPES:
         lines += rows_of(name)

@@ -169,6 +169,8 @@ def _run_linear_cross_entropy(forward: Callable, backward: Callable, given: dict
     fixed = [given[name] for name in (*names, "chunk_bytes", "dlosses")]
     losses, dhidden, dweight, dbias, _ = compute(forward, *fixed, True, True, given["bias"] is not None)
     return {"losses": losses, "dhidden": dhidden, "dweight": dweight, "dbias": dbias}
+
+
 def _run_activation(forward: Callable, backward: Callable, given: dict) -> Values:
     z, options = given["z"], [given[name] for name in ("kind", "dropout", "seed")]
     y, bits = forward(z, *options)
@@ -408,6 +410,8 @@ def linear_cross_entropy_arguments(
         "chunk_bytes": chunk_rows * words * draw.dtype.itemsize,
         "dlosses": draw(labels.numel(), dtype=torch.float32) if dlosses else None,
     }
+
+
 def activation_arguments(draw: Source, rows=(17,), features=72, kind="relu", dropout=0.0, gated=False) -> dict:
     z = draw(*rows, features, std=2.0)
     gate = {"g": draw(*rows, features)} if gated else {}
@@ -528,6 +532,8 @@ def _fairseq_scaled_rows(device, dtype):
 
 def _no_smoothing(device, dtype):
     return linear_cross_entropy_arguments(Source(device, dtype), rows=(17,), label_smoothing=0.0)
+
+
 def _packed_relu(device, dtype):
     return activation_arguments(Source(device, dtype), rows=(33,), features=77)
 

@@ -26,10 +26,8 @@ _WITH_BACKWARD = (
     "attention",
     "activation",
     "gated_activation",
+    "dropout_add",
 )
 _ALONE = ("layer_norm_from_statistics", "rms_norm_from_statistics", "linear_cross_entropy")
 for _name in (*_WITH_BACKWARD, *(f"{_op}_backward" for _op in _WITH_BACKWARD), *_ALONE):
     register(_name, "cpu")(getattr(torch.ops.petl_cpu, _name).default)
-for _op in ("frozen_linear", "lora_linear", "bottleneck_adapter", "activation", "gated_activation", "dropout_add"):
-    for _name in (_op, f"{_op}_backward"):
-        register(_name, "cpu")(getattr(torch.ops.petl_cpu, _name).default)

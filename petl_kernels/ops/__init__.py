@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from petl_kernels.backends import available_backends, backend_of, use
-from petl_kernels.ops.attention import attention
 from petl_kernels.ops.activation import activation
+from petl_kernels.ops.attention import attention
 from petl_kernels.ops.bottleneck_adapter import bottleneck_adapter
-from petl_kernels.ops.frozen_ffn import frozen_ffn
 from petl_kernels.ops.dropout_add import dropout_add
+from petl_kernels.ops.frozen_ffn import frozen_ffn
 from petl_kernels.ops.frozen_linear import frozen_linear
+from petl_kernels.ops.gated_activation import gated_activation
 from petl_kernels.ops.layer_norm import layer_norm, layer_norm_from_statistics, layer_norm_with_statistics
 from petl_kernels.ops.linear_cross_entropy import linear_cross_entropy
-from petl_kernels.ops.gated_activation import gated_activation
 from petl_kernels.ops.lora_linear import lora_linear, lora_linear_grouped
 from petl_kernels.ops.rms_norm import rms_norm, rms_norm_from_statistics, rms_norm_with_statistics
 
@@ -23,29 +23,27 @@ OPS = (
     "rms_norm",
     "frozen_ffn",
     "attention",
-    "linear_cross_entropy",
     "activation",
     "gated_activation",
+    "dropout_add",
+    "linear_cross_entropy",
 )
-OPS = ("frozen_linear", "lora_linear", "bottleneck_adapter", "activation", "gated_activation", "dropout_add")
 
 __all__ = [
     "OPS",
-    "attention",
-__all__ = [
-    "OPS",
     "activation",
+    "attention",
     "available_backends",
     "backend_of",
     "bottleneck_adapter",
-    "frozen_ffn",
     "dropout_add",
+    "frozen_ffn",
     "frozen_linear",
+    "gated_activation",
     "layer_norm",
     "layer_norm_from_statistics",
     "layer_norm_with_statistics",
     "linear_cross_entropy",
-    "gated_activation",
     "lora_linear",
     "lora_linear_grouped",
     "rms_norm",

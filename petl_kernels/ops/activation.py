@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from petl_kernels.backends import active, dispatch, register
 from petl_kernels.errors import InputError
 from petl_kernels.ops import philox
+from petl_kernels.ops.bits import pack_bits, packed_width, unpack_bits
 from petl_kernels.ops.common import accumulate_dtype, check_activation, define, differentiate
 
 ACTIVATIONS = {
@@ -67,27 +68,6 @@ def derivative(kind: str, z: Tensor) -> Tensor:
     return gate * (1 + z * (1 - gate))
 
 
-def pack_bits(flags: Tensor) -> Tensor:
-    """(tokens, features) bool -> (tokens, ceil(features / 8)) uint8, the first feature in the lowest bit."""
-    tokens, features = flags.shape
-    size = bytes_of(features)
-    padded = F.pad(flags.to(torch.uint8), (0, 8 * size - features)).view(tokens, size, 8)
-    return (padded << _places(flags)).sum(-1, dtype=torch.uint8)
-
-
-def unpack_bits(bits: Tensor, features: int) -> Tensor:
-    """The inverse of ``pack_bits``."""
-    return ((bits[..., None] >> _places(bits)) & 1).view(bits.shape[0], 8 * bits.shape[1])[:, :features].bool()
-
-
-def bytes_of(features: int) -> int:
-    return (features + 7) // 8
-
-
-def _places(like: Tensor) -> Tensor:
-    return torch.arange(8, dtype=torch.uint8, device=like.device)
-
-
 @register("activation", "reference")
 def reference(z: Tensor, kind: str, dropout: float, seed: Tensor | None) -> tuple[Tensor, Tensor]:
     rows = z.reshape(-1, z.shape[-1])
@@ -112,7 +92,7 @@ def _forward(z: Tensor, kind: str, dropout: float, seed: Tensor | None, backend:
 
 
 def _forward_fake(z: Tensor, kind: str, dropout: float, seed: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
-    bits = (math.prod(z.shape[:-1]), bytes_of(z.shape[-1])) if kind == "relu" else (0,)
+    bits = (math.prod(z.shape[:-1]), packed_width(z.shape[-1])) if kind == "relu" else (0,)
     return z.new_empty(z.shape), z.new_empty(bits, dtype=torch.uint8)
 
 

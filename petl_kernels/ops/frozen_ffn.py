@@ -25,8 +25,6 @@ Source: the derivative of two matrix products with dW left out; gated form: Shaz
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Iterator
 
 import torch
@@ -35,6 +33,7 @@ from torch.nn import functional as F
 
 from petl_kernels.backends import active, dispatch, register
 from petl_kernels.errors import InputError
+from petl_kernels.ops.activation import ACTIVATIONS, derivative
 from petl_kernels.ops.bits import pack_bits, packed_width, unpack_bits
 from petl_kernels.ops.common import (
     accumulate_dtype,
@@ -48,12 +47,6 @@ from petl_kernels.ops.common import (
     shape,
 )
 
-ACTIVATIONS = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
-    "silu": F.silu,
-}
 # What forward keeps for dx and dc1: nothing, x, one bit for each z, or z itself (and g).
 KEEPS = ("nothing", "x", "bits", "z")
 CHUNK_BYTES = 8 << 20
@@ -181,23 +174,8 @@ def _activate(z: Tensor, g: Tensor | None, activation: str) -> Tensor:
 
 
 def _activate_backward(dh: Tensor, z: Tensor, g: Tensor | None, activation: str) -> tuple[Tensor, Tensor | None]:
-    dz = dh * _derivative(z, activation)
+    dz = dh * derivative(activation, z)
     return (dz, None) if g is None else (dz * g, dh * ACTIVATIONS[activation](z))
-
-
-def _derivative(z: Tensor, activation: str) -> Tensor:
-    if activation == "relu":
-        return (z > 0).to(z.dtype)
-    if activation == "gelu":
-        density = torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
-        return 0.5 * (1 + torch.erf(z / math.sqrt(2))) + z * density
-    # gelu_tanh is z σ(2u) as silu is z σ(z), since (1 + tanh u) / 2 = σ(2u).
-    slope = math.sqrt(8 / math.pi)
-    inner, inner_slope = z, 1.0
-    if activation == "gelu_tanh":
-        inner, inner_slope = slope * (z + 0.044715 * z**3), slope * (1 + 3 * 0.044715 * z * z)
-    s = torch.sigmoid(inner)
-    return s * (1 + z * (1 - s) * inner_slope)
 
 
 def _forward(x, w1, c1, w2, c2, gate, activation, keeps, backend):

@@ -20,21 +20,11 @@ MATRIX_INSTRUCTION = {"sm90": "wgmma.mma_async", "sm100": "tcgen05.mma"}
 WITHOUT_PRODUCT = {
     *("_sum_kernel", "_column_sums_kernel", "_fold_kernel", "_finish_kernel", "_hidden_kernel"),
     *("_hidden_backward_kernel", "_norm_kernel", "_norm_again_kernel", "_norm_dx_kernel", "_norm_sums_kernel"),
+    *("_sums_kernel", "_loss_kernel"),
 }
-ELEMENTWISE = {"_activation_kernel", "_activation_backward_kernel", "_gated_kernel", "_gated_backward_kernel"}
-WITHOUT_PRODUCT = {"_sum_kernel", "_column_sums_kernel", "_fold_kernel", "_finish_kernel"}
 ELEMENTWISE = {
-    "_activation_kernel",
-    "_activation_backward_kernel",
-    "_gated_kernel",
-    "_gated_backward_kernel",
+    *("_activation_kernel", "_activation_backward_kernel", "_gated_kernel", "_gated_backward_kernel"),
     "_dropout_add_kernel",
-    "_sum_kernel",
-    "_column_sums_kernel",
-    "_fold_kernel",
-    "_finish_kernel",
-    "_sums_kernel",
-    "_loss_kernel",
 }
 WITH_PRODUCT = {
     *("_matmul_kernel", "_project_kernel", "_outputs_kernel", "_rank_gradients_kernel", "_input_gradient_kernel"),

@@ -116,6 +116,8 @@ def test_only_the_gradients_of_a_norm_and_a_network_asked_for():
     backward = backends.kernel_of("frozen_ffn_backward", "triton")
     grads = backward(*saved, *weights, "silu", "x", False, True, False)
     assert [grad.numel() for grad in grads] == [0, 16, 0]
+
+
 def test_padded_rows_of_logits():
     """A CUDA device gets rows that begin at multiples of 16 numbers; what lies between them counts for nothing."""
     padded, labels = torch.randn(5, 48), torch.tensor([0, 39, 7, 31, 32])

@@ -21,24 +21,19 @@ from triton.compiler import ASTSource
 
 from petl_kernels.backends.triton import (
     activation,
+    attention,
     bottleneck_adapter,
     common,
     config,
-    frozen_ffn,
     dropout_add,
+    frozen_ffn,
     frozen_linear,
     gated_activation,
     layer_norm,
-    lora_linear,
-    rms_norm,
-    bottleneck_adapter,
-    common,
-    config,
-    frozen_linear,
     linear_cross_entropy,
     lora_linear,
+    rms_norm,
 )
-from petl_kernels.backends.triton import attention, bottleneck_adapter, common, config, frozen_linear, lora_linear
 
 # device class -> (compute capability to compile for, multiprocessors of its usual card)
 CARDS = {"sm80": (80, 108), "sm90": (90, 132), "sm100": (100, 148), "small": (86, 82)}
@@ -63,12 +58,9 @@ def record(card: str, call: Callable[[], None]) -> list[tuple]:
     saved = config.device_class, config.processors
     config.device_class, config.processors = lambda device: card, lambda device: CARDS[card][1]
     modules = (
-        *(activation, bottleneck_adapter, common, frozen_ffn, frozen_linear, gated_activation, layer_norm),
-        *(lora_linear, rms_norm),
+        *(activation, attention, bottleneck_adapter, common, dropout_add, frozen_ffn, frozen_linear),
+        *(gated_activation, layer_norm, linear_cross_entropy, lora_linear, rms_norm),
     )
-    modules = (activation, bottleneck_adapter, common, dropout_add, frozen_linear, gated_activation, lora_linear)
-    modules = (bottleneck_adapter, common, frozen_linear, linear_cross_entropy, lora_linear)
-    modules = (attention, bottleneck_adapter, common, frozen_linear, lora_linear)
     original = common.launch
     for module in modules:
         module.launch = launch
@@ -176,6 +168,8 @@ def ffn(dtype: torch.dtype, activation: str, gated: bool, keeps: str, tokens: in
     gate = w1 if gated else None
     _, z, g = frozen_ffn.frozen_ffn(x, w1, c1, w2, c2, gate, activation, keeps)
     frozen_ffn.frozen_ffn_backward(x, x, z, g, w1, c1, w2, gate, activation, keeps, True, True, True)
+
+
 def activate(dtype: torch.dtype, kind: str, dropout: float, tokens: int = 8192, features: int = 4096) -> None:
     z, seed = _new(dtype, tokens, features), _new(torch.int64, 1)
     y, bits = activation.activation(z, kind, dropout, seed)
@@ -188,12 +182,16 @@ def residual(dtype: torch.dtype, stream: torch.dtype, tokens: int = 8192, d: int
     x, stream, seed = _new(dtype, tokens, d), _new(stream, tokens, d), _new(torch.int64, 1)
     y = dropout_add.dropout_add(x, stream, 0.1, seed)
     dropout_add.dropout_add_backward(y, dtype, 0.1, seed)
+
+
 def loss(dtype: torch.dtype, words: int, bias: bool, smoothing: float, rows: int = 64) -> None:
     logits = _new(dtype, rows, -(-words // 16) * 16)[:, :words]
     labels, word = _new(torch.int64, rows), _new(torch.float32, words) if bias else None
     dlosses = _new(torch.float32, rows) if bias else None
     linear_cross_entropy.linear_cross_entropy(logits, labels, word, 0.9, smoothing, 0.5, dlosses, True)
     linear_cross_entropy.linear_cross_entropy(logits, labels, word, 0.9, smoothing, 0.5, None, False)
+
+
 def attend(dtype: torch.dtype, d: int, options: tuple[str, ...] = (), length: int = 512, heads: int = 16) -> None:
     q, k, v, do = (_new(dtype, 16, length, heads, d).transpose(1, 2) for _ in range(4))
     mask = None
@@ -233,19 +231,20 @@ EVERYWHERE = [
     (activate, FP16, "gelu_tanh", 0.0),
     (residual, BF16, BF16),
     (residual, FP16, FP32),
-]
-ONLY = {
-    "sm80": [(lora, FP32, 3, 16, 0.1), (adapter, FP32, 64), (norms, FP32, 1024, FP32), (ffn, FP32, "gelu", True, "x")],
     (loss, BF16, 256206, False, 1e-6),
     (loss, FP16, 128112, True, 0.0),
-]
-ONLY = {
-    "sm80": [(lora, FP32, 3, 16, 0.1), (adapter, FP32, 64), (loss, FP32, 128112, True, 1e-6)],
     (attend, BF16, 64, ("padding", "dropout")),
     (attend, FP16, 128, ("additive", "bias", "causal", "dropout", "prefix")),
 ]
 ONLY = {
-    "sm80": [(lora, FP32, 3, 16, 0.1), (adapter, FP32, 64), (attend, FP32, 64, ("padding", "dropout"))],
+    "sm80": [
+        (lora, FP32, 3, 16, 0.1),
+        (adapter, FP32, 64),
+        (norms, FP32, 1024, FP32),
+        (ffn, FP32, "gelu", True, "x"),
+        (loss, FP32, 128112, True, 1e-6),
+        (attend, FP32, 64, ("padding", "dropout")),
+    ],
     "sm90": [
         (lora, BF16, 3, 64, 0.0),
         (activate, FP32, "gelu", 0.1),

@@ -12,8 +12,8 @@ import torch
 from petl_kernels.parity import activation_arguments as activation
 from petl_kernels.parity import attention_arguments as attention
 from petl_kernels.parity import bottleneck_adapter_arguments as adapter
-from petl_kernels.parity import frozen_ffn_arguments as ffn
 from petl_kernels.parity import dropout_add_arguments as dropout_add
+from petl_kernels.parity import frozen_ffn_arguments as ffn
 from petl_kernels.parity import frozen_linear_arguments as frozen
 from petl_kernels.parity import layer_norm_arguments as layer_norm
 from petl_kernels.parity import linear_cross_entropy_arguments as loss
@@ -68,6 +68,8 @@ def _norm_offset(draw):
 def _ffn_strided(draw):
     given = ffn(draw, (3, 11), d=24, f=45)
     return given | {"x": _strided(given["x"]), "dy": _strided_rows(given["dy"]), "w1": _strided(given["w1"])}
+
+
 def _activation_strided(draw):
     given = activation(draw, (3, 11), features=45, dropout=0.3)
     return given | {"z": _strided(given["z"]), "dy": _strided_rows(given["dy"])}
@@ -84,9 +86,19 @@ def _dropout_add_strided(draw):
     return (
         given | {name: _strided_rows(given[name]) for name in ("x", "dy")} | {"residual": _strided(given["residual"])}
     )
+
+
 def _attention_strided(draw):
     given = attention(draw, queries=20, keys=20, mask="rows")
     return given | {name: _strided(given[name]) for name in ("q", "k", "v")} | {"do": draw(16).expand(2, 3, 20, 16)}
+
+
+def _loss_switched_off(draw):
+    """A whole block of words that a bias of -inf switches off."""
+    given = loss(draw, (9,), words=97, label_smoothing=0.0)
+    given["bias"] -= 200
+    given["bias"][32:64] = -torch.inf
+    return given | {"labels": given["labels"].where((given["labels"] < 32) | (given["labels"] >= 64), 0)}
 
 
 FROZEN = {
@@ -130,33 +142,6 @@ LAYER_NORM = {
     "offset": _norm_offset,
     "strided": _norm_strided,
     "no-rows": lambda draw: layer_norm(draw, (0,), d=45),
-
-
-def _loss_switched_off(draw):
-    """A whole block of words that a bias of -inf switches off."""
-    given = loss(draw, (9,), words=97, label_smoothing=0.0)
-    given["bias"] -= 200
-    given["bias"][32:64] = -torch.inf
-    return given | {"labels": given["labels"].where((given["labels"] < 32) | (given["labels"] >= 64), 0)}
-
-
-LOSS = {
-    "1-row-1-block": lambda draw: loss(draw, (1,), words=20),
-    "33-rows-fairseq": lambda draw: loss(draw, (3, 11), words=131, smoothing="fairseq", logit_scale=0.5),
-    "no-smoothing-no-bias": lambda draw: loss(draw, (17,), words=97, bias=False, label_smoothing=0.0),
-    "dlosses-power-of-two-words": lambda draw: loss(draw, (17,), words=128, dlosses=True, chunk_rows=17),
-    "switched-off": _loss_switched_off,
-    "no-rows": lambda draw: loss(draw, (0,), words=40),
-}
-CASES = {
-    f"{op}-{name}": (op, case)
-    for op, cases in (
-        ("frozen_linear", FROZEN),
-        ("lora_linear", LORA),
-        ("bottleneck_adapter", ADAPTER),
-        ("linear_cross_entropy", LOSS),
-    )
-    for name, case in cases.items()
 }
 RMS_NORM = {
     "1-row": lambda draw: rms_norm(draw, (1,), d=7),
@@ -205,18 +190,14 @@ DROPOUT_ADD = {
     "strided": _dropout_add_strided,
     "no-rows": lambda draw: dropout_add(draw, (0,), features=45),
 }
-TABLES = {
-    "frozen_linear": FROZEN,
-    "lora_linear": LORA,
-    "bottleneck_adapter": ADAPTER,
-    "layer_norm": LAYER_NORM,
-    "rms_norm": RMS_NORM,
-    "frozen_ffn": FFN,
-    "activation": ACTIVATION,
-    "gated_activation": GATED,
-    "dropout_add": DROPOUT_ADD,
+LOSS = {
+    "1-row-1-block": lambda draw: loss(draw, (1,), words=20),
+    "33-rows-fairseq": lambda draw: loss(draw, (3, 11), words=131, smoothing="fairseq", logit_scale=0.5),
+    "no-smoothing-no-bias": lambda draw: loss(draw, (17,), words=97, bias=False, label_smoothing=0.0),
+    "dlosses-power-of-two-words": lambda draw: loss(draw, (17,), words=128, dlosses=True, chunk_rows=17),
+    "switched-off": _loss_switched_off,
+    "no-rows": lambda draw: loss(draw, (0,), words=40),
 }
-CASES = {f"{op}-{name}": (op, case) for op, cases in TABLES.items() for name, case in cases.items()}
 ATTENTION = {
     "1-query": lambda draw: attention(draw, batch=1, heads=2, queries=1, keys=1, d=1),
     "wide": lambda draw: attention(draw, batch=1, heads=1, queries=20, keys=33, d=100),
@@ -240,8 +221,21 @@ ATTENTION = {
     "no-rows": lambda draw: attention(draw, batch=1, heads=2, queries=0, prefix=2, dropout=0.1),
     "no-keys": lambda draw: attention(draw, keys=0, prefix=2),
 }
-OPS = {"frozen_linear": FROZEN, "lora_linear": LORA, "bottleneck_adapter": ADAPTER, "attention": ATTENTION}
-CASES = {f"{op}-{name}": (op, case) for op, cases in OPS.items() for name, case in cases.items()}
+TABLES = {
+    "frozen_linear": FROZEN,
+    "lora_linear": LORA,
+    "bottleneck_adapter": ADAPTER,
+    "layer_norm": LAYER_NORM,
+    "rms_norm": RMS_NORM,
+    "frozen_ffn": FFN,
+    "activation": ACTIVATION,
+    "gated_activation": GATED,
+    "dropout_add": DROPOUT_ADD,
+    "linear_cross_entropy": LOSS,
+    "attention": ATTENTION,
+}
+CASES = {f"{op}-{name}": (op, case) for op, cases in TABLES.items() for name, case in cases.items()}
+
 
 LARGE = {
     **{
@@ -277,6 +271,7 @@ LARGE = {
             ),
         )
         for activation, gated in (("relu", False), ("gelu", False), ("gelu_tanh", True))
+    },
     **{
         f"{op}-{kind}-{features}-dropout-{p}": (
             op,
@@ -294,12 +289,14 @@ LARGE = {
             lambda draw, features=features: dropout_add(draw, (1030,), features, 0.1, torch.float32),
         )
         for features in (1024, 1037)
+    },
     **{
         f"linear_cross_entropy-{words}-words": (
             "linear_cross_entropy",
             lambda draw, words=words: loss(draw, (300,), 520, words, chunk_rows=128),
         )
         for words in (32000, 50021)
+    },
     **{
         f"attention-{d}-{name}": ("attention", lambda draw, d=d, options=options: attention(draw, d=d, **options))
         for d in (32, 64, 128)

@@ -8,7 +8,8 @@ from petl_kernels import ops, parity
 from petl_kernels.backends import kernel_of
 from petl_kernels.errors import InputError
 from petl_kernels.ops import philox
-from petl_kernels.ops.activation import ACTIVATIONS, pack_bits, unpack_bits
+from petl_kernels.ops.activation import ACTIVATIONS
+from petl_kernels.ops.bits import pack_bits, unpack_bits
 
 from . import contract
 

@@ -20,20 +20,17 @@ if INTERPRETED and isinstance(triton.language.cdiv, triton.JITFunction):
 
 from petl_kernels.backends.triton import (  # noqa: E402
     activation,
+    attention,
     bottleneck_adapter,
-    frozen_ffn,
     dropout_add,
+    frozen_ffn,
     frozen_linear,
     gated_activation,
     layer_norm,
-    lora_linear,
-    rms_norm,
-    bottleneck_adapter,
-    frozen_linear,
     linear_cross_entropy,
     lora_linear,
+    rms_norm,
 )
-from petl_kernels.backends.triton import attention, bottleneck_adapter, frozen_linear, lora_linear  # noqa: E402
 
 DTYPES = {torch.float16, torch.float32} | (set() if INTERPRETED else {torch.bfloat16})
 
@@ -54,15 +51,13 @@ for module in (
     layer_norm,
     rms_norm,
     frozen_ffn,
+    attention,
     activation,
     gated_activation,
+    dropout_add,
+    linear_cross_entropy,
 ):
     name = module.__name__.rpartition(".")[2]
     for part in ("", *PARTS):
         if hasattr(module, name + part):
             _register(getattr(module, name + part))
-for module in (frozen_linear, lora_linear, bottleneck_adapter, activation, gated_activation, dropout_add):
-for module in (frozen_linear, lora_linear, bottleneck_adapter, attention):
-    _register(getattr(module, module.__name__.rpartition(".")[2]))
-    _register(getattr(module, module.__name__.rpartition(".")[2] + "_backward"))
-_register(linear_cross_entropy.linear_cross_entropy)

@@ -86,6 +86,8 @@ class ElementwiseTile(NamedTuple):
 
     def grid(self, x: torch.Tensor) -> tuple[int, int]:
         return -(-x.shape[0] // self.m), -(-x.shape[1] // self.n)
+
+
 # The words that one program of the vocabulary loss holds in registers: 16 a thread.
 VOCABULARY_BLOCK = 4096
 VOCABULARY_WARPS = 8
@@ -198,5 +200,7 @@ def chunk_rows(rows: torch.Tensor, hidden: int) -> int:
         most = INTERPRETER_CHUNK_ROWS
     tokens = max(1, rows.shape[0])
     return -(-tokens // -(-tokens // most))
+
+
 def vocabulary_block(x: torch.Tensor) -> int:
     return 32 if key(x) == "interpreter" else VOCABULARY_BLOCK
