@@ -186,7 +186,7 @@ def _activate(block: FeedForwardBlock, z: Tensor, *gate: Tensor) -> Tensor:
 def _frozen_ffn(block: FeedForwardBlock, u: Tensor, tier: int) -> Tensor:
     first, out = block.inputs[0], block.out
     gate = block.inputs[1].weight if len(block.inputs) > 1 else None
-    again = tier >= PRODUCTS
+    again = tier >= PRODUCTS and (block.activation != "relu" or gate is not None)  # a ReLU's bits are cheap
     return ops.frozen_ffn(u, first.weight, first.bias, out.weight, out.bias, gate, block.activation, again)
 
 
