@@ -2,7 +2,7 @@
 
 One encoder and one decoder layer of M2M-100's size, bf16, LoRA of rank 16 on q and v. Bytes are those of the storages
 that live after the forward pass only because of it. Work is that of
-PyTorch's matrix products, those inside the C++ kernels too, as its profiler counts them.
+the matrix products outside attention.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import copy
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 from transformers import M2M100Config, M2M100ForConditionalGeneration
 
 import petl_kernels as pk
 from petl_kernels.memory.kept import Born
 from petl_kernels.memory.saved import saved_bytes
+from petl_kernels.memory.work import linear_flops
 
 D, FFN, HEADS = 1024, 4096, 16
 ROWS, LENGTH = 2, 128
@@ -73,12 +73,9 @@ def kept(layers: Layers, rows: int = ROWS) -> float:
 
 
 def flops(layers: Layers) -> int:
-    """Of the matrix products of forward and backward."""
+    """Of the matrix products of forward and backward outside attention."""
     given = inputs()
-    with profile(activities=[ProfilerActivity.CPU], with_flops=True) as profiled:
-        layers(*given).sum().backward()
-    products = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
-    return sum(event.flops for event in profiled.key_averages() if event.key in products)
+    return linear_flops(lambda: layers(*given).sum().backward())
 
 
 def lora(base, tier: int) -> Layers:
@@ -102,7 +99,7 @@ def test_lora_against_peft(base, peft_defaults, tier, share, work):
     # 12 d² weights in the encoder layer, 16 d² in the decoder layer; 2 FLOPs each in forward, 2 in the gradient
     linear = 4 * 28 * D * D * TOKENS
     more = (flops(layers) - their_flops) / linear
-    assert work - 0.02 < more <= work  # the bound is near: nothing is skipped by accident
+    assert work - 0.02 < more <= work + 1e-4  # the bound is near: nothing is skipped by accident
 
 
 @pytest.mark.parametrize(("tier", "allowed"), [(1, 12_960), (2, 6_850), (3, 4_800), (4, 2_048)])

@@ -33,7 +33,7 @@ def attention(q, k, v, mask, bias, prefix_k, prefix_v, causal, scale, dropout, s
     if o.numel() == 0:
         return o, lse
     given = _Inputs(*arguments)
-    tile = config.attention_tile(config.ATTENTION_FORWARD, q)
+    tile = config.attention_tile(config.ATTENTION_FORWARD, q, dropout)
     launch(
         _attention_kernel, (triton.cdiv(queries, tile.m), batch * heads), o, lse, *given.tensors(), *given.sizes(),
         _strides(o), *given.strides(), *given.numbers(),
@@ -52,7 +52,7 @@ def attention_backward(do, q, k, v, o, lse, mask, bias, prefix_k, prefix_v, caus
     dq, dk, dv = (_like_heads(x) for x in (q, k, v))
     delta = torch.empty_like(lse)
     do, o = _adjacent(do), _adjacent(o)
-    tile = config.attention_tile(config.ATTENTION_BACKWARD, q)
+    tile = config.attention_tile(config.ATTENTION_BACKWARD, q, dropout)
     options = {"BM": tile.m, "BN": tile.n, "warps": tile.warps, "stages": tile.stages}
     if dq.numel() > 0:
         launch(
@@ -89,7 +89,7 @@ class _Inputs:
         self.prefix_k, self.prefix_v = (
             p.to(q.dtype).contiguous() if self.prefix else None for p in (prefix_k, prefix_v)
         )
-        self.columns = self.prefix + k.shape[2]
+        self.columns, self.first = self.prefix + k.shape[2], self.prefix
 
     def of_prefix(self) -> _Inputs:
         """The same queries before the prefix alone, which is hidden from nobody."""
@@ -98,7 +98,7 @@ class _Inputs:
         else:
             k, v = (p.transpose(0, 1).expand(self.q.shape[0], -1, -1, -1) for p in (self.prefix_k, self.prefix_v))
         part = _Inputs(self.q, k, v, None, None, None, None, False, self.scale, self.dropout, self.seed)
-        part.columns = self.columns
+        part.columns, part.first = self.columns, 0
         return part
 
     def tensors(self) -> tuple:
@@ -112,11 +112,14 @@ class _Inputs:
         return *map(_strides, (self.q, self.k, self.v)), _broadcast(self.mask), _broadcast(self.bias)
 
     def numbers(self) -> tuple:
-        return self.scale, *dropout_arguments(self.dropout)
+        _, threshold, keep_scale, _ = dropout_arguments(self.dropout, self.seed, self.columns)
+        return self.scale, threshold, keep_scale
 
     def constexprs(self) -> dict:
         block = config.padded(self.q.shape[3], MAX_FEATURES)
-        return {"CAUSAL": self.causal, "DROPOUT": self.dropout > 0, "BD": block}
+        # 2: four columns at a time, which then begin at a multiple of 4 (see common.drop)
+        dropout = 0 if self.dropout == 0 else 1 if self.columns % 4 or self.first % 4 else 2
+        return {"CAUSAL": self.causal, "DROPOUT": dropout, "BD": block}
 
 
 def _like_heads(x: torch.Tensor) -> torch.Tensor:
@@ -183,7 +186,7 @@ def _attend(
     shrink = tl.exp(largest - offset)
     total = total * shrink + tl.sum(p, 1)
     if DROPOUT:
-        p = drop(p, seed, counters, first + cols, columns, threshold, keep_scale)
+        p = drop(p, seed, counters, first + start, columns, threshold, keep_scale, DROPOUT == 2)
     v_tile = load(v + cols[:, None] * stride_v + d[None, :], cols < keys, d < features)
     acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * shrink[:, None], input_precision="ieee")
     return acc, new, total
@@ -248,14 +251,14 @@ def _score_gradients(
     q, k, v, do, lse, hidden, delta, mask, bias, seed, rows, cols, counters, queries, keys, columns, first,
     strides_mask, strides_bias, scale, threshold, keep_scale, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    """drop(P) and dS of a block of queries and a block of keys, in the inputs' dtype."""
+    """drop(P) and dS of a block of queries and a block of keys, column `first` its first, in the inputs' dtype."""
     s = _scores(q, k, mask, bias, rows, cols, queries, keys, strides_mask, strides_bias, scale, hidden[:, None], CAUSAL)
     p = tl.exp(s - lse[:, None])
     dp = tl.dot(do, tl.trans(v), input_precision="ieee")
     dropped = p
     if DROPOUT:
-        dropped = drop(p, seed, counters, first + cols, columns, threshold, keep_scale)
-        dp = drop(dp, seed, counters, first + cols, columns, threshold, keep_scale)
+        dropped = drop(p, seed, counters, first, columns, threshold, keep_scale, DROPOUT == 2)
+        dp = drop(dp, seed, counters, first, columns, threshold, keep_scale, DROPOUT == 2)
     return dropped.to(q.dtype), (p * (dp - delta[:, None])).to(q.dtype)
 
 
@@ -271,7 +274,7 @@ def _add_query_gradient(
     v_tile = load(v + cols[:, None] * stride_v + d[None, :], cols < keys, d < features)
     _, ds = _score_gradients(
         q, k_tile, v_tile, do, lse, hidden, delta, mask, bias, seed, rows, cols, counters, queries, keys, columns,
-        first, strides_mask, strides_bias, scale, threshold, keep_scale, CAUSAL, DROPOUT,
+        first + start, strides_mask, strides_bias, scale, threshold, keep_scale, CAUSAL, DROPOUT,
     )  # fmt: skip
     return tl.dot(ds, k_tile, acc, input_precision="ieee")
 
@@ -355,7 +358,8 @@ def _key_gradients_kernel(
         delta_rows = tl.load(delta + counters, mask=inside, other=0.0)
         dropped, ds = _score_gradients(
             q_tile, k_tile, v_tile, do_tile, lse_rows, hidden, delta_rows, mask, bias, seed, rows, cols, counters,
-            queries, keys, columns, first, strides_mask, strides_bias, scale, threshold, keep_scale, CAUSAL, DROPOUT,
+            queries, keys, columns, first + tl.program_id(0) * BN, strides_mask, strides_bias, scale, threshold,
+            keep_scale, CAUSAL, DROPOUT,
         )  # fmt: skip
         dv_sum = tl.dot(tl.trans(dropped), do_tile, dv_sum, input_precision="ieee")
         dk_sum = tl.dot(tl.trans(ds), q_tile, dk_sum, input_precision="ieee")

@@ -157,8 +157,10 @@ def adapter_tile(x: torch.Tensor, rows: int, width: int) -> Tile:
     return tile
 
 
-def attention_tile(table: dict[str, tuple[Tile, Tile]], q: torch.Tensor) -> Tile:
-    return table[key(q)][q.shape[3] > ATTENTION_NARROW]
+def attention_tile(table: dict[str, tuple[Tile, Tile]], q: torch.Tensor, dropout: float) -> Tile:
+    """Fewer keys at a time with dropout, whose four random numbers a counter need registers."""
+    tile = table[key(q)][q.shape[3] > ATTENTION_NARROW]
+    return tile._replace(n=tile.n // 2) if dropout and tile.n > 32 else tile
 
 
 def padded(size: int, largest: int) -> int:
