@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
-.PHONY: demo test bench gpu lint clean
+.PHONY: demo test bench gpu lint memory-table clean
 
 demo: $(VENV)/.package
 	$(BIN)/petl-mt demo
@@ -17,6 +17,9 @@ test: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/petl-mt bench ops --peers
+
+memory-table: $(VENV)/.dev
+	$(BIN)/python bench/kept_bytes.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

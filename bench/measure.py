@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,10 +22,30 @@ def step(forward: Callable[[], Tensor | Sequence[Tensor]], gradient: Tensor, lea
     return run
 
 
-def record(benchmark, run: Callable, *, op: str, implementation: str, flops: int, bytes_moved: int) -> None:
+def record(
+    benchmark, run: Callable, *, op: str, implementation: str, flops: int, bytes_moved: int, rounds: int = 15
+) -> None:
     """Time ``run`` and note the work it cannot avoid: operations, and bytes read and written once."""
     benchmark.extra_info.update(op=op, implementation=implementation, flops=flops, bytes=bytes_moved)
-    benchmark.pedantic(run, rounds=15, iterations=1, warmup_rounds=3)
+    benchmark.pedantic(run, rounds=rounds, iterations=1, warmup_rounds=rounds // 5)
+
+
+def peak_memory(run: Callable, device: str) -> int:
+    """The most bytes that ``run`` takes beside what is there: of the allocator on a GPU, of the process on Linux."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the process' peak
+    before = _process_bytes("VmRSS")
+    run()
+    return _process_bytes("VmHWM") - before
+
+
+def _process_bytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
 
 
 def close(ours: Tensor, reference: Tensor, exact: Tensor) -> bool:

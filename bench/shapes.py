@@ -21,6 +21,8 @@ WIDTHS = {
     "nllb-3.3b": (2048, 8192),
     "t5-base": (768, 2048),
 }
+# Width of the model, words of its output projection.
+VOCABULARIES = {"m2m-418m": (1024, 128112), "nllb-600m": (1024, 256206)}
 
 
 def shape(name: str, device: str) -> Shape:

@@ -15,6 +15,25 @@ TORCH_LIBRARY(petl_cpu, m) {
   m.def(
       "bottleneck_adapter_backward",
       torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::bottleneck_adapter_backward)));
+  m.def("attention", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::attention)));
+  m.def("attention_backward", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::attention_backward)));
+  m.def("linear_cross_entropy", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::linear_cross_entropy)));
+  m.def("layer_norm", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::layer_norm)));
+  m.def(
+      "layer_norm_from_statistics",
+      torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::layer_norm_from_statistics)));
+  m.def("layer_norm_backward", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::layer_norm_backward)));
+  m.def("rms_norm", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::rms_norm)));
+  m.def("rms_norm_from_statistics", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::rms_norm_from_statistics)));
+  m.def("rms_norm_backward", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::rms_norm_backward)));
+  m.def("frozen_ffn", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::frozen_ffn)));
+  m.def("frozen_ffn_backward", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::frozen_ffn_backward)));
+  m.def("dropout_add", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::dropout_add)));
+  m.def("dropout_add_backward", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::dropout_add_backward)));
+  m.def("activation", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::activation)));
+  m.def("activation_backward", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::activation_backward)));
+  m.def("gated_activation", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::gated_activation)));
+  m.def("gated_activation_backward", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::gated_activation_backward)));
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {

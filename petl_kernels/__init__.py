@@ -23,8 +23,11 @@ _HOME = {
         ),
         "petl_kernels.methods",
     ),
-    **dict.fromkeys(("adapt", "merge", "report", "trainable_parameters", "unmerge", "use_adapter"), "petl_kernels.api"),
+    **dict.fromkeys(
+        ("adapt", "lean", "merge", "report", "trainable_parameters", "unmerge", "use_adapter"), "petl_kernels.api"
+    ),
     **dict.fromkeys(("load_adapter", "save_adapter", "save_merged"), "petl_kernels.interop"),
+    "linear_cross_entropy": "petl_kernels.ops",
     "InputError": "petl_kernels.errors",
 }
 _MODULES = ("nn", "ops", "parity")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -11,6 +13,8 @@ from torch import nn
 
 from petl_kernels import ops
 from petl_kernels.errors import InputError
+from petl_kernels.interop.lean_loss import LeanLoss, lean_loss, lean_loss_obstacle, plain_loss
+from petl_kernels.layers.lean import LayerState, layer_states, lean_layers
 from petl_kernels.methods.base import (
     Method,
     Named,
@@ -68,6 +72,24 @@ def use_adapter(model: nn.Module, name: str | None) -> nn.Module:
         _refuse_merged(model, "switching")
         activate(model, name)
     return model
+
+
+def lean(model: nn.Module, tier: int | Sequence[int] = 2) -> nn.Module:
+    """Let ``model`` keep less between forward and backward, with the same gradients; in place, returns the model.
+
+    tier: for all layers, or a list with one for each layer, encoder first. What a layer keeps of each token:
+        1  its input, q, k, v, the attentions' outputs, the sums between its blocks, one bit for each ReLU
+        2  as 1 without q, k and v, which are computed again (and fc1 where the activation is not ReLU)
+        3  as 2 without the sums, which are computed again through the output projections
+        4  its input, and everything is computed again
+        5  as 4, with the input in host memory
+        0  what it kept before ``lean``
+    ``model(labels=...)`` then computes the loss without logits, which are still there when asked for.
+    Layers and models that cannot be lean stay as they are; ``report`` names them and says why.
+    Raises InputError for a tier that does not exist and for a list of another length.
+    """
+    lean_layers(model, tier)
+    return plain_loss(model) if tier == 0 else lean_loss(model)
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -156,7 +178,7 @@ class Report:
     settings: those of the config that differ from its defaults, and its size. trained, stored, total and frozen are
     numbers of parameters; stored is less than trained where training uses another form (prefix-tuning).
     places: (module with layer numbers as *, what is trained there, modules, parameters). backends: op -> backend that
-    serves it here.
+    serves it here. layers: path, tier and, for one that cannot be lean, the reason. loss: how the loss is computed.
     """
 
     model: str
@@ -171,6 +193,8 @@ class Report:
     others: tuple[str, ...]
     places: tuple[tuple[str, str, int, int], ...]
     backends: dict[str, str]
+    layers: tuple[LayerState, ...]
+    loss: str
 
     @property
     def share(self) -> float:
@@ -198,7 +222,25 @@ class Report:
         for where, what, modules, n in self.places:
             lines.append(f"  {where:<{left}}  {what:<{right}}  {modules:>3} modules {n:>13,}")
         lines += [f"{op} served by {backend}" for op, backend in self.backends.items()]
-        return "\n".join(lines)
+        return "\n".join([*lines, *_lean_lines(self.layers), self.loss])
+
+
+def _lean_lines(layers: tuple[LayerState, ...]) -> list[str]:
+    tiers = Counter(layer.tier for layer in layers if layer.tier)
+    lean = [f"lean: {n} of {len(layers)} layers at tier {tier}" for tier, n in sorted(tiers.items())]
+    reasons: dict[str, list[str]] = {}
+    for layer in layers:
+        if layer.reason:
+            reasons.setdefault(layer.reason, []).append(layer.path)
+    plain = [f"not lean: {paths[0]} and {len(paths) - 1} more: {why}" for why, paths in reasons.items()]
+    return [*(lean or ["lean: no layer"]), *(line.replace(" and 0 more", "") for line in plain)]
+
+
+def _loss_line(model: nn.Module) -> str:
+    if not isinstance(model, LeanLoss):
+        return "loss: the model's own, from logits"
+    obstacle = lean_loss_obstacle(model)
+    return f"loss: from logits ({obstacle})" if obstacle else "loss: without logits"
 
 
 def report(model: nn.Module) -> Report:
@@ -208,9 +250,10 @@ def report(model: nn.Module) -> Report:
     others = tuple(other for other in records(model) if other != name)
     parameters = trainable_parameters(model)
     trained = sum(p.numel() for p in parameters)
+    lean = tuple(layer_states(model)), _loss_line(model)
     if name is None:
         return Report(
-            type(model).__name__, None, None, {}, trained, trained, total, total - trained, False, others, (), {}
+            type(model).__name__, None, None, {}, trained, trained, total, total - trained, False, others, (), {}, *lean
         )
     record = records(model)[name]
     settings = {
@@ -233,6 +276,8 @@ def report(model: nn.Module) -> Report:
         others=others,
         places=() if record.merged else _places(model, name, record),
         backends={op: ops.backend_of(op, device) for op in record.config.ops},
+        layers=lean[0],
+        loss=lean[1],
     )
 
 

@@ -78,9 +78,12 @@ def compare_tensors(name: str, computed: Tensor, reference: Tensor, exact: Tenso
 @torch.no_grad()
 def run(op: str, backend: str, arguments: dict) -> Values:
     """Outputs and all gradients of one op by name, straight from a backend's kernels."""
-    forward = backends.kernel_of(op, backend) or backends.kernel_of(op, "reference")
-    backward = backends.kernel_of(f"{op}_backward", backend) or backends.kernel_of(f"{op}_backward", "reference")
-    return _RUN[op](forward, backward, arguments)
+    kernels = (_kernel(f"{op}{part}", backend) for part in ("", "_backward", *_MORE_PARTS.get(op, ())))
+    return _RUN[op](*kernels, arguments)
+
+
+def _kernel(op: str, backend: str) -> Callable:
+    return backends.kernel_of(op, backend) or backends.kernel_of(op, "reference")
 
 
 def _run_frozen_linear(forward: Callable, backward: Callable, given: dict) -> Values:
@@ -116,10 +119,87 @@ def _run_bottleneck_adapter(forward: Callable, backward: Callable, given: dict) 
     return {"y": y, **values}
 
 
+def _run_layer_norm(forward: Callable, backward: Callable, from_statistics: Callable, given: dict) -> Values:
+    x, weight, bias, dy = (given[name] for name in ("x", "weight", "bias", "dy"))
+    y, mean, rstd = forward(x, weight, bias, given["eps"])
+    again = from_statistics(x, mean, rstd, weight, bias)
+    dx, dweight, dbias = backward(dy, x, mean, rstd, weight, True, True, bias is not None)
+    return {"y": y, "again": again, "dx": dx, "dweight": dweight, "dbias": dbias}
+
+
+def _run_rms_norm(forward: Callable, backward: Callable, from_statistics: Callable, given: dict) -> Values:
+    x, weight = given["x"], given["weight"]
+    y, rstd = forward(x, weight, given["eps"])
+    dx, dweight = backward(given["dy"], x, rstd, weight, True, True)
+    return {"y": y, "again": from_statistics(x, rstd, weight), "dx": dx, "dweight": dweight}
+
+
+def _run_frozen_ffn(forward: Callable, backward: Callable, given: dict) -> Values:
+    from petl_kernels.ops.frozen_ffn import what_to_keep
+
+    x, w1, c1, w2, c2, gate, activation = (given[name] for name in ("x", "w1", "c1", "w2", "c2", "gate", "activation"))
+    keeps = what_to_keep(activation, gate is not None, given["recompute"])
+    y, *kept = forward(x, w1, c1, w2, c2, gate, activation, keeps)
+    needs = (True, c1 is not None, c2 is not None)
+    dx, dc1, dc2 = backward(
+        given["dy"], x if keeps == "x" else None, *kept, w1, c1, w2, gate, activation, keeps, *needs
+    )
+    return {"y": y, "dx": dx, "dc1": dc1, "dc2": dc2}
+
+
+_MORE_PARTS = {"layer_norm": ("_from_statistics",), "rms_norm": ("_from_statistics",)}
+
+
+def _run_attention(forward: Callable, backward: Callable, given: dict) -> Values:
+    q, k, v, bias, prefix_k = (given[name] for name in ("q", "k", "v", "bias", "prefix_k"))
+    rest = [given[name] for name in ("mask", "bias", "prefix_k", "prefix_v", "causal", "scale", "dropout", "seed")]
+    o, lse = forward(q, k, v, *rest)
+    grads = backward(given["do"], q, k, v, o, lse, *rest, bias is not None)
+    names = ("dq", "dk", "dv", "dbias", "dprefix_k", "dprefix_v")
+    present = (True, True, True, bias is not None, prefix_k is not None, prefix_k is not None)
+    values = {name: grad for name, grad, there in zip(names, grads, present, strict=True) if there}
+    # The lse of a query that sees nothing, or only what an additive mask all but hides, means nothing.
+    return {"o": o, "lse": lse.masked_fill(lse.isinf() | (lse < -1e4), 0), **values}
+
+
+def _run_linear_cross_entropy(forward: Callable, backward: Callable, given: dict) -> Values:
+    from petl_kernels.ops.linear_cross_entropy import compute  # see table()
+
+    names = ("hidden", "weight", "labels", "bias", "label_smoothing", "smoothing", "logit_scale", "ignore_index")
+    fixed = [given[name] for name in (*names, "chunk_bytes", "dlosses")]
+    losses, dhidden, dweight, dbias, _ = compute(forward, *fixed, True, True, given["bias"] is not None)
+    return {"losses": losses, "dhidden": dhidden, "dweight": dweight, "dbias": dbias}
+
+
+def _run_activation(forward: Callable, backward: Callable, given: dict) -> Values:
+    z, options = given["z"], [given[name] for name in ("kind", "dropout", "seed")]
+    y, bits = forward(z, *options)
+    return {"y": y, "dz": backward(given["dy"], bits if given["kind"] == "relu" else z, *options)}
+
+
+def _run_gated_activation(forward: Callable, backward: Callable, given: dict) -> Values:
+    z, g, *options = (given[name] for name in ("z", "g", "kind", "dropout", "seed"))
+    dz, dg = backward(given["dy"], z, g, *options)
+    return {"y": forward(z, g, *options), "dz": dz, "dg": dg}
+
+
+def _run_dropout_add(forward: Callable, backward: Callable, given: dict) -> Values:
+    x, residual, p, seed = (given[name] for name in ("x", "residual", "p", "seed"))
+    return {"y": forward(x, residual, p, seed), "dx": backward(given["dy"], x.dtype, p, seed)}
+
+
 _RUN = {
     "frozen_linear": _run_frozen_linear,
     "lora_linear": _run_lora_linear,
     "bottleneck_adapter": _run_bottleneck_adapter,
+    "layer_norm": _run_layer_norm,
+    "rms_norm": _run_rms_norm,
+    "frozen_ffn": _run_frozen_ffn,
+    "attention": _run_attention,
+    "linear_cross_entropy": _run_linear_cross_entropy,
+    "activation": _run_activation,
+    "gated_activation": _run_gated_activation,
+    "dropout_add": _run_dropout_add,
 }
 
 
@@ -192,10 +272,7 @@ def bottleneck_adapter_arguments(
     adapter_dtype=None,
 ) -> dict:
     adapter_dtype = adapter_dtype or draw.dtype
-    down_bias = draw(m, dtype=adapter_dtype)
-    if activation == "relu" and draw.dtype.itemsize == 2:
-        # Rounding may put a z near 0 on the other side of the kink, in the reference as in a kernel: stay away from it.
-        down_bias = torch.tensor([5.0, -5.0]).repeat(m)[:m].to(down_bias)
+    down_bias = _hidden_bias(draw, m, activation, adapter_dtype)
     return {
         "x": draw(*rows, d),
         "residual": draw(*rows, d) if parallel else None,
@@ -210,6 +287,142 @@ def bottleneck_adapter_arguments(
         "scale": scale,
         "dy": draw(*rows, d),
     }
+
+
+def _hidden_bias(draw: Source, size: int, activation: str, dtype: torch.dtype) -> Tensor:
+    bias = draw(size, dtype=dtype)
+    if activation == "relu" and draw.dtype.itemsize == 2:
+        # Rounding may put a z near 0 on the other side of the kink, in the reference as in a kernel: stay away from it.
+        bias = torch.tensor([5.0, -5.0]).repeat(size)[:size].to(bias)
+    return bias
+
+
+def layer_norm_arguments(draw: Source, rows=(17,), d=72, bias=True, parameter_dtype=None) -> dict:
+    parameter_dtype = parameter_dtype or draw.dtype
+    return {
+        "x": draw(*rows, d),
+        "weight": draw(d, dtype=parameter_dtype),
+        "bias": draw(d, dtype=parameter_dtype) if bias else None,
+        "eps": 1e-5,
+        "dy": draw(*rows, d, dtype=torch.promote_types(draw.dtype, parameter_dtype)),
+    }
+
+
+def rms_norm_arguments(draw: Source, rows=(17,), d=72, parameter_dtype=None) -> dict:
+    given = layer_norm_arguments(draw, rows, d, False, parameter_dtype)
+    return {name: value for name, value in given.items() if name != "bias"}
+
+
+def frozen_ffn_arguments(
+    draw: Source, rows=(17,), d=40, f=72, bias=True, gated=False, activation="relu", recompute=False
+) -> dict:
+    return {
+        "x": draw(*rows, d),
+        "w1": draw(f, d, std=d**-0.5),
+        "c1": _hidden_bias(draw, f, activation, draw.dtype) if bias else None,
+        "w2": draw(d, f, std=f**-0.5),
+        "c2": draw(d) if bias else None,
+        "gate": draw(f, d, std=d**-0.5) if gated else None,
+        "activation": activation,
+        "recompute": recompute,
+        "dy": draw(*rows, d),
+    }
+
+
+def attention_arguments(
+    draw: Source,
+    batch=2,
+    heads=3,
+    queries=17,
+    keys=17,
+    d=16,
+    mask=None,
+    bias=0,
+    causal=False,
+    dropout=0.0,
+    prefix=0,
+    scale=None,
+    prefix_dtype=None,
+) -> dict:
+    """mask: None, "padding", "rows" (some queries see nothing), "additive" or "finfo"; bias: its batch size, or 0."""
+
+    def heads_of(length):
+        return draw(batch, length, heads, d).transpose(1, 2)
+
+    prefix_dtype = prefix_dtype or draw.dtype
+    return {
+        "q": heads_of(queries),
+        "k": heads_of(keys),
+        "v": heads_of(keys),
+        "mask": attention_mask(draw, mask, batch, heads, queries, keys),
+        "bias": draw(bias, heads, queries, keys) if bias else None,
+        "prefix_k": draw(prefix, heads, d, dtype=prefix_dtype) if prefix else None,
+        "prefix_v": draw(prefix, heads, d, dtype=prefix_dtype) if prefix else None,
+        "causal": causal,
+        "scale": d**-0.5 if scale is None else scale,
+        "dropout": dropout,
+        "seed": draw.seed() if dropout else None,
+        "do": heads_of(queries),
+    }
+
+
+def attention_mask(draw: Source, kind: str | None, batch: int, heads: int, queries: int, keys: int) -> Tensor | None:
+    if kind is None:
+        return None
+    if kind == "additive":
+        return draw(1, heads, queries, keys, dtype=torch.float32)
+    if kind == "padding":
+        visible = draw(batch, 1, 1, keys, dtype=torch.float32) > -0.5
+        visible[..., :1] = True
+        return visible
+    visible = draw(batch, 1, queries, keys, dtype=torch.float32) > 0
+    visible[:, :, ::3] = False
+    if kind == "rows":
+        return visible
+    lowest = torch.finfo(torch.float32).min
+    return torch.where(visible, 0.0, lowest)
+
+
+def linear_cross_entropy_arguments(
+    draw: Source,
+    rows=(17,),
+    d=24,
+    words=72,
+    bias=True,
+    label_smoothing=0.1,
+    smoothing="uniform",
+    logit_scale=1.0,
+    chunk_rows=7,
+    dlosses=False,
+    weight_dtype=None,
+) -> dict:
+    labels = torch.randint(0, words, rows, generator=draw.generator)
+    labels.view(-1)[2::5] = -100
+    return {
+        "hidden": draw(*rows, d),
+        "weight": draw(words, d, std=2 * d**-0.5, dtype=weight_dtype),
+        "labels": labels.to(draw.device),
+        "bias": draw(words) if bias else None,
+        "label_smoothing": label_smoothing,
+        "smoothing": smoothing,
+        "logit_scale": logit_scale,
+        "ignore_index": -100,
+        "chunk_bytes": chunk_rows * words * draw.dtype.itemsize,
+        "dlosses": draw(labels.numel(), dtype=torch.float32) if dlosses else None,
+    }
+
+
+def activation_arguments(draw: Source, rows=(17,), features=72, kind="relu", dropout=0.0, gated=False) -> dict:
+    z = draw(*rows, features, std=2.0)
+    gate = {"g": draw(*rows, features)} if gated else {}
+    seed = draw.seed() if dropout else None
+    return {"z": z, **gate, "kind": kind, "dropout": dropout, "seed": seed, "dy": draw(*rows, features)}
+
+
+def dropout_add_arguments(draw: Source, rows=(17,), features=72, p=0.3, stream=None) -> dict:
+    stream = stream or draw.dtype
+    x, residual, dy = draw(*rows, features), draw(*rows, features, dtype=stream), draw(*rows, features, dtype=stream)
+    return {"x": x, "residual": residual, "p": p, "seed": draw.seed(), "dy": dy}
 
 
 def _with_bias(device, dtype):
@@ -257,8 +470,112 @@ def _silu_parallel(device, dtype):
     )
 
 
+def _norm(device, dtype):
+    return layer_norm_arguments(Source(device, dtype), rows=(3, 43))
+
+
+def _norm_fp32_parameters(device, dtype):
+    return layer_norm_arguments(Source(device, dtype), rows=(33,), parameter_dtype=torch.float32)
+
+
+def _norm_without_bias(device, dtype):
+    return layer_norm_arguments(Source(device, dtype), bias=False)
+
+
+def _rms(device, dtype):
+    return rms_norm_arguments(Source(device, dtype), rows=(3, 43))
+
+
+def _rms_fp32_weight(device, dtype):
+    return rms_norm_arguments(Source(device, dtype), rows=(33,), parameter_dtype=torch.float32)
+
+
+def _relu_bits(device, dtype):
+    return frozen_ffn_arguments(Source(device, dtype), rows=(3, 43), f=75)
+
+
+def _gelu_recomputed(device, dtype):
+    return frozen_ffn_arguments(Source(device, dtype), activation="gelu", recompute=True)
+
+
+def _gelu_tanh_gated(device, dtype):
+    return frozen_ffn_arguments(Source(device, dtype), rows=(33,), bias=False, gated=True, activation="gelu_tanh")
+
+
+def _silu_kept(device, dtype):
+    return frozen_ffn_arguments(Source(device, dtype), activation="silu")
+
+
+def _causal_with_dropout(device, dtype):
+    return attention_arguments(Source(device, dtype), queries=37, keys=43, mask="padding", causal=True, dropout=0.3)
+
+
+def _relative_bias(device, dtype):
+    return attention_arguments(Source(device, dtype), queries=33, keys=33, mask="rows", bias=1, scale=1.0)
+
+
+def _prefix_of_cross_attention(device, dtype):
+    return attention_arguments(
+        Source(device, dtype), queries=37, keys=70, d=24, mask="rows", prefix=5, prefix_dtype=torch.float32
+    )
+
+
+def _uniform(device, dtype):
+    return linear_cross_entropy_arguments(Source(device, dtype), rows=(3, 11))
+
+
+def _fairseq_scaled_rows(device, dtype):
+    return linear_cross_entropy_arguments(
+        Source(device, dtype), (17,), words=131, bias=False, smoothing="fairseq", logit_scale=0.5, dlosses=True
+    )
+
+
+def _no_smoothing(device, dtype):
+    return linear_cross_entropy_arguments(Source(device, dtype), rows=(17,), label_smoothing=0.0)
+
+
+def _packed_relu(device, dtype):
+    return activation_arguments(Source(device, dtype), rows=(33,), features=77)
+
+
+def _gelu_with_dropout(device, dtype):
+    return activation_arguments(Source(device, dtype), rows=(3, 11), kind="gelu", dropout=0.3)
+
+
+def _gelu_tanh(device, dtype):
+    return activation_arguments(Source(device, dtype), kind="gelu_tanh")
+
+
+def _silu(device, dtype):
+    return activation_arguments(Source(device, dtype), kind="silu")
+
+
+def _gated_gelu_tanh(device, dtype):
+    return activation_arguments(Source(device, dtype), rows=(33,), kind="gelu_tanh", gated=True)
+
+
+def _gated_silu_with_dropout(device, dtype):
+    return activation_arguments(Source(device, dtype), rows=(3, 11), features=77, kind="silu", dropout=0.3, gated=True)
+
+
+def _one_dtype(device, dtype):
+    return dropout_add_arguments(Source(device, dtype), rows=(3, 11), features=77)
+
+
+def _fp32_stream(device, dtype):
+    return dropout_add_arguments(Source(device, dtype), rows=(33,), stream=torch.float32)
+
+
 CASES = {
     "frozen_linear": (_with_bias, _without_bias),
     "lora_linear": (_one_layer, _group_with_dropout),
     "bottleneck_adapter": (_relu, _gelu_fp32_adapter, _silu_parallel),
+    "layer_norm": (_norm, _norm_fp32_parameters, _norm_without_bias),
+    "rms_norm": (_rms, _rms_fp32_weight),
+    "frozen_ffn": (_relu_bits, _gelu_recomputed, _gelu_tanh_gated, _silu_kept),
+    "attention": (_causal_with_dropout, _relative_bias, _prefix_of_cross_attention),
+    "linear_cross_entropy": (_uniform, _fairseq_scaled_rows, _no_smoothing),
+    "activation": (_packed_relu, _gelu_with_dropout, _gelu_tanh, _silu),
+    "gated_activation": (_gated_gelu_tanh, _gated_silu_with_dropout),
+    "dropout_add": (_one_dtype, _fp32_stream),
 }

@@ -3,73 +3,12 @@
 // Everything between x and y happens on blocks of rows that stay in cache: LayerNorm, the two products, activation,
 // residual. scalar_t is the dtype of x, product_t that of the products (bf16 where the processor multiplies it, else
 // acc_t), acc_t that of everything between them and of sums.
+#include "activations.h"
 #include "kernels.h"
 #include "rows.h"
 
 namespace petl {
 namespace {
-
-template <typename T>
-using Vec = at::vec::Vectorized<T>;
-
-enum class Activation { relu, gelu, silu };
-
-Activation parse_activation(std::string_view name) {
-  if (name == "relu") {
-    return Activation::relu;
-  }
-  if (name == "gelu") {
-    return Activation::gelu;
-  }
-  TORCH_CHECK(name == "silu", "unknown activation ", name);
-  return Activation::silu;
-}
-
-// values = act(values)
-template <typename T>
-void activate(Activation activation, T* values, int64_t count) {
-  const Vec<T> zero(0), half(T(0.5)), one(1), sqrt_half(T(0.70710678118654752440));
-  switch (activation) {
-    case Activation::relu:
-      return at::vec::map<T>([=](Vec<T> z) { return at::vec::maximum(z, zero); }, values, values, count);
-    case Activation::gelu:
-      return at::vec::map<T>([=](Vec<T> z) { return half * z * (one + (z * sqrt_half).erf()); }, values, values, count);
-    case Activation::silu:
-      return at::vec::map<T>([=](Vec<T> z) { return z / (one + z.neg().exp()); }, values, values, count);
-  }
-}
-
-// grads = grads ⊙ act'(z)
-template <typename T>
-void activate_backward(Activation activation, const T* z, T* grads, int64_t count) {
-  const Vec<T> zero(0), half(T(0.5)), one(1), sqrt_half(T(0.70710678118654752440));
-  const Vec<T> density_at_zero(T(0.39894228040143267794));
-  switch (activation) {
-    case Activation::relu:
-      return at::vec::map2<T>(
-          [=](Vec<T> z, Vec<T> grad) { return Vec<T>::blendv(zero, grad, z > zero); }, grads, z, grads, count);
-    case Activation::gelu:
-      return at::vec::map2<T>(
-          [=](Vec<T> z, Vec<T> grad) {
-            const Vec<T> density = density_at_zero * (z * z * half).neg().exp();
-            return grad * (half * (one + (z * sqrt_half).erf()) + z * density);
-          },
-          grads,
-          z,
-          grads,
-          count);
-    case Activation::silu:
-      return at::vec::map2<T>(
-          [=](Vec<T> z, Vec<T> grad) {
-            const Vec<T> gate = one / (one + z.neg().exp());
-            return grad * gate * (one + z * (one - gate));
-          },
-          grads,
-          z,
-          grads,
-          count);
-  }
-}
 
 // rows[i] += row
 template <typename T>

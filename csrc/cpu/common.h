@@ -48,13 +48,14 @@ Tensor matrix(const T* data, int64_t rows, int64_t columns) {
 }
 
 // A matrix is worked on in blocks of rows: at most kMaxRows, enough for the library's products to run well and few
-// enough for the cache. The cut depends on the number of rows alone, never on the number of threads.
+// enough for the cache (or fewer, where there is no product). The cut depends on the number of rows alone, never on the
+// number of threads.
 struct Blocks {
   static constexpr int64_t kMaxRows = 256;
 
-  explicit Blocks(int64_t rows)
+  explicit Blocks(int64_t rows, int64_t max_rows = kMaxRows)
       : rows(rows),
-        count(std::max<int64_t>(1, at::divup(rows, kMaxRows))),
+        count(std::max<int64_t>(1, at::divup(rows, max_rows))),
         block_rows(std::max<int64_t>(1, at::divup(rows, count))) {}
 
   // f(first_row, row_count) for the blocks [begin, end)
@@ -150,6 +151,16 @@ template <typename To, typename From>
 void convert(const From* from, To* to, int64_t count) {
   if constexpr (std::is_same_v<To, From>) {
     std::copy(from, from + count, to);
+  } else if constexpr (std::is_same_v<From, float> && at::vec::is_reduced_floating_point_v<To>) {
+    // at::vec::convert rounds one number at a time here.
+    constexpr int64_t kLanes = at::vec::Vectorized<float>::size();
+    const int64_t whole = count - count % (2 * kLanes);
+    for (int64_t j = 0; j < whole; j += 2 * kLanes) {
+      const auto low = at::vec::Vectorized<float>::loadu(from + j);
+      const auto high = at::vec::Vectorized<float>::loadu(from + j + kLanes);
+      at::vec::convert_from_float<To>(low, high).store(to + j);
+    }
+    at::vec::convert(from + whole, to + whole, count - whole);
   } else {
     at::vec::convert(from, to, count);
   }

@@ -69,4 +69,128 @@ bottleneck_adapter_backward(
     bool need_dx,
     bool has_up_bias);
 
+std::tuple<at::Tensor, at::Tensor> attention(
+    const at::Tensor& q,
+    const at::Tensor& k,
+    const at::Tensor& v,
+    const std::optional<at::Tensor>& mask,
+    const std::optional<at::Tensor>& bias,
+    const std::optional<at::Tensor>& prefix_k,
+    const std::optional<at::Tensor>& prefix_v,
+    bool causal,
+    double scale,
+    double dropout,
+    const std::optional<at::Tensor>& seed);
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention_backward(
+    const at::Tensor& dout,
+    const at::Tensor& q,
+    const at::Tensor& k,
+    const at::Tensor& v,
+    const at::Tensor& o,
+    const at::Tensor& lse,
+    const std::optional<at::Tensor>& mask,
+    const std::optional<at::Tensor>& bias,
+    const std::optional<at::Tensor>& prefix_k,
+    const std::optional<at::Tensor>& prefix_v,
+    bool causal,
+    double scale,
+    double dropout,
+    const std::optional<at::Tensor>& seed,
+    bool need_dbias);
+// One chunk of logits (rows, V), which the gradient overwrites; labels and dlosses (rows,), bias (V,).
+at::Tensor linear_cross_entropy(
+    const at::Tensor& logits,
+    const at::Tensor& labels,
+    const std::optional<at::Tensor>& bias,
+    double label_weight,
+    double word_weight,
+    double scale,
+    const std::optional<at::Tensor>& dlosses,
+    bool gradient);
+std::tuple<at::Tensor, at::Tensor, at::Tensor> layer_norm(
+    const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, double eps);
+
+at::Tensor layer_norm_from_statistics(
+    const at::Tensor& x,
+    const at::Tensor& mean,
+    const at::Tensor& rstd,
+    const at::Tensor& weight,
+    const std::optional<at::Tensor>& bias);
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> layer_norm_backward(
+    const at::Tensor& dy,
+    const at::Tensor& x,
+    const at::Tensor& mean,
+    const at::Tensor& rstd,
+    const at::Tensor& weight,
+    bool need_dx,
+    bool need_dweight,
+    bool need_dbias);
+
+std::tuple<at::Tensor, at::Tensor> rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps);
+
+at::Tensor rms_norm_from_statistics(const at::Tensor& x, const at::Tensor& rstd, const at::Tensor& weight);
+
+std::tuple<at::Tensor, at::Tensor> rms_norm_backward(
+    const at::Tensor& dy,
+    const at::Tensor& x,
+    const at::Tensor& rstd,
+    const at::Tensor& weight,
+    bool need_dx,
+    bool need_dweight);
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> frozen_ffn(
+    const at::Tensor& x,
+    const at::Tensor& w1,
+    const std::optional<at::Tensor>& c1,
+    const at::Tensor& w2,
+    const std::optional<at::Tensor>& c2,
+    const std::optional<at::Tensor>& gate,
+    std::string_view activation,
+    std::string_view keeps);
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> frozen_ffn_backward(
+    const at::Tensor& dy,
+    const std::optional<at::Tensor>& x,
+    const at::Tensor& kept_z,
+    const at::Tensor& kept_g,
+    const at::Tensor& w1,
+    const std::optional<at::Tensor>& c1,
+    const at::Tensor& w2,
+    const std::optional<at::Tensor>& gate,
+    std::string_view activation,
+    std::string_view keeps,
+    bool need_dx,
+    bool need_dc1,
+    bool need_dc2);
+at::Tensor dropout_add(const at::Tensor& x, const at::Tensor& residual, double p, const at::Tensor& seed);
+
+at::Tensor dropout_add_backward(const at::Tensor& dy, at::ScalarType dtype, double p, const at::Tensor& seed);
+
+std::tuple<at::Tensor, at::Tensor> activation(
+    const at::Tensor& z, std::string_view kind, double dropout, const std::optional<at::Tensor>& seed);
+
+at::Tensor activation_backward(
+    const at::Tensor& dy,
+    const at::Tensor& saved,
+    std::string_view kind,
+    double dropout,
+    const std::optional<at::Tensor>& seed);
+
+at::Tensor gated_activation(
+    const at::Tensor& z,
+    const at::Tensor& g,
+    std::string_view kind,
+    double dropout,
+    const std::optional<at::Tensor>& seed);
+
+std::tuple<at::Tensor, at::Tensor> gated_activation_backward(
+    const at::Tensor& dy,
+    const at::Tensor& z,
+    const at::Tensor& g,
+    std::string_view kind,
+    double dropout,
+    const std::optional<at::Tensor>& seed);
+
 } // namespace petl

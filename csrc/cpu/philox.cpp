@@ -10,34 +10,21 @@ namespace {
 constexpr uint32_t kMultiplier0 = 0xD2511F53, kMultiplier1 = 0xCD9E8D57;
 constexpr uint32_t kStep0 = 0x9E3779B9, kStep1 = 0xBB67AE85;
 constexpr int kRounds = 10;
+// A counter gives the numbers of kOutputs neighbouring elements; kLanes counters are computed at a time.
+constexpr int64_t kOutputs = 4, kLanes = 4, kGroup = kOutputs * kLanes;
 
 inline uint32_t high(uint64_t product) {
   return static_cast<uint32_t>(product >> 32);
 }
 
-// The first output for the counter (index, 0, 0, 0).
-inline uint32_t random_value(uint32_t index, uint32_t k0, uint32_t k1) {
-  uint32_t c0 = index, c1 = 0, c2 = 0, c3 = 0;
-  for (int round = 0; round < kRounds; ++round) {
-    const uint64_t left = static_cast<uint64_t>(kMultiplier0) * c0;
-    const uint64_t right = static_cast<uint64_t>(kMultiplier1) * c2;
-    c0 = high(right) ^ c1 ^ k0;
-    c1 = static_cast<uint32_t>(right);
-    c2 = high(left) ^ c3 ^ k1;
-    c3 = static_cast<uint32_t>(left);
-    k0 += kStep0;
-    k1 += kStep1;
-  }
-  return c0;
-}
-
 #if defined(__AVX2__)
-// The same for the counters index, index + 2, index + 4, index + 6, in the low halves of the 64-bit lanes: that is
-// where the widening product reads its operands, so the high halves may hold anything and no lane ever moves. The
-// compiler, left to itself, keeps 32-bit lanes and spends half its time moving them.
-inline __m256i random_lanes(uint32_t index, uint32_t k0, uint32_t k1) {
+// out[0 .. 16) = the outputs of the counters (counter, 0, 0, 0) to (counter + 3, 0, 0, 0), in the low halves of 64-bit
+// lanes: that is where the widening product reads its operands, so the high halves may hold anything and no lane moves
+// before the end. The compiler, left to itself, keeps 32-bit lanes and spends half its time moving them.
+inline void random_group(uint32_t* out, uint32_t counter, uint32_t k0, uint32_t k1) {
   const __m256i multiplier0 = _mm256_set1_epi64x(kMultiplier0), multiplier1 = _mm256_set1_epi64x(kMultiplier1);
-  __m256i c0 = _mm256_add_epi64(_mm256_set1_epi64x(index), _mm256_set_epi64x(6, 4, 2, 0));
+  // In this order the unpacking below leaves the counters in theirs.
+  __m256i c0 = _mm256_add_epi64(_mm256_set1_epi64x(counter), _mm256_setr_epi64x(0, 2, 1, 3));
   __m256i c1 = _mm256_setzero_si256(), c2 = c1, c3 = c1;
 #pragma GCC unroll 10
   for (int round = 0; round < kRounds; ++round) {
@@ -49,26 +36,31 @@ inline __m256i random_lanes(uint32_t index, uint32_t k0, uint32_t k1) {
     k0 += kStep0;
     k1 += kStep1;
   }
-  return c0;
+  const __m256i first_half = _mm256_blend_epi32(c0, _mm256_slli_epi64(c1, 32), 0xAA);
+  const __m256i second_half = _mm256_blend_epi32(c2, _mm256_slli_epi64(c3, 32), 0xAA);
+  auto* groups = reinterpret_cast<__m256i*>(out);
+  _mm256_storeu_si256(groups, _mm256_unpacklo_epi64(first_half, second_half));
+  _mm256_storeu_si256(groups + 1, _mm256_unpackhi_epi64(first_half, second_half));
+}
+#else
+inline void random_group(uint32_t* out, uint32_t counter, uint32_t key0, uint32_t key1) {
+  for (uint32_t lane = 0; lane < kLanes; ++lane) {
+    uint32_t c0 = counter + lane, c1 = 0, c2 = 0, c3 = 0, k0 = key0, k1 = key1;
+    for (int round = 0; round < kRounds; ++round) {
+      const uint64_t left = static_cast<uint64_t>(kMultiplier0) * c0;
+      const uint64_t right = static_cast<uint64_t>(kMultiplier1) * c2;
+      c0 = high(right) ^ c1 ^ k0;
+      c1 = static_cast<uint32_t>(right);
+      c2 = high(left) ^ c3 ^ k1;
+      c3 = static_cast<uint32_t>(left);
+      k0 += kStep0;
+      k1 += kStep1;
+    }
+    const uint32_t outputs[kOutputs] = {c0, c1, c2, c3};
+    std::copy(outputs, outputs + kOutputs, out + lane * kOutputs);
+  }
 }
 #endif
-
-// out[j] = the first output for the counter (first + j, 0, 0, 0)
-void random_values(uint32_t* out, int64_t count, uint32_t first, uint64_t seed) {
-  const uint32_t k0 = static_cast<uint32_t>(seed), k1 = high(seed);
-  int64_t j = 0;
-#if defined(__AVX2__)
-  for (; j + 8 <= count; j += 8) {
-    const __m256i even = random_lanes(first + static_cast<uint32_t>(j), k0, k1);
-    const __m256i odd = random_lanes(first + static_cast<uint32_t>(j) + 1, k0, k1);
-    const __m256i both = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + j), both);
-  }
-#endif
-  for (; j < count; ++j) {
-    out[j] = random_value(first + static_cast<uint32_t>(j), k0, k1);
-  }
-}
 
 } // namespace
 
@@ -80,13 +72,18 @@ Dropout::Dropout(double p, const OptionalTensor& seed)
 template <typename T>
 void Dropout::factors(T* factors, int64_t count, int64_t first) const {
   constexpr int64_t kRun = 1024;
-  uint32_t random[kRun];
+  // Room for the elements before the first of its counter, and after the last of its group.
+  uint32_t random[kRun + kGroup + kOutputs];
   const T kept = static_cast<T>(1 / (1 - p_));
   for (int64_t start = 0; start < count; start += kRun) {
     const int64_t n = std::min(kRun, count - start);
-    random_values(random, n, static_cast<uint32_t>(first + start), seed_);
+    const int64_t before = (first + start) % kOutputs, counter = (first + start) / kOutputs;
+    for (int64_t j = 0; j < before + n; j += kGroup) {
+      random_group(
+          random + j, static_cast<uint32_t>(counter + j / kOutputs), static_cast<uint32_t>(seed_), high(seed_));
+    }
     for (int64_t j = 0; j < n; ++j) {
-      factors[start + j] = random[j] >= threshold_ ? kept : T(0);
+      factors[start + j] = random[before + j] >= threshold_ ? kept : T(0);
     }
   }
 }

@@ -41,17 +41,28 @@ void accumulate(const T* __restrict from, T* __restrict to, int64_t count) {
   }
 }
 
-// n = (x - mean) · rstd; returns rstd. The mean is found in two steps: the rounding of the first is as large as the
-// row's offset, and what it leaves is a small number that the second finds exactly enough. n may not be x.
+// The mean, as offset + rest, and the variance of a row. The mean is found in two steps: the rounding of the first is as
+// large as the row's offset, and what it leaves is a small number that the second finds exactly enough.
 template <typename T>
-T normalise_row(const T* __restrict x, T* __restrict n, int64_t features, T eps) {
+struct Moments {
+  T offset, rest, variance;
+};
+
+template <typename T>
+Moments<T> row_moments(const T* __restrict x, int64_t features) {
   const T offset = sum_pairs<T>(features, [&](int64_t j) { return std::pair(x[j], T(0)); }).first / features;
   const auto [rests, squares] = sum_pairs<T>(features, [&](int64_t j) {
     const T centred = x[j] - offset;
     return std::pair(centred, centred * centred);
   });
   const T rest = rests / features;
-  const T variance = std::max(T(0), squares / features - rest * rest);
+  return {offset, rest, std::max(T(0), squares / features - rest * rest)};
+}
+
+// n = (x - mean) · rstd; returns rstd. n may not be x.
+template <typename T>
+T normalise_row(const T* __restrict x, T* __restrict n, int64_t features, T eps) {
+  const auto [offset, rest, variance] = row_moments(x, features);
   const T rstd = 1 / std::sqrt(variance + eps);
   for (int64_t j = 0; j < features; ++j) {
     n[j] = ((x[j] - offset) - rest) * rstd;

@@ -6,24 +6,25 @@
 #include <torch/library.h>
 
 #include "column_sum.h"
+#include "packed_relu.h"
 
 namespace petl {
 namespace {
 
 using at::Tensor;
 
-ColumnSumType type_of(const Tensor& tensor) {
+FloatType type_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case at::kFloat:
-      return ColumnSumType::fp32;
+      return FloatType::fp32;
     case at::kDouble:
-      return ColumnSumType::fp64;
+      return FloatType::fp64;
     case at::kHalf:
-      return ColumnSumType::fp16;
+      return FloatType::fp16;
     case at::kBFloat16:
-      return ColumnSumType::bf16;
+      return FloatType::bf16;
     default:
-      TORCH_CHECK(false, "column_sum takes fp32, fp64, fp16 or bf16, not ", tensor.scalar_type());
+      TORCH_CHECK(false, "the kernel takes fp32, fp64, fp16 or bf16, not ", tensor.scalar_type());
   }
 }
 
@@ -60,6 +61,38 @@ std::tuple<Tensor, Tensor> frozen_linear_backward_cuda(
   return {dx, dbias};
 }
 
+// petl_kernels/ops/activation.py, for relu without dropout.
+std::tuple<Tensor, Tensor> packed_relu_cuda(const Tensor& z) {
+  const c10::cuda::CUDAGuard guard(z.device());
+  const Tensor rows = z.reshape({-1, z.size(-1)}).contiguous();
+  const int64_t n = rows.size(0), features = rows.size(1);
+  Tensor y = at::empty_like(rows), bits = at::empty({n, (features + 7) / 8}, rows.options().dtype(at::kByte));
+  C10_CUDA_CHECK(packed_relu(
+      rows.const_data_ptr(),
+      type_of(rows),
+      n,
+      features,
+      y.mutable_data_ptr(),
+      bits.mutable_data_ptr<uint8_t>(),
+      c10::cuda::getCurrentCUDAStream()));
+  return {y.view(z.sizes()), bits};
+}
+
+Tensor packed_relu_backward_cuda(const Tensor& dy, const Tensor& bits) {
+  const c10::cuda::CUDAGuard guard(dy.device());
+  const Tensor rows = dy.reshape({-1, dy.size(-1)}).contiguous(), packed = bits.contiguous();
+  Tensor dz = at::empty_like(rows);
+  C10_CUDA_CHECK(packed_relu_backward(
+      rows.const_data_ptr(),
+      packed.const_data_ptr<uint8_t>(),
+      type_of(rows),
+      rows.size(0),
+      rows.size(1),
+      dz.mutable_data_ptr(),
+      c10::cuda::getCurrentCUDAStream()));
+  return dz.view(dy.sizes());
+}
+
 } // namespace
 } // namespace petl
 
@@ -67,4 +100,6 @@ TORCH_LIBRARY(petl_cuda, m) {
   m.def(
       "frozen_linear_backward",
       torch::dispatch(c10::DispatchKey::CUDA, TORCH_FN(petl::frozen_linear_backward_cuda)));
+  m.def("packed_relu", torch::dispatch(c10::DispatchKey::CUDA, TORCH_FN(petl::packed_relu_cuda)));
+  m.def("packed_relu_backward", torch::dispatch(c10::DispatchKey::CUDA, TORCH_FN(petl::packed_relu_backward_cuda)));
 }

@@ -78,20 +78,20 @@ int64_t column_sum_workspace(int64_t rows, int64_t columns) {
 
 cudaError_t column_sum(
     const void* matrix,
-    ColumnSumType type,
+    FloatType type,
     int64_t rows,
     int64_t columns,
     void* sums,
     void* workspace,
     cudaStream_t stream) {
   switch (type) {
-    case ColumnSumType::fp32:
+    case FloatType::fp32:
       return launch<float, float>(matrix, rows, columns, sums, workspace, stream);
-    case ColumnSumType::fp64:
+    case FloatType::fp64:
       return launch<double, double>(matrix, rows, columns, sums, workspace, stream);
-    case ColumnSumType::fp16:
+    case FloatType::fp16:
       return launch<__half, float>(matrix, rows, columns, sums, workspace, stream);
-    case ColumnSumType::bf16:
+    case FloatType::bf16:
       return launch<__nv_bfloat16, float>(matrix, rows, columns, sums, workspace, stream);
   }
   return cudaErrorInvalidValue;

@@ -5,9 +5,9 @@
 
 #include <cstdint>
 
-namespace petl {
+#include "float_type.h"
 
-enum class ColumnSumType { fp32, fp64, fp16, bf16 };
+namespace petl {
 
 // Elements (of the sums' dtype) of workspace that column_sum needs.
 int64_t column_sum_workspace(int64_t rows, int64_t columns);
@@ -16,7 +16,7 @@ int64_t column_sum_workspace(int64_t rows, int64_t columns);
 // is the same in every run. Pointers are on the device; the launch is asynchronous on stream.
 cudaError_t column_sum(
     const void* matrix,
-    ColumnSumType type,
+    FloatType type,
     int64_t rows,
     int64_t columns,
     void* sums,

@@ -31,6 +31,9 @@ DEFAULT_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
 # cuBLAS already runs a frozen linear layer at the speed of the hardware.
 DEFAULT_ORDER_OF = {("frozen_linear", "cuda"): ("reference",)}
 
+# What an op may have beside its forward kernel.
+PARTS = ("_backward", "_from_statistics")
+
 _kernels: dict[tuple[str, str], Callable] = {}
 _load_errors: dict[str, str | None] = {}
 _chosen: dict[tuple[str, torch.device, str], Callable] = {}
@@ -116,7 +119,11 @@ def serving(op: str, device: torch.device | str) -> tuple[str, ...]:
 
 
 def _has(op: str, backend: str) -> bool:
-    return any(kernel_of(name, backend) is not None for name in (op, f"{op}_backward"))
+    return any(kernel_of(f"{op}{part}", backend) is not None for part in ("", *PARTS))
+
+
+def _family(op: str) -> str:
+    return next((op.removesuffix(part) for part in PARTS if op.endswith(part)), op)
 
 
 def backend_of(op: str, device: torch.device | str) -> str:
@@ -138,7 +145,7 @@ def _choose(op: str, device: torch.device, backend: str) -> str:
         if not _serves(backend, device):
             raise InputError(f"backend {backend!r} does not run on device {str(device)!r}")
         return backend
-    family = op.removesuffix("_backward")
+    family = _family(op)
     order = DEFAULT_ORDER_OF.get((family, device.type), DEFAULT_ORDER.get(device.type, ("reference",)))
     return next(name for name in order if _usable(family, op, name, device))
 

@@ -16,6 +16,18 @@ try:
 except ModuleNotFoundError as error:
     raise ImportError("the C++ extension was not built: reinstall with a C++ compiler on the PATH") from error
 
-for _op in ("frozen_linear", "lora_linear", "bottleneck_adapter"):
-    for _name in (_op, f"{_op}_backward"):
-        register(_name, "cpu")(getattr(torch.ops.petl_cpu, _name).default)
+_WITH_BACKWARD = (
+    "frozen_linear",
+    "lora_linear",
+    "bottleneck_adapter",
+    "layer_norm",
+    "rms_norm",
+    "frozen_ffn",
+    "attention",
+    "activation",
+    "gated_activation",
+    "dropout_add",
+)
+_ALONE = ("layer_norm_from_statistics", "rms_norm_from_statistics", "linear_cross_entropy")
+for _name in (*_WITH_BACKWARD, *(f"{_op}_backward" for _op in _WITH_BACKWARD), *_ALONE):
+    register(_name, "cpu")(getattr(torch.ops.petl_cpu, _name).default)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from petl_kernels.backends import register
+from petl_kernels.backends import kernel_of, register
 
 try:
     import petl_kernels._C  # registers torch.ops.petl_cuda where it was built with CUDA
@@ -14,3 +15,18 @@ if petl_kernels._C.build_info()["cuda"] == "no":
     raise ImportError("the extension was built without CUDA")
 
 register("frozen_linear_backward", "cuda")(torch.ops.petl_cuda.frozen_linear_backward.default)
+
+
+@register("activation", "cuda")
+def activation(z: Tensor, kind: str, dropout: float, seed: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A ReLU without dropout; the reference has the rest."""
+    if kind == "relu" and dropout == 0:
+        return torch.ops.petl_cuda.packed_relu(z)
+    return kernel_of("activation", "reference")(z, kind, dropout, seed)
+
+
+@register("activation_backward", "cuda")
+def activation_backward(dy: Tensor, saved: Tensor, kind: str, dropout: float, seed: Tensor | None) -> Tensor:
+    if kind == "relu" and dropout == 0:
+        return torch.ops.petl_cuda.packed_relu_backward(dy, saved)
+    return kernel_of("activation_backward", "reference")(dy, saved, kind, dropout, seed)

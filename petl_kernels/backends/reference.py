@@ -2,4 +2,16 @@
 
 from __future__ import annotations
 
-from petl_kernels.ops import bottleneck_adapter, frozen_linear, lora_linear  # noqa: F401
+from petl_kernels.ops import (  # noqa: F401
+    activation,
+    attention,
+    bottleneck_adapter,
+    dropout_add,
+    frozen_ffn,
+    frozen_linear,
+    gated_activation,
+    layer_norm,
+    linear_cross_entropy,
+    lora_linear,
+    rms_norm,
+)

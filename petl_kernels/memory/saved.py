@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from petl_kernels.layers import recompute
+
 
 @dataclass
 class Saved:
@@ -29,7 +31,7 @@ def saved_bytes(exclude: Iterable[Tensor] = ()) -> Iterator[Saved]:
 
     Unique storages, whole storages: a saved view keeps all of what it looks into. ``exclude`` names tensors
     that live anyway (parameters, buffers, the inputs of the step). Counting holds the saved tensors until the
-    block's ``Saved`` goes, so use it for one step, not for a run.
+    block's ``Saved`` goes, so use it for one step, not for a run. What lean layers keep is counted where they keep it.
     """
     living = {tensor.untyped_storage().data_ptr() for tensor in exclude}
     saved = Saved()
@@ -42,5 +44,9 @@ def saved_bytes(exclude: Iterable[Tensor] = ()) -> Iterator[Saved]:
             saved._alive.append(tensor.detach())
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield saved
+    recompute.observers.append(pack)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            yield saved
+    finally:
+        recompute.observers.remove(pack)

@@ -3,19 +3,51 @@
 from __future__ import annotations
 
 from petl_kernels.backends import available_backends, backend_of, use
+from petl_kernels.ops.activation import activation
+from petl_kernels.ops.attention import attention
 from petl_kernels.ops.bottleneck_adapter import bottleneck_adapter
+from petl_kernels.ops.dropout_add import dropout_add
+from petl_kernels.ops.frozen_ffn import frozen_ffn
 from petl_kernels.ops.frozen_linear import frozen_linear
+from petl_kernels.ops.gated_activation import gated_activation
+from petl_kernels.ops.layer_norm import layer_norm, layer_norm_from_statistics, layer_norm_with_statistics
+from petl_kernels.ops.linear_cross_entropy import linear_cross_entropy
 from petl_kernels.ops.lora_linear import lora_linear, lora_linear_grouped
+from petl_kernels.ops.rms_norm import rms_norm, rms_norm_from_statistics, rms_norm_with_statistics
 
-OPS = ("frozen_linear", "lora_linear", "bottleneck_adapter")
+OPS = (
+    "frozen_linear",
+    "lora_linear",
+    "bottleneck_adapter",
+    "layer_norm",
+    "rms_norm",
+    "frozen_ffn",
+    "attention",
+    "activation",
+    "gated_activation",
+    "dropout_add",
+    "linear_cross_entropy",
+)
 
 __all__ = [
     "OPS",
+    "activation",
+    "attention",
     "available_backends",
     "backend_of",
     "bottleneck_adapter",
+    "dropout_add",
+    "frozen_ffn",
     "frozen_linear",
+    "gated_activation",
+    "layer_norm",
+    "layer_norm_from_statistics",
+    "layer_norm_with_statistics",
+    "linear_cross_entropy",
     "lora_linear",
     "lora_linear_grouped",
+    "rms_norm",
+    "rms_norm_from_statistics",
+    "rms_norm_with_statistics",
     "use",
 ]

@@ -11,9 +11,9 @@
     dw    = Σ_tokens dh ⊙ x̂             dv = Σ_tokens dh            with x̂ = (x - mean) · rstd
     dx    = rstd · (g - mean(g) - x̂ · mean(g ⊙ x̂)), g = dh ⊙ w     (+ dy when res is x)
 
-x and res (..., d), w, v, u (d,), D (m, d), d (m,), U (d, m), y (..., d); act is "relu", "gelu" (erf) or "silu". x is
-bf16, fp16, fp32 or fp64; the parameters may be wider: they are cast to x.dtype for the products, statistics and sums
-are fp32, and gradients come back in each parameter's dtype.
+x and res (..., d), w, v, u (d,), D (m, d), d (m,), U (d, m), y (..., d); act as in ``activation``. x is bf16,
+fp16, fp32 or fp64; the parameters may be wider: they are cast to x.dtype for the products, statistics and sums are
+fp32, and gradients come back in each parameter's dtype.
 
 Saves: x (2d bytes per token in bf16), which the residual keeps anyway. The rest is recomputed: m/d of extra work.
 Source: Bapna and Firat, arXiv 1909.08478; parallel form: He et al., arXiv 2110.04366.
@@ -21,14 +21,13 @@ Source: Bapna and Firat, arXiv 1909.08478; parallel form: He et al., arXiv 2110.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from petl_kernels.backends import active, dispatch, register
 from petl_kernels.errors import InputError
+from petl_kernels.ops.activation import ACTIVATIONS, check_kind, derivative
 from petl_kernels.ops.common import (
     accumulate_dtype,
     autocasts,
@@ -40,8 +39,6 @@ from petl_kernels.ops.common import (
     empty,
     shape,
 )
-
-ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 
 
 def bottleneck_adapter(
@@ -89,8 +86,7 @@ def _check(x, down, down_bias, up, up_bias, ln_weight, ln_bias, activation, resi
             check_parameter(op, name, parameter, size, x)
     if ln_bias is not None and ln_weight is None:
         raise InputError(f"{op}: ln_bias is given and ln_weight is None: expected both or none")
-    if activation not in ACTIVATIONS:
-        raise InputError(f"{op}: activation is {activation!r}: expected one of {', '.join(ACTIVATIONS)}")
+    check_kind(op, activation)
     if residual is not None:
         if residual.shape != x.shape or (residual.dtype != x.dtype and not autocasts(x)):
             raise InputError(
@@ -131,7 +127,7 @@ def reference_backward(
     dup = scale * (dy_rows.T @ ACTIVATIONS[activation](z))
     dup_bias = scale * dy_rows.sum(0, dtype=sums) if has_up_bias else empty(x)
     dz = scale * (dy_rows @ up.to(x.dtype))
-    dz = (dz.to(sums) * _derivative(activation, z.to(sums))).to(x.dtype)
+    dz = (dz.to(sums) * derivative(activation, z.to(sums))).to(x.dtype)
     ddown = dz.T @ h
     ddown_bias = empty(x) if down_bias is None else dz.sum(0, dtype=sums).to(down_bias.dtype)
 
@@ -161,16 +157,6 @@ def _layer_norm_backward(dh: Tensor, x: Tensor, weight: Tensor, bias: Tensor | N
     dx = rstd * (g - g.mean(1, keepdim=True) - normalised * (g * normalised).mean(1, keepdim=True))
     dweight = (dh * normalised).sum(0).to(weight.dtype)
     return dx, dweight, empty(x) if bias is None else dh.sum(0).to(bias.dtype)
-
-
-def _derivative(activation: str, z: Tensor) -> Tensor:
-    if activation == "relu":
-        return (z > 0).to(z.dtype)
-    if activation == "gelu":
-        density = torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
-        return 0.5 * (1 + torch.erf(z / math.sqrt(2))) + z * density
-    gate = torch.sigmoid(z)
-    return gate * (1 + z * (1 - gate))
 
 
 def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:

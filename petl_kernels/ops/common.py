@@ -118,11 +118,11 @@ def present(tensor: Tensor) -> Tensor | None:
     return None if tensor.dim() == 1 and tensor.shape[0] == 0 else tensor
 
 
-def check_activation(op: str, x: Tensor) -> None:
+def check_activation(op: str, x: Tensor, name: str = "x") -> None:
     if x.dim() == 0:
-        raise InputError(f"{op}: x has rank 0: expected (..., features)")
+        raise InputError(f"{op}: {name} has rank 0: expected (..., features)")
     if not x.is_floating_point():
-        raise InputError(f"{op}: x has dtype {x.dtype}: expected a floating-point tensor")
+        raise InputError(f"{op}: {name} has dtype {x.dtype}: expected a floating-point tensor")
 
 
 def check_weight(op: str, name: str, weight: Tensor, x: Tensor) -> None:
@@ -131,6 +131,11 @@ def check_weight(op: str, name: str, weight: Tensor, x: Tensor) -> None:
         raise InputError(
             f"{op}: {name} has shape {shape(weight)}: expected (out, {x.shape[-1]}) for x of shape {shape(x)}"
         )
+    check_frozen(op, name, weight, x)
+
+
+def check_frozen(op: str, name: str, weight: Tensor, x: Tensor) -> None:
+    """A weight that is not trained, of the dtype and device of x."""
     check_device(op, name, weight, x)
     if weight.dtype != x.dtype and not autocasts(x):
         raise InputError(f"{op}: {name} has dtype {weight.dtype}: expected that of x, {x.dtype}")

@@ -153,6 +153,7 @@ def _add_train(commands) -> None:
     flag("--betas", nargs=2, type=float, metavar=("B1", "B2"), group=loop)
     flag("--precision", metavar="fp32|bf16", group=loop)
     flag("--memory", metavar="SIZE", group=loop, help="budget for a training step, such as 8GiB")
+    flag("--tier", type=int, metavar="N", group=loop, help="memory tier of the layers, 1 to 5; 0: the model's own")
     flag("--tensorboard", action="store_true", group=loop)
 
 

@@ -78,6 +78,7 @@ class TrainConfig:
     accumulate: int = 1  # batches to one update
     max_length: int = 256  # tokens; longer pairs are left out, and counted
     memory: str | None = None
+    tier: int = 1  # how little the layers keep for backward, see petl_kernels.lean; 0 for the model's own layers
 
     lr: float | None = None
     schedule: str | None = None  # inverse-sqrt for a new model, linear for any other
@@ -128,6 +129,7 @@ class TrainConfig:
             _need(value is None or 0 <= value < 1, f"{name} {value}: expected at least 0 and below 1")
         _need(self.patience is None or bool(self.valid), "patience: needs validation text (--valid)")
         _need(self.lr is None or (self.lr > 0 and math.isfinite(self.lr)), f"lr {self.lr}: expected above 0")
+        _need(self.tier in range(6), f"tier {self.tier}: expected 0 to 5")
         _need(self.clip >= 0, f"clip {self.clip}: expected 0 (off) or above")
         _need(self.weight_decay >= 0, f"weight_decay {self.weight_decay}: expected 0 or above")
         _need(self.warmup is None or self.warmup >= 0, f"warmup {self.warmup}: expected 0 or above")

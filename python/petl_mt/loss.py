@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from petl_kernels.interop.lean_loss import LeanLoss
+
 from .data import IGNORE, Batch
 
 
@@ -16,14 +18,19 @@ def shift_right(labels: Tensor, start: int, pad: int) -> Tensor:
 
 
 def sequence_loss(model, batch: Batch, start: int, pad: int, label_smoothing: float = 0.0) -> Tensor:
-    """Summed over target tokens: (1 - ε)·(-log p(y)) + ε·mean over the vocabulary of -log p, from logits in fp32."""
-    output = model(
-        input_ids=batch.source,
-        attention_mask=(batch.source != pad).long(),
-        decoder_input_ids=shift_right(batch.labels, start, pad),
-        use_cache=False,
-    )
-    logits = output.logits
+    """Summed over target tokens: (1 - ε)·(-log p(y)) + ε·mean over the vocabulary of -log p, with sums in fp32.
+
+    Without logits where the model's loss is lean (``petl_kernels.lean``).
+    """
+    inputs = {
+        "input_ids": batch.source,
+        "attention_mask": (batch.source != pad).long(),
+        "decoder_input_ids": shift_right(batch.labels, start, pad),
+        "use_cache": False,
+    }
+    if isinstance(model, LeanLoss):
+        return model(**inputs, labels=batch.labels, label_smoothing=label_smoothing, reduction="sum").loss
+    logits = model(**inputs).logits
     with torch.autocast(logits.device.type, enabled=False):
         return F.cross_entropy(
             logits.float().flatten(0, 1),

@@ -473,6 +473,7 @@ def add_parser(commands) -> None:
         "--eval-every",
         "--patience",
         "--beam",
+        "--tier",
         "--seed",
     ):
         parser.add_argument(name, type=int, metavar="N")

@@ -66,6 +66,7 @@ class Progress:
     target_tokens: int = 0
     seconds: float = 0.0  # in training steps
     saved_bytes_per_token: float | None = None
+    plain_saved_bytes_per_token: float | None = None
 
 
 @dataclass
@@ -84,6 +85,7 @@ class RunResult:
     seconds_per_step: float
     target_tokens_per_second: float
     saved_bytes_per_token: float | None  # kept for backward, per padded token of source and target
+    plain_saved_bytes_per_token: float | None  # what it would be with the model's own layers and loss
     peak_memory_bytes: int
     data: list[dict[str, Any]] = field(default_factory=list)
     losses: list[float] = field(default_factory=list, repr=False)
@@ -157,6 +159,7 @@ class _Training:
         if config.precision == "bf16":
             cast_frozen_matrices(self.model, torch.bfloat16)
         self.model.to(self.device)
+        pk.lean(self.model, config.tier)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         if config.method != "full":
             self.stored_parameters = pk.report(self.model).stored
@@ -238,6 +241,8 @@ class _Training:
     def _loop(self, interrupted: Callable[[], bool]) -> None:
         config, progress = self.config, self.progress
         self.model.train()
+        if progress.saved_bytes_per_token is None:
+            self._measure_saved()
         while progress.step < config.steps and not self._out_of_patience():
             self._update()
             if progress.step % config.eval_every == 0 or progress.step == config.steps:
@@ -247,6 +252,25 @@ class _Training:
             if interrupted():
                 self.log.say(f"interrupted; step {progress.step} is saved, go on with --resume")
                 raise KeyboardInterrupt
+
+    def _measure_saved(self) -> None:
+        """What a forward pass keeps of each token, and what it would keep with the model's own layers."""
+        batch = self.batches.take(Position(self.progress.epoch, self.progress.batch))
+        part = Batch(*(values[:4] for values in (batch.source, batch.labels, batch.indices))).to(self.device)
+        living = [*self.model.parameters(), *self.model.buffers(), part.source, part.labels]
+        kept = {}
+        for tier in (0, self.config.tier):
+            pk.lean(self.model, tier)
+            with torch.random.fork_rng(), saved_bytes(exclude=living) as saved:
+                self._loss(part, 1)
+            kept[tier] = saved.bytes / (part.source.numel() + part.labels.numel())
+        self.progress.plain_saved_bytes_per_token = kept[0]
+        self.progress.saved_bytes_per_token = kept[self.config.tier]
+        if self.config.tier:
+            self.log.say(
+                f"tier {self.config.tier}: {kept[self.config.tier]:,.0f} bytes a token are kept for the backward pass; "
+                f"the model's own layers and loss would keep {kept[0]:,.0f}"
+            )
 
     def _update(self) -> None:
         """One update: gradients of ``accumulate`` batches, normalised by all their target tokens together."""
@@ -285,21 +309,9 @@ class _Training:
 
     def _backward(self, batch: Batch, tokens: int) -> torch.Tensor:
         """Add the gradient of this part's share of the mean loss over ``tokens``; returns that share."""
-        with self._count_saved(batch):
-            loss = self._loss(batch, tokens)
+        loss = self._loss(batch, tokens)
         self.accelerator.backward(loss)
         return loss.detach()
-
-    @contextmanager
-    def _count_saved(self, batch: Batch) -> Iterator[None]:
-        """The first time: measure what autograd keeps of a forward pass."""
-        if self.progress.saved_bytes_per_token is not None:
-            yield
-            return
-        living = [*self.model.parameters(), *self.model.buffers(), batch.source, batch.labels]
-        with saved_bytes(exclude=living) as saved:
-            yield
-        self.progress.saved_bytes_per_token = saved.bytes / (batch.source.numel() + batch.labels.numel())
 
     def _loss(self, batch: Batch, tokens: int) -> torch.Tensor:
         pad = self.tokenizer.pad_token_id
@@ -391,6 +403,7 @@ class _Training:
             seconds_per_step=statistics.median(steady),
             target_tokens_per_second=progress.target_tokens / progress.seconds if progress.seconds else 0.0,
             saved_bytes_per_token=progress.saved_bytes_per_token,
+            plain_saved_bytes_per_token=progress.plain_saved_bytes_per_token,
             peak_memory_bytes=memory_in_use(self.device),
             data=[dataclasses.asdict(count) for count in [*self.counts, *self.valid_counts]],
             losses=self.losses,

@@ -33,7 +33,16 @@ def test_values_and_gradients(name, dtype):
     assert parity.compare(op, "triton", case(parity.Source(CPU, DTYPES[dtype]))) is None
 
 
-@pytest.mark.parametrize("name", ["lora_linear-129-rows-3-groups-dropout", "bottleneck_adapter-129-rows-relu"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lora_linear-129-rows-3-groups-dropout",
+        "bottleneck_adapter-129-rows-relu",
+        "layer_norm-67-rows",
+        "frozen_ffn-129-rows-relu",
+        "activation-relu-dropout",
+    ],
+)
 def test_two_runs_agree_bitwise(name):
     op, case = triton_cases.CASES[name]
     given = case(parity.Source(CPU, torch.float16))
@@ -44,12 +53,25 @@ def test_two_runs_agree_bitwise(name):
 
 @pytest.mark.parametrize("seed", [0, 7, 2**62 + 12345])
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
-def test_dropout_mask_is_the_reference_stream(seed, p):
-    """With A the identity, s is drop(x) itself."""
-    x, eye, seed = torch.ones(33, 20), torch.eye(20), torch.tensor([seed])
-    weight, b = torch.zeros(4, 20), torch.zeros(4, 20)
+@pytest.mark.parametrize("features", [20, 64, 19])
+def test_dropout_mask_is_the_reference_stream(seed, p, features):
+    """With A the identity, s is drop(x) itself; rows that 4 does not divide take the other path."""
+    x, eye, seed = torch.ones(33, features), torch.eye(features), torch.tensor([seed])
+    weight, b = torch.zeros(4, features), torch.zeros(4, features)
     _, s = backends.kernel_of("lora_linear", "triton")(x, [weight], [None], [eye], [b], [1.0], p, seed)
     torch.testing.assert_close(s, philox.dropout(x, p, seed), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("features", [1, 13, 64, 77])
+def test_packed_bits_and_special_numbers(dtype, features):
+    z = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1.0, -1.0]).repeat(features)
+    z = z.view(7, features).to(DTYPES[dtype])
+    (y, bits), (exact, exact_bits) = (
+        backends.kernel_of("activation", backend)(z, "relu", 0.0, None) for backend in ("triton", "reference")
+    )
+    torch.testing.assert_close(y, exact, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(bits, exact_bits)
 
 
 def test_group_equals_its_members():
@@ -62,6 +84,50 @@ def test_group_equals_its_members():
     for g, y in enumerate(together):
         (alone,), _ = forward(given["x"], *(members[g : g + 1] for members in lists), given["dropout"], given["seed"])
         torch.testing.assert_close(y, alone)
+
+
+@pytest.mark.parametrize("name", ["layer_norm-offset", "layer_norm-fp32-parameters", "rms_norm-fp32-weight"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_norms_output_again_is_its_output_to_the_bit(name, dtype):
+    op, case = triton_cases.CASES[name]
+    values = parity.run(op, "triton", case(parity.Source(CPU, DTYPES[dtype])))
+    assert torch.equal(values["y"], values["again"])
+
+
+@pytest.mark.parametrize("f", [5, 40, 75])
+def test_bits_are_packed_as_the_reference_packs_them(f):
+    given = parity.frozen_ffn_arguments(parity.Source(CPU, torch.float32), (129,), d=24, f=f)
+    arguments = [given[name] for name in ("x", "w1", "c1", "w2", "c2", "gate", "activation")]
+    bits = [backends.kernel_of("frozen_ffn", name)(*arguments, "bits")[1] for name in ("triton", "reference")]
+    assert torch.equal(*bits)
+
+
+def test_only_the_gradients_of_a_norm_and_a_network_asked_for():
+    given = parity.layer_norm_arguments(parity.Source(CPU, torch.float32), (5,), d=12)
+    x, weight = given["x"], given["weight"]
+    backward = backends.kernel_of("layer_norm_backward", "triton")
+    arguments = (given["dy"], x, x.mean(-1), x.var(-1, correction=0).rsqrt(), weight)
+    assert [grad.numel() for grad in backward(*arguments, False, True, False)] == [0, 12, 0]
+    assert [grad.numel() for grad in backward(*arguments, True, False, True)] == [60, 0, 12]
+    torch.testing.assert_close(backward(*arguments, False, False, True)[2], given["dy"].sum(0))
+    given = parity.frozen_ffn_arguments(parity.Source(CPU, torch.float32), (5,), d=12, f=16, activation="silu")
+    saved = [given[name] for name in ("dy", "x")] + [torch.empty(0)] * 2
+    weights = [given[name] for name in ("w1", "c1", "w2", "gate")]
+    backward = backends.kernel_of("frozen_ffn_backward", "triton")
+    grads = backward(*saved, *weights, "silu", "x", False, True, False)
+    assert [grad.numel() for grad in grads] == [0, 16, 0]
+
+
+def test_padded_rows_of_logits():
+    """A CUDA device gets rows that begin at multiples of 16 numbers; what lies between them counts for nothing."""
+    padded, labels = torch.randn(5, 48), torch.tensor([0, 39, 7, 31, 32])
+    padded[:, 40:] = torch.nan
+    results = []
+    for backend in ("triton", "reference"):
+        logits = padded.clone()[:, :40]
+        losses = backends.kernel_of("linear_cross_entropy", backend)(logits, labels, None, 0.8, 0.005, 1.0, None, True)
+        results.append((losses, logits))
+    torch.testing.assert_close(*results)
 
 
 def test_only_the_gradients_asked_for():

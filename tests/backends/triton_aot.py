@@ -19,11 +19,31 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from petl_kernels.backends.triton import bottleneck_adapter, common, config, frozen_linear, lora_linear
+from petl_kernels.backends.triton import (
+    activation,
+    attention,
+    bottleneck_adapter,
+    common,
+    config,
+    dropout_add,
+    frozen_ffn,
+    frozen_linear,
+    gated_activation,
+    layer_norm,
+    linear_cross_entropy,
+    lora_linear,
+    rms_norm,
+)
 
 # device class -> (compute capability to compile for, multiprocessors of its usual card)
 CARDS = {"sm80": (80, 108), "sm90": (90, 132), "sm100": (100, 148), "small": (86, 82)}
-POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64"}
+POINTERS = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int64: "*i64",
+    torch.uint8: "*u8",
+}
 CUOBJDUMP = Path(triton.__path__[0]) / "backends/nvidia/bin/cuobjdump"
 
 
@@ -37,7 +57,10 @@ def record(card: str, call: Callable[[], None]) -> list[tuple]:
 
     saved = config.device_class, config.processors
     config.device_class, config.processors = lambda device: card, lambda device: CARDS[card][1]
-    modules = (bottleneck_adapter, common, frozen_linear, lora_linear)
+    modules = (
+        *(activation, attention, bottleneck_adapter, common, dropout_add, frozen_ffn, frozen_linear),
+        *(gated_activation, layer_norm, linear_cross_entropy, lora_linear, rms_norm),
+    )
     original = common.launch
     for module in modules:
         module.launch = launch
@@ -130,6 +153,60 @@ def adapter(
     )
 
 
+def norms(dtype: torch.dtype, d: int, parameters: torch.dtype, tokens: int = 8192) -> None:
+    x, weight = _new(dtype, tokens, d), _new(parameters, d)
+    y, mean, rstd = layer_norm.layer_norm(x, weight, weight, 1e-5)
+    layer_norm.layer_norm_from_statistics(x, mean, rstd, weight, weight)
+    layer_norm.layer_norm_backward(y, x, mean, rstd, weight, True, True, True)
+    y, rstd = rms_norm.rms_norm(x, weight, 1e-6)
+    rms_norm.rms_norm_from_statistics(x, rstd, weight)
+    rms_norm.rms_norm_backward(y, x, rstd, weight, True, True)
+
+
+def ffn(dtype: torch.dtype, activation: str, gated: bool, keeps: str, tokens: int = 1024, d: int = 1024) -> None:
+    x, w1, w2, c1, c2 = (_new(dtype, *shape) for shape in ((tokens, d), (4 * d, d), (d, 4 * d), (4 * d,), (d,)))
+    gate = w1 if gated else None
+    _, z, g = frozen_ffn.frozen_ffn(x, w1, c1, w2, c2, gate, activation, keeps)
+    frozen_ffn.frozen_ffn_backward(x, x, z, g, w1, c1, w2, gate, activation, keeps, True, True, True)
+
+
+def activate(dtype: torch.dtype, kind: str, dropout: float, tokens: int = 8192, features: int = 4096) -> None:
+    z, seed = _new(dtype, tokens, features), _new(torch.int64, 1)
+    y, bits = activation.activation(z, kind, dropout, seed)
+    activation.activation_backward(y, bits if kind == "relu" else z, kind, dropout, seed)
+    gated_activation.gated_activation(z, y, kind, dropout, seed)
+    gated_activation.gated_activation_backward(y, z, y, kind, dropout, seed)
+
+
+def residual(dtype: torch.dtype, stream: torch.dtype, tokens: int = 8192, d: int = 1024) -> None:
+    x, stream, seed = _new(dtype, tokens, d), _new(stream, tokens, d), _new(torch.int64, 1)
+    y = dropout_add.dropout_add(x, stream, 0.1, seed)
+    dropout_add.dropout_add_backward(y, dtype, 0.1, seed)
+
+
+def loss(dtype: torch.dtype, words: int, bias: bool, smoothing: float, rows: int = 64) -> None:
+    logits = _new(dtype, rows, -(-words // 16) * 16)[:, :words]
+    labels, word = _new(torch.int64, rows), _new(torch.float32, words) if bias else None
+    dlosses = _new(torch.float32, rows) if bias else None
+    linear_cross_entropy.linear_cross_entropy(logits, labels, word, 0.9, smoothing, 0.5, dlosses, True)
+    linear_cross_entropy.linear_cross_entropy(logits, labels, word, 0.9, smoothing, 0.5, None, False)
+
+
+def attend(dtype: torch.dtype, d: int, options: tuple[str, ...] = (), length: int = 512, heads: int = 16) -> None:
+    q, k, v, do = (_new(dtype, 16, length, heads, d).transpose(1, 2) for _ in range(4))
+    mask = None
+    if "padding" in options:
+        mask = _new(torch.bool, 16, 1, 1, length)
+    elif "additive" in options:
+        mask = _new(torch.float32, 16, 1, length, length)
+    bias = _new(dtype, 1, heads, length, length) if "bias" in options else None
+    prefix = [_new(torch.float32, 20, heads, d) if "prefix" in options else None] * 2
+    dropout = 0.1 if "dropout" in options else 0.0
+    rest = (mask, bias, *prefix, "causal" in options, d**-0.5, dropout, _new(torch.int64, 1) if dropout else None)
+    o, lse = attention.attention(q, k, v, *rest)
+    attention.attention_backward(do, q, k, v, o, lse, *rest, False)
+
+
 def _new(dtype: torch.dtype, *shape: int) -> torch.Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
@@ -146,15 +223,42 @@ EVERYWHERE = [
     (adapter, BF16, 64),
     (adapter, FP16, 256),
     (adapter, BF16, 512),
+    (norms, BF16, 1024, FP32),
+    (norms, FP16, 8192, FP16),
+    (ffn, BF16, "relu", False, "bits"),
+    (ffn, FP16, "gelu_tanh", True, "z"),
+    (activate, BF16, "relu", 0.1),
+    (activate, FP16, "gelu_tanh", 0.0),
+    (residual, BF16, BF16),
+    (residual, FP16, FP32),
+    (loss, BF16, 256206, False, 1e-6),
+    (loss, FP16, 128112, True, 0.0),
+    (attend, BF16, 64, ("padding", "dropout")),
+    (attend, FP16, 128, ("additive", "bias", "causal", "dropout", "prefix")),
 ]
 ONLY = {
-    "sm80": [(lora, FP32, 3, 16, 0.1), (adapter, FP32, 64)],
+    "sm80": [
+        (lora, FP32, 3, 16, 0.1),
+        (adapter, FP32, 64),
+        (norms, FP32, 1024, FP32),
+        (ffn, FP32, "gelu", True, "x"),
+        (loss, FP32, 128112, True, 1e-6),
+        (attend, FP32, 64, ("padding", "dropout")),
+    ],
     "sm90": [
         (lora, BF16, 3, 64, 0.0),
+        (activate, FP32, "gelu", 0.1),
+        (activate, BF16, "relu", 0.0),
+        (activate, BF16, "silu", 0.1, 8192, 1037),
         (lora, FP16, 2, 8, 0.0),
         (adapter, FP16, 128),
         (adapter, BF16, 64, True, "gelu", 16),
         (adapter, FP16, 16, False, "silu"),
+        (ffn, BF16, "gelu", False, "z"),
+        (ffn, BF16, "silu", True, "x"),
+        (attend, BF16, 64),
+        (attend, FP16, 64, ("additive", "bias", "causal", "dropout", "prefix")),
+        (attend, FP16, 32, ("padding",)),
     ],
 }
 

@@ -1,6 +1,6 @@
 """Calls that between them take every path of the Triton kernels, at sizes that no tile divides.
 
-The interpreter's tiles are 32 wide: 33 rows are two tiles, 129 rows several parts of a sum over tokens, and an
+The interpreter's tiles are 32 wide or less: 33 rows are two tiles, 129 rows several parts of a sum over tokens, and an
 adapter with a bottleneck above 64 (32 in backward) takes two launches. On a GPU the same calls run, and `LARGE`
 beside them, at sizes that take the tiles of its tables.
 """
@@ -9,9 +9,16 @@ from __future__ import annotations
 
 import torch
 
+from petl_kernels.parity import activation_arguments as activation
+from petl_kernels.parity import attention_arguments as attention
 from petl_kernels.parity import bottleneck_adapter_arguments as adapter
+from petl_kernels.parity import dropout_add_arguments as dropout_add
+from petl_kernels.parity import frozen_ffn_arguments as ffn
 from petl_kernels.parity import frozen_linear_arguments as frozen
+from petl_kernels.parity import layer_norm_arguments as layer_norm
+from petl_kernels.parity import linear_cross_entropy_arguments as loss
 from petl_kernels.parity import lora_linear_arguments as lora
+from petl_kernels.parity import rms_norm_arguments as rms_norm
 
 
 def _strided(tensor: torch.Tensor) -> torch.Tensor:
@@ -48,6 +55,52 @@ def _adapter_strided(draw):
     return given | rows | {"x": _strided(given["x"])}
 
 
+def _norm_strided(draw):
+    given = layer_norm(draw, (3, 11), d=45)
+    return given | {"x": _strided(given["x"]), "dy": _strided_rows(given["dy"]), "weight": _strided(given["weight"])}
+
+
+def _norm_offset(draw):
+    given = layer_norm(draw, (7,), d=70)
+    return given | {"x": given["x"] * 0.5 + 20}
+
+
+def _ffn_strided(draw):
+    given = ffn(draw, (3, 11), d=24, f=45)
+    return given | {"x": _strided(given["x"]), "dy": _strided_rows(given["dy"]), "w1": _strided(given["w1"])}
+
+
+def _activation_strided(draw):
+    given = activation(draw, (3, 11), features=45, dropout=0.3)
+    return given | {"z": _strided(given["z"]), "dy": _strided_rows(given["dy"])}
+
+
+def _gated_halves(draw):
+    given = activation(draw, (3, 11), features=40, kind="silu", gated=True)
+    z, g = torch.cat([given["z"], given["g"]], -1).chunk(2, -1)
+    return given | {"z": z, "g": g, "dy": _strided(given["dy"])}
+
+
+def _dropout_add_strided(draw):
+    given = dropout_add(draw, (3, 11), features=45)
+    return (
+        given | {name: _strided_rows(given[name]) for name in ("x", "dy")} | {"residual": _strided(given["residual"])}
+    )
+
+
+def _attention_strided(draw):
+    given = attention(draw, queries=20, keys=20, mask="rows")
+    return given | {name: _strided(given[name]) for name in ("q", "k", "v")} | {"do": draw(16).expand(2, 3, 20, 16)}
+
+
+def _loss_switched_off(draw):
+    """A whole block of words that a bias of -inf switches off."""
+    given = loss(draw, (9,), words=97, label_smoothing=0.0)
+    given["bias"] -= 200
+    given["bias"][32:64] = -torch.inf
+    return given | {"labels": given["labels"].where((given["labels"] < 32) | (given["labels"] >= 64), 0)}
+
+
 FROZEN = {
     "1-row": lambda draw: frozen(draw, (1,), n=37, k=45),
     "33-rows-no-bias": lambda draw: frozen(draw, (33,), n=64, k=33, bias=False),
@@ -81,11 +134,108 @@ ADAPTER = {
     "strided": _adapter_strided,
     "no-rows": lambda draw: adapter(draw, (0,), d=45, m=5),
 }
-CASES = {
-    f"{op}-{name}": (op, case)
-    for op, cases in (("frozen_linear", FROZEN), ("lora_linear", LORA), ("bottleneck_adapter", ADAPTER))
-    for name, case in cases.items()
+LAYER_NORM = {
+    "1-row": lambda draw: layer_norm(draw, (1,), d=7),
+    "67-rows": lambda draw: layer_norm(draw, (67,), d=72),
+    "fp32-parameters": lambda draw: layer_norm(draw, (3, 3), d=45, parameter_dtype=torch.float32),
+    "no-bias": lambda draw: layer_norm(draw, (9,), d=32, bias=False),
+    "offset": _norm_offset,
+    "strided": _norm_strided,
+    "no-rows": lambda draw: layer_norm(draw, (0,), d=45),
 }
+RMS_NORM = {
+    "1-row": lambda draw: rms_norm(draw, (1,), d=7),
+    "67-rows": lambda draw: rms_norm(draw, (67,), d=72),
+    "fp32-weight": lambda draw: rms_norm(draw, (9,), d=45, parameter_dtype=torch.float32),
+    "no-rows": lambda draw: rms_norm(draw, (2, 0), d=45),
+}
+# Chunks have 48 rows in the interpreter.
+FFN = {
+    "1-row": lambda draw: ffn(draw, (1,), d=7, f=5),
+    "129-rows-relu": lambda draw: ffn(draw, (3, 43), d=24, f=75),
+    "no-bias-silu": lambda draw: ffn(draw, (33,), d=40, f=64, bias=False, activation="silu"),
+    "gelu": lambda draw: ffn(draw, (97,), d=24, f=33, activation="gelu"),
+    "gelu-recomputed": lambda draw: ffn(draw, (97,), d=24, f=33, activation="gelu", recompute=True),
+    "relu-gated": lambda draw: ffn(draw, (33,), d=24, f=40, gated=True),
+    "gelu-tanh-gated": lambda draw: ffn(draw, (33,), d=24, f=40, bias=False, gated=True, activation="gelu_tanh"),
+    "gelu-tanh-gated-recomputed": lambda draw: ffn(
+        draw, (97,), d=24, f=40, gated=True, activation="gelu_tanh", recompute=True
+    ),
+    "strided": _ffn_strided,
+    "no-rows": lambda draw: ffn(draw, (0,), d=24, f=40),
+}
+ACTIVATION = {
+    "1-row-relu": lambda draw: activation(draw, (1,), features=45),
+    "relu": lambda draw: activation(draw, (3, 43), features=72),
+    "width-1-relu": lambda draw: activation(draw, (5,), features=1, dropout=0.3),
+    "relu-dropout": lambda draw: activation(draw, (33,), features=72, dropout=0.3),
+    "gelu": lambda draw: activation(draw, (17,), features=77, kind="gelu"),
+    "gelu-tanh-dropout": lambda draw: activation(draw, (33,), features=40, kind="gelu_tanh", dropout=0.3),
+    "silu-dropout": lambda draw: activation(draw, (33,), features=77, kind="silu", dropout=0.5),
+    "strided": _activation_strided,
+    "no-rows": lambda draw: activation(draw, (2, 0), features=45, dropout=0.5),
+}
+GATED = {
+    "1-row-gelu": lambda draw: activation(draw, (1,), features=45, kind="gelu", gated=True),
+    "gelu-tanh": lambda draw: activation(draw, (3, 43), features=72, kind="gelu_tanh", gated=True),
+    "silu-dropout": lambda draw: activation(draw, (33,), features=77, kind="silu", dropout=0.5, gated=True),
+    "relu-dropout": lambda draw: activation(draw, (33,), features=72, dropout=0.3, gated=True),
+    "halves": _gated_halves,
+    "no-rows": lambda draw: activation(draw, (0,), features=45, kind="silu", dropout=0.5, gated=True),
+}
+DROPOUT_ADD = {
+    "1-row": lambda draw: dropout_add(draw, (1,), features=45),
+    "3x43-rows": lambda draw: dropout_add(draw, (3, 43), features=72, p=0.1),
+    "fp32-stream": lambda draw: dropout_add(draw, (33,), features=64, stream=torch.float32),
+    "strided": _dropout_add_strided,
+    "no-rows": lambda draw: dropout_add(draw, (0,), features=45),
+}
+LOSS = {
+    "1-row-1-block": lambda draw: loss(draw, (1,), words=20),
+    "33-rows-fairseq": lambda draw: loss(draw, (3, 11), words=131, smoothing="fairseq", logit_scale=0.5),
+    "no-smoothing-no-bias": lambda draw: loss(draw, (17,), words=97, bias=False, label_smoothing=0.0),
+    "dlosses-power-of-two-words": lambda draw: loss(draw, (17,), words=128, dlosses=True, chunk_rows=17),
+    "switched-off": _loss_switched_off,
+    "no-rows": lambda draw: loss(draw, (0,), words=40),
+}
+ATTENTION = {
+    "1-query": lambda draw: attention(draw, batch=1, heads=2, queries=1, keys=1, d=1),
+    "wide": lambda draw: attention(draw, batch=1, heads=1, queries=20, keys=33, d=100),
+    "too-wide": lambda draw: attention(draw, heads=1, queries=5, keys=6, d=130, prefix=2),
+    "padding": lambda draw: attention(draw, batch=1, heads=2, queries=33, keys=70, d=24, mask="padding"),
+    "rows-that-see-nothing": lambda draw: attention(draw, batch=1, heads=2, queries=37, keys=40, mask="rows"),
+    "finfo-min": lambda draw: attention(draw, batch=1, heads=2, queries=37, keys=40, mask="finfo"),
+    "additive": lambda draw: attention(draw, batch=1, heads=2, queries=18, keys=40, mask="additive", scale=1.0),
+    "causal": lambda draw: attention(draw, batch=1, heads=2, queries=70, keys=70, d=33, causal=True),
+    "causal-more-keys": lambda draw: attention(draw, batch=1, heads=2, queries=33, keys=70, causal=True, prefix=3),
+    "causal-fewer-keys": lambda draw: attention(draw, batch=1, heads=2, queries=70, keys=33, causal=True),
+    "bias": lambda draw: attention(draw, batch=1, heads=2, queries=33, keys=33, bias=1, mask="padding"),
+    "dropout": lambda draw: attention(draw, batch=1, heads=2, queries=33, keys=50, dropout=0.3),
+    "prefix": lambda draw: attention(
+        draw, batch=1, heads=2, queries=33, keys=50, prefix=20, prefix_dtype=torch.float32
+    ),
+    "everything": lambda draw: attention(
+        draw, heads=2, queries=20, keys=40, d=20, prefix=5, mask="rows", bias=2, causal=True, dropout=0.4
+    ),
+    "strided": _attention_strided,
+    "no-rows": lambda draw: attention(draw, batch=1, heads=2, queries=0, prefix=2, dropout=0.1),
+    "no-keys": lambda draw: attention(draw, keys=0, prefix=2),
+}
+TABLES = {
+    "frozen_linear": FROZEN,
+    "lora_linear": LORA,
+    "bottleneck_adapter": ADAPTER,
+    "layer_norm": LAYER_NORM,
+    "rms_norm": RMS_NORM,
+    "frozen_ffn": FFN,
+    "activation": ACTIVATION,
+    "gated_activation": GATED,
+    "dropout_add": DROPOUT_ADD,
+    "linear_cross_entropy": LOSS,
+    "attention": ATTENTION,
+}
+CASES = {f"{op}-{name}": (op, case) for op, cases in TABLES.items() for name, case in cases.items()}
+
 
 LARGE = {
     **{
@@ -110,5 +260,50 @@ LARGE = {
             ),
         )
         for m, activation in ((16, "relu"), (64, "relu"), (64, "gelu"), (100, "silu"), (256, "relu"), (400, "gelu"))
+    },
+    **{f"layer_norm-{d}": ("layer_norm", lambda draw, d=d: layer_norm(draw, (2050,), d)) for d in (1032, 8200)},
+    "rms_norm-1032": ("rms_norm", lambda draw: rms_norm(draw, (8200,), 1032, parameter_dtype=torch.float32)),
+    **{
+        f"frozen_ffn-{activation}-gated-{gated}": (
+            "frozen_ffn",
+            lambda draw, activation=activation, gated=gated: ffn(
+                draw, (4100,), 520, 2060, gated=gated, activation=activation
+            ),
+        )
+        for activation, gated in (("relu", False), ("gelu", False), ("gelu_tanh", True))
+    },
+    **{
+        f"{op}-{kind}-{features}-dropout-{p}": (
+            op,
+            lambda draw, op=op, kind=kind, features=features, p=p: activation(
+                draw, (1030,), features, kind, dropout=p, gated=op == "gated_activation"
+            ),
+        )
+        for op, kind in (("activation", "relu"), ("activation", "gelu"), ("gated_activation", "gelu_tanh"))
+        for features in (4096, 1037)
+        for p in (0.0, 0.1)
+    },
+    **{
+        f"dropout_add-{features}": (
+            "dropout_add",
+            lambda draw, features=features: dropout_add(draw, (1030,), features, 0.1, torch.float32),
+        )
+        for features in (1024, 1037)
+    },
+    **{
+        f"linear_cross_entropy-{words}-words": (
+            "linear_cross_entropy",
+            lambda draw, words=words: loss(draw, (300,), 520, words, chunk_rows=128),
+        )
+        for words in (32000, 50021)
+    },
+    **{
+        f"attention-{d}-{name}": ("attention", lambda draw, d=d, options=options: attention(draw, d=d, **options))
+        for d in (32, 64, 128)
+        for name, options in {
+            "plain": {"queries": 500, "keys": 700},
+            "causal-dropout": {"queries": 520, "keys": 520, "causal": True, "dropout": 0.1, "mask": "padding"},
+            "prefix-finfo": {"queries": 300, "keys": 300, "prefix": 100, "mask": "finfo"},
+        }.items()
     },
 }

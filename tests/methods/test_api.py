@@ -159,7 +159,7 @@ def test_from_dict_names_what_is_unknown():
 def test_report(m2m100):
     total = sum(p.numel() for p in m2m100.parameters())
     plain = pk.report(m2m100)
-    assert str(plain).endswith(f"no adapter is active; trained {total:,} of {total:,} parameters") and plain.frozen == 0
+    assert f"no adapter is active; trained {total:,} of {total:,} parameters\n" in str(plain) and plain.frozen == 0
     pk.adapt(m2m100, pk.BitFit(), name="first")
     pk.adapt(m2m100, pk.LoRA(rank=4, targets=("q_proj", "fc1")), name="second")
     report = pk.report(m2m100)

@@ -12,13 +12,25 @@ from collections.abc import Callable
 import torch
 import triton
 
-from petl_kernels.backends import kernel_of, register
+from petl_kernels.backends import PARTS, kernel_of, register
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED and isinstance(triton.language.cdiv, triton.JITFunction):
     raise ImportError("triton was imported before TRITON_INTERPRET=1 was set")
 
-from petl_kernels.backends.triton import bottleneck_adapter, frozen_linear, lora_linear  # noqa: E402
+from petl_kernels.backends.triton import (  # noqa: E402
+    activation,
+    attention,
+    bottleneck_adapter,
+    dropout_add,
+    frozen_ffn,
+    frozen_linear,
+    gated_activation,
+    layer_norm,
+    linear_cross_entropy,
+    lora_linear,
+    rms_norm,
+)
 
 DTYPES = {torch.float16, torch.float32} | (set() if INTERPRETED else {torch.bfloat16})
 
@@ -32,6 +44,20 @@ def _register(kernel: Callable) -> None:
         return (kernel if x.dtype in DTYPES else kernel_of(op, "reference"))(first, *args)
 
 
-for module in (frozen_linear, lora_linear, bottleneck_adapter):
-    _register(getattr(module, module.__name__.rpartition(".")[2]))
-    _register(getattr(module, module.__name__.rpartition(".")[2] + "_backward"))
+for module in (
+    frozen_linear,
+    lora_linear,
+    bottleneck_adapter,
+    layer_norm,
+    rms_norm,
+    frozen_ffn,
+    attention,
+    activation,
+    gated_activation,
+    dropout_add,
+    linear_cross_entropy,
+):
+    name = module.__name__.rpartition(".")[2]
+    for part in ("", *PARTS):
+        if hasattr(module, name + part):
+            _register(getattr(module, name + part))

@@ -31,6 +31,7 @@ import triton.language as tl
 from torch.nn import functional as F
 
 from petl_kernels.backends.triton import config
+from petl_kernels.backends.triton.activation import activate, derivative
 from petl_kernels.backends.triton.common import as_rows, launch, load, store, swizzle
 
 
@@ -215,27 +216,6 @@ def _sums_over_tokens(dy, x, latent, dlatent, statistics, scale, has_ln) -> torc
 
 
 @triton.jit
-def _activate(z, ACTIVATION: tl.constexpr):
-    if ACTIVATION == "relu":
-        return tl.maximum(z, 0.0)
-    elif ACTIVATION == "gelu":
-        return 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
-    else:
-        return z * tl.sigmoid(z)
-
-
-@triton.jit
-def _derivative(z, ACTIVATION: tl.constexpr):
-    if ACTIVATION == "relu":
-        return tl.where(z > 0, 1.0, 0.0)
-    elif ACTIVATION == "gelu":
-        return 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
-    else:
-        gate = tl.sigmoid(z)
-        return gate * (1.0 + z * (1.0 - gate))
-
-
-@triton.jit
 def _fold_kernel(
     folded, offsets, up_cast, down, down_bias, ln_weight, ln_bias, up, d, m, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -324,7 +304,7 @@ def _forward_kernel(
     z, _, _, _, _, _ = _latent(
         x, x, down, up, offsets, rows, latent, M, d, m, stride_x, stride_x, eps, LN, False, BM, BK, BR
     )
-    a = _activate(z, ACTIVATION).to(x.dtype.element_ty)
+    a = activate(z, ACTIVATION).to(x.dtype.element_ty)
 
     row_inside, latent_inside = rows < M, latent < m
     cols = tl.arange(0, BN)
@@ -352,7 +332,7 @@ def _latent_kernel(
     z, _, _, _, _, _ = _latent(
         x, x, down, x, offsets, rows, latent, M, d, m, stride_x, stride_x, eps, LN, False, BM, BK, BR
     )
-    store(a + rows[:, None] * m + latent[None, :], _activate(z, ACTIVATION), rows < M, latent < m)
+    store(a + rows[:, None] * m + latent[None, :], activate(z, ACTIVATION), rows < M, latent < m)
 
 
 @triton.jit
@@ -384,8 +364,8 @@ def _latent_gradient(
     """Store act(z), dz and the row statistics; returns dz, Σ_j dz c1 and Σ_j dz (z - c2)."""
     row_inside, latent_inside = rows < M, latent < m
     block = rows[:, None] * m + latent[None, :]
-    gradient = (scale * da * _derivative(z, ACTIVATION)).to(dz.dtype.element_ty)
-    store(a + block, _activate(z, ACTIVATION), row_inside, latent_inside)
+    gradient = (scale * da * derivative(z, ACTIVATION)).to(dz.dtype.element_ty)
+    store(a + block, activate(z, ACTIVATION), row_inside, latent_inside)
     store(dz + block, gradient, row_inside, latent_inside)
     if first:
         tl.store(statistics + rows, mean, mask=row_inside)

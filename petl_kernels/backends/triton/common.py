@@ -119,20 +119,36 @@ def start_of(sizes, index):
 
 
 @triton.jit
-def drop(tile, seed, rows, cols, K, threshold, keep_scale):
-    """Inverted dropout of a tile, with `threshold` = floor(p * 2^32).
+def drop(tile, seed, rows, first, K, threshold, keep_scale, QUADS: tl.constexpr):
+    """Inverted dropout of a tile whose columns start at `first`, with `threshold` = floor(p * 2^32).
 
-    The mask is never stored: element (row, col) of the (tokens, K) input is kept iff Philox4x32-10 at counter
-    row * K + col gives at least the threshold. One counter for each element is the ops' convention; it costs
-    57 instructions an element on sm_90, four times what one counter for each four elements would.
+    The mask is never stored: element i = row * K + column of the (tokens, K) input is kept iff output i % 4 of
+    Philox4x32-10 at counter i // 4 is at least the threshold. QUADS: 4 divides K and `first`, so that a counter's
+    four elements lie side by side in a row and are decided together; otherwise each element computes its own counter.
     """
-    counter = rows[:, None].to(tl.uint32) * K + cols[None, :].to(tl.uint32)
-    random = tl.randint(tl.load(seed), counter.to(tl.uint32)).to(tl.uint32)
-    kept = random >= threshold.to(tl.uint32, bitcast=True)
+    COLS: tl.constexpr = tile.shape[1]
+    seed, threshold = tl.load(seed), threshold.to(tl.uint32, bitcast=True)
+    if QUADS:
+        counter = rows[:, None].to(tl.uint32) * (K // 4) + (first // 4 + tl.arange(0, COLS // 4))[None, :]
+        r0, r1, r2, r3 = tl.randint4x(seed, counter.to(tl.uint32))
+        even = tl.interleave(r0 >= threshold, r2 >= threshold)
+        odd = tl.interleave(r1 >= threshold, r3 >= threshold)
+        kept = tl.interleave(even, odd)
+    else:
+        index = (rows[:, None].to(tl.uint32) * K + (first + tl.arange(0, COLS))[None, :]).to(tl.uint32)
+        r0, r1, r2, r3 = tl.randint4x(seed, index // 4)
+        output = index % 4
+        random = tl.where(output < 2, tl.where(output == 0, r0, r1), tl.where(output == 2, r2, r3))
+        kept = random >= threshold
     return tl.where(kept, tile.to(tl.float32) * keep_scale, 0.0).to(tile.dtype)
 
 
-def dropout_arguments(dropout: float) -> tuple[int, float]:
-    """(threshold as the signed 32-bit number with the same bits, 1 / (1 - p))."""
+def dropout_arguments(
+    dropout: float, seed: torch.Tensor | None, features: int
+) -> tuple[torch.Tensor | None, int, float, dict[str, bool]]:
+    """What `drop` takes: (seed, threshold as the signed 32-bit number with the same bits, 1 / (1 - p), constants)."""
     threshold = int(dropout * 2**32)
-    return threshold - 2**32 if threshold >= 2**31 else threshold, 1.0 / (1.0 - dropout)
+    threshold = threshold - 2**32 if threshold >= 2**31 else threshold
+    dropped = dropout > 0
+    constants = {"DROPOUT": dropped, "QUADS": dropped and features % 4 == 0}
+    return seed if dropped else None, threshold, 1.0 / (1.0 - dropout), constants

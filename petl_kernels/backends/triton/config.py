@@ -72,6 +72,44 @@ ADAPTER_NARROW = 64
 # Widest accumulators in all (the bottleneck; twice that in backward) for which a block of rows stays fused.
 ADAPTER_LIMIT = {"small": 128, "sm80": 256, "sm90": 256, "sm100": 256, "fp32": 64, "interpreter": 64}
 
+# Work without a product: m rows (k at a time, in sums over them) by n columns.
+POINTWISE = Tile(16, 128, 16, 4, 2)
+# The hidden values of a feed-forward network that exist at a time, and the fewest rows of them.
+CHUNK_BYTES, CHUNK_ROWS = 8 << 20, 256
+INTERPRETER_CHUNK_ROWS = 48
+
+
+class ElementwiseTile(NamedTuple):
+    m: int  # rows
+    n: int  # columns
+    warps: int
+
+    def grid(self, x: torch.Tensor) -> tuple[int, int]:
+        return -(-x.shape[0] // self.m), -(-x.shape[1] // self.n)
+
+
+# The words that one program of the vocabulary loss holds in registers: 16 a thread.
+VOCABULARY_BLOCK = 4096
+VOCABULARY_WARPS = 8
+# Attention: blocks of m queries and n keys; the second entry serves more than ATTENTION_NARROW features.
+ATTENTION_FORWARD = {
+    "small": (Tile(64, 64, 64, 4, 2), Tile(64, 32, 128, 4, 2)),
+    "sm80": (Tile(128, 64, 64, 8, 3), Tile(128, 64, 128, 8, 2)),
+    "sm90": (Tile(128, 64, 64, 8, 3), Tile(128, 64, 128, 8, 2)),
+    "sm100": (Tile(128, 64, 64, 8, 3), Tile(128, 64, 128, 8, 2)),
+    "fp32": (Tile(32, 32, 64, 4, 2), Tile(16, 32, 128, 4, 2)),
+    "interpreter": (Tile(16, 32, 64, 4, 1), Tile(16, 32, 128, 4, 1)),
+}
+ATTENTION_BACKWARD = {
+    "small": (Tile(32, 64, 64, 4, 2), Tile(32, 32, 128, 4, 2)),
+    "sm80": (Tile(64, 64, 64, 8, 2), Tile(64, 64, 128, 8, 2)),
+    "sm90": (Tile(64, 64, 64, 4, 2), Tile(64, 64, 128, 8, 2)),
+    "sm100": (Tile(64, 64, 64, 4, 2), Tile(64, 64, 128, 8, 2)),
+    "fp32": (Tile(32, 32, 64, 4, 2), Tile(16, 16, 128, 4, 2)),
+    "interpreter": (Tile(32, 16, 64, 4, 1), Tile(32, 16, 128, 4, 1)),
+}
+ATTENTION_NARROW = 64
+
 
 def device_class(device: torch.device) -> str:
     """The key of the tables above."""
@@ -91,6 +129,11 @@ def key(x: torch.Tensor) -> str:
     """The key of the tables above: fp32 has smaller tiles, the same on every card."""
     kind = device_class(x.device)
     return "fp32" if x.dtype == torch.float32 and kind != "interpreter" else kind
+
+
+def elementwise_tile(x: torch.Tensor) -> ElementwiseTile:
+    """16 elements a thread: two loads of 16 bytes each, in 16 bit."""
+    return ElementwiseTile(2, 32, 4) if device_class(x.device) == "interpreter" else ElementwiseTile(4, 512, 4)
 
 
 def matmul_tile(x: torch.Tensor, rows: int, cols: int, elements: int = 128) -> Tile:
@@ -114,6 +157,12 @@ def adapter_tile(x: torch.Tensor, rows: int, width: int) -> Tile:
     return tile
 
 
+def attention_tile(table: dict[str, tuple[Tile, Tile]], q: torch.Tensor, dropout: float) -> Tile:
+    """Fewer keys at a time with dropout, whose four random numbers a counter need registers."""
+    tile = table[key(q)][q.shape[3] > ATTENTION_NARROW]
+    return tile._replace(n=tile.n // 2) if dropout and tile.n > 32 else tile
+
+
 def padded(size: int, largest: int) -> int:
     """A block for `size` ranks: a power of two, at least the 16 that a matrix instruction takes, at most `largest`."""
     return min(max(16, 1 << (size - 1).bit_length()), largest)
@@ -134,3 +183,26 @@ def splits(x: torch.Tensor, tile: Tile, programs: int) -> int:
     tokens = x.numel() // x.shape[-1]
     wanted = -(-2 * processors(x.device) // programs)
     return max(1, min(wanted, -(-tokens // (4 * tile.k))))
+
+
+def pointwise_tile(x: torch.Tensor) -> Tile:
+    return POINTWISE._replace(n=32) if device_class(x.device) == "interpreter" else POINTWISE
+
+
+def row_block(rows: torch.Tensor) -> tuple[int, int]:
+    """(columns in one step along a row, warps): 16 columns a thread at most, and 4096 in all."""
+    block = min(1 << (rows.shape[1] - 1).bit_length(), 64 if device_class(rows.device) == "interpreter" else 4096)
+    return block, max(1, min(8, block // 256))
+
+
+def chunk_rows(rows: torch.Tensor, hidden: int) -> int:
+    """How many rows a chunk has, in chunks of equal length."""
+    most = max(CHUNK_ROWS, CHUNK_BYTES // (hidden * rows.element_size()))
+    if device_class(rows.device) == "interpreter":
+        most = INTERPRETER_CHUNK_ROWS
+    tokens = max(1, rows.shape[0])
+    return -(-tokens // -(-tokens // most))
+
+
+def vocabulary_block(x: torch.Tensor) -> int:
+    return 32 if key(x) == "interpreter" else VOCABULARY_BLOCK

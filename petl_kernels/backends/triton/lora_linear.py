@@ -106,22 +106,17 @@ def _same_dtype(matrices: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     return tuple(m.to(dtype).contiguous() for m in matrices)
 
 
-def _dropout(dropout: float, seed: torch.Tensor | None) -> tuple[torch.Tensor | None, int, float, bool]:
-    threshold, keep_scale = dropout_arguments(dropout)
-    return (seed if dropout > 0 else None), threshold, keep_scale, dropout > 0
-
-
 def _project(s, x, a, dropout, seed) -> None:
     rows, inner = x.shape
     ranks = tuple(m.shape[0] for m in a)
     tile = config.SKINNY[config.key(x)]
     block = config.padded(sum(ranks), tile.n)
-    seed, threshold, keep_scale, dropped = _dropout(dropout, seed)
-    warps = 8 if dropped or block > 32 else tile.warps
+    seed, threshold, keep_scale, constants = dropout_arguments(dropout, seed, inner)
+    warps = 8 if dropout or block > 32 else tile.warps
     grid = (triton.cdiv(rows, tile.m), triton.cdiv(sum(ranks), block))
     launch(
         _project_kernel, grid, s, x, a, seed, rows, inner, ranks, s.stride(0), x.stride(0), threshold, keep_scale,
-        DROPOUT=dropped, BM=tile.m, BK=tile.k, BR=block, warps=warps, stages=tile.stages,
+        **constants, BM=tile.m, BK=tile.k, BR=block, warps=warps, stages=tile.stages,
     )  # fmt: skip
 
 
@@ -160,16 +155,17 @@ def _input_gradient(dx, dys, ds, weights, a, dropout, seed, add: bool) -> None:
     rows, inner = dx.shape
     sizes = tuple(w.shape[0] for w in weights)
     ranks = tuple(m.shape[0] for m in a)
-    # The mask takes some ten registers for each element of the accumulator.
-    elements = 128 if dropout == 0 else 16 if ds.dtype == torch.float32 else 32
+    # The mask takes registers beside the accumulator: some ten for each counter.
+    elements = 128 if dropout == 0 else 16 if ds.dtype == torch.float32 else 64 if inner % 4 == 0 else 32
     tile = config.matmul_tile(ds, rows, inner, elements)
-    seed, threshold, keep_scale, dropped = _dropout(dropout, seed)
+    seed, threshold, keep_scale, constants = dropout_arguments(dropout, seed, inner)
     grid = (triton.cdiv(rows, tile.m) * triton.cdiv(inner, tile.n),)
     launch(
         _input_gradient_kernel, grid, dx, tuple(dys), ds, tuple(w.contiguous() for w in weights), a, seed, rows, inner,
         sizes, ranks, tuple(dy.stride(0) for dy in dys), ds.stride(0), threshold, keep_scale,
-        DROPOUT=dropped, ADD=add, BM=tile.m, BN=tile.n, BK=tile.k, BR=config.rank_block(ds, ranks, sum(ranks)),
-        ALIGN=config.alignment(ranks), GROUP=config.TILE_GROUP, warps=tile.warps, stages=tile.stages,
+        **constants, ADD=add, BM=tile.m, BN=tile.n, BK=tile.k,
+        BR=config.rank_block(ds, ranks, sum(ranks)), ALIGN=config.alignment(ranks), GROUP=config.TILE_GROUP,
+        warps=tile.warps, stages=tile.stages,
     )  # fmt: skip
 
 
@@ -195,11 +191,11 @@ def _adapter_gradients(da, db, dbias, dys, x, s, ds, scales, dropout, seed) -> N
         BIAS=with_bias, ALIGN=config.alignment(ranks), BM=tile.k, BN=tile.m, BR=b_block,
         warps=tile.warps, stages=tile.stages,
     )  # fmt: skip
-    seed, threshold, keep_scale, dropped = _dropout(dropout, seed)
+    seed, threshold, keep_scale, constants = dropout_arguments(dropout, seed, inner)
     launch(
         _a_gradients_kernel, (*a_grid, splits), partials[:, ends[len(sizes)] :], x, ds, seed, rows, inner, sum(ranks),
         x.stride(0), ds.stride(0), ends[-1], threshold, keep_scale,
-        DROPOUT=dropped, ALIGN=config.alignment(ranks), BM=tile.k, BN=tile.m, BR=block,
+        **constants, ALIGN=config.alignment(ranks), BM=tile.k, BN=tile.m, BR=block,
         warps=tile.warps, stages=tile.stages,
     )  # fmt: skip
     sum_partials(partials, outs)
@@ -208,7 +204,7 @@ def _adapter_gradients(da, db, dbias, dys, x, s, ds, scales, dropout, seed) -> N
 @triton.jit(do_not_specialize=["threshold"])
 def _project_kernel(
     s, x, a, seed, M, K, ranks, stride_s, stride_x, threshold, keep_scale,
-    DROPOUT: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+    DROPOUT: tl.constexpr, QUADS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """s = drop(x) [A_1; …; A_G]ᵀ: one read of x for the whole group."""
     rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
@@ -221,7 +217,7 @@ def _project_kernel(
         k = start + tl.arange(0, BK)
         tile = load(x + rows[:, None] * stride_x + k[None, :], row_inside, k < K)
         if DROPOUT:
-            tile = drop(tile, seed, rows, k, K, threshold, keep_scale)
+            tile = drop(tile, seed, rows, start, K, threshold, keep_scale, QUADS)
         factor = load(a_rows + k[:, None], k < K, rank_inside)
         acc = tl.dot(tile, factor.to(tile.dtype), acc, input_precision="ieee")
     store(s + rows[:, None] * stride_s + rank[None, :], acc, row_inside, rank_inside)
@@ -296,7 +292,7 @@ def _rank_gradients_kernel(
 @triton.jit(do_not_specialize=["threshold"])
 def _input_gradient_kernel(
     dx, dys, ds, weights, a, seed, M, K, sizes, ranks, strides_dy, stride_ds, threshold, keep_scale,
-    DROPOUT: tl.constexpr, ADD: tl.constexpr,
+    DROPOUT: tl.constexpr, QUADS: tl.constexpr, ADD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, ALIGN: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -316,7 +312,7 @@ def _input_gradient_kernel(
         right = load(a_rows[:, None] + cols[None, :], rank < R, col_inside)
         acc = tl.dot(left, right.to(left.dtype), acc, input_precision="ieee")
     if DROPOUT:
-        acc = drop(acc, seed, rows, cols, K, threshold, keep_scale)
+        acc = drop(acc, seed, rows, pid_n * BN, K, threshold, keep_scale, QUADS)
 
     steps = 0
     for i in tl.static_range(len(sizes)):
@@ -381,7 +377,8 @@ def _b_gradients_kernel(
 @triton.jit(do_not_specialize=["threshold"])
 def _a_gradients_kernel(
     partials, x, ds, seed, M, K, R, stride_x, stride_ds, total, threshold, keep_scale,
-    DROPOUT: tl.constexpr, ALIGN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
+    DROPOUT: tl.constexpr, QUADS: tl.constexpr, ALIGN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """This split's part of [dA_1; …; dA_G] = dsᵀ drop(x): one read of x for the whole group."""
     R, stride_ds = aligned(R, ALIGN), aligned(stride_ds, ALIGN)
@@ -397,7 +394,7 @@ def _a_gradients_kernel(
         inside = rows < stop
         tile = load(x + rows[:, None] * stride_x + cols[None, :], inside, cols < K)
         if DROPOUT:
-            tile = drop(tile, seed, rows, cols, K, threshold, keep_scale)
+            tile = drop(tile, seed, rows, tl.program_id(0) * BN, K, threshold, keep_scale, QUADS)
         right = load(ds + rows[:, None] * stride_ds + rank[None, :], inside, rank < R)
         acc = tl.dot(tl.trans(tile), right, acc, input_precision="ieee")
     block = partials + split.to(tl.int64) * total + rank[None, :] * K + cols[:, None]

@@ -1,0 +1,284 @@
+// The formulas are in petl_kernels/ops/frozen_ffn.py. The products are the library's, on chunks of rows; everything
+// between two products is one pass over the chunk, in pieces that stay in the first cache.
+#include "activations.h"
+#include "bits.h"
+#include "column_sum.h"
+#include "kernels.h"
+#include "rows.h"
+
+namespace petl {
+namespace {
+
+constexpr int64_t kChunkBytes = 8 << 20, kChunkRows = 256;
+constexpr int64_t kPiece = 1024;  // columns; whole bytes of bits
+
+// f(first_row, row_count) for chunks of equal length.
+template <typename F>
+void for_each_chunk(const Tensor& rows, int64_t hidden, const F& f) {
+  const int64_t most = std::max(kChunkRows, kChunkBytes / std::max<int64_t>(1, hidden * rows.element_size()));
+  Blocks(rows.size(0), most).for_each(0, std::max<int64_t>(1, at::divup(rows.size(0), most)), f);
+}
+
+// The hidden values of one chunk, as large as the first chunk (the largest).
+Tensor chunk_like(const Tensor& rows, int64_t hidden) {
+  int64_t most = 0;
+  for_each_chunk(rows, hidden, [&](int64_t, int64_t count) { most = std::max(most, count); });
+  return at::empty({most, hidden}, rows.options());
+}
+
+// f(first_column, column_count) for every piece of a row.
+template <typename F>
+void for_each_piece(int64_t columns, const F& f) {
+  for (int64_t first = 0; first < columns; first += kPiece) {
+    f(first, std::min(kPiece, columns - first));
+  }
+}
+
+// The cut of a chunk for sums over its rows: so few rows a block that every thread has some.
+Slices slices_of(const Tensor& chunk) {
+  return Slices(Blocks(chunk.size(0), 32));
+}
+
+// values (acc_t) = z + c1 for one piece, in buffer.
+template <typename scalar_t, typename acc_t>
+void add_bias(const scalar_t* z, const acc_t* c1, acc_t* __restrict values, int64_t count) {
+  convert(z, values, count);
+  if (c1 != nullptr) {
+    accumulate(c1, values, count);
+  }
+}
+
+template <typename acc_t>
+void multiply(const acc_t* __restrict factors, acc_t* __restrict values, int64_t count) {
+  for (int64_t j = 0; j < count; ++j) {
+    values[j] *= factors[j];
+  }
+}
+
+template <typename T>
+T* data_or_null(const Tensor& tensor) {
+  return tensor.defined() ? tensor.mutable_data_ptr<T>() : nullptr;
+}
+
+struct Hidden {
+  Activation activation;
+  Tensor c1;  // in the compute dtype, or undefined
+
+  // h = act(z + c1) [⊙ g]. bits: which h are positive, or undefined. z becomes z + c1 where keep_z; h may be z.
+  void forward(const Tensor& z, const Tensor& g, const Tensor& bits, bool keep_z, const Tensor& h) const {
+    PETL_DISPATCH_FLOATING(z.scalar_type(), "frozen_ffn", [&] {
+      using acc_t = compute_t<scalar_t>;
+      const int64_t f = z.size(1), width = packed_width(f);
+      const acc_t* bias = data_or_null<acc_t>(c1);
+      auto* z_data = z.mutable_data_ptr<scalar_t>();
+      auto* h_data = h.mutable_data_ptr<scalar_t>();
+      const auto* g_data = data_or_null<scalar_t>(g);
+      auto* bits_data = data_or_null<uint8_t>(bits);
+      const Scratch<acc_t> value_buffer(kPiece), gate_buffer(kPiece);
+      const auto piece = [&](int64_t row, int64_t first, int64_t count) {
+        acc_t *values = value_buffer.mine(), *gates = gate_buffer.mine();
+        const int64_t at = row * f + first;
+        add_bias(z_data + at, bias == nullptr ? nullptr : bias + first, values, count);
+        if (keep_z && bias != nullptr) {
+          convert(values, z_data + at, count);
+        }
+        activate(activation, values, count);
+        if (bits_data != nullptr) {
+          pack_nonzero(values, count, bits_data + row * width + first / 8);
+        }
+        if (g_data != nullptr) {
+          multiply(converted(g_data + at, gates, count), values, count);
+        }
+        convert(values, h_data + at, count);
+      };
+      at::parallel_for(0, z.size(0), 16, [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) {
+          for_each_piece(f, [&](int64_t first, int64_t count) { piece(row, first, count); });
+        }
+      });
+    });
+  }
+
+  // dh becomes dz; dg = dh ⊙ act(z + c1) where there is a gate; dc1 += Σ dz where that is wanted. with_bias: whether z
+  // still lacks c1.
+  void backward(
+      const Tensor& z, const Tensor& g, bool with_bias, const Tensor& dh, const Tensor& dg, const OptionalTensor& dc1)
+      const {
+    const Slices slices = slices_of(dh);
+    const Tensor sums = dc1 ? slices.partial_sums(dh, {dh.size(1)}) : Tensor();
+    PETL_DISPATCH_FLOATING(z.scalar_type(), "frozen_ffn_backward", [&] {
+      using acc_t = compute_t<scalar_t>;
+      const int64_t f = z.size(1);
+      const acc_t* bias = with_bias ? data_or_null<acc_t>(c1) : nullptr;
+      const auto* z_data = z.const_data_ptr<scalar_t>();
+      auto* dh_data = dh.mutable_data_ptr<scalar_t>();
+      const auto* g_data = data_or_null<scalar_t>(g);
+      auto* dg_data = data_or_null<scalar_t>(dg);
+      const Scratch<acc_t> value_buffer(kPiece), grad_buffer(kPiece), gate_buffer(kPiece);
+      const auto piece = [&](int64_t row, int64_t first, int64_t count, acc_t* sum) {
+        acc_t *values = value_buffer.mine(), *grads = grad_buffer.mine(), *buffer = gate_buffer.mine();
+        const int64_t at = row * f + first;
+        add_bias(z_data + at, bias == nullptr ? nullptr : bias + first, values, count);
+        convert(dh_data + at, grads, count);
+        if (g_data != nullptr) {
+          std::copy_n(values, count, buffer);
+          activate(activation, buffer, count);
+          multiply(grads, buffer, count);
+          convert(buffer, dg_data + at, count);
+          multiply(converted(g_data + at, buffer, count), grads, count);
+        }
+        activate_backward(activation, values, grads, count);
+        if (sum != nullptr) {
+          accumulate(grads, sum + first, count);
+        }
+        convert(grads, dh_data + at, count);
+      };
+      slices.parallel_for_each([&](int64_t slice, int64_t first_row, int64_t row_count) {
+        acc_t* sum = sums.defined() ? slice_of<acc_t>(sums, slice) : nullptr;
+        for (int64_t row = first_row; row < first_row + row_count; ++row) {
+          for_each_piece(f, [&](int64_t first, int64_t count) { piece(row, first, count, sum); });
+        }
+      });
+    });
+    if (dc1) {
+      dc1->add_(Slices::total(sums));
+    }
+  }
+
+  // dh becomes dz; dc1 += Σ dz
+  static void backward_from_bits(const Tensor& bits, const Tensor& dh, const OptionalTensor& dc1) {
+    PETL_DISPATCH_FLOATING(dh.scalar_type(), "frozen_ffn_backward", [&] {
+      const int64_t f = dh.size(1), width = bits.size(1);
+      const auto* bits_data = bits.const_data_ptr<uint8_t>();
+      auto* dh_data = dh.mutable_data_ptr<scalar_t>();
+      at::parallel_for(0, dh.size(0), 16, [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) {
+          keep_where(bits_data + row * width, dh_data + row * f, f);
+        }
+      });
+    });
+    if (dc1) {
+      dc1->add_(column_sum(dh));
+    }
+  }
+};
+
+Hidden hidden_of(const Tensor& x, const OptionalTensor& c1, std::string_view activation) {
+  return {parse_activation(activation), c1 ? c1->to(compute_type(x)).contiguous() : Tensor()};
+}
+
+// The rows of one chunk; undefined stays undefined.
+Tensor part(const Tensor& rows, int64_t first, int64_t count) {
+  return rows.defined() ? rows.narrow(0, first, count) : rows;
+}
+
+void multiply_out(Tensor out, const Tensor& left, const Tensor& right) {
+  at::mm_out(out, left, right);
+}
+
+} // namespace
+
+std::tuple<Tensor, Tensor, Tensor> frozen_ffn(
+    const Tensor& x,
+    const Tensor& w1,
+    const OptionalTensor& c1,
+    const Tensor& w2,
+    const OptionalTensor& c2,
+    const OptionalTensor& gate,
+    std::string_view activation,
+    std::string_view keeps) {
+  const Tensor rows = as_rows(x);
+  const int64_t tokens = rows.size(0), f = w1.size(0);
+  const Hidden hidden = hidden_of(x, c1, activation);
+  const bool keep_z = keeps == "z", keep_bits = keeps == "bits";
+  Tensor y = at::empty_like(rows), bits, kept_z, kept_g;
+  if (keep_bits) {
+    bits = at::empty({tokens, packed_width(f)}, x.options().dtype(at::kByte));
+  }
+  if (keep_z) {
+    kept_z = at::empty({tokens, f}, x.options());
+    kept_g = gate ? at::empty_like(kept_z) : Tensor();
+  }
+  const Tensor h_chunk = chunk_like(rows, f), g_chunk = gate && !keep_z ? at::empty_like(h_chunk) : Tensor();
+
+  for_each_chunk(rows, f, [&](int64_t first, int64_t count) {
+    const Tensor x_rows = part(rows, first, count), h = part(h_chunk, 0, count);
+    const Tensor z = keep_z ? part(kept_z, first, count) : h;
+    const Tensor g = keep_z ? part(kept_g, first, count) : part(g_chunk, 0, count);
+    multiply_out(z, x_rows, w1.t());
+    if (gate) {
+      multiply_out(g, x_rows, gate->t());
+    }
+    hidden.forward(z, g, part(bits, first, count), keep_z, h);
+    Tensor y_rows = part(y, first, count);
+    if (c2) {
+      at::addmm_out(y_rows, *c2, h, w2.t());
+    } else {
+      at::mm_out(y_rows, h, w2.t());
+    }
+  });
+  const auto absent = [&] { return at::empty({0}, x.options()); };
+  return {
+      y.view(x.sizes()),
+      keep_bits ? bits : keep_z ? kept_z : absent(),
+      kept_g.defined() ? kept_g : absent()};
+}
+
+std::tuple<Tensor, Tensor, Tensor> frozen_ffn_backward(
+    const Tensor& dy,
+    const OptionalTensor& x,
+    const Tensor& kept_z,
+    const Tensor& kept_g,
+    const Tensor& w1,
+    const OptionalTensor& c1,
+    const Tensor& w2,
+    const OptionalTensor& gate,
+    std::string_view activation,
+    std::string_view keeps,
+    bool need_dx,
+    bool need_dc1,
+    bool need_dc2) {
+  const Tensor rows = as_rows(dy), x_rows = x ? as_rows(*x) : Tensor();
+  const int64_t f = w1.size(0);
+  const Hidden hidden = hidden_of(dy, c1, activation);
+  const bool recompute = keeps == "x";
+  const auto sum_options = dy.options().dtype(compute_type(dy));
+  Tensor dx = need_dx ? at::empty_like(rows) : at::empty({0}, dy.options());
+  const OptionalTensor dc1 = need_dc1 ? OptionalTensor(at::zeros({f}, sum_options)) : std::nullopt;
+
+  if (need_dx || need_dc1) {
+    const Tensor dh_chunk = chunk_like(rows, f), dg_chunk = gate ? at::empty_like(dh_chunk) : Tensor();
+    const Tensor z_chunk = recompute ? at::empty_like(dh_chunk) : Tensor();
+    const Tensor g_chunk = recompute && gate ? at::empty_like(dh_chunk) : Tensor();
+    for_each_chunk(rows, f, [&](int64_t first, int64_t count) {
+      const Tensor dz = part(dh_chunk, 0, count), dg = part(dg_chunk, 0, count);
+      multiply_out(dz, part(rows, first, count), w2);
+      if (keeps == "bits") {
+        Hidden::backward_from_bits(part(kept_z, first, count), dz, dc1);
+      } else {
+        const Tensor z = recompute ? part(z_chunk, 0, count) : part(kept_z, first, count);
+        const Tensor g = !gate ? Tensor() : recompute ? part(g_chunk, 0, count) : part(kept_g, first, count);
+        if (recompute) {
+          multiply_out(z, part(x_rows, first, count), w1.t());
+        }
+        if (recompute && gate) {
+          multiply_out(g, part(x_rows, first, count), gate->t());
+        }
+        hidden.backward(z, g, recompute, dz, dg, dc1);
+      }
+      if (need_dx) {
+        Tensor dx_rows = part(dx, first, count);
+        at::mm_out(dx_rows, dz, w1);
+        if (gate) {
+          at::addmm_out(dx_rows, dx_rows, dg, *gate);
+        }
+      }
+    });
+  }
+  return {
+      need_dx ? dx.view(dy.sizes()) : dx,
+      dc1 ? *dc1 : at::empty({0}, sum_options),
+      need_dc2 ? column_sum(rows) : at::empty({0}, sum_options)};
+}
+
+} // namespace petl

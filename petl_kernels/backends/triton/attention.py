@@ -1,0 +1,368 @@
+"""attention in Triton: flash forward and backward, with the prefix as blocks of keys in front of the others.
+
+Forward, one launch: a block of queries walks over the blocks of the prefix, then over those of the keys, with one
+online softmax. Backward, two launches: dq by blocks of queries (with delta, which it leaves for the other), dk and dv
+by blocks of keys; a prefix adds one of the latter kind, whose sums over each batch row are added in a fixed order.
+
+An additive mask's finfo.min absorbs the score it is added to: of n keys that all have it, each gets 1/n. Their lse
+would lose log n, so it is kept as a factor: such a query's lse is HIDDEN · (1 + log n).
+
+A gradient of the bias and more than MAX_FEATURES features go to the reference, which works in chunks.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from petl_kernels.backends import kernel_of
+from petl_kernels.backends.triton import config
+from petl_kernels.backends.triton.common import drop, dropout_arguments, launch, load, store
+
+MAX_FEATURES = 128
+HIDDEN = tl.constexpr(-1e30)  # the score of a key that an additive mask hides with so much or more
+
+
+def attention(q, k, v, mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed):
+    arguments = q, k, v, mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed
+    if q.shape[3] > MAX_FEATURES:
+        return kernel_of("attention", "reference")(*arguments)
+    batch, heads, queries, _ = q.shape
+    o, lse = _like_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    if o.numel() == 0:
+        return o, lse
+    given = _Inputs(*arguments)
+    tile = config.attention_tile(config.ATTENTION_FORWARD, q, dropout)
+    launch(
+        _attention_kernel, (triton.cdiv(queries, tile.m), batch * heads), o, lse, *given.tensors(), *given.sizes(),
+        _strides(o), *given.strides(), *given.numbers(),
+        **given.constexprs(), BM=tile.m, BN=tile.n, warps=tile.warps, stages=tile.stages,
+    )  # fmt: skip
+    return o, lse
+
+
+def attention_backward(do, q, k, v, o, lse, mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed, need_dbias):
+    arguments = q, k, v, mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed
+    if need_dbias or q.shape[3] > MAX_FEATURES:
+        reference = kernel_of("attention_backward", "reference")
+        return reference(do, q, k, v, o, lse, *arguments[3:], need_dbias)
+    given = _Inputs(*arguments)
+    batch, heads, queries, features = q.shape
+    dq, dk, dv = (_like_heads(x) for x in (q, k, v))
+    delta = torch.empty_like(lse)
+    do, o = _adjacent(do), _adjacent(o)
+    tile = config.attention_tile(config.ATTENTION_BACKWARD, q, dropout)
+    options = {"BM": tile.m, "BN": tile.n, "warps": tile.warps, "stages": tile.stages}
+    if dq.numel() > 0:
+        launch(
+            _query_gradient_kernel, (triton.cdiv(queries, tile.m), batch * heads),
+            dq, delta, do, o, lse, *given.tensors(), *given.sizes(),
+            _strides(dq), _strides(do), _strides(o), *given.strides(), *given.numbers(),
+            **given.constexprs(), **options,
+        )  # fmt: skip
+
+    def key_gradients(dk, dv, given: _Inputs, first: int) -> None:
+        if dk.numel() > 0:
+            launch(
+                _key_gradients_kernel, (triton.cdiv(dk.shape[2], tile.n), batch * heads),
+                dk, dv, do, lse, delta, *given.tensors()[:5], given.seed, *given.sizes()[:3], features, first,
+                given.columns, _strides(dk), _strides(do), *given.strides()[:5], *given.numbers(),
+                **given.constexprs(), **options,
+            )  # fmt: skip
+
+    key_gradients(dk, dv, given, given.prefix)
+    partials = q.new_empty(2, batch, heads, given.prefix, features, dtype=torch.float32)
+    key_gradients(*partials, given.of_prefix(), 0)
+    dprefix_k, dprefix_v = partials.sum(1).transpose(1, 2).contiguous()
+    return dq, dk, dv, q.new_empty(0), dprefix_k, dprefix_v
+
+
+class _Inputs:
+    """The kernels' common arguments."""
+
+    def __init__(self, q, k, v, mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed):
+        self.q, self.k, self.v = _adjacent(q), _adjacent(k), _adjacent(v)
+        self.mask = mask.view(torch.uint8) if mask is not None and mask.dtype == torch.bool else mask
+        self.bias, self.causal, self.scale, self.dropout, self.seed = bias, causal, scale, dropout, seed
+        self.prefix = 0 if prefix_k is None else prefix_k.shape[0]
+        self.prefix_k, self.prefix_v = (
+            p.to(q.dtype).contiguous() if self.prefix else None for p in (prefix_k, prefix_v)
+        )
+        self.columns, self.first = self.prefix + k.shape[2], self.prefix
+
+    def of_prefix(self) -> _Inputs:
+        """The same queries before the prefix alone, which is hidden from nobody."""
+        if not self.prefix:
+            k = v = self.k[:, :, :0]
+        else:
+            k, v = (p.transpose(0, 1).expand(self.q.shape[0], -1, -1, -1) for p in (self.prefix_k, self.prefix_v))
+        part = _Inputs(self.q, k, v, None, None, None, None, False, self.scale, self.dropout, self.seed)
+        part.columns, part.first = self.columns, 0
+        return part
+
+    def tensors(self) -> tuple:
+        return self.q, self.k, self.v, self.mask, self.bias, self.prefix_k, self.prefix_v, self.seed
+
+    def sizes(self) -> tuple:
+        _, heads, queries, features = self.q.shape
+        return heads, queries, self.k.shape[2], features, self.prefix
+
+    def strides(self) -> tuple:
+        return *map(_strides, (self.q, self.k, self.v)), _broadcast(self.mask), _broadcast(self.bias)
+
+    def numbers(self) -> tuple:
+        _, threshold, keep_scale, _ = dropout_arguments(self.dropout, self.seed, self.columns)
+        return self.scale, threshold, keep_scale
+
+    def constexprs(self) -> dict:
+        block = config.padded(self.q.shape[3], MAX_FEATURES)
+        # 2: four columns at a time, which then begin at a multiple of 4 (see common.drop)
+        dropout = 0 if self.dropout == 0 else 1 if self.columns % 4 or self.first % 4 else 2
+        return {"CAUSAL": self.causal, "DROPOUT": dropout, "BD": block}
+
+
+def _like_heads(x: torch.Tensor) -> torch.Tensor:
+    batch, heads, length, features = x.shape
+    return x.new_empty(batch, length, heads, features).transpose(1, 2)
+
+
+def _adjacent(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(3) == 1 else x.contiguous()
+
+
+def _strides(x: torch.Tensor) -> tuple[int, ...]:
+    return tuple(x.stride()[:3])
+
+
+def _broadcast(x: torch.Tensor | None) -> tuple[int, ...]:
+    if x is None:
+        return 0, 0, 0, 0
+    return tuple(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))
+
+
+@triton.jit
+def _head(pointer, strides, b, h):
+    return pointer + b * strides[0] + h * strides[1]
+
+
+@triton.jit
+def _scores(
+    q, k, mask, bias, rows, cols, queries, keys, strides_mask, strides_bias, scale, hidden,
+    CAUSAL: tl.constexpr,
+):  # fmt: skip
+    """S of a block of queries and a block of keys, `hidden` where an additive mask hides a key; mask and bias point to
+    the head."""
+    s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    inside = (rows < queries)[:, None] & (cols < keys)[None, :]
+    if bias is not None:
+        pointers = bias + rows[:, None] * strides_bias[2] + cols[None, :] * strides_bias[3]
+        s += tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+    if mask is not None:
+        pointers = mask + rows[:, None] * strides_mask[2] + cols[None, :] * strides_mask[3]
+        if mask.dtype.element_ty == tl.uint8:
+            s = tl.where(tl.load(pointers, mask=inside, other=0) != 0, s, -float("inf"))
+        else:
+            added = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+            s = tl.where((added <= HIDDEN) & (added > -float("inf")), hidden, s + added)
+    if CAUSAL:
+        s = tl.where(cols[None, :] <= rows[:, None] + (keys - queries), s, -float("inf"))
+    return tl.where((cols < keys)[None, :], s, -float("inf"))
+
+
+@triton.jit
+def _attend(
+    acc, largest, total, q, k, v, mask, bias, seed, start, rows, counters, queries, keys, features, columns, first,
+    stride_k, stride_v, strides_mask, strides_bias, scale, threshold, keep_scale,
+    CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax: acc = Σ drop(exp(S - largest)) v, total = Σ exp(S - largest)."""
+    cols, d = start + tl.arange(0, BN), tl.arange(0, BD)
+    k_tile = load(k + cols[:, None] * stride_k + d[None, :], cols < keys, d < features)
+    s = _scores(q, k_tile, mask, bias, rows, cols, queries, keys, strides_mask, strides_bias, scale, HIDDEN, CAUSAL)
+    new = tl.maximum(largest, tl.max(s, 1))
+    offset = tl.where(new == -float("inf"), 0.0, new)  # a row that has seen nothing yet
+    p = tl.exp(s - offset[:, None])
+    shrink = tl.exp(largest - offset)
+    total = total * shrink + tl.sum(p, 1)
+    if DROPOUT:
+        p = drop(p, seed, counters, first + start, columns, threshold, keep_scale, DROPOUT == 2)
+    v_tile = load(v + cols[:, None] * stride_v + d[None, :], cols < keys, d < features)
+    acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * shrink[:, None], input_precision="ieee")
+    return acc, new, total
+
+
+@triton.jit(do_not_specialize=["threshold"])
+def _attention_kernel(
+    o, lse, q, k, v, mask, bias, prefix_k, prefix_v, seed, heads, queries, keys, features, prefix,
+    strides_o, strides_q, strides_k, strides_v, strides_mask, strides_bias, scale, threshold, keep_scale,
+    CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(1).to(tl.int64)
+    b, h = head // heads, head % heads
+    rows, d = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64), tl.arange(0, BD)
+    counters = head * queries + rows
+    q_tile = load(_head(q, strides_q, b, h) + rows[:, None] * strides_q[2] + d[None, :], rows < queries, d < features)
+    k, v = _head(k, strides_k, b, h), _head(v, strides_v, b, h)
+    if mask is not None:
+        mask = _head(mask, strides_mask, b, h)
+    if bias is not None:
+        bias = _head(bias, strides_bias, b, h)
+
+    acc = tl.zeros((BM, BD), tl.float32)
+    largest, total = tl.full((BM,), -float("inf"), tl.float32), tl.zeros((BM,), tl.float32)
+    if prefix_k is not None:
+        stride = heads * features
+        for start in range(0, prefix, BN):
+            acc, largest, total = _attend(
+                acc, largest, total, q_tile, prefix_k + h * features, prefix_v + h * features, None, None, seed, start,
+                rows, counters, queries, prefix, features, prefix + keys, 0,
+                stride, stride, strides_mask, strides_bias, scale, threshold, keep_scale, False, DROPOUT, BN, BD,
+            )  # fmt: skip
+    stop = keys
+    if CAUSAL:
+        stop = min(keys, (tl.program_id(0) + 1) * BM + keys - queries)
+    for start in range(0, stop, BN):
+        acc, largest, total = _attend(
+            acc, largest, total, q_tile, k, v, mask, bias, seed, start,
+            rows, counters, queries, keys, features, prefix + keys, prefix,
+            strides_k[2], strides_v[2], strides_mask, strides_bias, scale, threshold, keep_scale,
+            CAUSAL, DROPOUT, BN, BD,
+        )  # fmt: skip
+
+    blind = total == 0
+    acc = acc / tl.where(blind, 1.0, total)[:, None]
+    log = tl.log(tl.where(blind, 1.0, total))
+    value = tl.where(largest == HIDDEN, HIDDEN * (1 + log), largest + log)
+    store(_head(o, strides_o, b, h) + rows[:, None] * strides_o[2] + d[None, :], acc, rows < queries, d < features)
+    tl.store(lse + counters, tl.where(blind, float("inf"), value), mask=rows < queries)
+
+
+@triton.jit
+def _load_lse(pointers, inside):
+    """lse, counting keys that an additive mask hides as `hidden`, which comes with it."""
+    lse = tl.load(pointers, mask=inside, other=float("inf"))
+    sees_hidden = lse <= HIDDEN
+    return tl.where(sees_hidden, lse / HIDDEN - 1, lse), tl.where(sees_hidden, 0.0, -float("inf"))
+
+
+@triton.jit
+def _score_gradients(
+    q, k, v, do, lse, hidden, delta, mask, bias, seed, rows, cols, counters, queries, keys, columns, first,
+    strides_mask, strides_bias, scale, threshold, keep_scale, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """drop(P) and dS of a block of queries and a block of keys, column `first` its first, in the inputs' dtype."""
+    s = _scores(q, k, mask, bias, rows, cols, queries, keys, strides_mask, strides_bias, scale, hidden[:, None], CAUSAL)
+    p = tl.exp(s - lse[:, None])
+    dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+    dropped = p
+    if DROPOUT:
+        dropped = drop(p, seed, counters, first, columns, threshold, keep_scale, DROPOUT == 2)
+        dp = drop(dp, seed, counters, first, columns, threshold, keep_scale, DROPOUT == 2)
+    return dropped.to(q.dtype), (p * (dp - delta[:, None])).to(q.dtype)
+
+
+@triton.jit
+def _add_query_gradient(
+    acc, q, do, lse, hidden, delta, k, v, mask, bias, seed, start, rows, counters, queries, keys, features, columns,
+    first, stride_k, stride_v, strides_mask, strides_bias, scale, threshold, keep_scale,
+    CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """acc += dS k"""
+    cols, d = start + tl.arange(0, BN), tl.arange(0, BD)
+    k_tile = load(k + cols[:, None] * stride_k + d[None, :], cols < keys, d < features)
+    v_tile = load(v + cols[:, None] * stride_v + d[None, :], cols < keys, d < features)
+    _, ds = _score_gradients(
+        q, k_tile, v_tile, do, lse, hidden, delta, mask, bias, seed, rows, cols, counters, queries, keys, columns,
+        first + start, strides_mask, strides_bias, scale, threshold, keep_scale, CAUSAL, DROPOUT,
+    )  # fmt: skip
+    return tl.dot(ds, k_tile, acc, input_precision="ieee")
+
+
+@triton.jit(do_not_specialize=["threshold"])
+def _query_gradient_kernel(
+    dq, delta, do, o, lse, q, k, v, mask, bias, prefix_k, prefix_v, seed, heads, queries, keys, features, prefix,
+    strides_dq, strides_do, strides_o, strides_q, strides_k, strides_v, strides_mask, strides_bias,
+    scale, threshold, keep_scale,
+    CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(1).to(tl.int64)
+    b, h = head // heads, head % heads
+    rows, d = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64), tl.arange(0, BD)
+    inside = rows < queries
+    counters = head * queries + rows
+    q_tile = load(_head(q, strides_q, b, h) + rows[:, None] * strides_q[2] + d[None, :], inside, d < features)
+    do_tile = load(_head(do, strides_do, b, h) + rows[:, None] * strides_do[2] + d[None, :], inside, d < features)
+    o_tile = load(_head(o, strides_o, b, h) + rows[:, None] * strides_o[2] + d[None, :], inside, d < features)
+    lse_rows, hidden = _load_lse(lse + counters, inside)
+    delta_rows = tl.sum(do_tile.to(tl.float32) * o_tile.to(tl.float32), 1)
+    tl.store(delta + counters, delta_rows, mask=inside)
+    k, v = _head(k, strides_k, b, h), _head(v, strides_v, b, h)
+    if mask is not None:
+        mask = _head(mask, strides_mask, b, h)
+    if bias is not None:
+        bias = _head(bias, strides_bias, b, h)
+
+    acc = tl.zeros((BM, BD), tl.float32)
+    if prefix_k is not None:
+        stride = heads * features
+        for start in range(0, prefix, BN):
+            acc = _add_query_gradient(
+                acc, q_tile, do_tile, lse_rows, hidden, delta_rows, prefix_k + h * features, prefix_v + h * features,
+                None, None, seed, start, rows, counters, queries, prefix, features, prefix + keys, 0,
+                stride, stride, strides_mask, strides_bias, scale, threshold, keep_scale, False, DROPOUT, BN, BD,
+            )  # fmt: skip
+    stop = keys
+    if CAUSAL:
+        stop = min(keys, (tl.program_id(0) + 1) * BM + keys - queries)
+    for start in range(0, stop, BN):
+        acc = _add_query_gradient(
+            acc, q_tile, do_tile, lse_rows, hidden, delta_rows, k, v, mask, bias, seed, start,
+            rows, counters, queries, keys, features, prefix + keys, prefix,
+            strides_k[2], strides_v[2], strides_mask, strides_bias, scale, threshold, keep_scale,
+            CAUSAL, DROPOUT, BN, BD,
+        )  # fmt: skip
+    dq_head = _head(dq, strides_dq, b, h)
+    store(dq_head + rows[:, None] * strides_dq[2] + d[None, :], acc * scale, inside, d < features)
+
+
+@triton.jit(do_not_specialize=["threshold"])
+def _key_gradients_kernel(
+    dk, dv, do, lse, delta, q, k, v, mask, bias, seed, heads, queries, keys, features, first, columns,
+    strides_dk, strides_do, strides_q, strides_k, strides_v, strides_mask, strides_bias, scale, threshold, keep_scale,
+    CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of a block of keys; they are columns first to first + keys of all that the queries see."""
+    head = tl.program_id(1).to(tl.int64)
+    b, h = head // heads, head % heads
+    cols, d = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64), tl.arange(0, BD)
+    k_tile = load(_head(k, strides_k, b, h) + cols[:, None] * strides_k[2] + d[None, :], cols < keys, d < features)
+    v_tile = load(_head(v, strides_v, b, h) + cols[:, None] * strides_v[2] + d[None, :], cols < keys, d < features)
+    q, do = _head(q, strides_q, b, h), _head(do, strides_do, b, h)
+    if mask is not None:
+        mask = _head(mask, strides_mask, b, h)
+    if bias is not None:
+        bias = _head(bias, strides_bias, b, h)
+
+    dk_sum, dv_sum = tl.zeros((BN, BD), tl.float32), tl.zeros((BN, BD), tl.float32)
+    begin = 0
+    if CAUSAL:  # the first query that sees the first of these keys
+        begin = max(0, tl.program_id(0) * BN - (keys - queries)) // BM * BM
+    for start in range(begin, queries, BM):
+        rows = start + tl.arange(0, BM)
+        inside = rows < queries
+        counters = head * queries + rows
+        q_tile = load(q + rows[:, None] * strides_q[2] + d[None, :], inside, d < features)
+        do_tile = load(do + rows[:, None] * strides_do[2] + d[None, :], inside, d < features)
+        lse_rows, hidden = _load_lse(lse + counters, inside)
+        delta_rows = tl.load(delta + counters, mask=inside, other=0.0)
+        dropped, ds = _score_gradients(
+            q_tile, k_tile, v_tile, do_tile, lse_rows, hidden, delta_rows, mask, bias, seed, rows, cols, counters,
+            queries, keys, columns, first + tl.program_id(0) * BN, strides_mask, strides_bias, scale, threshold,
+            keep_scale, CAUSAL, DROPOUT,
+        )  # fmt: skip
+        dv_sum = tl.dot(tl.trans(dropped), do_tile, dv_sum, input_precision="ieee")
+        dk_sum = tl.dot(tl.trans(ds), q_tile, dk_sum, input_precision="ieee")
+    dk_head, dv_head = _head(dk, strides_dk, b, h), _head(dv, strides_dk, b, h)
+    store(dk_head + cols[:, None] * strides_dk[2] + d[None, :], dk_sum * scale, cols < keys, d < features)
+    store(dv_head + cols[:, None] * strides_dk[2] + d[None, :], dv_sum, cols < keys, d < features)

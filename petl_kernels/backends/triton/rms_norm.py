@@ -1,0 +1,21 @@
+"""rms_norm in Triton: the kernels of layer_norm without a mean."""
+
+from __future__ import annotations
+
+import torch
+
+from petl_kernels.backends.triton.layer_norm import norm, norm_again, norm_dx, norm_sums
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    return norm(x, None, rstd, weight, None, eps), rstd
+
+
+def rms_norm_from_statistics(x: torch.Tensor, rstd: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return norm_again(x, None, rstd, weight, None)
+
+
+def rms_norm_backward(dy, x, rstd, weight, need_dx, need_dweight) -> tuple[torch.Tensor, torch.Tensor]:
+    dx = norm_dx(dy, x, None, rstd, weight) if need_dx else x.new_empty(0)
+    return dx, norm_sums(dy, x, None, rstd, False)[0] if need_dweight else rstd.new_empty(0)

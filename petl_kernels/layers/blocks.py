@@ -1,0 +1,284 @@
+"""The blocks of an encoder-decoder layer out of lean ops: attention with its residual, feed-forward with its residual.
+
+``tier`` says which steps are made again in backward rather than kept (``recompute.maybe``); 0 keeps all of them.
+
+    step                                        made again from tier    by
+    LN(x), casts for autocast                   1                       one pass over x
+    q, k, v                                     2                       three products
+    pre-activation of GELU, SiLU, gated blocks  2                       one product (two when gated)
+    x + drop(out(attention))                    3                       one product
+
+An adapter on an output projection changes the last line: what it reads is kept in place of the sum, which follows from
+it without a product of the layer's size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from petl_kernels import ops
+from petl_kernels.layers.frozen_linear import FrozenLinear
+from petl_kernels.layers.recompute import maybe
+from petl_kernels.methods.base import Piece
+from petl_kernels.methods.lora import LoRALinear
+from petl_kernels.methods.prefix import Prefix
+
+# What each tier makes again, first tier that does.
+NORMS, PRODUCTS, SUMS = 1, 2, 3
+
+# Class names of activation modules: the ops' names for them.
+ACTIVATIONS = {
+    "ReLU": "relu",
+    "GELU": "gelu",
+    "GELUActivation": "gelu",
+    "NewGELUActivation": "gelu_tanh",
+    "GELUTanh": "gelu_tanh",
+    "PytorchGELUTanh": "gelu_tanh",
+    "SiLU": "silu",
+    "SiLUActivation": "silu",
+}
+
+
+@dataclass(frozen=True)
+class AttentionBlock:
+    """The parts of one attention and how they are joined; ``dropout`` acts on its probabilities."""
+
+    host: nn.Module  # the attention itself, which holds prefixes
+    q: nn.Module
+    k: nn.Module
+    v: nn.Module
+    out: nn.Module
+    norm: nn.Module
+    heads: int
+    scale: float
+    causal: bool
+    dropout: float
+    residual_dropout: float
+    pre_norm: bool
+
+
+@dataclass(frozen=True)
+class FeedForwardBlock:
+    inputs: tuple[nn.Module, ...]  # two when it is gated: the activation's, and the gate
+    out: nn.Module
+    norm: nn.Module
+    activation: str
+    dropout: float
+    residual_dropout: float
+    pre_norm: bool
+
+
+def attention_block(
+    block: AttentionBlock, x: Tensor, source: Tensor | None, mask: Tensor | None, bias: Tensor | None, tier: int
+) -> Tensor:
+    """x (batch, tokens, d) -> the same, with what it attends to added. ``source`` is None for self-attention."""
+    u = _read(block, x, tier)
+    seen = u if source is None else _for_products(source, tier)
+    o = _before(block.out, _attend(block, u, seen, mask, bias, tier))
+    piece = _changes_output(block.out)
+    if piece is None and _is_plain(block.out):
+        total = maybe(tier >= SUMS, partial(_project_and_add, block), o, x)
+    else:
+        read = maybe(tier >= SUMS and _is_plain(block.out), _forward(block.out), o)
+        total = maybe(tier >= PRODUCTS, partial(_adapt_and_add, block, piece), read, x)
+    return total if block.pre_norm else _normed(block.norm, total, tier)
+
+
+def feed_forward_block(block: FeedForwardBlock, x: Tensor, tier: int) -> Tensor:
+    """x (batch, tokens, d) -> x + drop(ffn(x)), with the norm before it or after it."""
+    u = _read(block, x, tier)
+    if _is_frozen_ffn(block):
+        y = _frozen_ffn(block, u, tier)
+    else:
+        again = tier >= PRODUCTS
+        hidden = [linear(module, u, again) for module in block.inputs]
+        y = linear(block.out, maybe(again, partial(_activate, block), *hidden))
+    total = ops.dropout_add(y, x, block.residual_dropout)
+    return total if block.pre_norm else _normed(block.norm, total, tier)
+
+
+# ---- steps ----------------------------------------------------------------------------------------------------------
+
+
+def _read(block: AttentionBlock | FeedForwardBlock, x: Tensor, tier: int) -> Tensor:
+    """What the products of a block read."""
+    if not block.pre_norm:
+        return _for_products(x, tier)
+    return maybe(tier >= NORMS, lambda x: _cast(_norm(block.norm, x)), x)
+
+
+def _normed(norm: nn.Module, x: Tensor, tier: int) -> Tensor:
+    """The end of a post-norm block, with the adapter that stands there (Pfeiffer's)."""
+    y = maybe(tier >= NORMS, partial(_norm, norm), x)
+    piece = _current(norm)
+    return y if piece is None else piece.after(norm, (x,), y)
+
+
+def _for_products(x: Tensor, tier: int) -> Tensor:
+    return x if _cast(x) is x else maybe(tier >= NORMS, _cast, x)
+
+
+def _cast(x: Tensor) -> Tensor:
+    """In the dtype that autocast gives to products: once for all that read it."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(device))
+
+
+def _norm(norm: nn.Module, x: Tensor) -> Tensor:
+    if isinstance(norm, nn.LayerNorm):
+        return ops.layer_norm(x, norm.weight, norm.bias, norm.eps)
+    return ops.rms_norm(x, norm.weight, norm.variance_epsilon)
+
+
+def _attend(
+    block: AttentionBlock, u: Tensor, source: Tensor, mask: Tensor | None, bias: Tensor | None, tier: int
+) -> Tensor:
+    """(batch, tokens, heads · head_dim)"""
+    q, k, v = (_heads(y, block.heads) for y in _projections(block, u, source, tier))
+    prefix_k, prefix_v = _prefix(block, q)
+    causal = block.causal and mask is None and q.shape[2] > 1
+    o = ops.attention(q, k, v, mask, bias, causal, block.scale, block.dropout, None, prefix_k, prefix_v)
+    return o.transpose(1, 2).reshape(*u.shape[:-1], -1)
+
+
+def _heads(y: Tensor, heads: int) -> Tensor:
+    return y.view(*y.shape[:-1], heads, -1).transpose(1, 2)
+
+
+def _prefix(block: AttentionBlock, q: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    piece = _current(block.host)
+    if not isinstance(piece, Prefix):
+        return None, None
+    return tuple(own.to(q.dtype).view(-1, block.heads, q.shape[-1]) for own in piece.folded())
+
+
+def _projections(block: AttentionBlock, u: Tensor, source: Tensor, tier: int) -> list[Tensor]:
+    again = tier >= PRODUCTS
+    if u is source:
+        return linears((block.q, block.k, block.v), u, again)
+    return [linear(block.q, u, again), *linears((block.k, block.v), source, again)]
+
+
+def _project_and_add(block: AttentionBlock, o: Tensor, x: Tensor) -> Tensor:
+    return ops.dropout_add(block.out.forward(o), x, block.residual_dropout)
+
+
+def _adapt_and_add(block: AttentionBlock, piece: Piece | None, read: Tensor, x: Tensor) -> Tensor:
+    y = read if piece is None else piece.after(block.out, (), read)
+    return ops.dropout_add(y, x, block.residual_dropout)
+
+
+def _activate(block: FeedForwardBlock, z: Tensor, *gate: Tensor) -> Tensor:
+    activation = ops.gated_activation if gate else ops.activation
+    a = activation(z, *gate, block.activation, block.dropout)
+    # T5 keeps its last projection in fp32 beside 16-bit ones
+    weight = block.out.weight
+    return a.to(weight.dtype) if weight.is_floating_point() and not torch.is_autocast_enabled(a.device.type) else a
+
+
+def _frozen_ffn(block: FeedForwardBlock, u: Tensor, tier: int) -> Tensor:
+    first, out = block.inputs[0], block.out
+    gate = block.inputs[1].weight if len(block.inputs) > 1 else None
+    again = tier >= PRODUCTS and (block.activation != "relu" or gate is not None)  # a ReLU's bits are cheap
+    return ops.frozen_ffn(u, first.weight, first.bias, out.weight, out.bias, gate, block.activation, again)
+
+
+def _is_frozen_ffn(block: FeedForwardBlock) -> bool:
+    linears = (*block.inputs, block.out)
+    return block.dropout == 0 and all(
+        type(module) in (nn.Linear, FrozenLinear)
+        and _is_plain(module)
+        and _current(module) is None
+        and not module.weight.requires_grad
+        and module.weight.dtype == linears[0].weight.dtype
+        and (module.bias is None or len(block.inputs) == 1)
+        for module in linears
+    )
+
+
+# ---- linear layers with what adapters put on them -------------------------------------------------------------------
+
+
+def linear(module: nn.Module, x: Tensor, again: bool = False) -> Tensor:
+    """``module(x)``; ``again``: made again in backward."""
+    if not _is_plain(module):
+        return module(x)
+    return _after(module, maybe(again, module.forward, _before(module, x)), again)
+
+
+def linears(modules: Sequence[nn.Module], x: Tensor, again: bool) -> list[Tensor]:
+    """Several that read the same x; those with LoRA read it once for all."""
+    grouped = [module for module in modules if _has_lora(module)]
+    if len(grouped) < 2 or len({_lora_dropout(module) for module in grouped}) > 1:
+        return [linear(module, x, again) for module in modules]
+    found = dict(zip(grouped, maybe(again, partial(_grouped_lora, grouped), x), strict=True))
+    return [_after(module, found[module], again) if module in found else linear(module, x, again) for module in modules]
+
+
+def _grouped_lora(modules: list[LoRALinear], x: Tensor) -> tuple[Tensor, ...]:
+    pieces = [module.lora.current() for module in modules]
+    ys = ops.lora_linear_grouped(
+        x,
+        [module.weight for module in modules],
+        [module.bias for module in modules],
+        [piece.A for piece in pieces],
+        [piece.B for piece in pieces],
+        [piece.scale for piece in pieces],
+        _lora_dropout(modules[0]),
+    )
+    return tuple(ys)
+
+
+def _has_lora(module: nn.Module) -> bool:
+    return (
+        type(module) is LoRALinear
+        and module.lora.current() is not None
+        and _is_plain(module)
+        and not hasattr(module, "petl")
+        and not module.weight.requires_grad
+    )
+
+
+def _lora_dropout(module: LoRALinear) -> float:
+    return module.lora.current().dropout if module.training else 0.0
+
+
+def _before(module: nn.Module, x: Tensor) -> Tensor:
+    piece = _current(module)
+    changed = None if piece is None else piece.before(module, (x,))
+    return x if changed is None else changed[0]
+
+
+def _after(module: nn.Module, y: Tensor, again: bool) -> Tensor:
+    piece = _changes_output(module)
+    return y if piece is None else maybe(again, partial(piece.after, module, ()), y)
+
+
+def _current(module: nn.Module) -> Piece | None:
+    return module.petl.current() if hasattr(module, "petl") else None
+
+
+def _changes_output(module: nn.Module) -> Piece | None:
+    piece = _current(module)
+    return None if piece is None or type(piece).after is Piece.after else piece
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """A linear of ours or of PyTorch, with no hooks but ours: its ``forward`` depends on its input alone."""
+    own = 1 if hasattr(module, "petl") else 0
+    return (
+        type(module) in (nn.Linear, LoRALinear, FrozenLinear)
+        and len(module._forward_hooks) == own
+        and len(module._forward_pre_hooks) == own
+    )
+
+
+def _forward(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    return module.forward if _is_plain(module) else module

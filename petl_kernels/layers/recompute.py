@@ -1,0 +1,190 @@
+"""Saved tensors that are made again instead of kept.
+
+Autograd keeps whatever its rules ask for between forward and backward. Inside ``saving()``, a tensor that came out of
+``recomputed(fn, *inputs)`` is not kept: its place takes a recipe, which is ``fn`` and the inputs, and those are kept or
+have recipes themselves. What a layer keeps is then a matter of which of its steps it runs through ``recomputed``; the
+rules of the ops, of adapters and of plain PyTorch stay as they are, and so do the gradients, bit for bit.
+
+A recipe runs without autograd, under the autocast state and with the dropout seeds of its forward pass. Its results
+live until the last of those who saved them has asked: k, v and the projections of one layer share one normalised input.
+
+``checkpointed`` keeps the inputs of a whole layer only, and ``HostCopy`` holds one of those in host memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
+
+from petl_kernels.ops import philox
+
+# Storage -> its recipe, as long as the storage lives. The weak reference keeps the address from being used again.
+_made: dict[int, tuple[StorageWeakRef, Recipe, int]] = {}
+# Called with every tensor that ``saving`` keeps: hooks of ``torch.autograd.graph`` outside of it see none of them.
+observers: list[Callable[[Tensor], object]] = []
+
+
+class Kept:
+    """A tensor that is kept as it is."""
+
+    __slots__ = ("tensor", "version")
+
+    def __init__(self, tensor: Tensor):
+        self.tensor, self.version = tensor.detach(), tensor._version
+
+    def get(self) -> Tensor:
+        if self.tensor._version != self.version:
+            raise RuntimeError(
+                f"a tensor of shape {tuple(self.tensor.shape)} that is kept for backward was changed in place: "
+                f"it is at version {self.tensor._version}, expected {self.version}"
+            )
+        return self.tensor
+
+
+class Remade:
+    """A view into one output of a recipe."""
+
+    __slots__ = ("recipe", "index", "geometry")
+
+    def __init__(self, recipe: Recipe, index: int, tensor: Tensor):
+        self.recipe, self.index = recipe, index
+        self.geometry = tensor.shape, tensor.stride(), tensor.storage_offset()
+        recipe.pending += 1
+
+    def get(self) -> Tensor:
+        return self.recipe.take(self.index).as_strided(*self.geometry)
+
+
+class Recipe:
+    """How the tensors that ``fn`` returns are made again."""
+
+    __slots__ = ("fn", "inputs", "seeds", "autocast", "pending", "outputs", "__weakref__")
+
+    def __init__(self, fn: Callable, inputs: tuple[Tensor, ...]):
+        self.fn, self.inputs = fn, [_capture(tensor) for tensor in inputs]
+        self.seeds: list[Tensor] = []
+        self.autocast = _autocast_state(inputs[0].device.type)
+        self.pending = 0  # how many will still ask
+        self.outputs: tuple[Tensor, ...] | None = None
+
+    def take(self, index: int) -> Tensor:
+        if self.outputs is None:
+            self.outputs = self._run()
+        output = self.outputs[index]
+        self.pending -= 1
+        if self.pending <= 0:
+            self.outputs = None
+        return output
+
+    def _run(self) -> tuple[Tensor, ...]:
+        inputs = [held.get() for held in self.inputs]
+        device, enabled, dtype = self.autocast
+        with torch.no_grad(), torch.autocast(device, dtype, enabled), philox.replaying(self.seeds):
+            outputs = self.fn(*inputs)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def recomputed(fn: Callable, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+    """``fn(*inputs)``, whose outputs are made again where autograd would keep them.
+
+    fn: a function of tensors to a tensor or a tuple of tensors, each with a storage of its own, that draws no random
+    numbers but the seeds of the package's dropout, and that does nothing else.
+    """
+    if not torch.is_grad_enabled():
+        return fn(*inputs)
+    recipe = Recipe(fn, inputs)
+    with philox.recording() as recipe.seeds:
+        outputs = fn(*inputs)
+    for index, output in enumerate(outputs if isinstance(outputs, tuple) else (outputs,)):
+        storage = output.untyped_storage()
+        _made[storage._cdata] = StorageWeakRef(storage), recipe, index
+    return outputs
+
+
+def _capture(tensor: Tensor) -> Kept | Remade:
+    found = _made.get(tensor.untyped_storage()._cdata)
+    if found is not None and not found[0].expired():
+        return Remade(found[1], found[2], tensor)
+    _observe(tensor)
+    return Kept(tensor)
+
+
+def _observe(tensor: Tensor) -> None:
+    for observe in observers:
+        observe(tensor)
+
+
+@contextmanager
+def saving() -> Iterator[None]:
+    """What autograd saves in this block is kept, or has a recipe where it came out of ``recomputed``."""
+    if not torch.is_grad_enabled():
+        yield
+        return
+    with torch.autograd.graph.saved_tensors_hooks(_capture, lambda held: held.get()):
+        yield
+
+
+def forget() -> None:
+    """Drop the recipes of tensors that are gone. Called when a layer has returned."""
+    for address in [address for address, (storage, *_) in _made.items() if storage.expired()]:
+        del _made[address]
+
+
+def _autocast_state(device: str) -> tuple[str, bool, torch.dtype]:
+    return device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+
+# ---- whole layers ---------------------------------------------------------------------------------------------------
+
+
+class HostCopy:
+    """One input of a checkpointed layer. After the forward pass it is in host memory, pinned where there is a GPU."""
+
+    def __init__(self, x: Tensor):
+        self._x: Tensor | None = x
+        self._host: Tensor | None = None
+
+    def get(self) -> Tensor:
+        """The tensor: the very one at first, later its copy from host memory."""
+        if self._x is not None:
+            return self._x
+        return self._host.detach().to(self._device, non_blocking=True).requires_grad_(self._requires_grad)
+
+    def offload(self) -> None:
+        x, self._x = self._x, None
+        self._device, self._requires_grad = x.device, x.requires_grad
+        self._host = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
+        self._host.copy_(x.detach(), non_blocking=True)
+
+
+def checkpointed(fn: Callable, x: Tensor, *inputs, offload: bool = False):
+    """``fn(x, *inputs)``, of which only the inputs are kept; ``offload``: x in host memory.
+
+    Everything between is computed again when backward arrives, with the same random numbers.
+    """
+    if not torch.is_grad_enabled():
+        return fn(x, *inputs)
+    for tensor in inputs if offload else (x, *inputs):
+        if isinstance(tensor, Tensor):
+            _observe(tensor)
+    if not offload:
+        return checkpoint(fn, x, *inputs, use_reentrant=False)
+    held = HostCopy(x)
+    output = checkpoint(lambda *rest: fn(held.get(), *rest), *inputs, use_reentrant=False)
+    held.offload()
+    return output
+
+
+def maybe(again: bool, fn: Callable, *inputs: Tensor):
+    """``recomputed(fn, *inputs)``, or plainly ``fn(*inputs)`` when its output is kept."""
+    return recomputed(fn, *inputs) if again else fn(*inputs)
+
+
+def context(lean: bool):
+    """``saving()`` for a lean layer; nothing for one inside a checkpoint, which has hooks of its own."""
+    return saving() if lean else nullcontext()

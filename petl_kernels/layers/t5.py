@@ -1,0 +1,123 @@
+"""Lean encoder and decoder blocks of the T5 family: T5, mT5, MADLAD-400.
+
+    h = x + drop(attn(RMSNorm(x)))      with a relative position bias, which the first block makes for all
+    y = h + drop(ffn(RMSNorm(h)))       with a gated or plain feed-forward block
+
+and a cross-attention without a bias between them in the decoder. The class is mixed in before the block's own.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from petl_kernels.layers.blocks import (
+    ACTIVATIONS,
+    AttentionBlock,
+    FeedForwardBlock,
+    attention_block,
+    feed_forward_block,
+)
+from petl_kernels.layers.recompute import context
+
+
+class LeanT5Layer:
+    """Before a block class of the family. ``petl_tier`` is set when it is mixed in."""
+
+    petl_tier: int
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_bias: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        encoder_decoder_position_bias: Tensor | None = None,
+        past_key_values=None,
+        **kwargs,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(hidden states, the self-attention's position bias, None: the cross-attention has no bias)"""
+        if self.steps_aside(past_key_values, kwargs):
+            return super().forward(
+                hidden_states,
+                attention_mask,
+                position_bias,
+                encoder_hidden_states,
+                encoder_attention_mask,
+                encoder_decoder_position_bias,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        if position_bias is None:
+            position_bias = self._position_bias(hidden_states)
+        y = self.run(hidden_states, attention_mask, position_bias, encoder_hidden_states, encoder_attention_mask)
+        return y, position_bias, encoder_decoder_position_bias
+
+    def body(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        bias: Tensor | None,
+        source: Tensor | None,
+        source_mask: Tensor | None,
+        tier: int,
+    ) -> Tensor:
+        with context(tier > 0):
+            x = _finite(attention_block(self._attention(0, "SelfAttention"), x, None, mask, bias, tier))
+            if source is not None and len(self.layer) == 3:
+                cross = self._attention(1, "EncDecAttention")
+                x = _finite(attention_block(cross, x, source, source_mask, None, tier))
+            return _finite(feed_forward_block(self._feed_forward(), x, tier))
+
+    def _position_bias(self, x: Tensor) -> Tensor | None:
+        attention = self.layer[0].SelfAttention
+        if not attention.has_relative_attention_bias:
+            return None
+        return attention.compute_bias(x.shape[1], x.shape[1], device=x.device)
+
+    def _attention(self, index: int, name: str) -> AttentionBlock:
+        part = self.layer[index]
+        attention = getattr(part, name)
+        return AttentionBlock(
+            host=attention,
+            q=attention.q,
+            k=attention.k,
+            v=attention.v,
+            out=attention.o,
+            norm=part.layer_norm,
+            heads=attention.n_heads,
+            scale=1.0,
+            causal=bool(attention.is_causal),
+            dropout=attention.dropout if self.training else 0.0,
+            residual_dropout=part.dropout.p if self.training else 0.0,
+            pre_norm=True,
+        )
+
+    def _feed_forward(self) -> FeedForwardBlock:
+        part = self.layer[-1]
+        ffn = part.DenseReluDense
+        return FeedForwardBlock(
+            inputs=(ffn.wi_0, ffn.wi_1) if hasattr(ffn, "wi_0") else (ffn.wi,),
+            out=ffn.wo,
+            norm=part.layer_norm,
+            activation=ACTIVATIONS[type(ffn.act).__name__],
+            dropout=ffn.dropout.p if self.training else 0.0,
+            residual_dropout=part.dropout.p if self.training else 0.0,
+            pre_norm=True,
+        )
+
+    @staticmethod
+    def uncovered(layer: nn.Module) -> str:
+        """Why a block cannot be lean; empty when it can."""
+        activation = type(layer.layer[-1].DenseReluDense.act).__name__
+        return "" if activation in ACTIVATIONS else f"activation {activation}"
+
+
+def _finite(x: Tensor) -> Tensor:
+    """As the family does in fp16, where its sums overflow."""
+    if x.dtype != torch.float16:
+        return x
+    largest = torch.finfo(x.dtype).max
+    limit = torch.where(torch.isinf(x).any(), largest - 1000, largest)
+    return x.clamp(-limit, limit)

@@ -1,0 +1,103 @@
+"""Small adapted models, ragged batches, and one step's loss and gradients by name."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from methods.models import build
+from torch import Tensor, nn
+
+import petl_kernels as pk
+from petl_kernels.layers.lean import LeanLayer
+from petl_kernels.methods import METHODS
+
+SETTINGS = {"lora": {"rank": 3}, "prefix": {"length": 3}}
+SETTINGS |= {key: {"bottleneck": 5} for key in ("adapter", "adapter-sublayer", "pfeiffer", "parallel")}
+DROPOUT = {"dropout": 0.2, "attention_dropout": 0.15, "activation_dropout": 0.1}
+
+
+def adapted(family: str, method: str, attention: str = "sdpa", dtype=torch.float64, **settings) -> nn.Module:
+    """A model in training mode, with every trained parameter away from its start."""
+    model = build(family, attention, **settings).to(dtype)
+    pk.adapt(model, METHODS[method](**SETTINGS.get(method, {})))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in pk.trainable_parameters(model):
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator).to(parameter))
+    if dtype == torch.float64:
+        exact_rms_norms(model)
+    return model.train()
+
+
+def exact_rms_norms(model: nn.Module) -> None:
+    """T5's norm takes its mean square in fp32, in float64 too: as a yardstick it has to be exact."""
+    for module in model.modules():
+        if hasattr(module, "variance_epsilon"):
+            module.forward = _ExactRMSNorm(module)
+
+
+class _ExactRMSNorm:
+    def __init__(self, norm: nn.Module):
+        self.norm = norm
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.norm.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.norm.variance_epsilon)
+
+
+def ragged(model: nn.Module, side: str = "right", rows: int = 3) -> dict[str, Tensor]:
+    """Source and labels, both padded on ``side``."""
+    generator = torch.Generator().manual_seed(11)
+    source = torch.randint(3, 97, (rows, 7), generator=generator)
+    labels = torch.randint(3, 97, (rows, 5), generator=generator)
+    mask, decoder_mask = torch.ones_like(source), torch.ones_like(labels)
+    row = torch.arange(rows)[:, None]
+    for tensor in (mask, decoder_mask):
+        width = tensor.shape[1]
+        place = torch.arange(width).flip(0) if side == "right" else torch.arange(width)
+        tensor[place[None] < row % 3] = 0
+    source[mask == 0] = model.config.pad_token_id
+    labels[decoder_mask == 0] = -100
+    return {"input_ids": source, "attention_mask": mask, "decoder_attention_mask": decoder_mask, "labels": labels}
+
+
+def step(model: nn.Module, inputs: dict[str, Tensor], seed: int = 5, **options) -> dict[str, Tensor]:
+    """The loss, and the gradient of every trained parameter by name."""
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(seed)
+    loss = model(**inputs, **options).loss
+    loss.sum().backward()
+    values = {"loss": loss.detach()}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            values[name] = parameter.grad.clone()
+    return values
+
+
+def without_recomputation(model: nn.Module) -> nn.Module:
+    """A copy whose lean layers keep everything: autograd alone, through the same ops and the same random numbers."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if isinstance(module, LeanLayer):
+            module.run = _Plainly(module)
+    return model
+
+
+class _Plainly:
+    def __init__(self, layer: nn.Module):
+        self.layer = layer
+
+    def __call__(self, *inputs):
+        return self.layer.body(*inputs, 0)
+
+
+def worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
+    """The largest relative difference and whose it is; the names must be the same."""
+    assert found.keys() == expected.keys()
+    scale = max(value.norm().item() for value in expected.values())
+
+    def difference(name: str) -> float:
+        size = max(expected[name].norm().item(), 1e-6 * scale)
+        return ((found[name].double() - expected[name].double()).norm() / size).item()
+
+    return max((difference(name), name) for name in expected)

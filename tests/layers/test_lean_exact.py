@@ -1,0 +1,144 @@
+"""Every tier has the loss and the gradients of the plain model."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from methods.models import FAMILIES, RELATIVES, build
+
+import petl_kernels as pk
+from petl_kernels.methods import METHODS
+
+from .lean_cases import DROPOUT, adapted, exact_rms_norms, ragged, step, without_recomputation, worst
+
+TIERS = (1, 2, 3, 4, 5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", [*FAMILIES, *RELATIVES])
+def test_float64(family, method):
+    model = adapted(family, method)
+    for side in ("right", "left"):
+        inputs = ragged(model, side)
+        plain = step(pk.lean(model, 0), inputs)
+        for tier in TIERS:
+            difference, name = worst(step(pk.lean(model, tier), inputs), plain)
+            assert difference < 1e-9, (side, tier, name, difference)
+
+
+@pytest.mark.parametrize("method", ["lora", "prefix", "full"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_float64_with_additive_masks(family, method):
+    model = adapted(family, method, attention="eager")
+    inputs = ragged(model)
+    plain = step(model, inputs)
+    for tier in TIERS:
+        difference, name = worst(step(pk.lean(model, tier), inputs), plain)
+        assert difference < 1e-9, (tier, name, difference)
+
+
+def test_a_tier_for_each_layer():
+    model = adapted("mbart", "lora")
+    inputs = ragged(model)
+    plain = step(model, inputs)
+    for tiers in ([0, 1, 2, 3], [4, 5, 1, 0], [2, 0, 5, 3]):
+        difference, name = worst(step(pk.lean(model, tiers), inputs), plain)
+        assert difference < 1e-9, (tiers, name, difference)
+        assert [layer.tier for layer in pk.report(model).layers] == tiers
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_peft(family):
+    peft = pytest.importorskip("peft")
+    targets = ["q", "v"] if family == "t5" else ["q_proj", "v_proj"]
+    theirs = build(family).double()
+    exact_rms_norms(theirs)
+    theirs = peft.get_peft_model(
+        theirs, peft.LoraConfig(r=3, lora_alpha=6, target_modules=targets, init_lora_weights=False)
+    ).train()
+    ours = build(family).double()
+    exact_rms_norms(ours)
+    pk.adapt(ours, pk.LoRA(rank=3, alpha=6.0))
+    names = {}
+    for name, parameter in theirs.named_parameters():
+        if parameter.requires_grad:
+            own = name.removeprefix("base_model.model.").replace(".lora_A.default.weight", ".lora.default.A")
+            names[name] = own = own.replace(".lora_B.default.weight", ".lora.default.B")
+            with torch.no_grad():
+                ours.get_parameter(own).copy_(parameter)
+    inputs = ragged(ours)
+    expected = {names.get(name, name): value for name, value in step(theirs, inputs).items()}
+    for tier in TIERS:
+        difference, name = worst(step(pk.lean(ours.train(), tier), inputs), expected)
+        assert difference < 1e-9, (tier, name, difference)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", ["lora", "adapter-sublayer", "parallel", "prefix", "full"])
+def test_dropout(family, method):
+    """Recomputation meets the same masks: all tiers agree with autograd alone on the same ops, to the last bits."""
+    settings = {"dropout_rate": 0.2} if family == "t5" else DROPOUT
+    if family == "t5":
+        model = adapted(family, method)
+        _set_dropout(model, 0.2)
+    else:
+        model = adapted(family, method, **settings)
+    if method == "lora":
+        for module in model.modules():
+            if hasattr(module, "lora"):
+                module.lora["default"].dropout = 0.25
+    inputs = ragged(model)
+    plain = step(without_recomputation(pk.lean(model, 1)), inputs)
+    assert worst(step(pk.lean(model, 1), inputs, seed=6), plain)[0] > 1e-3  # other masks, another loss
+    for tier in TIERS:
+        difference, name = worst(step(pk.lean(model, tier), inputs), plain)
+        assert difference < 1e-12, (tier, name, difference)
+
+
+def _set_dropout(model, p: float) -> None:
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = p
+        elif isinstance(getattr(module, "dropout", None), float):
+            module.dropout = p
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_gradient_accumulation(tier):
+    model = pk.lean(adapted("m2m100", "lora"), tier)
+    inputs = ragged(model, rows=4)
+    whole = step(model, inputs, reduction="sum")
+    model.zero_grad()
+    for rows in (slice(0, 1), slice(1, 4)):
+        part = {name: value[rows] for name, value in inputs.items()}
+        model(**part, reduction="sum").loss.backward()
+    parts = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    difference, name = worst(parts, {name: value for name, value in whole.items() if name != "loss"})
+    assert difference < 1e-12, (name, difference)
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("precision", ["bfloat16", "autocast"])
+def test_bfloat16(family, precision, tier):
+    """The error against float64 is at most twice the plain model's own."""
+    exact = adapted(family, "lora")
+    inputs = ragged(exact, rows=6)
+    expected = step(exact, inputs)
+    model = adapted(family, "lora", dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+        if precision == "bfloat16":
+            model.to(torch.bfloat16)
+        plain = _distance(step(model, inputs), expected)
+        lean = _distance(step(pk.lean(copy.deepcopy(model), tier), inputs), expected)
+    assert lean <= 2 * plain, (lean, plain)
+
+
+def _distance(found, expected) -> float:
+    """The length of the difference over all gradients together, relative."""
+    names = [name for name in expected if name != "loss"]
+    assert found.keys() == expected.keys()
+    difference = sum((found[name].double() - expected[name]).square().sum() for name in names)
+    return (difference / sum(expected[name].square().sum() for name in names)).sqrt().item()

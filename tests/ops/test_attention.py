@@ -1,0 +1,334 @@
+from __future__ import annotations
+
+import importlib
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from petl_kernels import ops, parity
+from petl_kernels.errors import InputError
+from petl_kernels.ops import philox
+
+from . import contract
+
+attention_op = importlib.import_module("petl_kernels.ops.attention")  # ops.attention is the function
+
+FP32, FP64 = torch.float32, torch.float64
+BF16 = torch.bfloat16
+
+
+def arguments_of(dtype, seed=0, **options) -> dict:
+    return parity.attention_arguments(contract.source(dtype, seed), **options)
+
+
+def public(given: dict, **change) -> Tensor:
+    given = {name: value for name, value in (given | change).items() if name != "do"}
+    return ops.attention(**given)
+
+
+def plain(given: dict) -> Tensor:
+    """The formula on whole, concatenated tensors, differentiated by autograd."""
+    q, k, v, mask, bias = (given[name] for name in ("q", "k", "v", "mask", "bias"))
+    (batch, heads, queries, _), keys = q.shape, k.shape[2]
+    s = given["scale"] * q @ k.mT
+    if bias is not None:
+        s = s + bias
+    hidden = torch.zeros(batch, heads, queries, keys, dtype=torch.bool)
+    if mask is not None and mask.dtype == torch.bool:
+        hidden = hidden | ~mask
+    elif mask is not None:
+        s = s + mask
+    if given["causal"]:
+        hidden = hidden | ~torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+    s = s.masked_fill(hidden, -torch.inf)
+    if given["prefix_k"] is not None:
+        prefix_k, prefix_v = (given[n].transpose(0, 1).expand(batch, -1, -1, -1) for n in ("prefix_k", "prefix_v"))
+        s = torch.cat([given["scale"] * q @ prefix_k.mT, s], -1)
+        v = torch.cat([prefix_v, v], 2)
+    p = s.masked_fill((s == -torch.inf).all(-1, keepdim=True), 0).softmax(-1).masked_fill(s == -torch.inf, 0)
+    if given["dropout"]:
+        p = p * philox.keep_mask(given["seed"], tuple(p.shape), given["dropout"]) / (1 - given["dropout"])
+    return p @ v
+
+
+FORMS = {
+    "plain": {},
+    "padding": {"mask": "padding"},
+    "queries that see nothing": {"mask": "rows"},
+    "additive": {"mask": "additive"},
+    "finfo.min": {"mask": "finfo"},
+    "causal": {"causal": True},
+    "causal, more keys": {"causal": True, "keys": 23},
+    "causal, fewer keys": {"causal": True, "keys": 12},
+    "causal, rows": {"causal": True, "mask": "rows"},
+    "scale 1": {"scale": 1.0},
+    "bias": {"bias": 1},
+    "bias of a batch": {"bias": 2, "mask": "rows"},
+    "bias, causal, dropout": {"bias": 1, "causal": True, "dropout": 0.2},
+    "dropout": {"dropout": 0.3},
+    "prefix": {"prefix": 3},
+    "prefix, rows": {"prefix": 4, "mask": "rows"},
+    "prefix, finfo.min": {"prefix": 4, "mask": "finfo"},
+    "prefix, causal": {"prefix": 1, "causal": True, "keys": 30},
+    "everything": {"prefix": 5, "mask": "rows", "bias": 1, "causal": True, "dropout": 0.4, "keys": 20},
+}
+
+
+@pytest.mark.parametrize("backend", contract.BACKENDS)
+@pytest.mark.parametrize("dtype", contract.DTYPES, ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form(backend, dtype, form):
+    contract.assert_parity("attention", backend, arguments_of(dtype, **FORMS[form]))
+
+
+@pytest.mark.parametrize("backend", contract.BACKENDS)
+@pytest.mark.parametrize("dtype", contract.DTYPES, ids=str)
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (3, 1), (1, 17), (129, 17), (17, 129)])
+@pytest.mark.parametrize("d", [1, 13, 64])
+def test_sizes(backend, dtype, queries, keys, d):
+    given = arguments_of(dtype, heads=2, queries=queries, keys=keys, d=d, prefix=3, mask="padding")
+    contract.assert_parity("attention", backend, given)
+
+
+@pytest.mark.parametrize("backend", contract.BACKENDS)
+@pytest.mark.parametrize("dtype", contract.DTYPES, ids=str)
+@pytest.mark.parametrize("options", [{}, {"dropout": 0.1, "prefix": 20}], ids=str)
+def test_long(backend, dtype, options):
+    given = arguments_of(dtype, batch=1, heads=1, queries=700, keys=650, d=64, **options)
+    contract.assert_parity("attention", backend, given)
+
+
+@pytest.mark.parametrize("backend", contract.BACKENDS)
+@pytest.mark.parametrize("options", [{}, {"bias": 2}, {"dropout": 0.2, "prefix": 3}], ids=str)
+def test_non_contiguous_and_expanded(backend, options):
+    draw = contract.source(FP32)
+    given = arguments_of(FP32, batch=2, heads=3, queries=6, keys=5, d=8, mask="rows", **options)
+    given["q"] = draw(2, 3, 6, 16)[..., ::2]
+    given["k"] = draw(2, 3, 8, 5).mT
+    given["v"] = draw(3, 5, 8).expand(2, 3, 5, 8)
+    given["do"] = draw(8).expand(2, 3, 6, 8)
+    given["mask"] = given["mask"].expand(2, 3, 6, 5)
+    contract.assert_parity("attention", backend, given)
+
+
+@pytest.mark.parametrize("backend", contract.BACKENDS)
+@pytest.mark.parametrize("sizes", [(0, 3, 4), (2, 0, 4), (2, 3, 0)], ids=str)
+@pytest.mark.parametrize("options", [{}, {"bias": 1, "prefix": 2, "dropout": 0.1}], ids=str)
+def test_zero_rows(backend, sizes, options):
+    batch, queries, keys = sizes
+    given = arguments_of(FP32, batch=batch, queries=queries, keys=keys, d=8, **options)
+    values = parity.run("attention", backend, given)
+    assert values["o"].shape == values["dq"].shape == (batch, 3, queries, 8)
+    assert values["dk"].shape == values["dv"].shape == (batch, 3, keys, 8)
+    for name in ("dq", "dk", "dv", "dbias"):
+        if name in values and not (keys == 0 and name == "dq"):
+            assert not values[name].any(), name
+    contract.assert_parity("attention", backend, given)
+
+
+LEAVES = ("q", "k", "v", "bias", "prefix_k", "prefix_v")
+
+
+@pytest.mark.parametrize("backend", contract.BACKENDS)
+@pytest.mark.parametrize("form", FORMS)
+def test_autograd_equals_the_formula(backend, form):
+    given = arguments_of(FP64, **FORMS[form])
+    leaves = {name: given[name] for name in LEAVES if given[name] is not None}
+    with ops.use(backend):
+        computed = contract.gradients(lambda **leaves: public(given, **leaves), leaves, given["do"])
+    expected = contract.gradients(lambda **leaves: plain(given | leaves), leaves, given["do"])
+    contract.assert_close_by_name(computed, expected, 1e-12)
+
+
+@pytest.mark.parametrize("backend", contract.BACKENDS)
+# finfo.min absorbs the scores it is added to: a step in them moves nothing, whatever the derivative.
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "finfo.min"])
+def test_gradcheck(backend, form):
+    options = FORMS[form] | {"batch": 2, "heads": 2, "queries": 4, "d": 3}
+    options["keys"] = {30: 6, 23: 5, 20: 5, 12: 3}.get(options.get("keys"), 4)
+    given = arguments_of(FP64, **options)
+    leaves = {name: given[name].requires_grad_() for name in LEAVES if given[name] is not None}
+    with ops.use(backend):
+        assert torch.autograd.gradcheck(
+            lambda *tensors: public(given, **dict(zip(leaves, tensors, strict=True))), tuple(leaves.values())
+        )
+
+
+@pytest.mark.parametrize("backend", contract.BACKENDS)
+@pytest.mark.parametrize("causal", [False, True])
+def test_equals_scaled_dot_product_attention(backend, causal):
+    given = arguments_of(FP32, causal=causal)
+    with ops.use(backend):
+        ours = public(given)
+    torch.testing.assert_close(ours, F.scaled_dot_product_attention(*(given[n] for n in "qkv"), is_causal=causal))
+
+
+@pytest.mark.parametrize("backend", contract.BACKENDS)
+def test_the_result_is_a_view_of_rows(backend):
+    given = arguments_of(BF16)
+    with ops.use(backend):
+        for change in ({}, {"dropout": 0.2, "seed": torch.tensor([3])}):
+            o = public(given, **change)
+            assert o.transpose(1, 2).is_contiguous()
+            assert o.transpose(1, 2).reshape(2, 17, 48).data_ptr() == o.data_ptr()
+
+
+@pytest.mark.parametrize("backend", contract.BACKENDS)
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_queries_that_see_nothing(backend, dropout):
+    given = arguments_of(FP32, mask="rows", dropout=dropout)
+    blind = ~given["mask"].any(-1).expand(2, 3, 17)
+    values = parity.run("attention", backend, given)
+    assert blind.any() and not values["o"][blind].any() and not values["dq"][blind].any()
+    assert all(value.isfinite().all() for value in values.values())
+
+
+@pytest.mark.parametrize("backend", contract.BACKENDS)
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_chunks_leave_no_seam(backend, dtype, monkeypatch):
+    """Several heads, one head, and part of a head at a time."""
+    given = arguments_of(dtype, batch=3, bias=1, mask="rows", prefix=3, dropout=0.3)
+    whole = parity.run("attention", "reference", given)
+    for rows in (3 * 17 * 2, 2 * 17, 17, 5):
+        monkeypatch.setattr(attention_op, "CHUNK_BYTES", rows * 20 * 4)
+        for name, value in parity.run("attention", "reference", given).items():
+            torch.testing.assert_close(
+                value, whole[name], rtol=0.02 if dtype == BF16 else 1e-5, atol=0.03 if dtype == BF16 else 1e-5
+            )
+
+
+def test_chunks_are_contiguous_runs():
+    for batch, heads, queries, columns in itertools.product((1, 3), (1, 4), (1, 5), (1, 7, 2**20)):
+        index = torch.arange(batch * heads * queries).view(batch, heads, queries)
+        runs = [index[part].flatten() for part in attention_op.transient_chunks(batch, heads, queries, columns)]
+        assert torch.equal(torch.cat(runs), index.flatten())
+
+
+def test_opcheck():
+    given = arguments_of(FP32, batch=2, heads=2, queries=5, keys=4, d=8, mask="rows", bias=1, prefix=2, dropout=0.2)
+    names = ("q", "k", "v", "mask", "bias", "prefix_k", "prefix_v", "causal", "scale", "dropout", "seed")
+    for absent in ((), ("mask", "bias", "prefix_k", "prefix_v")):
+        inputs = [None if name in absent else given[name] for name in names]
+        inputs[9:11] = (0.0, None) if absent else inputs[9:11]
+        o, lse = torch.ops.petl.attention(*inputs, "")
+        leaves = [x.clone().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs]
+        contract.opcheck(torch.ops.petl.attention.default, tuple(leaves))
+        backward = (given["do"], *inputs[:3], o, lse, *inputs[3:], not absent)
+        contract.opcheck(torch.ops.petl.attention_backward.default, backward)
+
+
+@pytest.mark.parametrize("backend", contract.BACKENDS)
+@pytest.mark.parametrize("options", [{}, {"dropout": 0.1, "bias": 1, "prefix": 4}], ids=str)
+def test_same_bits_in_two_runs(backend, options):
+    given = arguments_of(BF16, queries=129, keys=129, mask="padding", **options)
+    contract.assert_deterministic("attention", backend, given, threads=(1, 2))
+
+
+@pytest.mark.parametrize("backend", contract.BACKENDS)
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_saves_q_k_v_o_and_lse(backend, dropout):
+    given = arguments_of(BF16, mask="rows", dropout=dropout)
+    for name in "qkv":
+        given[name].requires_grad_()
+    given_anyway = [given["mask"]] if dropout == 0 else [given["mask"], given["seed"]]
+    with ops.use(backend):
+        saved = contract.bytes_saved(lambda: public(given), given_anyway)
+    assert saved == 2 * 17 * (4 * 3 * 16 * 2 + 4 * 3)
+
+
+def test_autocast_follows_scaled_dot_product_attention():
+    given = arguments_of(FP32, mask="additive", prefix=0)
+    for name in "qkv":
+        given[name].requires_grad_()
+    for dtype in (BF16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            ours = public(given)
+            theirs = F.scaled_dot_product_attention(*(given[n] for n in "qkv"), attn_mask=given["mask"].to(dtype))
+        assert ours.dtype == theirs.dtype == dtype
+        torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05)
+        grads = torch.autograd.grad(ours.float().sum(), [given[n] for n in "qkv"])
+        assert {grad.dtype for grad in grads} == {FP32}
+
+
+@pytest.mark.parametrize("backend", contract.BACKENDS)
+def test_only_the_gradients_that_are_needed(backend):
+    given = arguments_of(FP32, bias=1, prefix=2)
+    with ops.use(backend):
+        given["prefix_v"].requires_grad_()
+        o = public(given)
+        (alone,) = torch.autograd.grad(o, given["prefix_v"], given["do"])
+        given["q"].requires_grad_()
+        _, together = torch.autograd.grad(public(given), (given["q"], given["prefix_v"]), given["do"])
+    torch.testing.assert_close(alone, together)
+
+
+def test_gradients_come_in_the_dtypes_of_the_inputs():
+    given = arguments_of(BF16, prefix=2, prefix_dtype=FP32)
+    given["bias"] = contract.source(FP32)(1, 3, 17, 17)
+    leaves = [given[name].requires_grad_() for name in LEAVES]
+    grads = torch.autograd.grad(public(given), leaves, given["do"])
+    assert [grad.dtype for grad in grads] == [leaf.dtype for leaf in leaves]
+
+
+def test_dropout_draws_a_seed():
+    given = arguments_of(FP32, dropout=0.5)
+    torch.manual_seed(1)
+    first, second = public(given, seed=None), public(given, seed=None)
+    torch.manual_seed(1)
+    assert torch.equal(public(given, seed=None), first) and not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("backend", contract.BACKENDS)
+@pytest.mark.parametrize("options", [{"mask": "padding"}, {"dropout": 0.2, "prefix": 2}], ids=str)
+def test_compiles_to_one_graph(backend, options):
+    given = arguments_of(FP32, **options)
+
+    def function(q, k, v):
+        return public(given, q=q, k=k, v=v).relu()
+
+    with ops.use(backend):
+        contract.assert_compiles(function, *(given[name] for name in "qkv"), tolerance=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": torch.ones(3, 8)}, r"q has shape \(3, 8\): expected \(batch, heads, length, features\)"),
+        ({"q": torch.ones(2, 3, 4, 8).int()}, "q has dtype torch.int32: expected a floating-point tensor"),
+        ({"k": torch.ones(2, 3, 5, 8).half()}, "k has dtype torch.float16: expected that of q, torch.float32"),
+        ({"k": torch.ones(2, 3, 5, 7)}, r"k has shape \(2, 3, 5, 7\): expected \(2, 3, 5, 8\)"),
+        ({"v": torch.ones(2, 3, 6, 8)}, r"v has shape \(2, 3, 6, 8\): expected \(2, 3, 5, 8\)"),
+        ({"v": torch.ones(2, 3, 5, 8, device="meta")}, "v is on meta: expected the device of x, cpu"),
+        ({n: torch.ones(2, 3, 5, 0) for n in "qkv"}, r"q has shape \(2, 3, 5, 0\): expected one feature or more"),
+        ({"mask": torch.ones(4, 5).bool()}, r"mask has shape \(4, 5\): expected \(2 or 1, 3 or 1, 4 or 1, 5\)"),
+        ({"mask": torch.ones(2, 1, 1, 4).bool()}, r"mask has shape \(2, 1, 1, 4\)"),
+        ({"mask": torch.ones(2, 1, 1, 5).long()}, "mask has dtype torch.int64: expected torch.bool or a floating"),
+        ({"mask": torch.ones(2, 1, 1, 5, requires_grad=True)}, "mask requires grad"),
+        ({"mask": torch.ones(2, 1, 1, 5, device="meta")}, "mask is on meta"),
+        ({"bias": torch.ones(1, 1, 4, 5)}, r"bias has shape \(1, 1, 4, 5\): expected \(2 or 1, 3, 4, 5\)"),
+        ({"bias": torch.ones(1, 3, 4, 5).int()}, "bias has dtype torch.int32"),
+        ({"prefix_k": torch.ones(6, 3, 8)}, "prefix_v is None and the other half is not"),
+        ({"prefix_v": torch.ones(6, 3, 8)}, "prefix_k is None and the other half is not"),
+        ({n: torch.ones(6, 24) for n in ("prefix_k", "prefix_v")}, r"prefix_k has shape \(6, 24\): expected \(prefix,"),
+        (
+            {"prefix_k": torch.ones(6, 3, 8), "prefix_v": torch.ones(7, 3, 8)},
+            r"prefix_v has shape \(7, 3, 8\): expected \(6, 3, 8\)",
+        ),
+        ({n: torch.ones(6, 3, 8).int() for n in ("prefix_k", "prefix_v")}, "prefix_k has dtype torch.int32"),
+        ({"dropout": 1.0}, r"dropout is 1.0: expected a number in \[0, 1\)"),
+        ({"dropout": 0.1, "seed": torch.ones(1)}, r"seed is torch.float32 of shape \(1,\)"),
+        ({"dropout": 0.1, "seed": torch.ones(1, dtype=torch.int64, device="meta")}, "seed is on meta"),
+        (
+            {n: torch.ones(1, 1, 1, 8).expand(1024, 16, 512, 8) for n in "qkv"} | {"dropout": 0.1},
+            "there are 4294967296 probabilities: expected fewer than 2\\^32 with dropout",
+        ),
+    ],
+)
+def test_refuses(change, message):
+    given = {"q": torch.ones(2, 3, 4, 8), "k": torch.ones(2, 3, 5, 8), "v": torch.ones(2, 3, 5, 8)} | change
+    with pytest.raises(InputError, match=message) as error:
+        ops.attention(**given)
+    assert "\n" not in str(error.value)
