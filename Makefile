@@ -17,6 +17,7 @@ test: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/petl-mt bench ops --peers
+	$(BIN)/petl-mt bench step --peers
 
 memory-table: $(VENV)/.dev
 	$(BIN)/python bench/kept_bytes.py
