@@ -39,7 +39,7 @@ class LeanLoss:
             kwargs["decoder_input_ids"] = decoder_inputs(self, labels)
         if lean_loss_obstacle(self):
             result = super().forward(*args, **kwargs)
-            result["loss"] = _loss_of_logits(result.logits, labels, **options)
+            result["loss"] = loss_of_logits(result.logits, labels, **options)
         else:
             with _captured(self.lm_head) as captured:
                 output = super().forward(*args, **kwargs)
@@ -54,7 +54,8 @@ class LeanLoss:
         return _bare, type(self).petl_bases, self.__dict__
 
 
-def _loss_of_logits(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0, reduction: str = "mean") -> Tensor:
+def loss_of_logits(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0, reduction: str = "mean") -> Tensor:
+    """Cross-entropy of logits (..., words) in fp32 or wider; the formula of ``ops.linear_cross_entropy``."""
     with torch.autocast(logits.device.type, enabled=False):
         wide = logits if logits.dtype == torch.float64 else logits.float()
         loss = F.cross_entropy(

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from petl_kernels import ops
 from petl_kernels.layers.frozen_linear import FrozenLinear
-from petl_kernels.layers.recompute import maybe
+from petl_kernels.layers.recompute import maybe, remade_by
 from petl_kernels.methods.base import Piece
 from petl_kernels.methods.lora import LoRALinear
 from petl_kernels.methods.prefix import Prefix
@@ -109,12 +109,12 @@ def _read(block: AttentionBlock | FeedForwardBlock, x: Tensor, tier: int) -> Ten
     """What the products of a block read."""
     if not block.pre_norm:
         return _for_products(x, tier)
-    return maybe(tier >= NORMS, lambda x: _cast(_norm(block.norm, x)), x)
+    return _norm(block.norm, x, tier, _cast)
 
 
 def _normed(norm: nn.Module, x: Tensor, tier: int) -> Tensor:
     """The end of a post-norm block, with the adapter that stands there (Pfeiffer's)."""
-    y = maybe(tier >= NORMS, partial(_norm, norm), x)
+    y = _norm(norm, x, tier)
     piece = _current(norm)
     return y if piece is None else piece.after(norm, (x,), y)
 
@@ -131,10 +131,17 @@ def _cast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(device))
 
 
-def _norm(norm: nn.Module, x: Tensor) -> Tensor:
+def _norm(norm: nn.Module, x: Tensor, tier: int, then: Callable[[Tensor], Tensor] = lambda y: y) -> Tensor:
+    """then(norm(x)); made again from x and the statistics that the norm's own rule keeps."""
     if isinstance(norm, nn.LayerNorm):
-        return ops.layer_norm(x, norm.weight, norm.bias, norm.eps)
-    return ops.rms_norm(x, norm.weight, norm.variance_epsilon)
+        y, *statistics = ops.layer_norm_with_statistics(x, norm.weight, norm.bias, norm.eps)
+        again = partial(ops.layer_norm_from_statistics, weight=norm.weight, bias=norm.bias)
+    else:
+        y, *statistics = ops.rms_norm_with_statistics(x, norm.weight, norm.variance_epsilon)
+        again = partial(ops.rms_norm_from_statistics, weight=norm.weight)
+    if tier < NORMS:
+        return then(y)
+    return remade_by(lambda x, *statistics: then(again(x, *statistics)), then(y), x, *statistics)
 
 
 def _attend(

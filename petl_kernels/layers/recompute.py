@@ -101,9 +101,20 @@ def recomputed(fn: Callable, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
     with philox.recording() as recipe.seeds:
         outputs = fn(*inputs)
     for index, output in enumerate(outputs if isinstance(outputs, tuple) else (outputs,)):
-        storage = output.untyped_storage()
-        _made[storage._cdata] = StorageWeakRef(storage), recipe, index
+        _register(output, recipe, index)
     return outputs
+
+
+def remade_by(fn: Callable, output: Tensor, *inputs: Tensor) -> Tensor:
+    """``output``, which ``fn(*inputs)`` makes again where autograd would keep it; bit for bit the same."""
+    if torch.is_grad_enabled():
+        _register(output, Recipe(fn, inputs), 0)
+    return output
+
+
+def _register(output: Tensor, recipe: Recipe, index: int) -> None:
+    storage = output.untyped_storage()
+    _made[storage._cdata] = StorageWeakRef(storage), recipe, index
 
 
 def _capture(tensor: Tensor) -> Kept | Remade:
@@ -167,8 +178,6 @@ def checkpointed(fn: Callable, x: Tensor, *inputs, offload: bool = False):
 
     Everything between is computed again when backward arrives, with the same random numbers.
     """
-    if not torch.is_grad_enabled():
-        return fn(x, *inputs)
     for tensor in inputs if offload else (x, *inputs):
         if isinstance(tensor, Tensor):
             _observe(tensor)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from petl_kernels.interop.lean_loss import LeanLoss
+from petl_kernels.interop.lean_loss import LeanLoss, loss_of_logits
 
 from .data import IGNORE, Batch
 
@@ -30,12 +29,4 @@ def sequence_loss(model, batch: Batch, start: int, pad: int, label_smoothing: fl
     }
     if isinstance(model, LeanLoss):
         return model(**inputs, labels=batch.labels, label_smoothing=label_smoothing, reduction="sum").loss
-    logits = model(**inputs).logits
-    with torch.autocast(logits.device.type, enabled=False):
-        return F.cross_entropy(
-            logits.float().flatten(0, 1),
-            batch.labels.flatten(),
-            ignore_index=IGNORE,
-            reduction="sum",
-            label_smoothing=label_smoothing,
-        )
+    return loss_of_logits(model(**inputs).logits, batch.labels, label_smoothing, reduction="sum")
