@@ -17,6 +17,7 @@ from petl_kernels.layers.blocks import (
     FeedForwardBlock,
     attention_block,
     feed_forward_block,
+    shared_for_products,
 )
 from petl_kernels.layers.recompute import context
 
@@ -49,7 +50,8 @@ class LeanBartLayer:
                 use_cache=use_cache,
                 **kwargs,
             )
-        return self.run(hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask)
+        source = shared_for_products(encoder_hidden_states)
+        return self.run(hidden_states, attention_mask, source, encoder_attention_mask)
 
     def body(self, x: Tensor, mask: Tensor | None, source: Tensor | None, source_mask: Tensor | None, tier: int):
         with context(tier > 0):

@@ -76,9 +76,12 @@ class FeedForwardBlock:
 def attention_block(
     block: AttentionBlock, x: Tensor, source: Tensor | None, mask: Tensor | None, bias: Tensor | None, tier: int
 ) -> Tensor:
-    """x (batch, tokens, d) -> the same, with what it attends to added. ``source`` is None for self-attention."""
+    """x (batch, tokens, d) -> the same, with what it attends to added.
+
+    ``source`` (batch, source tokens, d) is None for self-attention, else what ``shared_for_products`` returned.
+    """
     u = _read(block, x, tier)
-    seen = u if source is None else _for_products(source, tier)
+    seen = u if source is None else source
     o = _before(block.out, _attend(block, u, seen, mask, bias, tier))
     piece = _changes_output(block.out)
     if piece is None and _is_plain(block.out):
@@ -100,6 +103,36 @@ def feed_forward_block(block: FeedForwardBlock, x: Tensor, tier: int) -> Tensor:
         y = linear(block.out, maybe(again, partial(_activate, block), *hidden))
     total = ops.dropout_add(y, x, block.residual_dropout)
     return total if block.pre_norm else _normed(block.norm, total, tier)
+
+
+def shared_for_products(source: Tensor | None) -> Tensor | None:
+    """The encoder's output in the dtype that autocast gives to products, in one storage for all decoder layers.
+
+    Each layer's gradient is added up in the dtype of ``source``, as if each had cast it for itself.
+    """
+    if source is None or _cast(source) is source:
+        return source
+    if source.is_inference() or torch.compiler.is_compiling():
+        return _cast(source)
+    key = source._version, torch.get_autocast_dtype(source.device.type)
+    known, cast = getattr(source, "petl_cast", (None, None))  # on the tensor, so that it goes when the tensor goes
+    if known != key:
+        cast = _cast(source.detach())
+        source.petl_cast = key, cast
+    return _SharedCast.apply(source, cast)
+
+
+class _SharedCast(torch.autograd.Function):
+    """``source`` cast to ``cast``, which stands in memory already."""
+
+    @staticmethod
+    def forward(ctx, source: Tensor, cast: Tensor) -> Tensor:
+        ctx.dtype = source.dtype
+        return cast.view_as(cast)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.to(ctx.dtype), None
 
 
 # ---- steps ----------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from petl_kernels.layers.blocks import (
     FeedForwardBlock,
     attention_block,
     feed_forward_block,
+    shared_for_products,
 )
 from petl_kernels.layers.recompute import context
 
@@ -51,7 +52,8 @@ class LeanT5Layer:
             )
         if position_bias is None:
             position_bias = self._position_bias(hidden_states)
-        y = self.run(hidden_states, attention_mask, position_bias, encoder_hidden_states, encoder_attention_mask)
+        source = shared_for_products(encoder_hidden_states)
+        y = self.run(hidden_states, attention_mask, position_bias, source, encoder_attention_mask)
         return y, position_bias, encoder_decoder_position_bias
 
     def body(

@@ -134,6 +134,25 @@ def test_saved_bytes_sees_what_lean_layers_keep(base, tier):
     assert counted == pytest.approx(alive, rel=0.01)
 
 
+def test_the_encoding_is_kept_once_under_autocast(base):
+    """A further decoder layer that reads it keeps no copy of it, in neither dtype."""
+    model = pk.lean(pk.adapt(copy.deepcopy(base).float(), pk.LoRA(rank=16)), 4).train()
+    decoder = model.model.decoder.layers[0]
+    target = torch.randn(ROWS, LENGTH, D, requires_grad=True)
+
+    def bytes_kept(layers: int, source_length: int) -> int:
+        memory = torch.randn(ROWS, source_length, D, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16), Born() as born:
+            outputs = [decoder(target, None, memory) for _ in range(layers)]
+        kept = born.alive()
+        del outputs
+        return kept
+
+    once = bytes_kept(1, 2 * LENGTH) - bytes_kept(1, LENGTH)
+    assert once == pytest.approx(TOKENS * 2 * D, rel=0.01)  # in bf16
+    assert bytes_kept(3, 2 * LENGTH) - bytes_kept(3, LENGTH) == pytest.approx(once, rel=0.01)
+
+
 BESIDE_LORA = {
     "bitfit": (pk.BitFit, 100),
     "prefix": (lambda: pk.PrefixTuning(length=4), 100),

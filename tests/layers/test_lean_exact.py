@@ -121,16 +121,16 @@ def test_gradient_accumulation(tier):
 
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("precision", ["bfloat16", "autocast"])
-def test_bfloat16(family, precision, tier):
+@pytest.mark.parametrize("precision", ["bfloat16", "float16", "autocast"])
+def test_sixteen_bits(family, precision, tier):
     """The error against float64 is at most twice the plain model's own."""
     exact = adapted(family, "lora")
     inputs = ragged(exact, rows=6)
     expected = step(exact, inputs)
     model = adapted(family, "lora", dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
-        if precision == "bfloat16":
-            model.to(torch.bfloat16)
+        if precision != "autocast":
+            model.to(getattr(torch, precision))
         plain = _distance(step(model, inputs), expected)
         lean = _distance(step(pk.lean(copy.deepcopy(model), tier), inputs), expected)
     assert lean <= 2 * plain, (lean, plain)
