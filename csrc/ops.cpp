@@ -5,6 +5,7 @@
 
 #include "cpu/kernels.h"
 #include "host/build_info.h"
+#include "host/cpu_allocator.h"
 
 TORCH_LIBRARY(petl_cpu, m) {
   m.def("frozen_linear", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::frozen_linear)));
@@ -38,4 +39,9 @@ TORCH_LIBRARY(petl_cpu, m) {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("build_info", &petl::build_info, "How this extension was built: compiler, flags, PyTorch, CUDA.");
+  m.def("install_cpu_allocator", &petl::install_cpu_allocator, "Count what tensors take on the CPU from now on.");
+  m.def("cpu_bytes", &petl::cpu_bytes, "Bytes of CPU tensors allocated since the installation and not freed.");
+  m.def("cpu_peak", &petl::cpu_peak, "The most of cpu_bytes since the installation or the last reset.");
+  m.def("reset_cpu_peak", &petl::reset_cpu_peak, "Let cpu_peak start again from what is allocated now.");
+  m.def("limit_cpu_bytes", &petl::limit_cpu_bytes, "Let allocations that go over this raise; 0 for no limit.");
 }

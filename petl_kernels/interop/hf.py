@@ -31,25 +31,11 @@ def load_pretrained(path_or_id: str | os.PathLike, dtype: torch.dtype = torch.fl
     Raises InputError in one line: no such folder, not a checkpoint, a class that is not supported, weights that are
     damaged or do not fit the config, no tokenizer, a tokenizer with more tokens than the model.
     """
-    import transformers
-
-    name = os.fspath(path_or_id)
-    folder = _folder(name)
-    what = f"model {name!r}" if folder is not None else f"model {name!r} is no folder here and as a hub id"
-    config = _attempt(what, transformers.AutoConfig.from_pretrained, name)
-    if config.model_type not in SUPPORTED:
-        raise InputError(
-            f"model {name!r}: type {config.model_type!r} is not supported, only {', '.join(sorted(SUPPORTED))}"
-        )
-    if folder is not None and not _has(folder, _WEIGHTS):
-        raise InputError(f"model {name!r}: the folder has a config but no weights")
+    name, folder, config = _checked(path_or_id)
     tokenizer = _load_tokenizer(name, folder)
-    _no_layerdrop(config)
-
-    model_class = getattr(transformers, SUPPORTED[config.model_type])
     model, info = _attempt(
         f"model {name!r}",
-        model_class.from_pretrained,
+        _model_class(config).from_pretrained,
         name,
         config=config,
         dtype=dtype,
@@ -58,10 +44,77 @@ def load_pretrained(path_or_id: str | os.PathLike, dtype: torch.dtype = torch.fl
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise InputError(f"model {name!r}: {len(missing)} tensors are missing from the weights, {missing[0]!r} first")
+    _check_vocabulary(name, model, tokenizer)
+    return model.eval(), tokenizer
+
+
+def load_skeleton(path_or_id: str | os.PathLike):
+    """(model, tokenizer) as ``load_pretrained``, with parameters on the meta device, in fp32: nothing of the weights is read.
+
+    Raises InputError as it does, but for what only the weights can show.
+    """
+    name, folder, config = _checked(path_or_id)
+    tokenizer = _load_tokenizer(name, folder)
+    model = skeleton(config)
+    _check_vocabulary(name, model, tokenizer)
+    return model, tokenizer
+
+
+def load_config(path_or_id: str | os.PathLike):
+    """The config of a checkpoint folder, a hub id or a config's JSON file alone. Raises InputError."""
+    import transformers
+
+    path = Path(path_or_id)
+    if path.suffix != ".json":
+        return _checked(path_or_id, weights=False)[2]
+    if not path.is_file():
+        raise InputError(f"model {str(path)!r}: no such file")
+    config = _attempt(f"config {str(path)!r}", transformers.AutoConfig.from_pretrained, str(path))
+    return _supported(str(path), config)
+
+
+def skeleton(config):
+    """The model of a config on the meta device, in fp32 and in eval mode; its buffers are real."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        model = _model_class(config)(config)
+    model.tie_weights()
+    return model.eval()
+
+
+def _checked(path_or_id: str | os.PathLike, weights: bool = True):
+    """(name, folder or None, config), of what can be loaded as far as names tell."""
+    import transformers
+
+    name = os.fspath(path_or_id)
+    folder = _folder(name)
+    what = f"model {name!r}" if folder is not None else f"model {name!r} is no folder here and as a hub id"
+    config = _supported(name, _attempt(what, transformers.AutoConfig.from_pretrained, name))
+    if weights and folder is not None and not _has(folder, _WEIGHTS):
+        raise InputError(f"model {name!r}: the folder has a config but no weights")
+    return name, folder, config
+
+
+def _supported(name: str, config):
+    if config.model_type not in SUPPORTED:
+        raise InputError(
+            f"model {name!r}: type {config.model_type!r} is not supported, only {', '.join(sorted(SUPPORTED))}"
+        )
+    _no_layerdrop(config)
+    return config
+
+
+def _model_class(config):
+    import transformers
+
+    return getattr(transformers, SUPPORTED[config.model_type])
+
+
+def _check_vocabulary(name: str, model, tokenizer) -> None:
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
         raise InputError(f"model {name!r}: the tokenizer has {len(tokenizer)} tokens, the model only {rows}")
-    return model.eval(), tokenizer
 
 
 def _folder(name: str) -> Path | None:

@@ -45,6 +45,8 @@ class LeanLoss:
                 output = super().forward(*args, **kwargs)
             (hidden,) = captured
             bias = getattr(self, "final_logits_bias", None)
+            if hasattr(self, "petl_chunk_bytes"):  # of a plan
+                options["chunk_bytes"] = self.petl_chunk_bytes
             loss = ops.linear_cross_entropy(hidden, self.lm_head.weight, labels.to(hidden.device), bias, **options)
             result = _output_class(type(output))(**{**output, "loss": loss, "logits": None})
             result.__dict__["petl_logits"] = functools.partial(_logits, self, hidden)

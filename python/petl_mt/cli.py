@@ -73,6 +73,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_train(commands)
+    _add_plan(commands)
     _add_translate(commands)
     _add_score(commands)
     _add_merge(commands)
@@ -101,6 +102,22 @@ def _add_train(commands) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=_train)
+    _add_training_flags(parser)
+
+
+def _add_plan(commands) -> None:
+    parser = commands.add_parser(
+        "plan",
+        help="how training would fit into --memory, and how fast; reads no weights",
+        description="Takes the flags of train. --model may be a config's JSON file alone; no text is needed.",
+    )
+    parser.set_defaults(run=_plan)
+    _add_training_flags(parser)
+    parser.add_argument("--device", metavar="cpu|cuda", help="plan for this; else for what is here")
+    parser.add_argument("--json", metavar="FILE", help="write the plan there, for train --plan; - for standard output")
+
+
+def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     flag = _Flags(parser)
     parser.add_argument("--config", metavar="FILE.yaml", help="options from a file; flags go on top")
     flag("--model", metavar="DIR|ID|new", help="checkpoint folder, hub id, or new: train from scratch")
@@ -152,7 +169,9 @@ def _add_train(commands) -> None:
     flag("--schedule", metavar="inverse-sqrt|linear|polynomial", group=loop)
     flag("--betas", nargs=2, type=float, metavar=("B1", "B2"), group=loop)
     flag("--precision", metavar="fp32|bf16", group=loop)
-    flag("--memory", metavar="SIZE", group=loop, help="budget for a training step, such as 8GiB")
+    flag("--memory", metavar="SIZE", group=loop, help="all that training may take, such as 8GiB: see petl-mt plan")
+    flag("--allow", metavar="NAMES", type=_names, group=loop, help="approximations: quantised,8bit-optimizer")
+    flag("--plan", metavar="FILE", group=loop, help="a plan that petl-mt plan has written, in place of one made now")
     flag("--tier", type=int, metavar="N", group=loop, help="memory tier of the layers, 1 to 5; 0: the model's own")
     flag("--tensorboard", action="store_true", group=loop)
 
@@ -220,6 +239,13 @@ def _train(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _plan(arguments: argparse.Namespace) -> int:
+    from .plan import plan, show
+
+    show(plan(train_config(arguments), arguments.device), arguments.json)
+    return 0
+
+
 def train_config(arguments: argparse.Namespace):
     """The configuration: of the run when resuming, else of --config, and flags on top of either."""
     from .config import TrainConfig, load_yaml
@@ -232,7 +258,7 @@ def train_config(arguments: argparse.Namespace):
         path = RunFolder(Path(arguments.out)).config
         values, where = load_yaml(path), str(path)
     values = {key.replace("-", "_") if isinstance(key, str) else key: value for key, value in values.items()}
-    own = ("run", "command", "config", "resume", "pair", "valid_pair", "method_arg")
+    own = ("run", "command", "config", "resume", "pair", "valid_pair", "method_arg", "device", "json")
     values.update({k: v for k, v in vars(arguments).items() if k not in own and v is not None})
     if arguments.pair and arguments.train:
         raise InputError("--train and --pair: expected one of the two")
@@ -319,6 +345,10 @@ def _pair(languages: str, source: str, target: str) -> dict[str, str]:
     if len(codes) != 2 or not all(codes):
         raise InputError(f"pair {languages!r}: expected two language codes such as en-de")
     return {"src_lang": codes[0], "tgt_lang": codes[1], "source": source, "target": target}
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
 
 
 def _setting(text: str) -> tuple[str, object]:

@@ -77,8 +77,10 @@ class TrainConfig:
     batch_tokens: int = 4096  # padded tokens of the longer side, in one batch
     accumulate: int = 1  # batches to one update
     max_length: int = 256  # tokens; longer pairs are left out, and counted
-    memory: str | None = None
-    tier: int = 1  # how little the layers keep for backward, see petl_kernels.lean; 0 for the model's own layers
+    memory: str | None = None  # a plan is made for that many bytes, see petl_kernels.plan
+    plan: str | None = None  # a plan's file, in place of one that is made
+    allow: list[str] = field(default_factory=list)  # approximations that a plan may use
+    tier: int | None = None  # how little the layers keep for backward, see petl_kernels.lean; 1, or the plan's choice
 
     lr: float | None = None
     schedule: str | None = None  # inverse-sqrt for a new model, linear for any other
@@ -115,6 +117,10 @@ class TrainConfig:
         if not self.is_new:
             pairs = {(p.src_lang, p.tgt_lang) for p in self.train}
             _need(len(pairs) == 1, f"train: {len(pairs)} language pairs; several at once need --model new")
+        self.check_settings()
+
+    def check_settings(self) -> None:
+        """Refuse wrong numbers and names, whatever the model and the text are."""
         _need(
             not (self.is_new and self.method not in (None, "full")),
             f"method {self.method!r}: a new model is trained in full, leave --method out",
@@ -129,7 +135,8 @@ class TrainConfig:
             _need(value is None or 0 <= value < 1, f"{name} {value}: expected at least 0 and below 1")
         _need(self.patience is None or bool(self.valid), "patience: needs validation text (--valid)")
         _need(self.lr is None or (self.lr > 0 and math.isfinite(self.lr)), f"lr {self.lr}: expected above 0")
-        _need(self.tier in range(6), f"tier {self.tier}: expected 0 to 5")
+        _need(self.tier is None or self.tier in range(6), f"tier {self.tier}: expected 0 to 5")
+        _need(self.plan is None or self.memory is not None, "plan: needs the budget that it was made for (--memory)")
         _need(self.clip >= 0, f"clip {self.clip}: expected 0 (off) or above")
         _need(self.weight_decay >= 0, f"weight_decay {self.weight_decay}: expected 0 or above")
         _need(self.warmup is None or self.warmup >= 0, f"warmup {self.warmup}: expected 0 or above")
@@ -152,6 +159,10 @@ class TrainConfig:
             from petl_kernels.memory.size import parse_size
 
             parse_size(self.memory)
+        if self.allow:
+            from petl_kernels.memory.plan import check_allow
+
+            check_allow(self.allow)
 
     def resolve(self, d_model: int) -> TrainConfig:
         """The same configuration with every default of the method and of the model's width filled in."""

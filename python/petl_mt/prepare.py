@@ -9,6 +9,7 @@ from torch import nn
 
 import petl_kernels as pk
 from petl_kernels.errors import InputError
+from petl_kernels.memory.plan import Plan
 
 from .config import Pair, TrainConfig
 from .data import Text, read_lines
@@ -29,11 +30,11 @@ def make_accelerator(precision: str):
 
 
 def load_model(config: TrainConfig, run: RunFolder, text: list[Text], resuming: bool):
-    """(model, tokenizer): of the checkpoint, or new ones."""
-    from petl_kernels.interop.hf import load_pretrained
+    """(model, tokenizer): a new model, or a checkpoint's, without weights when a plan has to be made first."""
+    from petl_kernels.interop.hf import load_pretrained, load_skeleton
 
     if not config.is_new:
-        return load_pretrained(config.model)
+        return load_pretrained(config.model) if config.memory is None else load_skeleton(config.model)
     from .new_model import load_vocabulary, make_model, train_vocabulary
 
     if resuming and run.vocabulary.is_dir():
@@ -46,6 +47,15 @@ def load_model(config: TrainConfig, run: RunFolder, text: list[Text], resuming: 
         tokenizer = train_vocabulary(lines, config.vocab_size, config.character_coverage, config.seed)
     torch.manual_seed(config.seed)
     return make_model(config, tokenizer), tokenizer
+
+
+def load_weights(config: TrainConfig, model: nn.Module, plan: Plan | None) -> nn.Module:
+    """The model with its weights, in the storage of ``plan``."""
+    from petl_kernels.interop.hf import load_pretrained
+
+    if plan is None or config.is_new:
+        return model
+    return load_pretrained(config.model)[0]
 
 
 def language_pair(model, tokenizer, pair: Pair):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -23,7 +24,8 @@ from torch import nn
 import petl_kernels as pk
 from petl_kernels.errors import InputError
 from petl_kernels.interop.files import atomic_dir, atomic_write
-from petl_kernels.memory.budget import Fit, cap_device, fit_micro_batch
+from petl_kernels.memory import cap
+from petl_kernels.memory.plan import Plan
 from petl_kernels.memory.saved import saved_bytes
 from petl_kernels.memory.size import format_size, parse_size
 
@@ -33,15 +35,14 @@ from .data import Batch, Corpus, Position, TrainBatches, encode_pairs, read_pair
 from .evaluate import Scores, bleu_metric, score_lines, translate, validation_loss
 from .log import RunLog, memory_in_use
 from .loss import sequence_loss
+from .plan import plan_for, prepared
 from .prepare import (
-    adapt,
-    cast_frozen_matrices,
     decoder_start,
     language_pair,
     load_model,
+    load_weights,
     make_accelerator,
     make_optimizer,
-    set_dropout,
 )
 from .runs import RunFolder, absolute, hush
 from .schedule import lr_factor
@@ -123,18 +124,20 @@ def train(config: TrainConfig, resume: bool = False, quiet: bool = False) -> Run
     resuming = resume and run.config.exists()
     if not resuming:
         run.check_free()
-    with hush():
-        return _Training(config, run, resuming, quiet).run()
+    memory = None if config.memory is None else parse_size(config.memory)
+    accelerator = make_accelerator(config.precision)
+    with hush(), cap.capped(memory, accelerator.device):
+        return _Training(config, run, resuming, quiet, accelerator).run()
 
 
 class _Training:
-    def __init__(self, config: TrainConfig, run: RunFolder, resuming: bool, quiet: bool) -> None:
+    def __init__(self, config: TrainConfig, run: RunFolder, resuming: bool, quiet: bool, accelerator=None) -> None:
         self.folder, self.quiet = run, quiet
         train_text = [(pair, *read_pair(pair)) for pair in config.train]
         self.valid_text = [(pair, *read_pair(pair)) for pair in config.valid]
         for pair in config.valid:
             bleu_metric(pair.tgt_lang, config.bleu_tokenize)  # refused now, not after hours of training
-        self.accelerator = make_accelerator(config.precision)
+        self.accelerator = accelerator or make_accelerator(config.precision)
         self.device = self.accelerator.device
         torch.manual_seed(config.seed)
 
@@ -153,19 +156,22 @@ class _Training:
         self.batches = TrainBatches(corpus, config.batch_tokens, config.seed, self.multiple)
 
         self.total_parameters = self.stored_parameters = sum(p.numel() for p in self.model.parameters())
+        self.plan = self._make_plan(-(-int(corpus.lengths.max()) // self.multiple) * self.multiple)
+        self.model = load_weights(config, self.model, self.plan)
         torch.manual_seed(config.seed)  # what is injected starts the same, whatever was made before it
-        self.model = adapt(self.model, config)
-        set_dropout(self.model, config.dropout, config.attention_dropout)
-        if config.precision == "bf16":
-            cast_frozen_matrices(self.model, torch.bfloat16)
-        self.model.to(self.device)
-        pk.lean(self.model, config.tier)
+        self.model = prepared(self.model, config).to(self.device)
+        self.tiers = config.tier if config.tier is not None else 1
+        if self.plan:
+            self.tiers = list(self.plan.tiers)
+            self.plan.apply(self.model)
+        else:
+            pk.lean(self.model, self.tiers)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         if config.method != "full":
             self.stored_parameters = pk.report(self.model).stored
         self.optimizer = self.accelerator.prepare(make_optimizer(self.parameters, config))
-        self.fit = self._fit_memory(corpus)
-        self.micro_tokens = self.fit.micro_tokens if self.fit else None
+        self.micro_tokens = self.plan.micro_tokens if self.plan else None
+        self.evaluation_tokens = self.plan.evaluation_tokens if self.plan else config.batch_tokens
 
         self.progress = Progress()
         self.checkpoints = Checkpoints(run.checkpoints)
@@ -173,35 +179,80 @@ class _Training:
         self.losses: list[float] = []
         self._prepare_folder(resuming)
 
-    def _fit_memory(self, corpus: Corpus) -> Fit | None:
-        """The micro-batch that one forward and backward may take under ``--memory``; None is all of a batch."""
+    def _make_plan(self, longest: int) -> Plan | None:
+        """The plan under ``--memory``: the given one, or the fastest for this model and its longest sentence."""
         if self.config.memory is None:
             return None
-        memory = parse_size(self.config.memory)
-        longest = -(-int(corpus.lengths.max()) // self.multiple) * self.multiple
-        cap_device(memory, self.device)
+        with torch.random.fork_rng():
+            model = prepared(copy.deepcopy(self.model).to("meta"), self.config)
+            if self.config.plan is None:
+                return plan_for(model, self.config, longest, self.device)
+            plan = Plan.load(self.config.plan)
+            plan.check(model)
+        if plan.memory != parse_size(self.config.memory):
+            raise InputError(
+                f"plan {self.config.plan}: for {format_size(plan.memory)}; expected the {format_size(parse_size(self.config.memory))} of --memory"
+            )
+        if plan.longest < longest:
+            raise InputError(
+                f"plan {self.config.plan}: for sentences of {plan.longest} tokens; the text has some of {longest}"
+            )
+        return plan
 
-        def step(sentences: int) -> None:
-            ids = torch.full((sentences, longest), self.tokenizer.eos_token_id, device=self.device)
-            batch = Batch(ids, ids.clone(), np.arange(sentences))
-            self.accelerator.backward(self._loss(batch, sentences * longest))
+    def _try_worst_batch(self) -> None:
+        """The largest micro-batch of the longest sentences, before anything else: a plan that is wrong shows now."""
+        rows, longest = self.plan.rows, self.plan.longest
 
-        fit = fit_micro_batch(
-            step,
-            lambda: [
-                *self.model.parameters(),
-                *self.model.buffers(),
-                *(p.grad for p in self.parameters if p.grad is not None),
-            ],
-            2 * 4 * sum(p.numel() for p in self.parameters),
-            memory,
-            self.config.batch_tokens,
-            longest,
-            self.device,
+        def gradients() -> None:
+            for part in self._micro_batches(batch):
+                self._backward(part, rows * longest)
+
+        self.model.train()
+        cap.reset_peak(self.device)
+        ids = torch.full((rows, longest), self.tokenizer.eos_token_id)
+        batch = Batch(ids, ids.clone(), np.arange(rows))
+        with torch.random.fork_rng():
+            self._until_it_fits(gradients)
+        self._zero_gradients()
+        self.log.say(
+            f"memory {self.config.memory}: planned {format_size(self.plan.peak)}, "
+            f"the largest micro-batch took {format_size(self._peak())}"
         )
-        self.optimizer.zero_grad()
-        torch.manual_seed(self.config.seed)
-        return fit
+
+    def _peak(self) -> int:
+        return cap.peak(self.device)
+
+    def _until_it_fits(self, run: Callable[[], Any]) -> Any:
+        """``run()``, again and tighter where memory does not suffice: the same tokens in the same order."""
+        while True:
+            generators = torch.get_rng_state(), torch.cuda.get_rng_state() if self.device.type == "cuda" else None
+            try:
+                return run()
+            except torch.OutOfMemoryError:
+                plan = self.plan and self.plan.tighter()
+                if not plan:
+                    raise
+            # outside of the handler, whose exception holds the tensors of the step
+            self._zero_gradients()
+            torch.set_rng_state(generators[0])
+            if generators[1] is not None:
+                torch.cuda.set_rng_state(generators[1])
+                torch.cuda.empty_cache()
+            self._tighten(plan)
+
+    def _tighten(self, plan: Plan) -> None:
+        if plan.tiers != self.plan.tiers or plan.chunk_bytes != self.plan.chunk_bytes:
+            pk.lean(self.model, list(plan.tiers))
+            self.model.petl_chunk_bytes = plan.chunk_bytes
+        self.plan, self.micro_tokens = plan, plan.micro_tokens
+        self.log.say(
+            f"memory {self.config.memory} was not enough for a step; it goes on in {plan.micro_batches} micro-batches of "
+            f"{plan.micro_tokens:,} tokens, tiers {min(plan.tiers)} to {max(plan.tiers)}: the same update"
+        )
+
+    def _zero_gradients(self) -> None:
+        """Under a budget gradients stay allocated, as they are in the plan."""
+        self.optimizer.zero_grad(set_to_none=self.plan is None)
 
     def _prepare_folder(self, resuming: bool) -> None:
         self.folder.path.mkdir(parents=True, exist_ok=True)
@@ -222,11 +273,10 @@ class _Training:
             f"({share:.3%}), lr {self.config.lr:g}, {self.device}, "
             f"{self.config.precision}"
         )
-        if self.fit:
-            self.log.say(
-                f"memory {self.config.memory}: micro-batches of up to {self.fit.micro_tokens:,} tokens, "
-                f"at most {self.fit.accumulate} to a batch; the largest step took {format_size(self.fit.peak_bytes)}"
-            )
+        if self.plan:
+            self.plan.save(self.folder.path / "plan.json")
+            for line in str(self.plan).splitlines():
+                self.log.say(line)
         if self.progress.step:
             self.log.say(f"resumed after step {self.progress.step}")
 
@@ -241,6 +291,8 @@ class _Training:
     def _loop(self, interrupted: Callable[[], bool]) -> None:
         config, progress = self.config, self.progress
         self.model.train()
+        if self.plan:
+            self._try_worst_batch()
         if progress.saved_bytes_per_token is None:
             self._measure_saved()
         while progress.step < config.steps and not self._out_of_patience():
@@ -256,19 +308,18 @@ class _Training:
     def _measure_saved(self) -> None:
         """What a forward pass keeps of each token, and what it would keep with the model's own layers."""
         batch = self.batches.take(Position(self.progress.epoch, self.progress.batch))
-        part = Batch(*(values[:4] for values in (batch.source, batch.labels, batch.indices))).to(self.device)
+        part = Batch(*(values[:1] for values in (batch.source, batch.labels, batch.indices))).to(self.device)
         living = [*self.model.parameters(), *self.model.buffers(), part.source, part.labels]
-        kept = {}
-        for tier in (0, self.config.tier):
-            pk.lean(self.model, tier)
+        kept = []
+        for tiers in (0, self.tiers):
+            pk.lean(self.model, tiers)
             with torch.random.fork_rng(), saved_bytes(exclude=living) as saved:
                 self._loss(part, 1)
-            kept[tier] = saved.bytes / (part.source.numel() + part.labels.numel())
-        self.progress.plain_saved_bytes_per_token = kept[0]
-        self.progress.saved_bytes_per_token = kept[self.config.tier]
-        if self.config.tier:
+            kept.append(saved.bytes / (part.source.numel() + part.labels.numel()))
+        self.progress.plain_saved_bytes_per_token, self.progress.saved_bytes_per_token = kept
+        if self.tiers:
             self.log.say(
-                f"tier {self.config.tier}: {kept[self.config.tier]:,.0f} bytes a token are kept for the backward pass; "
+                f"{kept[1]:,.0f} bytes a token are kept for the backward pass; "
                 f"the model's own layers and loss would keep {kept[0]:,.0f}"
             )
 
@@ -279,16 +330,13 @@ class _Training:
         position = Position(progress.epoch, progress.batch)
         batches = [self.batches.take(position) for _ in range(config.accumulate)]
         tokens = sum(batch.target_tokens for batch in batches)
-        loss = torch.zeros((), device=self.device)
-        for batch in batches:
-            for part in self._micro_batches(batch):
-                loss += self._backward(part, tokens)
+        loss = self._until_it_fits(lambda: self._gradients(batches, tokens))
         norm = nn.utils.clip_grad_norm_(self.parameters, config.clip if config.clip > 0 else math.inf)
         loss_value = self._finite(loss, norm, progress.step + 1)
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr * lr_factor(config.schedule, progress.step + 1, config.warmup, config.steps)
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        self._zero_gradients()
 
         progress.step += 1
         progress.epoch, progress.batch = position.epoch, position.batch
@@ -297,6 +345,13 @@ class _Training:
         progress.seconds += seconds
         self.durations.append(seconds)
         self._log_step(loss_value, tokens, float(norm))
+
+    def _gradients(self, batches: list[Batch], tokens: int) -> torch.Tensor:
+        loss = torch.zeros((), device=self.device)
+        for batch in batches:
+            for part in self._micro_batches(batch):
+                loss += self._backward(part, tokens)
+        return loss
 
     def _micro_batches(self, batch: Batch) -> Iterator[Batch]:
         if self.micro_tokens is None:
@@ -352,12 +407,8 @@ class _Training:
         progress = self.progress
         best = True
         if self.valid is not None:
-            loss = validation_loss(
-                self.model,
-                self.valid,
-                self.micro_tokens or self.config.batch_tokens,
-                self.start,
-                self.accelerator.autocast,
+            loss = self._evaluated(
+                lambda tokens: validation_loss(self.model, self.valid, tokens, self.start, self.accelerator.autocast)
             )
             best = math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss)
             if best:
@@ -415,6 +466,17 @@ class _Training:
         self.log.say(f"written: {config.out}")
         return result
 
+    def _evaluated(self, run: Callable[[int], Any]) -> Any:
+        """``run(tokens of a batch)``, with fewer of them where a budget is too small."""
+        while True:
+            try:
+                return run(self.evaluation_tokens)
+            except torch.OutOfMemoryError:
+                if self.plan is None or self.evaluation_tokens < 2:
+                    raise
+            self.evaluation_tokens //= 2
+            self.log.say(f"memory {self.config.memory}: evaluation goes on in batches of {self.evaluation_tokens:,} tokens")
+
     def _write_weights(self) -> None:
         if self.config.method == "full":
             with atomic_dir(self.folder.model) as temporary:
@@ -427,14 +489,16 @@ class _Training:
         """Beam search on the validation text; hypotheses in valid.best.hyp, or valid.best.<pair>.hyp for several."""
         scores = {}
         for pair, source, target in self.valid_text:
-            lines, cut = translate(
-                self.model,
-                self.languages[pair.name],
-                source,
-                self.config.beam,
-                self.config.max_length,
-                self.micro_tokens or self.config.batch_tokens,
-                self.accelerator.autocast,
+            lines, cut = self._evaluated(
+                lambda tokens, source=source, language=self.languages[pair.name]: translate(
+                    self.model,
+                    language,
+                    source,
+                    self.config.beam,
+                    self.config.max_length,
+                    tokens,
+                    self.accelerator.autocast,
+                )
             )
             if cut:
                 self.log.say(f"{pair.name}: {cut} validation sources cut to {self.config.max_length} tokens")

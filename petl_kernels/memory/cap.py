@@ -1,0 +1,76 @@
+"""A limit on tensor memory that the allocator enforces: over it, an allocation raises torch.OutOfMemoryError."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from petl_kernels.errors import InputError
+from petl_kernels.memory.size import format_size
+
+
+@contextmanager
+def capped(memory: int | None, device: torch.device) -> Iterator[None]:
+    """Inside, this process cannot take more than ``memory`` bytes of ``device``; None is no limit.
+
+    CUDA: of the caching allocator, the rest of the budget being CUDA's own context. CPU: of what is allocated from here on, in
+    all threads; without the C++ extension there is no limit there. Raises InputError when the device has less.
+    """
+    if memory is None:
+        yield
+        return
+    limit = _limit_cuda if device.type == "cuda" else _limit_cpu
+    limit(memory, device)
+    try:
+        yield
+    finally:
+        limit(None, device)
+
+
+def reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif (extension := _extension()) is not None:
+        extension.reset_cpu_peak()
+
+
+def peak(device: torch.device) -> int:
+    """The most that tensors took since ``reset_peak``; on the CPU of those that were made inside ``capped``."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    extension = _extension()
+    return 0 if extension is None else extension.cpu_peak()
+
+
+def context_bytes(device: torch.device) -> int:
+    """What CUDA takes for itself: used on the card and not by the allocator. Whatever runs beside us counts too."""
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free - torch.cuda.memory_reserved(device)
+
+
+def _limit_cuda(memory: int | None, device: torch.device) -> None:
+    total = torch.cuda.get_device_properties(device).total_memory
+    if memory is None:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        return
+    if memory > total:
+        raise InputError(f"memory {format_size(memory)}: the device has {format_size(total)}; expected at most that")
+    torch.cuda.set_per_process_memory_fraction(max(0, memory - context_bytes(device)) / total, device)
+
+
+def _limit_cpu(memory: int | None, device: torch.device) -> None:
+    extension = _extension()
+    if extension is None:
+        return
+    extension.install_cpu_allocator()
+    extension.limit_cpu_bytes(0 if memory is None else memory + extension.cpu_bytes())
+
+
+def _extension():
+    try:
+        from petl_kernels import _C
+    except ImportError:
+        return None
+    return _C

@@ -1,0 +1,524 @@
+"""The fastest way to train inside a budget of bytes, found before a weight is loaded.
+
+    peak = weights by storage + trained + gradients + optimiser state              always there
+         + Σ_layers kept(tier, batch) + what forward, loss or backward add at their worst   ``simulate``
+         + slack, and on CUDA the context
+
+Bytes are counted by running the step on fake tensors at depths of one and two layers: they are exactly affine in the
+number of layers of a kind. Levers: micro-batches, a tier for each layer, the loss' chunk, the storage of frozen
+weights, layers streamed from host memory, 8-bit optimiser state. All are exact but those that ``allow`` names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from petl_kernels.errors import InputError
+from petl_kernels.interop.files import atomic_write
+from petl_kernels.memory import simulate
+from petl_kernels.memory.cost import LayerWork, Rates, layer_work, measure_rates, update_seconds
+from petl_kernels.memory.quantise_model import quantisable
+from petl_kernels.memory.simulate import Batch, Phases
+from petl_kernels.memory.size import format_size, parse_size
+from petl_kernels.methods.base import active_name, records
+from petl_kernels.methods.structure import Structure, describe
+from petl_kernels.ops.quantised import storage_bytes
+
+# What is kept free for rounding and fragmentation: of CUDA's caching allocator, and of the C library's.
+SLACK = {"cuda": 0.04, "cpu": 0.01}
+CONTEXT = 600 * 2**20  # of CUDA itself: kernels, cuBLAS, its handles; measured where there is a card
+APPROXIMATIONS = {
+    "quantised": "frozen weights rounded to 8 or 4 bits",
+    "8bit-optimizer": "moments of AdamW rounded to 8 bits",
+}
+STORAGES = ("dense", "int8", "nf4")
+# Of a trained parameter: two moments in its dtype, or of 8 bits with an fp32 scale for 256 of them.
+OPTIMIZER_BYTES = {"adamw": lambda p: 2 * p.nbytes, "adamw8bit": lambda p: 2 * p.numel() * (1 + 4 / 256)}
+CHUNKS = (32 * 2**20, 8 * 2**20, 2 * 2**20)
+SLOTS = 2
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one update is computed inside ``memory`` bytes, and what that takes.
+
+    rows: sentence pairs of the longest kind in a micro-batch of ``micro_tokens``; micro_batches of them make an update.
+    tiers: one for each layer, encoder first. streamed: how many layers live in host memory. parts: bytes by purpose,
+    which add up to ``peak``. seconds: an update, by the rates of the device. more: (budget, seconds, what changes).
+    """
+
+    model: str
+    parameters: int
+    memory: int
+    device: str
+    batch_tokens: int
+    longest: int
+    rows: int
+    micro_tokens: int
+    micro_batches: int
+    tiers: tuple[int, ...]
+    chunk_bytes: int
+    storage: str
+    optimizer: str
+    streamed: int
+    evaluation_tokens: int
+    peak: int
+    parts: dict[str, int]
+    seconds: float
+    rates_measured: bool
+    approximations: tuple[str, ...]
+    more: tuple[tuple[int, float, str], ...] = ()
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Put the plan's tiers, storage, streamed layers and chunk on ``model``, in place; returns it.
+
+        Raises InputError when the plan is for another model.
+        """
+        self.check(model)
+        from petl_kernels.api import lean
+
+        if self.storage != "dense":
+            from petl_kernels.memory.quantise_model import quantise_model
+
+            quantise_model(model, self.storage)
+        lean(model, list(self.tiers))
+        model.petl_chunk_bytes = self.chunk_bytes
+        if self.streamed:
+            from petl_kernels.memory.stream import stream_layers
+
+            stream_layers(model, describe(model).layers[: self.streamed], SLOTS)
+        return model
+
+    def tighter(self) -> Plan | None:
+        """The next plan that takes less and computes the same; None when there is none."""
+        if self.rows > 1:
+            rows = -(-self.rows // 2)
+            return dataclasses.replace(
+                self, rows=rows, micro_tokens=rows * self.longest, micro_batches=-(-self.rows * self.micro_batches // rows)
+            )
+        highest = (5 if self.device.startswith("cuda") else 4,) * len(self.tiers)
+        if self.tiers != highest:
+            return dataclasses.replace(self, tiers=highest)
+        smaller = [chunk for chunk in CHUNKS if chunk < self.chunk_bytes]
+        return dataclasses.replace(self, chunk_bytes=smaller[0]) if smaller else None
+
+    def check(self, model: nn.Module) -> None:
+        found = type(model).__name__, sum(p.numel() for p in model.parameters())
+        if found != (self.model, self.parameters):
+            raise InputError(
+                f"plan: for {self.model} with {self.parameters:,} parameters; the model is {found[0]} with {found[1]:,}"
+            )
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+    def save(self, path: str | Path) -> None:
+        with atomic_write(path) as file:
+            json.dump(self.to_dict(), file, indent=1)
+            file.write("\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """A plan that ``save`` has written. InputError for a file that is none."""
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            for key in ("tiers", "approximations"):
+                values[key] = tuple(values[key])
+            values["more"] = tuple(map(tuple, values["more"]))
+            return cls(**values)
+        except OSError as error:
+            raise InputError(f"plan {path}: {error.strerror or error}") from None
+        except (ValueError, TypeError, KeyError) as error:
+            raise InputError(f"plan {path}: not a plan ({' '.join(str(error).split())})") from None
+
+    def __str__(self) -> str:
+        return "\n".join([*_summary(self), *_table(self), *_more_lines(self)])
+
+
+def plan(
+    model: nn.Module,
+    memory: str | int,
+    batch_tokens: int = 4096,
+    optimizer: str = "adamw",
+    *,
+    max_length: int = 256,
+    allow: Sequence[str] = (),
+    device: str | torch.device | None = None,
+    autocast: torch.dtype | None = None,
+    tier: int | None = None,
+    beam: int = 5,
+) -> Plan:
+    """The fastest plan for training ``model``, adapted and possibly on the meta device, inside ``memory`` bytes.
+
+    batch_tokens: padded tokens of the longer side in one update. max_length: tokens of the longest sentence. allow: the
+    approximations that may be used, of ``APPROXIMATIONS``; none by default. autocast: the dtype of products, where the
+    training loop uses ``torch.autocast``. tier: of all layers; chosen when not given. beam: of the evaluation's search.
+    Raises InputError: a memory that is no size, or that nothing fits into (with the least that can), a model of another
+    family, an approximation that does not exist, a budget above what the device has.
+    """
+    wanted = parse_size(memory)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    _check_arguments(batch_tokens, max_length, allow, optimizer, wanted, device)
+    planner = Planner(model, batch_tokens, max_length, optimizer, tuple(allow), device, autocast, tier, beam)
+    return planner.best(wanted)
+
+
+def _check_arguments(batch_tokens, max_length, allow, optimizer, memory, device) -> None:
+    for name, value in (("batch_tokens", batch_tokens), ("max_length", max_length)):
+        if not isinstance(value, int) or value < 1:
+            raise InputError(f"plan: {name} {value!r}: expected a whole number above 0")
+    check_allow(allow)
+    if optimizer not in OPTIMIZER_BYTES:
+        raise InputError(f"optimizer {optimizer!r}: expected {' or '.join(OPTIMIZER_BYTES)}")
+    if device.type == "cuda" and torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(device).total_memory
+        if memory > total:
+            raise InputError(
+                f"memory {format_size(memory)}: the device has {format_size(total)}; expected at most that"
+            )
+
+
+def check_allow(allow: Sequence[str]) -> None:
+    for name in allow:
+        if name not in APPROXIMATIONS:
+            raise InputError(f"allow {name!r}: expected {' or '.join(APPROXIMATIONS)}")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The levers that hold for all of a plan; ``streamed`` counts layers from the front."""
+
+    storage: str
+    optimizer: str
+    streamed: int
+    chunk_bytes: int
+
+
+@dataclass(frozen=True)
+class _Slopes:
+    """Bytes of a batch: kept by a layer of each side, and what forward and backward need beside what layers keep."""
+
+    encoder: float
+    decoder: float
+    forward: float
+    backward: float
+
+
+class Planner:
+    def __init__(self, model, batch_tokens, max_length, optimizer, allow, device, autocast, tier=None, beam=1):
+        self.model, self.device, self.autocast, self.allow, self.beam = model, device, autocast, allow, beam
+        highest = 5 if device.type == "cuda" else 4  # the fifth moves activations to where a CPU has them anyway
+        self.tiers = range(1, highest + 1) if tier is None else (tier,)
+        self.batch_tokens, self.longest = batch_tokens, min(max_length, batch_tokens)
+        self.rows = max(1, batch_tokens // self.longest)  # of a whole update
+        self.structure: Structure = describe(model)
+        self.sides = [layer.side for layer in self.structure.layers]
+        self.work: list[tuple[str, LayerWork]] = [
+            (layer.side, layer_work(model, self.structure, layer)) for layer in self.structure.layers
+        ]
+        self.optimizer = optimizer
+        self.weights = _Weights(model, self.structure)
+        product = autocast or next((p.dtype for p in model.parameters() if p.dim() > 1 and not p.requires_grad), None)
+        self.rates: Rates = measure_rates(device, product or torch.float32)
+        self._shallow: dict[tuple[int, int], nn.Module] = {}
+        self.mode = simulate.fake_mode()
+
+    # ---- choosing
+
+    def best(self, memory: int) -> Plan:
+        for chunk_bytes in CHUNKS:  # a smaller one only where nothing fits with a larger
+            found = self._fastest(memory, chunk_bytes)
+            if found is not None:
+                return dataclasses.replace(found, more=self._more(found))
+        raise InputError(self._refusal(memory))
+
+    def _fastest(self, memory: int, chunk_bytes: int) -> Plan | None:
+        """An approximation is taken where it saves a tenth of the time, or nothing else fits."""
+        candidates = list(self._candidates(self._usable(memory), chunk_bytes))
+        for _, *levers in sorted(candidates, key=lambda c: c[0] * 1.1 ** self._approximations(c[1])):
+            found = self._plan(memory, *levers)
+            if found.peak - self._context() <= self._usable(memory):  # candidates lie between measured batch sizes
+                return found
+        return None
+
+    def _approximations(self, setting: Setting) -> int:
+        return (setting.storage != "dense") + (setting.optimizer != self.optimizer)
+
+    def _candidates(self, usable: int, chunk_bytes: int) -> Iterator[tuple[float, Setting, int, tuple[int, ...]]]:
+        """(seconds of an update, setting, micro-batches, tiers) of all that fit."""
+        for setting in self._settings(chunk_bytes):
+            room = usable - self._always(setting)
+            if room <= 0:
+                continue
+            for micro_batches in _divisions(self.rows):
+                rows = -(-self.rows // micro_batches)
+                tiers = self._tiers(rows, setting.chunk_bytes, room)
+                if tiers is not None:
+                    yield self._seconds(setting, micro_batches, rows, tiers), setting, micro_batches, tiers
+                    if set(tiers) == {self.tiers[0]}:
+                        break  # smaller micro-batches only cost
+
+    def _settings(self, chunk_bytes: int) -> Iterator[Setting]:
+        storages = STORAGES if "quantised" in self.allow else STORAGES[:1]
+        optimizers = dict.fromkeys([self.optimizer, *(["adamw8bit"] if "8bit-optimizer" in self.allow else [])])
+        layers = len(self.structure.layers)
+        streamed = [layers * share // 4 for share in range(5)] if self.weights.can_stream else [0]
+        for storage in storages:
+            for optimizer in optimizers:
+                for count in dict.fromkeys(streamed):
+                    yield Setting(storage, optimizer, count, chunk_bytes)
+
+    def _tiers(self, rows: int, chunk_bytes: int, room: int) -> tuple[int, ...] | None:
+        """A tier for each layer, the least work that fits into ``room``; layers at the front are made leaner first."""
+        for tier in self.tiers:
+            if self._peak((tier,) * len(self.sides), rows, chunk_bytes) <= room:
+                break
+        else:
+            return None
+        tiers = [tier] * len(self.sides)
+        for i in reversed(range(len(tiers)) if tier > self.tiers[0] else ()):  # as many at the tier below as fit
+            tiers[i] = tier - 1
+            if self._peak(tuple(tiers), rows, chunk_bytes) > room:
+                tiers[i] = tier
+                break
+        return tuple(tiers)
+
+    def _seconds(self, setting: Setting, micro_batches: int, rows: int, tiers: tuple[int, ...]) -> float:
+        batch = Batch(rows, self.longest, self.longest)
+        host = 2 * self.weights.layer_bytes(setting.storage, setting.streamed)
+        host += sum(2 * self._input_bytes(rows) for tier in tiers if tier == 5)
+        moved = self.weights.stored(setting.storage)
+        if setting.storage != "dense":  # tiles are written and read once more in the dtype of products
+            moved += 2 * self.weights.stored("dense")
+        return update_seconds(self.rates, self.work, tiers, self.weights.head, batch, micro_batches, moved, host)
+
+    # ---- bytes
+
+    def _usable(self, memory: int) -> int:
+        return int(memory * (1 - SLACK[self.device.type])) - self._context()
+
+    def _context(self) -> int:
+        return CONTEXT if self.device.type == "cuda" else 0
+
+    def _always(self, setting: Setting) -> int:
+        return sum(self._fixed(setting).values())
+
+    def _fixed(self, setting: Setting) -> dict[str, int]:
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        state = sum(math.ceil(OPTIMIZER_BYTES[setting.optimizer](p)) for p in trained)
+        return {
+            "frozen weights": self.weights.resident(setting.storage, setting.streamed),
+            "trained parameters": sum(p.nbytes for p in trained),
+            "their gradients": sum(p.nbytes for p in trained),
+            "optimiser state": state,
+        }
+
+    def _peak(self, tiers: tuple[int, ...], rows: int, chunk_bytes: int) -> float:
+        """What forward and backward add at most, near enough to choose by."""
+        return sum(self._kept_and_rest(tiers, {tier: self._between(tier, rows, chunk_bytes) for tier in set(tiers)}))
+
+    def _kept_and_rest(self, tiers: tuple[int, ...], slopes: dict[int, _Slopes]) -> tuple[float, float]:
+        """What layers keep, and what is there beside it at the worst moment. Leaner layers stand in front: when backward
+        arrives there, those behind them keep nothing any more."""
+        kept, most = 0.0, 0.0
+        for side, tier in zip(self.sides, tiers, strict=True):
+            kept += getattr(slopes[tier], side)
+            most = max(most, kept + slopes[tier].backward)
+        most = max(most, kept + max(slopes[tier].forward for tier in set(tiers)))
+        return kept, most - kept
+
+    @functools.cache  # noqa: B019  a planner lives for one call of plan()
+    def _between(self, tier: int, rows: int, chunk_bytes: int) -> _Slopes:
+        """At ``rows``, on the line through two batch sizes that were measured."""
+        few = -(-self.rows // 8)
+        low, high = (self._measured(tier, anchor, chunk_bytes) for anchor in (few, self.rows))
+        share = (rows - few) / max(1, self.rows - few)
+        values = zip(dataclasses.astuple(low), dataclasses.astuple(high), strict=True)
+        return _Slopes(*(a + share * (b - a) for a, b in values))
+
+    @functools.cache  # noqa: B019
+    def _measured(self, tier: int, rows: int, chunk_bytes: int) -> _Slopes:
+        one, two, both = (self._phases(depth, tier, rows, chunk_bytes) for depth in ((1, 1), (2, 1), (2, 2)))
+        encoder, decoder = two.kept - one.kept, both.kept - two.kept
+        layers = 2 * (encoder + decoder)
+        if tier == 5:  # the simulation runs on the CPU, where host memory is the device's
+            encoder, decoder = (max(0, kept - self._input_bytes(rows)) for kept in (encoder, decoder))
+        return _Slopes(encoder, decoder, both.forward - layers, both.backward - layers)
+
+    @functools.cache  # noqa: B019
+    def _phases(self, depth: tuple[int, int], tier: int, rows: int, chunk_bytes: int) -> Phases:
+        with self.mode:
+            if depth not in self._shallow:
+                self._shallow[depth] = simulate.shallow(self.model, *depth)
+            model = self._shallow[depth]
+            simulate.set_tiers(model, tier)
+            model.petl_chunk_bytes = chunk_bytes
+            return simulate.step(model, Batch(rows, self.longest, self.longest), self.autocast)
+
+    def _input_bytes(self, rows: int) -> int:
+        itemsize = 2 if self.autocast is None and self.weights.dtype.itemsize == 2 else 4
+        return rows * self.longest * self.structure.d_model * itemsize
+
+    def parts(self, setting: Setting, rows: int, tiers: tuple[int, ...]) -> dict[str, int]:
+        """Bytes by purpose at the worst moment of a step, which add up to its peak."""
+        slopes = {tier: self._measured(tier, rows, setting.chunk_bytes) for tier in set(tiers)}
+        kept, rest = self._kept_and_rest(tiers, slopes)
+        parts = {**self._fixed(setting), "kept for backward": round(kept), "at the worst moment": round(rest)}
+        return parts | ({"CUDA context": self._context()} if self._context() else {})
+
+    # ---- telling
+
+    def _plan(self, memory: int, setting: Setting, micro_batches: int, tiers: tuple[int, ...]) -> Plan:
+        rows = -(-self.rows // micro_batches)
+        parts = self.parts(setting, rows, tiers)
+        used = []
+        if setting.storage != "dense":
+            used.append("quantised")
+        if setting.optimizer != self.optimizer:
+            used.append("8bit-optimizer")
+        return Plan(
+            model=type(self.model).__name__,
+            parameters=sum(p.numel() for p in self.model.parameters()),
+            memory=memory,
+            device=str(self.device),
+            batch_tokens=self.batch_tokens,
+            longest=self.longest,
+            rows=rows,
+            micro_tokens=rows * self.longest,
+            micro_batches=micro_batches,
+            tiers=tiers,
+            chunk_bytes=setting.chunk_bytes,
+            storage=setting.storage,
+            optimizer=setting.optimizer,
+            streamed=setting.streamed,
+            evaluation_tokens=self._evaluation_tokens(self._usable(memory) - self._always(setting)),
+            peak=sum(parts.values()),
+            parts=parts,
+            seconds=self._seconds(setting, micro_batches, rows, tiers),
+            rates_measured=self.rates.measured,
+            approximations=tuple(used),
+        )
+
+    def _evaluation_tokens(self, room: int) -> int:
+        """Source tokens times beam that beam search can hold: its caches, which are copied when beams are reordered, and
+        the logits with their sorted copies."""
+        config, itemsize = self.model.config, (self.autocast or self.weights.dtype).itemsize
+        decoder = sum(side == "decoder" for side in self.sides)
+        longest = 2 * self.longest + 32  # what the trainer lets a translation grow to, for each source token
+        caches = 2 * decoder * self.structure.d_model * itemsize * (longest / self.longest + 1) * 1.25
+        logits = 4 * config.vocab_size * 4 / self.longest
+        encoder = 6 * self.structure.d_model * 4
+        tokens = int(room / (caches + logits + encoder))
+        return max(self.longest * self.beam, min(tokens, self.batch_tokens))
+
+    def _refusal(self, memory: int) -> str:
+        least = {allow: self._least(allow) for allow in ((), tuple(APPROXIMATIONS))}
+        exact, any_ = least[()], least[tuple(APPROXIMATIONS)]
+        lines = f"memory {format_size(memory)}: one sentence pair of {self.longest} tokens needs {format_size(exact)}"
+        if any_ < exact and set(self.allow) != set(APPROXIMATIONS):
+            lines += f", or {format_size(any_)} with --allow {','.join(APPROXIMATIONS)}"
+        return f"{lines}; expected at least that, or a shorter --max-length"
+
+    def _least(self, allow: tuple[str, ...]) -> int:
+        """The smallest budget that works."""
+        before, self.allow = self.allow, tuple(dict.fromkeys([*self.allow, *allow]))
+        tiers = (self.tiers[-1],) * len(self.sides)
+        need = min(sum(self.parts(setting, 1, tiers).values()) for setting in self._settings(CHUNKS[-1]))
+        self.allow = before
+        return math.ceil(need / (1 - SLACK[self.device.type]))
+
+    def _more(self, plan: Plan) -> tuple[tuple[int, float, str], ...]:
+        """What each further GiB would buy, until nothing more."""
+        found, seconds = [], plan.seconds
+        for extra in (1, 2, 4, 8):
+            better = self._fastest(plan.memory + extra * GIB, plan.chunk_bytes)
+            if better.seconds < 0.98 * seconds:
+                found.append((better.memory, better.seconds, _levers(better)))
+                seconds = better.seconds
+        return tuple(found)
+
+
+class _Weights:
+    """The frozen weights of a model: bytes in each storage, by layer and in all."""
+
+    def __init__(self, model: nn.Module, structure: Structure):
+        frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+        can = set(quantisable(model))
+        self.dtype = max((p.dtype for p in frozen.values()), key=lambda d: d.itemsize, default=torch.float32)
+        if frozen:
+            self.dtype = max(frozen.values(), key=lambda p: p.numel()).dtype
+        self.buffers = sum(buffer.nbytes for buffer in model.buffers())
+        self.bytes: dict[str, dict[str, int]] = {}
+        for storage in STORAGES:
+            self.bytes[storage] = {
+                name: storage_bytes(p.shape, storage, p.dtype) if name in can and storage != "dense" else p.nbytes
+                for name, p in frozen.items()
+            }
+        self.layers = [
+            [name for name in frozen if name.startswith(f"{layer.path}.") and frozen[name].dim() > 1]
+            for layer in structure.layers
+        ]
+        self.can_stream = all(self.layers)
+        head = getattr(model, "lm_head", None)
+        self.head = 0 if head is None else head.weight.numel()
+
+    def stored(self, storage: str) -> int:
+        return sum(self.bytes[storage].values())
+
+    def layer_bytes(self, storage: str, count: int) -> int:
+        return sum(self.bytes[storage][name] for names in self.layers[:count] for name in names)
+
+    def resident(self, storage: str, streamed: int) -> int:
+        """On the device: without the streamed layers, with the slots that they travel through."""
+        layers = [sum(self.bytes[storage][name] for name in names) for names in self.layers[:streamed]]
+        slots = min(SLOTS, streamed) * max(layers, default=0)
+        return self.stored(storage) - sum(layers) + slots + self.buffers
+
+
+def _divisions(rows: int) -> list[int]:
+    """Into how many micro-batches ``rows`` are worth splitting: one number for each size of the parts."""
+    sizes = sorted({-(-rows // n) for n in range(1, rows + 1)}, reverse=True)
+    return [-(-rows // size) for size in sizes]
+
+
+def _levers(plan: Plan) -> str:
+    tiers = ", ".join(f"{plan.tiers.count(t)} × tier {t}" for t in sorted(set(plan.tiers)))
+    parts = [f"{plan.micro_batches} × {plan.micro_tokens:,} tokens", tiers]
+    if plan.storage != "dense":
+        parts.append(plan.storage)
+    if plan.streamed:
+        parts.append(f"{plan.streamed} layers streamed")
+    if plan.optimizer != "adamw":
+        parts.append(plan.optimizer)
+    return "; ".join(parts)
+
+
+def _summary(plan: Plan) -> list[str]:
+    rates = "rates measured here" if plan.rates_measured else "rates assumed, no such device here"
+    lines = [
+        f"{plan.model}, {plan.parameters:,} parameters, {plan.device}, memory {format_size(plan.memory)} "
+        f"({plan.memory / 1e9:.3g} GB)",
+        f"update of {plan.batch_tokens:,} tokens: {_levers(plan)}; loss in chunks of {format_size(plan.chunk_bytes)}",
+        f"about {plan.seconds:.3g} s an update ({rates}); evaluation in batches of {plan.evaluation_tokens:,} tokens",
+    ]
+    names = "; ".join(f"{name}: {APPROXIMATIONS[name]}" for name in plan.approximations)
+    return [*lines, f"approximations: {names}" if names else "exact: the gradients of the plain model"]
+
+
+def _table(plan: Plan) -> list[str]:
+    rows = [*plan.parts.items(), ("peak", plan.peak), ("free", plan.memory - plan.peak)]
+    return [f"  {name:<20} {format_size(size):>10}" for name, size in rows]
+
+
+def _more_lines(plan: Plan) -> list[str]:
+    return [f"with {format_size(memory)}: {seconds:.3g} s an update ({what})" for memory, seconds, what in plan.more]

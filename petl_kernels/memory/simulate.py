@@ -1,0 +1,155 @@
+"""The bytes of a training step, found without a weight: the step runs on fake tensors, which have shapes and no values.
+
+The very modules, hooks and autograd rules of a real step run, so that what is counted is what will happen. A model of
+one to three layers stands for a deep one, whose layers are alike.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from petl_kernels.errors import InputError
+from petl_kernels.layers.lean import lean_layers
+from petl_kernels.memory.peak import Ledger
+from petl_kernels.methods.base import active_name, records
+
+# How configurations of the two families name their depths.
+_DEPTHS = (("encoder_layers", "decoder_layers"), ("num_layers", "num_decoder_layers"))
+_LAYER_DROPS = ("encoder_layerdrop", "decoder_layerdrop", "layerdrop")
+
+
+@dataclass(frozen=True)
+class Phases:
+    """Bytes beside what lives through the whole step (weights, gradients, optimiser state).
+
+    kept: between forward and backward. forward, backward: the most while they run, what is kept included.
+    """
+
+    kept: int
+    forward: int
+    backward: int
+
+    @property
+    def peak(self) -> int:
+        return max(self.forward, self.backward)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded: ``rows`` sentence pairs of ``source`` and ``target`` tokens."""
+
+    rows: int
+    source: int
+    target: int
+
+    @property
+    def tokens(self) -> int:
+        """Of the longer side."""
+        return self.rows * max(self.source, self.target)
+
+
+def depths(model: nn.Module) -> tuple[int, int]:
+    """How many encoder and decoder layers the model's config asks for."""
+    return tuple(getattr(model.config, name) for name in _depth_names(model.config))
+
+
+def shallow(model: nn.Module, encoder: int, decoder: int) -> nn.Module:
+    """A model like ``model`` with that many layers, on the fake tensors of the mode that is on.
+
+    Dtypes, dropout rates, the active adapter's method and what is trained are those of ``model``.
+    """
+    config = copy.deepcopy(model.config)
+    for name, depth in zip(_depth_names(config), (encoder, decoder), strict=True):
+        setattr(config, name, depth)
+    for name in _LAYER_DROPS:  # drawn layer by layer, and the worst step drops none
+        if hasattr(config, name):
+            setattr(config, name, 0.0)
+    like = _plain_class(model)._from_config(config, dtype=torch.float32)
+    given = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    _set_dtypes(like, given)
+    name = active_name(model)
+    if name is None:
+        for key, parameter in like.named_parameters():
+            parameter.requires_grad_(key in given and given[key].requires_grad)
+    else:
+        from petl_kernels.api import adapt  # which stands above this module, and is all that knows how
+
+        adapt(like, records(model)[name].config)
+    _set_rates(like, model)
+    return like.train(True)
+
+
+def step(model: nn.Module, batch: Batch, autocast: torch.dtype | None = None) -> Phases:
+    """Forward and backward of ``model``, whose parameters are fake, with label smoothing; its gradients exist already."""
+    ids = torch.ones(batch.rows, batch.source, dtype=torch.long)
+    labels = torch.ones(batch.rows, batch.target, dtype=torch.long)
+    lengths = torch.ones_like(ids)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.empty_like(parameter)
+    living = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]
+    with Ledger(living) as ledger, torch.autocast("cpu", autocast, enabled=autocast is not None):
+        always = ledger.live
+        output = model(input_ids=ids, attention_mask=lengths, labels=labels, **_loss_options(model))
+        loss = output.loss
+        del output
+        kept, forward = ledger.live - always, ledger.peak - always
+        ledger.peak = ledger.live
+        loss.backward()
+        return Phases(kept, forward, ledger.peak - always)
+
+
+def fake_mode() -> FakeTensorMode:
+    return FakeTensorMode()
+
+
+def set_tiers(model: nn.Module, tiers) -> None:
+    from petl_kernels.api import lean
+
+    lean(model, tiers) if tiers else lean_layers(model, 0)
+
+
+def _loss_options(model: nn.Module) -> dict:
+    return {"label_smoothing": 0.1, "reduction": "sum"} if hasattr(type(model), "petl_bases") else {}
+
+
+def _depth_names(config) -> tuple[str, str]:
+    for names in _DEPTHS:
+        if all(getattr(config, name, None) is not None for name in names):
+            return names
+    raise InputError(f"config of {type(config).__name__}: no numbers of layers; expected an encoder-decoder's")
+
+
+def _plain_class(model: nn.Module) -> type:
+    return getattr(type(model), "petl_bases", (type(model),))[0]
+
+
+def _set_dtypes(like: nn.Module, given: dict[str, Tensor]) -> None:
+    """Give each parameter and buffer the dtype of its namesake; tied ones stay tied."""
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for path, module in like.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            key = f"{path}.{name}" if path else name
+            dtype = given[key].dtype if key in given else parameter.dtype
+            if parameter not in made:
+                made[parameter] = nn.Parameter(torch.empty_like(parameter, dtype=dtype))
+            setattr(module, name, made[parameter])
+        for name, buffer in module.named_buffers(recurse=False):
+            key = f"{path}.{name}" if path else name
+            if key in given:
+                setattr(module, name, torch.empty_like(buffer, dtype=given[key].dtype))
+
+
+def _set_rates(like: nn.Module, model: nn.Module) -> None:
+    """Dropout rates as they stand on the modules of ``model``, where a trainer may have changed them."""
+    modules = dict(model.named_modules())
+    for path, module in like.named_modules():
+        for rate in ("p", "dropout", "activation_dropout"):
+            value = getattr(modules.get(path), rate, None)
+            if isinstance(value, float) and isinstance(getattr(module, rate, None), float):
+                setattr(module, rate, value)

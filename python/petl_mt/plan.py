@@ -1,0 +1,68 @@
+"""The memory plan of a run: made from a model without weights, before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import torch
+from torch import nn
+
+from petl_kernels.errors import InputError
+from petl_kernels.interop.hf import load_config, skeleton
+from petl_kernels.memory.plan import Plan
+from petl_kernels.memory.plan import plan as make_plan
+
+from .config import TrainConfig
+from .prepare import adapt, cast_frozen_matrices, set_dropout
+
+
+def plan(config: TrainConfig, device: str | None = None) -> Plan:
+    """The plan for ``config``, whose sentences are taken to be as long as ``max_length`` allows."""
+    if config.memory is None:
+        raise InputError("memory: not given; expected the budget to plan for, such as --memory 8GiB")
+    if not config.model:
+        raise InputError("model: not given; expected a folder, a hub id, or a config's JSON file")
+    if config.is_new:
+        raise InputError("model 'new': its vocabulary is learnt from the text; train it with --memory to see its plan")
+    if device not in (None, "cpu", "cuda"):
+        raise InputError(f"device {device!r}: expected cpu or cuda")
+    config.check_settings()
+    model = skeleton(load_config(config.model))
+    config = config.resolve(model.config.d_model)
+    return plan_for(prepared(model, config), config, config.max_length, device)
+
+
+def prepared(model: nn.Module, config: TrainConfig) -> nn.Module:
+    """``model`` with the method of ``config``, its dropout and its dtypes; on the meta device, too."""
+    model = adapt(model, config)
+    set_dropout(model, config.dropout, config.attention_dropout)
+    if config.precision == "bf16":
+        cast_frozen_matrices(model, torch.bfloat16)
+    return model
+
+
+def plan_for(model: nn.Module, config: TrainConfig, longest: int, device: str | torch.device | None) -> Plan:
+    return make_plan(
+        model,
+        config.memory,
+        config.batch_tokens,
+        max_length=longest,
+        allow=config.allow,
+        device=device,
+        autocast=torch.bfloat16 if config.precision == "bf16" else None,
+        tier=config.tier,
+        beam=config.beam,
+    )
+
+
+def show(plan: Plan, json_path: str | None) -> None:
+    """The table for a person; the plan as JSON where it is asked for."""
+    if json_path == "-":
+        json.dump(plan.to_dict(), sys.stdout, indent=1)
+        print()
+        return
+    print(plan)
+    if json_path:
+        plan.save(json_path)
+        print(f"written: {json_path}")

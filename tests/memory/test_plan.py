@@ -1,0 +1,183 @@
+"""Plans: their bytes against those that the allocator counts, what is chosen, and what is refused."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from methods.models import build
+
+import petl_kernels as pk
+from petl_kernels.errors import InputError
+from petl_kernels.memory.cost import ASSUMED
+from petl_kernels.memory.plan import Plan, Planner, Setting, plan
+
+_C = pytest.importorskip("petl_kernels._C")
+
+CPU = torch.device("cpu")
+MIB = 2**20
+WIDE = {"vocab_size": 4000, "d_model": 256, "encoder_ffn_dim": 1024, "decoder_ffn_dim": 1024, "encoder_layers": 3}
+WIDE |= {"max_position_embeddings": 512, "dropout": 0.1}
+
+# family, method, tiers of 5 layers, dtype of the frozen weights, autocast
+CASES = {
+    "m2m100, LoRA, tier 1": ("m2m100", pk.LoRA(rank=8), (1,) * 5, torch.bfloat16, None),
+    "m2m100, adapters, tier 2": ("m2m100", pk.Adapter(bottleneck=32), (2,) * 5, torch.bfloat16, None),
+    "mbart, LoRA on all, tier 3": ("mbart", pk.LoRA(rank=4, targets="all-linear"), (3,) * 5, torch.bfloat16, None),
+    "mbart, prefix, tier 4": ("mbart", pk.PrefixTuning(length=8), (4,) * 5, torch.bfloat16, None),
+    "marian, BitFit, tier 2": ("marian", pk.BitFit(), (2,) * 5, torch.float32, None),
+    "marian, cross-attention, tiers 4 and 1": ("marian", pk.CrossAttention(), (4, 4, 1, 1, 1), torch.float32, None),
+    "bart, LoRA, tiers 3 and 2": ("bart", pk.LoRA(rank=8), (3, 3, 3, 2, 2), torch.float32, None),
+    "m2m100, sub-layer adapters, autocast": (
+        "m2m100", pk.Adapter(bottleneck=16, placement="sublayer"), (1,) * 5, torch.float32, torch.bfloat16,
+    ),
+    "t5, LoRA, tier 1": ("t5", pk.LoRA(rank=8, targets=("q", "v")), (1,) * 5, torch.float32, None),
+}  # fmt: skip
+
+
+def made(family: str, method, dtype: torch.dtype):
+    if family == "t5":
+        from transformers import T5Config, T5ForConditionalGeneration
+
+        config = T5Config(
+            vocab_size=4000, d_model=256, d_kv=32, d_ff=512, num_layers=3, num_decoder_layers=2, num_heads=8,
+            feed_forward_proj="gated-gelu", decoder_start_token_id=0,
+        )  # fmt: skip
+        model = T5ForConditionalGeneration(config)
+    else:
+        model = build(family, **WIDE)
+    return pk.adapt(model.to(dtype), method)
+
+
+def measured_peak(make, tiers, rows: int, length: int, autocast) -> int:
+    """Of everything that lives because of it: the model, its gradients, its optimiser, two updates."""
+    gc.collect()
+    _C.install_cpu_allocator()
+    before = _C.cpu_bytes()
+    model = pk.lean(make(), list(tiers)).train()
+    trained = pk.trainable_parameters(model)
+    optimizer = torch.optim.AdamW(trained, fused=True)
+    for _ in range(2):
+        ids = torch.randint(5, 3900, (rows, length))
+        mask = torch.ones_like(ids)
+        mask[0, -3:] = 0
+        _C.reset_cpu_peak()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast is not None):
+            loss = model(input_ids=ids, attention_mask=mask, labels=ids, label_smoothing=0.1, reduction="sum").loss
+        loss.backward()
+        del loss
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+    return _C.cpu_peak() - before
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_predicted_peak_is_the_measured_one(case):
+    family, method, tiers, dtype, autocast = CASES[case]
+    rows, length = 12, 96
+    with torch.device("meta"):
+        model = made(family, method, dtype)
+    planner = Planner(model, rows * length, length, "adamw", (), CPU, autocast)
+    predicted = sum(planner.parts(Setting("dense", "adamw", 0, 32 * MIB), rows, tiers).values())
+    measured = measured_peak(lambda: made(family, method, dtype), tiers, rows, length, autocast)
+    assert 0.98 * measured <= predicted <= 1.05 * measured, (predicted / MIB, measured / MIB)
+
+
+@pytest.fixture
+def fixed_rates(monkeypatch):
+    monkeypatch.setattr("petl_kernels.memory.plan.measure_rates", lambda device, dtype: ASSUMED)
+
+
+def skeleton(**settings):
+    with torch.device("meta"):
+        return pk.adapt(build("m2m100", **{**WIDE, **settings}).to(torch.bfloat16), pk.LoRA(rank=8))
+
+
+def test_more_layers_cost_what_the_first_ones_do():
+    """Counting at two layers a side foretells six: the simulation of the whole model says the same."""
+    from petl_kernels.memory import simulate
+
+    model, batch = skeleton(encoder_layers=6, decoder_layers=6), simulate.Batch(6, 64, 64)
+    planner = Planner(model, batch.tokens, 64, "adamw", (), CPU, None)
+    for tier in (0, 1, 2, 4):
+        parts = planner.parts(Setting("dense", "adamw", 0, 32 * MIB), batch.rows, (tier,) * 12)
+        with simulate.fake_mode():
+            whole = simulate.shallow(model, 6, 6)
+            simulate.set_tiers(whole, tier)
+            peak = simulate.step(whole, batch).peak
+        assert parts["kept for backward"] + parts["at the worst moment"] == pytest.approx(peak, rel=0.01)
+
+
+def test_smaller_budgets_are_slower_and_kept(fixed_rates):
+    model = skeleton(vocab_size=20_000)
+    found = [plan(model, f"{size}MiB", 4096, max_length=128, device="cpu") for size in (400, 80, 40, 30)]
+    assert set(found[0].tiers) == {1} and found[0].micro_batches == 1 and not found[0].more
+    for budget, (larger, smaller) in zip((80, 40, 30), zip(found, found[1:], strict=False), strict=True):
+        assert smaller.seconds >= larger.seconds and smaller.peak <= budget * MIB
+        assert smaller.rows * smaller.micro_batches * smaller.longest >= 4096  # the update stays whole
+        assert sum(smaller.parts.values()) == smaller.peak
+    assert found[-1].micro_batches > 1 or max(found[-1].tiers) > 1 or found[-1].streamed
+    assert found[-1].more and found[-1].more[0][1] < found[-1].seconds
+
+
+def test_what_cannot_work_is_refused_with_the_least_that_can():
+    model = skeleton()
+    with pytest.raises(InputError, match=r"memory 1 MiB: one sentence pair of 128 tokens needs ([\d.]+) MiB") as error:
+        plan(model, "1MiB", 4096, max_length=128, device="cpu")
+    least = float(str(error.value).split("needs ")[1].split(" MiB")[0])
+    plan(model, f"{1.01 * least}MiB", 4096, max_length=128, device="cpu")
+    with pytest.raises(InputError, match="needs"):
+        plan(model, f"{0.98 * least}MiB", 4096, max_length=128, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"memory": "much"}, "memory size 'much'"),
+        ({"memory": "1GiB", "batch_tokens": 0}, "batch_tokens 0"),
+        ({"memory": "1GiB", "max_length": -4}, "max_length -4"),
+        ({"memory": "1GiB", "allow": ("rounding",)}, "allow 'rounding': expected quantised or 8bit-optimizer"),
+        ({"memory": "1GiB", "optimizer": "sgd"}, "optimizer 'sgd'"),
+    ],
+)
+def test_wrong_arguments(arguments, message):
+    with pytest.raises(InputError, match=message):
+        plan(skeleton(), **{"batch_tokens": 512, "device": "cpu", **arguments})
+
+
+def test_a_plan_is_a_file_for_one_model(tmp_path):
+    found = plan(skeleton(), "100MiB", 1024, max_length=64, device="cpu")
+    found.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == found
+    with pytest.raises(InputError, match="plan: for M2M100ForConditionalGeneration with"):
+        found.apply(build("marian"))
+    (tmp_path / "plan.json").write_text('{"tiers": [1]}')
+    with pytest.raises(InputError, match="not a plan"):
+        Plan.load(tmp_path / "plan.json")
+    with pytest.raises(InputError, match="No such file"):
+        Plan.load(tmp_path / "none.json")
+
+
+def test_apply_sets_tiers_and_the_loss_chunk():
+    model = pk.adapt(build("m2m100", **WIDE).to(torch.bfloat16), pk.LoRA(rank=8))
+    found = plan(model, "20MiB", 2048, max_length=64, device="cpu", tier=3)
+    found.apply(model)
+    assert [layer.tier for layer in pk.report(model).layers] == [3] * 5
+    assert model.petl_chunk_bytes == found.chunk_bytes
+
+
+def test_tighter_plans_end_and_keep_the_update():
+    found = plan(skeleton(), "100MiB", 4096, max_length=64, device="cpu")
+    steps = []
+    while found is not None:
+        assert found.rows * found.micro_batches >= 64
+        steps.append((found.rows, max(found.tiers), found.chunk_bytes))
+        found = found.tighter()
+    assert steps[-1] == (1, 4, 2 * MIB) and len(set(steps)) == len(steps)
+
+
+def test_a_text_of_it_says_where_the_bytes_go():
+    text = str(plan(skeleton(), "100MiB", 1024, max_length=64, device="cpu", tier=2))
+    for words in ("frozen weights", "kept for backward", "peak", "5 × tier 2", "exact: the gradients", "100 MiB"):
+        assert words in text
