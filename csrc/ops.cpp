@@ -5,6 +5,7 @@
 
 #include "cpu/kernels.h"
 #include "host/build_info.h"
+#include "host/streaming.h"
 
 TORCH_LIBRARY(petl_cpu, m) {
   m.def("frozen_linear", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::frozen_linear)));
@@ -38,4 +39,5 @@ TORCH_LIBRARY(petl_cpu, m) {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("build_info", &petl::build_info, "How this extension was built: compiler, flags, PyTorch, CUDA.");
+  petl::bind_streaming(m);
 }
