@@ -48,6 +48,7 @@ from torch import Tensor, nn
 from petl_kernels.errors import InputError
 from petl_kernels.interop.files import atomic_path
 from petl_kernels.memory.size import format_size
+from petl_kernels.methods.base import set_parameter
 from petl_kernels.methods.structure import Layer, describe
 
 FILE = "frozen_layers.safetensors"
@@ -99,6 +100,8 @@ def stream_layers(
     slots: how many layers hold memory at once, at least 2: the one in use and the next.
     folder, files: for the CPU. The weights are read from ``files`` (safetensors, the checkpoint that the model came
     from, in the model's dtype) or else from a file that is written into ``folder``, unless it is there already.
+    Where they are on the meta device, the model takes its weights from ``files``, on CUDA too: they are never in
+    memory all at once.
     device: where the layers run, when they are not there yet: ``stream_layers(model, device="cuda")``, then
     ``model.to("cuda")`` moves what is left.
     Raises InputError, with the model as it was: fewer than 2 slots, a path that is no layer, a layer without frozen
@@ -111,7 +114,10 @@ def stream_layers(
     chosen = _chosen_layers(model, layers)
     weights = [_frozen_weights(model, layer) for layer in chosen]
     home = _device(weights)
-    store = _store(weights, slots, home if device is None else torch.device(device), folder, files)
+    unread = home.type == "meta"
+    if unread:
+        weights, home = _from_files(model, weights, files), torch.device("cpu")
+    store = _store(weights, slots, home if device is None else torch.device(device), folder, files, unread)
     return Streamed(model, chosen, weights, slots, store)
 
 
@@ -251,17 +257,38 @@ def _device(weights: list[Weights]) -> torch.device:
         raise InputError(
             f"stream_layers: the layers are on {', '.join(sorted(map(str, devices)))}; expected one device"
         )
-    if devices == {torch.device("meta")}:
-        raise InputError("stream_layers: the weights are on the meta device, load them first")
     return devices.pop()
 
 
+def _from_files(model: nn.Module, weights: list[Weights], files: Sequence[str | Path]) -> list[Weights]:
+    """Parameters in the place of those on the meta device, with the values in ``files``."""
+    if not files or any(type(tensor) is not nn.Parameter for own in weights for tensor in own.values()):
+        raise InputError(
+            "stream_layers: the weights are on the meta device; expected the checkpoint's files, or load it"
+        )
+    places = _find_in(files, weights)
+    mapped = _map(places)
+    found = []
+    for own in weights:
+        views = {name: _view(mapped, places[name], tensor) for name, tensor in own.items()}
+        found.append({name: nn.Parameter(view, requires_grad=False) for name, view in views.items()})
+        for name, parameter in found[-1].items():
+            set_parameter(model, name, parameter)
+    return found
+
+
 def _store(
-    weights: list[Weights], slots: int, device: torch.device, folder: str | Path | None, files: Sequence[str | Path]
+    weights: list[Weights],
+    slots: int,
+    device: torch.device,
+    folder: str | Path | None,
+    files: Sequence[str | Path],
+    unread: bool,
 ) -> _Mapped | _Slots:
+    """``unread``: the weights are the files' own, with nothing in memory yet."""
     extension = _extension()
     if device.type == "cpu":
-        return _Mapped(weights, folder, files)
+        return _Mapped(weights, folder, files, unread)
     if device.type != "cuda" or not hasattr(extension, "SlotRing"):
         raise InputError(
             f"stream_layers: device {str(device)!r}, expected the CPU, or CUDA and an extension built for it"
@@ -283,15 +310,15 @@ def _extension():
 class _Mapped:
     """Weights in memory-mapped files."""
 
-    def __init__(self, weights: list[Weights], folder: str | Path | None, files: Sequence[str | Path]):
+    def __init__(self, weights: list[Weights], folder: str | Path | None, files: Sequence[str | Path], unread: bool):
         places = _find_in(files, weights) if files else _find_in([_written(folder, weights)], weights)
-        self._files = {path: _extension().MappedFile(str(path)) for path in {path for path, *_ in places.values()}}
+        self._files = _map(places)
         self._spans = [_spans(places[name] for name in own) for own in weights]  # of each layer: (path, first, last)
         views = {}
         for i, own in enumerate(weights):
             for name, tensor in own.items():
-                views[name] = self._view(tensor, *places[name])
-                if not torch.equal(_raw(views[name]), _raw(tensor)):
+                views[name] = _view(self._files, places[name], tensor)
+                if not unread and not _same(views[name], tensor):
                     raise InputError(f"{places[name][0]}: tensor {name!r} has other values than the model's")
             self.use(i, [])
         for own in weights:
@@ -323,8 +350,19 @@ class _Mapped:
                 yield tensor, tensor.detach().clone()
             self.use(i, [])
 
-    def _view(self, like: Tensor, path: Path, start: int, end: int) -> Tensor:
-        return self._files[path].tensor(start, end - start).view(like.dtype).view(like.shape)
+
+def _map(places: dict[str, tuple[Path, int, int]]) -> dict[Path, object]:
+    return {path: _extension().MappedFile(str(path)) for path in {path for path, *_ in places.values()}}
+
+
+def _view(files: dict[Path, object], place: tuple[Path, int, int], like: Tensor) -> Tensor:
+    path, start, end = place
+    return files[path].tensor(start, end - start).view(like.dtype).view(like.shape)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """The same bytes."""
+    return torch.equal(_raw(one), _raw(other).to(one.device))
 
 
 def _raw(tensor: Tensor) -> Tensor:
@@ -408,7 +446,7 @@ def _has(path: Path, weights: list[Weights]) -> bool:
     for own in weights:
         for name, tensor in own.items():
             _, start, end = places[name]
-            if not torch.equal(file.tensor(start, end - start), _raw(tensor)):
+            if not _same(file.tensor(start, end - start), tensor):
                 return False
         file.drop(0, file.size())
     return True

@@ -131,6 +131,39 @@ def test_backward_twice_and_checkpointing_of_transformers(streamed):
     assert_same(step(other, inputs), step(plain, inputs))
 
 
+def test_autocast_and_inference_mode(streamed):
+    plain = pk.lean(adapted("t5", "lora", dtype=torch.float32), 2)
+    other = copy.deepcopy(plain)
+    streamed(other)
+    inputs = ragged(plain)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same(step(other, inputs), step(plain, inputs))
+    with torch.inference_mode():
+        assert torch.equal(other(**inputs).loss, plain(**inputs).loss)
+    assert_same(step(other, inputs), step(plain, inputs))
+
+
+def test_merging_and_other_adapters(tmp_path):
+    model = adapted("m2m100", "lora", dtype=torch.float32)
+    pk.adapt(model, pk.Adapter(bottleneck=4), name="other")
+    pk.use_adapter(model, "default")
+    inputs = ragged(model)
+
+    def run() -> dict:
+        found = step(model, inputs)
+        pk.use_adapter(model, "other")
+        found |= {f"other {name}": value for name, value in step(model, inputs).items()}
+        pk.use_adapter(model, "default")
+        pk.merge(model)
+        found["merged"] = model(**inputs).loss.detach()
+        pk.unmerge(model)
+        return found
+
+    expected = run()
+    stream_layers(model, folder=tmp_path)
+    assert_same(run(), expected)
+
+
 def test_bf16_and_some_layers_only(streamed):
     plain = pk.lean(adapted("t5", "adapter", dtype=torch.float32).to(torch.bfloat16), 2)
     other = copy.deepcopy(plain)
@@ -271,6 +304,21 @@ def test_the_checkpoints_own_files(tmp_path):
     assert not list(tmp_path.glob(FILE))
 
 
+def test_weights_that_were_never_loaded(tmp_path, streamed):
+    model = adapted("m2m100", "lora", dtype=torch.float32)
+    expected = step(model, ragged(model))
+    model.save_pretrained(tmp_path)
+    for layer in (*model.model.encoder.layers, *model.model.decoder.layers):
+        for module in layer.modules():
+            if isinstance(module, nn.Linear):
+                module.weight = nn.Parameter(module.weight.to("meta"), requires_grad=False)
+    found = streamed(model, files=[tmp_path / "model.safetensors"])
+    if streamed.kind == "file":
+        assert found.resident_bytes() == 0
+    assert_same(step(model, ragged(model)), expected)
+    assert_same(step(unstream(model), ragged(model)), expected)
+
+
 def test_the_file_is_written_once(tmp_path):
     model = adapted("m2m100", "lora", dtype=torch.float32)
     stream_layers(model, folder=tmp_path / "new")
@@ -335,7 +383,7 @@ def test_wrong_input(tmp_path):
             stream_layers(model, **arguments)
         assert "\n" not in str(error.value)
     assert not hasattr(model, "petl_streamed")
-    with pytest.raises(InputError, match="the weights are on the meta device, load them first"):
+    with pytest.raises(InputError, match="on the meta device; expected the checkpoint's files, or load it"):
         stream_layers(copy.deepcopy(model).to("meta"), folder=tmp_path)
     half = copy.deepcopy(model)
     half.model.decoder.to("meta")
