@@ -453,7 +453,7 @@ def _has(path: Path, weights: list[Weights]) -> bool:
 
 
 def _write(path: Path, weights: list[Weights]) -> None:
-    """A safetensors file, layer after layer, one tensor in memory at a time; its data start at a page."""
+    """A safetensors file whose data start at a page; one tensor is copied at a time."""
     header, end = {}, 0
     for name, tensor in _by_alignment(weights):
         start, end = end, end + tensor.nbytes
@@ -466,10 +466,10 @@ def _write(path: Path, weights: list[Weights]) -> None:
             file.write(_raw(tensor).cpu().numpy())
 
 
-def _by_alignment(weights: list[Weights]) -> Iterable[tuple[str, Tensor]]:
-    """The tensors of each layer, larger elements first."""
-    for own in weights:
-        yield from sorted(own.items(), key=lambda item: -item[1].element_size())
+def _by_alignment(weights: list[Weights]) -> list[tuple[str, Tensor]]:
+    """Larger elements first, so that each tensor is aligned; among equals, layer after layer."""
+    named = [item for own in weights for item in own.items()]
+    return sorted(named, key=lambda item: -item[1].element_size())
 
 
 # ---- CUDA: slots on the device ---------------------------------------------------------------------------------------

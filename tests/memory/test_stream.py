@@ -254,13 +254,16 @@ def test_reading_what_is_out_of_the_device_says_so(monkeypatch):
 
 def test_a_parameter_of_several_plain_tensors(streamed):
     model = adapted("m2m100", "lora", dtype=torch.float32)
-    weight = model.model.encoder.layers[0].fc1.weight
-    held = [torch.randint(-127, 128, weight.shape, dtype=torch.int8), torch.rand(weight.shape[0])]
+    held = []
+    for layer in model.model.encoder.layers:
+        parts = [torch.randint(-127, 128, (57, 31), dtype=torch.int8), torch.rand(57)]  # an odd number of bytes
+        held += parts
+        layer.fc1.weight.parts = lambda parts=parts: parts
     expected = [tensor.clone() for tensor in held]
-    weight.parts = lambda: held
-    found = streamed(model, layers=["model.encoder.layers.0"])
+    found = streamed(model, layers=["model.encoder.layers.0", "model.encoder.layers.1"])
     assert {f"model.encoder.layers.0.fc1.weight.{k}" for k in (0, 1)} < set(found._weights[0])
     found._use(0, backward=False)
+    found._use(1, backward=False)
     assert all(torch.equal(one, two) for one, two in zip(held, expected, strict=True))
     unstream(model)
     assert all(torch.equal(one, two) for one, two in zip(held, expected, strict=True))
