@@ -54,3 +54,14 @@ def test_cuda_sources_compile_without_pytorch(tmp_path, architecture):
         registers = [int(n) for n in re.findall(r"Used (\d+) registers", report)]
         assert spills and not any(spills), report
         assert registers and max(registers) <= 64, report
+
+
+@needs_sources
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_the_slot_ring_compiles_without_pytorch(tmp_path):
+    source = ROOT / "csrc" / "host" / "slot_ring.cpp"
+    command = ["nvcc", "-std=c++17", "-O3", "-Xcompiler", "-Wall,-Wextra,-Werror", "-DPETL_CUDA=1", "-c", source]
+    run = subprocess.run([*command, "-o", tmp_path / "out.o"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    names = subprocess.run(["nm", "-C", tmp_path / "out.o"], capture_output=True, text=True).stdout
+    assert "petl::SlotRing::fill" in names and "cudaMemcpyAsync" in names

@@ -1,0 +1,10 @@
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace petl {
+
+// What petl_kernels/memory/stream.py calls: MappedFile, place, take_away; in CUDA builds SlotRing and pinned.
+void bind_streaming(pybind11::module_& m);
+
+} // namespace petl
