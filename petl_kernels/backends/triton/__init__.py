@@ -29,6 +29,7 @@ from petl_kernels.backends.triton import (  # noqa: E402
     layer_norm,
     linear_cross_entropy,
     lora_linear,
+    quantised,
     rms_norm,
 )
 
@@ -61,3 +62,8 @@ for module in (
     for part in ("", *PARTS):
         if hasattr(module, name + part):
             _register(getattr(module, name + part))
+
+# What quantised weights need of the router is no op: its names are not the file's.
+for kernel in (quantised.quantised_project, quantised.quantised_project_back):
+    _register(kernel)
+register("dequantise", "triton")(quantised.dequantise)
