@@ -63,7 +63,12 @@ for module in (
         if hasattr(module, name + part):
             _register(getattr(module, name + part))
 
-# What quantised weights need of the router is no op: its names are not the file's.
+# No ops of their own, so their names are not the file's.
 for kernel in (quantised.quantised_project, quantised.quantised_project_back):
     _register(kernel)
-register("dequantise", "triton")(quantised.dequantise)
+
+
+@register("dequantise", "triton")
+def _dequantise(parts, first_row, rows, columns, dtype):
+    kernel = quantised.dequantise if dtype in DTYPES else kernel_of("dequantise", "reference")
+    return kernel(parts, first_row, rows, columns, dtype)

@@ -8,13 +8,13 @@ the other, ahead of the library's product.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 
 import torch
 import triton
 import triton.language as tl
 
+from petl_kernels.backends.nf4 import dynamic_map
 from petl_kernels.backends.triton import config
 from petl_kernels.backends.triton.common import launch, load, store, sum_partials
 
@@ -112,18 +112,7 @@ def _arguments(parts: list[torch.Tensor]) -> tuple[torch.Tensor | None, ...]:
     if len(parts) == 2:
         return *parts, None, None, None
     data, absmax, scale, offset = parts
-    return data, scale, absmax, offset, _dynamic_map(data.device)
-
-
-@functools.cache
-def _dynamic_map(device: torch.device) -> torch.Tensor:
-    """What the 8 bits of an absmax stand for: bitsandbytes' signed dynamic map."""
-    entries = [0.0, 1.0]
-    for i in range(7):
-        bounds = torch.linspace(0.1, 1, 2**i + 1)
-        magnitudes = 10.0 ** (i - 6) * ((bounds[:-1] + bounds[1:]) / 2)
-        entries += [*magnitudes.tolist(), *(-magnitudes).tolist()]
-    return torch.tensor(sorted(entries), device=device)
+    return data, scale, absmax, offset, dynamic_map(data.device)
 
 
 @triton.jit
