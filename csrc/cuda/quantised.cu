@@ -101,11 +101,12 @@ __global__ void quantise_rows(const T* weight, int64_t rows, int64_t columns, in
 }
 
 template <typename T>
-__global__ void dequantise_runs_int8(const int8_t* data, const float* scale, int64_t runs, int64_t row_runs, T* out) {
+__global__ void dequantise_runs_int8(
+    const int8_t* data, const float* scale, uint32_t runs, uint32_t row_runs, T* out) {
   struct alignas(kRun) Bytes {
     int8_t of[kRun];
   };
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const uint32_t i = blockIdx.x * kThreads + threadIdx.x; // a division of 32 bits, not of 64
   if (i < runs) {
     const Bytes bytes = reinterpret_cast<const Bytes*>(data)[i];
     const float unit = scale[i / row_runs];
@@ -332,9 +333,14 @@ template <typename T>
 cudaError_t run_dequantise_int8(
     const int8_t* data, const float* scale, int64_t rows, int64_t columns, void* out, cudaStream_t stream) {
   const int64_t values = rows * columns;
-  if (values > 0 && columns % kRun == 0 && aligned(data, kRun) && aligned(out, 16)) {
+  const bool wide = columns % kRun == 0 && aligned(data, kRun) && aligned(out, 16);
+  if (values > 0 && wide && values / kRun <= UINT32_MAX - kThreads) {
     dequantise_runs_int8<T><<<blocks_for(values / kRun, kThreads), kThreads, 0, stream>>>(
-        data, scale, values / kRun, columns / kRun, static_cast<T*>(out));
+        data,
+        scale,
+        static_cast<uint32_t>(values / kRun),
+        static_cast<uint32_t>(columns / kRun),
+        static_cast<T*>(out));
   } else if (values > 0) {
     dequantise_values_int8<T><<<blocks_for(values, kThreads), kThreads, 0, stream>>>(
         data, scale, values, columns, static_cast<T*>(out));

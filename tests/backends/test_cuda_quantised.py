@@ -1,5 +1,7 @@
-"""The CUDA C++ kernels that make and read int8 and NF4 weights, to the bit. The reference runs on the CPU: PyTorch divides
-by a number that it knows in advance in another way on a CUDA device."""
+"""The CUDA C++ kernels that make and read int8 and NF4 weights, to the bit.
+
+The reference runs on the CPU: on a CUDA device PyTorch multiplies by the inverse of 127 instead of dividing by it.
+"""
 
 from __future__ import annotations
 

@@ -247,7 +247,7 @@ EVERYWHERE = [
     (quantised_products, BF16, "nf4", 128),
     (quantised_products, FP16, "nf4", 17),
     (quantised_products, FP16, "nf4", 8192, 1024, 1000),
-    (quantised_products, FP16, "int8", 100),
+    (quantised_products, FP16, "int8", 512, 4096),
     (quantised_products, BF16, "int8", 1),
     (quantised_products, BF16, "int8", 8192),
     (loss, BF16, 256206, False, 1e-6),

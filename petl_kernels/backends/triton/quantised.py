@@ -1,9 +1,9 @@
 """Products with a quantised frozen weight Ŵ (N, K) in Triton: rows Ŵᵀ + c and rows Ŵ.
 
 Two ways. Few rows: tiles of Ŵ are dequantised in the main loop, so that half (int8) or a quarter (nf4) of the dense
-weight's bytes travel. Rows that more than one tile has to hold, or a K that 64 does not divide: the main loop would
-dequantise Ŵ again for each tile of rows, so tiles of at most config.QUANTISED_TILE_BYTES are dequantised once, one after
-the other, ahead of the library's product.
+weight's bytes travel. Many rows, where the main loop would dequantise Ŵ again for each tile of them, and a K that 64
+does not divide: tiles of Ŵ of at most config.QUANTISED_TILE_BYTES are dequantised once, one after the other, ahead of
+the library's product.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def quantised_project(rows: torch.Tensor, parts: list[torch.Tensor], bias: torch
     """rows (tokens, K) Ŵᵀ + bias (N)"""
     inner = rows.shape[1]
     outputs = _other_size(parts, inner)
-    if config.dequantises_in_loop(rows, inner):
+    if config.dequantises_in_loop(rows, inner, _storage(parts)):
         return _product(_quantised_project_kernel, rows, parts, bias, outputs, inner)
     y = rows.new_empty(rows.shape[0], outputs)
     size = config.quantised_tile_length(rows, outputs, inner)
@@ -39,7 +39,7 @@ def quantised_project_back(rows: torch.Tensor, parts: list[torch.Tensor]) -> tor
     """rows (tokens, N) Ŵ"""
     outputs = rows.shape[1]
     inner = _other_size(parts, outputs)
-    if config.dequantises_in_loop(rows, inner):
+    if config.dequantises_in_loop(rows, inner, _storage(parts)):
         return _product(_quantised_project_back_kernel, rows, parts, None, inner, outputs)
     dx = rows.new_empty(rows.shape[0], inner)
     # Tiles of columns: each sum over the rows of Ŵ is one product, so no partial sum is rounded.
@@ -75,16 +75,20 @@ def _product(kernel, x: torch.Tensor, parts: list[torch.Tensor], bias, cols: int
     return y
 
 
+def _storage(parts: list[torch.Tensor]) -> str:
+    return "int8" if len(parts) == 2 else "nf4"
+
+
 def _other_size(parts: list[torch.Tensor], size: int) -> int:
     """N for K, or K for N. Two values of nf4 share a byte, the last of which may be half empty."""
-    values = parts[0].numel() * (1 if len(parts) == 2 else 2)
+    values = parts[0].numel() * (1 if _storage(parts) == "int8" else 2)
     return values // size if size else 0
 
 
 def _tiles(
     parts: list[torch.Tensor], like: torch.Tensor, shape: tuple[int, int], along: int, size: int
 ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Tiles of Ŵ, `size` long along a dimension and whole along the other, in one scratch that the next one overwrites."""
+    """Tiles of Ŵ, `size` long along one dimension and whole along the other, in one scratch: the next overwrites it."""
     scratch = like.new_empty(min(size, shape[along]) * shape[1 - along])
     for first in range(0, shape[along], size):
         length = min(size, shape[along] - first)
@@ -109,7 +113,7 @@ def _dequantise(parts: list[torch.Tensor], out: torch.Tensor, first_row: int, fi
 
 def _arguments(parts: list[torch.Tensor]) -> tuple[torch.Tensor | None, ...]:
     """(data, scale, absmax, offset, dynamic map); the last three are absent for int8."""
-    if len(parts) == 2:
+    if _storage(parts) == "int8":
         return *parts, None, None, None
     data, absmax, scale, offset = parts
     return data, scale, absmax, offset, dynamic_map(data.device)
