@@ -20,7 +20,7 @@ MATRIX_INSTRUCTION = {"sm90": "wgmma.mma_async", "sm100": "tcgen05.mma"}
 WITHOUT_PRODUCT = {
     *("_sum_kernel", "_column_sums_kernel", "_fold_kernel", "_finish_kernel", "_hidden_kernel"),
     *("_hidden_backward_kernel", "_norm_kernel", "_norm_again_kernel", "_norm_dx_kernel", "_norm_sums_kernel"),
-    *("_sums_kernel", "_loss_kernel"),
+    *("_sums_kernel", "_loss_kernel", "_dequantise_kernel"),
 }
 ELEMENTWISE = {
     *("_activation_kernel", "_activation_backward_kernel", "_gated_kernel", "_gated_backward_kernel"),
@@ -31,7 +31,10 @@ WITH_PRODUCT = {
     *("_a_gradients_kernel", "_b_gradients_kernel", "_forward_kernel", "_backward_kernel", "_token_sums_kernel"),
     *("_latent_kernel", "_up_kernel", "_latent_backward_kernel", "_dx_kernel"),
     *("_attention_kernel", "_query_gradient_kernel", "_key_gradients_kernel"),
+    *("_quantised_project_kernel", "_quantised_project_back_kernel"),
 }
+# The rows of the matrix instruction, where they are not the rows of the result: BN counts the rows of the weight.
+LEFT = {"_quantised_project_kernel": "BN"}
 # ptxas spills a register or two of its own accord where that lets one more block on a multiprocessor.
 STACK = 16
 
@@ -64,7 +67,7 @@ def problems(card: str, report: dict) -> Iterator[str]:
         if not report["instructions"]["cp.async.c"]:
             yield "does not copy its operands ahead"
         # fp32 keeps its precision, so it has no matrix instruction; blocks under 64 rows have Ampere's.
-        large = report["constexprs"]["BM"] >= 64
+        large = report["constexprs"][LEFT.get(report["kernel"], "BM")] >= 64
         instruction = MATRIX_INSTRUCTION.get(card, "mma.sync") if large else "mma.sync"
         if report["dtype"] != "float32" and not report["instructions"][instruction]:
             yield f"has no {instruction}"

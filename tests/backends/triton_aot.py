@@ -32,6 +32,7 @@ from petl_kernels.backends.triton import (
     layer_norm,
     linear_cross_entropy,
     lora_linear,
+    quantised,
     rms_norm,
 )
 
@@ -43,6 +44,7 @@ POINTERS = {
     torch.float32: "*fp32",
     torch.int64: "*i64",
     torch.uint8: "*u8",
+    torch.int8: "*i8",
 }
 CUOBJDUMP = Path(triton.__path__[0]) / "backends/nvidia/bin/cuobjdump"
 
@@ -59,7 +61,7 @@ def record(card: str, call: Callable[[], None]) -> list[tuple]:
     config.device_class, config.processors = lambda device: card, lambda device: CARDS[card][1]
     modules = (
         *(activation, attention, bottleneck_adapter, common, dropout_add, frozen_ffn, frozen_linear),
-        *(gated_activation, layer_norm, linear_cross_entropy, lora_linear, rms_norm),
+        *(gated_activation, layer_norm, linear_cross_entropy, lora_linear, quantised, rms_norm),
     )
     original = common.launch
     for module in modules:
@@ -207,6 +209,17 @@ def attend(dtype: torch.dtype, d: int, options: tuple[str, ...] = (), length: in
     attention.attention_backward(do, q, k, v, o, lse, *rest, False)
 
 
+def quantised_products(dtype: torch.dtype, storage: str, tokens: int, n: int = 1024, k: int = 1024) -> None:
+    if storage == "int8":
+        parts = [_new(torch.int8, n, k), _new(torch.float32, n)]
+    else:
+        blocks = -(-n * k // 64)
+        parts = [_new(torch.uint8, -(-n * k // 2)), _new(torch.uint8, blocks), _new(torch.float32, -(-blocks // 256))]
+        parts.append(_new(torch.float32, 1))
+    quantised.quantised_project(_new(dtype, tokens, k), parts, _new(dtype, n))
+    quantised.quantised_project_back(_new(dtype, tokens, n), parts)
+
+
 def _new(dtype: torch.dtype, *shape: int) -> torch.Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
@@ -231,6 +244,12 @@ EVERYWHERE = [
     (activate, FP16, "gelu_tanh", 0.0),
     (residual, BF16, BF16),
     (residual, FP16, FP32),
+    (quantised_products, BF16, "nf4", 128),
+    (quantised_products, FP16, "nf4", 17),
+    (quantised_products, FP16, "nf4", 8192, 1024, 1000),
+    (quantised_products, FP16, "int8", 512, 4096),
+    (quantised_products, BF16, "int8", 1),
+    (quantised_products, BF16, "int8", 8192),
     (loss, BF16, 256206, False, 1e-6),
     (loss, FP16, 128112, True, 0.0),
     (attend, BF16, 64, ("padding", "dropout")),
@@ -242,6 +261,8 @@ ONLY = {
         (adapter, FP32, 64),
         (norms, FP32, 1024, FP32),
         (ffn, FP32, "gelu", True, "x"),
+        (quantised_products, FP32, "nf4", 300),
+        (quantised_products, FP32, "int8", 16),
         (loss, FP32, 128112, True, 1e-6),
         (attend, FP32, 64, ("padding", "dropout")),
     ],
@@ -268,7 +289,8 @@ def main(card: str) -> None:
     for function, *arguments in EVERYWHERE + ONLY.get(card, []):
         for kernel, args, constexprs, options in record(card, lambda f=function, a=arguments: f(*a)):
             dtype = str(arguments[0]).removeprefix("torch.")
-            key = (kernel.__name__, str(constexprs), str(options), dtype == "float32")
+            absent = tuple(arg is None for arg in args)
+            key = (kernel.__name__, absent, str(constexprs), str(options), dtype == "float32")
             if key not in seen:
                 seen.add(key)
                 report = compile_launch(card, kernel, args, constexprs, options)

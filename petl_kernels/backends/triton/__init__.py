@@ -29,6 +29,7 @@ from petl_kernels.backends.triton import (  # noqa: E402
     layer_norm,
     linear_cross_entropy,
     lora_linear,
+    quantised,
     rms_norm,
 )
 
@@ -61,3 +62,13 @@ for module in (
     for part in ("", *PARTS):
         if hasattr(module, name + part):
             _register(getattr(module, name + part))
+
+# No ops of their own, so their names are not the file's.
+for kernel in (quantised.quantised_project, quantised.quantised_project_back):
+    _register(kernel)
+
+
+@register("dequantise", "triton")
+def _dequantise(parts, first_row, rows, columns, dtype):
+    kernel = quantised.dequantise if dtype in DTYPES else kernel_of("dequantise", "reference")
+    return kernel(parts, first_row, rows, columns, dtype)

@@ -78,6 +78,21 @@ POINTWISE = Tile(16, 128, 16, 4, 2)
 CHUNK_BYTES, CHUNK_ROWS = 8 << 20, 256
 INTERPRETER_CHUNK_ROWS = 48
 
+# Products with a quantised weight Ŵ. Up to so many rows it is dequantised in the main loop, again for each tile of
+# rows; above, tiles of at most QUANTISED_TILE_BYTES are, once, ahead of the library's product (bench/NOTES.md).
+QUANTISED = {
+    "small": Tile(128, 64, 64, 4, 3),
+    "sm80": Tile(128, 64, 64, 4, 3),
+    "sm90": Tile(128, 64, 64, 4, 4),
+    "sm100": Tile(128, 64, 64, 4, 4),
+    "fp32": Tile(32, 64, 32, 4, 2),
+    "interpreter": Tile(32, 32, 32, 4, 1),
+}
+QUANTISED_LOOP_ROWS = {"int8": 512, "nf4": 256}
+QUANTISED_TILE_BYTES = 32 << 20
+INTERPRETER_QUANTISED_TILE_BYTES = 8 << 10
+DEQUANTISE = Tile(8, 256, 0, 4, 1)
+
 
 class ElementwiseTile(NamedTuple):
     m: int  # rows
@@ -147,6 +162,34 @@ def matmul_tile(x: torch.Tensor, rows: int, cols: int, elements: int = 128) -> T
     while tile.m * tile.n > 32 * tile.warps * elements:
         tile = tile._replace(warps=8) if tile.warps < 8 else tile._replace(m=tile.m // 2)
     return tile
+
+
+def dequantises_in_loop(x: torch.Tensor, inner: int, storage: str) -> bool:
+    """Whether the product of the rows of x with a quantised weight (N, inner) dequantises it in the main loop."""
+    return inner % 64 == 0 and x.shape[0] <= QUANTISED_LOOP_ROWS[storage]
+
+
+def quantised_tile(x: torch.Tensor, rows: int) -> Tile:
+    tile = QUANTISED[key(x)]
+    return tile._replace(m=padded(rows, tile.m))
+
+
+def quantised_tile_length(x: torch.Tensor, length: int, width: int) -> int:
+    """How much of a weight's dimension is dequantised at a time, `width` numbers of x's dtype wide.
+
+    Tiles of about equal length, which begin at multiples of 64 where that fits.
+    """
+    limit = INTERPRETER_QUANTISED_TILE_BYTES if device_class(x.device) == "interpreter" else QUANTISED_TILE_BYTES
+    most = max(1, limit // max(1, width * x.element_size()))
+    most = most // 64 * 64 or most
+    size = -(-length // max(1, -(-length // most)))
+    return max(1, min(-(-size // 64) * 64, most))
+
+
+def inner_splits(x: torch.Tensor, tile: Tile, programs: int, summed: int) -> int:
+    """Parts of a product's summed dimension: two programs for each multiprocessor, but four steps in each part."""
+    wanted = -(-2 * processors(x.device) // programs)
+    return max(1, min(wanted, summed // (4 * tile.k)))
 
 
 def adapter_tile(x: torch.Tensor, rows: int, width: int) -> Tile:

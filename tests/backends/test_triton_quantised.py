@@ -1,0 +1,102 @@
+"""Products with int8 and NF4 weights in Triton: on a CUDA device, else in the interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import quantised_reference
+import torch
+
+from petl_kernels import backends, parity
+
+pytestmark = pytest.mark.skipif(backends.load_error("triton") is not None, reason="Triton cannot run here")
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+if DEVICE.type == "cuda":
+    DTYPES["bf16"] = torch.bfloat16
+STORAGES = ("int8", "nf4")
+# (N, K). 64 divides K: dequantised in the main loop, with one part of the sum or several. Otherwise ahead of the
+# product, in one tile or several.
+SHAPES = [(66, 64), (40, 320), (64, 96), (33, 130), (35, 192), (1, 2), (7, 1)]
+
+
+def weight_of(n: int, k: int, storage: str, seed: int = 0) -> list[torch.Tensor]:
+    values = torch.randn(n, k, generator=torch.Generator().manual_seed(seed)) / k**0.5
+    values[n // 2] = 0
+    return quantised_reference.quantise(values, storage)
+
+
+def on_device(parts: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [part.to(DEVICE) for part in parts]
+
+
+def draw(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def run(op: str, *arguments) -> torch.Tensor:
+    return backends.kernel_of(op, "triton")(*arguments).cpu()
+
+
+def held(name: str, computed: torch.Tensor, rows: torch.Tensor, dense, bias=None) -> None:
+    """dense: the weight in rows' dtype, (in, out)."""
+    plain = rows @ dense.to(rows.dtype)
+    exact = rows.double() @ dense.double()
+    if bias is not None:
+        plain, exact = plain + bias, exact + bias.double()
+    assert parity.compare_tensors(name, computed, plain, exact) is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 3, 17, 129])
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+def test_products(shape, storage, rows, dtype):
+    n, k = shape
+    if storage == "nf4" and n * k % 2:
+        pytest.skip("a lone row or column of NF4 has an even number of values")
+    parts, dtype = weight_of(n, k, storage), DTYPES[dtype]
+    dense = quantised_reference.dequantise(parts, 0, n, k, torch.float32)
+    x, dy, bias = (draw(i, *size).to(dtype) for i, size in enumerate(((rows, k), (rows, n), (n,))))
+    parts = on_device(parts)
+    held("y", run("quantised_project", x.to(DEVICE), parts, bias.to(DEVICE)), x, dense.T, bias)
+    held("y", run("quantised_project", x.to(DEVICE), parts, None), x, dense.T)
+    held("dx", run("quantised_project_back", dy.to(DEVICE), parts), dy, dense)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_many_rows_take_tiles_dequantised_ahead(storage):
+    parts = weight_of(96, 128, storage)
+    dense = quantised_reference.dequantise(parts, 0, 96, 128, torch.float32)
+    x, dy = draw(1, 513, 128).half(), draw(2, 513, 96).half()
+    held("y", run("quantised_project", x.to(DEVICE), on_device(parts), None), x, dense.T)
+    held("dx", run("quantised_project_back", dy.to(DEVICE), on_device(parts)), dy, dense)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("k", [128, 90])
+def test_no_rows(storage, k):
+    parts = on_device(weight_of(10, k, storage))
+    assert run("quantised_project", torch.empty(0, k, device=DEVICE), parts, None).shape == (0, 10)
+    assert run("quantised_project_back", torch.empty(0, 10, device=DEVICE), parts).shape == (0, k)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("k", [320, 90])
+def test_two_runs_agree_bitwise(storage, k):
+    parts = on_device(weight_of(40, k, storage))
+    x, dy = draw(1, 17, k).half().to(DEVICE), draw(2, 17, 40).half().to(DEVICE)
+    assert torch.equal(run("quantised_project", x, parts, None), run("quantised_project", x, parts, None))
+    assert torch.equal(run("quantised_project_back", dy, parts), run("quantised_project_back", dy, parts))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("k", [320, 75, 64])
+def test_dequantised_rows(k, storage, dtype):
+    """To a unit in the last place: the compiler may fuse an absmax's product and sum."""
+    parts, dtype = weight_of(21, k, storage), DTYPES[dtype]
+    for first, rows in ((0, 21), (5, 9), (20, 1), (3, 0)):
+        found = run("dequantise", on_device(parts), first, rows, k, dtype)
+        expected = quantised_reference.dequantise(parts, first, rows, k, dtype)
+        torch.testing.assert_close(found, expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-9)
