@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import safetensors
 import torch
+from torch import Tensor, nn
 
 from petl_kernels.errors import InputError
 
@@ -58,6 +62,60 @@ def load_skeleton(path_or_id: str | os.PathLike):
     model = skeleton(config)
     _check_vocabulary(name, model, tokenizer)
     return model, tokenizer
+
+
+def load_weights(path_or_id: str | os.PathLike, model: nn.Module, place: Callable[[str, Tensor], Tensor]) -> nn.Module:
+    """Give ``model``, a skeleton, the weights of its checkpoint, one tensor after the other; returns it.
+
+    place(name, tensor): what stands in the model in the place of ``tensor``, which is a view into a file: a copy in
+    another dtype, say. Beside the finished model at most one tensor is in memory. Raises InputError as
+    ``load_pretrained`` does.
+    """
+    name = os.fspath(path_or_id)
+    names = dict(model.named_parameters(remove_duplicate=False))
+    buffers = dict(model.named_buffers())
+    made: dict[int, nn.Parameter] = {}
+    for key, read in _attempt(f"model {name!r}", _tensors, name):
+        if key in names and id(names[key]) not in made:
+            tensor = _attempt(f"model {name!r}", read)
+            if tensor.shape != names[key].shape:
+                raise InputError(
+                    f"model {name!r}: {key} has shape {tuple(tensor.shape)}, expected {tuple(names[key].shape)}"
+                )
+            made[id(names[key])] = nn.Parameter(place(key, tensor), requires_grad=False)
+        elif key in buffers:
+            buffers[key].copy_(_attempt(f"model {name!r}", read))
+    if len(made) < len({id(parameter) for parameter in names.values()}):
+        # names that only transformers knows how to map, or tensors that it makes itself: all of it at once, then
+        whole = dict(load_pretrained(path_or_id)[0].named_parameters(remove_duplicate=False))
+        made = {}
+        for key, parameter in names.items():
+            if id(parameter) not in made:
+                made[id(parameter)] = nn.Parameter(place(key, whole.pop(key).detach()), requires_grad=False)
+    for key, parameter in names.items():
+        owner, _, attribute = key.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, made[id(parameter)])
+    return model
+
+
+def _tensors(name: str) -> list[tuple[str, Callable[[], Tensor]]]:
+    """The tensors of a checkpoint's files by name, and how to read each; nothing is read yet."""
+    folder = Path(name)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(name, allow_patterns=[*_WEIGHTS[:2]]))
+        if not _has(folder, _WEIGHTS[:1]):
+            folder = Path(snapshot_download(name, allow_patterns=[*_WEIGHTS[2:]]))
+    found = []
+    files = sorted(folder.glob("*.safetensors"))
+    for path in files:
+        opened = safetensors.safe_open(path, framework="pt")
+        found += [(key, partial(opened.get_tensor, key)) for key in opened.keys()]  # noqa: SIM118  not a mapping
+    for path in sorted(folder.glob("pytorch_model*.bin")) if not files else ():
+        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        found += [(key, partial(state.pop, key)) for key in list(state)]
+    return found
 
 
 def load_config(path_or_id: str | os.PathLike):

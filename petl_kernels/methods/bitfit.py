@@ -40,7 +40,7 @@ class BitFit(Method):
         plain = base_parameters(model)
         weights = {f"{path}.bias": model.get_submodule(path).weight for path in _layer_linears(model)}
         return {
-            name: torch.zeros(weight.shape[0], dtype=weight.dtype, device=weight.device)
+            name: torch.zeros(weight.shape[0], dtype=piece_dtype(weight), device=weight.device)
             for name, weight in weights.items()
             if name not in plain
         }
