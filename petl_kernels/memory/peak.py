@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from petl_kernels.ops.quantised import parts_of
+
 
 class _Ledger(TorchDispatchMode):
     """Adds up the storages that operations create, and takes each off when it is freed.
@@ -22,7 +24,8 @@ class _Ledger(TorchDispatchMode):
         self.live = self.peak = 0
         self._known: dict[int, int] = {}
         for tensor in living:
-            self._enter(tensor)
+            for part in parts_of(tensor):
+                self._enter(part)
 
     def _enter(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -41,7 +44,8 @@ class _Ledger(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
-                self._enter(leaf)
+                for part in parts_of(leaf):
+                    self._enter(part)
         return result
 
 
