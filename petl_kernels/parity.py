@@ -101,11 +101,12 @@ def _run_frozen_linear(forward: Callable, backward: Callable, given: dict) -> Va
 def _run_lora_linear(forward: Callable, backward: Callable, given: dict) -> Values:
     fixed = [given[name] for name in ("weights", "biases", "a", "b", "scales", "dropout", "seed")]
     weights, biases, *adapters = fixed
-    ys, s = forward(given["x"], *fixed)
+    weights = [part for weight in weights for part in _parts(weight)]
+    ys, s = forward(given["x"], weights, biases, *adapters)
     need_dbias = [bias is not None for bias in biases]
     dx, da, db, dbias = backward(given["dys"], given["x"], s, weights, *adapters, True, need_dbias)
     values = {"s": s, "dx": dx}
-    for g in range(len(weights)):
+    for g in range(len(ys)):
         values |= {f"y{g}": ys[g], f"da{g}": da[g], f"db{g}": db[g], f"dbias{g}": _sum_dtype(dbias[g])}
     return values
 
@@ -143,8 +144,9 @@ def _run_rms_norm(forward: Callable, backward: Callable, from_statistics: Callab
 def _run_frozen_ffn(forward: Callable, backward: Callable, given: dict) -> Values:
     from petl_kernels.ops.frozen_ffn import what_to_keep
 
-    x, w1, c1, w2, c2, gate, activation = (given[name] for name in ("x", "w1", "c1", "w2", "c2", "gate", "activation"))
-    keeps = what_to_keep(activation, gate is not None, given["recompute"])
+    x, c1, c2, activation = (given[name] for name in ("x", "c1", "c2", "activation"))
+    w1, w2, gate = (_parts(given[name]) for name in ("w1", "w2", "gate"))
+    keeps = what_to_keep(activation, bool(gate), given["recompute"])
     y, *kept = forward(x, w1, c1, w2, c2, gate, activation, keeps)
     needs = (True, c1 is not None, c2 is not None)
     dx, dc1, dc2 = backward(
@@ -176,8 +178,9 @@ def _run_linear_cross_entropy(forward: Callable, backward: Callable, given: dict
     from petl_kernels.ops.linear_cross_entropy import compute  # see table()
 
     names = ("hidden", "weight", "labels", "bias", "label_smoothing", "smoothing", "logit_scale", "ignore_index")
-    fixed = [given[name] for name in (*names, "chunk_bytes", "dlosses")]
-    losses, dhidden, dweight, dbias, _ = compute(forward, *fixed, True, True, given["bias"] is not None)
+    fixed = {name: given[name] for name in (*names, "chunk_bytes", "dlosses")} | {"weight": _parts(given["weight"])}
+    needs = (True, len(fixed["weight"]) == 1, given["bias"] is not None)
+    losses, dhidden, dweight, dbias, _ = compute(forward, *fixed.values(), *needs)
     return {"losses": losses, "dhidden": dhidden, "dweight": dweight, "dbias": dbias}
 
 

@@ -28,6 +28,11 @@ OPS = (
     "gated_activation",
     "dropout_add",
     "linear_cross_entropy",
+    "quantise_int8",
+    "quantise_nf4",
+    "dequantise",
+    "quantised_project",
+    "quantised_embedding",
 )
 
 __all__ = [

@@ -4,17 +4,17 @@ A weight W (N, K) is held as *parts*, a list of plain tensors whose number and d
 
     dense   [W]                                     floating point
     int8    [data, scale]                           Ŵ_nk = data_nk · scale_n
-            data int8 (N, K), scale fp32 (N,)       scale = max_k |W_nk| / 127, or 1; data = W / scale to the nearest even
+            data int8 (N, K), scale fp32 (N,)       scale = max_k |W_nk| / 127, or 1; data = W / scale, rounded to even
     nf4     [data, absmax, absmax_scale, absmax_offset]
             over the flattened W in blocks of 64    Ŵ_i = code[nibble_i] · a_b,  b = i // 64
-            data uint8 (⌈NK / 2⌉,)                  value 2i in the high four bits of byte i, value 2i + 1 in the low ones
+            data uint8 (⌈NK / 2⌉,)                  value 2i in the high half of byte i, value 2i + 1 in the low one
             absmax uint8 (blocks,)                  a_b = map[absmax_b] · absmax_scale_(b // 256) + absmax_offset
             absmax_scale fp32 (⌈blocks / 256⌉,)     max over 256 blocks of |a - offset|
             absmax_offset fp32 (1,)                 the mean of all a = max |W| of a block
 
 The nibble is the code of value / a that is nearest, by the thresholds of bitsandbytes; the codes are the quantiles of a
-normal distribution that QLoRA publishes. ``map`` is its signed dynamic map of 256 entries. All of this is fp32, and Ŵ is
-rounded to the dtype of the product it enters, which is that of the other factor (bf16, fp16, fp32, fp64).
+normal distribution that QLoRA publishes. ``map`` is its signed dynamic map of 256 entries. All of this is fp32, and Ŵ
+is rounded to the dtype of the product it enters, which is that of the other factor (bf16, fp16, fp32, fp64).
 
     project         y  = x Ŵᵀ + c           x (tokens, K), c (N,) or None
     project_back    dx = dy Ŵ               dy (tokens, N); sums over parts of N are fp32
@@ -63,6 +63,9 @@ NF4_THRESHOLDS = (
 
 # Storage -> the names of its parts, which are attributes of the tensor.
 _PARTS = {"int8": ("packed", "scale"), "nf4": ("packed", "absmax", "absmax_scale", "absmax_offset")}
+
+# The dtype of a first part -> how many parts there are; 1 for the others.
+_PART_COUNTS = {torch.int8: 2, torch.uint8: 4}
 
 
 class QuantisedTensor(torch.Tensor):
@@ -279,9 +282,7 @@ def split_parts(flat: list[Tensor]) -> list[list[Tensor]]:
     """The parts of several weights, one after the other in ``flat``, by weight."""
     groups, first = [], 0
     while first < len(flat):
-        size = (
-            1 if flat[first].is_floating_point() else len(_PARTS["int8" if flat[first].dtype == torch.int8 else "nf4"])
-        )
+        size = _PART_COUNTS.get(flat[first].dtype, 1)
         groups.append(flat[first : first + size])
         first += size
     return groups
@@ -300,6 +301,23 @@ def out_features(parts: list[Tensor], columns: int) -> int:
 def in_features(parts: list[Tensor], rows: int) -> int:
     """K of a weight (``rows``, K)."""
     return parts[0].shape[1] if parts[0].dim() == 2 else 2 * parts[0].shape[0] // rows
+
+
+def row_blocks(parts: list[Tensor], rows: int, columns: int, most: int) -> Iterator[slice]:
+    """The rows of a quantised weight (rows, columns) in blocks of about ``most``, cut where ``part_rows`` can cut."""
+    step = 1 if len(parts) == 2 else BLOCK * SUPERBLOCK // math.gcd(BLOCK * SUPERBLOCK, columns)
+    # In NF4 the length of a single odd row is not known from its bytes: odd ones stay together.
+    size = rows if len(parts) > 2 and columns % 2 else max(step, most // step * step)
+    return (slice(first, min(first + size, rows)) for first in range(0, rows, size))
+
+
+def part_rows(parts: list[Tensor], rows: slice, columns: int) -> list[Tensor]:
+    """The parts of one of the blocks that ``row_blocks`` gives: views."""
+    if len(parts) == 2:
+        return [part[rows] for part in parts]
+    first, last = rows.start * columns, rows.stop * columns
+    values = (2, BLOCK, BLOCK * SUPERBLOCK)  # of the weight, in one element of each part
+    return [*(part[first // n : -(-last // n)] for part, n in zip(parts[:3], values, strict=True)), parts[3]]
 
 
 # ---- products -------------------------------------------------------------------------------------------------------

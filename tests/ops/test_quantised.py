@@ -165,7 +165,6 @@ def test_products(backend, storage, dtype, rows, n, k, bias):
 def test_products_of_several_tiles(backend, storage, dtype, monkeypatch):
     monkeypatch.setattr(op, "TILE_BYTES", 100_000)  # the reference's; the C++ kernels meet theirs at this size
     given = parity.quantised_project_arguments(contract.source(dtype), 9, 700, 1100, storage)
-    contract.assert_parity("quantised_project", backend, given)
     weight, values = given["weight"], parity.run("quantised_project", backend, given)
     exact = given["x"].double() @ weight.dequantise(dtype).double().T + given["bias"].double()
     error = (values["y"].double() - exact).abs().max()
@@ -403,3 +402,151 @@ def test_refuses_to_quantise(weight, storage, message):
     with pytest.raises(InputError, match=message) as error:
         quantise(weight, storage)
     assert "\n" not in str(error.value)
+
+
+# ---- the ops over quantised weights ---------------------------------------------------------------------------------
+
+MIXED = ("nf4", None, "int8")  # storages of a group; None is dense
+
+
+def weight_in(storage: str | None, draw: parity.Source, n: int, k: int):
+    dense = draw(n, k, std=k**-0.5)
+    return dense if storage is None else quantise(dense, storage)
+
+
+def lora_arguments(dtype, storages=MIXED, k=72, **options) -> dict:
+    draw, ns = contract.source(dtype), (40, 33, 56)[: len(storages)]
+    given = parity.lora_linear_arguments(draw, (2, 17), ns, k, (4, 1, 7)[: len(storages)], **options)
+    return given | {"weights": [weight_in(s, draw, n, k) for s, n in zip(storages, ns, strict=True)]}
+
+
+def ffn_arguments(dtype, storages=MIXED, d=24, f=43, **options) -> dict:
+    draw = contract.source(dtype)
+    given = parity.frozen_ffn_arguments(draw, (3, 11), d, f, **options)
+    first, second, third = (
+        weight_in(s, draw, *size) for s, size in zip(storages, ((f, d), (d, f), (f, d)), strict=True)
+    )
+    return given | {"w1": first, "w2": second, "gate": third if given["gate"] is not None else None}
+
+
+def loss_arguments(dtype, storage, d=64, words=1100, **options) -> dict:
+    given = parity.linear_cross_entropy_arguments(contract.source(dtype), (3, 5), d, words, **options)
+    return given | {"weight": quantise(given["weight"], storage)}
+
+
+@on_backends
+@pytest.mark.parametrize("dtype", contract.DTYPES, ids=str)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("k", [72, 131])
+def test_lora_linear(backend, dtype, dropout, k):
+    contract.assert_parity("lora_linear", backend, lora_arguments(dtype, k=k, dropout=dropout))
+
+
+@on_backends
+@pytest.mark.parametrize("dtype", contract.DTYPES, ids=str)
+@pytest.mark.parametrize(("activation", "gated", "recompute"), [("relu", False, False), ("silu", True, True)])
+@pytest.mark.parametrize("storages", [MIXED, ("int8", "nf4", "nf4")], ids=str)
+def test_frozen_ffn(backend, dtype, activation, gated, recompute, storages):
+    options = {"activation": activation, "gated": gated, "recompute": recompute}
+    contract.assert_parity("frozen_ffn", backend, ffn_arguments(dtype, storages, **options))
+
+
+@on_backends
+@storages
+@pytest.mark.parametrize("dtype", contract.DTYPES, ids=str)
+@pytest.mark.parametrize("d", [64, 33])
+def test_linear_cross_entropy(backend, storage, dtype, d):
+    contract.assert_parity("linear_cross_entropy", backend, loss_arguments(dtype, storage, d))
+
+
+@storages
+@pytest.mark.parametrize("columns", [64, 96, 100, 33, 1])
+def test_blocks_of_rows_are_views(storage, columns):
+    rows = 1700 if columns > 1 else 40000
+    weight = quantise(weight_of((rows, columns)), storage)
+    dense, seen = weight.dequantise(), 0
+    for part in op.row_blocks(weight.parts(), rows, columns, 7):
+        cut = op.part_rows(weight.parts(), part, columns)
+        assert part.start == seen and cut[0].untyped_storage().data_ptr() == weight.packed.untyped_storage().data_ptr()
+        count = part.stop - part.start
+        assert op.out_features(cut, columns) == count and op.in_features(cut, count) == columns
+        made = op.dequantise(cut, 0, count, columns, FP32)
+        assert torch.equal(made, dense[part])
+        seen = part.stop
+    assert seen == rows
+
+
+def test_the_loss_multiplies_block_by_block():
+    given = loss_arguments(FP32, "nf4", d=64, words=1100, chunk_rows=1)
+    blocks = list(op.row_blocks(parts_of(given["weight"]), 1100, 64, given["chunk_bytes"] // 4 // 256))
+    assert len(blocks) > 1 and blocks[0].stop == 256
+
+
+def leaves_of(dtype) -> dict:
+    draw = contract.source(dtype)
+    names = {"x": draw(2, 3, 72), "a": draw(4, 72), "b": draw(40, 4), "bias": draw(40)}
+    return {name: leaf.requires_grad_() for name, leaf in names.items()}
+
+
+@storages
+def test_saved_bytes_are_those_of_a_dense_weight(storage):
+    draw = contract.source(BF16)
+    weight, w1, w2 = (quantise(draw(*size), storage) for size in ((40, 72), (96, 72), (72, 96)))
+    leaves = leaves_of(BF16)
+    fixed = [weight, w1, w2, *leaves.values()]
+    x, a, b, bias = leaves.values()
+    kept = contract.bytes_saved(lambda: ops.lora_linear(x, weight, bias, a, b, 2.0), fixed)
+    assert kept == 6 * 4 * 2
+    kept = contract.bytes_saved(lambda: ops.frozen_ffn(x, w1, None, w2, None), fixed)
+    assert kept == 6 * 12
+    words, labels = quantise(draw(99, 72), storage), torch.zeros(2, 3, dtype=torch.int64)
+    kept = contract.bytes_saved(lambda: ops.linear_cross_entropy(x, words, labels), [words, *fixed])
+    assert kept == 6 * 72 * 2 + 4
+
+
+def test_opcheck_of_the_ops():
+    parts = {storage: quantise(weight_of((6, 8)), storage).parts() for storage in op.STORAGES}
+    draw = contract.source(FP32)
+    x, bias = draw(3, 8).requires_grad_(), draw(6).requires_grad_()
+    petl = torch.ops.petl
+    for own in parts.values():
+        contract.opcheck(petl.frozen_linear.default, (x, own, bias))
+        contract.opcheck(petl.frozen_linear_backward.default, (draw(3, 6), own, True, True))
+    a, b = [draw(2, 8).requires_grad_()] * 2, [draw(6, 2).requires_grad_()] * 2
+    flat = [*parts["nf4"], *parts["int8"]]
+    contract.opcheck(petl.lora_linear.default, (x, flat, [bias, draw(6)], a, b, [2.0, 1.0], 0.0, None))
+    w2 = quantise(weight_of((8, 6)), "nf4").parts()
+    contract.opcheck(petl.frozen_ffn.default, (x, parts["int8"], bias, w2, None, [], "relu", "bits"))
+    contract.opcheck(petl.frozen_ffn.default, (x, parts["nf4"], None, w2, None, parts["int8"], "gelu", "x"))
+    labels, options = torch.tensor([0, 5, 2]), (0.1, "uniform", 1.0, -100, 1024, "mean")
+    for own in parts.values():
+        contract.opcheck(petl.linear_cross_entropy.default, (x, own, labels, None, *options, True, False, False))
+
+
+@storages
+def test_the_ops_compile_to_one_graph(storage):
+    draw = contract.source(FP32)
+    weight, w1, w2, words = (quantise(draw(*size), storage) for size in ((72, 72), (96, 72), (72, 96), (99, 72)))
+    labels = torch.tensor([0, 98, 7])
+
+    def function(x, a, b):
+        h = ops.frozen_ffn(ops.lora_linear(x, weight, None, a, b, 2.0), w1, None, w2, None, activation="gelu")
+        return ops.linear_cross_entropy(h, words, labels)
+
+    contract.assert_compiles(function, draw(3, 72), draw(4, 72), draw(72, 4), tolerance=1e-5)
+
+
+@storages
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_bias_is_trained_beside_a_quantised_vocabulary(storage, reduction):
+    draw = contract.source(FP64)
+    weight, labels = quantise(draw(99, 72), storage), torch.tensor([0, 98, 7])
+    leaves = {"hidden": draw(3, 72), "bias": draw(99)}
+    dloss = draw(3) if reduction == "none" else draw(1)[0]
+    dense = weight.dequantise()
+
+    def loss(weight):
+        return lambda hidden, bias: ops.linear_cross_entropy(hidden, weight, labels, bias, reduction=reduction)
+
+    found = contract.gradients(loss(weight), leaves, dloss)
+    contract.assert_close_by_name(found, contract.gradients(loss(dense), leaves, dloss), 1e-12)
