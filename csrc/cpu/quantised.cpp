@@ -19,6 +19,7 @@ namespace {
 constexpr int64_t kTileBytes = 1 << 20;
 constexpr int64_t kBlock = 64, kSuperblock = 256;
 constexpr int64_t kBackRows = 1024;  // rows whose fp32 sums exist at a time
+constexpr int64_t kLeastColumns = 256;  // of a tile with all rows: the library is slow with fewer
 
 constexpr float kCode[16] = {
     -1.0f,
@@ -82,7 +83,8 @@ struct Nf4 {
         absmax(parts[1].const_data_ptr<uint8_t>()),
         scale(parts[2].const_data_ptr<float>()),
         offset(*parts[3].const_data_ptr<float>()),
-        map(dynamic_map().const_data_ptr<float>()) {}
+        map(dynamic_map().const_data_ptr<float>()),
+        whole_blocks(parts[0].numel() * 2 / kBlock) {}
 
   float largest(int64_t block) const {
     // Rounded after the product, as PyTorch rounds it: the compiler may not fuse it with the sum.
@@ -94,6 +96,7 @@ struct Nf4 {
   const float* scale;
   float offset;
   const float* map;
+  int64_t whole_blocks;
 };
 
 // out[j] = table[nibble j] for the 64 nibbles of a block.
@@ -152,9 +155,9 @@ void look_up(const uint8_t* bytes, const T* table, T* out) {
 template <typename T>
 void dequantise_nf4(const Nf4& weight, int64_t begin, int64_t end, T* out) {
   alignas(32) float scaled[16];
-  alignas(32) T table[16];
+  alignas(32) T table[16], values[kBlock];
   for (int64_t at = begin; at < end;) {
-    const int64_t block = at / kBlock, stop = std::min(end, (block + 1) * kBlock);
+    const int64_t block = at / kBlock, first = block * kBlock, stop = std::min(end, first + kBlock);
     const float largest = weight.largest(block);
     for (int j = 0; j < 16; ++j) {
       scaled[j] = kCode[j] * largest;
@@ -162,6 +165,10 @@ void dequantise_nf4(const Nf4& weight, int64_t begin, int64_t end, T* out) {
     convert(scaled, table, 16);
     if (stop - at == kBlock) {
       look_up(weight.data + at / 2, table, out + (at - begin));
+      at = stop;
+    } else if (block < weight.whole_blocks) {
+      look_up(weight.data + first / 2, table, values);
+      std::copy(values + (at - first), values + (stop - first), out + (at - begin));
       at = stop;
     }
     for (; at < stop; ++at) {
@@ -185,31 +192,28 @@ void dequantise_int8(const int8_t* data, float scale, int64_t count, T* out) {
   }
 }
 
-// One row of a quantised weight.
+// Some columns of one row of a quantised weight (·, in).
 template <typename T>
-void dequantise_row(at::TensorList parts, int64_t row, int64_t columns, T* out) {
+void dequantise_row(at::TensorList parts, int64_t in, int64_t row, int64_t column, int64_t count, T* out) {
+  const int64_t at = row * in + column;
   if (is_nf4(parts)) {
-    dequantise_nf4(Nf4(parts), row * columns, (row + 1) * columns, out);
+    dequantise_nf4(Nf4(parts), at, at + count, out);
   } else {
-    const float scale = parts[1].const_data_ptr<float>()[row];
-    dequantise_int8(parts[0].const_data_ptr<int8_t>() + row * columns, scale, columns, out);
+    dequantise_int8(parts[0].const_data_ptr<int8_t>() + at, parts[1].const_data_ptr<float>()[row], count, out);
   }
 }
 
-// Rows on of a quantised weight into out, contiguous (rows, columns), by all threads.
-void dequantise_into(const Tensor& out, at::TensorList parts, int64_t first_row) {
-  const int64_t rows = out.size(0), columns = out.size(1);
-  const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, columns));
+// The rows and columns of a quantised weight (·, in) from these on, into out, which is contiguous; by all threads.
+void dequantise_into(const Tensor& out, at::TensorList parts, int64_t in, int64_t first_row, int64_t first_column = 0) {
+  const int64_t columns = out.size(1), grain = std::max<int64_t>(1, 32768 / columns);
   PETL_DISPATCH_FLOATING(out.scalar_type(), "dequantise", [&] {
     auto* data = out.mutable_data_ptr<scalar_t>();
-    at::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-      if (is_nf4(parts)) {
-        const int64_t first = (first_row + begin) * columns, last = (first_row + end) * columns;
-        dequantise_nf4(Nf4(parts), first, last, data + begin * columns);
-        return;
+    at::parallel_for(0, out.size(0), grain, [&](int64_t begin, int64_t end) {
+      if (is_nf4(parts) && columns == in) {
+        return dequantise_nf4(Nf4(parts), (first_row + begin) * in, (first_row + end) * in, data + begin * in);
       }
       for (int64_t row = begin; row < end; ++row) {
-        dequantise_row(parts, first_row + row, columns, data + row * columns);
+        dequantise_row(parts, in, first_row + row, first_column, columns, data + row * columns);
       }
     });
   });
@@ -223,8 +227,27 @@ void for_each_tile(const Weight& weight, const at::TensorOptions& options, const
   const Tensor scratch = at::empty({size, weight.in}, options);
   for (int64_t first = 0; first < weight.out; first += size) {
     const Tensor tile = scratch.narrow(0, 0, std::min(size, weight.out - first));
-    dequantise_into(tile, weight.parts, first);
+    dequantise_into(tile, weight.parts, weight.in, first);
     f(first, tile);
+  }
+}
+
+// How many columns of Ŵ a tile with all its rows has, in whole blocks of NF4; 0 where they would be too few.
+int64_t tile_columns(const Weight& weight, const Tensor& dy) {
+  const int64_t columns = std::min(weight.in, kTileBytes / (weight.out * dy.element_size()) / kBlock * kBlock);
+  return columns >= std::min(weight.in, kLeastColumns) ? columns : 0;
+}
+
+// out (rows, in) = or += dy (rows, out) Ŵ, some columns of out at a time: no sum is cut.
+void multiply_columns(Tensor out, const Tensor& dy, const Weight& weight, bool add) {
+  const int64_t size = tile_columns(weight, dy);
+  const Tensor scratch = at::empty({weight.out * size}, dy.options());
+  for (int64_t first = 0; first < weight.in; first += size) {
+    const int64_t count = std::min(size, weight.in - first);
+    const Tensor tile = scratch.narrow(0, 0, weight.out * count).view({weight.out, count});
+    dequantise_into(tile, weight.parts, weight.in, 0, first);
+    Tensor columns = out.narrow(1, first, count);
+    add ? at::addmm_out(columns, columns, dy, tile) : at::mm_out(columns, dy, tile);
   }
 }
 
@@ -305,6 +328,8 @@ Tensor project_back(const Tensor& dy, const Weight& weight) {
 void project_back_out(Tensor out, const Tensor& dy, const Weight& weight, bool add) {
   if (weight.dense()) {
     add ? at::addmm_out(out, out, dy, weight.parts[0]) : at::mm_out(out, dy, weight.parts[0]);
+  } else if (tile_columns(weight, dy) > 0) {
+    multiply_columns(out, dy, weight, add);
   } else if (dy.element_size() > 2) {
     add_tiles(out, dy, weight, add);
   } else {
@@ -326,7 +351,7 @@ Tensor quantised_project_back(const Tensor& rows, at::TensorList parts) {
 
 Tensor dequantise(at::TensorList parts, int64_t first_row, int64_t rows, int64_t columns, at::ScalarType dtype) {
   Tensor out = at::empty({rows, columns}, parts[0].options().dtype(dtype));
-  dequantise_into(out, parts, first_row);
+  dequantise_into(out, parts, columns, first_row);
   return out;
 }
 
@@ -343,7 +368,7 @@ Tensor quantised_embedding(const Tensor& ids, at::TensorList parts, int64_t colu
     auto* data = out.mutable_data_ptr<scalar_t>();
     at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        dequantise_row(parts, row[i], columns, data + i * columns);
+        dequantise_row(parts, columns, row[i], 0, columns, data + i * columns);
       }
     });
   });
