@@ -36,6 +36,12 @@ TORCH_LIBRARY(petl_cpu, m) {
   m.def("activation_backward", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::activation_backward)));
   m.def("gated_activation", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::gated_activation)));
   m.def("gated_activation_backward", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::gated_activation_backward)));
+  m.def("quantise_int8", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::quantise_int8)));
+  m.def("quantise_nf4", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::quantise_nf4)));
+  m.def("dequantise", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::dequantise)));
+  m.def("quantised_project", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::quantised_project)));
+  m.def("quantised_project_back", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::quantised_project_back)));
+  m.def("quantised_embedding", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::quantised_embedding)));
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {

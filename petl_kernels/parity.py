@@ -86,6 +86,12 @@ def _kernel(op: str, backend: str) -> Callable:
     return backends.kernel_of(op, backend) or backends.kernel_of(op, "reference")
 
 
+def _parts(weight: Tensor | None) -> list[Tensor]:
+    from petl_kernels.ops.quantised import parts_of  # see table()
+
+    return [] if weight is None else parts_of(weight)
+
+
 def _run_frozen_linear(forward: Callable, backward: Callable, given: dict) -> Values:
     y = forward(given["x"], given["weight"], given["bias"])
     dx, dbias = backward(given["dy"], given["weight"], True, given["bias"] is not None)
@@ -95,11 +101,12 @@ def _run_frozen_linear(forward: Callable, backward: Callable, given: dict) -> Va
 def _run_lora_linear(forward: Callable, backward: Callable, given: dict) -> Values:
     fixed = [given[name] for name in ("weights", "biases", "a", "b", "scales", "dropout", "seed")]
     weights, biases, *adapters = fixed
-    ys, s = forward(given["x"], *fixed)
+    weights = [part for weight in weights for part in _parts(weight)]
+    ys, s = forward(given["x"], weights, biases, *adapters)
     need_dbias = [bias is not None for bias in biases]
     dx, da, db, dbias = backward(given["dys"], given["x"], s, weights, *adapters, True, need_dbias)
     values = {"s": s, "dx": dx}
-    for g in range(len(weights)):
+    for g in range(len(ys)):
         values |= {f"y{g}": ys[g], f"da{g}": da[g], f"db{g}": db[g], f"dbias{g}": _sum_dtype(dbias[g])}
     return values
 
@@ -137,8 +144,9 @@ def _run_rms_norm(forward: Callable, backward: Callable, from_statistics: Callab
 def _run_frozen_ffn(forward: Callable, backward: Callable, given: dict) -> Values:
     from petl_kernels.ops.frozen_ffn import what_to_keep
 
-    x, w1, c1, w2, c2, gate, activation = (given[name] for name in ("x", "w1", "c1", "w2", "c2", "gate", "activation"))
-    keeps = what_to_keep(activation, gate is not None, given["recompute"])
+    x, c1, c2, activation = (given[name] for name in ("x", "c1", "c2", "activation"))
+    w1, w2, gate = (_parts(given[name]) for name in ("w1", "w2", "gate"))
+    keeps = what_to_keep(activation, bool(gate), given["recompute"])
     y, *kept = forward(x, w1, c1, w2, c2, gate, activation, keeps)
     needs = (True, c1 is not None, c2 is not None)
     dx, dc1, dc2 = backward(
@@ -147,7 +155,11 @@ def _run_frozen_ffn(forward: Callable, backward: Callable, given: dict) -> Value
     return {"y": y, "dx": dx, "dc1": dc1, "dc2": dc2}
 
 
-_MORE_PARTS = {"layer_norm": ("_from_statistics",), "rms_norm": ("_from_statistics",)}
+_MORE_PARTS = {
+    "layer_norm": ("_from_statistics",),
+    "rms_norm": ("_from_statistics",),
+    "quantised_project": ("_back",),
+}
 
 
 def _run_attention(forward: Callable, backward: Callable, given: dict) -> Values:
@@ -166,8 +178,9 @@ def _run_linear_cross_entropy(forward: Callable, backward: Callable, given: dict
     from petl_kernels.ops.linear_cross_entropy import compute  # see table()
 
     names = ("hidden", "weight", "labels", "bias", "label_smoothing", "smoothing", "logit_scale", "ignore_index")
-    fixed = [given[name] for name in (*names, "chunk_bytes", "dlosses")]
-    losses, dhidden, dweight, dbias, _ = compute(forward, *fixed, True, True, given["bias"] is not None)
+    fixed = {name: given[name] for name in (*names, "chunk_bytes", "dlosses")} | {"weight": _parts(given["weight"])}
+    needs = (True, len(fixed["weight"]) == 1, given["bias"] is not None)
+    losses, dhidden, dweight, dbias, _ = compute(forward, *fixed.values(), *needs)
     return {"losses": losses, "dhidden": dhidden, "dweight": dweight, "dbias": dbias}
 
 
@@ -188,6 +201,26 @@ def _run_dropout_add(forward: Callable, backward: Callable, given: dict) -> Valu
     return {"y": forward(x, residual, p, seed), "dx": backward(given["dy"], x.dtype, p, seed)}
 
 
+def _run_quantise(forward: Callable, backward: Callable, given: dict) -> Values:
+    weight, dequantise = given["weight"], _kernel("dequantise", "reference")
+    return {"w": dequantise(forward(weight), 0, *weight.shape, torch.float32)}
+
+
+def _run_dequantise(forward: Callable, backward: Callable, given: dict) -> Values:
+    weight, first = given["weight"], given["first_row"]
+    return {"w": forward(_parts(weight), first, weight.shape[0] - first, weight.shape[1], weight.dtype)}
+
+
+def _run_quantised_project(forward: Callable, backward: Callable, back: Callable, given: dict) -> Values:
+    parts = _parts(given["weight"])
+    return {"y": forward(given["x"], parts, given["bias"]), "dx": back(given["dy"], parts)}
+
+
+def _run_quantised_embedding(forward: Callable, backward: Callable, given: dict) -> Values:
+    weight = given["weight"]
+    return {"y": forward(given["ids"], _parts(weight), weight.shape[1], weight.dtype)}
+
+
 _RUN = {
     "frozen_linear": _run_frozen_linear,
     "lora_linear": _run_lora_linear,
@@ -200,6 +233,11 @@ _RUN = {
     "activation": _run_activation,
     "gated_activation": _run_gated_activation,
     "dropout_add": _run_dropout_add,
+    "quantise_int8": _run_quantise,
+    "quantise_nf4": _run_quantise,
+    "dequantise": _run_dequantise,
+    "quantised_project": _run_quantised_project,
+    "quantised_embedding": _run_quantised_embedding,
 }
 
 
@@ -425,6 +463,23 @@ def dropout_add_arguments(draw: Source, rows=(17,), features=72, p=0.3, stream=N
     return {"x": x, "residual": residual, "p": p, "seed": draw.seed(), "dy": dy}
 
 
+def quantised_weight(draw: Source, n: int, k: int, storage: str) -> Tensor:
+    """A weight (n, k) that every backend gets with the same bits."""
+    from petl_kernels.ops.quantised import quantise  # see table()
+
+    dense = torch.randn(n, k, generator=draw.generator) * k**-0.5
+    return quantise(dense.to(draw.dtype), storage).to(draw.device)
+
+
+def quantised_project_arguments(draw: Source, rows=17, n=40, k=72, storage="nf4", bias=True) -> dict:
+    return {
+        "x": draw(rows, k),
+        "weight": quantised_weight(draw, n, k, storage),
+        "bias": draw(n) if bias else None,
+        "dy": draw(rows, n),
+    }
+
+
 def _with_bias(device, dtype):
     return frozen_linear_arguments(Source(device, dtype), rows=(33,))
 
@@ -566,6 +621,40 @@ def _fp32_stream(device, dtype):
     return dropout_add_arguments(Source(device, dtype), rows=(33,), stream=torch.float32)
 
 
+def _matrix(device, dtype):
+    return {"weight": Source(device, dtype)(33, 75)}
+
+
+def _int8_rows(device, dtype):
+    return {"weight": quantised_weight(Source(device, dtype), 33, 75, "int8"), "first_row": 5}
+
+
+def _nf4_rows(device, dtype):
+    return {"weight": quantised_weight(Source(device, dtype), 33, 75, "nf4"), "first_row": 5}
+
+
+def _int8_product(device, dtype):
+    return quantised_project_arguments(Source(device, dtype), storage="int8")
+
+
+def _nf4_product(device, dtype):
+    return quantised_project_arguments(Source(device, dtype), rows=33, n=96, k=128)
+
+
+def _nf4_odd_product(device, dtype):
+    return quantised_project_arguments(Source(device, dtype), rows=129, n=33, k=75, bias=False)
+
+
+def _int8_ids(device, dtype):
+    weight = quantised_weight(Source(device, dtype), 33, 75, "int8")
+    return {"weight": weight, "ids": torch.tensor([0, 32, 7, 7, 1], device=device)}
+
+
+def _nf4_ids(device, dtype):
+    weight = quantised_weight(Source(device, dtype), 33, 75, "nf4")
+    return {"weight": weight, "ids": torch.tensor([0, 32, 7, 7, 1], device=device)}
+
+
 CASES = {
     "frozen_linear": (_with_bias, _without_bias),
     "lora_linear": (_one_layer, _group_with_dropout),
@@ -578,4 +667,9 @@ CASES = {
     "activation": (_packed_relu, _gelu_with_dropout, _gelu_tanh, _silu),
     "gated_activation": (_gated_gelu_tanh, _gated_silu_with_dropout),
     "dropout_add": (_one_dtype, _fp32_stream),
+    "quantise_int8": (_matrix,),
+    "quantise_nf4": (_matrix,),
+    "dequantise": (_int8_rows, _nf4_rows),
+    "quantised_project": (_int8_product, _nf4_product, _nf4_odd_product),
+    "quantised_embedding": (_int8_ids, _nf4_ids),
 }

@@ -5,6 +5,7 @@
 #include "column_sum.h"
 #include "kernels.h"
 #include "rows.h"
+#include "weight.h"
 
 namespace petl {
 namespace {
@@ -167,28 +168,37 @@ Hidden hidden_of(const Tensor& x, const OptionalTensor& c1, std::string_view act
   return {parse_activation(activation), c1 ? c1->to(compute_type(x)).contiguous() : Tensor()};
 }
 
+// The frozen weights, W1 and the gate (f, d), W2 (d, f).
+struct Network {
+  Network(at::TensorList w1, at::TensorList w2, at::TensorList gate, int64_t d)
+      : w1(weight_with_in(w1, d)),
+        w2(weight_with_out(w2, d)),
+        gate(gate.empty() ? std::nullopt : std::optional(weight_with_in(gate, d))) {}
+
+  Weight w1, w2;
+  std::optional<Weight> gate;
+};
+
 // The rows of one chunk; undefined stays undefined.
 Tensor part(const Tensor& rows, int64_t first, int64_t count) {
   return rows.defined() ? rows.narrow(0, first, count) : rows;
-}
-
-void multiply_out(Tensor out, const Tensor& left, const Tensor& right) {
-  at::mm_out(out, left, right);
 }
 
 } // namespace
 
 std::tuple<Tensor, Tensor, Tensor> frozen_ffn(
     const Tensor& x,
-    const Tensor& w1,
+    at::TensorList w1_parts,
     const OptionalTensor& c1,
-    const Tensor& w2,
+    at::TensorList w2_parts,
     const OptionalTensor& c2,
-    const OptionalTensor& gate,
+    at::TensorList gate_parts,
     std::string_view activation,
     std::string_view keeps) {
   const Tensor rows = as_rows(x);
-  const int64_t tokens = rows.size(0), f = w1.size(0);
+  const Network network(w1_parts, w2_parts, gate_parts, rows.size(1));
+  const auto& [w1, w2, gate] = network;
+  const int64_t tokens = rows.size(0), f = w1.out;
   const Hidden hidden = hidden_of(x, c1, activation);
   const bool keep_z = keeps == "z", keep_bits = keeps == "bits";
   Tensor y = at::empty_like(rows), bits, kept_z, kept_g;
@@ -205,17 +215,12 @@ std::tuple<Tensor, Tensor, Tensor> frozen_ffn(
     const Tensor x_rows = part(rows, first, count), h = part(h_chunk, 0, count);
     const Tensor z = keep_z ? part(kept_z, first, count) : h;
     const Tensor g = keep_z ? part(kept_g, first, count) : part(g_chunk, 0, count);
-    multiply_out(z, x_rows, w1.t());
+    project_out(z, x_rows, w1);
     if (gate) {
-      multiply_out(g, x_rows, gate->t());
+      project_out(g, x_rows, *gate);
     }
     hidden.forward(z, g, part(bits, first, count), keep_z, h);
-    Tensor y_rows = part(y, first, count);
-    if (c2) {
-      at::addmm_out(y_rows, *c2, h, w2.t());
-    } else {
-      at::mm_out(y_rows, h, w2.t());
-    }
+    project_out(part(y, first, count), h, w2, c2);
   });
   const auto absent = [&] { return at::empty({0}, x.options()); };
   return {
@@ -229,17 +234,19 @@ std::tuple<Tensor, Tensor, Tensor> frozen_ffn_backward(
     const OptionalTensor& x,
     const Tensor& kept_z,
     const Tensor& kept_g,
-    const Tensor& w1,
+    at::TensorList w1_parts,
     const OptionalTensor& c1,
-    const Tensor& w2,
-    const OptionalTensor& gate,
+    at::TensorList w2_parts,
+    at::TensorList gate_parts,
     std::string_view activation,
     std::string_view keeps,
     bool need_dx,
     bool need_dc1,
     bool need_dc2) {
   const Tensor rows = as_rows(dy), x_rows = x ? as_rows(*x) : Tensor();
-  const int64_t f = w1.size(0);
+  const Network network(w1_parts, w2_parts, gate_parts, rows.size(1));
+  const auto& [w1, w2, gate] = network;
+  const int64_t f = w1.out;
   const Hidden hidden = hidden_of(dy, c1, activation);
   const bool recompute = keeps == "x";
   const auto sum_options = dy.options().dtype(compute_type(dy));
@@ -252,25 +259,25 @@ std::tuple<Tensor, Tensor, Tensor> frozen_ffn_backward(
     const Tensor g_chunk = recompute && gate ? at::empty_like(dh_chunk) : Tensor();
     for_each_chunk(rows, f, [&](int64_t first, int64_t count) {
       const Tensor dz = part(dh_chunk, 0, count), dg = part(dg_chunk, 0, count);
-      multiply_out(dz, part(rows, first, count), w2);
+      project_back_out(dz, part(rows, first, count), w2);
       if (keeps == "bits") {
         Hidden::backward_from_bits(part(kept_z, first, count), dz, dc1);
       } else {
         const Tensor z = recompute ? part(z_chunk, 0, count) : part(kept_z, first, count);
         const Tensor g = !gate ? Tensor() : recompute ? part(g_chunk, 0, count) : part(kept_g, first, count);
         if (recompute) {
-          multiply_out(z, part(x_rows, first, count), w1.t());
+          project_out(z, part(x_rows, first, count), w1);
         }
         if (recompute && gate) {
-          multiply_out(g, part(x_rows, first, count), gate->t());
+          project_out(g, part(x_rows, first, count), *gate);
         }
         hidden.backward(z, g, recompute, dz, dg, dc1);
       }
       if (need_dx) {
         Tensor dx_rows = part(dx, first, count);
-        at::mm_out(dx_rows, dz, w1);
+        project_back_out(dx_rows, dz, w1);
         if (gate) {
-          at::addmm_out(dx_rows, dx_rows, dg, *gate);
+          project_back_out(dx_rows, dg, *gate, /*add=*/true);
         }
       }
     });

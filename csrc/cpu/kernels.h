@@ -142,11 +142,11 @@ std::tuple<at::Tensor, at::Tensor> rms_norm_backward(
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> frozen_ffn(
     const at::Tensor& x,
-    const at::Tensor& w1,
+    at::TensorList w1,
     const std::optional<at::Tensor>& c1,
-    const at::Tensor& w2,
+    at::TensorList w2,
     const std::optional<at::Tensor>& c2,
-    const std::optional<at::Tensor>& gate,
+    at::TensorList gate,
     std::string_view activation,
     std::string_view keeps);
 
@@ -155,10 +155,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> frozen_ffn_backward(
     const std::optional<at::Tensor>& x,
     const at::Tensor& kept_z,
     const at::Tensor& kept_g,
-    const at::Tensor& w1,
+    at::TensorList w1,
     const std::optional<at::Tensor>& c1,
-    const at::Tensor& w2,
-    const std::optional<at::Tensor>& gate,
+    at::TensorList w2,
+    at::TensorList gate,
     std::string_view activation,
     std::string_view keeps,
     bool need_dx,
@@ -192,5 +192,15 @@ std::tuple<at::Tensor, at::Tensor> gated_activation_backward(
     std::string_view kind,
     double dropout,
     const std::optional<at::Tensor>& seed);
+
+// A weight is a list of parts: one dense tensor, or those of a quantised weight.
+std::vector<at::Tensor> quantise_int8(const at::Tensor& weight);
+std::vector<at::Tensor> quantise_nf4(const at::Tensor& weight);
+at::Tensor dequantise(
+    at::TensorList parts, int64_t first_row, int64_t rows, int64_t columns, at::ScalarType dtype);
+
+at::Tensor quantised_project(const at::Tensor& rows, at::TensorList parts, const std::optional<at::Tensor>& bias);
+at::Tensor quantised_project_back(const at::Tensor& rows, at::TensorList parts);
+at::Tensor quantised_embedding(const at::Tensor& ids, at::TensorList parts, int64_t columns, at::ScalarType dtype);
 
 } // namespace petl

@@ -6,6 +6,7 @@
 #include "column_sum.h"
 #include "kernels.h"
 #include "philox.h"
+#include "weight.h"
 
 namespace petl {
 namespace {
@@ -101,7 +102,7 @@ Tensor dropped_gradients(
 
 std::tuple<std::vector<Tensor>, Tensor> lora_linear(
     const Tensor& x,
-    at::TensorList weights,
+    at::TensorList parts,
     const c10::List<OptionalTensor>& biases,
     at::TensorList a,
     at::TensorList b,
@@ -109,6 +110,7 @@ std::tuple<std::vector<Tensor>, Tensor> lora_linear(
     double dropout,
     const OptionalTensor& seed) {
   const Tensor rows = as_rows(x);
+  const std::vector<Weight> weights = weights_with_in(parts, rows.size(1));
   const Tensor stacked_a = at::cat(a).to(x.scalar_type());
   const Dropout drop(dropout, seed);
   Tensor s = drop ? dropped_product(rows, stacked_a, drop) : at::mm(rows, stacked_a.t());
@@ -117,9 +119,9 @@ std::tuple<std::vector<Tensor>, Tensor> lora_linear(
   int64_t first = 0;
   for (size_t g = 0; g < weights.size(); ++g) {
     const int64_t rank = a[g].size(0);
-    Tensor y = at::linear(rows, weights[g], biases.get(g));
+    Tensor y = project(rows, weights[g], biases.get(g));
     y.addmm_(s.narrow(1, first, rank), b[g].to(x.scalar_type()).t(), 1, scales[g]);
-    ys.push_back(y.view(with_features(x, weights[g].size(0))));
+    ys.push_back(y.view(with_features(x, weights[g].out)));
     first += rank;
   }
   return {ys, s};
@@ -129,7 +131,7 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>
     at::TensorList dys,
     const Tensor& x,
     const Tensor& s,
-    at::TensorList weights,
+    at::TensorList parts,
     at::TensorList a,
     at::TensorList b,
     at::ArrayRef<double> scales,
@@ -139,6 +141,7 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>
     const c10::List<bool>& need_dbias) {
   const auto dtype = x.scalar_type();
   const Tensor rows = as_rows(x);
+  const std::vector<Weight> weights = weights_with_in(parts, rows.size(1));
   const Tensor stacked_a = at::cat(a).to(dtype);
   const Tensor nothing = at::empty({0}, x.options());
   Tensor ds = at::empty({rows.size(0), total_rank(a)}, x.options());
@@ -156,7 +159,7 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>
     db.push_back((db_transposed.t() * scales[g]).to(b[g].scalar_type()).contiguous());
     dbias.push_back(need_dbias.get(g) ? column_sum(dy) : at::empty({0}, x.options()));
     if (need_dx) {
-      g == 0 ? at::mm_out(dx, dy, weights[g]) : dx.addmm_(dy, weights[g]);
+      project_back_out(dx, dy, weights[g], /*add=*/g > 0);
     }
     first += rank;
   }

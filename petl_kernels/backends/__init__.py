@@ -32,7 +32,7 @@ DEFAULT_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
 DEFAULT_ORDER_OF = {("frozen_linear", "cuda"): ("reference",)}
 
 # What an op may have beside its forward kernel.
-PARTS = ("_backward", "_from_statistics")
+PARTS = ("_backward", "_from_statistics", "_back")
 
 _kernels: dict[tuple[str, str], Callable] = {}
 _load_errors: dict[str, str | None] = {}

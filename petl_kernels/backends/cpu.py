@@ -28,6 +28,16 @@ _WITH_BACKWARD = (
     "gated_activation",
     "dropout_add",
 )
-_ALONE = ("layer_norm_from_statistics", "rms_norm_from_statistics", "linear_cross_entropy")
+_ALONE = (
+    "layer_norm_from_statistics",
+    "rms_norm_from_statistics",
+    "linear_cross_entropy",
+    "quantise_int8",
+    "quantise_nf4",
+    "dequantise",
+    "quantised_project",
+    "quantised_project_back",
+    "quantised_embedding",
+)
 for _name in (*_WITH_BACKWARD, *(f"{_op}_backward" for _op in _WITH_BACKWARD), *_ALONE):
     register(_name, "cpu")(getattr(torch.ops.petl_cpu, _name).default)

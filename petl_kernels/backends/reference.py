@@ -13,5 +13,6 @@ from petl_kernels.ops import (  # noqa: F401
     layer_norm,
     linear_cross_entropy,
     lora_linear,
+    quantised,
     rms_norm,
 )

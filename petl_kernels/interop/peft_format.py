@@ -22,6 +22,7 @@ from petl_kernels.methods.ia3 import IA3
 from petl_kernels.methods.ln_tuning import LayerNormTuning
 from petl_kernels.methods.lora import LoRA
 from petl_kernels.methods.structure import base_modules, describe
+from petl_kernels.ops.quantised import QuantisedTensor, quantise
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -171,7 +172,11 @@ def _check_same_base(model: nn.Module, name: str, tensor: Tensor) -> None:
     if here is None or here.shape != tensor.shape:
         raise InputError(f"{WEIGHTS} brings a base weight {name!r} that this model has not or in another shape")
     here = here.detach().cpu()
-    if not (torch.equal(here.to(tensor.dtype), tensor) or torch.equal(here, tensor.to(here.dtype))):
+    if isinstance(here, QuantisedTensor):
+        same = torch.equal(quantise(tensor.to(here.dtype), here.storage).packed, here.packed)
+    else:
+        same = torch.equal(here.to(tensor.dtype), tensor) or torch.equal(here, tensor.to(here.dtype))
+    if not same:
         raise InputError(f"{WEIGHTS} brings a base weight {name!r} that differs from this model's: another base model")
 
 

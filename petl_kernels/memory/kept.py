@@ -9,6 +9,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from petl_kernels.ops.quantised import parts_of
+
 
 class Born(TorchDispatchMode):
     """Remembers, without holding them, the storages that the operations of a block make.
@@ -36,4 +38,5 @@ class Born(TorchDispatchMode):
 
 
 def _storages(values) -> list[torch.UntypedStorage]:
-    return [leaf.untyped_storage() for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
+    tensors = (leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor))
+    return [part.untyped_storage() for tensor in tensors for part in parts_of(tensor)]

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from petl_kernels.memory.scratch import scratch_bytes
+from petl_kernels.ops.quantised import parts_of
 
 
 class Ledger(TorchDispatchMode):
@@ -24,7 +25,8 @@ class Ledger(TorchDispatchMode):
         self.live = self.peak = 0
         self._known: dict[int, int] = {}
         for tensor in living:
-            self._enter(tensor)
+            for part in parts_of(tensor):
+                self._enter(part)
 
     def _enter(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -43,7 +45,8 @@ class Ledger(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
-                self._enter(leaf)
+                for part in parts_of(leaf):
+                    self._enter(part)
         self.peak = max(self.peak, self.live + scratch_bytes(function, args))
         return result
 

@@ -31,7 +31,7 @@ from petl_kernels.memory.simulate import Batch, Phases
 from petl_kernels.memory.size import format_size, parse_size
 from petl_kernels.methods.base import active_name, records
 from petl_kernels.methods.structure import Structure, describe
-from petl_kernels.ops.quantised import storage_bytes
+from petl_kernels.ops.quantised import parts_of, storage_bytes
 
 # What is kept free for rounding and fragmentation: of CUDA's caching allocator, and of the C library's.
 SLACK = {"cuda": 0.04, "cpu": 0.01}
@@ -79,10 +79,10 @@ class Plan:
     approximations: tuple[str, ...]
     more: tuple[tuple[int, float, str], ...] = ()
 
-    def apply(self, model: nn.Module) -> nn.Module:
+    def apply(self, model: nn.Module, folder: str | Path | None = None) -> nn.Module:
         """Put the plan's tiers, storage, streamed layers and chunk on ``model``, in place; returns it.
 
-        Raises InputError when the plan is for another model.
+        folder: where streamed layers are written to, on the CPU. Raises InputError when the plan is for another model.
         """
         self.check(model)
         from petl_kernels.api import lean
@@ -96,7 +96,8 @@ class Plan:
         if self.streamed:
             from petl_kernels.memory.stream import stream_layers
 
-            stream_layers(model, describe(model).layers[: self.streamed], SLOTS)
+            paths = [layer.path for layer in describe(model).layers[: self.streamed]]
+            stream_layers(model, paths, SLOTS, folder, device=self.device)
         return model
 
     def tighter(self) -> Plan | None:
@@ -453,21 +454,18 @@ class _Weights:
 
     def __init__(self, model: nn.Module, structure: Structure):
         frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
-        can = set(quantisable(model))
-        self.dtype = max((p.dtype for p in frozen.values()), key=lambda d: d.itemsize, default=torch.float32)
-        if frozen:
-            self.dtype = max(frozen.values(), key=lambda p: p.numel()).dtype
+        can = {id(owners[0].weight) for owners in quantisable(model)}
+        self.dtype = max(frozen.values(), key=lambda p: p.numel()).dtype if frozen else torch.float32
         self.buffers = sum(buffer.nbytes for buffer in model.buffers())
-        self.bytes: dict[str, dict[str, int]] = {}
-        for storage in STORAGES:
-            self.bytes[storage] = {
-                name: storage_bytes(p.shape, storage, p.dtype) if name in can and storage != "dense" else p.nbytes
-                for name, p in frozen.items()
-            }
-        self.layers = [
-            [name for name in frozen if name.startswith(f"{layer.path}.") and frozen[name].dim() > 1]
+        self.bytes: dict[str, dict[str, int]] = {
+            storage: {name: _stored(p, storage if id(p) in can else "dense") for name, p in frozen.items()}
+            for storage in STORAGES
+        }
+        linears = [
+            {f"{path}.weight" for block in (*layer.attentions, layer.ffn) for path in block.linears}
             for layer in structure.layers
         ]
+        self.layers = [sorted(own & frozen.keys()) for own in linears]
         self.can_stream = all(self.layers)
         head = getattr(model, "lm_head", None)
         self.head = 0 if head is None else head.weight.numel()
@@ -483,6 +481,13 @@ class _Weights:
         layers = [sum(self.bytes[storage][name] for name in names) for names in self.layers[:streamed]]
         slots = min(SLOTS, streamed) * max(layers, default=0)
         return self.stored(storage) - sum(layers) + slots + self.buffers
+
+
+def _stored(weight: nn.Parameter, storage: str) -> int:
+    parts = parts_of(weight)
+    if storage == "dense" or len(parts) > 1:  # one that is quantised stays as it is
+        return sum(part.nbytes for part in parts)
+    return storage_bytes(tuple(weight.shape), storage, weight.dtype)
 
 
 def _divisions(rows: int) -> list[int]:

@@ -1,3 +1,57 @@
+"""The frozen weights of a model in 8 or 4 bits, in place."""
+
+from __future__ import annotations
+
 from torch import nn
-def quantisable(model):
-    return [f"{path}.weight" for path, m in model.named_modules() if type(m).__name__ in ("Linear", "LoRALinear") or isinstance(m, nn.Embedding) if not m.weight.requires_grad]
+
+from petl_kernels.errors import InputError
+from petl_kernels.methods.base import records
+from petl_kernels.methods.structure import base_modules
+from petl_kernels.ops.quantised import STORAGES, QuantisedTensor, quantise
+
+
+def quantise_model(model: nn.Module, storage: str) -> nn.Module:
+    """Hold the frozen weights of ``model``'s linear layers and token embeddings in ``storage``; returns the model.
+
+    storage: "int8" or "nf4". One weight after the other, so that at most one exists twice. Tied weights stay tied. As
+    they were stay norms, biases, embeddings of positions, adapters, and every weight that is trained or that an adapter
+    of the model trains while it is active. A weight that is quantised already stays in the storage it has.
+
+    Raises InputError: another storage, a model without a frozen weight (adapt it first, or ``requires_grad_(False)``).
+    """
+    if storage not in STORAGES:
+        raise InputError(f"quantise_model: storage is {storage!r}: expected {' or '.join(STORAGES)}")
+    places = quantisable(model)
+    if not places:
+        raise InputError(
+            f"quantise_model: {type(model).__name__} has no frozen linear layer or embedding: expected a frozen model"
+        )
+    for owners in places:
+        weight = owners[0].weight
+        if not isinstance(weight, QuantisedTensor):
+            quantised = nn.Parameter(quantise(weight, storage), requires_grad=False)
+            for owner in owners:
+                owner.weight = quantised
+    return model
+
+
+def quantisable(model: nn.Module) -> list[list[nn.Module]]:
+    """For each weight that can be quantised, the modules that hold it."""
+    exchanged = {key for record in records(model).values() for key in record.base}
+    owners: dict[int, list[nn.Module]] = {}
+    refused = set()
+    for path, module in base_modules(model):
+        for name, parameter in module.named_parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(module)
+            frozen = not parameter.requires_grad and f"{path}.{name}" not in exchanged
+            if not (frozen and name == "weight" and _is_table(path, module)):
+                refused.add(id(parameter))
+    return [modules for key, modules in owners.items() if key not in refused]
+
+
+def _is_table(path: str, module: nn.Module) -> bool:
+    """A linear layer, or an embedding of tokens."""
+    if isinstance(module, nn.Embedding):
+        name = f"{type(module).__name__} {path.rpartition('.')[2]}".lower()
+        return "position" not in name and "relative" not in name
+    return isinstance(module, nn.Linear)

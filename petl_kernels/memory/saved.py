@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from petl_kernels.layers import recompute
+from petl_kernels.ops.quantised import parts_of
 
 
 @dataclass
@@ -33,7 +34,7 @@ def saved_bytes(exclude: Iterable[Tensor] = ()) -> Iterator[Saved]:
     that live anyway (parameters, buffers, the inputs of the step). Counting holds the saved tensors until the
     block's ``Saved`` goes, so use it for one step, not for a run. What lean layers keep is counted where they keep it.
     """
-    living = {tensor.untyped_storage().data_ptr() for tensor in exclude}
+    living = {part.untyped_storage().data_ptr() for tensor in exclude for part in parts_of(tensor)}
     saved = Saved()
 
     def pack(tensor: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from petl_kernels.errors import InputError
+from petl_kernels.ops.quantised import QuantisedTensor
 
 
 class Named(nn.ModuleDict):
@@ -210,10 +211,18 @@ def add_record(model: nn.Module, config: Method, name: str) -> None:
     """Inject ``config`` into ``model``, no adapter of which is active, as the adapter ``name``."""
     record = Record(config)
     config.inject(model, name)
-    record.base = {key: host_copy(model.get_parameter(key)) for key in config.base_tensors(model)}
+    trained = {key: model.get_parameter(key) for key in config.base_tensors(model)}
+    for key, parameter in trained.items():
+        refuse_quantised(f"{config.label}: it trains", key, parameter)
+    record.base = {key: host_copy(parameter) for key, parameter in trained.items()}
     record.added = {key: nn.Parameter(value) for key, value in config.added_tensors(model).items()}
     model.petl_adapters = {**records(model), name: record}
     _keep_out_of_checkpoints(model)
+
+
+def refuse_quantised(what: str, key: str, parameter: Tensor) -> None:
+    if isinstance(parameter, QuantisedTensor):
+        raise InputError(f"{what} {key!r}, which is quantised ({parameter.storage}): expected a dense weight")
 
 
 def discard(model: nn.Module, name: str) -> None:

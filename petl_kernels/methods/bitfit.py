@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from petl_kernels.errors import InputError
-from petl_kernels.methods.base import Method, find_record
+from petl_kernels.methods.base import Method, find_record, piece_dtype
 from petl_kernels.methods.structure import base_parameters, describe, norms
 
 

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from petl_kernels.methods.base import Method, Piece, attach, piece_dtype
+from petl_kernels.methods.base import Method, Piece, attach, piece_dtype, refuse_quantised
 from petl_kernels.methods.structure import describe, find_targets
 
 
@@ -76,6 +76,7 @@ class IA3(Method):
         merged = {}
         for path, feedforward in self.places(model).items():
             linear = model.get_submodule(path)
+            refuse_quantised("merge: it changes", f"{path}.weight", linear.weight)
             scale = linear.petl[name].scale.detach()
             merged[f"{path}.weight"] = (linear.weight.detach() * scale).to(linear.weight.dtype)
             if linear.bias is not None and not feedforward:

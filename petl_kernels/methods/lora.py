@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from petl_kernels import ops
 from petl_kernels.errors import InputError
-from petl_kernels.methods.base import Method, Named, Piece, attach, check_size, piece_dtype
+from petl_kernels.methods.base import Method, Named, Piece, attach, check_size, piece_dtype, refuse_quantised
 from petl_kernels.methods.structure import describe, find_targets
 
 
@@ -92,6 +92,7 @@ class LoRALinear(nn.Linear):
 
     def merged_weight(self, name: str) -> Tensor:
         """W + scale · B A in W's dtype, summed in fp32 or wider."""
+        refuse_quantised("merge: it changes", "weight", self.weight)
         return _add(self.weight, self.lora[name].delta())
 
     def merge(self) -> None:
@@ -248,6 +249,7 @@ class LoRA(Method):
         weights = {}
         for path in self.target_paths(model):
             module = model.get_submodule(path)
+            refuse_quantised("merge: it changes", f"{path}.weight", module.weight)
             piece = module.lora[name] if isinstance(module, LoRALinear) else module.petl[name]
             weights[f"{path}.weight"] = _add(module.weight, piece.delta())
         return weights

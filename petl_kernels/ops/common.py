@@ -135,9 +135,9 @@ def check_weight(op: str, name: str, weight: Tensor, x: Tensor) -> None:
 
 
 def check_frozen(op: str, name: str, weight: Tensor, x: Tensor) -> None:
-    """A weight that is not trained, of the dtype and device of x."""
+    """A weight that is not trained, on the device of x and, where it is dense, of its dtype."""
     check_device(op, name, weight, x)
-    if weight.dtype != x.dtype and not autocasts(x):
+    if weight.dtype != x.dtype and not hasattr(weight, "parts") and not autocasts(x):
         raise InputError(f"{op}: {name} has dtype {weight.dtype}: expected that of x, {x.dtype}")
     if weight.requires_grad:
         raise InputError(f"{op}: {name} requires grad: expected a frozen weight (or use torch.nn.Linear)")

@@ -11,7 +11,7 @@
 
 x and y (..., d), W1 and Wg (f, d), W2 (d, f), c1 (f,) and c2 (d,) or None; act is "relu", "gelu" (erf), "gelu_tanh"
 or "silu". x and the weights of one dtype (bf16, fp16, fp32, fp64), biases of any; act and its derivative are fp32
-(fp64 for fp64).
+(fp64 for fp64). Each weight may be quantised (``ops/quantised.py``): its products are then those of that file.
 
 Saves, where x or c1 has a gradient (nothing where not), in bytes per token:
     ReLU without a gate         ceil(f / 8): whether each z > 0 (``ops/bits.py``), which is its derivative
@@ -29,7 +29,6 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from petl_kernels.backends import active, dispatch, register
 from petl_kernels.errors import InputError
@@ -46,6 +45,7 @@ from petl_kernels.ops.common import (
     empty,
     shape,
 )
+from petl_kernels.ops.quantised import out_features, parts_in, parts_of, project, project_back
 
 # What forward keeps for dx and dc1: nothing, x, one bit for each z, or z itself (and g).
 KEEPS = ("nothing", "x", "bits", "z")
@@ -71,7 +71,8 @@ def frozen_ffn(
     _check(x, w1, c1, w2, c2, gate, activation)
     inner = torch.is_grad_enabled() and (x.requires_grad or (c1 is not None and c1.requires_grad))
     keeps = what_to_keep(activation, gate is not None, recompute) if inner else "nothing"
-    return torch.ops.petl.frozen_ffn(x, w1, c1, w2, c2, gate, activation, keeps, active())[0]
+    gates = [] if gate is None else parts_of(gate)
+    return torch.ops.petl.frozen_ffn(x, parts_of(w1), c1, parts_of(w2), c2, gates, activation, keeps, active())[0]
 
 
 def what_to_keep(activation: str, gated: bool, recompute: bool) -> str:
@@ -115,9 +116,9 @@ def chunks_of(x: Tensor, hidden: int) -> Iterator[slice]:
 @register("frozen_ffn", "reference")
 def reference(x, w1, c1, w2, c2, gate, activation, keeps) -> tuple[Tensor, Tensor, Tensor]:
     rows = x.reshape(-1, x.shape[-1])
-    y = rows.new_empty(rows.shape)
-    kept_z, kept_g = empty_kept(rows, w1.shape[0], gate is not None, keeps)
-    for part in chunks_of(rows, w1.shape[0]):
+    y, hidden = rows.new_empty(rows.shape), out_features(w1, x.shape[-1])
+    kept_z, kept_g = empty_kept(rows, hidden, bool(gate), keeps)
+    for part in chunks_of(rows, hidden):
         z, g = _project(rows[part], w1, c1, gate)
         if keeps == "bits":
             kept_z[part] = pack_bits(z > 0)
@@ -125,7 +126,7 @@ def reference(x, w1, c1, w2, c2, gate, activation, keeps) -> tuple[Tensor, Tenso
             kept_z[part] = z
             if g is not None:
                 kept_g[part] = g
-        y[part] = F.linear(_activate(z, g, activation), w2, c2)
+        y[part] = project(_activate(z, g, activation), w2, c2, "reference")
     return y.view(x.shape), kept_z, kept_g
 
 
@@ -137,20 +138,21 @@ def reference_backward(
     rows = dy.reshape(-1, dy.shape[-1])
     x_rows = None if x is None else x.reshape(rows.shape)
     dx = rows.new_empty(rows.shape) if need_dx else empty(dy)
-    dc1 = dy.new_zeros(w1.shape[0] if need_dc1 else 0, dtype=sums)
-    for part in chunks_of(rows, w1.shape[0]) if need_dx or need_dc1 else ():
-        dh = (rows[part] @ w2).to(sums)
+    hidden = out_features(w1, dy.shape[-1])
+    dc1 = dy.new_zeros(hidden if need_dc1 else 0, dtype=sums)
+    for part in chunks_of(rows, hidden) if need_dx or need_dc1 else ():
+        dh = project_back(rows[part], w2, "reference").to(sums)
         if keeps == "bits":
-            dz, dg = dh * unpack_bits(kept_z[part], w1.shape[0]), None
+            dz, dg = dh * unpack_bits(kept_z[part], hidden), None
         else:
             z, g = _project(x_rows[part], w1, c1, gate) if keeps == "x" else (kept_z[part], kept_g[part])
-            dz, dg = _activate_backward(dh, z.to(sums), g.to(sums) if gate is not None else None, activation)
+            dz, dg = _activate_backward(dh, z.to(sums), g.to(sums) if gate else None, activation)
         if need_dc1:
             dc1 += dz.sum(0)
         if need_dx:
-            dx[part] = dz.to(dy.dtype) @ w1
+            dx[part] = project_back(dz.to(dy.dtype), w1, "reference")
             if dg is not None:
-                dx[part] += dg.to(dy.dtype) @ gate
+                dx[part] += project_back(dg.to(dy.dtype), gate, "reference")
     dc2 = rows.sum(0, dtype=sums) if need_dc2 else dy.new_empty(0, dtype=sums)
     return dx.view(dy.shape if need_dx else (0,)), dc1, dc2
 
@@ -164,8 +166,8 @@ def empty_kept(rows: Tensor, hidden: int, gated: bool, keeps: str) -> tuple[Tens
     return z, rows.new_empty(tokens, hidden) if keeps == "z" and gated else empty(rows)
 
 
-def _project(x: Tensor, w1: Tensor, c1: Tensor | None, gate: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    return F.linear(x, w1, c1), None if gate is None else F.linear(x, gate)
+def _project(x: Tensor, w1: list[Tensor], c1: Tensor | None, gate: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+    return project(x, w1, c1, "reference"), project(x, gate, None, "reference") if gate else None
 
 
 def _activate(z: Tensor, g: Tensor | None, activation: str) -> Tensor:
@@ -180,26 +182,28 @@ def _activate_backward(dh: Tensor, z: Tensor, g: Tensor | None, activation: str)
 
 def _forward(x, w1, c1, w2, c2, gate, activation, keeps, backend):
     kernel = dispatch("frozen_ffn", x.device, backend)
-    w1, c1, w2, c2, gate = (None if p is None else p.to(x.dtype) for p in (w1, c1, w2, c2, gate))
+    w1, w2, gate = (parts_in(weight, x.dtype) for weight in (w1, w2, gate))
+    c1, c2 = (None if bias is None else bias.to(x.dtype) for bias in (c1, c2))
     return kernel(x, w1, c1, w2, c2, gate, activation, keeps)
 
 
 def _forward_fake(x, w1, c1, w2, c2, gate, activation, keeps, backend):
     rows = x.new_empty(x.numel() // x.shape[-1], x.shape[-1])
-    return x.new_empty(x.shape), *empty_kept(rows, w1.shape[0], gate is not None, keeps)
+    return x.new_empty(x.shape), *empty_kept(rows, out_features(w1, x.shape[-1]), bool(gate), keeps)
 
 
 def _backward(dy, x, kept_z, kept_g, w1, c1, w2, gate, activation, keeps, need_dx, need_dc1, need_dc2, backend):
     kernel = dispatch("frozen_ffn_backward", dy.device, backend)
-    w1, c1, w2, gate = (None if p is None else p.to(dy.dtype) for p in (w1, c1, w2, gate))
+    w1, w2, gate = (parts_in(weight, dy.dtype) for weight in (w1, w2, gate))
+    c1 = None if c1 is None else c1.to(dy.dtype)
     return kernel(dy, x, kept_z, kept_g, w1, c1, w2, gate, activation, keeps, need_dx, need_dc1, need_dc2)
 
 
 def _backward_fake(dy, x, kept_z, kept_g, w1, c1, w2, gate, activation, keeps, need_dx, need_dc1, need_dc2, backend):
     sums = accumulate_dtype(dy.dtype)
     dx = dy.new_empty(dy.shape) if need_dx else empty(dy)
-    dc1 = dy.new_empty(w1.shape[0] if need_dc1 else 0, dtype=sums)
-    return dx, dc1, dy.new_empty(w1.shape[1] if need_dc2 else 0, dtype=sums)
+    dc1 = dy.new_empty(out_features(w1, dy.shape[-1]) if need_dc1 else 0, dtype=sums)
+    return dx, dc1, dy.new_empty(dy.shape[-1] if need_dc2 else 0, dtype=sums)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -207,31 +211,37 @@ def _save(ctx, inputs, output) -> None:
     _, kept_z, kept_g = output
     ctx.mark_non_differentiable(kept_z, kept_g)
     ctx.set_materialize_grads(False)  # no zeros for the outputs that have no gradient
-    ctx.save_for_backward(x if ctx.keeps == "x" else None, kept_z, kept_g, w1, c1, w2, gate)
+    ctx.save_for_backward(x if ctx.keeps == "x" else None, kept_z, kept_g, c1, *w1, *w2, *gate)
+    ctx.parts = len(w1), len(w2), len(gate)
     ctx.c2_dtype = None if c2 is None else c2.dtype
 
 
 def _gradients(ctx, needs, dy: Tensor | None, *_):
+    first, second, _ = ctx.parts
+    none = [[None] * size for size in ctx.parts]
     if dy is None:
-        return (None,) * 9
-    x, kept_z, kept_g, w1, c1, w2, gate = ctx.saved_tensors
+        return None, none[0], None, none[1], None, none[2], *(None,) * 3
+    x, kept_z, kept_g, c1, *weights = ctx.saved_tensors
+    w1, w2, gate = weights[:first], weights[first : first + second], weights[first + second :]
     need_dx, _, need_dc1, _, need_dc2, *_ = needs
     dx, dc1, dc2 = torch.ops.petl.frozen_ffn_backward(
         dy, x, kept_z, kept_g, w1, c1, w2, gate, ctx.activation, ctx.keeps, need_dx, need_dc1, need_dc2, ctx.backend
     )
     return (
         dx if need_dx else None,
-        None,
+        none[0],
         dc1.to(c1.dtype) if need_dc1 else None,
-        None,
+        none[1],
         dc2.to(ctx.c2_dtype) if need_dc2 else None,
-        *(None,) * 4,
+        none[2],
+        *(None,) * 3,
     )
 
 
 define(
     "frozen_ffn",
-    "(Tensor x, Tensor w1, Tensor? c1, Tensor w2, Tensor? c2, Tensor? gate, str activation, str keeps, str backend)"
+    "(Tensor x, Tensor[] w1, Tensor? c1, Tensor[] w2, Tensor? c2, Tensor[] gate, str activation, str keeps,"
+    " str backend)"
     " -> (Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
@@ -239,7 +249,7 @@ define(
 )
 define(
     "frozen_ffn_backward",
-    "(Tensor dy, Tensor? x, Tensor kept_z, Tensor kept_g, Tensor w1, Tensor? c1, Tensor w2, Tensor? gate,"
+    "(Tensor dy, Tensor? x, Tensor kept_z, Tensor kept_g, Tensor[] w1, Tensor? c1, Tensor[] w2, Tensor[] gate,"
     " str activation, str keeps, bool need_dx, bool need_dc1, bool need_dc2, str backend) -> (Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,

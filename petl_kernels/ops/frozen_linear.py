@@ -4,7 +4,8 @@
     dx    = dy W
     dc    = Σ_tokens dy          (fp32 sums, in the bias' dtype)
 
-x (..., K), W (N, K), c (N,) or None, y (..., N); x and W of one dtype (bf16, fp16, fp32, fp64), c of any.
+x (..., K), W (N, K), c (N,) or None, y (..., N); x and W of one dtype (bf16, fp16, fp32, fp64), c of any. W may be
+quantised (``ops/quantised.py``): the products are then those of that file.
 
 Saves: 0 bytes per token. ``nn.Linear`` keeps x (2K bytes in bf16) whenever its weight could need a gradient.
 Source: the derivative of a matrix product with dW left out.
@@ -26,6 +27,7 @@ from petl_kernels.ops.common import (
     differentiate,
     empty,
 )
+from petl_kernels.ops.quantised import in_features, is_quantised, out_features, parts_of, project, project_back
 
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -37,7 +39,7 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     check_weight("frozen_linear", "weight", weight, x)
     if bias is not None:
         check_parameter("frozen_linear", "bias", bias, (weight.shape[0],), x)
-    return torch.ops.petl.frozen_linear(x, weight, bias, active())
+    return torch.ops.petl.frozen_linear(x, parts_of(weight), bias, active())
 
 
 @register("frozen_linear", "reference")
@@ -54,49 +56,61 @@ def reference_backward(dy: Tensor, weight: Tensor, need_dx: bool, need_dbias: bo
     return dx, dbias
 
 
-def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
-    kernel = dispatch("frozen_linear", x.device, backend)
-    return kernel(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+def _forward(x: Tensor, weight: list[Tensor], bias: Tensor | None, backend: str) -> Tensor:
+    bias = None if bias is None else bias.to(x.dtype)
+    if is_quantised(weight):
+        y = project(x.reshape(-1, x.shape[-1]), weight, bias, backend)
+        return y.view(*x.shape[:-1], y.shape[-1])
+    return dispatch("frozen_linear", x.device, backend)(x, weight[0].to(x.dtype), bias)
 
 
-def _forward_fake(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
+def _forward_fake(x: Tensor, weight: list[Tensor], bias: Tensor | None, backend: str) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features(weight, x.shape[-1]))
 
 
-def _backward(dy: Tensor, weight: Tensor, need_dx: bool, need_dbias: bool, backend: str) -> tuple[Tensor, Tensor]:
+def _backward(dy: Tensor, weight: list[Tensor], need_dx: bool, need_dbias: bool, backend: str) -> tuple[Tensor, Tensor]:
     kernel = dispatch("frozen_linear_backward", dy.device, backend)
-    dx, dbias = kernel(dy, weight.to(dy.dtype), need_dx, need_dbias)
+    if is_quantised(weight):
+        dx = empty(dy)
+        if need_dx:
+            dx = project_back(dy.reshape(-1, dy.shape[-1]), weight, backend)
+            dx = dx.view(*dy.shape[:-1], dx.shape[-1])
+        _, dbias = kernel(dy, empty(dy), False, need_dbias)
+    else:
+        dx, dbias = kernel(dy, weight[0].to(dy.dtype), need_dx, need_dbias)
     return dx, dbias.to(accumulate_dtype(dy.dtype))
 
 
-def _backward_fake(dy: Tensor, weight: Tensor, need_dx: bool, need_dbias: bool, backend: str) -> tuple[Tensor, Tensor]:
-    dx = dy.new_empty(*dy.shape[:-1], weight.shape[1]) if need_dx else empty(dy)
-    return dx, dy.new_empty(weight.shape[0] if need_dbias else 0, dtype=accumulate_dtype(dy.dtype))
+def _backward_fake(
+    dy: Tensor, weight: list[Tensor], need_dx: bool, need_dbias: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    dx = dy.new_empty(*dy.shape[:-1], in_features(weight, dy.shape[-1])) if need_dx else empty(dy)
+    return dx, dy.new_empty(dy.shape[-1] if need_dbias else 0, dtype=accumulate_dtype(dy.dtype))
 
 
 def _save(ctx, inputs, output) -> None:
     _, weight, bias, ctx.backend = inputs
-    ctx.save_for_backward(weight)
+    ctx.save_for_backward(*weight)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _gradients(ctx, needs, dy: Tensor):
-    (weight,) = ctx.saved_tensors
+    weight = list(ctx.saved_tensors)
     need_dx, _, need_dbias, _ = needs
     dx, dbias = torch.ops.petl.frozen_linear_backward(dy, weight, need_dx, need_dbias, ctx.backend)
-    return dx if need_dx else None, None, dbias.to(ctx.bias_dtype) if need_dbias else None, None
+    return dx if need_dx else None, [None] * len(weight), dbias.to(ctx.bias_dtype) if need_dbias else None, None
 
 
 define(
     "frozen_linear",
-    "(Tensor x, Tensor weight, Tensor? bias, str backend) -> Tensor",
+    "(Tensor x, Tensor[] weight, Tensor? bias, str backend) -> Tensor",
     _forward,
     _forward_fake,
     autocast=(0,),
 )
 define(
     "frozen_linear_backward",
-    "(Tensor dy, Tensor weight, bool need_dx, bool need_dbias, str backend) -> (Tensor, Tensor)",
+    "(Tensor dy, Tensor[] weight, bool need_dx, bool need_dbias, str backend) -> (Tensor, Tensor)",
     _backward,
     _backward_fake,
 )

@@ -23,7 +23,7 @@ find them, and labels that are out of range, the host waits for a CUDA device (s
 The rest is worked on in chunks of rows. One buffer holds a chunk's logits, and then, in place, dz: `chunk_bytes` bytes
 at most, but one row at least. The gradients are formed there and then, for a dloss of 1; backward multiplies them by
 the true one. dW is added up, and a W of another dtype than h is cast, for each chunk in blocks of words that take
-`chunk_bytes` / 4 more. A W of h's dtype is faster.
+`chunk_bytes` / 4 more. A W of h's dtype is faster. A frozen W may be quantised (``ops/quantised.py``).
 
 Saves: d · itemsize bytes per row (dh), and 4. W trained: 4·V·d more, once (dW in fp32, like dh until backward); b: 4·V.
 ``reduction="none"`` with W or b trained keeps h (d · itemsize bytes per row), the labels (8 per row), W and b, and
@@ -49,6 +49,15 @@ from petl_kernels.ops.common import (
     differentiate,
     empty,
     shape,
+)
+from petl_kernels.ops.quantised import (
+    is_quantised,
+    out_features,
+    part_rows,
+    parts_of,
+    project,
+    project_back,
+    row_blocks,
 )
 
 OP = "linear_cross_entropy"
@@ -84,7 +93,9 @@ def linear_cross_entropy(
     _check(hidden, weight, labels, bias, label_smoothing, reduction, smoothing)
     needs = (torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias))
     options = (float(label_smoothing), smoothing, float(logit_scale), ignore_index, chunk_bytes)
-    loss, *_ = torch.ops.petl.linear_cross_entropy(hidden, weight, labels, bias, *options, reduction, *needs, active())
+    loss, *_ = torch.ops.petl.linear_cross_entropy(
+        hidden, parts_of(weight), labels, bias, *options, reduction, *needs, active()
+    )
     return loss
 
 
@@ -155,11 +166,16 @@ def reference(
     return losses
 
 
-# The products. Another storage of the weight (quantised, streamed) changes these functions and nothing else.
+# The products. Another storage of the weight changes these functions and nothing else.
 
 
-def _project(rows: Tensor, weight: Tensor, block_bytes: int, logits: Tensor) -> None:
+def _project(rows: Tensor, parts: list[Tensor], block_bytes: int, logits: Tensor) -> None:
     """logits (rows, V) = rows (rows, d) Wᵀ"""
+    if is_quantised(parts):
+        for words in _quantised_blocks(parts, logits.shape[1], rows, block_bytes):
+            logits[:, words] = project(rows, part_rows(parts, words, rows.shape[1]), None, active())
+        return
+    (weight,) = parts
     if weight.dtype == rows.dtype:
         torch.mm(rows, weight.T, out=logits)
         return
@@ -167,8 +183,14 @@ def _project(rows: Tensor, weight: Tensor, block_bytes: int, logits: Tensor) -> 
         torch.mm(rows, weight[words].to(rows.dtype).T, out=logits[:, words])
 
 
-def _project_back(dlogits: Tensor, weight: Tensor, block_bytes: int) -> Tensor:
-    """dlogits (rows, V) W, in the dtype of dlogits."""
+def _project_back(dlogits: Tensor, parts: list[Tensor], rows: Tensor, block_bytes: int) -> Tensor:
+    """dlogits (rows, V) W, in the dtype of dlogits; ``rows`` (rows, d) shows the width of W."""
+    if is_quantised(parts):
+        total = torch.zeros_like(rows, dtype=accumulate_dtype(rows.dtype))
+        for words in _quantised_blocks(parts, dlogits.shape[1], rows, block_bytes):
+            total += project_back(dlogits[:, words], part_rows(parts, words, rows.shape[1]), active())
+        return total.to(dlogits.dtype)
+    (weight,) = parts
     if weight.dtype == dlogits.dtype:
         return torch.mm(dlogits, weight)
     total = dlogits.new_zeros(dlogits.shape[0], weight.shape[1], dtype=accumulate_dtype(dlogits.dtype))
@@ -190,6 +212,12 @@ def _add_bias_gradient(dlogits: Tensor, block_bytes: int, total: Tensor) -> None
         total[words] += dlogits[:, words].sum(0, dtype=total.dtype)
 
 
+def _quantised_blocks(parts: list[Tensor], words: int, rows: Tensor, block_bytes: int) -> Iterator[slice]:
+    """Blocks of words that are multiplied at a time: as ``_word_blocks``, cut where a quantised weight can be cut."""
+    columns = rows.shape[1]
+    return row_blocks(parts, words, columns, block_bytes // (columns * rows.itemsize))
+
+
 def _word_blocks(sizes: torch.Size, dtype: torch.dtype, block_bytes: int) -> Iterator[slice]:
     """Blocks of words of a (words, columns) matrix that take ``block_bytes`` in ``dtype``, but one word at least."""
     words, columns = sizes
@@ -200,7 +228,7 @@ def _word_blocks(sizes: torch.Size, dtype: torch.dtype, block_bytes: int) -> Ite
 def compute(
     kernel: Callable,
     hidden: Tensor,
-    weight: Tensor,
+    weight: list[Tensor],
     labels: Tensor,
     bias: Tensor | None,
     label_smoothing: float,
@@ -218,7 +246,8 @@ def compute(
     The gradients are those of Σ dlosses · losses (dlosses (rows,), or 1), before the factor ``logit_scale`` that
     dhidden and dweight have; shape (0,) where they are not needed.
     """
-    (words, d), sums = weight.shape, accumulate_dtype(hidden.dtype)
+    d, sums = hidden.shape[-1], accumulate_dtype(hidden.dtype)
+    words = out_features(weight, d)
     rows, row_labels = hidden.reshape(-1, d), labels.reshape(-1)
     kept = _kept_rows(labels, words, ignore_index)
     weights = _label_and_word_weight(label_smoothing, smoothing, words)
@@ -226,7 +255,7 @@ def compute(
 
     losses = rows.new_zeros(rows.shape[0], dtype=sums)
     dhidden = hidden.new_zeros(hidden.shape) if need_dhidden else empty(hidden)
-    dweight = weight.new_zeros(weight.shape, dtype=sums) if need_dweight else empty(losses)
+    dweight = losses.new_zeros(words, d) if need_dweight else empty(losses)
     dbias = losses.new_zeros(words) if need_dbias else empty(losses)
     gradient, block_bytes = need_dhidden or need_dweight or need_dbias, chunk_bytes // 4
 
@@ -235,7 +264,7 @@ def compute(
         _project(chunk, weight, block_bytes, buffer)
         losses[index] = kernel(buffer, row_labels[index], bias, *weights, logit_scale, chunk_dlosses, gradient)
         if need_dhidden:
-            dhidden.view(rows.shape)[index] = _project_back(buffer, weight, block_bytes)
+            dhidden.view(rows.shape)[index] = _project_back(buffer, weight, chunk, block_bytes)
         if need_dweight:
             _add_weight_gradient(buffer, chunk, block_bytes, dweight)
         if need_dbias:
@@ -309,8 +338,9 @@ def _forward_fake(
     sums = accumulate_dtype(hidden.dtype)
     loss = hidden.new_empty(labels.shape if reduction == "none" else (), dtype=sums)
     dhidden = hidden.new_empty(hidden.shape if need_dhidden else 0)
-    dweight = hidden.new_empty(weight.shape if need_dweight else 0, dtype=sums)
-    dbias = hidden.new_empty(weight.shape[0] if need_dbias else 0, dtype=sums)
+    words = out_features(weight, hidden.shape[-1])
+    dweight = hidden.new_empty((words, hidden.shape[-1]) if need_dweight else 0, dtype=sums)
+    dbias = hidden.new_empty(words if need_dbias else 0, dtype=sums)
     return loss, dhidden, dweight, dbias, loss.new_empty(())
 
 
@@ -324,7 +354,7 @@ def _backward(
     kernel = dispatch(OP, hidden.device, backend)
     _, dhidden, dweight, dbias, _ = compute(kernel, hidden, weight, labels, bias, *options, dlosses, *needs)
     factor = dlosses.new_full((1,), logit_scale)
-    return _scaled(dhidden, factor, hidden.dtype), _scaled(dweight, factor, weight.dtype), dbias
+    return _scaled(dhidden, factor, hidden.dtype), _scaled(dweight, factor, weight[0].dtype), dbias
 
 
 def _backward_fake(
@@ -332,8 +362,8 @@ def _backward_fake(
     need_dhidden, need_dweight, need_dbias, backend,
 ):  # fmt: skip
     dhidden = hidden.new_empty(hidden.shape if need_dhidden else 0)
-    dweight = weight.new_empty(weight.shape if need_dweight else 0)
-    return dhidden, dweight, dlosses.new_empty(weight.shape[0] if need_dbias else 0)
+    dweight = weight[0].new_empty(weight[0].shape if need_dweight else 0)
+    return dhidden, dweight, dlosses.new_empty(out_features(weight, hidden.shape[-1]) if need_dbias else 0)
 
 
 SCALED_BYTES = 2**20
@@ -364,29 +394,32 @@ def _save(ctx, inputs, output) -> None:
     hidden, weight, labels, bias, *ctx.options, ctx.reduction, _, need_dweight, need_dbias, ctx.backend = inputs
     _, *grads, kept = output
     ctx.logit_scale = ctx.options[2]
-    ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
+    ctx.parts = len(weight)
+    ctx.dtypes = (weight[0].dtype, None if bias is None else bias.dtype)
     ctx.deferred = _deferred(ctx.reduction, need_dweight, need_dbias)
     ctx.mark_non_differentiable(*grads, kept)
     ctx.set_materialize_grads(False)  # no zeros for the outputs that are gradients
     if ctx.deferred:
-        ctx.save_for_backward(hidden, weight, labels, bias)
+        ctx.save_for_backward(hidden, labels, bias, *weight)
     else:
         ctx.save_for_backward(*grads, kept)
 
 
 def _gradients(ctx, needs, dloss: Tensor | None, *_):
     if dloss is None:
-        return (None,) * len(needs)
+        return None, [None] * ctx.parts, *[None] * (len(needs) - 2)
     need_dhidden, need_dweight, _, need_dbias, *_ = needs
-    wanted = (need_dhidden, need_dweight, need_dbias)
+    wanted = (need_dhidden, any(need_dweight), need_dbias)
     grads = _recomputed if ctx.deferred else _finished
     dhidden, dweight, dbias = grads(ctx, dloss, *wanted)
-    return dhidden, dweight, None, dbias, *[None] * (len(needs) - 4)
+    return dhidden, [dweight] if ctx.parts == 1 else [None] * ctx.parts, None, dbias, *[None] * (len(needs) - 4)
 
 
 def _recomputed(ctx, dlosses: Tensor, need_dhidden: bool, need_dweight: bool, need_dbias: bool):
     needs = (need_dhidden, need_dweight, need_dbias)
-    grads = torch.ops.petl.linear_cross_entropy_backward(dlosses, *ctx.saved_tensors, *ctx.options, *needs, ctx.backend)
+    hidden, labels, bias, *weight = ctx.saved_tensors
+    given = (dlosses, hidden, weight, labels, bias, *ctx.options, *needs, ctx.backend)
+    grads = torch.ops.petl.linear_cross_entropy_backward(*given)
     dhidden, dweight, dbias = (grad if need else None for grad, need in zip(grads, needs, strict=True))
     return dhidden, dweight, dbias.to(ctx.dtypes[1]) if need_dbias else None
 
@@ -410,7 +443,7 @@ _NEEDS = "bool need_dhidden, bool need_dweight, bool need_dbias"
 
 define(
     OP,
-    f"(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, {_OPTIONS}, str reduction, {_NEEDS}, str backend)"
+    f"(Tensor hidden, Tensor[] weight, Tensor labels, Tensor? bias, {_OPTIONS}, str reduction, {_NEEDS}, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
@@ -418,7 +451,7 @@ define(
 )
 define(
     f"{OP}_backward",
-    f"(Tensor dlosses, Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, {_OPTIONS}, {_NEEDS}, str backend)"
+    f"(Tensor dlosses, Tensor hidden, Tensor[] weight, Tensor labels, Tensor? bias, {_OPTIONS}, {_NEEDS}, str backend)"
     " -> (Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,

@@ -14,6 +14,7 @@ x (..., K), W_g (N_g, K), c_g (N_g,) or None, A_g (r_g, K), B_g (N_g, r_g), y_g 
 shape (tokens, Σ r_g). x and W_g share a dtype (bf16, fp16, fp32, fp64); A_g, B_g and c_g may be wider: they are cast
 to x.dtype for the products, sums are fp32, and their gradients come back in their own dtype. Dropout is one mask for
 the whole group, recomputed from a seed (``petl_kernels/ops/philox.py``), so a group equals its members one by one.
+W_g may be quantised (``ops/quantised.py``), each in its own storage: x W_gᵀ and dy_g W_g are then that file's products.
 
 Saves: x, and s (2 Σ r_g bytes per token in bf16); 8 bytes in all for the seed. No mask, no copy of x.
 Source: LoRA, arXiv 2106.09685.
@@ -23,7 +24,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from petl_kernels.backends import active, dispatch, register
 from petl_kernels.errors import InputError
@@ -39,6 +39,7 @@ from petl_kernels.ops.common import (
     present,
     shape,
 )
+from petl_kernels.ops.quantised import parts_in, parts_of, project, project_back, split_parts
 
 
 def lora_linear(
@@ -75,9 +76,8 @@ def lora_linear_grouped(
     seed = philox.seed_for("lora_linear", x, dropout, seed)
     given = [empty(x) if bias is None else bias for bias in biases]
     scales = [float(scale) for scale in scales]
-    ys, _ = torch.ops.petl.lora_linear(
-        x, list(weights), given, list(a), list(b), scales, float(dropout), seed, active()
-    )
+    parts = [part for weight in weights for part in parts_of(weight)]
+    ys, _ = torch.ops.petl.lora_linear(x, parts, given, list(a), list(b), scales, float(dropout), seed, active())
     return ys
 
 
@@ -104,9 +104,9 @@ def reference(x, weights, biases, a, b, scales, dropout, seed) -> tuple[list[Ten
     rows = x.reshape(-1, x.shape[-1])
     s = philox.dropout(rows, dropout, seed) @ torch.cat(a).to(x.dtype).T
     ys = []
-    for weight, bias, b_g, scale, s_g in zip(weights, biases, b, scales, _split(s, a), strict=True):
-        y = F.linear(rows, weight, bias) + scale * (s_g @ b_g.to(x.dtype).T)
-        ys.append(y.view(*x.shape[:-1], weight.shape[0]))
+    for parts, bias, b_g, scale, s_g in zip(split_parts(weights), biases, b, scales, _split(s, a), strict=True):
+        y = project(rows, parts, bias, "reference") + scale * (s_g @ b_g.to(x.dtype).T)
+        ys.append(y.view(*x.shape[:-1], b_g.shape[0]))
     return ys, s
 
 
@@ -124,8 +124,8 @@ def reference_backward(dys, x, s, weights, a, b, scales, dropout, seed, need_dx,
     if need_dx:
         through_adapters = torch.cat(ds, 1) @ torch.cat(a).to(x.dtype)
         dx = philox.dropout(through_adapters, dropout, seed)
-        for dy, weight in zip(dys, weights, strict=True):
-            dx = dx + dy @ weight
+        for dy, parts in zip(dys, split_parts(weights), strict=True):
+            dx = dx + project_back(dy, parts, "reference")
         dx = dx.view(x.shape)
     dbias = [
         dy.sum(0, dtype=accumulate_dtype(dy.dtype)) if need else empty(dy)
@@ -140,14 +140,14 @@ def _split(s: Tensor, a: list[Tensor]) -> tuple[Tensor, ...]:
 
 def _forward(x, weights, biases, a, b, scales, dropout, seed, backend):
     kernel = dispatch("lora_linear", x.device, backend)
-    weights = [weight.to(x.dtype) for weight in weights]
+    weights = parts_in(weights, x.dtype)
     biases = [None if present(bias) is None else bias.to(x.dtype) for bias in biases]
     ys, s = kernel(x, weights, biases, a, b, scales, dropout, seed)
     return list(ys), s
 
 
 def _forward_fake(x, weights, biases, a, b, scales, dropout, seed, backend):
-    ys = [x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights]
+    ys = [x.new_empty(*x.shape[:-1], b_g.shape[0]) for b_g in b]
     return ys, x.new_empty(_tokens(x), sum(a_g.shape[0] for a_g in a))
 
 
@@ -160,7 +160,7 @@ def _tokens(x: Tensor) -> int:
 
 def _backward(dys, x, s, weights, a, b, scales, dropout, seed, need_dx, need_dbias, backend):
     kernel = dispatch("lora_linear_backward", x.device, backend)
-    weights = [weight.to(x.dtype) for weight in weights]
+    weights = parts_in(weights, x.dtype)
     dx, da, db, dbias = kernel(dys, x, s, weights, a, b, scales, dropout, seed, need_dx, need_dbias)
     return dx, list(da), list(db), [grad.to(accumulate_dtype(x.dtype)) for grad in dbias]
 
@@ -170,36 +170,30 @@ def _backward_fake(dys, x, s, weights, a, b, scales, dropout, seed, need_dx, nee
     dx = x.new_empty(x.shape) if need_dx else empty(x)
     da = [a_g.new_empty(a_g.shape) for a_g in a]
     db = [b_g.new_empty(b_g.shape) for b_g in b]
-    dbias = [
-        x.new_empty(weight.shape[0] if need else 0, dtype=sums)
-        for weight, need in zip(weights, need_dbias, strict=True)
-    ]
+    dbias = [x.new_empty(b_g.shape[0] if need else 0, dtype=sums) for b_g, need in zip(b, need_dbias, strict=True)]
     return dx, da, db, dbias
 
 
 def _save(ctx, inputs, output) -> None:
     x, weights, biases, a, b, ctx.scales, ctx.dropout, seed, ctx.backend = inputs
-    ctx.groups = len(weights)
+    ctx.groups, ctx.parts = len(a), len(weights)
     ctx.bias_dtypes = [bias.dtype for bias in biases]
     ctx.save_for_backward(x, output[1], seed, *weights, *a, *b)
     ctx.set_materialize_grads(False)  # no zeros for s, whose gradient nobody has
 
 
 def _gradients(ctx, needs, dys: list[Tensor], _):
-    x, s, seed, *parameters = ctx.saved_tensors
-    n = ctx.groups
-    weights, a, b = parameters[:n], parameters[n : 2 * n], parameters[2 * n :]
+    x, s, seed, *rest = ctx.saved_tensors
+    weights, adapters = rest[: ctx.parts], rest[ctx.parts :]
+    a, b = adapters[: ctx.groups], adapters[ctx.groups :]
     need_dx, _, need_dbias, need_da, need_db, *_ = needs
-    dys = [
-        x.new_zeros(*x.shape[:-1], weight.shape[0]) if dy is None else dy
-        for dy, weight in zip(dys, weights, strict=True)
-    ]
+    dys = [x.new_zeros(*x.shape[:-1], b_g.shape[0]) if dy is None else dy for dy, b_g in zip(dys, b, strict=True)]
     dx, da, db, dbias = torch.ops.petl.lora_linear_backward(
         dys, x, s, weights, a, b, ctx.scales, ctx.dropout, seed, need_dx, need_dbias, ctx.backend
     )
     dbias = [grad.to(dtype) for grad, dtype in zip(dbias, ctx.bias_dtypes, strict=True)]
     wanted = [_only(need_dbias, dbias), _only(need_da, da), _only(need_db, db)]
-    return dx if need_dx else None, [None] * n, *wanted, None, None, None, None
+    return dx if need_dx else None, [None] * ctx.parts, *wanted, None, None, None, None
 
 
 def _only(needs: list[bool], grads: list[Tensor]) -> list[Tensor | None]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import pytest
-import quantised_reference
 import torch
 
 from petl_kernels import backends, parity
+from petl_kernels.ops.quantised import reference_dequantise, reference_quantise_int8, reference_quantise_nf4
 
 pytestmark = pytest.mark.skipif(backends.load_error("triton") is not None, reason="Triton cannot run here")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+REFERENCE = {"int8": reference_quantise_int8, "nf4": reference_quantise_nf4}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 if DEVICE.type == "cuda":
     DTYPES["bf16"] = torch.bfloat16
@@ -23,7 +24,7 @@ SHAPES = [(66, 64), (40, 320), (64, 96), (33, 130), (35, 192), (1, 2), (7, 1)]
 def weight_of(n: int, k: int, storage: str, seed: int = 0) -> list[torch.Tensor]:
     values = torch.randn(n, k, generator=torch.Generator().manual_seed(seed)) / k**0.5
     values[n // 2] = 0
-    return quantised_reference.quantise(values, storage)
+    return REFERENCE[storage](values, storage)
 
 
 def on_device(parts: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -56,7 +57,7 @@ def test_products(shape, storage, rows, dtype):
     if storage == "nf4" and n * k % 2:
         pytest.skip("a lone row or column of NF4 has an even number of values")
     parts, dtype = weight_of(n, k, storage), DTYPES[dtype]
-    dense = quantised_reference.dequantise(parts, 0, n, k, torch.float32)
+    dense = reference_dequantise(parts, 0, n, k, torch.float32)
     x, dy, bias = (draw(i, *size).to(dtype) for i, size in enumerate(((rows, k), (rows, n), (n,))))
     parts = on_device(parts)
     held("y", run("quantised_project", x.to(DEVICE), parts, bias.to(DEVICE)), x, dense.T, bias)
@@ -67,7 +68,7 @@ def test_products(shape, storage, rows, dtype):
 @pytest.mark.parametrize("storage", STORAGES)
 def test_many_rows_take_tiles_dequantised_ahead(storage):
     parts = weight_of(96, 128, storage)
-    dense = quantised_reference.dequantise(parts, 0, 96, 128, torch.float32)
+    dense = reference_dequantise(parts, 0, 96, 128, torch.float32)
     x, dy = draw(1, 513, 128).half(), draw(2, 513, 96).half()
     held("y", run("quantised_project", x.to(DEVICE), on_device(parts), None), x, dense.T)
     held("dx", run("quantised_project_back", dy.to(DEVICE), on_device(parts)), dy, dense)
@@ -98,5 +99,5 @@ def test_dequantised_rows(k, storage, dtype):
     parts, dtype = weight_of(21, k, storage), DTYPES[dtype]
     for first, rows in ((0, 21), (5, 9), (20, 1), (3, 0)):
         found = run("dequantise", on_device(parts), first, rows, k, dtype)
-        expected = quantised_reference.dequantise(parts, first, rows, k, dtype)
+        expected = reference_dequantise(parts, first, rows, k, dtype)
         torch.testing.assert_close(found, expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-9)

@@ -167,9 +167,9 @@ def norms(dtype: torch.dtype, d: int, parameters: torch.dtype, tokens: int = 819
 
 def ffn(dtype: torch.dtype, activation: str, gated: bool, keeps: str, tokens: int = 1024, d: int = 1024) -> None:
     x, w1, w2, c1, c2 = (_new(dtype, *shape) for shape in ((tokens, d), (4 * d, d), (d, 4 * d), (4 * d,), (d,)))
-    gate = w1 if gated else None
-    _, z, g = frozen_ffn.frozen_ffn(x, w1, c1, w2, c2, gate, activation, keeps)
-    frozen_ffn.frozen_ffn_backward(x, x, z, g, w1, c1, w2, gate, activation, keeps, True, True, True)
+    gate = [w1] if gated else []
+    _, z, g = frozen_ffn.frozen_ffn(x, [w1], c1, [w2], c2, gate, activation, keeps)
+    frozen_ffn.frozen_ffn_backward(x, x, z, g, [w1], c1, [w2], gate, activation, keeps, True, True, True)
 
 
 def activate(dtype: torch.dtype, kind: str, dropout: float, tokens: int = 8192, features: int = 4096) -> None:

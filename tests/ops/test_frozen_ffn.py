@@ -105,7 +105,7 @@ def test_zero_rows(backend, activation, gated, recompute):
 @pytest.mark.parametrize("f", [1, 8, 43, 131])
 def test_the_bits_are_those_of_positive_z(backend, dtype, f):
     given = arguments_of(dtype, rows=(33,), f=f)
-    weights = [given[name] for name in ("w1", "c1", "w2", "c2", "gate")]
+    weights = [[given["w1"]], given["c1"], [given["w2"]], given["c2"], []]
     _, bits, _ = kernel_of("frozen_ffn", backend)(given["x"], *weights, "relu", "bits")
     assert bits.dtype == torch.uint8 and bits.shape == (33, (f + 7) // 8)
     z = F.linear(given["x"].double(), given["w1"].double(), given["c1"].double())
@@ -115,6 +115,10 @@ def test_the_bits_are_those_of_positive_z(backend, dtype, f):
 
 
 NAMES = ("x", "c1", "c2")
+
+
+def parts_of(weight) -> list:
+    return [] if weight is None else [weight]
 
 
 def split(given: dict) -> tuple[dict, dict]:
@@ -164,7 +168,8 @@ def test_gradcheck(backend, activation, gated):
 def test_opcheck(activation, gated, keeps):
     draw = contract.source(FP32)
     given = parity.frozen_ffn_arguments(draw, (2, 3), d=7, f=11, gated=gated)
-    x, w1, c1, w2, c2, gate = (given[name] for name in ("x", "w1", "c1", "w2", "c2", "gate"))
+    x, c1, c2 = (given[name] for name in ("x", "c1", "c2"))
+    w1, w2, gate = (parts_of(given[name]) for name in ("w1", "w2", "gate"))
     _, *kept = torch.ops.petl.frozen_ffn(x, w1, c1, w2, c2, gate, activation, keeps, "reference")
     saved = (draw(2, 3, 7), x if keeps == "x" else None, *kept, w1, c1, w2, gate, activation, keeps)
     contract.opcheck(torch.ops.petl.frozen_ffn_backward.default, (*saved, True, True, True))

@@ -68,10 +68,10 @@ def test_gradcheck(backend):
 def test_opcheck():
     draw = contract.source(torch.float32)
     x, bias = draw(3, 4, 8).requires_grad_(), draw(6).requires_grad_()
-    contract.opcheck(torch.ops.petl.frozen_linear.default, (x, draw(6, 8), bias))
-    contract.opcheck(torch.ops.petl.frozen_linear.default, (x, draw(6, 8), None))
-    contract.opcheck(torch.ops.petl.frozen_linear_backward.default, (draw(3, 4, 6), draw(6, 8), True, True))
-    contract.opcheck(torch.ops.petl.frozen_linear_backward.default, (draw(3, 4, 6), draw(6, 8), False, False))
+    contract.opcheck(torch.ops.petl.frozen_linear.default, (x, [draw(6, 8)], bias))
+    contract.opcheck(torch.ops.petl.frozen_linear.default, (x, [draw(6, 8)], None))
+    contract.opcheck(torch.ops.petl.frozen_linear_backward.default, (draw(3, 4, 6), [draw(6, 8)], True, True))
+    contract.opcheck(torch.ops.petl.frozen_linear_backward.default, (draw(3, 4, 6), [draw(6, 8)], False, False))
 
 
 @pytest.mark.parametrize("backend", contract.BACKENDS)
@@ -119,7 +119,7 @@ def test_bias_may_be_wider_than_the_weight():
 def test_no_gradient_is_computed_that_nobody_asked_for():
     draw = contract.source(torch.float32)
     x, weight = draw(3, 8), draw(6, 8)
-    dx, dbias = torch.ops.petl.frozen_linear_backward(draw(3, 6), weight, False, True, "")
+    dx, dbias = torch.ops.petl.frozen_linear_backward(draw(3, 6), [weight], False, True, "")
     assert dx.shape == (0,) and dbias.shape == (6,)
     assert not ops.frozen_linear(x, weight, draw(6)).requires_grad
 

@@ -163,9 +163,9 @@ def test_opcheck(reduction):
     tensors, labels = leaves_of(contract.source(FP32))
     hidden, weight, bias = (tensor.requires_grad_() for tensor in tensors.values())
     op = torch.ops.petl.linear_cross_entropy.default
-    contract.opcheck(op, (hidden, weight, labels, bias, *DEFAULTS, reduction, True, True, True))
-    contract.opcheck(op, (hidden, weight.detach(), labels, None, *DEFAULTS, reduction, True, False, False))
-    contract.opcheck(op, (hidden.detach(), weight.detach(), labels, None, *DEFAULTS, reduction, False, False, False))
+    contract.opcheck(op, (hidden, [weight], labels, bias, *DEFAULTS, reduction, True, True, True))
+    contract.opcheck(op, (hidden, [weight.detach()], labels, None, *DEFAULTS, reduction, True, False, False))
+    contract.opcheck(op, (hidden.detach(), [weight.detach()], labels, None, *DEFAULTS, reduction, False, False, False))
 
 
 def test_opcheck_of_backward():
@@ -173,8 +173,8 @@ def test_opcheck_of_backward():
     hidden, weight, bias = tensors.values()
     op = torch.ops.petl.linear_cross_entropy_backward.default
     dlosses = torch.randn(2, 5)
-    contract.opcheck(op, (dlosses, hidden, weight, labels, bias, *DEFAULTS, True, True, True))
-    contract.opcheck(op, (dlosses, hidden, weight, labels, None, *DEFAULTS, False, True, False))
+    contract.opcheck(op, (dlosses, hidden, [weight], labels, bias, *DEFAULTS, True, True, True))
+    contract.opcheck(op, (dlosses, hidden, [weight], labels, None, *DEFAULTS, False, True, False))
     scaled = torch.ops.petl.linear_cross_entropy_scaled.default
     torch.library.opcheck(scaled, (hidden, torch.randn(1), torch.bfloat16))
     torch.library.opcheck(scaled, (hidden.bfloat16(), torch.randn(10), torch.bfloat16))
@@ -229,7 +229,7 @@ def test_keeps_nothing_without_gradients():
         loss = ops.linear_cross_entropy(tensors["hidden"], weight, labels)
     assert not loss.requires_grad
     _, dhidden, dweight, dbias, _ = torch.ops.petl.linear_cross_entropy(
-        tensors["hidden"], weight.detach(), labels, None, *DEFAULTS, "mean", False, True, False, ""
+        tensors["hidden"], [weight.detach()], labels, None, *DEFAULTS, "mean", False, True, False, ""
     )
     assert dhidden.shape == dbias.shape == (0,) and dweight.shape == (13, 7)
 
@@ -258,7 +258,7 @@ def test_peak_memory_is_the_chunk(backend, needs, weight_dtype, blocks):
     living = [hidden, labels, weight, bias]
 
     def work():
-        compute(kernel, hidden, weight, labels, bias, 0.1, "uniform", 1.0, -100, chunk_bytes, None, *needs)
+        compute(kernel, hidden, [weight], labels, bias, 0.1, "uniform", 1.0, -100, chunk_bytes, None, *needs)
 
     peak = peak_bytes(work, living, torch.device("cpu")) - sum(tensor.nbytes for tensor in living)
     dhidden, dweight, dbias = (

@@ -212,7 +212,7 @@ def padded(size: int, largest: int) -> int:
 
 
 def alignment(ranks: tuple[int, ...]) -> int:
-    """The largest power of two, up to 16, that divides every rank: how wide loads along ranks may be."""
+    """The largest power of two, up to 16, that divides every rank (and stride): how wide loads along ranks may be."""
     return math.gcd(16, *ranks)
 
 

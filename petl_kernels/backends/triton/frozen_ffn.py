@@ -16,26 +16,27 @@ from petl_kernels.backends.triton import config
 from petl_kernels.backends.triton.activation import activate, derivative
 from petl_kernels.backends.triton.common import as_rows, launch, load, store, sum_partials
 from petl_kernels.backends.triton.frozen_linear import column_sums
+from petl_kernels.ops.quantised import is_quantised, out_features, project, project_back
 
 
 def frozen_ffn(x, w1, c1, w2, c2, gate, activation: str, keeps: str):
     rows = as_rows(x)
-    tokens, f = rows.shape[0], w1.shape[0]
+    tokens, f = rows.shape[0], out_features(w1, rows.shape[1])
     y = x.new_empty(rows.shape)
     bits = x.new_empty(tokens, triton.cdiv(f, 8), dtype=torch.uint8) if keeps == "bits" else None
     z = x.new_empty(tokens, f) if keeps == "z" else None
-    g = x.new_empty(tokens, f) if keeps == "z" and gate is not None else None
+    g = x.new_empty(tokens, f) if keeps == "z" and gate else None
     hidden = _chunk_like(rows, f)
-    gates = None if gate is None or keeps == "z" else torch.empty_like(hidden)
+    gates = torch.empty_like(hidden) if gate and keeps != "z" else None
     for part, chunk in _chunks(rows, f):
         h = hidden[chunk]
         z_rows = h if z is None else z[part]
-        torch.mm(rows[part], w1.t(), out=z_rows)
-        g_rows = None if gate is None else gates[chunk] if g is None else g[part]
-        if gate is not None:
-            torch.mm(rows[part], gate.t(), out=g_rows)
+        _multiply(rows[part], w1, None, z_rows)
+        g_rows = None if not gate else gates[chunk] if g is None else g[part]
+        if gate:
+            _multiply(rows[part], gate, None, g_rows)
         _activate_rows(h, None if bits is None else bits[part], z_rows, g_rows, c1, z is not None, activation)
-        _multiply(h, w2.t(), c2, y[part])
+        _multiply(h, w2, c2, y[part])
     kept = bits if bits is not None else z
     return y.view(x.shape), *(x.new_empty(0) if value is None else value for value in (kept, g))
 
@@ -43,40 +44,51 @@ def frozen_ffn(x, w1, c1, w2, c2, gate, activation: str, keeps: str):
 def frozen_ffn_backward(
     dy, x, kept_z, kept_g, w1, c1, w2, gate, activation: str, keeps: str, need_dx, need_dc1, need_dc2
 ):  # fmt: skip
-    rows, f = as_rows(dy), w1.shape[0]
+    rows = as_rows(dy)
+    f = out_features(w1, rows.shape[1])
     x_rows = None if x is None else as_rows(x)
     dx = dy.new_empty(rows.shape if need_dx else 0)
     dc1 = dy.new_zeros(f if need_dc1 else 0, dtype=torch.float32)
     if need_dx or need_dc1:
         hidden = _chunk_like(rows, f)
-        gates = None if gate is None else torch.empty_like(hidden)
+        gates = torch.empty_like(hidden) if gate else None
         again = torch.empty_like(hidden) if keeps == "x" else None
-        gates_again = torch.empty_like(hidden) if keeps == "x" and gate is not None else None
+        gates_again = torch.empty_like(hidden) if keeps == "x" and gate else None
     for part, chunk in _chunks(rows, f) if need_dx or need_dc1 else ():
-        dz = torch.mm(rows[part], w2, out=hidden[chunk])
-        dg = None if gate is None else gates[chunk]
+        dz = _multiply_back(rows[part], w2, hidden[chunk])
+        dg = gates[chunk] if gate else None
         bits = z = g = None
         if keeps == "bits":
             bits = kept_z[part]
         elif keeps == "z":
-            z, g = kept_z[part], None if gate is None else kept_g[part]
+            z, g = kept_z[part], kept_g[part] if gate else None
         else:
-            z = torch.mm(x_rows[part], w1.t(), out=again[chunk])
-            g = None if gate is None else torch.mm(x_rows[part], gate.t(), out=gates_again[chunk])
+            z = _multiply(x_rows[part], w1, None, again[chunk])
+            g = _multiply(x_rows[part], gate, None, gates_again[chunk]) if gate else None
         _activate_rows_backward(dz, dg, bits, z, g, c1 if keeps == "x" else None, dc1 if need_dc1 else None, activation)
         if need_dx:
-            torch.mm(dz, w1, out=dx[part])
-            if gate is not None:
-                dx[part].addmm_(dg, gate)
+            _multiply_back(dz, w1, dx[part])
+            if gate:
+                _multiply_back(dg, gate, dx[part], add=True)
     dc2 = column_sums(rows) if need_dc2 else dy.new_empty(0, dtype=torch.float32)
     return dx.view(dy.shape if need_dx else (0,)), dc1, dc2
 
 
-def _multiply(h, weight, bias, out) -> None:
+def _multiply(rows, weight, bias, out) -> torch.Tensor:
+    """out = rows Wᵀ + bias"""
+    if is_quantised(weight):
+        return out.copy_(project(rows, weight, bias, "triton"))
     if bias is None:
-        torch.mm(h, weight, out=out)
-    else:
-        torch.addmm(bias, h, weight, out=out)
+        return torch.mm(rows, weight[0].t(), out=out)
+    return torch.addmm(bias, rows, weight[0].t(), out=out)
+
+
+def _multiply_back(rows, weight, out, add: bool = False) -> torch.Tensor:
+    """out = or += rows W"""
+    if is_quantised(weight):
+        product = project_back(rows, weight, "triton")
+        return out.add_(product) if add else out.copy_(product)
+    return out.addmm_(rows, weight[0]) if add else torch.mm(rows, weight[0], out=out)
 
 
 def _chunks(rows: torch.Tensor, hidden: int) -> Iterator[tuple[slice, slice]]:

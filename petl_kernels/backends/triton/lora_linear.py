@@ -7,6 +7,8 @@ from the rank part. Backward, five: ds, dx, and the sums over tokens dB, dA with
 t tokens, width d and total rank R, each skinny launch moves 2td bytes (16-bit) for 2tdR operations, so it is bound by
 memory below R of about 200 on an H200; the rank parts of y and dx add R/d to the frozen product and no traffic of note.
 
+A quantised W takes its product from ``quantised_project`` and the rank part from plain products.
+
 ds is not fused into dx: each of dx's column tiles would form it again, at R/BN of the product (6 to 25%), to save one
 read of dy that mostly hits the L2 cache.
 """
@@ -35,6 +37,8 @@ from petl_kernels.backends.triton.common import (
     swizzle,
     total_size,
 )
+from petl_kernels.ops import philox
+from petl_kernels.ops.quantised import is_quantised, project, project_back, split_parts
 
 
 def lora_linear(
@@ -50,12 +54,17 @@ def lora_linear(
     rows = as_rows(x)
     ranks = [m.shape[0] for m in a]
     s = x.new_empty(rows.shape[0], sum(ranks))
-    ys = [x.new_empty(rows.shape[0], w.shape[0]) for w in weights]
+    weights = split_parts(weights)
+    ys = [x.new_empty(rows.shape[0], b_g.shape[0]) for b_g in b]
     if rows.shape[0]:
         for part in _parts(len(weights)):
             s_part = s.narrow(1, sum(ranks[: part.start]), sum(ranks[part]))
             _project(s_part, rows, _same_dtype(a[part]), dropout, seed)
-            _outputs(ys[part], rows, s_part, weights[part], biases[part], _same_dtype(b[part]), scales[part])
+            if any(map(is_quantised, weights[part])):
+                _quantised_outputs(ys[part], rows, s_part, weights[part], biases[part], b[part], scales[part])
+            else:
+                dense = [w for (w,) in weights[part]]
+                _outputs(ys[part], rows, s_part, dense, biases[part], _same_dtype(b[part]), scales[part])
     return [y.view(*x.shape[:-1], y.shape[1]) for y in ys], s
 
 
@@ -77,7 +86,8 @@ def lora_linear_backward(
     ranks = [m.shape[0] for m in a]
     new = torch.Tensor.new_empty if rows.shape[0] else torch.Tensor.new_zeros
     da, db = [new(m, m.shape) for m in a], [new(m, m.shape) for m in b]
-    bias_sizes = [w.shape[0] if need else 0 for w, need in zip(weights, need_dbias, strict=True)]
+    weights = split_parts(weights)
+    bias_sizes = [b_g.shape[0] if need else 0 for b_g, need in zip(b, need_dbias, strict=True)]
     dbias = [new(x, size, dtype=torch.float32) for size in bias_sizes]
     parts = _parts(len(weights))
     # One launch covers three linears; the dx of more of them is added up in fp32.
@@ -88,7 +98,12 @@ def lora_linear_backward(
             a_part, b_part = _same_dtype(a[part]), _same_dtype(b[part])
             ds = _rank_gradients(dys[part], b_part, scales[part], s_part)
             if need_dx:
-                _input_gradient(dx, dys[part], ds, weights[part], a_part, dropout, seed, add=part.start > 0)
+                add = part.start > 0
+                if any(map(is_quantised, weights[part])):
+                    _quantised_input_gradient(dx, dys[part], ds, weights[part], a_part, dropout, seed, add)
+                else:
+                    dense = [w for (w,) in weights[part]]
+                    _input_gradient(dx, dys[part], ds, dense, a_part, dropout, seed, add)
             _adapter_gradients(
                 da[part], db[part], dbias[part], dys[part], rows, s_part, ds, scales[part], dropout, seed
             )
@@ -132,8 +147,14 @@ def _outputs(ys, x, s, weights, biases, b, scales) -> None:
         _outputs_kernel, grid, tuple(ys), x, s, tuple(w.contiguous() for w in weights),
         None if biases[0] is None else tuple(biases), b, tuple(map(float, scales)), rows, inner, sizes, ranks,
         x.stride(0), s.stride(0), BM=tile.m, BN=tile.n, BK=tile.k, BR=config.rank_block(x, ranks, max(ranks)),
-        ALIGN=config.alignment(ranks), GROUP=config.TILE_GROUP, warps=tile.warps, stages=tile.stages,
+        ALIGN=config.alignment((*ranks, s.stride(0))), GROUP=config.TILE_GROUP, warps=tile.warps, stages=tile.stages,
     )  # fmt: skip
+
+
+def _quantised_outputs(ys, rows, s, weights, biases, b, scales) -> None:
+    factors = s.split([b_g.shape[1] for b_g in b], 1)
+    for y, weight, bias, s_g, b_g, scale in zip(ys, weights, biases, factors, b, scales, strict=True):
+        y.copy_(project(rows, weight, bias, "triton")).addmm_(s_g, b_g.to(s.dtype).t(), alpha=scale)
 
 
 def _rank_gradients(dys, b, scales, s) -> torch.Tensor:
@@ -169,6 +190,13 @@ def _input_gradient(dx, dys, ds, weights, a, dropout, seed, add: bool) -> None:
     )  # fmt: skip
 
 
+def _quantised_input_gradient(dx, dys, ds, weights, a, dropout, seed, add: bool) -> None:
+    total = philox.dropout(ds @ torch.cat(a).to(ds.dtype), dropout, seed)
+    for dy, weight in zip(dys, weights, strict=True):
+        total = total + project_back(dy, weight, "triton")
+    dx.add_(total) if add else dx.copy_(total)
+
+
 def _adapter_gradients(da, db, dbias, dys, x, s, ds, scales, dropout, seed) -> None:
     rows, inner = x.shape
     ranks, sizes = tuple(m.shape[0] for m in da), tuple(m.shape[0] for m in db)
@@ -188,7 +216,7 @@ def _adapter_gradients(da, db, dbias, dys, x, s, ds, scales, dropout, seed) -> N
     launch(
         _b_gradients_kernel, (*b_grid, splits), partials, tuple(dys), s, tuple(map(float, scales)), rows, sizes, ranks,
         tuple(dy.stride(0) for dy in dys), s.stride(0), ends[-1], ends[2 * len(sizes)],
-        BIAS=with_bias, ALIGN=config.alignment(ranks), BM=tile.k, BN=tile.m, BR=b_block,
+        BIAS=with_bias, ALIGN=config.alignment((*ranks, s.stride(0))), BM=tile.k, BN=tile.m, BR=b_block,
         warps=tile.warps, stages=tile.stages,
     )  # fmt: skip
     seed, threshold, keep_scale, constants = dropout_arguments(dropout, seed, inner)

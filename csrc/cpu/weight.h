@@ -1,0 +1,30 @@
+// A frozen weight in any storage, and the products with it. What its parts are: petl_kernels/ops/quantised.py.
+#pragma once
+
+#include "common.h"
+
+namespace petl {
+
+// A matrix (out, in), held as one dense tensor, as int8 or as NF4.
+struct Weight {
+  at::TensorList parts;
+  int64_t out, in;
+
+  bool dense() const { return parts.size() == 1; }
+};
+
+// The weight of these parts, when one of its sizes is known.
+Weight weight_with_in(at::TensorList parts, int64_t in);
+Weight weight_with_out(at::TensorList parts, int64_t out);
+
+// Several weights (·, in), whose parts stand one after the other.
+std::vector<Weight> weights_with_in(at::TensorList flat, int64_t in);
+
+// x (rows, in) Ŵᵀ [+ bias (out,)], and dy (rows, out) Ŵ, in the dtype of x and dy, which a dense weight has too. A
+// quantised one exists in tiles of at most 1 MiB. out may be a view into a larger matrix.
+Tensor project(const Tensor& x, const Weight& weight, const OptionalTensor& bias);
+void project_out(Tensor out, const Tensor& x, const Weight& weight, const OptionalTensor& bias = std::nullopt);
+Tensor project_back(const Tensor& dy, const Weight& weight);
+void project_back_out(Tensor out, const Tensor& dy, const Weight& weight, bool add = false);
+
+} // namespace petl

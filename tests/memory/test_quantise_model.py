@@ -1,0 +1,213 @@
+"""A model whose frozen weights are quantised is the model of the dequantised weights, in every tier and method."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from layers.lean_cases import adapted, exact_rms_norms, ragged, step, worst
+from methods.models import batch, build
+from torch import nn
+
+import petl_kernels as pk
+from petl_kernels.errors import InputError
+from petl_kernels.memory.quantise_model import quantise_model
+from petl_kernels.methods import METHODS
+from petl_kernels.ops.quantised import STORAGES, QuantisedTensor
+
+FP32, FP64 = torch.float32, torch.float64
+FAMILIES = ("m2m100", "t5")
+storages = pytest.mark.parametrize("storage", STORAGES)
+families = pytest.mark.parametrize("family", FAMILIES)
+
+
+def dense_twin(model: nn.Module, dtype: torch.dtype = FP64) -> nn.Module:
+    """A copy with the dequantised weights, in ``dtype``."""
+    twin, made = copy.deepcopy(model), {}
+    for module in twin.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if isinstance(parameter, QuantisedTensor):
+                if parameter not in made:
+                    made[parameter] = nn.Parameter(parameter.dequantise(dtype), requires_grad=False)
+                setattr(module, name, made[parameter])
+    twin = twin.to(dtype)
+    exact_rms_norms(twin)
+    return twin
+
+
+def quantised_names(model: nn.Module) -> set[str]:
+    named = model.named_parameters(remove_duplicate=False)
+    return {name for name, parameter in named if isinstance(parameter, QuantisedTensor)}
+
+
+@storages
+@families
+@pytest.mark.parametrize("method", ["lora", "adapter"])
+def test_training_is_that_of_the_dequantised_weights(family, method, storage):
+    model = quantise_model(adapted(family, method, dtype=FP32), storage)
+    exact_rms_norms(model)
+    inputs = ragged(model)
+    plain = step(dense_twin(model), inputs)
+    assert len(plain) > 4
+    rounding, _ = worst(step(dense_twin(model, FP32), inputs), plain)  # what fp32 itself does to the dense model
+    for tier in (0, 1, 2, 3):
+        difference, name = worst(step(pk.lean(model, tier), inputs), plain)
+        assert difference < 1e-6 + 2 * rounding < 1e-4, (tier, name, difference)
+    in_fp64 = model.to(FP64)  # the products are those of x's dtype: the same weights, without rounding between them
+    for tier in (0, 1, 2, 3, 4, 5):
+        difference, name = worst(step(pk.lean(in_fp64, tier), inputs), plain)
+        assert difference < 1e-9, (tier, name, difference)
+
+
+@storages
+@pytest.mark.parametrize("family", ["mbart", "marian"])
+@pytest.mark.parametrize("method", ["parallel", "prefix", "ia3", "bitfit"])
+def test_other_families_and_methods(family, method, storage):
+    model = quantise_model(adapted(family, method, dtype=FP64), storage)
+    inputs = ragged(model)
+    plain = step(dense_twin(model), inputs)
+    for tier in (0, 2, 3):
+        difference, name = worst(step(pk.lean(model, tier), inputs), plain)
+        assert difference < 1e-9, (tier, name, difference)
+
+
+@storages
+@families
+def test_what_is_quantised(family, storage):
+    plain = build(family)
+    model = adapted(family, "adapter", dtype=FP32)
+    before, reported = sum(p.numel() for p in plain.parameters()), pk.report(model)
+    assert quantise_model(model, storage) is model
+    names = quantised_names(model)
+    expected = {
+        f"{path}.weight"
+        for path, module in plain.named_modules()
+        if isinstance(module, (nn.Linear, nn.Embedding)) and "relative" not in path and "position" not in path
+    }
+    assert names == expected and any("lm_head" in name for name in names)
+
+    # tied before, tied after
+    def ties(of):
+        groups = {}
+        for name, parameter in of.named_parameters(remove_duplicate=False):
+            groups.setdefault(id(parameter), set()).add(name)
+        return sorted(map(sorted, (group for group in groups.values() if len(group) > 1)))
+
+    assert ties(model) == ties(plain) and ties(plain)
+    after = pk.report(model)
+    assert (after.total, after.trained, after.frozen) == (before, reported.trained, reported.frozen)
+    assert str(after) == str(reported)
+    held = sum(part.nbytes for p in set(model.parameters()) if isinstance(p, QuantisedTensor) for part in p.parts())
+    dense = sum(4 * p.numel() for p in set(model.parameters()) if isinstance(p, QuantisedTensor))
+    assert held < dense * {"int8": 0.29, "nf4": 0.14}[storage]
+
+
+@storages
+@families
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_before_or_after_adapting(family, storage, order):
+    model = build(family)
+    if order == "before":
+        quantise_model(model.requires_grad_(False), storage)
+    torch.manual_seed(3)
+    pk.adapt(model, pk.LoRA(rank=2))
+    if order == "after":
+        quantise_model(model, storage)
+    assert all(not isinstance(p, QuantisedTensor) for p in pk.trainable_parameters(model))
+    inputs = ragged(model)
+    first = step(pk.lean(model, 2), inputs)["loss"]
+    optimizer = torch.optim.AdamW(pk.trainable_parameters(model), lr=0.05)
+    for _ in range(4):
+        optimizer.zero_grad()
+        model(**inputs).loss.backward()
+        optimizer.step()
+    assert step(model, inputs)["loss"] < first
+
+
+@storages
+@families
+def test_generation_with_a_cache(family, storage):
+    model = quantise_model(adapted(family, "lora", dtype=FP64).eval(), storage)
+    pk.lean(model, 2)
+    inputs = {name: value for name, value in batch(model).items() if name != "decoder_input_ids"}
+    options = {"max_new_tokens": 6, "num_beams": 2, "do_sample": False}
+    assert torch.equal(model.generate(**inputs, **options), dense_twin(model).generate(**inputs, **options))
+
+
+@storages
+@families
+def test_the_loss_without_logits_and_the_logits(family, storage):
+    model = pk.lean(quantise_model(adapted(family, "lora", dtype=FP64), storage), 1)
+    inputs = ragged(model)
+    output = model(**inputs)
+    other = pk.lean(dense_twin(model), 0)(**inputs)
+    torch.testing.assert_close(output.loss, other.loss)
+    torch.testing.assert_close(output.logits, other.logits)
+
+
+@storages
+def test_autocast_and_16_bits(storage):
+    model = pk.lean(quantise_model(adapted("m2m100", "lora", dtype=FP32), storage), 2)
+    inputs = ragged(model)
+    exact = step(dense_twin(model), inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = step(model, inputs)
+    assert worst({"loss": found["loss"]}, {"loss": exact["loss"]})[0] < 0.02
+    model.to(torch.bfloat16)
+    assert worst({"loss": step(model, inputs)["loss"]}, {"loss": exact["loss"]})[0] < 0.05
+
+
+@storages
+def test_copies_and_adapter_files(storage, tmp_path):
+    model = quantise_model(adapted("m2m100", "lora", dtype=FP32), storage)
+    inputs = ragged(model)
+    before = step(model, inputs)
+    assert worst(step(copy.deepcopy(model), inputs), before)[0] == 0
+    pk.save_adapter(model, tmp_path / "a")
+    other = quantise_model(build("m2m100").requires_grad_(False), storage).train()
+    pk.load_adapter(other, tmp_path / "a")
+    torch.testing.assert_close(other(**inputs).loss.detach(), before["loss"])
+
+
+@storages
+def test_several_adapters(storage):
+    model = adapted("m2m100", "lora", dtype=FP32)
+    pk.adapt(model, pk.CrossAttention(), name="cross")
+    quantise_model(model, storage)
+    names = quantised_names(model)
+    assert names and not any("encoder_attn" in name for name in names)
+    pk.use_adapter(model, "default")
+    quantise_model(model, storage)  # what an inactive adapter trains stays dense
+    assert quantised_names(model) == names
+    pk.use_adapter(model, "cross")
+    model(**ragged(model)).loss.backward()
+
+
+@pytest.mark.parametrize("method", ["full", "cross-attention"])
+def test_methods_that_train_the_weights_refuse(method):
+    model = quantise_model(build("m2m100").requires_grad_(False), "nf4")
+    with pytest.raises(InputError, match=r"it trains '.*weight', which is quantised \(nf4\)") as error:
+        pk.adapt(model, METHODS[method]())
+    assert "\n" not in str(error.value) and str(error.value).startswith(method)
+    pk.adapt(model, pk.LoRA(rank=2))  # the model is as it was
+
+
+@pytest.mark.parametrize("config", [pk.LoRA(rank=2), pk.IA3()], ids=["lora", "ia3"])
+def test_merging_refuses(config):
+    model = pk.adapt(quantise_model(build("m2m100").requires_grad_(False), "int8"), config)
+    with pytest.raises(InputError, match=r"merge: it changes '.*weight', which is quantised \(int8\)") as error:
+        pk.merge(model)
+    assert "\n" not in str(error.value)
+
+
+def test_wrong_input():
+    with pytest.raises(InputError, match="storage is 'int4': expected int8 or nf4"):
+        quantise_model(build("t5"), "int4")
+    with pytest.raises(InputError, match="T5ForConditionalGeneration has no frozen linear layer"):
+        quantise_model(build("t5"), "int8")
+
+
+def test_on_the_meta_device():
+    model = quantise_model(build("m2m100").to("meta").requires_grad_(False), "nf4")
+    assert quantised_names(model) and all(parameter.is_meta for parameter in model.parameters())
