@@ -231,7 +231,7 @@ class Planner:
         self.weights = _Weights(model, self.structure)
         product = autocast or next((p.dtype for p in model.parameters() if p.dim() > 1 and not p.requires_grad), None)
         self.rates: Rates = measure_rates(device, product or torch.float32)
-        self._shallow: dict[tuple[int, int], nn.Module] = {}
+        self._shallow: dict[tuple[tuple[int, int], str], nn.Module] = {}
         self.mode = simulate.fake_mode()
 
     # ---- choosing
@@ -277,6 +277,8 @@ class Planner:
         for storage in storages:
             for optimizer in optimizers:
                 for count in dict.fromkeys(streamed):
+                    if count and storage != "dense" and self.device.type == "cpu":
+                        continue  # they would have to be in memory once, to be rounded and written
                     yield Setting(storage, optimizer, count, chunk_bytes)
 
     def _tiers(self, rows: int, chunk_bytes: int, room: int) -> tuple[int, ...] | None:
@@ -348,20 +350,19 @@ class Planner:
         return _Slopes(*(a + share * (b - a) for a, b in values))
 
     @functools.cache  # noqa: B019
-    def _measured(self, tier: int, rows: int, chunk_bytes: int) -> _Slopes:
-        one, two, both = (self._phases(depth, tier, rows, chunk_bytes) for depth in ((1, 1), (2, 1), (2, 2)))
+    def _measured(self, tier: int, rows: int, chunk_bytes: int, storage: str = "dense") -> _Slopes:
+        one, two, both = (self._phases(depth, storage, tier, rows, chunk_bytes) for depth in ((1, 1), (2, 1), (2, 2)))
         encoder, decoder = two.kept - one.kept, both.kept - two.kept
         layers = 2 * (encoder + decoder)
         if tier == 5:  # the simulation runs on the CPU, where host memory is the device's
             encoder, decoder = (max(0, kept - self._input_bytes(rows)) for kept in (encoder, decoder))
         return _Slopes(encoder, decoder, both.forward - layers, both.backward - layers)
 
-    @functools.cache  # noqa: B019
-    def _phases(self, depth: tuple[int, int], tier: int, rows: int, chunk_bytes: int) -> Phases:
+    def _phases(self, depth: tuple[int, int], storage: str, tier: int, rows: int, chunk_bytes: int) -> Phases:
         with self.mode:
-            if depth not in self._shallow:
-                self._shallow[depth] = simulate.shallow(self.model, *depth)
-            model = self._shallow[depth]
+            if (depth, storage) not in self._shallow:
+                self._shallow[depth, storage] = simulate.shallow(self.model, *depth, storage)
+            model = self._shallow[depth, storage]
             simulate.set_tiers(model, tier)
             model.petl_chunk_bytes = chunk_bytes
             return simulate.step(model, Batch(rows, self.longest, self.longest), self.autocast)
@@ -372,7 +373,7 @@ class Planner:
 
     def parts(self, setting: Setting, rows: int, tiers: tuple[int, ...]) -> dict[str, int]:
         """Bytes by purpose at the worst moment of a step, which add up to its peak."""
-        slopes = {tier: self._measured(tier, rows, setting.chunk_bytes) for tier in set(tiers)}
+        slopes = {tier: self._measured(tier, rows, setting.chunk_bytes, setting.storage) for tier in set(tiers)}
         kept, rest = self._kept_and_rest(tiers, slopes)
         parts = {**self._fixed(setting), "kept for backward": round(kept), "at the worst moment": round(rest)}
         return parts | ({"CUDA context": self._context()} if self._context() else {})

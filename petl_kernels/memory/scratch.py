@@ -13,6 +13,9 @@ from torch import Tensor
 from petl_kernels.ops.common import accumulate_dtype
 from petl_kernels.ops.frozen_ffn import chunk_rows
 from petl_kernels.ops.linear_cross_entropy import SCALED_BYTES
+from petl_kernels.ops.quantised import TILE_BYTES, is_quantised, out_features
+
+_TILES = TILE_BYTES
 
 
 def scratch_bytes(function, args: tuple) -> int:
@@ -29,14 +32,35 @@ def scratch_bytes(function, args: tuple) -> int:
 
 def _linear_cross_entropy(given: dict) -> int:
     hidden, d, chunk_bytes = given["hidden"], given["hidden"].shape[-1], given["chunk_bytes"]
-    rows, words = hidden.numel() // d, _rows_of(given["weight"], d)
+    rows, words = hidden.numel() // d, out_features(given["weight"], d)
     size = min(rows, max(1, chunk_bytes // (words * hidden.itemsize)))
     size = -(-rows // -(-rows // max(1, size)))
     # the logits of a chunk and the gradient of its rows
     total = size * (words + d) * hidden.itemsize
-    if _dtype_of(given["weight"]) != hidden.dtype:  # blocks of words in the dtype of hidden, sums over them in a wider one
-        total += min(words * d * hidden.itemsize, chunk_bytes // 4) + size * d * accumulate_dtype(hidden.dtype).itemsize
+    sums = size * d * accumulate_dtype(hidden.dtype).itemsize
+    block = max(1, min(words, chunk_bytes // 4 // (d * hidden.itemsize)))
+    if is_quantised(given["weight"]):  # the logits of a block of words, or what it adds to the gradient
+        return total + max(size * block * hidden.itemsize, sums + size * d * hidden.itemsize) + _TILES
+    if given["weight"][0].dtype != hidden.dtype:  # a block in the dtype of hidden, sums over blocks in a wider one
+        total += block * d * hidden.itemsize + sums
     return total
+
+
+def _frozen_linear_backward(given: dict) -> int:
+    return _back(given["dy"]) if is_quantised(given["weight"]) else 0
+
+
+def _lora_linear(given: dict) -> int:
+    return _TILES if is_quantised(given["weights"]) else 0
+
+
+def _lora_linear_backward(given: dict) -> int:
+    return _back(given["x"]) if is_quantised(given["weights"]) else 0
+
+
+def _back(rows: Tensor) -> int:
+    """Of a product with a quantised weight: a tile, and fp32 sums of some rows."""
+    return _TILES + 2 * min(rows.numel(), 1024 * rows.shape[-1]) * 4
 
 
 def _scaled(given: dict) -> int:
@@ -44,19 +68,19 @@ def _scaled(given: dict) -> int:
 
 
 def _frozen_ffn(given: dict) -> int:
-    return _ffn_chunks(given, given["x"], 1 if given["gate"] is None or given["keeps"] == "z" else 2)
+    return _ffn_chunks(given, given["x"], 1 if not given["gate"] or given["keeps"] == "z" else 2)
 
 
 def _frozen_ffn_backward(given: dict) -> int:
-    gated = given["gate"] is not None
-    chunks = (2 if gated else 1) * (2 if given["keeps"] == "x" else 1)
+    chunks = (2 if given["gate"] else 1) * (2 if given["keeps"] == "x" else 1)
     return _ffn_chunks(given, given["dy"], chunks)
 
 
 def _ffn_chunks(given: dict, x: Tensor, chunks: int) -> int:
     d = x.shape[-1]
-    hidden = _rows_of(given["w1"], d)
-    return chunks * chunk_rows(x.numel() // d, hidden, x.itemsize) * hidden * x.itemsize
+    hidden = out_features(given["w1"], d)
+    products = chunks * chunk_rows(x.numel() // d, hidden, x.itemsize) * hidden * x.itemsize
+    return products + (_back(x) if is_quantised(given["w1"]) else 0)
 
 
 def _attention(given: dict, buffers: int = 1) -> int:
@@ -82,19 +106,12 @@ def _bottleneck_adapter_backward(given: dict) -> int:
     return _bottleneck_adapter(given) + 2 * slices * down.numel() * 4
 
 
-def _rows_of(weight: Tensor | list[Tensor], columns: int) -> int:
-    """N of a weight (N, columns), dense or in its quantised parts."""
-    data = weight if isinstance(weight, Tensor) else weight[0]
-    return data.shape[0] if data.dim() == 2 else 2 * data.shape[0] // columns
-
-
-def _dtype_of(weight: Tensor | list[Tensor]) -> torch.dtype:
-    return (weight if isinstance(weight, Tensor) else weight[0]).dtype
-
-
 _RULES: dict[str, Callable[[dict], int]] = {
     "linear_cross_entropy": _linear_cross_entropy,
     "linear_cross_entropy_scaled": _scaled,
+    "frozen_linear_backward": _frozen_linear_backward,
+    "lora_linear": _lora_linear,
+    "lora_linear_backward": _lora_linear_backward,
     "frozen_ffn": _frozen_ffn,
     "frozen_ffn_backward": _frozen_ffn_backward,
     "attention": _attention,

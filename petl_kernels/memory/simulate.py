@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from petl_kernels.errors import InputError
 from petl_kernels.layers.lean import lean_layers
 from petl_kernels.memory.peak import Ledger
+from petl_kernels.memory.quantise_model import quantise_model
 from petl_kernels.methods.base import active_name, records
 
 # How configurations of the two families name their depths.
@@ -58,10 +59,11 @@ def depths(model: nn.Module) -> tuple[int, int]:
     return tuple(getattr(model.config, name) for name in _depth_names(model.config))
 
 
-def shallow(model: nn.Module, encoder: int, decoder: int) -> nn.Module:
+def shallow(model: nn.Module, encoder: int, decoder: int, storage: str = "dense") -> nn.Module:
     """A model like ``model`` with that many layers, on the fake tensors of the mode that is on.
 
-    Dtypes, dropout rates, the active adapter's method and what is trained are those of ``model``.
+    Dtypes, dropout rates, the active adapter's method and what is trained are those of ``model``; frozen weights are
+    in ``storage``.
     """
     config = copy.deepcopy(model.config)
     for name, depth in zip(_depth_names(config), (encoder, decoder), strict=True):
@@ -81,6 +83,8 @@ def shallow(model: nn.Module, encoder: int, decoder: int) -> nn.Module:
 
         adapt(like, records(model)[name].config)
     _set_rates(like, model)
+    if storage != "dense":
+        quantise_model(like, storage)
     return like.train(True)
 
 
@@ -92,7 +96,8 @@ def step(model: nn.Module, batch: Batch, autocast: torch.dtype | None = None) ->
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.empty_like(parameter)
-    living = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]
+    gradients = [p.grad for p in model.parameters() if p.requires_grad]
+    living = [*model.parameters(), *model.buffers(), *gradients]
     with Ledger(living) as ledger, torch.autocast("cpu", autocast, enabled=autocast is not None):
         always = ledger.live
         output = model(input_ids=ids, attention_mask=lengths, labels=labels, **_loss_options(model))

@@ -12,6 +12,7 @@ import petl_kernels as pk
 from petl_kernels.errors import InputError
 from petl_kernels.memory.cost import ASSUMED
 from petl_kernels.memory.plan import Plan, Planner, Setting, plan
+from petl_kernels.memory.quantise_model import quantise_model
 
 _C = pytest.importorskip("petl_kernels._C")
 
@@ -20,7 +21,7 @@ MIB = 2**20
 WIDE = {"vocab_size": 4000, "d_model": 256, "encoder_ffn_dim": 1024, "decoder_ffn_dim": 1024, "encoder_layers": 3}
 WIDE |= {"max_position_embeddings": 512, "dropout": 0.1}
 
-# family, method, tiers of 5 layers, dtype of the frozen weights, autocast
+# family, method, tiers of 5 layers, dtype of the frozen weights, autocast, and their storage where it is not dense
 CASES = {
     "m2m100, LoRA, tier 1": ("m2m100", pk.LoRA(rank=8), (1,) * 5, torch.bfloat16, None),
     "m2m100, adapters, tier 2": ("m2m100", pk.Adapter(bottleneck=32), (2,) * 5, torch.bfloat16, None),
@@ -32,11 +33,13 @@ CASES = {
     "m2m100, sub-layer adapters, autocast": (
         "m2m100", pk.Adapter(bottleneck=16, placement="sublayer"), (1,) * 5, torch.float32, torch.bfloat16,
     ),
+    "m2m100, LoRA, int8": ("m2m100", pk.LoRA(rank=8), (2,) * 5, torch.bfloat16, None, "int8"),
+    "mbart, adapters, NF4": ("mbart", pk.Adapter(bottleneck=32), (3,) * 5, torch.float32, torch.bfloat16, "nf4"),
     "t5, LoRA, tier 1": ("t5", pk.LoRA(rank=8, targets=("q", "v")), (1,) * 5, torch.float32, None),
 }  # fmt: skip
 
 
-def made(family: str, method, dtype: torch.dtype):
+def made(family: str, method, dtype: torch.dtype, storage: str = "dense"):
     if family == "t5":
         from transformers import T5Config, T5ForConditionalGeneration
 
@@ -47,7 +50,8 @@ def made(family: str, method, dtype: torch.dtype):
         model = T5ForConditionalGeneration(config)
     else:
         model = build(family, **WIDE)
-    return pk.adapt(model.to(dtype), method)
+    model = pk.adapt(model.to(dtype), method)
+    return model if storage == "dense" else quantise_model(model, storage)
 
 
 def measured_peak(make, tiers, rows: int, length: int, autocast) -> int:
@@ -74,13 +78,15 @@ def measured_peak(make, tiers, rows: int, length: int, autocast) -> int:
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_predicted_peak_is_the_measured_one(case):
-    family, method, tiers, dtype, autocast = CASES[case]
+    family, method, tiers, dtype, autocast, *storage = CASES[case]
+    storage = storage[0] if storage else "dense"
     rows, length = 12, 96
     with torch.device("meta"):
         model = made(family, method, dtype)
     planner = Planner(model, rows * length, length, "adamw", (), CPU, autocast)
-    predicted = sum(planner.parts(Setting("dense", "adamw", 0, 32 * MIB), rows, tiers).values())
-    measured = measured_peak(lambda: made(family, method, dtype), tiers, rows, length, autocast)
+    predicted = sum(planner.parts(Setting(storage, "adamw", 0, 32 * MIB), rows, tiers).values())
+    measured = measured_peak(lambda: made(family, method, dtype, storage), tiers, rows, length, autocast)
+    print(case, predicted / measured)
     assert 0.98 * measured <= predicted <= 1.05 * measured, (predicted / MIB, measured / MIB)
 
 
