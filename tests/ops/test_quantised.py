@@ -307,6 +307,18 @@ def test_state_dict(storage):
 
 
 @storages
+def test_exchanging_the_data_of_a_parameter(storage):
+    layer, other = linear_of(storage), quantise(weight_of(seed=1), storage)
+    weight = layer.weight
+    weight.data = other.to(BF16)
+    assert layer.weight is weight and weight.dtype == BF16 and isinstance(weight, nn.Parameter)
+    assert torch.equal(weight.dequantise(FP32), other.dequantise())
+    for wrong in (weight_of(), other.to("meta")):
+        with pytest.raises(InputError, match="data of a quantised weight: expected another .* on the same device"):
+            weight.data = wrong
+
+
+@storages
 def test_moving_a_model_keeps_its_ties(storage):
     embedding, head = nn.Embedding(40, 72), nn.Linear(72, 40, bias=False)
     embedding.weight = head.weight = parameter_of(storage)
