@@ -233,7 +233,8 @@ def quantise(weight: Tensor, storage: str) -> QuantisedTensor:
         raise InputError("quantise: weight requires grad: expected a frozen weight")
     _check_layout(tuple(weight.shape), storage)
     if weight.is_meta or isinstance(weight, FakeTensor):
-        return empty_quantised(tuple(weight.shape), storage, weight.dtype, weight.device)
+        parts = [weight.new_empty(size, dtype=kind) for size, kind in _part_shapes(*weight.shape, storage)]
+        return QuantisedTensor(parts, tuple(weight.shape), weight.dtype)
     parts = list(dispatch(f"quantise_{storage}", weight.device, active())(weight.detach()))
     if not all(part.isfinite().all() for part in parts if part.is_floating_point()):
         raise InputError("quantise: weight holds inf or nan: expected finite values")

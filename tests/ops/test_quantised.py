@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
 
 from petl_kernels import backends, ops, parity
@@ -360,9 +360,11 @@ def test_without_memory(storage):
     assert F.linear(x, on_meta).shape == (2, 3, 40)
     with FakeTensorMode() as mode:
         fake = empty_quantised((40, 72), storage, FP32)
-        assert quantise(torch.empty(40, 72), storage).shape == (40, 72)
+        dense = torch.empty(40, 72)
+        assert quantise(dense, storage).shape == (40, 72)
         assert F.linear(torch.empty(5, 72), fake).shape == (5, 40)
         assert F.embedding(torch.zeros(2, 3, dtype=torch.int64), fake).shape == (2, 3, 72)
+    assert isinstance(quantise(dense, storage).packed, FakeTensor)
     real = quantise(weight_of(), storage)
     converted = mode.from_tensor(real)
     assert isinstance(converted, QuantisedTensor) and converted.shape == real.shape
