@@ -105,7 +105,10 @@ class Plan:
         if self.rows > 1:
             rows = -(-self.rows // 2)
             return dataclasses.replace(
-                self, rows=rows, micro_tokens=rows * self.longest, micro_batches=-(-self.rows * self.micro_batches // rows)
+                self,
+                rows=rows,
+                micro_tokens=rows * self.longest,
+                micro_batches=-(-self.rows * self.micro_batches // rows),
             )
         highest = (5 if self.device.startswith("cuda") else 4,) * len(self.tiers)
         if self.tiers != highest:

@@ -126,6 +126,8 @@ class QuantisedTensor(torch.Tensor):
             function == Tensor.requires_grad.__set__ and args[1]
         ):
             raise InputError(f"{args[0]!r} requires grad: a quantised weight is frozen, expected a dense one to train")
+        if function == Tensor.data.__set__:
+            return _set_data(*args)
         return super().__torch_function__(function, types, args, kwargs)
 
     @classmethod
@@ -144,6 +146,16 @@ def _rebuild(parts: list[Tensor], shape: tuple[int, int], dtype: torch.dtype, is
 
 def _wants_grad(weight: Tensor, requires_grad: bool = True) -> bool:
     return requires_grad
+
+
+def _set_data(weight: QuantisedTensor, other: Tensor) -> None:
+    if not isinstance(other, QuantisedTensor) or weight.device != other.device:
+        raise InputError("data of a quantised weight: expected another quantised weight on the same device")
+    with torch._C.DisableTorchFunctionSubclass():
+        weight.data = other  # the shape and the dtype
+    weight.storage = other.storage
+    for name, part in zip(_PARTS[other.storage], other.parts(), strict=True):
+        setattr(weight, name, part)
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -221,7 +233,8 @@ def quantise(weight: Tensor, storage: str) -> QuantisedTensor:
         raise InputError("quantise: weight requires grad: expected a frozen weight")
     _check_layout(tuple(weight.shape), storage)
     if weight.is_meta or isinstance(weight, FakeTensor):
-        return empty_quantised(tuple(weight.shape), storage, weight.dtype, weight.device)
+        parts = [weight.new_empty(size, dtype=kind) for size, kind in _part_shapes(*weight.shape, storage)]
+        return QuantisedTensor(parts, tuple(weight.shape), weight.dtype)
     parts = list(dispatch(f"quantise_{storage}", weight.device, active())(weight.detach()))
     if not all(part.isfinite().all() for part in parts if part.is_floating_point()):
         raise InputError("quantise: weight holds inf or nan: expected finite values")
@@ -383,7 +396,7 @@ def reference_quantise_nf4(weight: Tensor) -> list[Tensor]:
     flat = weight.reshape(-1)
     data = torch.empty(-(-flat.shape[0] // 2), dtype=torch.uint8, device=flat.device)
     absmax = torch.empty(-(-flat.shape[0] // BLOCK), dtype=torch.float32, device=flat.device)
-    thresholds = torch.tensor(NF4_THRESHOLDS, device=flat.device)
+    thresholds = _table(NF4_THRESHOLDS, flat.device)
     for part in tiles(absmax.shape[0], BLOCK, torch.float32):
         blocks = _in_blocks(flat[part.start * BLOCK : part.stop * BLOCK], BLOCK)
         absmax[part] = blocks.abs().amax(1)
@@ -414,12 +427,36 @@ def _over(blocks: Tensor, largest: Tensor) -> Tensor:
     return blocks / torch.where(largest == 0, 1.0, largest).unsqueeze(1)
 
 
+<<<<<<< HEAD
+=======
+def dynamic_map(device: torch.device | str = "cpu") -> Tensor:
+    """The 256 entries of the signed dynamic map, sorted."""
+    return _table(_dynamic_entries(), torch.device(device))
+
+
+@functools.cache
+def _dynamic_entries() -> tuple[float, ...]:
+    """0, 1, and on both sides of 0 seven decades, each with twice as many entries as the one below it."""
+    entries = [0.0, 1.0]
+    for i in range(7):
+        bounds = torch.linspace(0.1, 1, 2**i + 1, device="cpu")
+        middles = 10 ** (i - 6) * ((bounds[:-1] + bounds[1:]) / 2)
+        entries += [*middles.tolist(), *(-middles).tolist()]
+    return tuple(sorted(entries))
+
+
+@functools.cache
+def _table(values: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, device=device)
+
+
+>>>>>>> q1
 @register("dequantise", "reference")
 def reference_dequantise(parts: list[Tensor], first_row: int, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     last_row = first_row + rows
     if len(parts) == 2:
         data, scale = (part[first_row:last_row] for part in parts)
-        return (data.float() * scale.float().unsqueeze(1)).to(dtype)
+        return (data.float() * scale.unsqueeze(1)).to(dtype)
     index = torch.arange(first_row * columns, last_row * columns, device=parts[0].device)
     return _nf4_values(parts, index).view(rows, columns).to(dtype)
 
@@ -427,7 +464,7 @@ def reference_dequantise(parts: list[Tensor], first_row: int, rows: int, columns
 def _nf4_values(parts: list[Tensor], index: Tensor) -> Tensor:
     """The values at ``index`` of the flattened weight, in fp32."""
     data, absmax, scale, offset = parts
-    code = torch.tensor(NF4_CODE, device=data.device)
+    code = _table(NF4_CODE, data.device)
     byte = data[index // 2]
     nibble = torch.where(index % 2 == 0, byte >> 4, byte & 15).int()
     block = index // BLOCK

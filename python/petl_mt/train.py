@@ -475,7 +475,9 @@ class _Training:
                 if self.plan is None or self.evaluation_tokens < 2:
                     raise
             self.evaluation_tokens //= 2
-            self.log.say(f"memory {self.config.memory}: evaluation goes on in batches of {self.evaluation_tokens:,} tokens")
+            self.log.say(
+                f"memory {self.config.memory}: evaluation goes on in batches of {self.evaluation_tokens:,} tokens"
+            )
 
     def _write_weights(self) -> None:
         if self.config.method == "full":

@@ -42,9 +42,7 @@ def test_quantise_and_dequantise(shape, storage, dtype):
     for out_dtype in DTYPES.values():
         for first, some in ((0, rows), (rows // 2, rows - rows // 2), (rows - 1, 1), (0, 0)):
             computed = backends.kernel_of("dequantise", "cuda")(found, first, some, columns, out_dtype)
-            assert torch.equal(
-                computed.cpu(), reference_dequantise(expected, first, some, columns, out_dtype)
-            )
+            assert torch.equal(computed.cpu(), reference_dequantise(expected, first, some, columns, out_dtype))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
 
 from petl_kernels import backends, ops, parity
@@ -307,6 +307,18 @@ def test_state_dict(storage):
 
 
 @storages
+def test_exchanging_the_data_of_a_parameter(storage):
+    layer, other = linear_of(storage), quantise(weight_of(seed=1), storage)
+    weight = layer.weight
+    weight.data = other.to(BF16)
+    assert layer.weight is weight and weight.dtype == BF16 and isinstance(weight, nn.Parameter)
+    assert torch.equal(weight.dequantise(FP32), other.dequantise())
+    for wrong in (weight_of(), other.to("meta")):
+        with pytest.raises(InputError, match="data of a quantised weight: expected another .* on the same device"):
+            weight.data = wrong
+
+
+@storages
 def test_moving_a_model_keeps_its_ties(storage):
     embedding, head = nn.Embedding(40, 72), nn.Linear(72, 40, bias=False)
     embedding.weight = head.weight = parameter_of(storage)
@@ -348,9 +360,11 @@ def test_without_memory(storage):
     assert F.linear(x, on_meta).shape == (2, 3, 40)
     with FakeTensorMode() as mode:
         fake = empty_quantised((40, 72), storage, FP32)
-        assert quantise(torch.empty(40, 72), storage).shape == (40, 72)
+        dense = torch.empty(40, 72)
+        assert quantise(dense, storage).shape == (40, 72)
         assert F.linear(torch.empty(5, 72), fake).shape == (5, 40)
         assert F.embedding(torch.zeros(2, 3, dtype=torch.int64), fake).shape == (2, 3, 72)
+    assert isinstance(quantise(dense, storage).packed, FakeTensor)
     real = quantise(weight_of(), storage)
     converted = mode.from_tensor(real)
     assert isinstance(converted, QuantisedTensor) and converted.shape == real.shape
