@@ -53,7 +53,7 @@ def load_pretrained(path_or_id: str | os.PathLike, dtype: torch.dtype = torch.fl
 
 
 def load_skeleton(path_or_id: str | os.PathLike):
-    """(model, tokenizer) as ``load_pretrained``, with parameters on the meta device, in fp32: nothing of the weights is read.
+    """(model, tokenizer) as ``load_pretrained``, with parameters on the meta device, in fp32: no weight is read.
 
     Raises InputError as it does, but for what only the weights can show.
     """

@@ -15,8 +15,8 @@ from petl_kernels.memory.size import format_size
 def capped(memory: int | None, device: torch.device) -> Iterator[None]:
     """Inside, this process cannot take more than ``memory`` bytes of ``device``; None is no limit.
 
-    CUDA: of the caching allocator, the rest of the budget being CUDA's own context. CPU: of what is allocated from here on, in
-    all threads; without the C++ extension there is no limit there. Raises InputError when the device has less.
+    CUDA: of the caching allocator, the rest of the budget being CUDA's own context. CPU: of what is allocated from here
+    on, in all threads; without the C++ extension there is no limit there. Raises InputError when the device has less.
     """
     if memory is None:
         yield

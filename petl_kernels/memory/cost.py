@@ -122,8 +122,11 @@ def update_seconds(
     weight_bytes: int,
     host_bytes: int,
 ) -> float:
-    """Of ``micro_batches`` times ``batch``. work: (side, its work) a layer; head: words × width; weight_bytes: read once
-    forward and once backward; host_bytes: those of a micro-batch that come from host memory, both ways together."""
+    """Of ``micro_batches`` times ``batch``.
+
+    work: (side, its work) a layer. head: words × width. weight_bytes: read once forward and once backward. host_bytes:
+    those of a micro-batch that come from host memory, both ways together.
+    """
     source, target = batch.rows * batch.source, batch.rows * batch.target
     operations = 4.0 * head * target
     for (side, layer), tier in zip(work, tiers, strict=True):

@@ -29,7 +29,6 @@ from petl_kernels.memory.cost import LayerWork, Rates, layer_work, measure_rates
 from petl_kernels.memory.quantise_model import quantisable
 from petl_kernels.memory.simulate import Batch, Phases
 from petl_kernels.memory.size import format_size, parse_size
-from petl_kernels.methods.base import active_name, records
 from petl_kernels.methods.structure import Structure, describe
 from petl_kernels.ops.quantised import parts_of, storage_bytes
 
@@ -334,8 +333,10 @@ class Planner:
         return sum(self._kept_and_rest(tiers, {tier: self._between(tier, rows, chunk_bytes) for tier in set(tiers)}))
 
     def _kept_and_rest(self, tiers: tuple[int, ...], slopes: dict[int, _Slopes]) -> tuple[float, float]:
-        """What layers keep, and what is there beside it at the worst moment. Leaner layers stand in front: when backward
-        arrives there, those behind them keep nothing any more."""
+        """What layers keep, and what is there beside it at the worst moment.
+
+        Leaner layers stand in front: when backward arrives there, those behind them keep nothing any more.
+        """
         kept, most = 0.0, 0.0
         for side, tier in zip(self.sides, tiers, strict=True):
             kept += getattr(slopes[tier], side)
@@ -415,8 +416,8 @@ class Planner:
         )
 
     def _evaluation_tokens(self, room: int) -> int:
-        """Source tokens times beam that beam search can hold: its caches, which are copied when beams are reordered, and
-        the logits with their sorted copies."""
+        """Source tokens times beam that beam search can hold: its caches, which are copied when beams are reordered,
+        and the logits with their sorted copies."""
         config, itemsize = self.model.config, (self.autocast or self.weights.dtype).itemsize
         decoder = sum(side == "decoder" for side in self.sides)
         longest = 2 * self.longest + 32  # what the trainer lets a translation grow to, for each source token

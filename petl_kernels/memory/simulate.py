@@ -89,7 +89,7 @@ def shallow(model: nn.Module, encoder: int, decoder: int, storage: str = "dense"
 
 
 def step(model: nn.Module, batch: Batch, autocast: torch.dtype | None = None) -> Phases:
-    """Forward and backward of ``model``, whose parameters are fake, with label smoothing; its gradients exist already."""
+    """Forward and backward of ``model``, whose parameters are fake; its gradients exist already."""
     ids = torch.ones(batch.rows, batch.source, dtype=torch.long)
     labels = torch.ones(batch.rows, batch.target, dtype=torch.long)
     lengths = torch.ones_like(ids)

@@ -38,7 +38,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from petl_kernels.backends import active, dispatch, register
-from petl_kernels.backends.nf4 import dynamic_map
+from petl_kernels.backends.nf4 import dynamic_map, table
 from petl_kernels.errors import InputError
 from petl_kernels.ops.common import accumulate_dtype, define
 
@@ -396,7 +396,7 @@ def reference_quantise_nf4(weight: Tensor) -> list[Tensor]:
     flat = weight.reshape(-1)
     data = torch.empty(-(-flat.shape[0] // 2), dtype=torch.uint8, device=flat.device)
     absmax = torch.empty(-(-flat.shape[0] // BLOCK), dtype=torch.float32, device=flat.device)
-    thresholds = _table(NF4_THRESHOLDS, flat.device)
+    thresholds = table(NF4_THRESHOLDS, flat.device)
     for part in tiles(absmax.shape[0], BLOCK, torch.float32):
         blocks = _in_blocks(flat[part.start * BLOCK : part.stop * BLOCK], BLOCK)
         absmax[part] = blocks.abs().amax(1)
@@ -427,30 +427,6 @@ def _over(blocks: Tensor, largest: Tensor) -> Tensor:
     return blocks / torch.where(largest == 0, 1.0, largest).unsqueeze(1)
 
 
-<<<<<<< HEAD
-=======
-def dynamic_map(device: torch.device | str = "cpu") -> Tensor:
-    """The 256 entries of the signed dynamic map, sorted."""
-    return _table(_dynamic_entries(), torch.device(device))
-
-
-@functools.cache
-def _dynamic_entries() -> tuple[float, ...]:
-    """0, 1, and on both sides of 0 seven decades, each with twice as many entries as the one below it."""
-    entries = [0.0, 1.0]
-    for i in range(7):
-        bounds = torch.linspace(0.1, 1, 2**i + 1, device="cpu")
-        middles = 10 ** (i - 6) * ((bounds[:-1] + bounds[1:]) / 2)
-        entries += [*middles.tolist(), *(-middles).tolist()]
-    return tuple(sorted(entries))
-
-
-@functools.cache
-def _table(values: tuple[float, ...], device: torch.device) -> Tensor:
-    return torch.tensor(values, device=device)
-
-
->>>>>>> q1
 @register("dequantise", "reference")
 def reference_dequantise(parts: list[Tensor], first_row: int, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     last_row = first_row + rows
@@ -464,7 +440,7 @@ def reference_dequantise(parts: list[Tensor], first_row: int, rows: int, columns
 def _nf4_values(parts: list[Tensor], index: Tensor) -> Tensor:
     """The values at ``index`` of the flattened weight, in fp32."""
     data, absmax, scale, offset = parts
-    code = _table(NF4_CODE, data.device)
+    code = table(NF4_CODE, data.device)
     byte = data[index // 2]
     nibble = torch.where(index % 2 == 0, byte >> 4, byte & 15).int()
     block = index // BLOCK

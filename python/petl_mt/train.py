@@ -31,7 +31,7 @@ from petl_kernels.memory.size import format_size, parse_size
 
 from .checkpoint import Checkpoints
 from .config import Pair, TrainConfig
-from .data import Batch, Corpus, Position, TrainBatches, encode_pairs, read_pair
+from .data import Batch, Position, TrainBatches, encode_pairs, read_pair
 from .evaluate import Scores, bleu_metric, score_lines, translate, validation_loss
 from .log import RunLog, memory_in_use
 from .loss import sequence_loss
@@ -189,9 +189,10 @@ class _Training:
                 return plan_for(model, self.config, longest, self.device)
             plan = Plan.load(self.config.plan)
             plan.check(model)
-        if plan.memory != parse_size(self.config.memory):
+        if plan.memory != (memory := parse_size(self.config.memory)):
             raise InputError(
-                f"plan {self.config.plan}: for {format_size(plan.memory)}; expected the {format_size(parse_size(self.config.memory))} of --memory"
+                f"plan {self.config.plan}: for {format_size(plan.memory)}; "
+                f"expected one for the {format_size(memory)} of --memory"
             )
         if plan.longest < longest:
             raise InputError(
@@ -246,8 +247,8 @@ class _Training:
             self.model.petl_chunk_bytes = plan.chunk_bytes
         self.plan, self.micro_tokens = plan, plan.micro_tokens
         self.log.say(
-            f"memory {self.config.memory} was not enough for a step; it goes on in {plan.micro_batches} micro-batches of "
-            f"{plan.micro_tokens:,} tokens, tiers {min(plan.tiers)} to {max(plan.tiers)}: the same update"
+            f"memory {self.config.memory} was not enough for a step; it goes on in {plan.micro_batches} micro-batches "
+            f"of {plan.micro_tokens:,} tokens, tiers {min(plan.tiers)} to {max(plan.tiers)}: the same update"
         )
 
     def _zero_gradients(self) -> None:
