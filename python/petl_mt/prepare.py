@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import difflib
+from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import petl_kernels as pk
 from petl_kernels.errors import InputError
-from petl_kernels.memory.plan import Plan
+from petl_kernels.memory.plan import Plan, streamed_weights
+from petl_kernels.memory.quantise_model import quantisable
+from petl_kernels.memory.stream import WeightFile
+from petl_kernels.ops.quantised import quantise
 
 from .config import Pair, TrainConfig
 from .data import Text, read_lines
@@ -49,13 +53,32 @@ def load_model(config: TrainConfig, run: RunFolder, text: list[Text], resuming: 
     return make_model(config, tokenizer), tokenizer
 
 
-def load_weights(config: TrainConfig, model: nn.Module, plan: Plan | None) -> nn.Module:
-    """The model with its weights, in the storage of ``plan``."""
-    from petl_kernels.interop.hf import load_pretrained
+def load_weights(config: TrainConfig, model: nn.Module, like: nn.Module | None, plan: Plan | None, folder: Path):
+    """The model with its weights: as they are, or each in the dtype and storage that ``plan`` gives it.
+
+    model: of ``load_model``. like: ``model`` as it will be, on the meta device. folder: for the file that streamed
+    layers are read from on the CPU, which is written here so that they are never in memory together.
+    """
+    from petl_kernels.interop.hf import load_weights
 
     if plan is None or config.is_new:
         return model
-    return load_pretrained(config.model)[0]
+    wanted = dict(like.named_parameters(remove_duplicate=False))
+    rounded = {id(owners[0].weight) for owners in quantisable(like)} if plan.storage != "dense" else set()
+    file = None
+    if plan.streamed and plan.device == "cpu":
+        names = streamed_weights(like, plan.streamed)
+        file = WeightFile(folder / "streamed.safetensors", {name: wanted[name] for name in names})
+
+    def place(name: str, tensor: Tensor) -> Tensor:
+        parameter = wanted[name]
+        if id(parameter) in rounded:
+            return quantise(tensor, plan.storage).to(parameter.dtype)
+        if file is not None and name in names:
+            return file.put(name, tensor)
+        return tensor.to(parameter.dtype, copy=True)
+
+    return load_weights(config.model, model, place)
 
 
 def language_pair(model, tokenizer, pair: Pair):
@@ -109,7 +132,7 @@ def _is_of_transformers(module: nn.Module) -> bool:
 def cast_frozen_matrices(model: nn.Module, dtype: torch.dtype) -> None:
     """Frozen matrices in ``dtype``; vectors (biases, norms) are small and stay in fp32, as do trained tensors."""
     for parameter in model.parameters():
-        if not parameter.requires_grad and parameter.dim() > 1:
+        if not parameter.requires_grad and parameter.dim() > 1 and parameter.dtype != dtype:
             parameter.data = parameter.data.to(dtype)
 
 

@@ -9,6 +9,7 @@ import math
 import os
 import signal
 import statistics
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -156,16 +157,10 @@ class _Training:
         self.batches = TrainBatches(corpus, config.batch_tokens, config.seed, self.multiple)
 
         self.total_parameters = self.stored_parameters = sum(p.numel() for p in self.model.parameters())
-        self.plan = self._make_plan(-(-int(corpus.lengths.max()) // self.multiple) * self.multiple)
-        self.model = load_weights(config, self.model, self.plan)
-        torch.manual_seed(config.seed)  # what is injected starts the same, whatever was made before it
-        self.model = prepared(self.model, config).to(self.device)
-        self.tiers = config.tier if config.tier is not None else 1
-        if self.plan:
-            self.tiers = list(self.plan.tiers)
-            self.plan.apply(self.model)
-        else:
-            pk.lean(self.model, self.tiers)
+        longest = -(-int(corpus.lengths.max()) // self.multiple) * self.multiple
+        like = self._like() if config.memory is not None else None
+        self.plan = self._make_plan(like, longest) if like is not None else None
+        self._load(config, like)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         if config.method != "full":
             self.stored_parameters = pk.report(self.model).stored
@@ -179,16 +174,33 @@ class _Training:
         self.losses: list[float] = []
         self._prepare_folder(resuming)
 
-    def _make_plan(self, longest: int) -> Plan | None:
-        """The plan under ``--memory``: the given one, or the fastest for this model and its longest sentence."""
-        if self.config.memory is None:
-            return None
+    def _load(self, config: TrainConfig, like: nn.Module | None) -> None:
+        """Weights, what the method adds, tiers; in the storage and the place of the plan."""
+        with tempfile.TemporaryDirectory(prefix="petl-mt-", dir=_existing(self.folder.path)) as name:
+            folder = Path(name)
+            self.model = load_weights(config, self.model, like, self.plan, folder)
+            torch.manual_seed(config.seed)  # what is injected starts the same, whatever was made before it
+            self.model = prepared(self.model, config)
+            self.tiers = config.tier if config.tier is not None else 1
+            if self.plan:
+                self.tiers = list(self.plan.tiers)
+                # the file is mapped into memory, and needs no name any more
+                self.plan.apply(self.model, folder, sorted(folder.glob("*.safetensors")))
+            else:
+                pk.lean(self.model, self.tiers)
+        self.model.to(self.device)
+
+    def _like(self) -> nn.Module:
+        """The model as it will be trained, on the meta device."""
         with torch.random.fork_rng():
-            model = prepared(copy.deepcopy(self.model).to("meta"), self.config)
-            if self.config.plan is None:
-                return plan_for(model, self.config, longest, self.device)
-            plan = Plan.load(self.config.plan)
-            plan.check(model)
+            return prepared(copy.deepcopy(self.model).to("meta"), self.config)
+
+    def _make_plan(self, model: nn.Module, longest: int) -> Plan:
+        """The plan under ``--memory``: the given one, or the fastest for this model and its longest sentence."""
+        if self.config.plan is None:
+            return plan_for(model, self.config, longest, self.device)
+        plan = Plan.load(self.config.plan)
+        plan.check(model)
         if plan.memory != (memory := parse_size(self.config.memory)):
             raise InputError(
                 f"plan {self.config.plan}: for {format_size(plan.memory)}; "
@@ -528,6 +540,11 @@ def _absolute_paths(config: TrainConfig) -> TrainConfig:
         valid=pairs(config.valid),
         vocab_text=[absolute(path) for path in config.vocab_text],
     )
+
+
+def _existing(path: Path) -> Path:
+    """The nearest folder above ``path`` that is there."""
+    return next(folder for folder in (path, *path.resolve().parents) if folder.is_dir())
 
 
 @contextmanager
