@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import petl_kernels as pk
 from petl_kernels.errors import InputError
-from petl_kernels.memory.plan import Plan, streamed_weights
-from petl_kernels.memory.quantise_model import quantisable
-from petl_kernels.memory.stream import WeightFile
-from petl_kernels.ops.quantised import quantise
 
 from .config import Pair, TrainConfig
 from .data import Text, read_lines
@@ -51,34 +46,6 @@ def load_model(config: TrainConfig, run: RunFolder, text: list[Text], resuming: 
         tokenizer = train_vocabulary(lines, config.vocab_size, config.character_coverage, config.seed)
     torch.manual_seed(config.seed)
     return make_model(config, tokenizer), tokenizer
-
-
-def load_weights(config: TrainConfig, model: nn.Module, like: nn.Module | None, plan: Plan | None, folder: Path):
-    """The model with its weights: as they are, or each in the dtype and storage that ``plan`` gives it.
-
-    model: of ``load_model``. like: ``model`` as it will be, on the meta device. folder: for the file that streamed
-    layers are read from on the CPU, which is written here so that they are never in memory together.
-    """
-    from petl_kernels.interop.hf import load_weights
-
-    if plan is None or config.is_new:
-        return model
-    wanted = dict(like.named_parameters(remove_duplicate=False))
-    rounded = {id(owners[0].weight) for owners in quantisable(like)} if plan.storage != "dense" else set()
-    file = None
-    if plan.streamed and plan.device == "cpu":
-        names = streamed_weights(like, plan.streamed)
-        file = WeightFile(folder / "streamed.safetensors", {name: wanted[name] for name in names})
-
-    def place(name: str, tensor: Tensor) -> Tensor:
-        parameter = wanted[name]
-        if id(parameter) in rounded:
-            return quantise(tensor, plan.storage).to(parameter.dtype)
-        if file is not None and name in names:
-            return file.put(name, tensor)
-        return tensor.to(parameter.dtype, copy=True)
-
-    return load_weights(config.model, model, place)
 
 
 def language_pair(model, tokenizer, pair: Pair):

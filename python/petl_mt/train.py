@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from torch import nn
 import petl_kernels as pk
 from petl_kernels.errors import InputError
 from petl_kernels.interop.files import atomic_dir, atomic_write
+from petl_kernels.interop.planned import load_planned
 from petl_kernels.memory import cap
 from petl_kernels.memory.plan import Plan
 from petl_kernels.memory.saved import saved_bytes
@@ -41,7 +42,6 @@ from .prepare import (
     decoder_start,
     language_pair,
     load_model,
-    load_weights,
     make_accelerator,
     make_optimizer,
 )
@@ -125,20 +125,20 @@ def train(config: TrainConfig, resume: bool = False, quiet: bool = False) -> Run
     resuming = resume and run.config.exists()
     if not resuming:
         run.check_free()
-    memory = None if config.memory is None else parse_size(config.memory)
-    accelerator = make_accelerator(config.precision)
-    with hush(), cap.capped(memory, accelerator.device):
-        return _Training(config, run, resuming, quiet, accelerator).run()
+    with hush(), ExitStack() as limits:
+        return _Training(config, run, resuming, quiet, limits).run()
 
 
 class _Training:
-    def __init__(self, config: TrainConfig, run: RunFolder, resuming: bool, quiet: bool, accelerator=None) -> None:
+    def __init__(
+        self, config: TrainConfig, run: RunFolder, resuming: bool, quiet: bool, limits: ExitStack | None = None
+    ) -> None:
         self.folder, self.quiet = run, quiet
         train_text = [(pair, *read_pair(pair)) for pair in config.train]
         self.valid_text = [(pair, *read_pair(pair)) for pair in config.valid]
         for pair in config.valid:
             bleu_metric(pair.tgt_lang, config.bleu_tokenize)  # refused now, not after hours of training
-        self.accelerator = accelerator or make_accelerator(config.precision)
+        self.accelerator = make_accelerator(config.precision)
         self.device = self.accelerator.device
         torch.manual_seed(config.seed)
 
@@ -160,6 +160,8 @@ class _Training:
         longest = -(-int(corpus.lengths.max()) // self.multiple) * self.multiple
         like = self._like() if config.memory is not None else None
         self.plan = self._make_plan(like, longest) if like is not None else None
+        if limits is not None and config.memory is not None:
+            limits.enter_context(cap.capped(parse_size(config.memory), self.device))
         self._load(config, like)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         if config.method != "full":
@@ -178,7 +180,8 @@ class _Training:
         """Weights, what the method adds, tiers; in the storage and the place of the plan."""
         with tempfile.TemporaryDirectory(prefix="petl-mt-", dir=_existing(self.folder.path)) as name:
             folder = Path(name)
-            self.model = load_weights(config, self.model, like, self.plan, folder)
+            if self.plan and not config.is_new:
+                self.model = load_planned(config.model, self.model, like, self.plan, folder)
             torch.manual_seed(config.seed)  # what is injected starts the same, whatever was made before it
             self.model = prepared(self.model, config)
             self.tiers = config.tier if config.tier is not None else 1
