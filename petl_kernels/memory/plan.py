@@ -250,16 +250,17 @@ class Planner:
         raise InputError(self._refusal(memory))
 
     def _fastest(self, memory: int, chunk_bytes: int) -> Plan | None:
-        """An approximation is taken where it saves a tenth of the time, or nothing else fits."""
         candidates = list(self._candidates(self._usable(memory), chunk_bytes))
-        for _, *levers in sorted(candidates, key=lambda c: c[0] * 1.1 ** self._approximations(c[1])):
+        for _, *levers in sorted(candidates, key=lambda candidate: self._price(*candidate[:2])):
             found = self._plan(memory, *levers)
             if found.peak - self._context() <= self._usable(memory):  # candidates lie between measured batch sizes
                 return found
         return None
 
-    def _approximations(self, setting: Setting) -> int:
-        return (setting.storage != "dense") + (setting.optimizer != self.optimizer)
+    def _price(self, seconds: float, setting: Setting) -> float:
+        """An approximation has to save a tenth of the time, streaming every layer a hundredth, or nothing else fits."""
+        approximations = (setting.storage != "dense") + (setting.optimizer != self.optimizer)
+        return seconds * 1.1**approximations * (1 + 0.01 * setting.streamed / len(self.sides))
 
     def _candidates(self, usable: int, chunk_bytes: int) -> Iterator[tuple[float, Setting, int, tuple[int, ...]]]:
         """(seconds of an update, setting, micro-batches, tiers) of all that fit."""
