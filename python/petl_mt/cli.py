@@ -44,9 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except RuntimeError as error:
         if type(error).__name__ == "AcceleratorError":
-            message = (
-                f"the device failed ({str(error).splitlines()[0]}); a run goes on from its last checkpoint, --resume"
-            )
+            message = f"the device failed ({str(error).splitlines()[0]}); a run goes on with --resume"
         elif type(error).__name__ == "OutOfMemoryError":
             message = "out of memory; expected a smaller --batch-tokens, or a --memory budget"
         else:

@@ -208,3 +208,30 @@ def test_the_cap_module_says_what_was_taken(settings, tmp_path):
         before = _C.cpu_bytes()
         loop._try_worst_batch()
         assert 0.5 * loop.plan.peak < cap.peak(CPU) - before + sum(p.nbytes for p in loop.model.parameters()) <= 2**21
+
+
+FAILURES = {"AcceleratorError": "the device failed (CUDA error: gone)", "OutOfMemoryError": "out of memory"}
+
+
+@pytest.mark.parametrize("kind", FAILURES)
+def test_a_device_that_fails_is_one_line(settings, capsys, monkeypatch, kind):
+    def fail(self):
+        raise type(kind, (RuntimeError,), {})("CUDA error: gone\nmore lines")
+
+    monkeypatch.setattr(_Training, "run", fail)
+    pair = settings["train"][0]
+    command = [
+        "train",
+        "--model",
+        settings["model"],
+        "--out",
+        settings["out"],
+        "--method",
+        "lora",
+        "--max-length",
+        "40",
+    ]
+    command += ["--src-lang", "en", "--tgt-lang", "de", "--train", pair.source, pair.target]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert FAILURES[kind] in error and error.splitlines()[-1].startswith("petl-mt train: ")
