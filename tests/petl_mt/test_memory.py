@@ -231,7 +231,7 @@ def test_a_device_that_fails_is_one_line(settings, capsys, monkeypatch, kind):
         "--max-length",
         "40",
     ]
-    command += ["--src-lang", "en", "--tgt-lang", "de", "--train", pair.source, pair.target]
+    command += ["--max-length", "40", "--src-lang", "en", "--tgt-lang", "de", "--train", pair.source, pair.target]
     assert main(command) == 2
     error = capsys.readouterr().err
     assert FAILURES[kind] in error and error.splitlines()[-1].startswith("petl-mt train: ")
