@@ -221,6 +221,12 @@ def _add_merge(commands) -> None:
     parser.set_defaults(run=_merge)
     parser.add_argument("--run", required=True, dest="run_folder", metavar="DIR", help="the --out of a training run")
     parser.add_argument("--out", required=True, metavar="DIR")
+    parser.add_argument(
+        "--into",
+        choices=("original", "quantised"),
+        default="original",
+        help="weights of a run that trained beside quantised ones: those of the checkpoint, or as it had them, rounded",
+    )
 
 
 def _add_bench(commands) -> None:
@@ -319,10 +325,18 @@ def _report_cut(translator) -> None:
 def _merge(arguments: argparse.Namespace) -> int:
     import petl_kernels as pk
 
-    from .runs import hush, load_run
+    from .runs import hush, load_run, quantise_as_trained, run_storage
 
     with hush():
-        model, tokenizer, _ = load_run(arguments.run_folder)
+        model, tokenizer, config = load_run(arguments.run_folder)
+        storage = run_storage(arguments.run_folder)
+        if arguments.into == "quantised":
+            quantise_as_trained(model, config, storage)
+            pk.merge(model)
+            error = pk.report(model).merge_error or 0.0
+            print(f"merged into {storage} weights with a relative error of at most {error:.3%}", file=sys.stderr)
+        elif storage != "dense":
+            print(f"the adapter was trained beside {storage} weights; merged into the original ones", file=sys.stderr)
         pk.save_merged(model, tokenizer, arguments.out)
     print(f"written: {arguments.out}", file=sys.stderr)
     return 0
