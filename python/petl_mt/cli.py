@@ -168,6 +168,7 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
         flag(name, type=float, metavar="X", group=loop)
     flag("--schedule", metavar="inverse-sqrt|linear|polynomial", group=loop)
     flag("--betas", nargs=2, type=float, metavar=("B1", "B2"), group=loop)
+    flag("--optimizer", metavar="adamw|adamw8bit", group=loop)
     flag("--precision", metavar="fp32|bf16", group=loop)
     flag("--memory", metavar="SIZE", group=loop, help="all that training may take, such as 8GiB: see petl-mt plan")
     flag("--allow", metavar="NAMES", type=_names, group=loop, help="approximations: quantised,8bit-optimizer")

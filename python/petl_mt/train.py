@@ -169,7 +169,8 @@ class _Training:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         if config.method != "full":
             self.stored_parameters = pk.report(self.model).stored
-        self.optimizer = self.accelerator.prepare(make_optimizer(self.parameters, config))
+        optimizer = self.plan.optimizer if self.plan else config.optimizer
+        self.optimizer = self.accelerator.prepare(make_optimizer(self.parameters, config, optimizer))
         self.micro_tokens = self.plan.micro_tokens if self.plan else None
         self.evaluation_tokens = self.plan.evaluation_tokens if self.plan else config.batch_tokens
 
