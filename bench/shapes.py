@@ -24,6 +24,14 @@ WIDTHS = {
 # Width of the model, words of its output projection.
 VOCABULARIES = {"m2m-418m": (1024, 128112), "nllb-600m": (1024, 256206)}
 
+# Layers of each side, width, feed-forward width, heads, words.
+MODELS = {
+    "m2m-418m": (12, 1024, 4096, 16, 128112),
+    "nllb-600m": (12, 1024, 4096, 16, 256206),
+    "nllb-1.3b": (24, 1024, 8192, 16, 256206),
+    "nllb-3.3b": (24, 2048, 8192, 16, 256206),
+}
+
 
 def shape(name: str, device: str) -> Shape:
     d, ffn = WIDTHS[name]

@@ -15,6 +15,7 @@ from petl_kernels import ops
 from petl_kernels.errors import InputError
 from petl_kernels.interop.lean_loss import LeanLoss, lean_loss, lean_loss_obstacle, plain_loss
 from petl_kernels.layers.lean import LayerState, layer_states, lean_layers
+from petl_kernels.memory.size import format_size
 from petl_kernels.methods.base import (
     Method,
     Named,
@@ -196,6 +197,7 @@ class Report:
 
     settings: those of the config that differ from its defaults, and its size. trained, stored, total and frozen are
     numbers of parameters; stored is less than trained where training uses another form (prefix-tuning).
+    storage: how frozen weights are held, where that is not as they are; streamed: how many layers live elsewhere.
     places: (module with layer numbers as *, what is trained there, modules, parameters). backends: op -> backend that
     serves it here. merge_error: ‖Ŵ - W‖ / ‖W‖, the largest, of quantised weights Ŵ that should be W with the adapter in
     it. layers: path, tier and, for one that cannot be lean, the reason. loss: how the loss is computed.
@@ -216,6 +218,8 @@ class Report:
     backends: dict[str, str]
     layers: tuple[LayerState, ...]
     loss: str
+    storage: str
+    streamed: int
 
     @property
     def share(self) -> float:
@@ -243,7 +247,12 @@ class Report:
         for where, what, modules, n in self.places:
             lines.append(f"  {where:<{left}}  {what:<{right}}  {modules:>3} modules {n:>13,}")
         lines += [f"{op} served by {backend}" for op, backend in self.backends.items()]
-        return "\n".join([*lines, *_lean_lines(self.layers), self.loss])
+        lines += [*_lean_lines(self.layers), self.loss]
+        if self.storage:
+            lines.append(f"frozen weights: {self.storage}")
+        if self.streamed:
+            lines.append(f"streamed: {self.streamed} layers")
+        return "\n".join(lines)
 
     def _merged(self) -> str:
         if self.merge_error is not None:
@@ -269,6 +278,20 @@ def _loss_line(model: nn.Module) -> str:
     return f"loss: from logits ({obstacle})" if obstacle else "loss: without logits"
 
 
+def _storage_line(model: nn.Module) -> str:
+    quantised = [p for p in model.parameters() if isinstance(p, QuantisedTensor)]
+    if not quantised:
+        return ""
+    storages = ", ".join(sorted({p.storage for p in quantised}))
+    stored = sum(part.nbytes for p in quantised for part in p.parts())
+    return f"{len(quantised)} in {storages}, {format_size(stored)}"
+
+
+def _streamed_layers(model: nn.Module) -> int:
+    streamed = getattr(model, "petl_streamed", None)
+    return 0 if streamed is None else len(streamed.paths)
+
+
 def report(model: nn.Module) -> Report:
     """What trains in ``model``: method, numbers of parameters, where they are, and which backend serves them."""
     name = active_name(model)
@@ -276,7 +299,7 @@ def report(model: nn.Module) -> Report:
     others = tuple(other for other in records(model) if other != name)
     parameters = trainable_parameters(model)
     trained = sum(p.numel() for p in parameters)
-    lean = tuple(layer_states(model)), _loss_line(model)
+    lean = tuple(layer_states(model)), _loss_line(model), _storage_line(model), _streamed_layers(model)
     if name is None:
         return Report(
             type(model).__name__,
@@ -318,6 +341,8 @@ def report(model: nn.Module) -> Report:
         backends={op: ops.backend_of(op, device) for op in record.config.ops},
         layers=lean[0],
         loss=lean[1],
+        storage=lean[2],
+        streamed=lean[3],
     )
 
 

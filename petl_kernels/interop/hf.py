@@ -59,7 +59,7 @@ def load_skeleton(path_or_id: str | os.PathLike):
     """
     name, folder, config = _checked(path_or_id)
     tokenizer = _load_tokenizer(name, folder)
-    model = skeleton(config)
+    model = skeleton(config, untied=_head_apart(name))
     _check_vocabulary(name, model, tokenizer)
     return model, tokenizer
 
@@ -114,7 +114,7 @@ def _tensors(name: str) -> list[tuple[str, Callable[[], Tensor]]]:
         found += [(key, partial(opened.get_tensor, key)) for key in opened.keys()]  # noqa: SIM118  not a mapping
     for path in sorted(folder.glob("pytorch_model*.bin")) if not files else ():
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        found += [(key, partial(state.pop, key)) for key in list(state)]
+        found += [(key, partial(state.__getitem__, key)) for key in list(state)]
     return found
 
 
@@ -131,14 +131,30 @@ def load_config(path_or_id: str | os.PathLike):
     return _supported(str(path), config)
 
 
-def skeleton(config):
-    """The model of a config on the meta device, in fp32 and in eval mode; its buffers are real."""
+def skeleton(config, untied: bool | None = None):
+    """The model of a config on the meta device, in fp32 and in eval mode; its buffers are real.
+
+    untied: whether the output projection has a weight of its own; None is what the config says.
+    """
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False):
         model = _model_class(config)(config)
     model.tie_weights()
+    if untied is None:  # configs of T5's family always say tied, and keep what the file said under another name
+        untied = config.model_type == "mt5" or getattr(config, "scale_decoder_outputs", True) is False
+    if untied and model.lm_head.weight is model.get_input_embeddings().weight:
+        model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
+        model.config.tie_word_embeddings = False
     return model.eval()
+
+
+def _head_apart(name: str) -> bool:
+    """Whether a checkpoint's output projection has other values than its embeddings, as transformers asks, too."""
+    tensors = dict(_attempt(f"model {name!r}", _tensors, name))
+    embeddings = next((tensors[key] for key in ("shared.weight", "model.shared.weight") if key in tensors), None)
+    head = tensors.get("lm_head.weight")
+    return None not in (embeddings, head) and not torch.equal(embeddings(), head())
 
 
 def _checked(path_or_id: str | os.PathLike, weights: bool = True):

@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import json
 import math
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from petl_kernels.memory.cost import LayerWork, Rates, layer_work, measure_rates
 from petl_kernels.memory.quantise_model import quantisable
 from petl_kernels.memory.simulate import Batch, Phases
 from petl_kernels.memory.size import format_size, parse_size
-from petl_kernels.methods.structure import Structure, describe
+from petl_kernels.methods.structure import Layer, Structure, describe
 from petl_kernels.ops.quantised import parts_of, storage_bytes
 
 # What is kept free for rounding and fragmentation: of CUDA's caching allocator, and of the C library's.
@@ -83,10 +84,11 @@ class Plan:
     approximations: tuple[str, ...]
     more: tuple[tuple[int, float, str], ...] = ()
 
-    def apply(self, model: nn.Module, folder: str | Path | None = None) -> nn.Module:
+    def apply(self, model: nn.Module, folder: str | Path | None = None, files: Sequence[Path] = ()) -> nn.Module:
         """Put the plan's tiers, storage, streamed layers and chunk on ``model``, in place; returns it.
 
-        folder: where streamed layers are written to, on the CPU. Raises InputError when the plan is for another model.
+        On the CPU streamed layers are read from ``files`` (safetensors that hold them already) or from a file in
+        ``folder``, of temporary files when not given. Raises InputError when the plan is for another model.
         """
         self.check(model)
         from petl_kernels.api import lean
@@ -101,7 +103,8 @@ class Plan:
             from petl_kernels.memory.stream import stream_layers
 
             paths = [layer.path for layer in describe(model).layers[: self.streamed]]
-            stream_layers(model, paths, SLOTS, folder, device=self.device)
+            with tempfile.TemporaryDirectory() as own:  # its file is mapped, and needs no name after that
+                stream_layers(model, paths, SLOTS, folder or own, files, device=self.device)
         return model
 
     def tighter(self) -> Plan | None:
@@ -244,23 +247,25 @@ class Planner:
     # ---- choosing
 
     def best(self, memory: int) -> Plan:
-        for chunk_bytes in CHUNKS:  # a smaller one only where nothing fits with a larger
+        small = [chunk for chunk in CHUNKS if chunk <= memory // 16] or CHUNKS[-1:]
+        for chunk_bytes in small:  # a smaller one only where nothing fits with a larger
             found = self._fastest(memory, chunk_bytes)
             if found is not None:
                 return dataclasses.replace(found, more=self._more(found))
         raise InputError(self._refusal(memory))
 
     def _fastest(self, memory: int, chunk_bytes: int) -> Plan | None:
-        """An approximation is taken where it saves a tenth of the time, or nothing else fits."""
         candidates = list(self._candidates(self._usable(memory), chunk_bytes))
-        for _, *levers in sorted(candidates, key=lambda c: c[0] * 1.1 ** self._approximations(c[1])):
+        for _, *levers in sorted(candidates, key=lambda candidate: self._price(*candidate[:2])):
             found = self._plan(memory, *levers)
             if found.peak - self._context() <= self._usable(memory):  # candidates lie between measured batch sizes
                 return found
         return None
 
-    def _approximations(self, setting: Setting) -> int:
-        return (setting.storage != "dense") + (setting.optimizer != self.optimizer)
+    def _price(self, seconds: float, setting: Setting) -> float:
+        """An approximation has to save a tenth of the time, streaming every layer a hundredth, or nothing else fits."""
+        approximations = (setting.storage != "dense") + (setting.optimizer != self.optimizer)
+        return seconds * 1.1**approximations * (1 + 0.01 * setting.streamed / len(self.sides))
 
     def _candidates(self, usable: int, chunk_bytes: int) -> Iterator[tuple[float, Setting, int, tuple[int, ...]]]:
         """(seconds of an update, setting, micro-batches, tiers) of all that fit."""
@@ -471,11 +476,7 @@ class _Weights:
             storage: {name: _stored(p, storage if id(p) in can else "dense") for name, p in frozen.items()}
             for storage in STORAGES
         }
-        linears = [
-            {f"{path}.weight" for block in (*layer.attentions, layer.ffn) for path in block.linears}
-            for layer in structure.layers
-        ]
-        self.layers = [sorted(own & frozen.keys()) for own in linears]
+        self.layers = [_streamable(model, layer) for layer in structure.layers]
         self.can_stream = all(self.layers)
         head = getattr(model, "lm_head", None)
         self.head = 0 if head is None else head.weight.numel()
@@ -491,6 +492,16 @@ class _Weights:
         layers = [sum(self.bytes[storage][name] for name in names) for names in self.layers[:streamed]]
         slots = min(SLOTS, streamed) * max(layers, default=0)
         return self.stored(storage) - sum(layers) + slots + self.buffers
+
+
+def streamed_weights(model: nn.Module, layers: int) -> list[str]:
+    """Names of the frozen weights of the first ``layers`` layers, encoder first: what streaming takes."""
+    return [name for layer in describe(model).layers[:layers] for name in _streamable(model, layer)]
+
+
+def _streamable(model: nn.Module, layer: Layer) -> list[str]:
+    names = sorted(f"{path}.weight" for block in (*layer.attentions, layer.ffn) for path in block.linears)
+    return [name for name in names if not model.get_parameter(name).requires_grad]
 
 
 def _stored(weight: nn.Parameter, storage: str) -> int:

@@ -51,11 +51,16 @@ def _frozen_linear_backward(given: dict) -> int:
 
 
 def _lora_linear(given: dict) -> int:
-    return _TILES if is_quantised(given["weights"]) else 0
+    return _TILES if _any_quantised(given["weights"]) else 0
 
 
 def _lora_linear_backward(given: dict) -> int:
-    return _back(given["x"]) if is_quantised(given["weights"]) else 0
+    return _back(given["x"]) if _any_quantised(given["weights"]) else 0
+
+
+def _any_quantised(parts: list[Tensor]) -> bool:
+    """Of the parts of several weights, one after the other."""
+    return not all(part.is_floating_point() for part in parts)
 
 
 def _back(rows: Tensor) -> int:

@@ -454,16 +454,48 @@ def _has(path: Path, weights: list[Weights]) -> bool:
 
 def _write(path: Path, weights: list[Weights]) -> None:
     """A safetensors file whose data start at a page; one tensor is copied at a time."""
-    header, end = {}, 0
-    for name, tensor in _by_alignment(weights):
+    ordered = _by_alignment(weights)
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        file.write(_header(ordered)[0])
+        for _, tensor in ordered:
+            file.write(_raw(tensor).cpu().numpy())
+
+
+def _header(ordered: list[tuple[str, Tensor]]) -> tuple[bytes, dict[str, int]]:
+    """The first bytes of a safetensors file with these tensors, up to a page, and where each one's data start."""
+    header, starts, end = {}, {}, 0
+    for name, tensor in ordered:
         start, end = end, end + tensor.nbytes
         header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        starts[name] = start
     text = json.dumps(header).encode()
     text = text.ljust(-(-(8 + len(text)) // _PAGE) * _PAGE - 8)
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for _, tensor in _by_alignment(weights):
-            file.write(_raw(tensor).cpu().numpy())
+    return struct.pack("<Q", len(text)) + text, {name: 8 + len(text) + start for name, start in starts.items()}
+
+
+class WeightFile:
+    """A safetensors file that takes the weights of a model one after the other, and gives them back as its pages.
+
+    weights: name -> a tensor of the shape and dtype that it will have, on the meta device, say.
+    """
+
+    def __init__(self, path: Path, weights: Weights):
+        self.path, self._weights = path, weights
+        ordered = _by_alignment([weights])
+        header, self._starts = _header(ordered)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "wb") as file:
+            file.write(header)
+            file.truncate(len(header) + sum(tensor.nbytes for _, tensor in ordered))
+        self._mapped = _extension().MappedFile(str(path))
+
+    def put(self, name: str, values: Tensor) -> Tensor:
+        """Write ``values`` and return them as they stand in the file."""
+        like, start = self._weights[name], self._starts[name]
+        with open(self.path, "r+b") as file:
+            file.seek(start)
+            file.write(_raw(values.to(like.dtype)).numpy())
+        return _view({self.path: self._mapped}, (self.path, start, start + like.nbytes), like)
 
 
 def _by_alignment(weights: list[Weights]) -> list[tuple[str, Tensor]]:

@@ -43,9 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":
+        if type(error).__name__ == "AcceleratorError":
+            message = f"the device failed ({str(error).splitlines()[0]}); a run goes on with --resume"
+        elif type(error).__name__ == "OutOfMemoryError":
+            message = "out of memory; expected a smaller --batch-tokens, or a --memory budget"
+        else:
             raise
-        message = "out of device memory; expected a smaller --batch-tokens, or a --memory budget"
     print(f"petl-mt {command}: {' '.join(message.split())}", file=sys.stderr)
     return 2
 

@@ -10,7 +10,6 @@ from torch import nn
 
 import petl_kernels as pk
 from petl_kernels.errors import InputError
-from petl_kernels.memory.plan import Plan
 
 from .config import Pair, TrainConfig, require_bitsandbytes
 from .data import Text, read_lines
@@ -48,15 +47,6 @@ def load_model(config: TrainConfig, run: RunFolder, text: list[Text], resuming: 
         tokenizer = train_vocabulary(lines, config.vocab_size, config.character_coverage, config.seed)
     torch.manual_seed(config.seed)
     return make_model(config, tokenizer), tokenizer
-
-
-def load_weights(config: TrainConfig, model: nn.Module, plan: Plan | None) -> nn.Module:
-    """The model with its weights, in the storage of ``plan``."""
-    from petl_kernels.interop.hf import load_pretrained
-
-    if plan is None or config.is_new:
-        return model
-    return load_pretrained(config.model)[0]
 
 
 def language_pair(model, tokenizer, pair: Pair):
@@ -110,7 +100,7 @@ def _is_of_transformers(module: nn.Module) -> bool:
 def cast_frozen_matrices(model: nn.Module, dtype: torch.dtype) -> None:
     """Frozen matrices in ``dtype``; vectors (biases, norms) are small and stay in fp32, as do trained tensors."""
     for parameter in model.parameters():
-        if not parameter.requires_grad and parameter.dim() > 1:
+        if not parameter.requires_grad and parameter.dim() > 1 and parameter.dtype != dtype:
             parameter.data = parameter.data.to(dtype)
 
 

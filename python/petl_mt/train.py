@@ -9,10 +9,11 @@ import math
 import os
 import signal
 import statistics
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from torch import nn
 import petl_kernels as pk
 from petl_kernels.errors import InputError
 from petl_kernels.interop.files import atomic_dir, atomic_write
+from petl_kernels.interop.planned import load_planned
 from petl_kernels.memory import cap
 from petl_kernels.memory.plan import Plan
 from petl_kernels.memory.saved import saved_bytes
@@ -40,7 +42,6 @@ from .prepare import (
     decoder_start,
     language_pair,
     load_model,
-    load_weights,
     make_accelerator,
     make_optimizer,
 )
@@ -124,20 +125,20 @@ def train(config: TrainConfig, resume: bool = False, quiet: bool = False) -> Run
     resuming = resume and run.config.exists()
     if not resuming:
         run.check_free()
-    memory = None if config.memory is None else parse_size(config.memory)
-    accelerator = make_accelerator(config.precision)
-    with hush(), cap.capped(memory, accelerator.device):
-        return _Training(config, run, resuming, quiet, accelerator).run()
+    with hush(), ExitStack() as limits:
+        return _Training(config, run, resuming, quiet, limits).run()
 
 
 class _Training:
-    def __init__(self, config: TrainConfig, run: RunFolder, resuming: bool, quiet: bool, accelerator=None) -> None:
+    def __init__(
+        self, config: TrainConfig, run: RunFolder, resuming: bool, quiet: bool, limits: ExitStack | None = None
+    ) -> None:
         self.folder, self.quiet = run, quiet
         train_text = [(pair, *read_pair(pair)) for pair in config.train]
         self.valid_text = [(pair, *read_pair(pair)) for pair in config.valid]
         for pair in config.valid:
             bleu_metric(pair.tgt_lang, config.bleu_tokenize)  # refused now, not after hours of training
-        self.accelerator = accelerator or make_accelerator(config.precision)
+        self.accelerator = make_accelerator(config.precision)
         self.device = self.accelerator.device
         torch.manual_seed(config.seed)
 
@@ -156,16 +157,12 @@ class _Training:
         self.batches = TrainBatches(corpus, config.batch_tokens, config.seed, self.multiple)
 
         self.total_parameters = self.stored_parameters = sum(p.numel() for p in self.model.parameters())
-        self.plan = self._make_plan(-(-int(corpus.lengths.max()) // self.multiple) * self.multiple)
-        self.model = load_weights(config, self.model, self.plan)
-        torch.manual_seed(config.seed)  # what is injected starts the same, whatever was made before it
-        self.model = prepared(self.model, config).to(self.device)
-        self.tiers = config.tier if config.tier is not None else 1
-        if self.plan:
-            self.tiers = list(self.plan.tiers)
-            self.plan.apply(self.model)
-        else:
-            pk.lean(self.model, self.tiers)
+        longest = -(-int(corpus.lengths.max()) // self.multiple) * self.multiple
+        like = self._like() if config.memory is not None else None
+        self.plan = self._make_plan(like, longest) if like is not None else None
+        if limits is not None and config.memory is not None:
+            limits.enter_context(cap.capped(parse_size(config.memory), self.device))
+        self._load(config, like)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         if config.method != "full":
             self.stored_parameters = pk.report(self.model).stored
@@ -180,16 +177,34 @@ class _Training:
         self.losses: list[float] = []
         self._prepare_folder(resuming)
 
-    def _make_plan(self, longest: int) -> Plan | None:
-        """The plan under ``--memory``: the given one, or the fastest for this model and its longest sentence."""
-        if self.config.memory is None:
-            return None
+    def _load(self, config: TrainConfig, like: nn.Module | None) -> None:
+        """Weights, what the method adds, tiers; in the storage and the place of the plan."""
+        with tempfile.TemporaryDirectory(prefix="petl-mt-", dir=_existing(self.folder.path)) as name:
+            folder = Path(name)
+            if self.plan and not config.is_new:
+                self.model = load_planned(config.model, self.model, like, self.plan, folder)
+            torch.manual_seed(config.seed)  # what is injected starts the same, whatever was made before it
+            self.model = prepared(self.model, config)
+            self.tiers = config.tier if config.tier is not None else 1
+            if self.plan:
+                self.tiers = list(self.plan.tiers)
+                # the file is mapped into memory, and needs no name any more
+                self.plan.apply(self.model, folder, sorted(folder.glob("*.safetensors")))
+            else:
+                pk.lean(self.model, self.tiers)
+        self.model.to(self.device)
+
+    def _like(self) -> nn.Module:
+        """The model as it will be trained, on the meta device."""
         with torch.random.fork_rng():
-            model = prepared(copy.deepcopy(self.model).to("meta"), self.config)
-            if self.config.plan is None:
-                return plan_for(model, self.config, longest, self.device)
-            plan = Plan.load(self.config.plan)
-            plan.check(model)
+            return prepared(copy.deepcopy(self.model).to("meta"), self.config)
+
+    def _make_plan(self, model: nn.Module, longest: int) -> Plan:
+        """The plan under ``--memory``: the given one, or the fastest for this model and its longest sentence."""
+        if self.config.plan is None:
+            return plan_for(model, self.config, longest, self.device)
+        plan = Plan.load(self.config.plan)
+        plan.check(model)
         if plan.memory != (memory := parse_size(self.config.memory)):
             raise InputError(
                 f"plan {self.config.plan}: for {format_size(plan.memory)}; "
@@ -529,6 +544,11 @@ def _absolute_paths(config: TrainConfig) -> TrainConfig:
         valid=pairs(config.valid),
         vocab_text=[absolute(path) for path in config.vocab_text],
     )
+
+
+def _existing(path: Path) -> Path:
+    """The nearest folder above ``path`` that is there."""
+    return next(folder for folder in (path, *path.resolve().parents) if folder.is_dir())
 
 
 @contextmanager

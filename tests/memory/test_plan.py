@@ -106,7 +106,6 @@ def test_the_predicted_peak_is_the_measured_one(case):
     planner = Planner(model, rows * length, length, "adamw", (), CPU, autocast)
     predicted = sum(planner.parts(Setting(storage, "adamw", 0, 32 * MIB), rows, tiers).values())
     measured = measured_peak(lambda: made(family, method, dtype, storage), tiers, rows, length, autocast)
-    print(case, predicted / measured)
     assert 0.98 * measured <= predicted <= 1.05 * measured, (predicted / MIB, measured / MIB)
 
 

@@ -1,0 +1,134 @@
+"""Weights that are read one tensor after the other, each into the dtype, storage and place that a plan gives it."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+
+import pytest
+import torch
+
+import petl_kernels as pk
+from petl_kernels.errors import InputError
+from petl_kernels.interop.hf import load_config, load_skeleton, load_weights
+from petl_kernels.interop.planned import load_planned
+from petl_kernels.ops.quantised import QuantisedTensor, quantise
+
+from .conftest import FAMILIES, logits
+
+_C = pytest.importorskip("petl_kernels._C")
+
+
+@pytest.fixture(params=[*FAMILIES, "t5-tied", "madlad"])
+def saved(request, make, tmp_path):
+    model, tokenizer = make(request.param)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    return model, tmp_path
+
+
+def as_it_is(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.clone()
+
+
+def test_a_skeleton_filled_is_the_model(saved):
+    model, path = saved
+    skeleton, tokenizer = load_skeleton(path)
+    assert all(parameter.is_meta for parameter in skeleton.parameters()) and len(tokenizer)
+    filled = load_weights(path, skeleton, as_it_is)
+    assert torch.equal(logits(filled), logits(model))
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    assert (filled.get_input_embeddings().weight is filled.get_output_embeddings().weight) == tied
+    assert sum(p.numel() for p in filled.parameters()) == sum(p.numel() for p in model.parameters())
+
+
+def test_a_pickled_checkpoint_is_read_too(make, tmp_path):
+    model, tokenizer = make("m2m100")
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    filled = load_weights(tmp_path, load_skeleton(tmp_path)[0], as_it_is)
+    assert torch.equal(logits(filled), logits(model))
+
+
+def planned(path, **levers):
+    skeleton, _ = load_skeleton(path)
+    like = pk.adapt(copy.deepcopy(skeleton), pk.LoRA(rank=2, targets="all-linear"))
+    found = pk.plan(like, "1GiB", 64, max_length=16, device="cpu")
+    return skeleton, like, dataclasses.replace(found, **levers)
+
+
+@pytest.mark.parametrize("storage", ["int8", "nf4"])
+def test_weights_are_rounded_as_they_are_read(saved, tmp_path, storage):
+    model, path = saved
+    skeleton, like, plan = planned(path, storage=storage)
+    loaded = load_planned(path, skeleton, like, plan, tmp_path)
+    found = {name: p for name, p in loaded.named_parameters() if isinstance(p, QuantisedTensor)}
+    assert len(found) > 5
+    for name, parameter in found.items():
+        rounded = quantise(model.get_parameter(name).detach(), storage)
+        assert all(torch.equal(a, b) for a, b in zip(parameter.parts(), rounded.parts(), strict=True)), name
+    plan.apply(pk.adapt(loaded, pk.LoRA(rank=2, targets="all-linear")))
+    assert torch.isfinite(logits(loaded)).all()
+
+
+def test_streamed_layers_come_from_a_file(saved, tmp_path):
+    model, path = saved
+    skeleton, like, plan = planned(path, streamed=2)
+    loaded = load_planned(path, skeleton, like, plan, tmp_path)
+    (file,) = tmp_path.glob("streamed.safetensors")
+    pk.adapt(loaded, pk.LoRA(rank=2, targets="all-linear"))
+    plan.apply(loaded, tmp_path, [file])
+    file.unlink()  # it is mapped
+    assert len(loaded.petl_streamed.paths) == 2
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-5)
+
+
+def test_no_more_than_a_tensor_beside_the_model_is_in_memory(make, tmp_path):
+    from petl_kernels.memory import cap
+
+    model, tokenizer = make("m2m100")
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    skeleton, _ = load_skeleton(tmp_path)
+    cpu, largest = torch.device("cpu"), max(p.nbytes for p in model.parameters())
+    with cap.capped(2**30, cpu):
+        cap.reset_peak(cpu)
+        before = cap.peak(cpu)
+        filled = load_weights(tmp_path, skeleton, as_it_is)
+        taken = cap.peak(cpu) - before
+    # an allocation is rounded up to 64 bytes and a header
+    own = sum(p.nbytes + 96 for p in filled.parameters())
+    assert taken <= own + largest + 96 * len(list(filled.parameters()))
+
+
+def test_what_is_damaged_is_refused(make, tmp_path):
+    model, tokenizer = make("m2m100")
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    skeleton, _ = load_skeleton(tmp_path)
+    state = dict(model.state_dict())
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-50])
+    with pytest.raises(InputError, match="cannot be loaded"):
+        load_weights(tmp_path, skeleton, as_it_is)
+    weights.unlink()
+    state["model.encoder.layers.0.fc1.weight"] = torch.zeros(3, 3)
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    with pytest.raises(InputError, match=r"fc1.weight has shape \(3, 3\), expected"):
+        load_weights(tmp_path, load_skeleton(tmp_path)[0], as_it_is)
+
+
+def test_a_config_file_alone(make, tmp_path):
+    make("m2m100")[0].config.to_json_file(tmp_path / "small.json")
+    assert load_config(tmp_path / "small.json").model_type == "m2m_100"
+    with pytest.raises(InputError, match="no such file"):
+        load_config(tmp_path / "none.json")
+    (tmp_path / "small.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(InputError, match="type 'bert' is not supported"):
+        load_config(tmp_path / "small.json")
+    (tmp_path / "small.json").write_text("{")
+    with pytest.raises(InputError, match="small.json"):
+        load_config(tmp_path / "small.json")

@@ -1,0 +1,237 @@
+"""Training under a budget of bytes: the plan is kept, and what it changes is how, not what."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import torch
+from petl_mt.cli import main
+from petl_mt.config import TrainConfig
+from petl_mt.plan import plan_for, prepared
+from petl_mt.runs import RunFolder, Translator
+from petl_mt.train import _Training, train
+from safetensors.torch import load_file
+
+from petl_kernels.errors import InputError
+from petl_kernels.interop.hf import load_skeleton
+from petl_kernels.memory import cap
+from petl_kernels.memory.plan import Plan
+
+_C = pytest.importorskip("petl_kernels._C")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def settings(settings) -> dict:
+    return settings | {"method_args": {"rank": 2}, "dropout": 0.0, "batch_tokens": 400, "steps": 4, "eval_every": 2}
+
+
+def run(settings: dict, out: Path, **changes):
+    config = TrainConfig(**{**settings, "out": str(out), **changes})
+    result = train(config, quiet=True)
+    return result, load_file(RunFolder(out).checkpoints / "latest" / "trained.safetensors")
+
+
+def saved_plan(settings: dict, path: Path, memory: str, **changes) -> str:
+    """A plan's file for the settings' model, with levers as a test wants them."""
+    config = TrainConfig(**settings, memory=memory)
+    model, _ = load_skeleton(config.model)
+    config = config.resolve(model.config.d_model)
+    dataclasses.replace(plan_for(prepared(model, config), config, 40, CPU), **changes).save(path)
+    return str(path)
+
+
+def assert_same_weights(found: dict, expected: dict, tolerance: float = 1e-4) -> None:
+    assert found.keys() == expected.keys() and found
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=tolerance, atol=1e-6, msg=name)
+
+
+def test_a_run_under_a_budget_ends_with_the_weights_of_one_without(settings, tmp_path):
+    free, expected = run(settings, tmp_path / "free")
+    tight, found = run(settings, tmp_path / "tight", memory="1MiB")
+    assert_same_weights(found, expected)
+    plan = Plan.load(tmp_path / "tight" / "plan.json")
+    assert plan.rows * plan.longest < 400 and plan.peak <= 2**20
+    assert tight.valid_loss == pytest.approx(free.valid_loss, rel=1e-4)
+    assert tight.bleu == free.bleu
+
+
+def test_the_cap_is_there_during_the_run_and_gone_after_it(settings, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(_Training, "_loop", lambda self, interrupted: seen.append(_allocate(64 * 2**20)))
+    monkeypatch.setattr(_Training, "_finish", lambda self: None)
+    train(TrainConfig(**{**settings, "memory": "32MiB"}), quiet=True)
+    assert seen == [False] and _allocate(64 * 2**20)
+
+
+def _allocate(size: int) -> bool:
+    try:
+        torch.empty(size, dtype=torch.uint8)
+    except torch.OutOfMemoryError:
+        return False
+    return True
+
+
+def test_a_plan_that_asks_too_much_is_tightened_and_changes_no_weight(settings, tmp_path, capsys):
+    """The plan says tier 0 and whole batches, the allocator has room for less."""
+    _, expected = run(settings, tmp_path / "free")
+    wrong = {"rows": 10, "micro_tokens": 400, "micro_batches": 1, "tiers": (1, 1), "streamed": 0}
+    path = saved_plan(settings, tmp_path / "plan.json", "900KiB", **wrong)
+    config = TrainConfig(**{**settings, "out": str(tmp_path / "tight"), "memory": "900KiB", "plan": path})
+    train(config)
+    assert "was not enough for a step; it goes on in" in capsys.readouterr().err
+    found = load_file(RunFolder(tmp_path / "tight").checkpoints / "latest" / "trained.safetensors")
+    assert_same_weights(found, expected)
+
+
+@pytest.mark.parametrize("storage", ["int8", "nf4"])
+def test_quantised_weights_train_and_translate(settings, tmp_path, storage):
+    path = saved_plan(
+        settings, tmp_path / "plan.json", "2MiB", storage=storage, streamed=0, approximations=["quantised"]
+    )
+    result, _ = run(settings, tmp_path / "run", memory="2MiB", plan=path, allow=["quantised"], steps=40, lr=2e-2)
+    losses = [line["valid_loss"] for line in metrics(tmp_path / "run") if "valid_loss" in line]
+    assert losses[-1] < losses[0]
+    assert len(list(Translator(tmp_path / "run").stream(["one two", "", "red house"]))) == 3
+    assert result.stored_parameters < result.total_parameters
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("method", ["lora", "adapter", "cross-attention"])
+def test_streamed_layers_train_to_the_same_weights(settings, tmp_path, method):
+    settings |= {"method": method, "method_args": {}}
+    _, expected = run(settings, tmp_path / "free")
+    path = saved_plan(settings, tmp_path / "plan.json", "2MiB", streamed=2)
+    loop = training(settings, tmp_path / "streamed", memory="2MiB", plan=path)
+    assert len(loop.model.petl_streamed.paths) == 2
+    loop.run()
+    assert_same_weights(
+        load_file(RunFolder(tmp_path / "streamed").checkpoints / "latest" / "trained.safetensors"), expected
+    )
+    assert not list(tmp_path.glob("petl-mt-*"))
+
+
+def training(settings: dict, out: Path, **changes) -> _Training:
+    config = TrainConfig(**{**settings, "out": str(out), **changes})
+    return _Training(config, RunFolder(out), resuming=False, quiet=True)
+
+
+def test_evaluation_takes_smaller_batches_where_it_has_to(settings, tmp_path, capsys):
+    path = saved_plan(settings, tmp_path / "plan.json", "1200KiB", evaluation_tokens=40_000)
+    out = tmp_path / "run"
+    settings |= {"valid": settings["train"], "beam": 4}
+    train(TrainConfig(**{**settings, "out": str(out), "memory": "1200KiB", "plan": path}))
+    assert "evaluation goes on in batches of" in capsys.readouterr().err
+
+
+def test_a_plan_for_another_run_is_refused(settings, tmp_path):
+    path = saved_plan(settings, tmp_path / "plan.json", "2MiB")
+    with pytest.raises(InputError, match="for 2 MiB; expected one for the 1.5 MiB"):
+        training(settings, tmp_path / "run", memory="1.5MiB", plan=path)
+    with pytest.raises(InputError, match="plan: for M2M100ForConditionalGeneration with"):
+        training(settings | {"method_args": {"rank": 3}}, tmp_path / "run", memory="2MiB", plan=path)
+    with pytest.raises(InputError, match="needs the budget"):
+        TrainConfig(**settings, plan=path).check()
+    short = saved_plan(settings, tmp_path / "short.json", "2MiB", longest=3)
+    with pytest.raises(InputError, match="for sentences of 3 tokens"):
+        training(settings, tmp_path / "run", memory="2MiB", plan=short)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_prints_a_plan_and_writes_it(settings, tmp_path, capsys):
+    command = ["plan", "--model", settings["model"], "--method", "lora", "--method-arg", "rank=2", "--max-length", "40"]
+    command += ["--batch-tokens", "400", "--memory", "2MiB", "--device", "cpu"]
+    assert main([*command, "--json", str(tmp_path / "plan.json")]) == 0
+    out = capsys.readouterr().out
+    assert "frozen weights" in out and "2 MiB (0.0021 GB)" in out
+    found, _ = run(settings, tmp_path / "run", memory="2MiB", plan=str(tmp_path / "plan.json"))
+    assert found.steps == 4
+    assert main([*command, "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["model"] == "M2M100ForConditionalGeneration"
+
+
+def test_a_config_file_alone_is_enough_for_a_plan(settings, tmp_path, capsys):
+    config = Path(settings["model"], "config.json").read_text()
+    (tmp_path / "model-config.json").write_text(config)
+    assert (
+        main(
+            [
+                "plan",
+                "--model",
+                str(tmp_path / "model-config.json"),
+                "--method",
+                "lora",
+                "--memory",
+                "8MB",
+                "--tier",
+                "2",
+            ]
+        )
+        == 0
+    )
+    assert "7.63 MiB (0.008 GB)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--memory", "8 gib bytes"], "memory size '8 gib bytes'"),
+        (["--memory", "1KiB"], "needs"),
+        ([], "memory: not given"),
+        (["--memory", "1GiB", "--device", "tpu"], "device 'tpu': expected cpu or cuda"),
+        (["--memory", "1GiB", "--allow", "rounding"], "allow 'rounding': expected quantised or 8bit-optimizer"),
+        (["--memory", "1GiB", "--tier", "9"], "tier 9"),
+        (["--memory", "1GiB", "--model", "new"], "model 'new'"),
+        (["--memory", "1GiB", "--model", "nowhere.json"], "no such file"),
+        (["--memory", "1GiB", "--method", "lorra"], "method 'lorra'"),
+    ],
+)
+def test_wrong_flags_of_plan(settings, capsys, flags, message):
+    model = [] if "--model" in flags else ["--model", settings["model"]]
+    assert main(["plan", *model, *flags]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_the_cap_module_says_what_was_taken(settings, tmp_path):
+    with ExitStack() as limits:
+        config = TrainConfig(**{**settings, "out": str(tmp_path / "run"), "memory": "2MiB"})
+        loop = _Training(config, RunFolder(tmp_path / "run"), False, True, limits)
+        before = _C.cpu_bytes()
+        loop._try_worst_batch()
+        assert 0.5 * loop.plan.peak < cap.peak(CPU) - before + sum(p.nbytes for p in loop.model.parameters()) <= 2**21
+
+
+FAILURES = {"AcceleratorError": "the device failed (CUDA error: gone)", "OutOfMemoryError": "out of memory"}
+
+
+@pytest.mark.parametrize("kind", FAILURES)
+def test_a_device_that_fails_is_one_line(settings, capsys, monkeypatch, kind):
+    def fail(self):
+        raise type(kind, (RuntimeError,), {})("CUDA error: gone\nmore lines")
+
+    monkeypatch.setattr(_Training, "run", fail)
+    pair = settings["train"][0]
+    command = [
+        "train",
+        "--model",
+        settings["model"],
+        "--out",
+        settings["out"],
+        "--method",
+        "lora",
+        "--max-length",
+        "40",
+    ]
+    command += ["--max-length", "40", "--src-lang", "en", "--tgt-lang", "de", "--train", pair.source, pair.target]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert FAILURES[kind] in error and error.splitlines()[-1].startswith("petl-mt train: ")
