@@ -106,9 +106,9 @@ def quantise_as_trained(model, config: TrainConfig, storage: str) -> None:
 
     if storage == "dense":
         raise InputError("into quantised: the run was trained beside weights that were not; expected --into original")
+    quantise_model(model, storage)
     if config.precision == "bf16":
         cast_frozen_matrices(model, torch.bfloat16)
-    quantise_model(model, storage)
 
 
 class Translator:

@@ -10,12 +10,14 @@ import sys
 import pytest
 import torch
 from petl_mt.cli import main
+from petl_mt.config import TrainConfig
+from petl_mt.runs import quantise_as_trained
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 import petl_kernels as pk
 from petl_kernels.interop.hf import load_pretrained
 from petl_kernels.memory.quantise_model import quantise_model
-from petl_kernels.ops.quantised import QuantisedTensor
+from petl_kernels.ops.quantised import QuantisedTensor, quantise
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +147,14 @@ def test_merge_of_a_quantised_run_into_the_original_or_the_quantised(quantised_r
         held = model.get_parameter(name)
         assert torch.equal(weight, held.dequantise() if isinstance(held, QuantisedTensor) else held), name
     assert any(not torch.equal(original[name], quantised[name]) for name in original)
+
+
+def test_weights_of_a_16_bit_run_are_rounded_from_those_of_the_checkpoint(parent):
+    model = pk.adapt(load_pretrained(parent / "model")[0], pk.LoRA(rank=2))
+    weight = model.model.encoder.layers[0].fc1.weight.detach().clone()
+    quantise_as_trained(model, TrainConfig(precision="bf16"), "int8")
+    held = model.model.encoder.layers[0].fc1.weight
+    assert held.dtype == torch.bfloat16 and all(map(torch.equal, held.parts(), quantise(weight, "int8").parts()))
 
 
 def test_merge_into_quantised_weights_that_a_run_did_not_have(lora_run, tmp_path, capsys):
