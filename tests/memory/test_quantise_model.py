@@ -279,6 +279,18 @@ def test_merging_makes_one_weight_dense_after_the_other(storage):
     assert layers * one < peak - dense < small + 2 * layers * one + 2.5 * TILE_BYTES  # a tile, twice
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@storages
+def test_merging_on_a_gpu(storage):
+    model = quantise_model(pk.adapt(build("m2m100").cuda(), METHODS_TO_MERGE["lora-tied"]), storage)
+    before = parts_by_name(model)
+    pk.merge(model)
+    assert all(p.is_cuda for p in model.parameters()) and pk.report(model).merge_error > 0
+    pk.unmerge(model)
+    assert all(p.is_cuda for p in model.parameters()) and same_parts(parts_by_name(model), before)
+
+
 def test_what_is_set_aside_changes_device_in_place():
     weight = nn.Parameter(quantise(torch.randn(8, 16), "nf4"), requires_grad=False)
     held = [weight]

@@ -73,6 +73,19 @@ def test_bytes_of_state_are_those_that_a_plan_counts():
     assert OPTIMIZER_BYTES["adamw"](large) / large.numel() == 8
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_step_on_a_gpu_needs_nothing_beside_its_state():
+    parameters = [nn.Parameter(torch.randn(4096, 1024, device="cuda"))]
+    optimizer = make_optimizer(parameters, TrainConfig(lr=1e-2), "adamw8bit")
+    steps(parameters, optimizer, 1)
+    assert state_bytes(optimizer) == 2 * 4 * 256 + OPTIMIZER_BYTES["adamw8bit"](parameters[0])
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    optimizer.step()
+    assert torch.cuda.max_memory_allocated() - before < parameters[0].nbytes / 100
+
+
 def test_steps_are_nearly_those_of_adamw():
     exact, rounded = made("adamw", weight_decay=0.1), made("adamw8bit", weight_decay=0.1)
     before = [parameter.detach().clone() for parameter in exact[0]]
