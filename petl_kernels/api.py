@@ -30,6 +30,7 @@ from petl_kernels.methods.base import (
     records,
     run_pieces,
     set_parameter,
+    stored_as,
 )
 from petl_kernels.methods.structure import total_parameters
 from petl_kernels.ops.quantised import QuantisedTensor
@@ -102,8 +103,10 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
 def merge(model: nn.Module) -> nn.Module:
     """Put the active adapter into the base weights: the plain model then computes what the adapted one did.
 
-    A tied weight that changes in one place only (LoRA on the output projection) is untied, in the config too. The
-    weights from before are kept in host memory for ``unmerge``. Methods that train base tensors have nothing to merge.
+    A quantised weight is quantised again, one after the other, and so rounded: ``report`` has the largest relative
+    error. To merge without it, put the adapter on the original checkpoint. A tied weight that changes in one place only
+    (LoRA on the output projection) is untied, in the config too. The weights from before are kept in host memory for
+    ``unmerge``. Methods that train base tensors have nothing to merge.
     Raises InputError for methods that no weight can hold (bottleneck adapters, prefixes, BitFit on T5).
     """
     name = active_name(model)
@@ -111,13 +114,18 @@ def merge(model: nn.Module) -> nn.Module:
         raise InputError("merge: no adapter of the model is active")
     _refuse_merged(model, "merging")
     record = records(model)[name]
-    new = record.config.merged_weights(model, name)
-    record.unmerged = {}
+    new, errors = {}, []
+    for key, values in record.config.merged_weights(model, name):
+        new[key], error = stored_as(model.get_parameter(key), values)
+        errors += [error] if error is not None else []
+        del values  # before the next are made
+    record.unmerged, record.merge_error = {}, max(errors, default=None)
     for key, tensor in _untied(model, record, new).items():
         record.unmerged[key] = model.get_parameter(key)
         set_parameter(model, key, nn.Parameter(tensor, requires_grad=False))
     for original in set(record.unmerged.values()):  # no module holds them now
-        original.data = original.data if original.is_meta else original.data.cpu()
+        if not original.is_meta:
+            _move(original, torch.device("cpu"))
     run_pieces(model, None)
     model.requires_grad_(False)
     return model
@@ -149,13 +157,23 @@ def unmerge(model: nn.Module) -> nn.Module:
         raise InputError("unmerge: no adapter of the model is merged")
     record = records(model)[name]
     for key, original in record.unmerged.items():
-        original.data = original.data.to(model.get_parameter(key).device)
+        _move(original, model.get_parameter(key).device)
         set_parameter(model, key, original)
-    record.unmerged = None
+    record.unmerged = record.merge_error = None
     if record.was_tied:
         model.config.tie_word_embeddings, record.was_tied = True, False
     activate(model, name)
     return model
+
+
+def _move(parameter: nn.Parameter, device: torch.device) -> None:
+    """To ``device``, in place: a tied parameter stays one."""
+    if parameter.device == device:
+        return
+    if isinstance(parameter, QuantisedTensor):  # its data cannot change device
+        torch.utils.swap_tensors(parameter, nn.Parameter(parameter.to(device), requires_grad=False))
+    else:
+        parameter.data = parameter.data.to(device)
 
 
 def _check_new_name(model: nn.Module, name: str) -> None:
@@ -181,7 +199,8 @@ class Report:
     numbers of parameters; stored is less than trained where training uses another form (prefix-tuning).
     storage: how frozen weights are held, where that is not as they are; streamed: how many layers live elsewhere.
     places: (module with layer numbers as *, what is trained there, modules, parameters). backends: op -> backend that
-    serves it here. layers: path, tier and, for one that cannot be lean, the reason. loss: how the loss is computed.
+    serves it here. merge_error: ‖Ŵ - W‖ / ‖W‖, the largest, of quantised weights Ŵ that should be W with the adapter in
+    it. layers: path, tier and, for one that cannot be lean, the reason. loss: how the loss is computed.
     """
 
     model: str
@@ -193,6 +212,7 @@ class Report:
     total: int
     frozen: int
     merged: bool
+    merge_error: float | None
     others: tuple[str, ...]
     places: tuple[tuple[str, str, int, int], ...]
     backends: dict[str, str]
@@ -216,7 +236,7 @@ class Report:
             settings = ", ".join(f"{key} {value}" for key, value in self.settings.items())
             title = f"{self.model}, adapter {self.adapter!r}: {self.method}"
             lines = [
-                title + (f" ({settings})" if settings else "") + (", merged" if self.merged else ""),
+                title + (f" ({settings})" if settings else "") + self._merged(),
                 f"trained {self.trained:,}, stored {self.stored:,} = {self.share:.3%} of {self.total:,} parameters; "
                 f"frozen {self.frozen:,}",
             ]
@@ -233,6 +253,11 @@ class Report:
         if self.streamed:
             lines.append(f"streamed: {self.streamed} layers")
         return "\n".join(lines)
+
+    def _merged(self) -> str:
+        if self.merge_error is not None:
+            return f", merged into quantised weights with a relative error of at most {self.merge_error:.2%}"
+        return ", merged" if self.merged else ""
 
 
 def _lean_lines(layers: tuple[LayerState, ...]) -> list[str]:
@@ -277,7 +302,20 @@ def report(model: nn.Module) -> Report:
     lean = tuple(layer_states(model)), _loss_line(model), _storage_line(model), _streamed_layers(model)
     if name is None:
         return Report(
-            type(model).__name__, None, None, {}, trained, trained, total, total - trained, False, others, (), {}, *lean
+            type(model).__name__,
+            None,
+            None,
+            {},
+            trained,
+            trained,
+            total,
+            total - trained,
+            False,
+            None,
+            others,
+            (),
+            {},
+            *lean,
         )
     record = records(model)[name]
     settings = {
@@ -297,6 +335,7 @@ def report(model: nn.Module) -> Report:
         total=total,
         frozen=total - sum(p.numel() for p in parameters if p not in own),
         merged=record.merged,
+        merge_error=record.merge_error,
         others=others,
         places=() if record.merged else _places(model, name, record),
         backends={op: ops.backend_of(op, device) for op in record.config.ops},

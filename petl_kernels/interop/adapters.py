@@ -14,6 +14,7 @@ from petl_kernels.errors import InputError
 from petl_kernels.interop import native_format, peft_format
 from petl_kernels.interop.files import atomic_dir
 from petl_kernels.methods.base import active_name, adapter_state, find_record, load_adapter_state, records
+from petl_kernels.ops.quantised import QuantisedTensor
 
 _FORMATS = (peft_format, native_format)
 
@@ -63,8 +64,10 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, name: str | None =
 def save_merged(model: nn.Module, tokenizer, folder: str | os.PathLike) -> Path:
     """Write model, active adapter merged in, and tokenizer as a plain checkpoint that `transformers` loads unchanged.
 
-    The model itself is the same afterwards. Raises InputError when the active adapter cannot be merged (adapters and
-    prefixes add layers) or the folder exists and is not empty; OSError that names the folder when the disk is full.
+    The model itself is the same afterwards. Quantised weights are merged into (see ``merge``) and written dense, with
+    the values that they stand for: all of them are in host memory for that. Raises InputError when the active adapter
+    cannot be merged (adapters and prefixes add layers) or the folder exists and is not empty; OSError that names the
+    folder when the disk is full.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -76,12 +79,22 @@ def save_merged(model: nn.Module, tokenizer, folder: str | os.PathLike) -> Path:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with atomic_dir(folder) as temporary:
-            model.save_pretrained(temporary)
+            model.save_pretrained(temporary, state_dict=_dense_state(model))
             tokenizer.save_pretrained(temporary)
     finally:
         if not was_merged:
             unmerge(model)
     return folder
+
+
+def _dense_state(model: nn.Module) -> dict[str, torch.Tensor] | None:
+    """The model's tensors with quantised ones dense, tied ones still one; None where none is quantised."""
+    dense: dict[int, torch.Tensor] = {}
+    for parameter in model.parameters():
+        if isinstance(parameter, QuantisedTensor):
+            dense[id(parameter)] = parameter.dequantise().cpu()
+    state = model.state_dict(keep_vars=True)
+    return {key: dense.get(id(tensor), tensor.detach()) for key, tensor in state.items()} if dense else None
 
 
 def _pick_name(model: nn.Module, name: str | None) -> str:

@@ -41,8 +41,13 @@ APPROXIMATIONS = {
     "8bit-optimizer": "moments of AdamW rounded to 8 bits",
 }
 STORAGES = ("dense", "int8", "nf4")
-# Of a trained parameter: two moments in its dtype, or of 8 bits with an fp32 scale for 256 of them.
-OPTIMIZER_BYTES = {"adamw": lambda p: 2 * p.nbytes, "adamw8bit": lambda p: 2 * p.numel() * (1 + 4 / 256)}
+# Of a trained parameter: two moments in its dtype, or in 8 bits with an fp32 scale for each block of 256. bitsandbytes
+# keeps those of small parameters in fp32.
+SMALLEST_8BIT = 4096
+OPTIMIZER_BYTES = {
+    "adamw": lambda p: 2 * p.nbytes,
+    "adamw8bit": lambda p: 2 * (p.numel() + 4 * -(-p.numel() // 256)) if p.numel() >= SMALLEST_8BIT else 8 * p.numel(),
+}
 CHUNKS = (32 * 2**20, 8 * 2**20, 2 * 2**20)
 SLOTS = 2
 GIB = 2**30
@@ -325,7 +330,7 @@ class Planner:
 
     def _fixed(self, setting: Setting) -> dict[str, int]:
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        state = sum(math.ceil(OPTIMIZER_BYTES[setting.optimizer](p)) for p in trained)
+        state = sum(OPTIMIZER_BYTES[setting.optimizer](p) for p in trained)
         return {
             "frozen weights": self.weights.resident(setting.storage, setting.streamed),
             "trained parameters": sum(p.nbytes for p in trained),
@@ -395,7 +400,7 @@ class Planner:
         used = []
         if setting.storage != "dense":
             used.append("quantised")
-        if setting.optimizer != self.optimizer:
+        if setting.optimizer == "adamw8bit":
             used.append("8bit-optimizer")
         return Plan(
             model=type(self.model).__name__,

@@ -19,6 +19,7 @@ U starts from N(0, 1e-5), so training starts from the base model.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -183,7 +184,7 @@ class Adapter(Method):
         own_norm = 0 if self.parallel or self.pfeiffer else 2 * d
         return len(self._places(structure)) * (2 * d * m + m + d + own_norm)
 
-    def merged_weights(self, model: nn.Module, name: str) -> dict[str, Tensor]:
+    def merged_weights(self, model: nn.Module, name: str) -> Iterator[tuple[str, Tensor]]:
         raise InputError(f"adapter {name!r}: a bottleneck adapter is not linear, so no weight can hold it")
 
     def _places(self, structure: Structure) -> list[str]:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from petl_kernels.errors import InputError
-from petl_kernels.ops.quantised import QuantisedTensor
+from petl_kernels.ops.quantised import QuantisedTensor, quantise_like
 
 
 class Named(nn.ModuleDict):
@@ -88,12 +88,14 @@ class Record:
     base: name -> the values that the model does not hold now of the base tensors that it trains, on the CPU.
     added: name -> parameter that the plain model lacks (biases for T5), in the model only while active.
     unmerged: name -> the parameter that ``merge`` has replaced; None while not merged.
+    merge_error: the largest ‖Ŵ - W‖ / ‖W‖ of quantised weights Ŵ that should be W; None where none was merged into.
     """
 
     config: Method
     base: dict[str, Tensor] = field(default_factory=dict)
     added: dict[str, nn.Parameter] = field(default_factory=dict)
     unmerged: dict[str, nn.Parameter] | None = None
+    merge_error: float | None = None
     was_tied: bool = False  # the value of config.tie_word_embeddings before merge changed it
 
     @property
@@ -129,9 +131,10 @@ class Method:
         """The number of parameters that it stores for ``model``, without changing the model."""
         raise NotImplementedError
 
-    def merged_weights(self, model: nn.Module, name: str) -> dict[str, Tensor]:
-        """Name -> tensor of the base tensors as they are with the adapter ``name`` inside; InputError if it cannot."""
-        return {}
+    def merged_weights(self, model: nn.Module, name: str) -> Iterator[tuple[str, Tensor]]:
+        """(name, values) of base tensors with the adapter ``name`` inside, one made after the other; InputError, before
+        the first, if it cannot. Values are dense, in a dtype of their own choice: see ``stored_as``."""
+        return iter(())
 
     @classmethod
     def sized(cls, size: int, **fixed) -> Method:
@@ -223,6 +226,21 @@ def add_record(model: nn.Module, config: Method, name: str) -> None:
 def refuse_quantised(what: str, key: str, parameter: Tensor) -> None:
     if isinstance(parameter, QuantisedTensor):
         raise InputError(f"{what} {key!r}, which is quantised ({parameter.storage}): expected a dense weight")
+
+
+def wide_copy(weight: Tensor) -> Tensor:
+    """The values of a base tensor in fp32 or wider, to be changed in place."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    if isinstance(weight, QuantisedTensor):
+        return weight.dequantise(wide)
+    return weight.detach().to(wide, copy=True)
+
+
+def stored_as(weight: Tensor, values: Tensor) -> tuple[Tensor, float | None]:
+    """``values`` held as ``weight`` is, and the relative error of rounding them where that is quantised."""
+    if isinstance(weight, QuantisedTensor):
+        return quantise_like(weight, values)
+    return values.to(weight.dtype), None
 
 
 def discard(model: nn.Module, name: str) -> None:

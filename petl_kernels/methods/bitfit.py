@@ -6,6 +6,7 @@ zero, in the base's dtype, and its RMSNorms, which have weights only, get none.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -49,10 +50,10 @@ class BitFit(Method):
         trained = sum(model.get_parameter(name).numel() for name in self.base_tensors(model))
         return trained + sum(bias.numel() for bias in self.added_tensors(model).values())
 
-    def merged_weights(self, model: nn.Module, name: str) -> dict[str, Tensor]:
+    def merged_weights(self, model: nn.Module, name: str) -> Iterator[tuple[str, Tensor]]:
         if find_record(model, name).added:
             raise InputError(f"adapter {name!r}: {type(model).__name__} has no biases that could hold BitFit's")
-        return {}
+        return iter(())
 
 
 def _layer_linears(model: nn.Module) -> tuple[str, ...]:

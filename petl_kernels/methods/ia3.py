@@ -6,13 +6,14 @@ Merging scales the rows or the columns of the weight.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from petl_kernels.methods.base import Method, Piece, attach, piece_dtype, refuse_quantised
+from petl_kernels.methods.base import Method, Piece, attach, piece_dtype, wide_copy
 from petl_kernels.methods.structure import describe, find_targets
 
 
@@ -72,13 +73,10 @@ class IA3(Method):
         linears = ((model.get_submodule(path), feedforward) for path, feedforward in self.places(model).items())
         return sum(linear.in_features if feedforward else linear.out_features for linear, feedforward in linears)
 
-    def merged_weights(self, model: nn.Module, name: str) -> dict[str, Tensor]:
-        merged = {}
+    def merged_weights(self, model: nn.Module, name: str) -> Iterator[tuple[str, Tensor]]:
         for path, feedforward in self.places(model).items():
             linear = model.get_submodule(path)
-            refuse_quantised("merge: it changes", f"{path}.weight", linear.weight)
             scale = linear.petl[name].scale.detach()
-            merged[f"{path}.weight"] = (linear.weight.detach() * scale).to(linear.weight.dtype)
+            yield f"{path}.weight", wide_copy(linear.weight).mul_(scale)
             if linear.bias is not None and not feedforward:
-                merged[f"{path}.bias"] = (linear.bias.detach() * scale.flatten()).to(linear.bias.dtype)
-        return merged
+                yield f"{path}.bias", wide_copy(linear.bias).mul_(scale.flatten())

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -21,8 +22,9 @@ from torch.nn import functional as F
 
 from petl_kernels import ops
 from petl_kernels.errors import InputError
-from petl_kernels.methods.base import Method, Named, Piece, attach, check_size, piece_dtype, refuse_quantised
+from petl_kernels.methods.base import Method, Named, Piece, attach, check_size, piece_dtype, stored_as, wide_copy
 from petl_kernels.methods.structure import describe, find_targets
+from petl_kernels.ops.quantised import tiles
 
 
 class LowRank(Piece):
@@ -41,9 +43,9 @@ class LowRank(Piece):
     def state(self) -> dict[str, Tensor]:
         return {"lora_A": self.A, "lora_B": self.B}
 
-    def delta(self) -> Tensor:
-        """scale · B A, (out, in)."""
-        return self.scale * (self.B @ self.A)
+    def delta(self, rows: slice = slice(None)) -> Tensor:
+        """``rows`` of scale · B A, (out, in)."""
+        return self.scale * (self.B[rows] @ self.A)
 
     def extra_repr(self) -> str:
         return f"rank={self.A.shape[0]}, scale={self.scale}, dropout={self.dropout}"
@@ -90,18 +92,18 @@ class LoRALinear(nn.Linear):
         dropout = piece.dropout if self.training else 0.0
         return ops.lora_linear(x, self.weight, self.bias, piece.A, piece.B, piece.scale, dropout)
 
-    def merged_weight(self, name: str) -> Tensor:
-        """W + scale · B A in W's dtype, summed in fp32 or wider."""
-        refuse_quantised("merge: it changes", "weight", self.weight)
-        return _add(self.weight, self.lora[name].delta())
+    def merge(self) -> float | None:
+        """Put the active adapter into the weight. The original is kept, so ``unmerge`` restores it bit for bit.
 
-    def merge(self) -> None:
-        """Put the active adapter into the weight. The original is kept, so ``unmerge`` restores it bit for bit."""
+        A quantised weight is quantised again: returns the error ‖Ŵ - W‖ / ‖W‖ of that, None for a dense one.
+        """
         if self._original is not None or self.lora.active is None:
             raise InputError("LoRALinear.merge: expected an active adapter that is not merged yet")
+        merged, error = stored_as(self.weight, _merged(self.weight, self.lora.current()))
         self._original = (self.lora.active, [self.weight])  # in a list: not a parameter of this module
-        self.weight = nn.Parameter(self.merged_weight(self.lora.active), requires_grad=False)
+        self.weight = nn.Parameter(merged, requires_grad=False)
         self.lora.active = None
+        return error
 
     def unmerge(self) -> None:
         if self._original is None:
@@ -162,9 +164,9 @@ class EmbeddingLowRank(Piece):
     def state(self) -> dict[str, Tensor]:
         return {"lora_embedding_A": self.A, "lora_embedding_B": self.B}
 
-    def delta(self) -> Tensor:
-        """scale · Aᵀ Bᵀ, (vocabulary, dim)."""
-        return self.scale * (self.B @ self.A).T
+    def delta(self, rows: slice = slice(None)) -> Tensor:
+        """``rows`` of scale · Aᵀ Bᵀ, (vocabulary, dim)."""
+        return self.scale * (self.B @ self.A[:, rows]).T
 
 
 @dataclass(frozen=True)
@@ -245,14 +247,11 @@ class LoRA(Method):
         low_rank = sum(rank * sum(_shape(model.get_submodule(path))) for path, (rank, _) in self.resolve(model).items())
         return low_rank + sum(model.get_parameter(name).numel() for name in self.base_tensors(model))
 
-    def merged_weights(self, model: nn.Module, name: str) -> dict[str, Tensor]:
-        weights = {}
+    def merged_weights(self, model: nn.Module, name: str) -> Iterator[tuple[str, Tensor]]:
         for path in self.target_paths(model):
             module = model.get_submodule(path)
-            refuse_quantised("merge: it changes", f"{path}.weight", module.weight)
             piece = module.lora[name] if isinstance(module, LoRALinear) else module.petl[name]
-            weights[f"{path}.weight"] = _add(module.weight, piece.delta())
-        return weights
+            yield f"{path}.weight", _merged(module.weight, piece)
 
     @classmethod
     def sized(cls, size: int, **fixed) -> LoRA:
@@ -270,9 +269,13 @@ def check_rank(what: str, rank: int, n_in: int, n_out: int) -> None:
         raise InputError(f"lora rank {rank}: larger than {what} allows, expected at most {min(n_in, n_out)}")
 
 
-def _add(weight: Tensor, delta: Tensor) -> Tensor:
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    return (weight.detach().to(wide) + delta.detach().to(wide)).to(weight.dtype)
+@torch.no_grad()
+def _merged(weight: Tensor, piece: LowRank | EmbeddingLowRank) -> Tensor:
+    """W + scale · B A, summed in fp32 or wider; the second term in tiles."""
+    total = wide_copy(weight)
+    for rows in tiles(*total.shape, total.dtype):
+        total[rows] += piece.delta(rows)
+    return total
 
 
 def _shape(module: nn.Linear | nn.Embedding) -> tuple[int, int]:

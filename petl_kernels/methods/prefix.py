@@ -14,6 +14,7 @@ wrap its "eager" and "sdpa" ones. Masks and T5's position bias are extended by z
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -131,7 +132,7 @@ class PrefixTuning(Method):
     def count(self, model: nn.Module) -> int:
         return sum(2 * self.length * attention.heads * attention.head_dim for attention in describe(model).attentions)
 
-    def merged_weights(self, model: nn.Module, name: str) -> dict[str, Tensor]:
+    def merged_weights(self, model: nn.Module, name: str) -> Iterator[tuple[str, Tensor]]:
         raise InputError(f"adapter {name!r}: a prefix is not part of any weight, so it cannot be merged")
 
 

@@ -241,6 +241,18 @@ def quantise(weight: Tensor, storage: str) -> QuantisedTensor:
     return QuantisedTensor(parts, tuple(weight.shape), weight.dtype)
 
 
+def quantise_like(weight: QuantisedTensor, values: Tensor) -> tuple[QuantisedTensor, float]:
+    """``values`` (N, K) in the storage and with the dtype of ``weight``, and ‖Ŵ - W‖ / ‖W‖, the error of it."""
+    parts = quantise(values, weight.storage).parts()
+    rows, columns = values.shape
+    apart, size = torch.zeros(2, dtype=torch.float64, device=values.device)
+    for part in tiles(rows, columns, values.dtype):
+        rounded = dequantise(parts, part.start, part.stop - part.start, columns, values.dtype)
+        apart += torch.linalg.vector_norm(rounded.sub_(values[part]), dtype=torch.float64).square()
+        size += torch.linalg.vector_norm(values[part], dtype=torch.float64).square()
+    return QuantisedTensor(parts, tuple(values.shape), weight.dtype), float((apart / size.clamp(min=1e-300)).sqrt())
+
+
 def empty_quantised(
     shape: tuple[int, int], storage: str, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> QuantisedTensor:

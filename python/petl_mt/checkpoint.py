@@ -21,6 +21,8 @@ from torch import nn
 from petl_kernels.errors import InputError
 from petl_kernels.interop.files import atomic_dir
 
+TABLES = ("qmap1", "qmap2")  # of bitsandbytes: the values that 8 bits stand for, the same ones for all parameters
+
 
 def trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
@@ -89,17 +91,29 @@ class Checkpoints:
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Adam's moments and step counts, as "<index of the parameter>.<name>"."""
-    states = optimizer.state_dict()["state"]
-    return {f"{i}.{name}": t.contiguous().cpu() for i, state in states.items() for name, t in state.items()}
+    """Adam's moments and step counts, as "<index of the parameter>.<name>"; tables by name alone."""
+    return {
+        name if name in TABLES else f"{i}.{name}": torch.as_tensor(value).contiguous().cpu()
+        for i, parameter in enumerate(_parameters(optimizer))
+        for name, value in optimizer.state.get(parameter, {}).items()
+    }
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    states: dict[int, dict[str, torch.Tensor]] = {}
+    parameters = _parameters(optimizer)
+    tables = {name: tensors.pop(name).to(parameters[0].device) for name in TABLES if name in tensors}
+    states: dict[int, dict[str, Any]] = {}
     for key, tensor in tensors.items():
         index, name = key.split(".")
-        states.setdefault(int(index), {})[name] = tensor
+        # bitsandbytes counts steps with a Python number, PyTorch with a float tensor
+        states.setdefault(int(index), {})[name] = tensor.item() if tensor.dtype == torch.int64 else tensor
+    for state in states.values():
+        state |= tables if "absmax1" in state else {}
     optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _generators() -> dict[str, torch.Tensor]:

@@ -171,6 +171,7 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
         flag(name, type=float, metavar="X", group=loop)
     flag("--schedule", metavar="inverse-sqrt|linear|polynomial", group=loop)
     flag("--betas", nargs=2, type=float, metavar=("B1", "B2"), group=loop)
+    flag("--optimizer", metavar="adamw|adamw8bit", group=loop)
     flag("--precision", metavar="fp32|bf16", group=loop)
     flag("--memory", metavar="SIZE", group=loop, help="all that training may take, such as 8GiB: see petl-mt plan")
     flag("--allow", metavar="NAMES", type=_names, group=loop, help="approximations: quantised,8bit-optimizer")
@@ -224,6 +225,12 @@ def _add_merge(commands) -> None:
     parser.set_defaults(run=_merge)
     parser.add_argument("--run", required=True, dest="run_folder", metavar="DIR", help="the --out of a training run")
     parser.add_argument("--out", required=True, metavar="DIR")
+    parser.add_argument(
+        "--into",
+        choices=("original", "quantised"),
+        default="original",
+        help="weights of a run that trained beside quantised ones: those of the checkpoint, or as it had them, rounded",
+    )
 
 
 def _add_bench(commands) -> None:
@@ -322,10 +329,18 @@ def _report_cut(translator) -> None:
 def _merge(arguments: argparse.Namespace) -> int:
     import petl_kernels as pk
 
-    from .runs import hush, load_run
+    from .runs import hush, load_run, quantise_as_trained, run_storage
 
     with hush():
-        model, tokenizer, _ = load_run(arguments.run_folder)
+        model, tokenizer, config = load_run(arguments.run_folder)
+        storage = run_storage(arguments.run_folder)
+        if arguments.into == "quantised":
+            quantise_as_trained(model, config, storage)
+            pk.merge(model)
+            error = pk.report(model).merge_error or 0.0
+            print(f"merged into {storage} weights with a relative error of at most {error:.3%}", file=sys.stderr)
+        elif storage != "dense":
+            print(f"the adapter was trained beside {storage} weights; merged into the original ones", file=sys.stderr)
         pk.save_merged(model, tokenizer, arguments.out)
     print(f"written: {arguments.out}", file=sys.stderr)
     return 0

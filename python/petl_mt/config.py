@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib.util
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from petl_kernels.errors import InputError
 
 SCHEDULES = ("inverse-sqrt", "linear", "polynomial")
 PRECISIONS = ("fp32", "bf16")
+OPTIMIZERS = ("adamw", "adamw8bit")
 
 # Peak learning rates for a model of width 1,024, where full fine-tuning wants 3e-5 (fairseq's mBART recipe). What
 # starts at zero beside a frozen base wants 10 to 30 times that, single vectors and prefixes more still. Adam's best
@@ -82,6 +84,7 @@ class TrainConfig:
     allow: list[str] = field(default_factory=list)  # approximations that a plan may use
     tier: int | None = None  # how little the layers keep for backward, see petl_kernels.lean; 1, or the plan's choice
 
+    optimizer: str = "adamw"  # or adamw8bit: moments rounded to 8 bits, by bitsandbytes
     lr: float | None = None
     schedule: str | None = None  # inverse-sqrt for a new model, linear for any other
     warmup: int | None = None  # steps / 10, at most 4,000
@@ -118,6 +121,10 @@ class TrainConfig:
             pairs = {(p.src_lang, p.tgt_lang) for p in self.train}
             _need(len(pairs) == 1, f"train: {len(pairs)} language pairs; several at once need --model new")
         self.check_settings()
+        if self.optimizer == "adamw8bit":
+            require_bitsandbytes("optimizer adamw8bit")
+        if "8bit-optimizer" in self.allow:
+            require_bitsandbytes("allow 8bit-optimizer")
 
     def check_settings(self) -> None:
         """Refuse wrong numbers and names, whatever the model and the text are."""
@@ -144,6 +151,7 @@ class TrainConfig:
             len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
             f"betas {self.betas}: expected two numbers, each at least 0 and below 1",
         )
+        _choice("optimizer", self.optimizer, OPTIMIZERS)
         _choice("schedule", self.schedule, (None, *SCHEDULES))
         _choice("precision", self.precision, PRECISIONS)
         _need(
@@ -183,6 +191,11 @@ class TrainConfig:
     def from_dict(cls, values: Mapping[str, Any], where: str = "config") -> TrainConfig:
         """A configuration from a mapping; keys that are not fields are refused, with the nearest names."""
         return cls(**check_keys(values, where))
+
+
+def require_bitsandbytes(what: str) -> None:
+    installed = importlib.util.find_spec("bitsandbytes") is not None
+    _need(installed, f"{what}: bitsandbytes is not installed; expected it (pip install 'petl-kernels[8bit]')")
 
 
 def default_lr(method: str, d_model: int, is_new: bool) -> float:

@@ -47,6 +47,7 @@ def plan_for(model: nn.Module, config: TrainConfig, longest: int, device: str | 
         model,
         config.memory,
         config.batch_tokens,
+        config.optimizer,
         max_length=longest,
         allow=config.allow,
         device=device,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 
 import torch
 from torch import nn
@@ -10,7 +11,7 @@ from torch import nn
 import petl_kernels as pk
 from petl_kernels.errors import InputError
 
-from .config import Pair, TrainConfig
+from .config import Pair, TrainConfig, require_bitsandbytes
 from .data import Text, read_lines
 from .runs import RunFolder
 
@@ -103,10 +104,18 @@ def cast_frozen_matrices(model: nn.Module, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def make_optimizer(parameters: list[nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW; weight decay on matrices only."""
+def make_optimizer(parameters: list[nn.Parameter], config: TrainConfig, name: str) -> torch.optim.Optimizer:
+    """AdamW, "adamw" or "adamw8bit"; weight decay on matrices only."""
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, eps=1e-6, fused=True)
+    settings = {"params": [g for g in groups if g["params"]], "lr": config.lr, "betas": config.betas, "eps": 1e-6}
+    if name == "adamw":
+        return torch.optim.AdamW(**settings, fused=True)
+    require_bitsandbytes(f"optimizer {name}")
+    # on the CPU it says that it misses a product with 4-bit weights, which no optimiser needs
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit(**settings)

@@ -41,6 +41,10 @@ class RunFolder:
         return self.path / "model"
 
     @property
+    def plan(self) -> Path:  # of a run with a memory budget
+        return self.path / "plan.json"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
@@ -84,6 +88,27 @@ def load_run(path: str | Path):
         raise InputError(f"run {path}: neither adapter/ nor model/ in it; it has not finished, --resume it")
     model, tokenizer = load_pretrained(config.model)
     return pk.load_adapter(model, run.adapter).eval(), tokenizer, config
+
+
+def run_storage(path: str | Path) -> str:
+    """How the frozen weights were stored beside which the run has trained: "dense", "int8" or "nf4"."""
+    from petl_kernels.memory.plan import Plan
+
+    plan = RunFolder(Path(path)).plan
+    return Plan.load(plan).storage if plan.exists() else "dense"
+
+
+def quantise_as_trained(model, config: TrainConfig, storage: str) -> None:
+    """The weights of a loaded run as its adapter was trained beside them."""
+    from petl_kernels.memory.quantise_model import quantise_model
+
+    from .prepare import cast_frozen_matrices
+
+    if storage == "dense":
+        raise InputError("into quantised: the run was trained beside weights that were not; expected --into original")
+    quantise_model(model, storage)
+    if config.precision == "bf16":
+        cast_frozen_matrices(model, torch.bfloat16)
 
 
 class Translator:

@@ -166,7 +166,8 @@ class _Training:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         if config.method != "full":
             self.stored_parameters = pk.report(self.model).stored
-        self.optimizer = self.accelerator.prepare(make_optimizer(self.parameters, config))
+        optimizer = self.plan.optimizer if self.plan else config.optimizer
+        self.optimizer = self.accelerator.prepare(make_optimizer(self.parameters, config, optimizer))
         self.micro_tokens = self.plan.micro_tokens if self.plan else None
         self.evaluation_tokens = self.plan.evaluation_tokens if self.plan else config.batch_tokens
 
@@ -200,19 +201,19 @@ class _Training:
 
     def _make_plan(self, model: nn.Module, longest: int) -> Plan:
         """The plan under ``--memory``: the given one, or the fastest for this model and its longest sentence."""
-        if self.config.plan is None:
+        given, own = self.config.plan, self.folder.plan
+        if given is None and own.exists() and Plan.load(own).device == str(self.device):
+            given = own  # resumed: the same storage and optimiser, whatever the rates are today
+        if given is None:
             return plan_for(model, self.config, longest, self.device)
-        plan = Plan.load(self.config.plan)
+        plan = Plan.load(given)
         plan.check(model)
         if plan.memory != (memory := parse_size(self.config.memory)):
             raise InputError(
-                f"plan {self.config.plan}: for {format_size(plan.memory)}; "
-                f"expected one for the {format_size(memory)} of --memory"
+                f"plan {given}: for {format_size(plan.memory)}; expected one for the {format_size(memory)} of --memory"
             )
         if plan.longest < longest:
-            raise InputError(
-                f"plan {self.config.plan}: for sentences of {plan.longest} tokens; the text has some of {longest}"
-            )
+            raise InputError(f"plan {given}: for sentences of {plan.longest} tokens; the text has some of {longest}")
         return plan
 
     def _try_worst_batch(self) -> None:
@@ -290,7 +291,7 @@ class _Training:
             f"{self.config.precision}"
         )
         if self.plan:
-            self.plan.save(self.folder.path / "plan.json")
+            self.plan.save(self.folder.plan)
             for line in str(self.plan).splitlines():
                 self.log.say(line)
         if self.progress.step:

@@ -14,6 +14,8 @@ import transformers
 
 import petl_kernels as pk
 from petl_kernels.errors import InputError
+from petl_kernels.interop.hf import load_pretrained
+from petl_kernels.memory.quantise_model import quantise_model
 
 from .conftest import FAMILIES, T5, batch, logits
 from .test_peft_format import close, fill_ours, refused
@@ -174,6 +176,20 @@ def test_what_cannot_be_merged_writes_nothing(make, tmp_path, method):
     with pytest.raises(InputError, match="'default'"):
         pk.save_merged(model, tokenizer, tmp_path / "out")
     assert os.listdir(tmp_path) == [] and torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("storage", ["int8", "nf4"])
+def test_quantised_weights_are_written_as_what_they_stand_for(make, tmp_path, storage):
+    model, tokenizer = make("m2m100")
+    quantise_model(pk.adapt(model, pk.LoRA(rank=2)), storage)
+    torch.nn.init.normal_(model.model.encoder.layers[0].self_attn.q_proj.lora["default"].B, std=0.1)
+    before = logits(model)
+    pk.save_merged(model, tokenizer, tmp_path / "out")
+    assert torch.equal(logits(model), before)
+    pk.merge(model)
+    plain, _ = load_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits(plain), logits(model), rtol=1e-4, atol=1e-4)
+    assert plain.lm_head.weight is plain.model.shared.weight
 
 
 def test_merged_output_must_be_new(make, tmp_path):

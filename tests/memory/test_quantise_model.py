@@ -7,16 +7,17 @@ import copy
 import pytest
 import torch
 from layers.lean_cases import adapted, exact_rms_norms, ragged, step, worst
-from methods.models import batch, build
+from methods.models import batch, build, logits, train_a_little
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import petl_kernels as pk
+from petl_kernels.api import _move
 from petl_kernels.errors import InputError
 from petl_kernels.memory.peak import peak_bytes
 from petl_kernels.memory.quantise_model import quantise_model
 from petl_kernels.methods import METHODS
-from petl_kernels.ops.quantised import STORAGES, QuantisedTensor, storage_bytes
+from petl_kernels.ops.quantised import STORAGES, TILE_BYTES, QuantisedTensor, quantise, storage_bytes
 
 FP32, FP64 = torch.float32, torch.float64
 FAMILIES = ("m2m100", "t5")
@@ -195,12 +196,107 @@ def test_methods_that_train_the_weights_refuse(method):
     pk.adapt(model, pk.LoRA(rank=2))  # the model is as it was
 
 
-@pytest.mark.parametrize("config", [pk.LoRA(rank=2), pk.IA3()], ids=["lora", "ia3"])
-def test_merging_refuses(config):
-    model = pk.adapt(quantise_model(build("m2m100").requires_grad_(False), "int8"), config)
-    with pytest.raises(InputError, match=r"merge: it changes '.*weight', which is quantised \(int8\)") as error:
-        pk.merge(model)
-    assert "\n" not in str(error.value)
+def parts_by_name(model: nn.Module) -> dict[str, list[torch.Tensor]]:
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: [part.clone() for part in p.parts()] for name, p in named if isinstance(p, QuantisedTensor)}
+
+
+def same_parts(found: dict, expected: dict) -> bool:
+    return found.keys() == expected.keys() and all(
+        all(map(torch.equal, parts, expected[name])) for name, parts in found.items()
+    )
+
+
+METHODS_TO_MERGE = {
+    "lora": pk.LoRA(rank=2),
+    "lora-tied": pk.LoRA(rank=2, targets=("embed_tokens", "lm_head")),
+    "ia3": pk.IA3(),
+}
+
+
+@storages
+@families
+@pytest.mark.parametrize("method", METHODS_TO_MERGE)
+def test_merging_rounds_once_more_and_says_how_much(family, method, storage):
+    model = quantise_model(build(family).requires_grad_(False), storage)
+    pk.adapt(model, METHODS_TO_MERGE[method])
+    train_a_little(model)
+    before, adapted_logits, tied = parts_by_name(model), logits(model), model.config.tie_word_embeddings
+    owners = {name: model.get_parameter(name) for name in before}
+    exact = dense_twin(model, FP32)
+    pk.merge(exact)
+    assert pk.report(exact).merge_error is None and pk.report(exact).merged
+    assert pk.merge(model) is model
+    assert quantised_names(model) == before.keys()
+    merged = parts_by_name(model)
+    changed = {name for name in before if not same_parts({name: merged[name]}, {name: before[name]})}
+    errors = []
+    for name in changed:
+        wanted = exact.get_parameter(name).double()
+        errors.append(float((model.get_parameter(name).dequantise(FP64) - wanted).norm() / wanted.norm()))
+    report = pk.report(model)
+    assert report.merge_error == pytest.approx(max(errors), rel=1e-3)
+    assert max(errors) < {"int8": 0.01, "nf4": 0.12}[storage]
+    assert f"merged into quantised weights with a relative error of at most {report.merge_error:.2%}" in str(report)
+    pk.unmerge(model)
+    assert same_parts(parts_by_name(model), before) and torch.equal(logits(model), adapted_logits)
+    assert all(model.get_parameter(name) is owner for name, owner in owners.items())
+    assert model.config.tie_word_embeddings == tied and pk.report(model).merge_error is None
+
+
+@storages
+def test_an_adapter_that_changes_nothing_merges_with_the_error_of_the_storage(storage):
+    """B = 0: int8 rows come out as they were; NF4 rounds its own values, whose absmaxes moved."""
+    model = pk.adapt(quantise_model(build("m2m100").requires_grad_(False), storage), pk.LoRA(rank=2))
+    before = logits(model)
+    pk.merge(model)
+    assert pk.report(model).merge_error < {"int8": 1e-6, "nf4": 0.02}[storage]
+    torch.testing.assert_close(logits(model), before, rtol=0.05, atol={"int8": 1e-4, "nf4": 0.2}[storage])
+
+
+@storages
+def test_one_lora_linear_merges(storage):
+    linear = nn.Linear(64, 48).requires_grad_(False)
+    linear.weight = nn.Parameter(quantise(linear.weight, storage), requires_grad=False)
+    layer = pk.nn.LoRALinear.from_linear(linear, rank=4)
+    nn.init.normal_(layer.lora["default"].B, std=0.1)
+    original = layer.weight
+    wanted = original.dequantise() + layer.lora["default"].delta().detach()
+    error = layer.merge()
+    assert error == pytest.approx(float((layer.weight.dequantise() - wanted).norm() / wanted.norm()), rel=1e-3)
+    layer.unmerge()
+    assert layer.weight is original
+
+
+@storages
+def test_merging_makes_one_weight_dense_after_the_other(storage):
+    size, layers = 1024, 4
+    model = nn.Sequential(*(nn.Linear(size, size, bias=False) for _ in range(layers))).requires_grad_(False)
+    pk.adapt(quantise_model(model, storage), pk.LoRA(rank=2, targets=r"\d"))
+    dense, one = 4 * size * size, storage_bytes((size, size), storage, FP32)
+    peak = peak_bytes(lambda: pk.merge(model), model.parameters(), torch.device("cpu"))
+    small = sum(4 * 2 * 2 * size for _ in range(layers))
+    assert layers * one < peak - dense < small + 2 * layers * one + 2.5 * TILE_BYTES  # a tile, twice
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@storages
+def test_merging_on_a_gpu(storage):
+    model = quantise_model(pk.adapt(build("m2m100").cuda(), METHODS_TO_MERGE["lora-tied"]), storage)
+    before = parts_by_name(model)
+    pk.merge(model)
+    assert all(p.is_cuda for p in model.parameters()) and pk.report(model).merge_error > 0
+    pk.unmerge(model)
+    assert all(p.is_cuda for p in model.parameters()) and same_parts(parts_by_name(model), before)
+
+
+def test_what_is_set_aside_changes_device_in_place():
+    weight = nn.Parameter(quantise(torch.randn(8, 16), "nf4"), requires_grad=False)
+    held = [weight]
+    _move(weight, torch.device("meta"))
+    assert held[0] is weight and weight.is_meta and all(part.is_meta for part in weight.parts())
+    assert isinstance(weight, nn.Parameter) and weight.shape == (8, 16)
 
 
 @storages

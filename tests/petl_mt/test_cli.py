@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 
 import pytest
 import torch
 from petl_mt.cli import main
+from petl_mt.config import TrainConfig
+from petl_mt.runs import quantise_as_trained
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 import petl_kernels as pk
 from petl_kernels.interop.hf import load_pretrained
+from petl_kernels.memory.quantise_model import quantise_model
+from petl_kernels.ops.quantised import QuantisedTensor, quantise
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +112,58 @@ def test_merge_gives_a_folder_for_transformers(lora_run, parent, tmp_path):
     adapted = pk.load_adapter(base, lora_run / "adapter").eval()(**inputs).logits
     torch.testing.assert_close(merged(**inputs).logits, adapted, rtol=1e-5, atol=1e-5)
     assert (adapted - plain).abs().max() > 1e-2
+
+
+@pytest.fixture
+def quantised_run(parent, text, tmp_path):
+    """A run that a plan made train beside NF4 weights."""
+    out, plan, train = tmp_path / "quantised", tmp_path / "plan.json", text["train"]
+    flags = ["--model", str(parent / "model"), "--src-lang", "en", "--tgt-lang", "de", "--method", "lora"]
+    flags += ["--steps", "2", "--batch-tokens", "256", "--max-length", "40", "--lr", "0.01", "--memory", "64MiB"]
+    assert main(["plan", *flags, "--json", str(plan), "--device", "cpu"]) == 0
+    plan.write_text(json.dumps({**json.loads(plan.read_text()), "storage": "nf4", "approximations": ["quantised"]}))
+    assert main(["train", *flags, "--train", train.source, train.target, "--plan", str(plan), "--out", str(out)]) == 0
+    return out
+
+
+def merged_weights(folder) -> dict[str, torch.Tensor]:
+    return dict(AutoModelForSeq2SeqLM.from_pretrained(folder).named_parameters())
+
+
+def test_merge_of_a_quantised_run_into_the_original_or_the_quantised(quantised_run, parent, tmp_path, capsys):
+    capsys.readouterr()
+    assert main(["merge", "--run", str(quantised_run), "--out", str(tmp_path / "original")]) == 0
+    assert "the adapter was trained beside nf4 weights; merged into the original ones" in capsys.readouterr().err
+    assert main(["merge", "--run", str(quantised_run), "--out", str(tmp_path / "q"), "--into", "quantised"]) == 0
+    said = re.search(r"merged into nf4 weights with a relative error of at most ([\d.]+)%", capsys.readouterr().err)
+    assert 0 < float(said[1]) < 5
+
+    model = pk.load_adapter(load_pretrained(parent / "model")[0], quantised_run / "adapter")
+    exact = {name: p.detach().clone() for name, p in pk.merge(model).named_parameters()}
+    original, quantised = merged_weights(tmp_path / "original"), merged_weights(tmp_path / "q")
+    assert all(torch.equal(original[name], exact[name]) for name in original)
+    pk.merge(quantise_model(pk.unmerge(model), "nf4"))
+    for name, weight in quantised.items():
+        held = model.get_parameter(name)
+        assert torch.equal(weight, held.dequantise() if isinstance(held, QuantisedTensor) else held), name
+    assert any(not torch.equal(original[name], quantised[name]) for name in original)
+
+
+def test_weights_of_a_16_bit_run_are_rounded_from_those_of_the_checkpoint(parent):
+    model = pk.adapt(load_pretrained(parent / "model")[0], pk.LoRA(rank=2))
+    weight = model.model.encoder.layers[0].fc1.weight.detach().clone()
+    quantise_as_trained(model, TrainConfig(precision="bf16"), "int8")
+    held = model.model.encoder.layers[0].fc1.weight
+    assert held.dtype == torch.bfloat16 and all(map(torch.equal, held.parts(), quantise(weight, "int8").parts()))
+
+
+def test_merge_into_quantised_weights_that_a_run_did_not_have(lora_run, tmp_path, capsys):
+    assert main(["merge", "--run", str(lora_run), "--out", str(tmp_path / "q"), "--into", "quantised"]) == 2
+    message = (
+        "petl-mt merge: into quantised: the run was trained beside weights that were not; expected --into original"
+    )
+    assert capsys.readouterr().err.splitlines()[-1] == message
+    assert not (tmp_path / "q").exists()
 
 
 def test_merge_of_a_fully_trained_run_is_the_model(parent, tmp_path):

@@ -84,6 +84,7 @@ def test_files_that_are_no_mapping_are_refused(tmp_path, content):
         ({"dropout": -0.1}, "dropout -0.1"),
         ({"lr": 0.0}, "lr 0.0: expected above 0"),
         ({"schedule": "cosine"}, "schedule 'cosine': expected one of inverse-sqrt, linear, polynomial"),
+        ({"optimizer": "sgd"}, "optimizer 'sgd': expected one of adamw, adamw8bit"),
         ({"precision": "fp16"}, "precision 'fp16': expected one of fp32, bf16"),
         ({"betas": (0.9, 1.0)}, "betas (0.9, 1.0)"),
         ({"batch_tokens": 100}, "batch_tokens 100: expected at least max_length (256)"),
@@ -103,6 +104,15 @@ def test_configurations_that_cannot_run_are_refused(change, message):
     with pytest.raises(InputError) as refusal:
         TrainConfig(**{**good, **change}).check()
     assert message in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("change", [{"optimizer": "adamw8bit"}, {"allow": ["quantised", "8bit-optimizer"]}])
+def test_8_bits_need_their_library(change, monkeypatch):
+    config = TrainConfig(model="m", out="o", train=[Pair("en", "de", "a", "b")], **change)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"bitsandbytes is not installed; expected it \(pip install .*8bit"):
+        config.check()
+    config.check_settings()  # a plan needs no library
 
 
 def test_defaults_follow_method_and_width():

@@ -104,6 +104,19 @@ def test_other_methods_resume_too(settings, tmp_path, monkeypatch, method):
     assert_same_run(settings["out"], tmp_path / "whole")
 
 
+def test_a_resumed_run_keeps_its_plan(settings, tmp_path, monkeypatch):
+    """Rates are measured: a new plan might hold weights or moments in another way."""
+    settings |= {"memory": "8MiB"}
+    train(TrainConfig(**{**settings, "out": str(tmp_path / "whole")}), quiet=True)
+    kill_at(monkeypatch, 5)
+    with pytest.raises(Killed):
+        train(TrainConfig(**settings), quiet=True)
+    monkeypatch.undo()
+    monkeypatch.setattr("petl_mt.train.plan_for", None)
+    train(TrainConfig(**settings), resume=True, quiet=True)
+    assert_same_run(settings["out"], tmp_path / "whole")
+
+
 def test_a_new_model_resumes_with_its_vocabulary(settings, text, tmp_path, monkeypatch):
     settings |= {"model": "new", "method": None, "method_args": {}, "vocab_size": 60, "d_model": 16, "layers": 1,
                  "heads": 2}  # fmt: skip
