@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from petl_kernels.errors import InputError
-from petl_kernels.methods.base import Method, find_record, piece_dtype
+from petl_kernels.methods.base import Method, find_record
 from petl_kernels.methods.structure import base_parameters, describe, norms
 
 
@@ -41,7 +41,7 @@ class BitFit(Method):
         plain = base_parameters(model)
         weights = {f"{path}.bias": model.get_submodule(path).weight for path in _layer_linears(model)}
         return {
-            name: torch.zeros(weight.shape[0], dtype=piece_dtype(weight), device=weight.device)
+            name: torch.zeros(weight.shape[0], dtype=weight.dtype, device=weight.device)
             for name, weight in weights.items()
             if name not in plain
         }

@@ -39,6 +39,9 @@ def prepared(model: nn.Module, config: TrainConfig) -> nn.Module:
     set_dropout(model, config.dropout, config.attention_dropout)
     if config.precision == "bf16":
         cast_frozen_matrices(model, torch.bfloat16)
+    for parameter in model.parameters():  # biases that BitFit gives to a model that was read in 16 bits
+        if parameter.requires_grad and parameter.dtype.itemsize == 2:
+            parameter.data = parameter.data.float()
     return model
 
 

@@ -179,8 +179,7 @@ class _Training:
 
     def _load(self, config: TrainConfig, like: nn.Module | None) -> None:
         """Weights, what the method adds, tiers; in the storage and the place of the plan."""
-        with tempfile.TemporaryDirectory(prefix="petl-mt-", dir=_existing(self.folder.path)) as name:
-            folder = Path(name)
+        with _folder_for_layers(self.plan, self.folder.path) as folder:
             if self.plan and not config.is_new:
                 self.model = load_planned(config.model, self.model, like, self.plan, folder)
             torch.manual_seed(config.seed)  # what is injected starts the same, whatever was made before it
@@ -188,8 +187,8 @@ class _Training:
             self.tiers = config.tier if config.tier is not None else 1
             if self.plan:
                 self.tiers = list(self.plan.tiers)
-                # the file is mapped into memory, and needs no name any more
-                self.plan.apply(self.model, folder, sorted(folder.glob("*.safetensors")))
+                files = sorted(folder.glob("*.safetensors")) if folder else []
+                self.plan.apply(self.model, folder, files)
             else:
                 pk.lean(self.model, self.tiers)
         self.model.to(self.device)
@@ -546,9 +545,15 @@ def _absolute_paths(config: TrainConfig) -> TrainConfig:
     )
 
 
-def _existing(path: Path) -> Path:
-    """The nearest folder above ``path`` that is there."""
-    return next(folder for folder in (path, *path.resolve().parents) if folder.is_dir())
+@contextmanager
+def _folder_for_layers(plan: Plan | None, beside: Path) -> Iterator[Path | None]:
+    """For the file that streamed layers are read from on the CPU; once that is mapped, it needs no name any more."""
+    if plan is None or not plan.streamed or plan.device != "cpu":
+        yield None
+        return
+    existing = next(folder for folder in (beside, *beside.resolve().parents) if folder.is_dir())
+    with tempfile.TemporaryDirectory(prefix="petl-mt-", dir=existing) as name:
+        yield Path(name)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ SHAPES = [(66, 64), (40, 320), (64, 96), (33, 130), (35, 192), (1, 2), (7, 1)]
 def weight_of(n: int, k: int, storage: str, seed: int = 0) -> list[torch.Tensor]:
     values = torch.randn(n, k, generator=torch.Generator().manual_seed(seed)) / k**0.5
     values[n // 2] = 0
-    return REFERENCE[storage](values, storage)
+    return REFERENCE[storage](values)
 
 
 def on_device(parts: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -566,3 +566,23 @@ def test_a_bias_is_trained_beside_a_quantised_vocabulary(storage, reduction):
 
     found = contract.gradients(loss(weight), leaves, dloss)
     contract.assert_close_by_name(found, contract.gradients(loss(dense), leaves, dloss), 1e-12)
+
+
+# ---- bitsandbytes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_nf4_is_that_of_bitsandbytes(dtype):
+    """The same nibbles. Of the absmaxes some may be one entry of the map apart: between two entries its CPU code does
+    not always take the nearer one."""
+    functional = pytest.importorskip("bitsandbytes").functional
+    weight = (torch.randn(256, 192, generator=torch.Generator().manual_seed(0)) * 0.02).to(dtype)
+    packed, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    ours = quantise(weight, "nf4")
+    assert torch.equal(packed.flatten(), ours.packed)
+    apart = (state.absmax.int() - ours.absmax.int()).abs()
+    assert apart.max() <= 1 and (apart > 0).float().mean() < 0.01
+    torch.testing.assert_close(state.state2.absmax, ours.absmax_scale, rtol=1e-6, atol=0)
+    torch.testing.assert_close(state.offset, ours.absmax_offset[0], rtol=1e-6, atol=0)
+    found = ours.dequantise().float()
+    torch.testing.assert_close(found, functional.dequantize_4bit(packed, state).float(), rtol=0.02, atol=1e-6)
