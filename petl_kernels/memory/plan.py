@@ -27,9 +27,10 @@ from petl_kernels.errors import InputError
 from petl_kernels.interop.files import atomic_write
 from petl_kernels.memory import simulate
 from petl_kernels.memory.cost import LayerWork, Rates, layer_work, measure_rates, update_seconds
-from petl_kernels.memory.quantise_model import quantisable
+from petl_kernels.memory.quantise_model import quantisable, quantise_model
 from petl_kernels.memory.simulate import Batch, Phases
 from petl_kernels.memory.size import format_size, parse_size
+from petl_kernels.memory.stream import stream_layers
 from petl_kernels.methods.structure import Layer, Structure, describe
 from petl_kernels.ops.quantised import parts_of, storage_bytes
 
@@ -94,14 +95,10 @@ class Plan:
         from petl_kernels.api import lean
 
         if self.storage != "dense":
-            from petl_kernels.memory.quantise_model import quantise_model
-
             quantise_model(model, self.storage)
         lean(model, list(self.tiers))
         model.petl_chunk_bytes = self.chunk_bytes
         if self.streamed:
-            from petl_kernels.memory.stream import stream_layers
-
             paths = [layer.path for layer in describe(model).layers[: self.streamed]]
             with tempfile.TemporaryDirectory() as own:  # its file is mapped, and needs no name after that
                 stream_layers(model, paths, SLOTS, folder or own, files, device=self.device)
@@ -377,7 +374,7 @@ class Planner:
             if (depth, storage) not in self._shallow:
                 self._shallow[depth, storage] = simulate.shallow(self.model, *depth, storage)
             model = self._shallow[depth, storage]
-            simulate.set_tiers(model, tier)
+            simulate.set_tiers(model, [tier] * sum(depth))
             model.petl_chunk_bytes = chunk_bytes
             return simulate.step(model, Batch(rows, self.longest, self.longest), self.autocast)
 

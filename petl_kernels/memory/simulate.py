@@ -7,6 +7,7 @@ one to three layers stands for a deep one, whose layers are alike.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from petl_kernels.errors import InputError
-from petl_kernels.layers.lean import lean_layers
 from petl_kernels.memory.peak import Ledger
 from petl_kernels.memory.quantise_model import quantise_model
 from petl_kernels.methods.base import active_name, records
@@ -100,7 +100,7 @@ def step(model: nn.Module, batch: Batch, autocast: torch.dtype | None = None) ->
     living = [*model.parameters(), *model.buffers(), *gradients]
     with Ledger(living) as ledger, torch.autocast("cpu", autocast, enabled=autocast is not None):
         always = ledger.live
-        output = model(input_ids=ids, attention_mask=lengths, labels=labels, **_loss_options(model))
+        output = model(input_ids=ids, attention_mask=lengths, labels=labels, label_smoothing=0.1, reduction="sum")
         loss = output.loss
         del output
         kept, forward = ledger.live - always, ledger.peak - always
@@ -113,14 +113,10 @@ def fake_mode() -> FakeTensorMode:
     return FakeTensorMode()
 
 
-def set_tiers(model: nn.Module, tiers) -> None:
+def set_tiers(model: nn.Module, tiers: Sequence[int]) -> None:
     from petl_kernels.api import lean
 
-    lean(model, tiers) if tiers else lean_layers(model, 0)
-
-
-def _loss_options(model: nn.Module) -> dict:
-    return {"label_smoothing": 0.1, "reduction": "sum"} if hasattr(type(model), "petl_bases") else {}
+    lean(model, list(tiers))
 
 
 def _depth_names(config) -> tuple[str, str]:

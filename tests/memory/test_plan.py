@@ -129,7 +129,7 @@ def test_more_layers_cost_what_the_first_ones_do():
         parts = planner.parts(Setting("dense", "adamw", 0, 32 * MIB), batch.rows, (tier,) * 12)
         with simulate.fake_mode():
             whole = simulate.shallow(model, 6, 6)
-            simulate.set_tiers(whole, tier)
+            simulate.set_tiers(whole, [tier] * 12)
             peak = simulate.step(whole, batch).peak
         assert parts["kept for backward"] + parts["at the worst moment"] == pytest.approx(peak, rel=0.01)
 

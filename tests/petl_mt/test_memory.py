@@ -78,7 +78,7 @@ def _allocate(size: int) -> bool:
 
 
 def test_a_plan_that_asks_too_much_is_tightened_and_changes_no_weight(settings, tmp_path, capsys):
-    """The plan says tier 0 and whole batches, the allocator has room for less."""
+    """The plan says whole batches, the allocator has room for less."""
     _, expected = run(settings, tmp_path / "free")
     wrong = {"rows": 10, "micro_tokens": 400, "micro_batches": 1, "tiers": (1, 1), "streamed": 0}
     path = saved_plan(settings, tmp_path / "plan.json", "900KiB", **wrong)
