@@ -324,20 +324,26 @@ class _Training:
     def _measure_saved(self) -> None:
         """What a forward pass keeps of each token, and what it would keep with the model's own layers."""
         batch = self.batches.take(Position(self.progress.epoch, self.progress.batch))
-        part = Batch(*(values[:1] for values in (batch.source, batch.labels, batch.indices))).to(self.device)
+        rows = min(4, self.plan.rows) if self.plan else 4
+        part = Batch(*(values[:rows] for values in (batch.source, batch.labels, batch.indices))).to(self.device)
+        plain, kept = (self._saved_bytes_per_token(tiers, part) for tiers in (0, self.tiers))
+        self.progress.plain_saved_bytes_per_token, self.progress.saved_bytes_per_token = plain, kept
+        if self.tiers and kept is not None:
+            theirs = "do not fit" if plain is None else f"would keep {plain:,.0f}"
+            self.log.say(
+                f"{kept:,.0f} bytes a token are kept for the backward pass; the model's own layers and loss {theirs}"
+            )
+
+    def _saved_bytes_per_token(self, tiers: int | list[int], part: Batch) -> float | None:
+        """None where a budget of memory has no room for it."""
+        pk.lean(self.model, tiers)
         living = [*self.model.parameters(), *self.model.buffers(), part.source, part.labels]
-        kept = []
-        for tiers in (0, self.tiers):
-            pk.lean(self.model, tiers)
+        try:
             with torch.random.fork_rng(), saved_bytes(exclude=living) as saved:
                 self._loss(part, 1)
-            kept.append(saved.bytes / (part.source.numel() + part.labels.numel()))
-        self.progress.plain_saved_bytes_per_token, self.progress.saved_bytes_per_token = kept
-        if self.tiers:
-            self.log.say(
-                f"{kept[1]:,.0f} bytes a token are kept for the backward pass; "
-                f"the model's own layers and loss would keep {kept[0]:,.0f}"
-            )
+        except torch.OutOfMemoryError:
+            return None
+        return saved.bytes / (part.source.numel() + part.labels.numel())
 
     def _update(self) -> None:
         """One update: gradients of ``accumulate`` batches, normalised by all their target tokens together."""
