@@ -349,6 +349,7 @@ class Planner:
             kept += getattr(slopes[tier], side)
             most = max(most, kept + slopes[tier].backward)
         most = max(most, kept + max(slopes[tier].forward for tier in set(tiers)))
+        kept = min(kept, most)  # the first layers may keep less than those that were counted
         return kept, most - kept
 
     @functools.cache  # noqa: B019  a planner lives for one call of plan()

@@ -236,7 +236,10 @@ class _Training:
         )
 
     def _peak(self) -> int:
-        return cap.peak(self.device)
+        """Of the allocator; on the CPU the pages of streamed layers are beside what it counts."""
+        streamed = getattr(self.model, "petl_streamed", None)
+        pages = streamed.resident_bytes() if streamed is not None and self.device.type == "cpu" else 0
+        return cap.peak(self.device) + pages
 
     def _until_it_fits(self, run: Callable[[], Any]) -> Any:
         """``run()``, again and tighter where memory does not suffice: the same tokens in the same order."""
