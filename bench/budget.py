@@ -20,7 +20,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from petl_mt.prepare import cast_frozen_matrices
-from shapes import MODELS
+from shapes import MODELS, m2m_config
 from transformers import M2M100Config, M2M100ForConditionalGeneration
 
 import petl_kernels as pk
@@ -121,20 +121,7 @@ def updates(model, plan, arguments: argparse.Namespace, device: torch.device) ->
 
 def write_checkpoint(shape: str, folder: Path) -> M2M100Config:
     """Random weights, in files of one layer each: the machine need not hold the model."""
-    layers, d, ffn, heads, words = MODELS[shape]
-    config = M2M100Config(
-        vocab_size=words,
-        d_model=d,
-        encoder_layers=layers,
-        decoder_layers=layers,
-        encoder_attention_heads=heads,
-        decoder_attention_heads=heads,
-        encoder_ffn_dim=ffn,
-        decoder_ffn_dim=ffn,
-        max_position_embeddings=1024,
-        encoder_layerdrop=0.0,
-        decoder_layerdrop=0.0,
-    )
+    config = m2m_config(*MODELS[shape])
     with torch.device("meta"):
         names = dict(M2M100ForConditionalGeneration(config).named_parameters())
     files: dict[str, dict[str, torch.Tensor]] = {}

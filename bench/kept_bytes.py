@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from shapes import m2m_config
 from torch import nn
 
 import petl_kernels as pk
@@ -46,25 +47,10 @@ class Layers(nn.Module):
 
 
 def base(d: int, ffn: int, heads: int) -> nn.Module:
-    from transformers import M2M100Config, M2M100ForConditionalGeneration
+    from transformers import M2M100ForConditionalGeneration
 
     torch.manual_seed(0)
-    config = M2M100Config(
-        vocab_size=64,
-        d_model=d,
-        encoder_layers=1,
-        decoder_layers=1,
-        encoder_attention_heads=heads,
-        decoder_attention_heads=heads,
-        encoder_ffn_dim=ffn,
-        decoder_ffn_dim=ffn,
-        max_position_embeddings=LENGTH,
-        dropout=0.1,
-        attention_dropout=0.0,
-        activation_dropout=0.0,
-        encoder_layerdrop=0.0,
-        decoder_layerdrop=0.0,
-    )
+    config = m2m_config(1, d, ffn, heads, 64, max_position_embeddings=LENGTH)
     return M2M100ForConditionalGeneration(config).to(torch.bfloat16)
 
 

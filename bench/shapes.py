@@ -33,6 +33,16 @@ MODELS = {
 }
 
 
+def m2m_config(layers: int, d: int, ffn: int, heads: int, words: int, **settings):
+    """Of M2M-100 and NLLB; dropout as they train, and no layer is dropped."""
+    from transformers import M2M100Config
+
+    sides = {"layers": layers, "attention_heads": heads, "ffn_dim": ffn, "layerdrop": 0.0}
+    both = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in sides.items()}
+    dropout = {"dropout": 0.1, "attention_dropout": 0.0, "activation_dropout": 0.0}
+    return M2M100Config(vocab_size=words, d_model=d, **both, **dropout, **settings)
+
+
 def shape(name: str, device: str) -> Shape:
     d, ffn = WIDTHS[name]
     return Shape(d, ffn, TOKENS[device])

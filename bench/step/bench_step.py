@@ -9,33 +9,20 @@ from __future__ import annotations
 import pytest
 import torch
 from measure import record
+from shapes import MODELS, m2m_config
 
 import petl_kernels as pk
 
-WORDS, D, FFN, HEADS, LAYERS = 128_112, 1024, 4096, 16, 12
+LAYERS, D, FFN, HEADS, WORDS = SHAPE = MODELS["m2m-418m"]
 ROWS = {"cpu": 4, "cuda": 64}
 LENGTH = 128
 
 
 def model(device: str):
-    from transformers import M2M100Config, M2M100ForConditionalGeneration
+    from transformers import M2M100ForConditionalGeneration
 
     torch.manual_seed(0)
-    config = M2M100Config(
-        vocab_size=WORDS,
-        d_model=D,
-        encoder_layers=LAYERS,
-        decoder_layers=LAYERS,
-        encoder_attention_heads=HEADS,
-        decoder_attention_heads=HEADS,
-        encoder_ffn_dim=FFN,
-        decoder_ffn_dim=FFN,
-        dropout=0.1,
-        attention_dropout=0.0,
-        activation_dropout=0.0,
-        encoder_layerdrop=0.0,
-        decoder_layerdrop=0.0,
-    )
+    config = m2m_config(*SHAPE)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:

@@ -175,7 +175,7 @@ def _supported(name: str, config):
         raise InputError(
             f"model {name!r}: type {config.model_type!r} is not supported, only {', '.join(sorted(SUPPORTED))}"
         )
-    _no_layerdrop(config)
+    no_layerdrop(config)
     return config
 
 
@@ -220,7 +220,7 @@ def _load_tokenizer(name: str, folder: Path | None):
         return _attempt(f"tokenizer of {name!r}", AutoTokenizer.from_pretrained, name)
 
 
-def _no_layerdrop(config) -> None:
+def no_layerdrop(config) -> None:
     for key in ("encoder_layerdrop", "decoder_layerdrop", "layerdrop"):
         if hasattr(config, key):
             setattr(config, key, 0.0)

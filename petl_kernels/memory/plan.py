@@ -30,7 +30,7 @@ from petl_kernels.memory.cost import LayerWork, Rates, layer_work, measure_rates
 from petl_kernels.memory.quantise_model import quantisable, quantise_model
 from petl_kernels.memory.simulate import Batch, Phases
 from petl_kernels.memory.size import format_size, parse_size
-from petl_kernels.memory.stream import stream_layers
+from petl_kernels.memory.stream import copies_hide, stream_layers
 from petl_kernels.methods.structure import Layer, Structure, describe
 from petl_kernels.ops.quantised import parts_of, storage_bytes
 
@@ -59,8 +59,9 @@ class Plan:
     """How one update is computed inside ``memory`` bytes, and what that takes.
 
     rows: sentence pairs of the longest kind in a micro-batch of ``micro_tokens``; micro_batches of them make an update.
-    tiers: one for each layer, encoder first. streamed: how many layers live in host memory. parts: bytes by purpose,
-    which add up to ``peak``. seconds: an update, by the rates of the device. more: (budget, seconds, what changes).
+    tiers: one for each layer, encoder first. streamed: how many layers live in host memory; copies_hidden: whether
+    the copy of one takes no longer than the matrix work of another. parts: bytes by purpose, which add up to ``peak``.
+    seconds: an update, by the rates of the device. more: (budget, seconds, what changes).
     """
 
     model: str
@@ -83,6 +84,7 @@ class Plan:
     seconds: float
     rates_measured: bool
     approximations: tuple[str, ...]
+    copies_hidden: bool = True
     more: tuple[tuple[int, float, str], ...] = ()
 
     def apply(self, model: nn.Module, folder: str | Path | None = None, files: Sequence[Path] = ()) -> nn.Module:
@@ -266,7 +268,7 @@ class Planner:
 
     def _candidates(self, usable: int, chunk_bytes: int) -> Iterator[tuple[float, Setting, int, tuple[int, ...]]]:
         """(seconds of an update, setting, micro-batches, tiers) of all that fit."""
-        for setting in self._settings(chunk_bytes):
+        for setting in self._settings(chunk_bytes, self.allow):
             room = usable - self._always(setting)
             if room <= 0:
                 continue
@@ -278,9 +280,9 @@ class Planner:
                     if set(tiers) == {self.tiers[0]}:
                         break  # smaller micro-batches only cost
 
-    def _settings(self, chunk_bytes: int) -> Iterator[Setting]:
-        storages = STORAGES if "quantised" in self.allow else STORAGES[:1]
-        optimizers = dict.fromkeys([self.optimizer, *(["adamw8bit"] if "8bit-optimizer" in self.allow else [])])
+    def _settings(self, chunk_bytes: int, allow: tuple[str, ...]) -> Iterator[Setting]:
+        storages = STORAGES if "quantised" in allow else STORAGES[:1]
+        optimizers = dict.fromkeys([self.optimizer, *(["adamw8bit"] if "8bit-optimizer" in allow else [])])
         layers = len(self.structure.layers)
         streamed = [layers * share // 4 for share in range(5)] if self.weights.can_stream else [0]
         for storage in storages:
@@ -307,7 +309,7 @@ class Planner:
 
     def _seconds(self, setting: Setting, micro_batches: int, rows: int, tiers: tuple[int, ...]) -> float:
         batch = Batch(rows, self.longest, self.longest)
-        host = 2 * self.weights.layer_bytes(setting.storage, setting.streamed)
+        host = 2 * sum(self.weights.layer_sizes(setting.storage, setting.streamed))
         host += sum(2 * self._input_bytes(rows) for tier in tiers if tier == 5)
         moved = self.weights.stored(setting.storage)
         if setting.storage != "dense":  # tiles are written and read once more in the dtype of products
@@ -421,6 +423,14 @@ class Planner:
             seconds=self._seconds(setting, micro_batches, rows, tiers),
             rates_measured=self.rates.measured,
             approximations=tuple(used),
+            copies_hidden=self._copies_hide(setting, rows),
+        )
+
+    def _copies_hide(self, setting: Setting, rows: int) -> bool:
+        dense = [self.weights.values(i) for i in range(setting.streamed)]
+        return all(
+            copies_hide(stored, rows * self.longest, 2 * values, self.rates.host, self.rates.products)
+            for stored, values in zip(self.weights.layer_sizes(setting.storage, setting.streamed), dense, strict=True)
         )
 
     def _evaluation_tokens(self, room: int) -> int:
@@ -436,19 +446,16 @@ class Planner:
         return max(self.longest * self.beam, min(tokens, self.batch_tokens))
 
     def _refusal(self, memory: int) -> str:
-        least = {allow: self._least(allow) for allow in ((), tuple(APPROXIMATIONS))}
-        exact, any_ = least[()], least[tuple(APPROXIMATIONS)]
-        lines = f"memory {format_size(memory)}: one sentence pair of {self.longest} tokens needs {format_size(exact)}"
-        if any_ < exact and set(self.allow) != set(APPROXIMATIONS):
-            lines += f", or {format_size(any_)} with --allow {','.join(APPROXIMATIONS)}"
-        return f"{lines}; expected at least that, or a shorter --max-length"
+        allowed, any_ = self._least(self.allow), self._least(tuple(APPROXIMATIONS))
+        line = f"memory {format_size(memory)}: one sentence pair of {self.longest} tokens needs {format_size(allowed)}"
+        if any_ < allowed:
+            line += f", or {format_size(any_)} with --allow {','.join(APPROXIMATIONS)}"
+        return f"{line}; expected at least that, or a shorter --max-length"
 
     def _least(self, allow: tuple[str, ...]) -> int:
         """The smallest budget that works."""
-        before, self.allow = self.allow, tuple(dict.fromkeys([*self.allow, *allow]))
         tiers = (self.tiers[-1],) * len(self.sides)
-        need = min(sum(self.parts(setting, 1, tiers).values()) for setting in self._settings(CHUNKS[-1]))
-        self.allow = before
+        need = min(sum(self.parts(setting, 1, tiers).values()) for setting in self._settings(CHUNKS[-1], allow))
         return math.ceil(need / (1 - SLACK[self.device.type]))
 
     def _more(self, plan: Plan) -> tuple[tuple[int, float, str], ...]:
@@ -456,7 +463,7 @@ class Planner:
         found, seconds = [], plan.seconds
         for extra in (1, 2, 4, 8):
             better = self._fastest(plan.memory + extra * GIB, plan.chunk_bytes)
-            if better.seconds < 0.98 * seconds:
+            if better is not None and better.seconds < 0.98 * seconds:
                 found.append((better.memory, better.seconds, _levers(better)))
                 seconds = better.seconds
         return tuple(found)
@@ -469,6 +476,7 @@ class _Weights:
         frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
         can = {id(owners[0].weight) for owners in quantisable(model)}
         self.dtype = max(frozen.values(), key=lambda p: p.numel()).dtype if frozen else torch.float32
+        self.numel = {name: p.numel() for name, p in frozen.items()}
         self.buffers = sum(buffer.nbytes for buffer in model.buffers())
         self.bytes: dict[str, dict[str, int]] = {
             storage: {name: _stored(p, storage if id(p) in can else "dense") for name, p in frozen.items()}
@@ -482,12 +490,16 @@ class _Weights:
     def stored(self, storage: str) -> int:
         return sum(self.bytes[storage].values())
 
-    def layer_bytes(self, storage: str, count: int) -> int:
-        return sum(self.bytes[storage][name] for names in self.layers[:count] for name in names)
+    def layer_sizes(self, storage: str, count: int) -> list[int]:
+        """Bytes of what streaming takes of each of the first ``count`` layers."""
+        return [sum(self.bytes[storage][name] for name in names) for names in self.layers[:count]]
+
+    def values(self, layer: int) -> int:
+        return sum(self.numel[name] for name in self.layers[layer])
 
     def resident(self, storage: str, streamed: int) -> int:
         """On the device: without the streamed layers, with the slots that they travel through."""
-        layers = [sum(self.bytes[storage][name] for name in names) for names in self.layers[:streamed]]
+        layers = self.layer_sizes(storage, streamed)
         slots = min(SLOTS, streamed) * max(layers, default=0)
         return self.stored(storage) - sum(layers) + slots + self.buffers
 
@@ -521,7 +533,7 @@ def _levers(plan: Plan) -> str:
     if plan.storage != "dense":
         parts.append(plan.storage)
     if plan.streamed:
-        parts.append(f"{plan.streamed} layers streamed")
+        parts.append(f"{plan.streamed} layers streamed{'' if plan.copies_hidden else ' (slower than the matrix work)'}")
     if plan.optimizer != "adamw":
         parts.append(plan.optimizer)
     return "; ".join(parts)

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from petl_kernels.errors import InputError
+from petl_kernels.interop.hf import no_layerdrop
 from petl_kernels.memory.peak import Ledger
 from petl_kernels.memory.quantise_model import quantise_model
 from petl_kernels.methods.base import active_name, records
 
 # How configurations of the two families name their depths.
 _DEPTHS = (("encoder_layers", "decoder_layers"), ("num_layers", "num_decoder_layers"))
-_LAYER_DROPS = ("encoder_layerdrop", "decoder_layerdrop", "layerdrop")
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,6 @@ class Batch:
         return self.rows * max(self.source, self.target)
 
 
-def depths(model: nn.Module) -> tuple[int, int]:
-    """How many encoder and decoder layers the model's config asks for."""
-    return tuple(getattr(model.config, name) for name in _depth_names(model.config))
-
-
 def shallow(model: nn.Module, encoder: int, decoder: int, storage: str = "dense") -> nn.Module:
     """A model like ``model`` with that many layers, on the fake tensors of the mode that is on.
 
@@ -68,9 +63,7 @@ def shallow(model: nn.Module, encoder: int, decoder: int, storage: str = "dense"
     config = copy.deepcopy(model.config)
     for name, depth in zip(_depth_names(config), (encoder, decoder), strict=True):
         setattr(config, name, depth)
-    for name in _LAYER_DROPS:  # drawn layer by layer, and the worst step drops none
-        if hasattr(config, name):
-            setattr(config, name, 0.0)
+    no_layerdrop(config)  # drawn layer by layer, and the worst step drops none
     like = _plain_class(model)._from_config(config, dtype=torch.float32)
     given = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     _set_dtypes(like, given)

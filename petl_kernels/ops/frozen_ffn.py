@@ -13,7 +13,7 @@ x and y (..., d), W1 and Wg (f, d), W2 (d, f), c1 (f,) and c2 (d,) or None; act 
 or "silu". x and the weights of one dtype (bf16, fp16, fp32, fp64), biases of any; act and its derivative are fp32
 (fp64 for fp64). Each weight may be quantised (``ops/quantised.py``): its products are then those of that file.
 
-Saves, where x or c1 has a gradient (nothing where not), in bytes per token:
+Saves: in bytes per token, where x or c1 has a gradient (nothing where not):
     ReLU without a gate         ceil(f / 8): whether each z > 0 (``ops/bits.py``), which is its derivative
     otherwise                   z, and g with a gate, in x's dtype (2f or 4f in bf16)
     ``recompute=True``          x (2d in bf16), nothing where x is kept anyway; backward forms z and g again, which

@@ -184,14 +184,18 @@ class _Training:
                 self.model = load_planned(config.model, self.model, like, self.plan, folder)
             torch.manual_seed(config.seed)  # what is injected starts the same, whatever was made before it
             self.model = prepared(self.model, config)
-            self.tiers = config.tier if config.tier is not None else 1
             if self.plan:
-                self.tiers = list(self.plan.tiers)
                 files = sorted(folder.glob("*.safetensors")) if folder else []
                 self.plan.apply(self.model, folder, files)
             else:
                 pk.lean(self.model, self.tiers)
         self.model.to(self.device)
+
+    @property
+    def tiers(self) -> int | list[int]:
+        if self.plan:
+            return list(self.plan.tiers)
+        return 1 if self.config.tier is None else self.config.tier
 
     def _like(self) -> nn.Module:
         """The model as it will be trained, on the meta device."""
