@@ -16,6 +16,7 @@ from petl_mt.runs import RunFolder, Translator
 from petl_mt.train import _Training, train
 from safetensors.torch import load_file
 
+import petl_kernels as pk
 from petl_kernels.errors import InputError
 from petl_kernels.interop.hf import load_skeleton
 from petl_kernels.memory import cap
@@ -87,6 +88,14 @@ def test_a_plan_that_asks_too_much_is_tightened_and_changes_no_weight(settings, 
     assert "was not enough for a step; it goes on in" in capsys.readouterr().err
     found = load_file(RunFolder(tmp_path / "tight").checkpoints / "latest" / "trained.safetensors")
     assert_same_weights(found, expected)
+
+
+def test_a_tightened_plan_stays(settings, tmp_path):
+    """Measuring what is kept switches to the model's own layers and back: to the plan's tiers of now."""
+    loop = training(settings, tmp_path / "run", memory="2MiB", tier=1)
+    loop._tighten(dataclasses.replace(loop.plan, tiers=(4, 3)))
+    loop._measure_saved()
+    assert [layer.tier for layer in pk.report(loop.model).layers] == [4, 3]
 
 
 @pytest.mark.parametrize("storage", ["int8", "nf4"])
