@@ -73,8 +73,8 @@ class Plan:
 
     rows: sentence pairs of the longest kind in a micro-batch of ``micro_tokens``; micro_batches of them make an update.
     tiers: one for each layer, encoder first. storage: of frozen weights in layers. tables: of frozen token embeddings
-    and the output projection; as ``storage`` when not given. gradients: their dtype between micro-batches. streamed: how
-    many layers live in host memory; copies_hidden: whether the copy of one takes no longer than the matrix work of
+    and the output projection; as ``storage`` when not given. gradients: their dtype between micro-batches. streamed:
+    how many layers live in host memory; copies_hidden: whether the copy of one takes no longer than the matrix work of
     another. parts: bytes by purpose, which add up to ``peak``.
     seconds: an update, by the rates of the device. more: (budget, seconds, what changes).
     """

@@ -320,9 +320,29 @@ def test_a_step_without_memory(family, storage):
     assert all(parameter.grad is not None for parameter in pk.trainable_parameters(model))
 
 
+@families
+def test_tables_in_a_storage_of_their_own(family):
+    """Token embeddings and the output projection, tied or not; the layers in theirs, or as they were."""
+    for storage, tables in (("int8", "nf4"), ("dense", "nf4"), ("int8", "dense")):
+        model = adapted(family, "lora", dtype=FP32)
+        head = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+        of_tables = [name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in head]
+        quantise_model(model, storage, tables)
+        found = {
+            name: p.storage if isinstance(p, QuantisedTensor) else "dense"
+            for name, p in model.named_parameters(remove_duplicate=False)
+        }
+        assert {found[name] for name in of_tables} == {tables}
+        others = {kind for name, kind in found.items() if name not in of_tables}
+        assert others == {storage, "dense"}
+        assert torch.isfinite(model(**ragged(model)).logits).all()
+
+
 def test_wrong_input():
     with pytest.raises(InputError, match="storage is 'int4': expected int8 or nf4"):
         quantise_model(build("t5"), "int4")
+    with pytest.raises(InputError, match="tables is 'int4': expected dense or int8 or nf4"):
+        quantise_model(build("t5"), "int8", "int4")
     with pytest.raises(InputError, match="T5ForConditionalGeneration has no frozen linear layer"):
         quantise_model(build("t5"), "int8")
 
