@@ -14,7 +14,7 @@ from methods.models import build
 import petl_kernels as pk
 from petl_kernels.errors import InputError
 from petl_kernels.memory.cost import ASSUMED
-from petl_kernels.memory.gradients import RoundedGradients
+from petl_kernels.memory.gradients import GROUP_BYTES, RoundedGradients
 from petl_kernels.memory.plan import APPROXIMATIONS, STEP_BYTES, STORAGES, Plan, Planner, Setting, plan
 from petl_kernels.memory.quantise_model import quantise_model
 
@@ -154,7 +154,10 @@ def test_the_predicted_peak_where_the_optimiser_steps():
         setting = Setting("dense", "adamw8bit", 0, 2 * MIB, None, gradients)
         parts = planner.parts(setting, 1, (4,) * 5)
         predicted, largest = sum(parts.values()), max(p.numel() for p in model.parameters())
-        assert parts["in the optimiser's step"] == (20 if gradients == "float32" else 24) * largest
+        widened = (
+            0 if gradients == "float32" else GROUP_BYTES
+        )  # fp32 gradients of the largest matrix and a few beside it
+        assert 20 * largest <= parts["in the optimiser's step"] <= 20 * largest + widened
         measured = measured_peak(make, (4,) * 5, 1, 32, None, bitsandbytes.optim.AdamW8bit, gradients)
         print(gradients, predicted / measured)
         assert 0.98 * measured <= predicted <= 1.05 * measured, (gradients, predicted / MIB, measured / MIB)
