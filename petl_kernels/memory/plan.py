@@ -370,7 +370,9 @@ class Planner:
         layers = 2 * (encoder + decoder)
         if tier == 5:  # the simulation runs on the CPU, where host memory is the device's
             encoder, decoder = (max(0, kept - self._input_bytes(rows)) for kept in (encoder, decoder))
-        return _Slopes(encoder, decoder, both.forward - layers, both.backward - layers)
+        # the simulation counts what is read in host memory as kept; here it is on the device, with the next beside it
+        forward, backward = (self._input_bytes(rows) * count if tier == 5 else 0 for count in (1, 2))
+        return _Slopes(encoder, decoder, both.forward - layers + forward, both.backward - layers + backward)
 
     def _phases(self, depth: tuple[int, int], storage: str, tier: int, rows: int, chunk_bytes: int) -> Phases:
         with self.mode:
