@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -28,6 +29,17 @@ def capped(memory: int | None, device: torch.device) -> Iterator[None]:
         yield
     finally:
         limit(None, device)
+
+
+def expand_segments() -> None:
+    """Let CUDA's allocator grow its segments, before it makes the first: blocks of many sizes then leave no holes.
+
+    The share of a process, which ``capped`` sets, holds for them too: the allocator counts the memory that it maps.
+    A user's own settings stay, and nothing is done where CUDA is in use already.
+    """
+    given = any(name in os.environ for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
+    if torch.cuda.is_available() and not torch.cuda.is_initialized() and not given:
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # read when the allocator is first used
 
 
 def reset_peak(device: torch.device) -> None:
