@@ -8,9 +8,9 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from petl_kernels.interop.hf import load_weights
+from petl_kernels.memory.mapped_weights import WeightFile
 from petl_kernels.memory.plan import Plan, streamed_weights
 from petl_kernels.memory.quantise_model import quantisable, storage_of
-from petl_kernels.memory.stream import WeightFile
 from petl_kernels.ops.quantised import quantise
 
 

@@ -207,6 +207,33 @@ def plan(
     return planner.best(wanted)
 
 
+def tiers_in_place(
+    model: nn.Module, memory: str | int | None, batch_tokens: int, max_length: int, autocast: torch.dtype | None
+) -> tuple[tuple[int, ...], int]:
+    """(a tier for each layer, the loss' chunk in bytes) of ``pk.lean(model, "auto")``."""
+    device = next(model.parameters()).device
+    if device.type not in SLACK:
+        raise InputError(f"tier 'auto': the model is on {str(device)!r}; expected cpu or cuda, or pk.plan for a device")
+    wanted = _available(model, device) if memory is None else parse_size(memory)
+    _check_arguments(batch_tokens, max_length, (), "adamw", wanted, device)
+    return Planner(model, batch_tokens, max_length, "adamw", (), device, autocast).tiers_in_place(wanted)
+
+
+def _available(model: nn.Module, device: torch.device) -> int:
+    """What is free, and what ``model`` has of it already; on CUDA with the context, which a budget includes."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return min(total, free + torch.cuda.memory_reserved(device) + CONTEXT)
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        raise InputError(
+            "tier 'auto': memory not given, and this system does not say; expected memory='8GiB'"
+        ) from None
+    return free + sum(part.nbytes for parameter in model.parameters() for part in parts_of(parameter))
+
+
 def _check_arguments(batch_tokens, max_length, allow, optimizer, memory, device) -> None:
     for name, value in (("batch_tokens", batch_tokens), ("max_length", max_length)):
         if not isinstance(value, int) or value < 1:
@@ -276,12 +303,25 @@ class Planner:
     # ---- choosing
 
     def best(self, memory: int) -> Plan:
-        small = [chunk for chunk in CHUNKS if chunk <= memory // 16] or CHUNKS[-1:]
-        for chunk_bytes in small:  # a smaller one only where nothing fits with a larger
+        for chunk_bytes in _chunks(memory):  # a smaller one only where nothing fits with a larger
             found = self._fastest(memory, chunk_bytes)
             if found is not None:
                 return dataclasses.replace(found, more=self._more(found))
         raise InputError(self._refusal(memory))
+
+    def tiers_in_place(self, memory: int) -> tuple[tuple[int, ...], int]:
+        """(tiers, loss chunk) for a batch as a whole, with weights stored and placed as they are."""
+        for chunk_bytes in _chunks(memory):
+            setting = next(self._settings(chunk_bytes, ()))
+            tiers = self._tiers(self.rows, chunk_bytes, self._usable(memory) - self._always(setting))
+            if tiers is not None:
+                return tiers, chunk_bytes
+        least = min(self._peak((tier,) * len(self.sides), self.rows, chunk_bytes) for tier in self.tiers)
+        need = math.ceil((self._always(setting) + least + self._context()) / (1 - SLACK[self.device.type]))
+        raise InputError(
+            f"tier 'auto': a batch of {self.batch_tokens:,} tokens needs {format_size(need)}, and there are "
+            f"{format_size(memory)}; expected a smaller batch_tokens, or pk.plan, which has more levers"
+        )
 
     def _fastest(self, memory: int, chunk_bytes: int) -> Plan | None:
         candidates = list(self._candidates(self._usable(memory), chunk_bytes))
@@ -416,7 +456,9 @@ class Planner:
         layers = 2 * (encoder + decoder)
         if tier == 5:  # the simulation runs on the CPU, where host memory is the device's
             encoder, decoder = (max(0, kept - self._input_bytes(rows)) for kept in (encoder, decoder))
-        return _Slopes(encoder, decoder, both.forward - layers, both.backward - layers)
+        # the simulation counts what is read in host memory as kept; here it is on the device, with the next beside it
+        forward, backward = (self._input_bytes(rows) * count if tier == 5 else 0 for count in (1, 2))
+        return _Slopes(encoder, decoder, both.forward - layers + forward, both.backward - layers + backward)
 
     def _phases(
         self, depth: tuple[int, int], tier: int, rows: int, chunk_bytes: int, storage: str, tables: str, gradients: str
@@ -591,6 +633,10 @@ def _stored(weight: nn.Parameter, storage: str) -> int:
     if storage == "dense" or len(parts) > 1:  # one that is quantised stays as it is
         return sum(part.nbytes for part in parts)
     return storage_bytes(tuple(weight.shape), storage, weight.dtype)
+
+
+def _chunks(memory: int) -> Sequence[int]:
+    return [chunk for chunk in CHUNKS if chunk <= memory // 16] or CHUNKS[-1:]
 
 
 def _divisions(rows: int) -> list[int]:

@@ -138,6 +138,8 @@ class _Training:
         self.valid_text = [(pair, *read_pair(pair)) for pair in config.valid]
         for pair in config.valid:
             bleu_metric(pair.tgt_lang, config.bleu_tokenize)  # refused now, not after hours of training
+        if config.memory is not None:
+            cap.expand_segments()
         self.accelerator = make_accelerator(config.precision)
         self.device = self.accelerator.device
         torch.manual_seed(config.seed)

@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from memory.peaks import peak_bytes
 from torch.nn import functional as F
 
 from petl_kernels import backends, ops, parity
 from petl_kernels.errors import InputError
-from petl_kernels.memory.peak import peak_bytes
 from petl_kernels.ops.linear_cross_entropy import compute
 
 from . import contract
@@ -260,7 +260,7 @@ def test_peak_memory_is_the_chunk(backend, needs, weight_dtype, blocks):
     def work():
         compute(kernel, hidden, [weight], labels, bias, 0.1, "uniform", 1.0, -100, chunk_bytes, None, *needs)
 
-    peak = peak_bytes(work, living, torch.device("cpu")) - sum(tensor.nbytes for tensor in living)
+    peak = peak_bytes(work, living) - sum(tensor.nbytes for tensor in living)
     dhidden, dweight, dbias = (
         need * size for need, size in zip(needs, (2 * rows * d, 4 * words * d, 4 * words), strict=True)
     )
