@@ -1,6 +1,6 @@
 """The bytes of beam search beside the weights, found without a weight: transformers' own ``generate`` on fake tensors.
 
-    bytes = always + rows · (sentence + source · S + output · L)          a plane through four counted shapes
+    bytes = always + rows · (sentence + source · S + output · L)          a plane that counted shapes lie on
 
 Its first steps run, and then its last one: before that the caches of self-attention are made as long as they will be.
 What a step takes is counted as it comes: caches grown by concatenation and copied when beams are reordered, logits in
@@ -62,6 +62,7 @@ class Search:
     def __init__(self, model: nn.Module, beam: int, tier: int, autocast: torch.dtype | None, storage: str = "dense"):
         self.beam, self.autocast = beam, autocast
         self.depths = tuple(int(getattr(model.config, name)) for name in simulate._depth_names(model.config))
+        self._cached = 0.0
         self.mode = simulate.fake_mode()
         self._models = {}
         with self.mode:
@@ -79,19 +80,20 @@ class Search:
         return max(a + (n - 1) * (b - a) for a, b, n in zip(one, two, layers, strict=True))
 
     def bytes(self, memory: float, longest: int) -> SearchBytes:
-        """For sentences of up to ``longest`` tokens, of which some translate to twice as many."""
+        """For sentences of up to ``longest`` tokens and translations of up to twice as many."""
         longest = max(longest, _SHORT + 1)
-        short, twice = output_length(_SHORT, 10**9), output_length(longest, 10**9)
-        one = self.peak(1, _SHORT, short)
-        low = self.peak(_ROWS, _SHORT, short)
-        plain = self.peak(_ROWS, longest, longest + short)
-        high = self.peak(_ROWS, longest, twice + short)
-        row = (low - one) / (_ROWS - 1)
-        always = max(0.0, one - row)
-        output = (high - plain) / _ROWS / (twice - longest)
-        source = ((plain - low) / _ROWS - output * longest) / (longest - _SHORT)
-        source = max(0.0, source)
-        return SearchBytes(memory, always, row - source * _SHORT - output * short, source, output)
+        short, long = (self.peak(_ROWS, n, output_length(n, 2 * longest + 32)) for n in (_SHORT, longest))
+        both = (long - short) / _ROWS / (longest - _SHORT)  # of a source token and the two output tokens it brings
+        output = min(both / 2, self._cached * self.depths[1])  # at least: the rest of the slope falls to the source
+        source = both - 2 * output
+        row = short / _ROWS
+        always = 0.0
+        if self.autocast is not None:  # casts of trained weights live as long as the search
+            one = self.peak(1, _SHORT, output_length(_SHORT, 2 * longest + 32))
+            row = (short - one) / (_ROWS - 1)
+            always = max(0.0, one - row)
+        sentence = row - source * _SHORT - output * output_length(_SHORT, 2 * longest + 32)
+        return SearchBytes(memory, always, max(0.0, sentence), source, output)
 
     def _phases(self, model: nn.Module, rows: int, source: int, output: int) -> tuple[int, int, int]:
         """The most while encoding, in the first step, and in the last ones."""
@@ -117,6 +119,7 @@ class Search:
                     pass
                 finally:
                     handle.remove()
+        self._cached = steps.token_bytes / rows
         return tuple(peak - always for peak in steps.peaks)
 
 
@@ -129,6 +132,7 @@ class _Steps:
 
     def __init__(self, ledger: Ledger, cached: int):
         self.ledger, self.cached, self.peaks = ledger, cached, []
+        self.token_bytes = 0  # keys and values of one token in one layer
 
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         self.peaks.append(self.ledger.peak)
@@ -137,6 +141,7 @@ class _Steps:
         if len(self.peaks) == 2:
             for layer in kwargs["past_key_values"].self_attention_cache.layers:
                 if layer.keys is not None:  # transformers counts the encoder's layers for T5
+                    self.token_bytes = 2 * layer.keys.nbytes // layer.keys.shape[2]
                     layer.keys, layer.values = self._grown(layer.keys), self._grown(layer.values)
         self.ledger.peak = self.ledger.live
 

@@ -27,6 +27,7 @@ from petl_kernels.errors import InputError
 from petl_kernels.interop.files import atomic_write
 from petl_kernels.memory import simulate
 from petl_kernels.memory.cost import LayerWork, Rates, layer_work, measure_rates, update_seconds
+from petl_kernels.memory.generation import Search, SearchBytes, output_length
 from petl_kernels.memory.quantise_model import quantisable, quantise_model
 from petl_kernels.memory.simulate import Batch, Phases
 from petl_kernels.memory.size import format_size, parse_size
@@ -86,6 +87,7 @@ class Plan:
     approximations: tuple[str, ...]
     copies_hidden: bool = True
     more: tuple[tuple[int, float, str], ...] = ()
+    search: SearchBytes | None = None  # what evaluation may take, and what beam search takes of it
 
     def apply(self, model: nn.Module, folder: str | Path | None = None, files: Sequence[Path] = ()) -> nn.Module:
         """Put the plan's tiers, storage, streamed layers and chunk on ``model``, in place; returns it.
@@ -145,6 +147,8 @@ class Plan:
             for key in ("tiers", "approximations"):
                 values[key] = tuple(values[key])
             values["more"] = tuple(map(tuple, values["more"]))
+            if values.get("search"):
+                values["search"] = SearchBytes(**values["search"])
             return cls(**values)
         except OSError as error:
             raise InputError(f"plan {path}: {error.strerror or error}") from None
@@ -242,6 +246,7 @@ class Planner:
         self.rates: Rates = measure_rates(device, product or torch.float32)
         self._shallow: dict[tuple[tuple[int, int], str], nn.Module] = {}
         self.mode = simulate.fake_mode()
+        self._counted: SearchBytes | None = None
 
     # ---- choosing
 
@@ -397,6 +402,7 @@ class Planner:
     def _plan(self, memory: int, setting: Setting, micro_batches: int, tiers: tuple[int, ...]) -> Plan:
         rows = -(-self.rows // micro_batches)
         parts = self.parts(setting, rows, tiers)
+        search = self._search(self._usable(memory) - self._always(setting))
         used = []
         if setting.storage != "dense":
             used.append("quantised")
@@ -417,13 +423,14 @@ class Planner:
             storage=setting.storage,
             optimizer=setting.optimizer,
             streamed=setting.streamed,
-            evaluation_tokens=self._evaluation_tokens(self._usable(memory) - self._always(setting)),
+            evaluation_tokens=self._evaluation_tokens(search),
             peak=sum(parts.values()),
             parts=parts,
             seconds=self._seconds(setting, micro_batches, rows, tiers),
             rates_measured=self.rates.measured,
             approximations=tuple(used),
             copies_hidden=self._copies_hide(setting, rows),
+            search=search,
         )
 
     def _copies_hide(self, setting: Setting, rows: int) -> bool:
@@ -433,17 +440,15 @@ class Planner:
             for stored, values in zip(self.weights.layer_sizes(setting.storage, setting.streamed), dense, strict=True)
         )
 
-    def _evaluation_tokens(self, room: int) -> int:
-        """Source tokens times beam that beam search can hold: its caches, which are copied when beams are reordered,
-        and the logits with their sorted copies."""
-        config, itemsize = self.model.config, (self.autocast or self.weights.dtype).itemsize
-        decoder = sum(side == "decoder" for side in self.sides)
-        longest = 2 * self.longest + 32  # what the trainer lets a translation grow to, for each source token
-        caches = 2 * decoder * self.structure.d_model * itemsize * (longest / self.longest + 1) * 1.25
-        logits = 4 * config.vocab_size * 4 / self.longest
-        encoder = 6 * self.structure.d_model * 4
-        tokens = int(room / (caches + logits + encoder))
-        return max(self.longest * self.beam, min(tokens, self.batch_tokens))
+    def _search(self, room: int) -> SearchBytes:
+        if self._counted is None:
+            self._counted = Search(self.model, self.beam, self.tiers[0], self.autocast).bytes(0, self.longest)
+        return dataclasses.replace(self._counted, memory=room)
+
+    def _evaluation_tokens(self, search: SearchBytes) -> int:
+        """Source tokens times beam of a batch of the longest sentences; one sentence where not even that fits."""
+        rows = max(1, search.rows(self.longest, output_length(self.longest, 2 * self.longest + 32)))
+        return max(self.longest * self.beam, min(rows * self.longest * self.beam, self.batch_tokens))
 
     def _refusal(self, memory: int) -> str:
         allowed, any_ = self._least(self.allow), self._least(tuple(APPROXIMATIONS))
@@ -502,6 +507,50 @@ class _Weights:
         layers = self.layer_sizes(storage, streamed)
         slots = min(SLOTS, streamed) * max(layers, default=0)
         return self.stored(storage) - sum(layers) + slots + self.buffers
+
+
+@dataclass(frozen=True)
+class SearchPlan:
+    """How a trained model translates inside a budget: what ``load_planned`` reads, and what batches may take."""
+
+    storage: str
+    streamed: int
+    device: str
+    search: SearchBytes
+
+
+def plan_search(
+    model: nn.Module,
+    memory: int,
+    storage: str,
+    beam: int,
+    longest: int,
+    device: torch.device,
+    autocast: torch.dtype | None = None,
+) -> SearchPlan:
+    """The fewest streamed layers with which beam search of ``model``, possibly on the meta device, fits ``memory``.
+
+    storage: of the frozen weights. longest: tokens of the longest sentence and of the longest translation. InputError
+    where one such sentence does not fit, with the least that works.
+    """
+    weights, count = _Weights(model, describe(model)), len(describe(model).layers)
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    search = Search(model, beam, 1, autocast).bytes(0, longest)
+    one = search.always + search.of(longest, output_length(longest, longest))
+    context = CONTEXT if device.type == "cuda" else 0
+    free = 1 - SLACK[device.type]
+    can_stream = weights.can_stream and (storage == "dense" or device.type == "cuda")
+    needs = []
+    for streamed in dict.fromkeys(count * share // 4 for share in range(5)) if can_stream else (0,):
+        always = weights.resident(storage, streamed) + trained
+        room = int(memory * free) - context - always
+        if room >= one:
+            return SearchPlan(storage, streamed, device.type, dataclasses.replace(search, memory=room))
+        needs.append(math.ceil((always + one + context) / free))
+    raise InputError(
+        f"memory {format_size(memory)}: to translate one sentence of {longest} tokens with {beam} beams needs "
+        f"{format_size(min(needs))}; expected at least that, or a smaller --beam or --max-length"
+    )
 
 
 def streamed_weights(model: nn.Module, layers: int) -> list[str]:
