@@ -10,9 +10,12 @@ from methods.models import build
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import petl_kernels as pk
+from petl_kernels.errors import InputError
 from petl_kernels.memory import cap
 from petl_kernels.memory.generation import Search, SearchBytes, output_length
+from petl_kernels.memory.plan import plan_search
 from petl_kernels.memory.quantise_model import quantise_model
+from petl_kernels.memory.size import parse_size
 
 pytest.importorskip("petl_kernels._C")
 
@@ -102,6 +105,37 @@ def test_the_plane_holds_between_the_shapes_that_were_counted():
     for rows, source, output in ((1, 8, 48), (16, 40, 64), (5, 64, 64), (2, 64, 160)):
         counted = search.peak(rows, source, output)
         assert 0.98 * counted <= plane.always + rows * plane.of(source, output) <= 1.15 * counted
+
+
+def test_layers_are_streamed_only_where_nothing_else_fits():
+    with torch.device("meta"):
+        model = made("m2m100", "dense")
+    with pytest.raises(InputError, match="needs") as refused:
+        plan_search(model, 2**10, "dense", 4, 32, CPU)
+    number, unit = str(refused.value).split("needs ")[1].split(";")[0].split()
+    least = parse_size(f"{1.01 * float(number)}{unit}")
+    tight, roomy = (plan_search(model, memory, "dense", 4, 32, CPU) for memory in (least, 2**28))
+    assert tight.streamed == 6 and roomy.streamed == 0
+    assert tight.search.rows(32, 32) == 1 < roomy.search.rows(32, 32)
+
+
+def test_the_validation_loss_takes_less_than_a_step_of_as_many_tokens():
+    from petl_kernels.memory import simulate
+    from petl_kernels.memory.peak import Ledger
+
+    with torch.device("meta"):
+        model = made("m2m100", "dense")
+    with simulate.fake_mode():
+        like = simulate.shallow(model, 2, 2)
+        for tier in (1, 4):
+            simulate.set_tiers(like, [tier] * 4)
+            step = simulate.step(like.train(), simulate.Batch(8, 32, 32)).peak
+            for rows, length in ((8, 32), (32, 8), (1, 256)):  # as many tokens
+                ids = torch.ones(rows, length, dtype=torch.long)
+                with torch.no_grad(), Ledger([*like.parameters(), *like.buffers()]) as ledger:
+                    before = ledger.live
+                    like.eval()(input_ids=ids, attention_mask=ids, labels=ids, reduction="sum")
+                assert ledger.peak - before < step
 
 
 def test_rows_of_a_batch():
