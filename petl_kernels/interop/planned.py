@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from petl_kernels.interop.hf import load_weights
 from petl_kernels.memory.mapped_weights import WeightFile
-from petl_kernels.memory.plan import Plan, streamed_weights
+from petl_kernels.memory.plan import Plan, SearchPlan, streamed_weights
 from petl_kernels.memory.quantise_model import quantisable, storage_of
 from petl_kernels.ops.quantised import quantise
 
 
 def load_planned(
-    path_or_id: str | os.PathLike, model: nn.Module, like: nn.Module, plan: Plan, folder: Path
+    path_or_id: str | os.PathLike, model: nn.Module, like: nn.Module, plan: Plan | SearchPlan, folder: Path | None
 ) -> nn.Module:
     """Give ``model`` (of ``load_skeleton``) its weights, one tensor after the other; returns it.
 

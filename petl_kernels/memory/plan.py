@@ -30,6 +30,7 @@ from petl_kernels.errors import InputError
 from petl_kernels.interop.files import atomic_write
 from petl_kernels.memory import simulate
 from petl_kernels.memory.cost import LayerWork, Rates, layer_work, measure_rates, update_seconds
+from petl_kernels.memory.generation import Search, SearchBytes, output_length
 from petl_kernels.memory.gradients import RoundedGradients, groups
 from petl_kernels.memory.quantise_model import quantisable, quantise_model, storage_of
 from petl_kernels.memory.simulate import Batch, Phases
@@ -103,6 +104,7 @@ class Plan:
     more: tuple[tuple[int, float, str], ...] = ()
     tables: str | None = None
     gradients: str = "float32"
+    search: SearchBytes | None = None  # what evaluation may take, and what beam search takes of it
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tables", self.tables or self.storage)
@@ -169,6 +171,8 @@ class Plan:
             for key in ("tiers", "approximations"):
                 values[key] = tuple(values[key])
             values["more"] = tuple(map(tuple, values["more"]))
+            if values.get("search"):
+                values["search"] = SearchBytes(**values["search"])
             return cls(**values)
         except OSError as error:
             raise InputError(f"plan {path}: {error.strerror or error}") from None
@@ -299,6 +303,7 @@ class Planner:
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self._shallow: dict[tuple[tuple[int, int], str, str], nn.Module] = {}
         self.mode = simulate.fake_mode()
+        self._counted: SearchBytes | None = None
 
     # ---- choosing
 
@@ -497,6 +502,7 @@ class Planner:
             "8bit-optimizer": setting.optimizer == "adamw8bit",
             "bf16-gradients": setting.gradients == "bfloat16",
         }
+        search = self._search(self._usable(memory) - self._always(setting))
         return Plan(
             model=type(self.model).__name__,
             parameters=sum(p.numel() for p in self.model.parameters()),
@@ -512,7 +518,7 @@ class Planner:
             storage=setting.storage,
             optimizer=setting.optimizer,
             streamed=setting.streamed,
-            evaluation_tokens=self._evaluation_tokens(self._usable(memory) - self._always(setting)),
+            evaluation_tokens=self._evaluation_tokens(search),
             peak=sum(parts.values()),
             parts=parts,
             seconds=self._seconds(setting, micro_batches, rows, tiers),
@@ -521,6 +527,7 @@ class Planner:
             copies_hidden=self._copies_hide(setting, rows),
             tables=setting.tables,
             gradients=setting.gradients,
+            search=search,
         )
 
     def _copies_hide(self, setting: Setting, rows: int) -> bool:
@@ -530,17 +537,15 @@ class Planner:
             for stored, values in zip(self.weights.layer_sizes(setting.storage, setting.streamed), dense, strict=True)
         )
 
-    def _evaluation_tokens(self, room: int) -> int:
-        """Source tokens times beam that beam search can hold: its caches, which are copied when beams are reordered,
-        and the logits with their sorted copies."""
-        config, itemsize = self.model.config, (self.autocast or self.weights.dtype).itemsize
-        decoder = sum(side == "decoder" for side in self.sides)
-        longest = 2 * self.longest + 32  # what the trainer lets a translation grow to, for each source token
-        caches = 2 * decoder * self.structure.d_model * itemsize * (longest / self.longest + 1) * 1.25
-        logits = 4 * config.vocab_size * 4 / self.longest
-        encoder = 6 * self.structure.d_model * 4
-        tokens = int(room / (caches + logits + encoder))
-        return max(self.longest * self.beam, min(tokens, self.batch_tokens))
+    def _search(self, room: int) -> SearchBytes:
+        if self._counted is None:
+            self._counted = Search(self.model, self.beam, self.tiers[0], self.autocast).bytes(0, self.longest)
+        return dataclasses.replace(self._counted, memory=room)
+
+    def _evaluation_tokens(self, search: SearchBytes) -> int:
+        """Source tokens times beam of a batch of the longest sentences; one sentence where not even that fits."""
+        rows = max(1, search.rows(self.longest, output_length(self.longest, 2 * self.longest + 32)))
+        return max(self.longest * self.beam, min(rows * self.longest * self.beam, self.batch_tokens))
 
     def _refusal(self, memory: int) -> str:
         allowed, any_ = self._least(self.allow), self._least(tuple(APPROXIMATIONS))
@@ -616,6 +621,51 @@ class _Weights:
         layers = self.layer_sizes(storage, streamed)
         slots = min(SLOTS, streamed) * max(layers, default=0)
         return self.stored(storage, tables) - sum(layers) + slots + self.buffers
+
+
+@dataclass(frozen=True)
+class SearchPlan:
+    """How a trained model translates inside a budget: what ``load_planned`` reads, and what batches may take."""
+
+    storage: str
+    tables: str
+    streamed: int
+    device: str
+    search: SearchBytes
+
+
+def plan_search(
+    model: nn.Module,
+    memory: int,
+    storages: tuple[str, str],
+    beam: int,
+    longest: int,
+    device: torch.device,
+    autocast: torch.dtype | None = None,
+) -> SearchPlan:
+    """The fewest streamed layers with which beam search of ``model``, possibly on the meta device, fits ``memory``.
+
+    storages: of the frozen weights, in layers and in tables. longest: tokens of the longest sentence and of the
+    longest translation. InputError where one such sentence does not fit, with the least that works.
+    """
+    weights, count = _Weights(model, describe(model)), len(describe(model).layers)
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    search = Search(model, beam, 1, autocast).bytes(0, longest)
+    one = search.always + search.of(longest, output_length(longest, longest))
+    context = CONTEXT if device.type == "cuda" else 0
+    free = 1 - SLACK[device.type]
+    can_stream = weights.can_stream and (storages[0] == "dense" or device.type == "cuda")
+    needs = []
+    for streamed in dict.fromkeys(count * share // 4 for share in range(5)) if can_stream else (0,):
+        always = weights.resident(*storages, streamed) + trained
+        room = int(memory * free) - context - always
+        if room >= one:
+            return SearchPlan(*storages, streamed, device.type, dataclasses.replace(search, memory=room))
+        needs.append(math.ceil((always + one + context) / free))
+    raise InputError(
+        f"memory {format_size(memory)}: to translate one sentence of {longest} tokens with {beam} beams needs "
+        f"{format_size(min(needs))}; expected at least that, or a smaller --beam or --max-length"
+    )
 
 
 def streamed_weights(model: nn.Module, layers: int) -> list[str]:

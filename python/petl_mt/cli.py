@@ -7,6 +7,7 @@ import importlib
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NoReturn
 
@@ -204,6 +205,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--beam", type=int, metavar="N")
     parser.add_argument("--max-length", type=int, metavar="N", help="longer sources are cut, and counted")
     parser.add_argument("--batch-tokens", type=int, metavar="N")
+    parser.add_argument("--memory", metavar="SIZE", help="all that it may take; else what the run was trained under")
 
 
 def _add_translate(commands) -> None:
@@ -285,11 +287,12 @@ def _translate(arguments: argparse.Namespace) -> int:
     from .data import decode_lines
     from .runs import Translator
 
-    translator = Translator(arguments.run_folder, **_search(arguments))
-    lines = decode_lines(sys.stdin.buffer.read(), "standard input")
-    for text in translator.stream(lines):
-        sys.stdout.buffer.write(text.encode("utf-8") + b"\n")
-        sys.stdout.buffer.flush()
+    with ExitStack() as limits:
+        translator = Translator(arguments.run_folder, **_search(arguments), limits=limits)
+        lines = decode_lines(sys.stdin.buffer.read(), "standard input")
+        for text in translator.stream(lines):
+            sys.stdout.buffer.write(text.encode("utf-8") + b"\n")
+            sys.stdout.buffer.flush()
     _report_cut(translator)
     return 0
 
@@ -305,8 +308,9 @@ def _score(arguments: argparse.Namespace) -> int:
     source, target = read_pair(Pair("", "", *arguments.test))
     if arguments.bleu_tokenize:
         bleu_metric("", arguments.bleu_tokenize)
-    translator = Translator(arguments.run_folder, **_search(arguments))
-    hypotheses = list(translator.stream(source))
+    with ExitStack() as limits:
+        translator = Translator(arguments.run_folder, **_search(arguments), limits=limits)
+        hypotheses = list(translator.stream(source))
     if arguments.hypotheses:
         with atomic_write(arguments.hypotheses) as file:
             file.write("".join(line + "\n" for line in hypotheses))
@@ -318,7 +322,7 @@ def _score(arguments: argparse.Namespace) -> int:
 
 
 def _search(arguments: argparse.Namespace) -> dict:
-    names = ("src_lang", "tgt_lang", "beam", "max_length", "batch_tokens")
+    names = ("src_lang", "tgt_lang", "beam", "max_length", "batch_tokens", "memory")
     return {name: getattr(arguments, name) for name in names}
 
 

@@ -150,18 +150,25 @@ class Corpus:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def plan(self, batch_tokens: int, multiple: int = 1, rng: np.random.Generator | None = None) -> list[np.ndarray]:
+    def plan(
+        self,
+        batch_tokens: int,
+        multiple: int = 1,
+        rng: np.random.Generator | None = None,
+        costs: np.ndarray | None = None,
+    ) -> list[np.ndarray]:
         """Batches of sentence indices: longest sentence, rounded up to ``multiple``, × sentences <= batch_tokens.
 
+        costs: of each sentence, rising with its length, in the place of that length.
         With ``rng`` sentences of one length mix anew and batches come in random order; without, by length.
         """
         order = np.arange(len(self)) if rng is None else rng.permutation(len(self))
         order = order[np.lexsort((self.sources.lengths[order], self.lengths[order]))]
-        padded = -(-self.lengths[order] // multiple) * multiple
+        padded = -(-self.lengths[order] // multiple) * multiple if costs is None else costs[order]
         batches, first = [], 0
         while first < len(order):
             # Lengths rise, so the size of a batch that ends at i grows with i: the first i over budget ends it.
-            most = max(1, batch_tokens // int(padded[first]))
+            most = max(1, int(batch_tokens // padded[first]))
             sizes = padded[first : first + most] * np.arange(1, min(most, len(order) - first) + 1)
             count = max(1, int(np.searchsorted(sizes, batch_tokens, side="right")))
             batches.append(order[first : first + count])

@@ -9,7 +9,6 @@ import math
 import os
 import signal
 import statistics
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -34,7 +33,7 @@ from petl_kernels.memory.size import format_size, parse_size
 from .checkpoint import Checkpoints
 from .config import Pair, TrainConfig
 from .data import Batch, Position, TrainBatches, encode_pairs, read_pair
-from .evaluate import Scores, bleu_metric, score_lines, translate, validation_loss
+from .evaluate import BatchLimit, Scores, bleu_metric, score_lines, translate, until_it_fits, validation_loss
 from .log import RunLog, memory_in_use
 from .loss import sequence_loss
 from .plan import plan_for, prepared
@@ -45,7 +44,7 @@ from .prepare import (
     make_accelerator,
     make_optimizer,
 )
-from .runs import RunFolder, absolute, hush
+from .runs import RunFolder, absolute, folder_for_layers, hush
 from .schedule import lr_factor
 
 LOG_LINES = 200  # lines of training metrics over a whole run
@@ -172,7 +171,9 @@ class _Training:
         self.optimizer = self.accelerator.prepare(make_optimizer(self.parameters, config, optimizer))
         self.rounded = getattr(self.model, "petl_gradients", None)  # where the plan keeps gradients in bf16
         self.micro_tokens = self.plan.micro_tokens if self.plan else None
-        self.evaluation_tokens = self.plan.evaluation_tokens if self.plan else config.batch_tokens
+        self.limit = BatchLimit(config.batch_tokens)
+        if self.plan:
+            self.limit = BatchLimit(self.plan.evaluation_tokens, self.plan.search)
 
         self.progress = Progress()
         self.checkpoints = Checkpoints(run.checkpoints)
@@ -182,7 +183,7 @@ class _Training:
 
     def _load(self, config: TrainConfig, like: nn.Module | None) -> None:
         """Weights, what the method adds, tiers; in the storage and the place of the plan."""
-        with _folder_for_layers(self.plan, self.folder.path) as folder:
+        with folder_for_layers(self.plan, self.folder.path) as folder:
             if self.plan and not config.is_new:
                 self.model = load_planned(config.model, self.model, like, self.plan, folder)
             torch.manual_seed(config.seed)  # what is injected starts the same, whatever was made before it
@@ -455,7 +456,14 @@ class _Training:
         best = True
         if self.valid is not None:
             loss = self._evaluated(
-                lambda tokens: validation_loss(self.model, self.valid, tokens, self.start, self.accelerator.autocast)
+                # without a graph it takes less than a training step of as many tokens
+                lambda limit: validation_loss(
+                    self.model,
+                    self.valid,
+                    min(limit.tokens, self.micro_tokens or limit.tokens),
+                    self.start,
+                    self.accelerator.autocast,
+                )
             )
             best = math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss)
             if best:
@@ -513,18 +521,12 @@ class _Training:
         self.log.say(f"written: {config.out}")
         return result
 
-    def _evaluated(self, run: Callable[[int], Any]) -> Any:
-        """``run(tokens of a batch)``, with fewer of them where a budget is too small."""
-        while True:
-            try:
-                return run(self.evaluation_tokens)
-            except torch.OutOfMemoryError:
-                if self.plan is None or self.evaluation_tokens < 2:
-                    raise
-            self.evaluation_tokens //= 2
-            self.log.say(
-                f"memory {self.config.memory}: evaluation goes on in batches of {self.evaluation_tokens:,} tokens"
-            )
+    def _evaluated(self, run: Callable[[BatchLimit], Any]) -> Any:
+        """``run(limit of a batch)``, with a lower one where a budget is too small."""
+        if self.plan is None:
+            return run(self.limit)
+        result, self.limit = until_it_fits(run, self.limit, self.config.memory, self.log.say)
+        return result
 
     def _write_weights(self) -> None:
         if self.config.method == "full":
@@ -539,13 +541,13 @@ class _Training:
         scores = {}
         for pair, source, target in self.valid_text:
             lines, cut = self._evaluated(
-                lambda tokens, source=source, language=self.languages[pair.name]: translate(
+                lambda limit, source=source, language=self.languages[pair.name]: translate(
                     self.model,
                     language,
                     source,
                     self.config.beam,
                     self.config.max_length,
-                    tokens,
+                    limit,
                     self.accelerator.autocast,
                 )
             )
@@ -574,17 +576,6 @@ def _absolute_paths(config: TrainConfig) -> TrainConfig:
         valid=pairs(config.valid),
         vocab_text=[absolute(path) for path in config.vocab_text],
     )
-
-
-@contextmanager
-def _folder_for_layers(plan: Plan | None, beside: Path) -> Iterator[Path | None]:
-    """For the file that streamed layers are read from on the CPU; once that is mapped, it needs no name any more."""
-    if plan is None or not plan.streamed or plan.device != "cpu":
-        yield None
-        return
-    existing = next(folder for folder in (beside, *beside.resolve().parents) if folder.is_dir())
-    with tempfile.TemporaryDirectory(prefix="petl-mt-", dir=existing) as name:
-        yield Path(name)
 
 
 @contextmanager

@@ -203,7 +203,7 @@ def training(settings: dict, out: Path, **changes) -> _Training:
 
 
 def test_evaluation_takes_smaller_batches_where_it_has_to(settings, tmp_path, capsys):
-    path = saved_plan(settings, tmp_path / "plan.json", "1200KiB", evaluation_tokens=40_000)
+    path = saved_plan(settings, tmp_path / "plan.json", "1200KiB", evaluation_tokens=40_000, search=None)
     out = tmp_path / "run"
     settings |= {"valid": settings["train"], "beam": 4}
     train(TrainConfig(**{**settings, "out": str(out), "memory": "1200KiB", "plan": path}))
