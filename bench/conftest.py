@@ -96,10 +96,17 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session):
+    # The benchmark that Ctrl-C met has no samples, and pytest-benchmark's own figures fail on it.
+    timed = getattr(session.config, "_benchmarksession", None)
+    if timed:
+        timed.benchmarks[:] = [bench for bench in timed.benchmarks if bench.stats.data and not bench.has_error]
+
+
 def pytest_terminal_summary(terminalreporter, config):
-    session = getattr(config, "_benchmarksession", None)
-    timed = [bench for bench in session.benchmarks if bench.stats.data] if session else []
-    entries = [bench.as_dict(include_data=False) for bench in timed]
+    timed = getattr(config, "_benchmarksession", None)
+    entries = [bench.as_dict(include_data=False) for bench in timed.benchmarks] if timed else []
     run = Run("", {"rates": config.stash.get(RATES, {})}, {}, "", [measurement(entry) for entry in entries])
     terminal = bool(terminalreporter.isatty)
     for cases in by_op(run.measurements).values():

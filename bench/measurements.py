@@ -21,8 +21,8 @@ class Measurement:
 
     ``shape``, ``case``, ``dtype`` and ``tokens`` are empty (None) where an old file lacks them; ``group`` is always
     there. ``bytes`` (read and written) and ``flops`` are those that no implementation can avoid, ``launches`` kernels,
-    ``peak_bytes`` the most memory taken beside the inputs, ``predicted`` the performance model's seconds; all may be
-    None.
+    ``peak_bytes`` the most memory taken beside the inputs, ``predicted`` the performance model's seconds, ``wall``
+    seconds with the host's part where the median is the device's alone; all may be None.
     """
 
     op: str
@@ -43,6 +43,7 @@ class Measurement:
     launches: int | None
     peak_bytes: int | None
     predicted: float | None
+    wall: float | None
 
     @property
     def spread(self) -> float:
@@ -144,7 +145,10 @@ def load_folder(folder: str | Path) -> list[Run]:
 def parse(content: dict, name: str) -> Run:
     """A run from pytest-benchmark's JSON. KeyError, TypeError or ValueError when it is none."""
     measurements = [measurement(entry) for entry in content["benchmarks"]]
-    return Run(name, content["machine_info"], content["commit_info"], content["datetime"], measurements)
+    # Files from before these two keys have the processor in py-cpuinfo's words alone.
+    cpu = content["machine_info"].get("cpu", {})
+    machine = {"cpu_name": cpu.get("brand_raw", "CPU"), "cores": cpu.get("count"), **content["machine_info"]}
+    return Run(name, machine, content["commit_info"], content["datetime"], measurements)
 
 
 def measurement(entry: dict) -> Measurement:
@@ -172,6 +176,7 @@ def measurement(entry: dict) -> Measurement:
         launches=info.get("launches"),
         peak_bytes=info.get("peak_bytes"),
         predicted=info.get("predicted_seconds"),
+        wall=info.get("wall_seconds"),
     )
 
 

@@ -47,7 +47,7 @@ def write(folder: str | Path) -> Path:
 
 def page(runs: Sequence[Run]) -> str:
     device = runs[0].machine.get("device") or "cpu"
-    title = f"Bench: {runs[0].machine.get('cpu_name') or 'CPU'}" if device == "cpu" else f"Bench: {device}"
+    title = f"Bench: {runs[0].machine['cpu_name']}" if device == "cpu" else f"Bench: {device}"
     body = [f"<h1>{escape(title)}</h1>", _where(runs), READING]
     body += [_section(run) for run in runs if run.measurements]
     return (
@@ -69,9 +69,7 @@ def _where(runs: Sequence[Run]) -> str:
 
 def _where_one(run: Run) -> str:
     machine, commit = run.machine, run.commit
-    cpu = machine.get("cpu_name") or machine.get("cpu", {}).get("brand_raw", "CPU")
-    cores = machine.get("cores") or machine.get("cpu", {}).get("count")
-    where = f"{cpu}, {cores} cores, {machine.get('threads', '?')} threads"
+    where = f"{machine['cpu_name']}, {machine['cores']} cores, {machine.get('threads', '?')} threads"
     if machine.get("device", "cpu") != "cpu":
         where = f"{machine['device']}; {where}"
     tree = f"commit {(commit.get('id') or 'unknown')[:9]}{' with changes beside it' if commit.get('dirty') else ''}"
@@ -117,7 +115,7 @@ def _roof(run: Run, dtype: str) -> str:
     shapes = list(dict.fromkeys(_shape(one) for one in run.measurements if one.intensity()))
     without = sorted({one.op for one in own if not one.intensity()})
     note = "Ours are labelled; small pale marks are peers." + (
-        "" if matmul and copy else " No roof: rates not measured."
+        "" if matmul and copy else " No roof: this run measured no rates."
     )
     if without:
         note += f" Not here, without operations or bytes to count: {', '.join(without)}."
@@ -162,8 +160,10 @@ def _figures(run: Run, cases: Sequence[list[Measurement]]) -> str:
     """Every figure of an op: a row a measurement, a column for each setting of PEFT that was timed."""
     settings = list(dict.fromkeys(one.implementation for case in cases for one in peft_settings(case)))
     predicted = any(one.predicted for case in cases for one in case)
+    wall = any(one.wall for case in cases for one in case)
     head = ["implementation", "median", "spread", "samples", "/ limit", *(f"/ {name}" for name in settings)]
     head += ["FLOP", "bytes", "FLOP/s", "B/s", "roofline", "launches", "peak memory"]
+    head += ["with the host"] if wall else []
     head += ["predicted", "median / predicted"] if predicted else []
     body = []
     for case in cases:
@@ -171,7 +171,9 @@ def _figures(run: Run, cases: Sequence[list[Measurement]]) -> str:
         others = [limit_of(case), *(peft.get(name) for name in settings)]
         body.append(f'<tr class="case"><th colspan="{len(head)}">{escape(case[0].title)}</th></tr>')
         for one in sorted(case, key=lambda one: one.median):
-            cells = [*_figures_of(run, one, others), *(_prediction(one) if predicted else [])]
+            cells = _figures_of(run, one, others)
+            cells += [seconds(one.wall) if one.wall else ""] if wall else []
+            cells += _prediction(one) if predicted else []
             body.append(f"<tr{' class=ours' if one.is_ours else ''}>{_cells('td', cells)}</tr>")
     return f'<div class="scroll"><table><tr>{_cells("th", head)}</tr>{"".join(body)}</table></div>'
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from measurements import Measurement, Run, digits, limit_of, peft_settings, seconds, size
 
-PLAIN_WIDTH = 160
+PLAIN_WIDTH = 1000  # no line is folded outside a terminal
 HEAD = ("implementation", "median", "spread", "/ limit")
 TAIL = ("GFLOP/s", "GB/s", "roofline", "peak memory")
 
@@ -44,7 +44,7 @@ def render(
 ) -> str:
     """A table as text: colours and the terminal's ``width`` on a terminal; all of every line elsewhere.
 
-    The first ``left`` columns are words, the others numbers.
+    The first ``left`` columns are words, the others numbers. A column without any figure is left out.
     """
     from rich.console import Console
     from rich.table import Table
@@ -58,10 +58,11 @@ def render(
         markup=False,
     )
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim" if terminal else "")
-    for column, name in enumerate(head):
-        table.add_column(name, justify="left" if column < left else "right", overflow="fold")
+    shown = [column for column in range(len(head)) if any(row[column] for row in rows)]
+    for column in shown:
+        table.add_column(head[column], justify="left" if column < left else "right", no_wrap=column == 0)
     for row in rows:
-        table.add_row(*row, style="bold" if row[0].startswith("ours") else None)
+        table.add_row(*(row[column] for column in shown), style="bold" if row[0].startswith("ours") else None)
     console.print(title, style="bold" if terminal else None)
     console.print(table)
     lines = console.file.getvalue().splitlines()

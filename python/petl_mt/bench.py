@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import os
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -15,10 +17,10 @@ from petl_kernels.errors import InputError
 from petl_kernels.interop.files import atomic_path
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-INTERRUPTED, NOTHING_MATCHES = 2, 5  # pytest's exit codes
+FAILED, INTERRUPTED, WRONG_USAGE, NOTHING_MATCHES = 1, 2, 4, 5  # pytest's exit codes
 EXAMPLES = """examples:
   petl-mt bench ops layers --peers              into bench/results/<device>/: ops.json, layers.json, report.html
-  petl-mt bench ops --only "lora_linear and bfloat16"   into bench/results/<device>/only/
+  petl-mt bench ops --only "lora_linear and bfloat16"   into bench/results/<device>/part/
   petl-mt bench report [DIR]                    report.html again, from the JSON files in DIR
   petl-mt bench compare A.json B.json           what became slower; exit code 1 when something of ours did
 """
@@ -46,11 +48,11 @@ def _command(arguments: argparse.Namespace) -> int:
     if what == "compare":
         _refuse(arguments, "ops, layers and step", "device")
         if len(rest) != 2:
-            raise InputError(f"bench compare: {len(rest)} files; expected two, A.json B.json")
+            raise InputError(f"compare: {len(rest)} files; expected two, A.json B.json")
         return _module("compare").compare(*rest, _fraction(arguments.threshold or "5%"))
     _refuse(arguments, "compare", "threshold")
     if len(rest) > 1:
-        raise InputError(f"bench report: {len(rest)} folders; expected one at most")
+        raise InputError(f"report: {len(rest)} folders; expected one at most")
     folder = Path(rest[0]) if rest else _results(_device(arguments.device))
     print(f"written: {_module('report').write(folder)}", file=sys.stderr)
     return 0
@@ -59,58 +61,68 @@ def _command(arguments: argparse.Namespace) -> int:
 def run(what: Sequence[str], device: str | None = None, peers: bool = False, only: str | None = None) -> int:
     """Run the benchmarks of the folders ``what`` of ``bench/`` and write what they measured.
 
-    A run that is complete becomes ``bench/results/<device>/<what>.json``; one that failed or was interrupted leaves
-    the file of the last one. ``report.html`` beside it is made anew from all of them. With ``only`` (an expression over
-    names, pytest's ``-k``) both go to the folder ``only`` inside, so that a part never takes the place of the whole.
+    A complete run becomes ``bench/results/<device>/<what>.json``, and ``report.html`` beside it is made anew. What is
+    not the whole stays apart, in the folder ``part`` there, and leaves the file of the last complete run: a run with
+    ``only`` (an expression over names, pytest's ``-k``), one that was interrupted, one in which a benchmark failed.
 
     Returns 0, 1 when a benchmark failed, 130 when interrupted. Raises InputError where there is no checkout, no such
     folder or device, or when nothing matches ``only``.
     """
     folders = [_folder(name) for name in dict.fromkeys(what)]
     device = _device(device)
-    results = _results(device) / ("only" if only else "")
-    results.mkdir(parents=True, exist_ok=True)
+    results = _results(device)
     options = ["--device", device, *(["--peers"] if peers else []), *(["-k", only] if only else [])]
-    codes = []
+    codes, written = [], []
     for folder in folders:
-        codes.append(_measure(folder, results / f"{folder.name}.json", options))
+        part = results / "part" / f"{folder.name}.json"
+        codes.append(_measure(folder, part, options))
+        if codes[-1] == 0 and not only:
+            os.replace(part, results / part.name)
+            written.append(results)
+        elif codes[-1] in (0, FAILED, INTERRUPTED) and part.exists():
+            print(f"not the whole of bench {folder.name}: {part}", file=sys.stderr)
+            written.append(part.parent)
         if codes[-1] == INTERRUPTED:
-            return 130
-    if all(code == NOTHING_MATCHES for code in codes):
-        peer = "" if peers else " (peers need --peers)"
-        raise InputError(
-            f"bench {' '.join(what)}: nothing to time for --only {only!r}{peer}" if only else "no benchmark"
-        )
-    if 0 in codes:
-        print(f"written: {_module('report').write(results)}", file=sys.stderr)
-    return 0 if set(codes) <= {0, NOTHING_MATCHES} else 1
+            break
+    for folder in dict.fromkeys(written):
+        print(f"written: {_module('report').write(folder)}", file=sys.stderr)
+    if only and WRONG_USAGE in codes:
+        raise InputError(f"--only {only!r}: expected names joined by and, or, not, as pytest's -k has them")
+    if set(codes) == {NOTHING_MATCHES}:
+        filtered = f" for --only {only!r}" if only else ""
+        raise InputError(f"{' '.join(what)}: nothing to time{filtered}{'' if peers else '; peers need --peers'}")
+    return 130 if INTERRUPTED in codes else 0 if set(codes) <= {0, NOTHING_MATCHES} else 1
 
 
-class _Incomplete(Exception):
+class _NothingTimed(Exception):
     """Takes the temporary file away."""
 
 
 def _measure(folder: Path, target: Path, options: list[str]) -> int:
-    """Run pytest on one folder; returns its exit code, NOTHING_MATCHES also when all was skipped."""
+    """Run pytest on one folder; what was timed becomes ``target``, which is gone when nothing was.
+
+    Returns pytest's exit code; NOTHING_MATCHES also when all was skipped.
+    """
     import pytest
 
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
     code = None
-    with contextlib.suppress(_Incomplete), atomic_path(target) as temporary:
+    with contextlib.suppress(_NothingTimed), atomic_path(target) as temporary:
         arguments = [str(folder), "-o", "python_files=bench_*.py", "-q", "--benchmark-quiet", *options]
+        warnings.filterwarnings("ignore", "Not saving anything")  # said by the caller, in one line
         code = int(pytest.main([*arguments, "--benchmark-json", str(temporary)]))
-        if code == 0 and not (temporary.exists() and temporary.stat().st_size):
-            code = NOTHING_MATCHES
-        if code != 0:
-            raise _Incomplete
-    return code
+        if not (temporary.exists() and temporary.stat().st_size):
+            raise _NothingTimed
+    return NOTHING_MATCHES if code == 0 and not target.exists() else code
 
 
 def _folder(name: str) -> Path:
     folders = {path.parent.name: path.parent for path in sorted((CHECKOUT / "bench").glob("*/bench_*.py"))}
     if not folders:
-        raise InputError(f"bench {name}: no folder bench/ with benchmarks beside the package; run it from a checkout")
+        raise InputError(f"{name}: no folder bench/ with benchmarks beside the package; run it from a checkout")
     if name not in folders:
-        raise InputError(f"bench {name!r}: expected {', '.join(folders)}, report or compare")
+        raise InputError(f"{name!r}: expected {', '.join(folders)}, report or compare")
     return folders[name]
 
 
@@ -137,7 +149,7 @@ def _module(name: str) -> ModuleType:
     """A module of ``bench/``, whose files import one another by their plain names, as its benchmarks do."""
     folder = str(CHECKOUT / "bench")
     if not (CHECKOUT / "bench" / f"{name}.py").exists():
-        raise InputError(f"bench {name}: no bench/{name}.py beside the package; run it from a checkout")
+        raise InputError(f"{name}: no bench/{name}.py beside the package; run it from a checkout")
     if folder not in sys.path:
         sys.path.insert(0, folder)
     return importlib.import_module(name)
@@ -152,4 +164,4 @@ def _fraction(text: str) -> float:
 def _refuse(arguments: argparse.Namespace, belongs_to: str, *names: str) -> None:
     for name in names:
         if getattr(arguments, name):
-            raise InputError(f"bench {arguments.words[0]}: --{name} belongs to {belongs_to}")
+            raise InputError(f"{arguments.words[0]}: --{name} belongs to {belongs_to}")
