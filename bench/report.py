@@ -114,9 +114,9 @@ def _roof(run: Run, dtype: str) -> str:
     ops = list(dict.fromkeys(one.op for one in run.measurements))
     shapes = list(dict.fromkeys(_shape(one) for one in run.measurements if one.intensity()))
     without = sorted({one.op for one in own if not one.intensity()})
-    note = "Ours are labelled; small pale marks are peers." + (
-        "" if matmul and copy else " No roof: this run measured no rates."
-    )
+    note = "Ours are labelled; small pale marks are peers."
+    if not (matmul and copy):
+        note += " No roof: this run measured no rates."
     if without:
         note += f" Not here, without operations or bytes to count: {', '.join(without)}."
     return (

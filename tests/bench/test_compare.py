@@ -39,7 +39,7 @@ def test_only_what_is_ours_counts(result_file, implementation, code):
 
 @pytest.mark.parametrize(("iqr", "rounds", "code"), [(0.001, 15, 1), (0.005, 15, 0), (0.001, 4, 1), (0.002, 4, 0)])
 def test_noise(result_file, iqr, rounds, code):
-    """20 against 24 ms: quartiles 0.5 ms to either side are apart, 2.5 ms are not; of few samples the extremes count."""
+    """20 against 24 ms: quartiles 0.5 ms to either side are apart, 2.5 ms are not; of few samples the extremes."""
     a = result_file("a.json", [entry("ours", 0.020, iqr=iqr, rounds=rounds)])
     b = result_file("b.json", [entry("ours", 0.024, iqr=iqr, rounds=rounds)])
     assert compare(a, b) == code

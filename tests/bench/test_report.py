@@ -57,6 +57,7 @@ def test_predictions_show_where_there_are_any(result_file):
     assert "predicted" not in page_of(result_file, [entry("ours", 0.02)])
     page = page_of(result_file, [entry("ours", 0.02, predicted_seconds=0.016), entry("eager", 0.03)])
     assert "<td>16.0 ms</td><td>1.25</td>" in page
+    assert "<td>21.0 ms</td>" in page_of(result_file, [entry("ours", 0.02, wall_seconds=0.021)])
 
 
 def test_an_op_that_only_moves_bytes_has_bars_and_no_point(result_file):
