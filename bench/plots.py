@@ -102,9 +102,8 @@ class _Axes:
         up = [point.rate for point in points] + ([matmul] if matmul else [])
         if matmul and copy:
             across.append(matmul / copy)
-        low = (math.floor(math.log10(min(across))), math.floor(math.log10(min(up))))
-        high = (math.ceil(math.log10(max(across) * 1.3)), math.ceil(math.log10(max(up) * 1.3)))
-        return cls(low, high)
+        (left, right), (bottom, top) = _decades(across), _decades(up)
+        return cls((left, bottom), (right, top))
 
     def x(self, value: float) -> float:
         share = (math.log10(value) - self.low[0]) / (self.high[0] - self.low[0])
@@ -130,6 +129,12 @@ class _Axes:
         middle = (LEFT + WIDTH - RIGHT) / 2
         parts.append(f'<text x="{middle}" y="{HEIGHT - 12}" text-anchor="middle">operations per byte (FLOP/B)</text>')
         return "".join(parts)
+
+
+def _decades(values: Sequence[float]) -> tuple[int, int]:
+    """Exponents of ten around the values with some room beside them, two decades at least."""
+    high = math.ceil(math.log10(max(values) * 1.3))
+    return min(math.floor(math.log10(min(values) / 1.3)), high - 2), high
 
 
 def _power(exponent: int) -> str:

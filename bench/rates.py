@@ -24,7 +24,10 @@ def measured_rates(device: str) -> dict:
 
     fp32 products run as PyTorch is set up here (TF32 only where the caller has allowed it).
     """
-    return {"copy": copy_rate(device), "matmul": {name: matmul_rate(device, name) for name in DTYPES}}
+    rates = {"copy": copy_rate(device), "matmul": {name: matmul_rate(device, name) for name in DTYPES}}
+    if device == "cuda":
+        torch.cuda.empty_cache()  # or gigabytes stay reserved beside benchmarks that run under a cap
+    return rates
 
 
 def copy_rate(device: str, size: int | None = None) -> float:
