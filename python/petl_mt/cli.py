@@ -24,6 +24,7 @@ TRAIN_EXAMPLE = """examples:
 # Commands that stand beside their work: module (its add_parser adds the command) and what the overview says.
 ELSEWHERE = {
     "demo": ("petl_mt.demo.demo", "the main job on text the package makes itself, no download"),
+    "bench": ("petl_mt.bench", "benchmarks, their report, and what changed between two runs"),
     "study": ("petl_mt.study", "several methods and budgets on one pair: a table and a plot"),
 }
 
@@ -86,7 +87,6 @@ def _parser(command: str) -> argparse.ArgumentParser:
             importlib.import_module(module).add_parser(commands)
         else:
             commands.add_parser(name, help=text)
-    _add_bench(commands)
     doctor = commands.add_parser("doctor", help="versions, device, which backend serves each op, and does it agree")
     doctor.set_defaults(run=_doctor)
     return parser
@@ -236,14 +236,6 @@ def _add_merge(commands) -> None:
     )
 
 
-def _add_bench(commands) -> None:
-    parser = commands.add_parser("bench", help="benchmarks")
-    parser.set_defaults(run=_bench)
-    parser.add_argument("what", nargs="?", default="ops", metavar="ops|layers|step")
-    parser.add_argument("--peers", action="store_true", help="peers side by side")
-    parser.add_argument("--device", metavar="cpu|cuda")
-
-
 def _train(arguments: argparse.Namespace) -> int:
     config = train_config(arguments)
     from .train import train
@@ -350,12 +342,6 @@ def _merge(arguments: argparse.Namespace) -> int:
         pk.save_merged(model, tokenizer, arguments.out)
     print(f"written: {arguments.out}", file=sys.stderr)
     return 0
-
-
-def _bench(arguments: argparse.Namespace) -> int:
-    from .bench import run
-
-    return run(arguments.what, arguments.device, arguments.peers)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
