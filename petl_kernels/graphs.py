@@ -1,8 +1,8 @@
 """A training step as a CUDA graph: captured once for each shape of its inputs, replayed after that.
 
-At d = 1024 a kernel takes some 50 µs and its launch from Python about as long. A replay launches all of a step's kernels at
-once. What a captured step may not do: wait for the device (``ops.linear_cross_entropy`` needs ``counted``), read a number
-of Python's that changes from step to step, or find its gradients in another place than before.
+At d = 1024 a kernel takes some 50 µs and its launch from Python about as long. A replay launches all of a step's
+kernels at once. What a captured step may not do: wait for the device (``ops.linear_cross_entropy`` needs ``counted``),
+read a number of Python's that changes from step to step, or find its gradients in another place than before.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class GraphedStep:
     """``run(*inputs)``, replayed where the same shapes have come before.
 
     run: tensors of fixed dtypes -> a scalar; it adds to the gradients of its parameters, which stay where they are.
-    A shape that cannot be captured, after two tries, and shapes beyond the first 64 run as they are; ``reason`` says why.
+    A shape that cannot be captured, after two tries, and shapes beyond the first 64 run as they are; ``reason`` says
+    why.
     Raises torch.OutOfMemoryError as ``run`` does.
     """
 

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from petl_kernels import ops
 from petl_kernels.interop.device_masks import without_waiting
 
-
 _OPTIONS = ("label_smoothing", "reduction")
 
 

@@ -86,8 +86,8 @@ def linear_cross_entropy(
     ``reduction``: "mean" over the rows that are not ignored (as in torch: nan, with gradients of 0, when all are),
     "sum", or "none" (the shape of labels, 0 where ignored). ``chunk_bytes`` bounds the buffer that holds the logits of
     some rows at a time; it is never smaller than one row. ``counted``: how many labels are not ``ignore_index``, or
-    a larger number, for a caller who knows: the host then does not wait for a CUDA device, and a CUDA graph can hold the
-    call. There a wrong label, or a number that is too small, is an assertion of the device and no InputError.
+    a larger number, for a caller who knows: the host then does not wait for a CUDA device, and a CUDA graph can hold
+    the call. There a wrong label, or a number that is too small, is an assertion of the device and no InputError.
 
     Raises InputError: shapes that do not fit, devices that differ, labels that are neither words nor ``ignore_index``,
     a label smoothing outside [0, 1), an unknown reduction or smoothing, fewer ``counted`` than there are.
