@@ -174,7 +174,8 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     flag("--optimizer", metavar="adamw|adamw8bit", group=loop)
     flag("--precision", metavar="fp32|bf16", group=loop)
     flag("--memory", metavar="SIZE", group=loop, help="all that training may take, such as 8GiB: see petl-mt plan")
-    flag("--allow", metavar="NAMES", type=_names, group=loop, help="approximations: quantised,8bit-optimizer")
+    approximations = "quantised (frozen weights in 8 or 4 bits), 8bit-optimizer, bf16-gradients"
+    flag("--allow", metavar="NAMES", type=_names, group=loop, help=f"what a plan may round: {approximations}")
     flag("--plan", metavar="FILE", group=loop, help="a plan that petl-mt plan has written, in place of one made now")
     flag("--tier", type=int, metavar="N", group=loop, help="memory tier of the layers, 1 to 5; 0: the model's own")
     flag("--tensorboard", action="store_true", group=loop)
@@ -329,18 +330,19 @@ def _report_cut(translator) -> None:
 def _merge(arguments: argparse.Namespace) -> int:
     import petl_kernels as pk
 
-    from .runs import hush, load_run, quantise_as_trained, run_storage
+    from .runs import hush, load_run, quantise_as_trained, run_storages
 
     with hush():
         model, tokenizer, config = load_run(arguments.run_folder)
-        storage = run_storage(arguments.run_folder)
+        storages = run_storages(arguments.run_folder)
+        named = " and ".join(kind for kind in dict.fromkeys(storages) if kind != "dense")
         if arguments.into == "quantised":
-            quantise_as_trained(model, config, storage)
+            quantise_as_trained(model, config, storages)
             pk.merge(model)
             error = pk.report(model).merge_error or 0.0
-            print(f"merged into {storage} weights with a relative error of at most {error:.3%}", file=sys.stderr)
-        elif storage != "dense":
-            print(f"the adapter was trained beside {storage} weights; merged into the original ones", file=sys.stderr)
+            print(f"merged into {named} weights with a relative error of at most {error:.3%}", file=sys.stderr)
+        elif named:
+            print(f"the adapter was trained beside {named} weights; merged into the original ones", file=sys.stderr)
         pk.save_merged(model, tokenizer, arguments.out)
     print(f"written: {arguments.out}", file=sys.stderr)
     return 0

@@ -90,23 +90,27 @@ def load_run(path: str | Path):
     return pk.load_adapter(model, run.adapter).eval(), tokenizer, config
 
 
-def run_storage(path: str | Path) -> str:
-    """How the frozen weights were stored beside which the run has trained: "dense", "int8" or "nf4"."""
+def run_storages(path: str | Path) -> tuple[str, str]:
+    """How the frozen weights were stored beside which the run has trained, in layers and in tables: "dense", "int8" or
+    "nf4"."""
     from petl_kernels.memory.plan import Plan
 
     plan = RunFolder(Path(path)).plan
-    return Plan.load(plan).storage if plan.exists() else "dense"
+    if not plan.exists():
+        return "dense", "dense"
+    found = Plan.load(plan)
+    return found.storage, found.tables
 
 
-def quantise_as_trained(model, config: TrainConfig, storage: str) -> None:
+def quantise_as_trained(model, config: TrainConfig, storages: tuple[str, str]) -> None:
     """The weights of a loaded run as its adapter was trained beside them."""
     from petl_kernels.memory.quantise_model import quantise_model
 
     from .prepare import cast_frozen_matrices
 
-    if storage == "dense":
+    if storages == ("dense", "dense"):
         raise InputError("into quantised: the run was trained beside weights that were not; expected --into original")
-    quantise_model(model, storage)
+    quantise_model(model, *storages)
     if config.precision == "bf16":
         cast_frozen_matrices(model, torch.bfloat16)
 

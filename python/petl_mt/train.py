@@ -168,6 +168,7 @@ class _Training:
             self.stored_parameters = pk.report(self.model).stored
         optimizer = self.plan.optimizer if self.plan else config.optimizer
         self.optimizer = self.accelerator.prepare(make_optimizer(self.parameters, config, optimizer))
+        self.rounded = getattr(self.model, "petl_gradients", None)  # where the plan keeps gradients in bf16
         self.micro_tokens = self.plan.micro_tokens if self.plan else None
         self.evaluation_tokens = self.plan.evaluation_tokens if self.plan else config.batch_tokens
 
@@ -275,6 +276,9 @@ class _Training:
 
     def _zero_gradients(self) -> None:
         """Under a budget gradients stay allocated, as they are in the plan."""
+        if self.rounded is not None:
+            self.rounded.zero()
+            return
         self.optimizer.zero_grad(set_to_none=self.plan is None)
 
     def _prepare_folder(self, resuming: bool) -> None:
@@ -360,11 +364,11 @@ class _Training:
         batches = [self.batches.take(position) for _ in range(config.accumulate)]
         tokens = sum(batch.target_tokens for batch in batches)
         loss = self._until_it_fits(lambda: self._gradients(batches, tokens))
-        norm = nn.utils.clip_grad_norm_(self.parameters, config.clip if config.clip > 0 else math.inf)
+        norm = self._clip(config.clip if config.clip > 0 else math.inf)
         loss_value = self._finite(loss, norm, progress.step + 1)
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr * lr_factor(config.schedule, progress.step + 1, config.warmup, config.steps)
-        self.optimizer.step()
+        self._step()
         self._zero_gradients()
 
         progress.step += 1
@@ -374,6 +378,18 @@ class _Training:
         progress.seconds += seconds
         self.durations.append(seconds)
         self._log_step(loss_value, tokens, float(norm))
+
+    def _clip(self, largest: float) -> torch.Tensor:
+        """Scale the gradients to a norm of at most ``largest``; returns the norm that they had."""
+        if self.rounded is not None:
+            return self.rounded.clip(largest)
+        return nn.utils.clip_grad_norm_(self.parameters, largest)
+
+    def _step(self) -> None:
+        if self.rounded is not None:
+            self.rounded.step(self.optimizer)
+        else:
+            self.optimizer.step()
 
     def _gradients(self, batches: list[Batch], tokens: int) -> torch.Tensor:
         loss = torch.zeros((), device=self.device)
