@@ -234,7 +234,7 @@ class _Training:
         self.model.train()
         cap.reset_peak(self.device)
         ids = torch.full((rows, longest), self.tokenizer.eos_token_id)
-        batch = Batch(ids, ids.clone(), np.arange(rows))
+        batch = Batch.of(ids, ids.clone(), np.arange(rows), self.tokenizer.pad_token_id)
         with torch.random.fork_rng():
             self._until_it_fits(gradients)
         self._zero_gradients()
@@ -339,7 +339,7 @@ class _Training:
         """What a forward pass keeps of each token, and what it would keep with the model's own layers."""
         batch = self.batches.take(Position(self.progress.epoch, self.progress.batch))
         rows = min(4, self.plan.rows) if self.plan else 4
-        part = Batch(*(values[:rows] for values in (batch.source, batch.labels, batch.indices))).to(self.device)
+        part = batch.part(slice(rows), self.tokenizer.pad_token_id).to(self.device)
         plain, kept = (self._saved_bytes_per_token(tiers, part) for tiers in (0, self.tiers))
         self.progress.plain_saved_bytes_per_token, self.progress.saved_bytes_per_token = plain, kept
         if self.tiers and kept is not None:
@@ -407,8 +407,7 @@ class _Training:
             return
         rows = max(1, self.micro_tokens // max(batch.source.shape[1], batch.labels.shape[1]))
         for i in range(0, len(batch.source), rows):
-            part = slice(i, i + rows)
-            yield Batch(batch.source[part], batch.labels[part], batch.indices[part]).to(self.device)
+            yield batch.part(slice(i, i + rows), self.tokenizer.pad_token_id).to(self.device)
 
     def _backward(self, batch: Batch, tokens: int) -> torch.Tensor:
         """Add the gradient of this part's share of the mean loss over ``tokens``; returns that share."""
