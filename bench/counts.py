@@ -6,15 +6,17 @@ are those of the Triton wrappers at their tiles for sm_80 and newer; each has it
 where they bound it, the instructions a thread spends on each element (counted in the compiled code, bench/NOTES.md).
 A launch of the library (cuBLAS, PyTorch) says so. tests/bench/test_counts.py holds all of this to the code.
 
-t tokens, k inputs and n outputs of a linear, d the width of the model, m a bottleneck, f the feed-forward block's width;
-`size` is the bytes of an element of the activations. Adapters are kept in fp32.
+t tokens, k inputs and n outputs of a linear, d the width of the model, m a bottleneck, f the width of a feed-forward
+block's inside; `size` is the bytes of an element of the activations. Adapters are kept in fp32.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import operator
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 FP32 = 4
 # Parts of a sum over tokens that are written and added up: two programs for each multiprocessor, over the 16 tiles of
@@ -41,6 +43,8 @@ class Launch:
     flops: int = 0
     bytes: int = 0
     instructions: float = 0.0
+    cached: int = 0  # of the bytes: logits, which only travel where a chunk of them does not fit the L2 cache
+    working_set: int = 0  # bytes of that chunk
     library: bool = False
 
 
@@ -62,6 +66,10 @@ class Counts:
         return Counts(self.flops + other.flops, self.bytes + other.bytes, both)
 
 
+def total(counted: Iterable[Counts]) -> Counts:
+    return functools.reduce(operator.add, counted)
+
+
 def _product(name: str, rows: int, cols: int, inner: int, size: int, **other) -> Launch:
     """A dense product: both operands and the result once."""
     return Launch(name, 2 * rows * cols * inner, size * (rows * inner + cols * inner + rows * cols), **other)
@@ -80,7 +88,7 @@ def streams(count: int, elements: int, size: int) -> Counts:
     return Counts(0, moved, (Launch("library pass", bytes=moved, library=True),))
 
 
-# ---- linears ----------------------------------------------------------------------------------------------------------
+# ---- linears --------------------------------------------------------------------------------------------------------
 
 
 def frozen_linear(t: int, n: int, k: int, size: int, bias: bool = True, dbias: bool = False) -> Counts:
@@ -173,7 +181,7 @@ def conversion(n: int, k: int, storage: str, size: int) -> Counts:
     return Counts(0, n * k * size + stored_bytes(n, k, storage, size))
 
 
-# ---- adapters, feed-forward blocks, the vocabulary loss ---------------------------------------------------------------
+# ---- adapters, feed-forward blocks, the vocabulary loss -------------------------------------------------------------
 
 
 def bottleneck_adapter(t: int, d: int, m: int, size: int, backward: bool = True) -> Counts:
@@ -245,17 +253,16 @@ def linear_cross_entropy(t: int, d: int, words: int, size: int, chunk_bytes: int
     for first in range(0, t, rows):
         part = min(rows, t - first)
         logits = part * words * size
-        # Those that fit the L2 cache do not travel; what a card's cache holds is for the performance model to say.
         kernels += [
-            _library(part, words, d, size),
-            Launch("_sums_kernel", bytes=logits),
-            Launch("_loss_kernel", bytes=2 * logits),
-            _library(part, d, words, size),
+            replace(_library(part, words, d, size), cached=logits, working_set=logits),
+            Launch("_sums_kernel", bytes=logits, cached=logits, working_set=logits),
+            Launch("_loss_kernel", bytes=2 * logits, cached=2 * logits, working_set=logits),
+            replace(_library(part, d, words, size), cached=logits, working_set=logits),
         ]
     return Counts(4 * t * d * words, moved, tuple(kernels))
 
 
-# ---- between the products ---------------------------------------------------------------------------------------------
+# ---- between the products -------------------------------------------------------------------------------------------
 
 
 def activation(t: int, f: int, kind: str, size: int, dropout: bool = False) -> Counts:
@@ -316,7 +323,7 @@ def _norm(t: int, d: int, size: int, trained: bool, parameters: int, statistics:
 
 
 def attention(batch: int, heads: int, queries: int, keys: int, head_dim: int, size: int, mask: int = 0) -> Counts:
-    """Products 2 forward, 4 backward; ours makes the scores again in both of its backward kernels. ``mask``: its bytes."""
+    """Two products forward, four backward; ours makes the scores again, twice, in backward. ``mask``: its bytes."""
     product = 2 * batch * heads * queries * keys * head_dim
     q, kv = batch * heads * queries * head_dim * size, 2 * batch * heads * keys * head_dim * size
     lse = FP32 * batch * heads * queries
@@ -330,7 +337,7 @@ def attention(batch: int, heads: int, queries: int, keys: int, head_dim: int, si
     return Counts(6 * product, forward + backward, kernels)
 
 
-# ---- whole layers and steps -------------------------------------------------------------------------------------------
+# ---- whole layers and steps -----------------------------------------------------------------------------------------
 
 
 def layer(side: str, rows: int, length: int, d: int, ffn: int, heads: int, head_dim: int, gated: bool, size: int):

@@ -1,8 +1,8 @@
 """Shapes of translation models by name, and which of them a device runs.
 
-A GPU runs every shape with 8,192 tokens. A CPU runs 512 tokens of `CPU_SHAPES` alone: NLLB-600M (mBART's layers are of
-the same size), NLLB-3.3B for the widest linears, and T5 base, whose width is no power of two. The other shapes have
-a width or a feed-forward block of these three and would show a CPU nothing else.
+A GPU runs every size that a model has, once, with 8,192 tokens. A CPU runs 512 tokens of `CPU_SHAPES` alone: NLLB-600M
+(mBART's layers are of the same size), NLLB-3.3B for the widest linears, and T5 base, whose width is no power of two.
+What else would show a CPU nothing new (fp32, other ranks and bottlenecks) it runs at NLLB-600M's size alone.
 """
 
 from __future__ import annotations
@@ -40,14 +40,25 @@ T5_MODELS = {
     "madlad-3b": (32, 1024, 8192, 16, 256000, 128),
     "madlad-10b": (32, 2048, 16384, 16, 256000, 256),
 }
+# Of no model: the width of LoRA's third target in DESIGN §7.
+WIDE = {"wide": (1, 4096, 16384, 32, 256206)}
 # m2m-418m has nllb-600m's layers and half its words: what a CPU's vocabulary loss and training step have time for.
-NAMES = [name for name in (*MODELS, *T5_MODELS) if name != "m2m-418m"]
-CPU_SHAPES = ("nllb-600m", "nllb-3.3b", "t5")
+NAMES = ["nllb-600m", "nllb-1.3b", "nllb-3.3b", "mbart", *T5_MODELS]
+CPU_SHAPES = ("nllb-600m", "nllb-3.3b", "t5", "m2m-418m")
 
 
 def shape(name: str, device: str) -> Shape:
-    _, d, ffn, heads, words, *rest = MODELS.get(name) or T5_MODELS[name]
+    _, d, ffn, heads, words, *rest = {**MODELS, **T5_MODELS, **WIDE}[name]
     return Shape(d, ffn, heads, rest[0] if rest else d // heads, words, TOKENS[device])
+
+
+def distinct(*fields: str) -> list[str]:
+    """The first name of each combination of these fields that a model has, "gated" among them."""
+    first = {}
+    for name in NAMES:
+        values = {**vars(shape(name, "cuda")), "gated": name in T5_MODELS}
+        first.setdefault(tuple(values[field] for field in fields), name)
+    return list(first.values())
 
 
 def runs_on(name: str, device: str) -> bool:
