@@ -154,8 +154,8 @@ def close(ours: Tensor, reference: Tensor, exact: Tensor) -> bool:
 
 
 def error(found: Tensor, exact: Tensor) -> float:
-    exact = exact.double()
-    return float((found.double() - exact).norm() / exact.norm().clamp_min(1e-30))
+    found, exact = found.detach().double(), exact.detach().double()
+    return float((found - exact).norm() / exact.norm().clamp_min(1e-30))
 
 
 def checked_tokens(case: Case, implementation: str) -> int:
@@ -250,7 +250,7 @@ def _record_cuda(benchmark, case: Case, run: Callable, counted: Counts, implemen
 
 
 def device_seconds(run: Callable, rounds: int) -> tuple[list[float], float]:
-    """(the device's seconds of each round, median of the host's and the device's together, where neither waits ahead)"""
+    """(the device's seconds of each round, median of the host's and the device's together)"""
     for _ in range(max(3, rounds // 5)):
         run()
     walls = []

@@ -1,4 +1,4 @@
-"""activation beside passes over its arrays (the limit) and torch's own relu and dropout; the packed ReLU keeps a bit."""
+"""activation (the packed ReLU) beside passes over its arrays (the limit), and torch's own relu and dropout."""
 
 from __future__ import annotations
 

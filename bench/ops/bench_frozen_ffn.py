@@ -33,8 +33,8 @@ def products(x, w1, c1, w2, c2, gate, activation):
     return F.linear(h if gate is None else h + F.linear(x, gate), w2)
 
 
-def recomputing(*arguments):
-    return ops.frozen_ffn(*arguments, recompute=True)
+def recomputing(*arguments, activation):
+    return ops.frozen_ffn(*arguments, activation, recompute=True)
 
 
 IMPLEMENTATIONS = {

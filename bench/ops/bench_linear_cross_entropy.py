@@ -1,5 +1,6 @@
-"""linear_cross_entropy with a frozen weight beside its two products alone (the limit), eager PyTorch on full logits, and
-chunked losses: PyTorch's own, Liger's, cut-cross-entropy. Time, and the most memory that one step takes beside its inputs.
+"""linear_cross_entropy with a frozen weight beside its two products alone (the limit), eager PyTorch on full logits,
+and chunked losses: PyTorch's own, Liger's, cut-cross-entropy. Time, and the most memory that a step takes beside its
+inputs.
 
 PyTorch's chunks and cut-cross-entropy have no label smoothing; ours is beside them without it too. Cut-cross-entropy is
 asked for exact gradients.

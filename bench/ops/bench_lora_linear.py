@@ -1,4 +1,4 @@
-"""lora_linear, alone and for q, k and v in one group, beside the frozen linears alone (the limit), PEFT, torch.compile."""
+"""lora_linear, alone and for q, k and v in one group, beside the frozen linears (the limit), PEFT and torch.compile."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Frozen linears over int8 and NF4 weights beside the dense one (the limit) and bitsandbytes; conversions beside a copy."""
+"""Linears over int8 and NF4 weights beside the dense one (the limit) and bitsandbytes; conversions beside a copy."""
 
 from __future__ import annotations
 
