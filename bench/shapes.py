@@ -2,7 +2,8 @@
 
 A GPU runs every size that a model has, once, with 8,192 tokens. A CPU runs 512 tokens of `CPU_SHAPES` alone: NLLB-600M
 (mBART's layers are of the same size), NLLB-3.3B for the widest linears, and T5 base, whose width is no power of two.
-What else would show a CPU nothing new (fp32, other ranks and bottlenecks) it runs at NLLB-600M's size alone.
+What else would show a CPU little (fp32, other ranks and bottlenecks) it runs at NLLB-600M's size alone, and
+torch.compile, which compiles for longer than all else runs, in the main case of each op at that size.
 """
 
 from __future__ import annotations

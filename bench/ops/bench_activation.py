@@ -28,7 +28,7 @@ def inputs(f: int, dtype: torch.dtype, device: str, tokens: int):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("name", distinct("ffn"))
 def test_packed_relu(benchmark, name, dtype, dropout, implementation, device):
-    require(name, device, small=dtype == "bfloat16" and implementation != "torch.compile" and not dropout)
+    require(name, device, implementation, small=dtype == "bfloat16" and not dropout)
     s, size = shape(name, device), getattr(torch, dtype).itemsize
     seed = draw_seed(torch.device(device)) if dropout else None
     functions = {

@@ -47,7 +47,7 @@ def sdpa(q, k, v, mask, dropout: float = 0.0):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("name", NAMES)
 def test_attention(benchmark, name, dtype, dropout, implementation, device):
-    require(name, device, small=dtype == "bfloat16" and not dropout)
+    require(name, device, implementation, small=dtype == "bfloat16" and not dropout)
     if dropout and implementation in ("eager", "torch.compile"):
         pytest.skip("without dropout for those")
     s, size = shape(name, device), getattr(torch, dtype).itemsize

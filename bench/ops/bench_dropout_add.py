@@ -29,7 +29,7 @@ def inputs(d: int, dtype: torch.dtype, device: str, tokens: int):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("name", distinct("d"))
 def test_dropout_add(benchmark, name, dtype, implementation, device):
-    require(name, device, small=dtype == "bfloat16" and implementation != "torch.compile")
+    require(name, device, implementation, small=dtype == "bfloat16")
     s, size = shape(name, device), getattr(torch, dtype).itemsize
     seed = draw_seed(torch.device(device))
     functions = {

@@ -57,7 +57,7 @@ def test_frozen_ffn(benchmark, name, dtype, form, implementation, device):
     activation, gated = FORMS[form]
     if gated != (name in ("t5", "madlad-3b", "madlad-10b")) or (form == "gelu" and name != "nllb-600m"):
         pytest.skip("another family's form")
-    require(name, device, small=dtype == "bfloat16" and name != "nllb-3.3b")
+    require(name, device, implementation, small=dtype == "bfloat16" and name != "nllb-3.3b")
     s, size = shape(name, device), getattr(torch, dtype).itemsize
     forward = IMPLEMENTATIONS[implementation]
     function = functools.partial(forward, activation=activation)

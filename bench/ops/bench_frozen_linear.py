@@ -26,7 +26,7 @@ IMPLEMENTATIONS = {"limit": F.linear, "ours": ops.frozen_linear}
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("name", distinct("d"))
 def test_frozen_linear(benchmark, name, dtype, implementation, device):
-    require(name, device, small=dtype == "bfloat16")
+    require(name, device, implementation, small=dtype == "bfloat16")
     s = shape(name, device)
     measure(
         benchmark,

@@ -39,7 +39,7 @@ def inputs(f: int, dtype: torch.dtype, device: str, tokens: int):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("name", T5_MODELS)
 def test_gated_activation(benchmark, name, dtype, kind, implementation, device):
-    require(name, device)
+    require(name, device, implementation)
     if dtype == "float32" and kind == "silu":
         pytest.skip("fp32 for T5's own activation")
     s, size = shape(name, device), getattr(torch, dtype).itemsize

@@ -53,7 +53,7 @@ def inputs(op: str, d: int, dtype: torch.dtype, trained: bool, device: str, toke
 @pytest.mark.parametrize("name", distinct("d"))
 @pytest.mark.parametrize("op", EAGER)
 def test_norm(benchmark, op, name, dtype, trained, implementation, device):
-    require(name, device, small=dtype == "bfloat16" and not trained and implementation != "torch.compile")
+    require(name, device, implementation, small=dtype == "bfloat16" and not trained)
     s, size = shape(name, device), getattr(torch, dtype).itemsize
     is_limit = implementation == "limit"
     arrays = s.tokens * s.d

@@ -96,7 +96,7 @@ PEERS = ("PEFT, defaults", "PEFT, bf16 adapters", "torch.compile")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("name", [*distinct("d"), *WIDE])
 def test_lora_linear(benchmark, name, dtype, case, implementation, device):
-    require(name, device, small=dtype == "bfloat16" and case == "r=16")
+    require(name, device, implementation, small=dtype == "bfloat16" and case == "r=16")
     groups, rank = CASES[case]
     if groups == 1 and implementation == "ours, one by one":
         pytest.skip("one linear is a group of its own")

@@ -90,7 +90,12 @@ IMPLEMENTATIONS = ["limit", "ours", peer("bitsandbytes")]
 @pytest.mark.parametrize("name", distinct("d"))
 def test_product(benchmark, name, matrix, dtype, tokens, storage, implementation, device):
     """Forward and dx; "limit" is the dense weight. One token is a step of generation."""
-    require(name, device, small=dtype == "bfloat16" and tokens == "batch" and matrix == "d x d" and name != "t5")
+    require(
+        name,
+        device,
+        implementation,
+        small=dtype == "bfloat16" and tokens == "batch" and matrix == "d x d" and name != "t5",
+    )
     if dtype == "float32" and (matrix != "d x d" or implementation == "bitsandbytes"):
         pytest.skip("fp32 for one matrix, without bitsandbytes")
     n, k = size_of(name, matrix, device)
@@ -125,7 +130,7 @@ def check_rounding(prepare, given, storage: str) -> None:
 @pytest.mark.parametrize("name", distinct("d"))
 def test_conversion(benchmark, name, direction, storage, implementation, device):
     """bf16 to the storage or back; "limit" is a copy in bf16, which moves more bytes than either."""
-    require(name, device)
+    require(name, device, implementation)
     n, k = size_of(name, "ffn x d", device)
 
     def prepare(_, weight) -> Work:
