@@ -34,8 +34,8 @@ MODELS = {
     "nllb-1.3b": (24, 1024, 8192, 16, 256206),
     "nllb-3.3b": (24, 2048, 8192, 16, 256206),
 }
-# T5 family, gated GELU: the same, and the width of a head, which need not be d / heads. madlad-10b's 32 layers of these
-# widths have 9.66 of its 10.7 billion parameters, its embedding and output projection the rest.
+# T5 family, gated GELU: the same, and the width of a head, which need not be d / heads. The widths of madlad-10b are
+# those that add up to its published 10.7 billion parameters; its config was not at hand.
 T5_MODELS = {
     "t5": (12, 768, 2048, 12, 32128, 64),
     "madlad-3b": (32, 1024, 8192, 16, 256000, 128),
@@ -65,32 +65,16 @@ def distinct(*fields: str) -> list[str]:
 def runs_on(name: str, device: str) -> bool:
     return device != "cpu" or name in CPU_SHAPES
 
-# Layers of each side, width, feed-forward width, heads, their width, words. The widths of the 10B model are those that
-# add up to its published 10.7B parameters; its config was not at hand.
-MADLAD = {
-    "madlad-3b": (32, 1024, 8192, 16, 128, 256000),
-    "madlad-10b": (32, 2048, 16384, 16, 256, 256000),
-}
-
 
 def config(name: str):
-    """Of one of MODELS, MADLAD, or "mbart" (mBART-50)."""
-    if name in MADLAD:
-        return madlad_config(*MADLAD[name])
+    """Of a whole model: one of MODELS or T5_MODELS."""
+    if name in T5_MODELS:
+        return t5_config(*T5_MODELS[name], tie_word_embeddings=False, decoder_start_token_id=0)
     if name != "mbart":
         return m2m_config(*MODELS[name])
     from transformers import MBartConfig
 
-    return MBartConfig(**_bart(12, 1024, 4096, 16, 250054), activation_function="relu")
-
-
-def madlad_config(layers: int, d: int, ffn: int, heads: int, d_kv: int, words: int):
-    """Of MADLAD-400, a T5 1.1 whose output projection is not its embedding."""
-    from transformers import T5Config
-
-    sizes = {"d_model": d, "d_ff": ffn, "d_kv": d_kv, "num_heads": heads, "num_layers": layers}
-    kind = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "dropout_rate": 0.1}
-    return T5Config(vocab_size=words, num_decoder_layers=layers, decoder_start_token_id=0, **sizes, **kind)
+    return MBartConfig(**_bart(*MODELS[name]), activation_function="relu")
 
 
 def m2m_config(layers: int, d: int, ffn: int, heads: int, words: int, **settings):
