@@ -123,9 +123,21 @@ def measured_rates(flush: Callable[[], None]) -> Rates:
     return Rates(copy=2 * FLUSH_BYTES / copy, matmul=2 * 8192**3 / matmul)
 
 
+class OnDevice(parity.Source):
+    """Values drawn where they are used: a CPU would take longer over the larger shapes than the kernels."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype):
+        super().__init__(device, dtype)
+        self.generator = torch.Generator(device).manual_seed(0)
+
+    def __call__(self, *shape: int, std: float = 1.0, dtype: torch.dtype | None = None) -> torch.Tensor:
+        values = torch.randn(shape, generator=self.generator, device=self.device) * std
+        return values.to(dtype or self.dtype)
+
+
 def arguments(shape: tuple[int, ...], device: str, dtype: torch.dtype) -> dict:
     tokens, d, rank, groups = shape
-    draw = parity.Source(torch.device(device), dtype)
+    draw = OnDevice(torch.device(device), dtype)
     given = parity.lora_linear_arguments(
         draw, (tokens,), (d,) * groups, d, (rank,) * groups, adapter_dtype=torch.float32
     )

@@ -62,9 +62,9 @@ def _x_pass(da, x, ds) -> None:
     splits = config.splits(x, tile, grid[0] * grid[1])
     partials = x.new_empty(splits, sum(ranks) * inner, dtype=torch.float32)
     common.launch(
-        shipped._a_gradients_kernel, (*grid, splits), partials, x, ds, None, rows, inner, sum(ranks), x.stride(0),
-        ds.stride(0), partials.shape[1], 0, 1.0, DROPOUT=False, QUADS=False, ALIGN=config.alignment(ranks), BM=tile.k,
-        BN=tile.m, BR=block, warps=tile.warps, stages=tile.stages,
+        _x_kernel, (*grid, splits), partials, x, ds, rows, inner, sum(ranks), x.stride(0), ds.stride(0),
+        partials.shape[1], ALIGN=config.alignment(ranks), BM=tile.k, BN=tile.m, BR=block,
+        warps=tile.warps, stages=tile.stages,
     )  # fmt: skip
     common.sum_partials(partials, da)
 
@@ -99,6 +99,20 @@ def _dy_kernel(
         if BIAS:
             tl.store(out + bias_start + start_of(sizes, g) + n, tl.sum(tile.to(tl.float32), 0), mask=n < N)
     store(ds + column + rows[:, None] * stride_s + rank[None, :], acc * scale, row_inside, rank_inside)
+
+
+@triton.jit
+def _x_kernel(
+    partials, x, ds, M, K, R, stride_x, stride_ds, total,
+    ALIGN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """This split's part of every dA_g."""
+    split, splits = tl.program_id(2), tl.num_programs(2)
+    length = tl.cdiv(tl.cdiv(M, BM), splits) * BM
+    shipped._a_gradients(
+        partials + split.to(tl.int64) * total, x, ds, None, split * length, min((split + 1) * length, M), K, R,
+        stride_x, stride_ds, 0, 1.0, tl.program_id(0), tl.program_id(1), False, False, ALIGN, BM, BN, BR,
+    )  # fmt: skip
 
 
 _functions = pair(gradients=_gradients)

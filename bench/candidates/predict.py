@@ -10,7 +10,7 @@ from dataclasses import dataclass
 LAUNCH = 1.5e-6
 # Of the library's rate: a Triton product without and with TMA (NOTES.md: 26 to 29 µs for the library's 22).
 TRITON, TMA, LIBRARY = 0.8, 0.95, 1.0
-SPLITS = 17  # of a sum over tokens, at most; one for every 256 tokens
+PROGRAMS = 264  # that a sum over tokens is split into: two for each multiprocessor, 64 columns in each
 
 
 @dataclass(frozen=True)
@@ -52,42 +52,44 @@ def predict(name: str, s: Shape, rates: Rates = Rates()) -> float:
     def moved(size: float) -> float:
         return size / rates.copy + LAUNCH
 
-    splits = min(SPLITS, -(-s.tokens // 256))
+    def splits(tiles: int) -> int:
+        return min(-(-PROGRAMS * 64 // (tiles * s.d)), -(-s.tokens // 256))
+
     s_pass, ds_pass = moved(s.activation), moved(s.activation * s.groups)
-    db_pass = moved(s.activation * s.groups + splits * s.parts)
-    da_pass = moved(s.activation + splits * s.parts)
-    sums = moved(2 * splits * s.parts)
+    parts = 2 * splits(1 + s.groups) * s.parts  # of dA and dB
+    adapters = moved(s.activation * (1 + s.groups) + parts) + moved(parts)
     if name == "frozen":
         return 2 * product(efficiency=LIBRARY, launches=s.groups)
     if name == "shipped":
-        return s_pass + ds_pass + 2 * product(s.rank) + db_pass + da_pass + sums
+        return s_pass + ds_pass + 2 * product(s.rank) + adapters
     if name == "in_loop":
-        return 2 * product(s.rank, factor=1 + s.block / 128) + db_pass + da_pass + sums
+        return 2 * product(s.rank, factor=1 + s.block / 128) + adapters
     if name == "one_read":
         blocks = -(-s.tokens // 128) * s.parts
         dy_pass = moved(s.activation * s.groups + blocks) + moved(blocks)
-        return s_pass + 2 * product(s.rank) + dy_pass + da_pass + moved(splits * s.parts)
+        x_parts = splits(1) * s.parts
+        return s_pass + 2 * product(s.rank) + dy_pass + moved(s.activation + x_parts) + moved(x_parts)
     if name == "bordered":
         forward = product(s.groups * s.rank, efficiency=LIBRARY)  # zeros off the diagonal are multiplied too
         backward = product(s.rank, efficiency=LIBRARY)
-        return s_pass + ds_pass + LAUNCH + forward + backward + db_pass + da_pass + sums  # LAUNCH: a copy of ds
-    if name in ("tma", "tma_flat"):
+        return s_pass + ds_pass + LAUNCH + forward + backward + adapters  # LAUNCH: a copy of ds
+    if name in ("tma", "tma_flat", "tma_warps"):
         backward = product(s.rank, efficiency=TMA) if s.groups == 1 else product(s.rank)
         forward = product(s.rank, efficiency=TMA, launches=s.groups)
-        return s_pass + ds_pass + forward + backward + db_pass + da_pass + sums
+        return s_pass + ds_pass + forward + backward + adapters
     if name == "two_streams":
         # One joint roofline for the product and the sums: the most that overlapping can bring.
         operations = 2 * s.tokens * s.d * (s.d + s.rank) * s.groups / (rates.matmul * TRITON)
-        size = s.activation * (3 + 2 * s.groups) + 2 * s.groups * s.d**2 + 4 * splits * s.parts
+        size = s.activation * (3 + 2 * s.groups) + 2 * s.groups * s.d**2 + 2 * parts
         return s_pass + ds_pass + product(s.rank) + max(operations, size / rates.copy) + 2 * LAUNCH
     raise KeyError(name)
 
 
-NAMES = ("shipped", "in_loop", "one_read", "bordered", "tma", "tma_flat", "two_streams")
+NAMES = ("shipped", "in_loop", "one_read", "bordered", "tma", "tma_flat", "tma_warps", "two_streams")
 
 
 def main() -> None:
-    names = [name for name in NAMES if name != "tma_flat"]
+    names = [name for name in NAMES if not name.startswith("tma_")]
     print("| tokens, d, r, linears | frozen, µs | " + " | ".join(names) + " |")
     print("| --- " + "| ---: " * (1 + len(names)) + "|")
     for shape in [(8192, d, r, g) for d in (1024, 2048, 4096) for r, g in ((16, 1), (16, 3), (64, 1))] + [

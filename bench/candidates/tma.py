@@ -3,7 +3,8 @@
 One program a multiprocessor walks over the output tiles; both operands come through tensor descriptors, and y and dx
 leave through one. The rank part is seeded into the accumulator, as in the shipped kernel, so that its scale stays
 fp32. `tma_flat.py` makes one loop of tiles and steps (FLATTEN), so that the next tile's copies start under this tile's
-epilogue. One launch a linear; the dx of a group is the shipped kernel's.
+epilogue; `tma_warps.py` gives loads and products warps of their own. One launch a linear; the dx of a group is the
+shipped kernel's.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ TILES = {
     "sm100": config.Tile(128, 256, 64, 8, 3),
     "interpreter": config.Tile(32, 32, 32, 4, 1),
 }
+SPECIALISED = config.Tile(128, 128, 64, 4, 3)  # sm_100: its loads and products run on warps of their own
 MAX_RANK = 64
 
 
@@ -35,14 +37,18 @@ def _scratch(size: int, align: int, stream) -> torch.Tensor:
     return torch.empty(size, dtype=torch.int8, device="cuda")  # descriptors that the kernel makes
 
 
-def _product(out, left, right, rank_left, rank_right, scale: float, bias, by_rows: bool, flatten: bool) -> None:
+def _product(
+    out, left, right, rank_left, rank_right, scale: float, bias, by_rows: bool, flatten: bool, specialise: bool
+) -> None:
     """out = left rightᵀ + scale · rank_left rank_rightᵀ + bias; by_rows: with right and rank_right not transposed."""
     rows, inner = left.shape
     cols = out.shape[1]
     # TMA wants rows that begin at multiples of 16 bytes.
     assert all(t.stride(0) * t.element_size() % 16 == 0 and t.stride(1) == 1 for t in (left, right, out))
     tile = TILES[config.key(left)]
-    if triton.cdiv(rows, tile.m) * triton.cdiv(cols, tile.n) < config.processors(left.device) and tile.n > 128:
+    if specialise and tile is not TILES["interpreter"]:
+        tile = SPECIALISED
+    elif triton.cdiv(rows, tile.m) * triton.cdiv(cols, tile.n) < config.processors(left.device) and tile.n > 128:
         tile = tile._replace(n=128, stages=4)
     if left.is_cuda:
         triton.set_allocator(_scratch)
@@ -51,22 +57,23 @@ def _product(out, left, right, rank_left, rank_right, scale: float, bias, by_row
     common.launch(
         _product_kernel, grid, out, left, right, rank_left, rank_right, float(scale), bias, rows, cols, inner, rank,
         left.stride(0), right.stride(0), rank_left.stride(0), out.stride(0), BY_ROWS=by_rows, FLATTEN=flatten,
-        PROGRAMS=config.processors(left.device), BM=tile.m, BN=tile.n, BK=tile.k, BR=config.padded(rank, MAX_RANK),
+        SPECIALISE=specialise, PROGRAMS=config.processors(left.device), BM=tile.m, BN=tile.n, BK=tile.k,
+        BR=config.padded(rank, MAX_RANK),
         GROUP=config.TILE_GROUP, warps=tile.warps, stages=tile.stages,
     )  # fmt: skip
 
 
-def _outputs(flatten, ys, s, x, weights, biases, a, b, scales) -> None:
+def _outputs(loops, ys, s, x, weights, biases, a, b, scales) -> None:
     shipped._project(s, x, a, 0.0, None)
     factors = s.split([m.shape[1] for m in b], 1)
     for y, weight, bias, factor, b_g, scale in zip(ys, weights, biases, factors, b, scales, strict=True):
-        _product(y, x, weight, factor, b_g, scale, bias, by_rows=False, flatten=flatten)
+        _product(y, x, weight, factor, b_g, scale, bias, by_rows=False, **loops)
 
 
-def _gradients(flatten, dx, da, db, dbias, dys, x, s, weights, a, b, scales) -> None:
+def _gradients(loops, dx, da, db, dbias, dys, x, s, weights, a, b, scales) -> None:
     ds = shipped._rank_gradients(dys, b, scales, s)
     if len(dys) == 1:
-        _product(dx, dys[0], weights[0], ds, a[0], 1.0, None, by_rows=True, flatten=flatten)
+        _product(dx, dys[0], weights[0], ds, a[0], 1.0, None, by_rows=True, **loops)
     else:
         shipped._input_gradient(dx, dys, ds, weights, a, 0.0, None, False)
     shipped._adapter_gradients(da, db, dbias, dys, x, s, ds, scales, 0.0, None)
@@ -75,7 +82,7 @@ def _gradients(flatten, dx, da, db, dbias, dys, x, s, weights, a, b, scales) -> 
 @triton.jit
 def _product_kernel(
     out, left, right, rank_left, rank_right, scale, bias, M, N, K, R, stride_left, stride_right, stride_rank,
-    stride_out, BY_ROWS: tl.constexpr, FLATTEN: tl.constexpr, PROGRAMS: tl.constexpr,
+    stride_out, BY_ROWS: tl.constexpr, FLATTEN: tl.constexpr, SPECIALISE: tl.constexpr, PROGRAMS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     left_tiles = tl.make_tensor_descriptor(left, [M, K], [stride_left, 1], [BM, BK])
@@ -96,7 +103,7 @@ def _product_kernel(
         else:
             factor = load(rank_right + cols[None, :] * R + rank[:, None], rank < R, cols < N)
         acc = tl.dot(rank_tile, factor.to(rank_tile.dtype), input_precision="ieee") * scale
-        for k in range(0, K, BK):
+        for k in tl.range(0, K, BK, warp_specialize=SPECIALISE):
             block = left_tiles.load([pid_m * BM, k])
             if BY_ROWS:
                 acc = tl.dot(block, right_tiles.load([k, pid_n * BN]), acc, input_precision="ieee")
@@ -107,9 +114,10 @@ def _product_kernel(
         out_tiles.store([pid_m * BM, pid_n * BN], acc.to(out.dtype.element_ty))
 
 
-def make(flatten: bool) -> SimpleNamespace:
-    return pair(functools.partial(_outputs, flatten), functools.partial(_gradients, flatten))
+def make(flatten: bool, specialise: bool) -> SimpleNamespace:
+    loops = {"flatten": flatten, "specialise": specialise}
+    return pair(functools.partial(_outputs, loops), functools.partial(_gradients, loops))
 
 
-_functions = make(flatten=False)
+_functions = make(flatten=False, specialise=False)
 lora_linear, lora_linear_backward = _functions.lora_linear, _functions.lora_linear_backward

@@ -5,5 +5,5 @@ from __future__ import annotations
 from tma import make, runs_on
 
 __all__ = ["lora_linear", "lora_linear_backward", "runs_on"]
-_functions = make(flatten=True)
+_functions = make(flatten=True, specialise=False)
 lora_linear, lora_linear_backward = _functions.lora_linear, _functions.lora_linear_backward

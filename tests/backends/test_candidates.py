@@ -16,13 +16,13 @@ from petl_kernels import parity
 pytest.importorskip("triton")
 FOLDER = Path(__file__).parents[2] / "bench" / "candidates"
 sys.path.insert(0, str(FOLDER))
-NAMES = ("in_loop", "one_read", "bordered", "tma", "tma_flat", "two_streams")
+NAMES = ("in_loop", "one_read", "bordered", "tma", "tma_flat", "tma_warps", "two_streams")
 # Ranks of 8 and widths of 8 where rows have to begin at multiples of 16 bytes (TMA, and the library's own loads).
 CASES = {
     "one linear": dict(rows=(33,), ns=(40,), k=72, ranks=(8,)),
     "no bias, several splits": dict(rows=(129,), ns=(40,), k=72, ranks=(16,), bias=False),
     "three linears, fp32 adapters": dict(
-        rows=(3, 23), ns=(40, 32, 8), k=72, ranks=(8, 8, 16), adapter_dtype=torch.float32
+        rows=(2, 17), ns=(40, 32, 8), k=40, ranks=(8, 8, 16), adapter_dtype=torch.float32
     ),
 }
 SHARED_MEMORY = {"sm80": 163 * 1024, "sm90": 227 * 1024, "sm100": 227 * 1024}
