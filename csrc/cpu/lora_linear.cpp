@@ -24,13 +24,14 @@ Tensor stacked(at::TensorList a, at::ScalarType dtype) {
   return a.size() == 1 ? a[0].to(dtype).contiguous() : at::cat(a).to(dtype);
 }
 
+constexpr int64_t kFewRows = 512;
+
 // out (rows, rank) = scale · x mᵀ, for x (rows, features) and m (rank, features), contiguous. Where the rows of x lie a
-// multiple of 2 KiB apart, and so share sets of the first cache, the library is half as fast again with a few ranks as
-// the rows of the result (bench/NOTES.md).
+// multiple of 2 KiB apart, and so share sets of the first cache, the library is faster with a few ranks as the rows of
+// the result: up to kFewRows rows of x, which are still in a cache (measured: bench/NOTES.md).
 void skinny_product_out(Tensor out, const Tensor& x, const Tensor& m, double scale) {
   const int64_t element = x.element_size();
-  const bool clashes = x.size(1) * element % 2048 == 0 && m.size(0) * element <= 32;
-  if (clashes) {
+  if (x.size(0) <= kFewRows && x.size(1) * element % 2048 == 0 && m.size(0) * element <= 32) {
     Tensor transposed = at::empty({m.size(0), x.size(0)}, x.options());
     at::addmm_out(transposed, transposed, m, x.t(), /*beta=*/0, scale);
     out.copy_(transposed.t());
