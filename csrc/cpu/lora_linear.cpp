@@ -19,6 +19,27 @@ int64_t total_rank(at::TensorList a) {
   return rank;
 }
 
+// [A_1; …; A_G] (Σ r_g, features) in dtype
+Tensor stacked(at::TensorList a, at::ScalarType dtype) {
+  return a.size() == 1 ? a[0].to(dtype).contiguous() : at::cat(a).to(dtype);
+}
+
+constexpr int64_t kFewRows = 512;
+
+// out (rows, rank) = scale · x mᵀ, for x (rows, features) and m (rank, features), contiguous. Where the rows of x lie a
+// multiple of 2 KiB apart, and so share sets of the first cache, the library is faster with a few ranks as the rows of
+// the result: up to kFewRows rows of x, which are still in a cache (measured: bench/NOTES.md).
+void skinny_product_out(Tensor out, const Tensor& x, const Tensor& m, double scale) {
+  const int64_t element = x.element_size();
+  if (x.size(0) <= kFewRows && x.size(1) * element % 2048 == 0 && m.size(0) * element <= 32) {
+    Tensor transposed = at::empty({m.size(0), x.size(0)}, x.options());
+    at::addmm_out(transposed, transposed, m, x.t(), /*beta=*/0, scale);
+    out.copy_(transposed.t());
+  } else {
+    at::addmm_out(out, out, x, m.t(), /*beta=*/0, scale);
+  }
+}
+
 // values ⊙= x, both (count, features)
 template <typename T, typename Acc>
 void multiply_rows(const T* x, int64_t count, int64_t features, Acc* __restrict values, Acc* row_buffer) {
@@ -111,9 +132,15 @@ std::tuple<std::vector<Tensor>, Tensor> lora_linear(
     const OptionalTensor& seed) {
   const Tensor rows = as_rows(x);
   const std::vector<Weight> weights = weights_with_in(parts, rows.size(1));
-  const Tensor stacked_a = at::cat(a).to(x.scalar_type());
+  const Tensor stacked_a = stacked(a, x.scalar_type());
   const Dropout drop(dropout, seed);
-  Tensor s = drop ? dropped_product(rows, stacked_a, drop) : at::mm(rows, stacked_a.t());
+  Tensor s;
+  if (drop) {
+    s = dropped_product(rows, stacked_a, drop);
+  } else {
+    s = at::empty({rows.size(0), stacked_a.size(0)}, x.options());
+    skinny_product_out(s, rows, stacked_a, 1);
+  }
 
   std::vector<Tensor> ys;
   int64_t first = 0;
@@ -142,7 +169,7 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>
   const auto dtype = x.scalar_type();
   const Tensor rows = as_rows(x);
   const std::vector<Weight> weights = weights_with_in(parts, rows.size(1));
-  const Tensor stacked_a = at::cat(a).to(dtype);
+  const Tensor stacked_a = stacked(a, dtype);
   const Tensor nothing = at::empty({0}, x.options());
   Tensor ds = at::empty({rows.size(0), total_rank(a)}, x.options());
   Tensor dx = need_dx ? at::empty_like(rows) : nothing;
@@ -152,8 +179,7 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>
   for (size_t g = 0; g < weights.size(); ++g) {
     const int64_t rank = a[g].size(0);
     const Tensor dy = as_rows(dys[g]);
-    Tensor ds_g = ds.narrow(1, first, rank);
-    at::addmm_out(ds_g, ds_g, dy, b[g].to(dtype), /*beta=*/0, /*alpha=*/scales[g]);
+    skinny_product_out(ds.narrow(1, first, rank), dy, b[g].to(dtype).t().contiguous(), scales[g]);
     // (sᵀ dy)ᵀ and not dyᵀ s: the libraries run the wide result faster than the narrow one.
     const Tensor db_transposed = at::mm(s.narrow(1, first, rank).t(), dy);
     db.push_back((db_transposed.t() * scales[g]).to(b[g].scalar_type()).contiguous());

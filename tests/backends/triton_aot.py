@@ -121,6 +121,7 @@ def compile_launch(card: str, kernel, args, constexprs, options) -> dict:
         "registers": int(counts["REG"]),
         "stack": int(counts["STACK"]) + int(counts["LOCAL"]),
         "shared": compiled.metadata.shared,
+        "tma": ptx.count("cp.async.bulk.tensor"),
         "atomics": len(re.findall(r"\b(?:atom|red)\.", ptx)),
         "instructions": {
             name: ptx.count(name) for name in ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "cp.async.c")

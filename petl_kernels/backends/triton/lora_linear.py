@@ -3,7 +3,7 @@
     y_g = x W_gᵀ + c_g + scale_g s_g B_gᵀ,    s = drop(x) [A_1; …; A_G]ᵀ
 
 Forward, two launches: `s` for the whole group in one read of x, then every y_g in one grid whose accumulators start
-from the rank part. Backward, five: ds, dx, and the sums over tokens dB, dA with one pass that adds their parts. With
+from the rank part. Backward, four: ds, dx, and the sums over tokens dB, dA with one pass that adds their parts. With
 t tokens, width d and total rank R, each skinny launch moves 2td bytes (16-bit) for 2tdR operations, so it is bound by
 memory below R of about 200 on an H200; the rank parts of y and dx add R/d to the frozen product and no traffic of note.
 
@@ -206,25 +206,19 @@ def _adapter_gradients(da, db, dbias, dys, x, s, ds, scales, dropout, seed) -> N
     outs = [*db, *da, *(g if g.numel() else x.new_empty(n) for g, n in zip(dbias, sizes, strict=True) if with_bias)]
     ends = list(accumulate((out.numel() for out in outs), initial=0))
 
-    block = config.padded(sum(ranks), tile.n)
-    a_grid = (triton.cdiv(inner, tile.m), triton.cdiv(sum(ranks), block))
-    b_block = config.padded(max(ranks), tile.n)
+    a_block, b_block = config.padded(sum(ranks), tile.n), config.padded(max(ranks), tile.n)
+    a_grid = (triton.cdiv(inner, tile.m), triton.cdiv(sum(ranks), a_block))
     b_grid = (triton.cdiv(max(sizes), tile.m), triton.cdiv(max(ranks), b_block) * len(sizes))
-    splits = config.splits(x, tile, min(a_grid[0] * a_grid[1], b_grid[0] * b_grid[1]))
+    programs = a_grid[0] * a_grid[1] + b_grid[0] * b_grid[1]
+    splits = config.splits(x, tile, programs)
     partials = x.new_empty(splits, ends[-1], dtype=torch.float32)
-
-    launch(
-        _b_gradients_kernel, (*b_grid, splits), partials, tuple(dys), s, tuple(map(float, scales)), rows, sizes, ranks,
-        tuple(dy.stride(0) for dy in dys), s.stride(0), ends[-1], ends[2 * len(sizes)],
-        BIAS=with_bias, ALIGN=config.alignment((*ranks, s.stride(0))), BM=tile.k, BN=tile.m, BR=b_block,
-        warps=tile.warps, stages=tile.stages,
-    )  # fmt: skip
     seed, threshold, keep_scale, constants = dropout_arguments(dropout, seed, inner)
     launch(
-        _a_gradients_kernel, (*a_grid, splits), partials[:, ends[len(sizes)] :], x, ds, seed, rows, inner, sum(ranks),
-        x.stride(0), ds.stride(0), ends[-1], threshold, keep_scale,
-        **constants, ALIGN=config.alignment(ranks), BM=tile.k, BN=tile.m, BR=block,
-        warps=tile.warps, stages=tile.stages,
+        _adapter_gradients_kernel, (programs, splits), partials, tuple(dys), x, s, ds, seed, tuple(map(float, scales)),
+        rows, inner, sizes, ranks, tuple(dy.stride(0) for dy in dys), x.stride(0), s.stride(0), ds.stride(0), ends[-1],
+        ends[len(sizes)], ends[2 * len(sizes)], b_grid[0], b_grid[1], a_grid[0], threshold, keep_scale,
+        **constants, BIAS=with_bias, ALIGN=config.alignment((*ranks, s.stride(0), ds.stride(0))), BM=tile.k, BN=tile.m,
+        BR_A=a_block, BR_B=b_block, warps=tile.warps, stages=tile.stages,
     )  # fmt: skip
     sum_partials(partials, outs)
 
@@ -363,26 +357,48 @@ def _input_gradient_kernel(
     store(out, acc, row_inside, col_inside)
 
 
+@triton.jit(do_not_specialize=["threshold"])
+def _adapter_gradients_kernel(
+    partials, dys, x, s, ds, seed, scales, M, K, sizes, ranks, strides_dy, stride_x, stride_s, stride_ds, total,
+    a_start, bias_start, b_tiles, b_chunks, a_tiles, threshold, keep_scale,
+    DROPOUT: tl.constexpr, QUADS: tl.constexpr, BIAS: tl.constexpr, ALIGN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BR_A: tl.constexpr, BR_B: tl.constexpr,
+):  # fmt: skip
+    """This split's part of every dB_g, then of every dA_g: side by side in one grid."""
+    pid, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    length = tl.cdiv(tl.cdiv(M, BM), splits) * BM
+    stop = min((split + 1) * length, M)
+    out = partials + split.to(tl.int64) * total
+    if pid < b_tiles * b_chunks:
+        _b_gradients(
+            out, dys, s, scales, split * length, stop, sizes, ranks, strides_dy, stride_s, bias_start, pid % b_tiles,
+            pid // b_tiles, BIAS, ALIGN, BM, BN, BR_B,
+        )  # fmt: skip
+    else:
+        tile = pid - b_tiles * b_chunks
+        _a_gradients(
+            out + a_start, x, ds, seed, split * length, stop, K, total_size(ranks), stride_x, stride_ds, threshold,
+            keep_scale, tile % a_tiles, tile // a_tiles, DROPOUT, QUADS, ALIGN, BM, BN, BR_A,
+        )  # fmt: skip
+
+
 @triton.jit
-def _b_gradients_kernel(
-    partials, dys, s, scales, M, sizes, ranks, strides_dy, stride_s, total, bias_start,
+def _b_gradients(
+    out, dys, s, scales, begin, stop, sizes, ranks, strides_dy, stride_s, bias_start, tile_n, chunk,
     BIAS: tl.constexpr, ALIGN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """This split's part of dB_g = scale_g dy_gᵀ s_g, and of dbias_g = Σ dy_g."""
-    g, chunk = tl.program_id(1) % len(sizes), tl.program_id(1) // len(sizes)
+    """Of rows [begin, stop): dB_g = scale_g dy_gᵀ s_g, and dbias_g = Σ dy_g."""
+    g, chunk = chunk % len(sizes), chunk // len(sizes)
     N, dy, stride_dy = pick(sizes, g), pick(dys, g), pick(strides_dy, g)
     R, stride_s = aligned(pick(ranks, g), ALIGN), aligned(stride_s, ALIGN)
-    cols = tl.program_id(0) * BN + tl.arange(0, BN)
+    cols = tile_n * BN + tl.arange(0, BN)
     rank = chunk * BR + tl.arange(0, BR)
     col_inside, rank_inside = cols < N, rank < R
     s_g = s + aligned(start_of(ranks, g), ALIGN)
 
-    split, splits = tl.program_id(2), tl.num_programs(2)
-    length = tl.cdiv(tl.cdiv(M, BM), splits) * BM
-    stop = min((split + 1) * length, M)
     acc = tl.zeros((BN, BR), tl.float32)
     sums = tl.zeros((BN,), tl.float32)
-    for start in range(split * length, stop, BM):
+    for start in range(begin, stop, BM):
         rows = (start + tl.arange(0, BM)).to(tl.int64)
         inside = rows < stop
         tile = load(dy + rows[:, None] * stride_dy + cols[None, :], inside, col_inside)
@@ -391,7 +407,6 @@ def _b_gradients_kernel(
         if BIAS:
             sums += tl.sum(tile.to(tl.float32), 0)
 
-    out = partials + split.to(tl.int64) * total
     before = 0
     for i in tl.static_range(len(sizes) - 1):
         before = tl.where(g > i, before + sizes[i] * ranks[i], before)
@@ -402,28 +417,24 @@ def _b_gradients_kernel(
             tl.store(out + bias_start + start_of(sizes, g) + cols, sums, mask=col_inside)
 
 
-@triton.jit(do_not_specialize=["threshold"])
-def _a_gradients_kernel(
-    partials, x, ds, seed, M, K, R, stride_x, stride_ds, total, threshold, keep_scale,
+@triton.jit
+def _a_gradients(
+    out, x, ds, seed, begin, stop, K, R, stride_x, stride_ds, threshold, keep_scale, tile_n, chunk,
     DROPOUT: tl.constexpr, QUADS: tl.constexpr, ALIGN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """This split's part of [dA_1; …; dA_G] = dsᵀ drop(x): one read of x for the whole group."""
+    """Of rows [begin, stop): [dA_1; …; dA_G] = dsᵀ drop(x): one read of x for the whole group."""
     R, stride_ds = aligned(R, ALIGN), aligned(stride_ds, ALIGN)
-    cols = tl.program_id(0) * BN + tl.arange(0, BN)
-    rank = tl.program_id(1) * BR + tl.arange(0, BR)
-    split, splits = tl.program_id(2), tl.num_programs(2)
-    length = tl.cdiv(tl.cdiv(M, BM), splits) * BM
-    stop = min((split + 1) * length, M)
+    cols = tile_n * BN + tl.arange(0, BN)
+    rank = chunk * BR + tl.arange(0, BR)
 
     acc = tl.zeros((BN, BR), tl.float32)
-    for start in range(split * length, stop, BM):
+    for start in range(begin, stop, BM):
         rows = (start + tl.arange(0, BM)).to(tl.int64)
         inside = rows < stop
         tile = load(x + rows[:, None] * stride_x + cols[None, :], inside, cols < K)
         if DROPOUT:
-            tile = drop(tile, seed, rows, tl.program_id(0) * BN, K, threshold, keep_scale, QUADS)
+            tile = drop(tile, seed, rows, tile_n * BN, K, threshold, keep_scale, QUADS)
         right = load(ds + rows[:, None] * stride_ds + rank[None, :], inside, rank < R)
         acc = tl.dot(tl.trans(tile), right, acc, input_precision="ieee")
-    block = partials + split.to(tl.int64) * total + rank[None, :] * K + cols[:, None]
-    store(block, acc, cols < K, rank < R)
+    store(out + rank[None, :] * K + cols[:, None], acc, cols < K, rank < R)
