@@ -5,6 +5,8 @@ GPU_PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+# Folders of benchmarks that are there.
+BENCHES := $(foreach what,ops layers step,$(if $(wildcard bench/$(what)/bench_*.py),$(what)))
 SOURCES := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 .PHONY: demo test bench gpu lint memory-table clean
@@ -16,8 +18,7 @@ test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 bench: $(VENV)/.dev
-	$(BIN)/petl-mt bench ops --peers
-	$(BIN)/petl-mt bench step --peers
+	$(BIN)/petl-mt bench $(BENCHES) --peers
 
 memory-table: $(VENV)/.dev
 	$(BIN)/python bench/kept_bytes.py
@@ -26,10 +27,22 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# Nine minutes in all: 90 seconds for the build, and a limit for each part. One that is cut prints what it has timed,
+# puts it into results/<device>/part/ and leaves the old result file; the parts after it still run.
 gpu:
 	$(GPU_PYTHON) setup.py --quiet build_ext --inplace
-	PYTHONPATH=.:python $(GPU_PYTHON) -m pytest -m gpu tests
-	PYTHONPATH=.:python $(GPU_PYTHON) -m petl_mt.cli bench ops --peers --device cuda
+	@failed=0; \
+	part() { \
+	    limit=$$1; shift; echo "make gpu: at most $$limit s: $$*"; \
+	    PYTHONPATH=.:python timeout --foreground -s INT -k 5 $$limit $(GPU_PYTHON) -m "$$@"; code=$$?; \
+	    case $$code in 0) ;; 124|137) echo "make gpu: cut after $$limit s: $$*"; failed=1;; *) failed=1;; esac; \
+	}; \
+	part 140 pytest -m gpu tests; \
+	for what in $(BENCHES); do \
+	    case "$$what" in ops) limit=170;; *) limit=60;; esac; \
+	    part $$limit petl_mt.cli bench $$what --peers --device cuda; \
+	done; \
+	exit $$failed
 
 clean:
 	rm -rf $(VENV) build petl_kernels/*.so *.egg-info

@@ -112,8 +112,12 @@ def updates(model, plan, arguments: argparse.Namespace, device: torch.device) ->
                 loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, **options).loss
             (loss / plan.batch_tokens).backward()
             total += loss.item() / plan.batch_tokens
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=False)
+        if plan.gradients == "bfloat16":
+            model.petl_gradients.step(optimizer)
+            model.petl_gradients.zero()
+        else:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
         seconds.append(time.perf_counter() - began)
         losses.append(round(total, 3))
     return seconds, losses

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
-import collections
+import importlib.metadata
+import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,13 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+from measurements import Run, by_op, measurement  # noqa: E402
+from rates import measured_rates  # noqa: E402
+from table import case_table, render  # noqa: E402
+
+RATES = pytest.StashKey[dict]()
+PACKAGES = ("triton", "transformers", "peft", "bitsandbytes", "liger-kernel", "cut-cross-entropy")
 
 
 def pytest_addoption(parser):
@@ -33,35 +42,75 @@ def device(request) -> str:
     return request.config.getoption("--device")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session):
+    # Before the first benchmark, so that the roof is measured on the machine as the ops find it.
+    if session.items and not session.config.option.collectonly:
+        session.config.stash[RATES] = measured_rates(session.config.getoption("--device"))
+
+
 def pytest_benchmark_update_machine_info(config, machine_info):
-    device = config.getoption("--device")
-    machine_info["torch"] = torch.__version__
-    machine_info["threads"] = torch.get_num_threads()
-    machine_info["device"] = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    # The name of the host says nothing about speed and is nobody's business.
-    machine_info.pop("node", None)
+    machine_info.update(_machine(config.getoption("--device"), machine_info.get("cpu", {})))
+    machine_info["rates"] = config.stash.get(RATES, {})
+    # The names of the host and of its kernel say nothing about speed and are nobody's business.
+    for name in ("node", "release"):
+        machine_info.pop(name, None)
+
+
+def _machine(device: str, cpu: dict) -> dict:
+    """Versions, and the processor that did the work: "device" is "cpu" or the card's name."""
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "cpu_name": cpu.get("brand_raw") or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if device == "cuda" else None,
+        "float32_matmul": torch.get_float32_matmul_precision(),
+        **{name: _version(name) for name in PACKAGES},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def pytest_benchmark_update_commit_info(config, commit_info):
-    # Results are results of a tree: say when it was not the commit's.
-    status = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True)
-    commit_info["dirty"] = bool(status.stdout.strip()) if status.returncode == 0 else None
+    # Results are results of a tree: say when it was not the commit's. Of this checkout, from whatever folder it is run.
+    # Not by the results themselves, which the run before this one may have written.
+    status = _git("status", "--porcelain", "--", ".", ":(exclude)bench/results")
+    commit = _git("rev-parse", "HEAD")
+    time = _git("log", "-1", "--format=%cI")
+    commit_info.clear()
+    commit_info.update(id=commit, time=time, dirty=None if status is None else bool(status))
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(Path(__file__).parents[1]), *arguments], capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session):
+    # The benchmark that Ctrl-C met has no samples, and pytest-benchmark's own figures fail on it.
+    timed = getattr(session.config, "_benchmarksession", None)
+    if timed:
+        timed.benchmarks[:] = [bench for bench in timed.benchmarks if bench.stats.data and not bench.has_error]
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    session = getattr(config, "_benchmarksession", None)
-    if session is None:
-        return
-    groups = collections.defaultdict(list)
-    for bench in session.benchmarks:
-        if bench.stats and bench.extra_info.get("implementation"):
-            groups[bench.group].append(bench)
-    for group, benches in groups.items():
-        limit = next((b for b in benches if b.extra_info["implementation"] == "limit"), None)
-        terminalreporter.write_line("")
-        terminalreporter.write_line(f"{group}: median, ratio to the limit")
-        for bench in sorted(benches, key=lambda b: b.stats.median):
-            ratio = f"{bench.stats.median / limit.stats.median:6.2f}" if limit else "     -"
-            rate = bench.extra_info["flops"] / bench.stats.median / 1e9
-            name = bench.extra_info["implementation"]
-            terminalreporter.write_line(f"  {name:28s} {bench.stats.median * 1e3:9.3f} ms {ratio} {rate:9.1f} GFLOP/s")
+    timed = getattr(config, "_benchmarksession", None)
+    entries = [bench.as_dict(include_data=False) for bench in timed.benchmarks] if timed else []
+    run = Run("", {"rates": config.stash.get(RATES, {})}, {}, "", [measurement(entry) for entry in entries])
+    terminal = bool(terminalreporter.isatty)
+    for cases in by_op(run.measurements).values():
+        for case in cases:
+            head, rows = case_table(case, run)
+            terminalreporter.write_line("")
+            terminalreporter.write(render(case[0].group, head, rows, terminal, terminalreporter._tw.fullwidth))

@@ -139,11 +139,15 @@ def main() -> None:
     lines = [head, ("---", "---", "---:", "---:", "---:", "---:")]
     for name in SHAPES:
         lines += rows_of(name)
+    write_table(lines, *MARKERS)
+
+
+def write_table(lines: list[tuple[str, ...]], begin: str, end: str) -> None:
+    """Put the table into docs/MEMORY.md, between the two markers."""
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    text = DOCUMENT.read_text(encoding="utf-8")
-    before, rest = text.split(MARKERS[0])
-    after = rest.split(MARKERS[1])[1]
-    DOCUMENT.write_text(f"{before}{MARKERS[0]}\n\n{table}\n\n{MARKERS[1]}{after}", encoding="utf-8")
+    before, rest = DOCUMENT.read_text(encoding="utf-8").split(begin)
+    after = rest.split(end, 1)[1]
+    DOCUMENT.write_text(f"{before}{begin}\n\n{table}\n\n{end}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

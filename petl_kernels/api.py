@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -77,7 +77,15 @@ def use_adapter(model: nn.Module, name: str | None) -> nn.Module:
     return model
 
 
-def lean(model: nn.Module, tier: int | Sequence[int] = 2) -> nn.Module:
+def lean(
+    model: nn.Module,
+    tier: int | Sequence[int] | Literal["auto"] = 2,
+    *,
+    memory: str | int | None = None,
+    batch_tokens: int = 4096,
+    max_length: int = 256,
+    autocast: torch.dtype | None = None,
+) -> nn.Module:
     """Let ``model`` keep less between forward and backward, with the same gradients; in place, returns the model.
 
     tier: for all layers, or a list with one for each layer, encoder first. What a layer keeps of each token:
@@ -87,10 +95,21 @@ def lean(model: nn.Module, tier: int | Sequence[int] = 2) -> nn.Module:
         4  its input, and everything is computed again
         5  as 4, with the input in host memory
         0  what it kept before ``lean``
+    "auto": for each layer the tier with the least work, such that a step fits into ``memory`` bytes ("8GiB"; all that
+    is free, when not given) with AdamW on batches of ``batch_tokens`` padded tokens of the longer side, in sentences of
+    up to ``max_length``, under torch.autocast in the dtype ``autocast``, if any. It sets tiers and the loss' chunk;
+    weights stay as and where they are. ``plan`` has more levers. The keyword arguments are for "auto" alone.
     ``model(labels=...)`` then computes the loss without logits, which are still there when asked for.
     Layers and models that cannot be lean stay as they are; ``report`` names them and says why.
-    Raises InputError for a tier that does not exist and for a list of another length.
+    Raises InputError for a tier that does not exist, for a list of another length, and with "auto" for what does not
+    fit (with the bytes it needs), for a memory that is no size and for a model of another family.
     """
+    if isinstance(tier, str) and tier == "auto":
+        from petl_kernels.memory.plan import tiers_in_place  # which stands above this module
+
+        tier, model.petl_chunk_bytes = tiers_in_place(model, memory, batch_tokens, max_length, autocast)
+    elif memory is not None:
+        raise InputError(f"memory {memory!r}: expected with tier 'auto' only, and tier is {tier!r}")
     lean_layers(model, tier)
     return plain_loss(model) if tier == 0 else lean_loss(model)
 

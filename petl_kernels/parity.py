@@ -178,7 +178,9 @@ def _run_linear_cross_entropy(forward: Callable, backward: Callable, given: dict
     from petl_kernels.ops.linear_cross_entropy import compute  # see table()
 
     names = ("hidden", "weight", "labels", "bias", "label_smoothing", "smoothing", "logit_scale", "ignore_index")
-    fixed = {name: given[name] for name in (*names, "chunk_bytes", "dlosses")} | {"weight": _parts(given["weight"])}
+    fixed = {name: given[name] for name in (*names, "chunk_bytes", "counted", "dlosses")} | {
+        "weight": _parts(given["weight"])
+    }
     needs = (True, len(fixed["weight"]) == 1, given["bias"] is not None)
     losses, dhidden, dweight, dbias, _ = compute(forward, *fixed.values(), *needs)
     return {"losses": losses, "dhidden": dhidden, "dweight": dweight, "dbias": dbias}
@@ -433,6 +435,7 @@ def linear_cross_entropy_arguments(
     chunk_rows=7,
     dlosses=False,
     weight_dtype=None,
+    counted=-1,
 ) -> dict:
     labels = torch.randint(0, words, rows, generator=draw.generator)
     labels.view(-1)[2::5] = -100
@@ -446,6 +449,7 @@ def linear_cross_entropy_arguments(
         "logit_scale": logit_scale,
         "ignore_index": -100,
         "chunk_bytes": chunk_rows * words * draw.dtype.itemsize,
+        "counted": counted,
         "dlosses": draw(labels.numel(), dtype=torch.float32) if dlosses else None,
     }
 

@@ -61,6 +61,17 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, name: str | None =
     return model
 
 
+def fill_adapter(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
+    """Give the active adapter of ``model`` the values of the one in ``folder``, which has its name; returns the model.
+
+    Raises InputError as ``load_adapter`` does.
+    """
+    home, name = _find(Path(folder), None)
+    reader = next(reader for reader in _FORMATS if (home / reader.CONFIG).is_file())
+    load_adapter_state(model, name, reader.read(home, model)[1])
+    return model
+
+
 def save_merged(model: nn.Module, tokenizer, folder: str | os.PathLike) -> Path:
     """Write model, active adapter merged in, and tokenizer as a plain checkpoint that `transformers` loads unchanged.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
 from collections.abc import Callable
@@ -60,8 +61,17 @@ def load_skeleton(path_or_id: str | os.PathLike):
     name, folder, config = _checked(path_or_id)
     tokenizer = _load_tokenizer(name, folder)
     model = skeleton(config, untied=_head_apart(name))
+    _load_generation_config(name, model)
     _check_vocabulary(name, model, tokenizer)
     return model, tokenizer
+
+
+def _load_generation_config(name: str, model: nn.Module) -> None:
+    """As ``from_pretrained`` does: words that are never chosen, a forced end."""
+    from transformers import GenerationConfig
+
+    with contextlib.suppress(OSError):  # a checkpoint without one: transformers makes it from the model's config
+        model.generation_config = GenerationConfig.from_pretrained(name)
 
 
 def load_weights(path_or_id: str | os.PathLike, model: nn.Module, place: Callable[[str, Tensor], Tensor]) -> nn.Module:

@@ -18,10 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from petl_kernels import ops
+from petl_kernels.interop.device_masks import without_waiting
+
+_OPTIONS = ("label_smoothing", "reduction")
 
 
 class LeanLoss:
-    """Before the class of a model. ``label_smoothing`` and ``reduction`` may be given beside ``labels``.
+    """Before the class of a model. ``label_smoothing``, ``reduction`` and ``counted`` may be given beside ``labels``.
 
     Where the output projection is not a plain linear layer (LoRA on it, say), the loss comes from logits.
     """
@@ -31,12 +34,14 @@ class LeanLoss:
         labels = kwargs.pop("labels", None)
         if labels is None:
             return super().forward(*args, **kwargs)
-        options = {name: kwargs.pop(name) for name in ("label_smoothing", "reduction") if name in kwargs}
+        options = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
+        counted = kwargs.pop("counted", None)
         as_tuple = kwargs.pop("return_dict", None) is False
         if kwargs.get("use_cache") is None:
             kwargs["use_cache"] = False
         if kwargs.get("decoder_input_ids") is None and kwargs.get("decoder_inputs_embeds") is None and len(args) < 3:
             kwargs["decoder_input_ids"] = decoder_inputs(self, labels)
+        kwargs = without_waiting(self, kwargs)
         if lean_loss_obstacle(self):
             result = super().forward(*args, **kwargs)
             result["loss"] = loss_of_logits(result.logits, labels, **options)
@@ -47,6 +52,7 @@ class LeanLoss:
             bias = getattr(self, "final_logits_bias", None)
             if hasattr(self, "petl_chunk_bytes"):  # of a plan
                 options["chunk_bytes"] = self.petl_chunk_bytes
+            options["counted"] = counted
             loss = ops.linear_cross_entropy(hidden, self.lm_head.weight, labels.to(hidden.device), bias, **options)
             result = _output_class(type(output))(**{**output, "loss": loss, "logits": None})
             result.__dict__["petl_logits"] = functools.partial(_logits, self, hidden)

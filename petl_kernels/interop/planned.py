@@ -8,14 +8,14 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from petl_kernels.interop.hf import load_weights
-from petl_kernels.memory.plan import Plan, streamed_weights
-from petl_kernels.memory.quantise_model import quantisable
-from petl_kernels.memory.stream import WeightFile
+from petl_kernels.memory.mapped_weights import WeightFile
+from petl_kernels.memory.plan import Plan, SearchPlan, streamed_weights
+from petl_kernels.memory.quantise_model import quantisable, storage_of
 from petl_kernels.ops.quantised import quantise
 
 
 def load_planned(
-    path_or_id: str | os.PathLike, model: nn.Module, like: nn.Module, plan: Plan, folder: Path
+    path_or_id: str | os.PathLike, model: nn.Module, like: nn.Module, plan: Plan | SearchPlan, folder: Path | None
 ) -> nn.Module:
     """Give ``model`` (of ``load_skeleton``) its weights, one tensor after the other; returns it.
 
@@ -24,7 +24,9 @@ def load_planned(
     Raises InputError as ``load_weights`` does.
     """
     wanted = dict(like.named_parameters(remove_duplicate=False))
-    rounded = {id(owners[0].weight) for owners in quantisable(like)} if plan.storage != "dense" else set()
+    storages = {
+        id(owners[0].weight): storage_of(like, owners, plan.storage, plan.tables) for owners in quantisable(like)
+    }
     file = None
     if plan.streamed and plan.device == "cpu":
         names = streamed_weights(like, plan.streamed)
@@ -32,8 +34,9 @@ def load_planned(
 
     def place(name: str, tensor: Tensor) -> Tensor:
         parameter = wanted[name]
-        if id(parameter) in rounded:
-            return quantise(tensor, plan.storage).to(parameter.dtype)
+        storage = storages.get(id(parameter), "dense")
+        if storage != "dense":
+            return quantise(tensor, storage).to(parameter.dtype)
         if file is not None and name in names:
             return file.put(name, tensor)
         return tensor.to(parameter.dtype, copy=True)

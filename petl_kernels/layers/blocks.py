@@ -122,6 +122,12 @@ def shared_for_products(source: Tensor | None) -> Tensor | None:
     return _SharedCast.apply(source, cast)
 
 
+def as_causal(mask: Tensor) -> Tensor:
+    """``mask``, marked as one that hides what comes later and nothing else: lean layers need not read it."""
+    mask.petl_causal = True
+    return mask
+
+
 class _SharedCast(torch.autograd.Function):
     """``source`` cast to ``cast``, which stands in memory already."""
 
@@ -181,6 +187,8 @@ def _attend(
     block: AttentionBlock, u: Tensor, source: Tensor, mask: Tensor | None, bias: Tensor | None, tier: int
 ) -> Tensor:
     """(batch, tokens, heads · head_dim)"""
+    if getattr(mask, "petl_causal", False):
+        mask = None  # the op knows a shorter way
     q, k, v = (_heads(y, block.heads) for y in _projections(block, u, source, tier))
     prefix_k, prefix_v = _prefix(block, q)
     causal = block.causal and mask is None and q.shape[2] > 1

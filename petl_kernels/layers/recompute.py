@@ -8,7 +8,7 @@ rules of the ops, of adapters and of plain PyTorch stay as they are, and so do t
 A recipe runs without autograd, under the autocast state and with the dropout seeds of its forward pass. Its results
 live until the last of those who saved them has asked: k, v and the projections of one layer share one normalised input.
 
-``checkpointed`` keeps the inputs of a whole layer only, and ``HostCopy`` holds one of those in host memory.
+``checkpointed`` keeps the inputs of a whole layer only; ``host_copy`` holds the first of them in host memory.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
+from petl_kernels.layers.host_copy import host_copy
 from petl_kernels.ops import philox
 
 # Storage -> its recipe, as long as the storage lives. The weak reference keeps the address from being used again.
@@ -153,26 +154,6 @@ def _autocast_state(device: str) -> tuple[str, bool, torch.dtype]:
 # ---- whole layers ---------------------------------------------------------------------------------------------------
 
 
-class HostCopy:
-    """One input of a checkpointed layer. After the forward pass it is in host memory, pinned where there is a GPU."""
-
-    def __init__(self, x: Tensor):
-        self._x: Tensor | None = x
-        self._host: Tensor | None = None
-
-    def get(self) -> Tensor:
-        """The tensor: the very one at first, later its copy from host memory."""
-        if self._x is not None:
-            return self._x
-        return self._host.detach().to(self._device, non_blocking=True).requires_grad_(self._requires_grad)
-
-    def offload(self) -> None:
-        x, self._x = self._x, None
-        self._device, self._requires_grad = x.device, x.requires_grad
-        self._host = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
-        self._host.copy_(x.detach(), non_blocking=True)
-
-
 def checkpointed(fn: Callable, x: Tensor, *inputs, offload: bool = False):
     """``fn(x, *inputs)``, of which only the inputs are kept; ``offload``: x in host memory.
 
@@ -183,9 +164,9 @@ def checkpointed(fn: Callable, x: Tensor, *inputs, offload: bool = False):
             _observe(tensor)
     if not offload:
         return checkpoint(fn, x, *inputs, use_reentrant=False)
-    held = HostCopy(x)
+    held = host_copy(x)
     output = checkpoint(lambda *rest: fn(held.get(), *rest), *inputs, use_reentrant=False)
-    held.offload()
+    held.leave()
     return output
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
 from petl_kernels.errors import InputError
+from petl_kernels.memory.extension import find_extension
 from petl_kernels.memory.size import format_size
 
 
@@ -29,10 +31,21 @@ def capped(memory: int | None, device: torch.device) -> Iterator[None]:
         limit(None, device)
 
 
+def expand_segments() -> None:
+    """Let CUDA's allocator grow its segments, before it makes the first: blocks of many sizes then leave no holes.
+
+    The share of a process, which ``capped`` sets, holds for them too: the allocator counts the memory that it maps.
+    A user's own settings stay, and nothing is done where CUDA is in use already.
+    """
+    given = any(name in os.environ for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
+    if torch.cuda.is_available() and not torch.cuda.is_initialized() and not given:
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # read when the allocator is first used
+
+
 def reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    elif (extension := _extension()) is not None:
+    elif (extension := find_extension()) is not None:
         extension.reset_cpu_peak()
 
 
@@ -40,7 +53,7 @@ def peak(device: torch.device) -> int:
     """The most that tensors took since ``reset_peak``; on the CPU of those that were made inside ``capped``."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    extension = _extension()
+    extension = find_extension()
     return 0 if extension is None else extension.cpu_peak()
 
 
@@ -61,16 +74,8 @@ def _limit_cuda(memory: int | None, device: torch.device) -> None:
 
 
 def _limit_cpu(memory: int | None, device: torch.device) -> None:
-    extension = _extension()
+    extension = find_extension()
     if extension is None:
         return
     extension.install_cpu_allocator()
     extension.limit_cpu_bytes(0 if memory is None else memory + extension.cpu_bytes())
-
-
-def _extension():
-    try:
-        from petl_kernels import _C
-    except ImportError:
-        return None
-    return _C

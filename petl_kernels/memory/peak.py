@@ -1,11 +1,10 @@
-"""The most tensor memory that a piece of work holds at once, on any device."""
+"""The most tensor memory that a piece of work holds at once."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -49,20 +48,3 @@ class Ledger(TorchDispatchMode):
                     self._enter(part)
         self.peak = max(self.peak, self.live + scratch_bytes(function, args))
         return result
-
-
-def peak_bytes(work: Callable[[], None], living: Iterable[Tensor], device: torch.device) -> int:
-    """Peak bytes of tensors while ``work`` runs, ``living`` (parameters, their gradients, optimiser state) included.
-
-    CUDA: the allocator's own peak, everything allocated by the process. CPU: outputs of operations, counted by storage.
-    """
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        work()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device)
-    ledger = Ledger(living)
-    with ledger:
-        work()
-    return ledger.peak

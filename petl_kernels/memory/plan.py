@@ -2,17 +2,20 @@
 
     peak = weights by storage + trained + gradients + optimiser state              always there
          + Σ_layers kept(tier, batch) + what forward, loss or backward add at their worst   ``simulate``
+         or what the optimiser's step adds, where that is more: backward keeps nothing for it
          + slack, and on CUDA the context
 
 Bytes are counted by running the step on fake tensors at depths of one and two layers: they are exactly affine in the
 number of layers of a kind. Levers: micro-batches, a tier for each layer, the loss' chunk, the storage of frozen
-weights, layers streamed from host memory, 8-bit optimiser state. All are exact but those that ``allow`` names.
+weights in layers and in tables (token embeddings, output projection), layers streamed from host memory, the dtype of
+waiting gradients, 8-bit optimiser state. All are exact but those that ``allow`` names.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import tempfile
@@ -27,7 +30,9 @@ from petl_kernels.errors import InputError
 from petl_kernels.interop.files import atomic_write
 from petl_kernels.memory import simulate
 from petl_kernels.memory.cost import LayerWork, Rates, layer_work, measure_rates, update_seconds
-from petl_kernels.memory.quantise_model import quantisable, quantise_model
+from petl_kernels.memory.generation import Search, SearchBytes, output_length
+from petl_kernels.memory.gradients import RoundedGradients, groups
+from petl_kernels.memory.quantise_model import quantisable, quantise_model, storage_of
 from petl_kernels.memory.simulate import Batch, Phases
 from petl_kernels.memory.size import format_size, parse_size
 from petl_kernels.memory.stream import copies_hide, stream_layers
@@ -40,14 +45,23 @@ CONTEXT = 600 * 2**20  # of CUDA itself: kernels, cuBLAS, its handles; measured 
 APPROXIMATIONS = {
     "quantised": "frozen weights rounded to 8 or 4 bits",
     "8bit-optimizer": "moments of AdamW rounded to 8 bits",
+    "bf16-gradients": "gradients of what is trained rounded to 16 bits between micro-batches",
 }
 STORAGES = ("dense", "int8", "nf4")
+GRADIENT_BYTES = {"float32": lambda p: p.nbytes, "bfloat16": lambda p: 2 * p.numel()}
 # Of a trained parameter: two moments in its dtype, or in 8 bits with an fp32 scale for each block of 256. bitsandbytes
 # keeps those of small parameters in fp32.
 SMALLEST_8BIT = 4096
 OPTIMIZER_BYTES = {
     "adamw": lambda p: 2 * p.nbytes,
     "adamw8bit": lambda p: 2 * (p.numel() + 4 * -(-p.numel() // 256)) if p.numel() >= SMALLEST_8BIT else 8 * p.numel(),
+}
+# What a step allocates for one parameter and frees, by the counts of the CPU's allocator. PyTorch's fused AdamW has no
+# temporaries, nor have bitsandbytes' CUDA kernels; on the CPU bitsandbytes widens moments and gradient to fp32.
+STEP_BYTES = {
+    ("adamw8bit", "cpu"): lambda p: (
+        p.numel() * ((20 if p.numel() >= SMALLEST_8BIT else 12) + (4 if p.dtype.itemsize == 2 else 0))
+    ),
 }
 CHUNKS = (32 * 2**20, 8 * 2**20, 2 * 2**20)
 SLOTS = 2
@@ -59,8 +73,10 @@ class Plan:
     """How one update is computed inside ``memory`` bytes, and what that takes.
 
     rows: sentence pairs of the longest kind in a micro-batch of ``micro_tokens``; micro_batches of them make an update.
-    tiers: one for each layer, encoder first. streamed: how many layers live in host memory; copies_hidden: whether
-    the copy of one takes no longer than the matrix work of another. parts: bytes by purpose, which add up to ``peak``.
+    tiers: one for each layer, encoder first. storage: of frozen weights in layers. tables: of frozen token embeddings
+    and the output projection; as ``storage`` when not given. gradients: their dtype between micro-batches. streamed:
+    how many layers live in host memory; copies_hidden: whether the copy of one takes no longer than the matrix work of
+    another. parts: bytes by purpose, which add up to ``peak``.
     seconds: an update, by the rates of the device. more: (budget, seconds, what changes).
     """
 
@@ -86,9 +102,17 @@ class Plan:
     approximations: tuple[str, ...]
     copies_hidden: bool = True
     more: tuple[tuple[int, float, str], ...] = ()
+    tables: str | None = None
+    gradients: str = "float32"
+    search: SearchBytes | None = None  # what evaluation may take, and what beam search takes of it
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tables", self.tables or self.storage)
 
     def apply(self, model: nn.Module, folder: str | Path | None = None, files: Sequence[Path] = ()) -> nn.Module:
         """Put the plan's tiers, storage, streamed layers and chunk on ``model``, in place; returns it.
+
+        Where gradients wait in bf16, ``model.petl_gradients`` (``RoundedGradients``) clips and steps for the loop.
 
         On the CPU streamed layers are read from ``files`` (safetensors that hold them already) or from a file in
         ``folder``, of temporary files when not given. Raises InputError when the plan is for another model.
@@ -96,14 +120,16 @@ class Plan:
         self.check(model)
         from petl_kernels.api import lean
 
-        if self.storage != "dense":
-            quantise_model(model, self.storage)
+        if (self.storage, self.tables) != ("dense", "dense"):
+            quantise_model(model, self.storage, self.tables)
         lean(model, list(self.tiers))
         model.petl_chunk_bytes = self.chunk_bytes
         if self.streamed:
             paths = [layer.path for layer in describe(model).layers[: self.streamed]]
             with tempfile.TemporaryDirectory() as own:  # its file is mapped, and needs no name after that
                 stream_layers(model, paths, SLOTS, folder or own, files, device=self.device)
+        if self.gradients == "bfloat16":
+            model.petl_gradients = RoundedGradients(p for p in model.parameters() if p.requires_grad)
         return model
 
     def tighter(self) -> Plan | None:
@@ -145,6 +171,8 @@ class Plan:
             for key in ("tiers", "approximations"):
                 values[key] = tuple(values[key])
             values["more"] = tuple(map(tuple, values["more"]))
+            if values.get("search"):
+                values["search"] = SearchBytes(**values["search"])
             return cls(**values)
         except OSError as error:
             raise InputError(f"plan {path}: {error.strerror or error}") from None
@@ -183,6 +211,33 @@ def plan(
     return planner.best(wanted)
 
 
+def tiers_in_place(
+    model: nn.Module, memory: str | int | None, batch_tokens: int, max_length: int, autocast: torch.dtype | None
+) -> tuple[tuple[int, ...], int]:
+    """(a tier for each layer, the loss' chunk in bytes) of ``pk.lean(model, "auto")``."""
+    device = next(model.parameters()).device
+    if device.type not in SLACK:
+        raise InputError(f"tier 'auto': the model is on {str(device)!r}; expected cpu or cuda, or pk.plan for a device")
+    wanted = _available(model, device) if memory is None else parse_size(memory)
+    _check_arguments(batch_tokens, max_length, (), "adamw", wanted, device)
+    return Planner(model, batch_tokens, max_length, "adamw", (), device, autocast).tiers_in_place(wanted)
+
+
+def _available(model: nn.Module, device: torch.device) -> int:
+    """What is free, and what ``model`` has of it already; on CUDA with the context, which a budget includes."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return min(total, free + torch.cuda.memory_reserved(device) + CONTEXT)
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        raise InputError(
+            "tier 'auto': memory not given, and this system does not say; expected memory='8GiB'"
+        ) from None
+    return free + sum(part.nbytes for parameter in model.parameters() for part in parts_of(parameter))
+
+
 def _check_arguments(batch_tokens, max_length, allow, optimizer, memory, device) -> None:
     for name, value in (("batch_tokens", batch_tokens), ("max_length", max_length)):
         if not isinstance(value, int) or value < 1:
@@ -206,12 +261,17 @@ def check_allow(allow: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class Setting:
-    """The levers that hold for all of a plan; ``streamed`` counts layers from the front."""
+    """The levers that hold for all of a plan, as ``Plan`` names them; ``streamed`` counts layers from the front."""
 
     storage: str
     optimizer: str
     streamed: int
     chunk_bytes: int
+    tables: str | None = None
+    gradients: str = "float32"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tables", self.tables or self.storage)
 
 
 @dataclass(frozen=True)
@@ -240,18 +300,33 @@ class Planner:
         self.weights = _Weights(model, self.structure)
         product = autocast or next((p.dtype for p in model.parameters() if p.dim() > 1 and not p.requires_grad), None)
         self.rates: Rates = measure_rates(device, product or torch.float32)
-        self._shallow: dict[tuple[tuple[int, int], str], nn.Module] = {}
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self._shallow: dict[tuple[tuple[int, int], str, str], nn.Module] = {}
         self.mode = simulate.fake_mode()
+        self._counted: SearchBytes | None = None
 
     # ---- choosing
 
     def best(self, memory: int) -> Plan:
-        small = [chunk for chunk in CHUNKS if chunk <= memory // 16] or CHUNKS[-1:]
-        for chunk_bytes in small:  # a smaller one only where nothing fits with a larger
+        for chunk_bytes in _chunks(memory):  # a smaller one only where nothing fits with a larger
             found = self._fastest(memory, chunk_bytes)
             if found is not None:
                 return dataclasses.replace(found, more=self._more(found))
         raise InputError(self._refusal(memory))
+
+    def tiers_in_place(self, memory: int) -> tuple[tuple[int, ...], int]:
+        """(tiers, loss chunk) for a batch as a whole, with weights stored and placed as they are."""
+        for chunk_bytes in _chunks(memory):
+            setting = next(self._settings(chunk_bytes, ()))
+            tiers = self._tiers(self.rows, chunk_bytes, self._usable(memory) - self._always(setting))
+            if tiers is not None:
+                return tiers, chunk_bytes
+        least = min(self._peak((tier,) * len(self.sides), self.rows, chunk_bytes) for tier in self.tiers)
+        need = math.ceil((self._always(setting) + least + self._context()) / (1 - SLACK[self.device.type]))
+        raise InputError(
+            f"tier 'auto': a batch of {self.batch_tokens:,} tokens needs {format_size(need)}, and there are "
+            f"{format_size(memory)}; expected a smaller batch_tokens, or pk.plan, which has more levers"
+        )
 
     def _fastest(self, memory: int, chunk_bytes: int) -> Plan | None:
         candidates = list(self._candidates(self._usable(memory), chunk_bytes))
@@ -263,14 +338,19 @@ class Planner:
 
     def _price(self, seconds: float, setting: Setting) -> float:
         """An approximation has to save a tenth of the time, streaming every layer a hundredth, or nothing else fits."""
-        approximations = (setting.storage != "dense") + (setting.optimizer != self.optimizer)
-        return seconds * 1.1**approximations * (1 + 0.01 * setting.streamed / len(self.sides))
+        approximations = [
+            setting.storage != "dense",
+            setting.tables != "dense",
+            setting.optimizer != self.optimizer,
+            setting.gradients != "float32",
+        ]
+        return seconds * 1.1 ** sum(approximations) * (1 + 0.01 * setting.streamed / len(self.sides))
 
     def _candidates(self, usable: int, chunk_bytes: int) -> Iterator[tuple[float, Setting, int, tuple[int, ...]]]:
         """(seconds of an update, setting, micro-batches, tiers) of all that fit."""
         for setting in self._settings(chunk_bytes, self.allow):
             room = usable - self._always(setting)
-            if room <= 0:
+            if room <= self._step(setting):
                 continue
             for micro_batches in _divisions(self.rows):
                 rows = -(-self.rows // micro_batches)
@@ -283,14 +363,15 @@ class Planner:
     def _settings(self, chunk_bytes: int, allow: tuple[str, ...]) -> Iterator[Setting]:
         storages = STORAGES if "quantised" in allow else STORAGES[:1]
         optimizers = dict.fromkeys([self.optimizer, *(["adamw8bit"] if "8bit-optimizer" in allow else [])])
+        wide = all(p.dtype == torch.float32 for p in self.trained)
+        gradients = ["float32", *(["bfloat16"] if "bf16-gradients" in allow and wide else [])]
         layers = len(self.structure.layers)
         streamed = [layers * share // 4 for share in range(5)] if self.weights.can_stream else [0]
-        for storage in storages:
-            for optimizer in optimizers:
-                for count in dict.fromkeys(streamed):
-                    if count and storage != "dense" and self.device.type == "cpu":
-                        continue  # they would have to be in memory once, to be rounded and written
-                    yield Setting(storage, optimizer, count, chunk_bytes)
+        levers = itertools.product(storages, storages, optimizers, gradients, dict.fromkeys(streamed))
+        for storage, tables, optimizer, dtype, count in levers:
+            if count and storage != "dense" and self.device.type == "cpu":
+                continue  # they would have to be in memory once, to be rounded and written
+            yield Setting(storage, optimizer, count, chunk_bytes, tables, dtype)
 
     def _tiers(self, rows: int, chunk_bytes: int, room: int) -> tuple[int, ...] | None:
         """A tier for each layer, the least work that fits into ``room``; layers at the front are made leaner first."""
@@ -311,9 +392,9 @@ class Planner:
         batch = Batch(rows, self.longest, self.longest)
         host = 2 * sum(self.weights.layer_sizes(setting.storage, setting.streamed))
         host += sum(2 * self._input_bytes(rows) for tier in tiers if tier == 5)
-        moved = self.weights.stored(setting.storage)
-        if setting.storage != "dense":  # tiles are written and read once more in the dtype of products
-            moved += 2 * self.weights.stored("dense")
+        moved = self.weights.stored(setting.storage, setting.tables)
+        # tiles of what is quantised are written and read once more in the dtype of products
+        moved += 2 * self.weights.widened(setting.storage, setting.tables)
         return update_seconds(self.rates, self.work, tiers, self.weights.head, batch, micro_batches, moved, host)
 
     # ---- bytes
@@ -324,19 +405,27 @@ class Planner:
     def _context(self) -> int:
         return CONTEXT if self.device.type == "cuda" else 0
 
+    @functools.cache  # noqa: B019  a planner lives for one call of plan()
     def _always(self, setting: Setting) -> int:
         return sum(self._fixed(setting).values())
 
     def _fixed(self, setting: Setting) -> dict[str, int]:
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        state = sum(OPTIMIZER_BYTES[setting.optimizer](p) for p in trained)
         return {
-            "frozen weights": self.weights.resident(setting.storage, setting.streamed),
-            "trained parameters": sum(p.nbytes for p in trained),
-            "their gradients": sum(p.nbytes for p in trained),
-            "optimiser state": state,
+            "frozen weights": self.weights.resident(setting.storage, setting.tables, setting.streamed),
+            "trained parameters": sum(p.nbytes for p in self.trained),
+            "their gradients": sum(map(GRADIENT_BYTES[setting.gradients], self.trained)),
+            "optimiser state": sum(map(OPTIMIZER_BYTES[setting.optimizer], self.trained)),
         }
 
+    @functools.cache  # noqa: B019
+    def _step(self, setting: Setting) -> int:
+        """What the optimiser's step adds at most: gradients that are widened for it, and its own scratch."""
+        scratch = STEP_BYTES.get((setting.optimizer, self.device.type), lambda parameter: 0)
+        if setting.gradients == "float32":
+            return max(map(scratch, self.trained), default=0)
+        return max((sum(4 * p.numel() for p in g) + max(map(scratch, g)) for g in groups(self.trained)), default=0)
+
+    @functools.cache  # noqa: B019
     def _peak(self, tiers: tuple[int, ...], rows: int, chunk_bytes: int) -> float:
         """What forward and backward add at most, near enough to choose by."""
         return sum(self._kept_and_rest(tiers, {tier: self._between(tier, rows, chunk_bytes) for tier in set(tiers)}))
@@ -354,7 +443,7 @@ class Planner:
         kept = min(kept, most)  # the first layers may keep less than those that were counted
         return kept, most - kept
 
-    @functools.cache  # noqa: B019  a planner lives for one call of plan()
+    @functools.cache  # noqa: B019
     def _between(self, tier: int, rows: int, chunk_bytes: int) -> _Slopes:
         """At ``rows``, on the line through two batch sizes that were measured."""
         few = -(-self.rows // 8)
@@ -364,22 +453,29 @@ class Planner:
         return _Slopes(*(a + share * (b - a) for a, b in values))
 
     @functools.cache  # noqa: B019
-    def _measured(self, tier: int, rows: int, chunk_bytes: int, storage: str = "dense") -> _Slopes:
-        one, two, both = (self._phases(depth, storage, tier, rows, chunk_bytes) for depth in ((1, 1), (2, 1), (2, 2)))
+    def _measured(self, tier: int, rows: int, chunk_bytes: int, *kind: str) -> _Slopes:
+        """kind: storage, tables and gradients; by default nothing is rounded."""
+        kind = kind or ("dense", "dense", "float32")
+        one, two, both = (self._phases(depth, tier, rows, chunk_bytes, *kind) for depth in ((1, 1), (2, 1), (2, 2)))
         encoder, decoder = two.kept - one.kept, both.kept - two.kept
         layers = 2 * (encoder + decoder)
         if tier == 5:  # the simulation runs on the CPU, where host memory is the device's
             encoder, decoder = (max(0, kept - self._input_bytes(rows)) for kept in (encoder, decoder))
-        return _Slopes(encoder, decoder, both.forward - layers, both.backward - layers)
+        # the simulation counts what is read in host memory as kept; here it is on the device, with the next beside it
+        forward, backward = (self._input_bytes(rows) * count if tier == 5 else 0 for count in (1, 2))
+        return _Slopes(encoder, decoder, both.forward - layers + forward, both.backward - layers + backward)
 
-    def _phases(self, depth: tuple[int, int], storage: str, tier: int, rows: int, chunk_bytes: int) -> Phases:
+    def _phases(
+        self, depth: tuple[int, int], tier: int, rows: int, chunk_bytes: int, storage: str, tables: str, gradients: str
+    ) -> Phases:
         with self.mode:
-            if (depth, storage) not in self._shallow:
-                self._shallow[depth, storage] = simulate.shallow(self.model, *depth, storage)
-            model = self._shallow[depth, storage]
+            key = depth, storage, tables
+            if key not in self._shallow:
+                self._shallow[key] = simulate.shallow(self.model, *depth, storage, tables)
+            model = self._shallow[key]
             simulate.set_tiers(model, [tier] * sum(depth))
             model.petl_chunk_bytes = chunk_bytes
-            return simulate.step(model, Batch(rows, self.longest, self.longest), self.autocast)
+            return simulate.step(model, Batch(rows, self.longest, self.longest), self.autocast, gradients)
 
     def _input_bytes(self, rows: int) -> int:
         itemsize = 2 if self.autocast is None and self.weights.dtype.itemsize == 2 else 4
@@ -387,9 +483,13 @@ class Planner:
 
     def parts(self, setting: Setting, rows: int, tiers: tuple[int, ...]) -> dict[str, int]:
         """Bytes by purpose at the worst moment of a step, which add up to its peak."""
-        slopes = {tier: self._measured(tier, rows, setting.chunk_bytes, setting.storage) for tier in set(tiers)}
+        kind = setting.storage, setting.tables, setting.gradients
+        slopes = {tier: self._measured(tier, rows, setting.chunk_bytes, *kind) for tier in set(tiers)}
         kept, rest = self._kept_and_rest(tiers, slopes)
-        parts = {**self._fixed(setting), "kept for backward": round(kept), "at the worst moment": round(rest)}
+        moment = {"kept for backward": round(kept), "at the worst moment": round(rest)}
+        if self._step(setting) > kept + rest:
+            moment = {"kept for backward": 0, "in the optimiser's step": self._step(setting)}
+        parts = self._fixed(setting) | moment
         return parts | ({"CUDA context": self._context()} if self._context() else {})
 
     # ---- telling
@@ -397,11 +497,12 @@ class Planner:
     def _plan(self, memory: int, setting: Setting, micro_batches: int, tiers: tuple[int, ...]) -> Plan:
         rows = -(-self.rows // micro_batches)
         parts = self.parts(setting, rows, tiers)
-        used = []
-        if setting.storage != "dense":
-            used.append("quantised")
-        if setting.optimizer == "adamw8bit":
-            used.append("8bit-optimizer")
+        used = {
+            "quantised": (setting.storage, setting.tables) != ("dense", "dense"),
+            "8bit-optimizer": setting.optimizer == "adamw8bit",
+            "bf16-gradients": setting.gradients == "bfloat16",
+        }
+        search = self._search(self._usable(memory) - self._always(setting))
         return Plan(
             model=type(self.model).__name__,
             parameters=sum(p.numel() for p in self.model.parameters()),
@@ -417,13 +518,16 @@ class Planner:
             storage=setting.storage,
             optimizer=setting.optimizer,
             streamed=setting.streamed,
-            evaluation_tokens=self._evaluation_tokens(self._usable(memory) - self._always(setting)),
+            evaluation_tokens=self._evaluation_tokens(search),
             peak=sum(parts.values()),
             parts=parts,
             seconds=self._seconds(setting, micro_batches, rows, tiers),
             rates_measured=self.rates.measured,
-            approximations=tuple(used),
+            approximations=tuple(name for name, is_used in used.items() if is_used),
             copies_hidden=self._copies_hide(setting, rows),
+            tables=setting.tables,
+            gradients=setting.gradients,
+            search=search,
         )
 
     def _copies_hide(self, setting: Setting, rows: int) -> bool:
@@ -433,17 +537,15 @@ class Planner:
             for stored, values in zip(self.weights.layer_sizes(setting.storage, setting.streamed), dense, strict=True)
         )
 
-    def _evaluation_tokens(self, room: int) -> int:
-        """Source tokens times beam that beam search can hold: its caches, which are copied when beams are reordered,
-        and the logits with their sorted copies."""
-        config, itemsize = self.model.config, (self.autocast or self.weights.dtype).itemsize
-        decoder = sum(side == "decoder" for side in self.sides)
-        longest = 2 * self.longest + 32  # what the trainer lets a translation grow to, for each source token
-        caches = 2 * decoder * self.structure.d_model * itemsize * (longest / self.longest + 1) * 1.25
-        logits = 4 * config.vocab_size * 4 / self.longest
-        encoder = 6 * self.structure.d_model * 4
-        tokens = int(room / (caches + logits + encoder))
-        return max(self.longest * self.beam, min(tokens, self.batch_tokens))
+    def _search(self, room: int) -> SearchBytes:
+        if self._counted is None:
+            self._counted = Search(self.model, self.beam, self.tiers[0], self.autocast).bytes(0, self.longest)
+        return dataclasses.replace(self._counted, memory=room)
+
+    def _evaluation_tokens(self, search: SearchBytes) -> int:
+        """Source tokens times beam of a batch of the longest sentences; one sentence where not even that fits."""
+        rows = max(1, search.rows(self.longest, output_length(self.longest, 2 * self.longest + 32)))
+        return max(self.longest * self.beam, min(rows * self.longest * self.beam, self.batch_tokens))
 
     def _refusal(self, memory: int) -> str:
         allowed, any_ = self._least(self.allow), self._least(tuple(APPROXIMATIONS))
@@ -455,7 +557,11 @@ class Planner:
     def _least(self, allow: tuple[str, ...]) -> int:
         """The smallest budget that works."""
         tiers = (self.tiers[-1],) * len(self.sides)
-        need = min(sum(self.parts(setting, 1, tiers).values()) for setting in self._settings(CHUNKS[-1], allow))
+        need = math.inf
+        for setting in sorted(self._settings(CHUNKS[-1], allow), key=self._always):
+            if self._always(setting) >= need:
+                break
+            need = min(need, sum(self.parts(setting, 1, tiers).values()))
         return math.ceil(need / (1 - SLACK[self.device.type]))
 
     def _more(self, plan: Plan) -> tuple[tuple[int, float, str], ...]:
@@ -474,7 +580,10 @@ class _Weights:
 
     def __init__(self, model: nn.Module, structure: Structure):
         frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
-        can = {id(owners[0].weight) for owners in quantisable(model)}
+        places = quantisable(model)
+        can = {id(owners[0].weight) for owners in places}
+        tables = {id(owners[0].weight) for owners in places if storage_of(model, owners, "dense", "table") == "table"}
+        self.tables = [name for name, p in frozen.items() if id(p) in tables]
         self.dtype = max(frozen.values(), key=lambda p: p.numel()).dtype if frozen else torch.float32
         self.numel = {name: p.numel() for name, p in frozen.items()}
         self.buffers = sum(buffer.nbytes for buffer in model.buffers())
@@ -482,13 +591,23 @@ class _Weights:
             storage: {name: _stored(p, storage if id(p) in can else "dense") for name, p in frozen.items()}
             for storage in STORAGES
         }
+        self._tables_of = {storage: sum(self.bytes[storage][name] for name in self.tables) for storage in STORAGES}
+        self._layers_of = {
+            storage: sum(self.bytes[storage].values()) - self._tables_of[storage] for storage in STORAGES
+        }
         self.layers = [_streamable(model, layer) for layer in structure.layers]
         self.can_stream = all(self.layers)
         head = getattr(model, "lm_head", None)
         self.head = 0 if head is None else head.weight.numel()
 
-    def stored(self, storage: str) -> int:
-        return sum(self.bytes[storage].values())
+    def stored(self, storage: str, tables: str) -> int:
+        """Of all, with what is no table in ``storage``."""
+        return self._layers_of[storage] + self._tables_of[tables]
+
+    def widened(self, storage: str, tables: str) -> int:
+        """Dense bytes of what is quantised."""
+        layers = 0 if storage == "dense" else self._layers_of["dense"]
+        return layers + (0 if tables == "dense" else self._tables_of["dense"])
 
     def layer_sizes(self, storage: str, count: int) -> list[int]:
         """Bytes of what streaming takes of each of the first ``count`` layers."""
@@ -497,11 +616,56 @@ class _Weights:
     def values(self, layer: int) -> int:
         return sum(self.numel[name] for name in self.layers[layer])
 
-    def resident(self, storage: str, streamed: int) -> int:
+    def resident(self, storage: str, tables: str, streamed: int) -> int:
         """On the device: without the streamed layers, with the slots that they travel through."""
         layers = self.layer_sizes(storage, streamed)
         slots = min(SLOTS, streamed) * max(layers, default=0)
-        return self.stored(storage) - sum(layers) + slots + self.buffers
+        return self.stored(storage, tables) - sum(layers) + slots + self.buffers
+
+
+@dataclass(frozen=True)
+class SearchPlan:
+    """How a trained model translates inside a budget: what ``load_planned`` reads, and what batches may take."""
+
+    storage: str
+    tables: str
+    streamed: int
+    device: str
+    search: SearchBytes
+
+
+def plan_search(
+    model: nn.Module,
+    memory: int,
+    storages: tuple[str, str],
+    beam: int,
+    longest: int,
+    device: torch.device,
+    autocast: torch.dtype | None = None,
+) -> SearchPlan:
+    """The fewest streamed layers with which beam search of ``model``, possibly on the meta device, fits ``memory``.
+
+    storages: of the frozen weights, in layers and in tables. longest: tokens of the longest sentence and of the
+    longest translation. InputError where one such sentence does not fit, with the least that works.
+    """
+    weights, count = _Weights(model, describe(model)), len(describe(model).layers)
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    search = Search(model, beam, 1, autocast).bytes(0, longest)
+    one = search.always + search.of(longest, output_length(longest, longest))
+    context = CONTEXT if device.type == "cuda" else 0
+    free = 1 - SLACK[device.type]
+    can_stream = weights.can_stream and (storages[0] == "dense" or device.type == "cuda")
+    needs = []
+    for streamed in dict.fromkeys(count * share // 4 for share in range(5)) if can_stream else (0,):
+        always = weights.resident(*storages, streamed) + trained
+        room = int(memory * free) - context - always
+        if room >= one:
+            return SearchPlan(*storages, streamed, device.type, dataclasses.replace(search, memory=room))
+        needs.append(math.ceil((always + one + context) / free))
+    raise InputError(
+        f"memory {format_size(memory)}: to translate one sentence of {longest} tokens with {beam} beams needs "
+        f"{format_size(min(needs))}; expected at least that, or a smaller --beam or --max-length"
+    )
 
 
 def streamed_weights(model: nn.Module, layers: int) -> list[str]:
@@ -521,6 +685,10 @@ def _stored(weight: nn.Parameter, storage: str) -> int:
     return storage_bytes(tuple(weight.shape), storage, weight.dtype)
 
 
+def _chunks(memory: int) -> Sequence[int]:
+    return [chunk for chunk in CHUNKS if chunk <= memory // 16] or CHUNKS[-1:]
+
+
 def _divisions(rows: int) -> list[int]:
     """Into how many micro-batches ``rows`` are worth splitting: one number for each size of the parts."""
     sizes = sorted({-(-rows // n) for n in range(1, rows + 1)}, reverse=True)
@@ -530,12 +698,16 @@ def _divisions(rows: int) -> list[int]:
 def _levers(plan: Plan) -> str:
     tiers = ", ".join(f"{plan.tiers.count(t)} × tier {t}" for t in sorted(set(plan.tiers)))
     parts = [f"{plan.micro_batches} × {plan.micro_tokens:,} tokens", tiers]
-    if plan.storage != "dense":
+    if plan.storage != plan.tables:
+        parts.append(f"layers {plan.storage}, embeddings and output projection {plan.tables}")
+    elif plan.storage != "dense":
         parts.append(plan.storage)
     if plan.streamed:
         parts.append(f"{plan.streamed} layers streamed{'' if plan.copies_hidden else ' (slower than the matrix work)'}")
     if plan.optimizer != "adamw":
         parts.append(plan.optimizer)
+    if plan.gradients != "float32":
+        parts.append(f"gradients {plan.gradients}")
     return "; ".join(parts)
 
 

@@ -46,6 +46,14 @@ def _linear_cross_entropy(given: dict) -> int:
     return total
 
 
+def _frozen_linear(given: dict) -> int:
+    """A tile of a quantised weight, which may be all of it."""
+    x = given["x"]
+    d = x.shape[-1]
+    whole = out_features(given["weight"], d) * d * x.itemsize
+    return min(_TILES, whole) if is_quantised(given["weight"]) else 0
+
+
 def _frozen_linear_backward(given: dict) -> int:
     return _back(given["dy"]) if is_quantised(given["weight"]) else 0
 
@@ -114,6 +122,7 @@ def _bottleneck_adapter_backward(given: dict) -> int:
 _RULES: dict[str, Callable[[dict], int]] = {
     "linear_cross_entropy": _linear_cross_entropy,
     "linear_cross_entropy_scaled": _scaled,
+    "frozen_linear": _frozen_linear,
     "frozen_linear_backward": _frozen_linear_backward,
     "lora_linear": _lora_linear,
     "lora_linear_backward": _lora_linear_backward,

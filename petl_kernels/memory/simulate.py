@@ -7,7 +7,8 @@ one to three layers stands for a deep one, whose layers are alike.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from petl_kernels.errors import InputError
 from petl_kernels.interop.hf import no_layerdrop
+from petl_kernels.memory.gradients import RoundedGradients
 from petl_kernels.memory.peak import Ledger
 from petl_kernels.memory.quantise_model import quantise_model
 from petl_kernels.methods.base import active_name, records
@@ -54,11 +56,13 @@ class Batch:
         return self.rows * max(self.source, self.target)
 
 
-def shallow(model: nn.Module, encoder: int, decoder: int, storage: str = "dense") -> nn.Module:
+def shallow(
+    model: nn.Module, encoder: int, decoder: int, storage: str = "dense", tables: str | None = None
+) -> nn.Module:
     """A model like ``model`` with that many layers, on the fake tensors of the mode that is on.
 
     Dtypes, dropout rates, the active adapter's method and what is trained are those of ``model``; frozen weights are
-    in ``storage``.
+    in ``storage``, embeddings and the output projection in ``tables``, as ``quantise_model`` has them.
     """
     config = copy.deepcopy(model.config)
     for name, depth in zip(_depth_names(config), (encoder, decoder), strict=True):
@@ -76,22 +80,22 @@ def shallow(model: nn.Module, encoder: int, decoder: int, storage: str = "dense"
 
         adapt(like, records(model)[name].config)
     _set_rates(like, model)
-    if storage != "dense":
-        quantise_model(like, storage)
+    if (storage, tables or storage) != ("dense", "dense"):
+        quantise_model(like, storage, tables)
     return like.train(True)
 
 
-def step(model: nn.Module, batch: Batch, autocast: torch.dtype | None = None) -> Phases:
-    """Forward and backward of ``model``, whose parameters are fake; its gradients exist already."""
+def step(model: nn.Module, batch: Batch, autocast: torch.dtype | None = None, gradients: str = "float32") -> Phases:
+    """Forward and backward of ``model``, whose parameters are fake; its gradients exist already.
+
+    gradients: "bfloat16" when they wait for the update in ``RoundedGradients``.
+    """
     ids = torch.ones(batch.rows, batch.source, dtype=torch.long)
     labels = torch.ones(batch.rows, batch.target, dtype=torch.long)
     lengths = torch.ones_like(ids)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.grad = torch.empty_like(parameter)
-    gradients = [p.grad for p in model.parameters() if p.requires_grad]
-    living = [*model.parameters(), *model.buffers(), *gradients]
-    with Ledger(living) as ledger, torch.autocast("cpu", autocast, enabled=autocast is not None):
+    trained = [p for p in model.parameters() if p.requires_grad]
+    living = [*model.parameters(), *model.buffers()]
+    with _waiting(trained, gradients) as sums, Ledger([*living, *sums]) as ledger, _autocast(autocast):
         always = ledger.live
         output = model(input_ids=ids, attention_mask=lengths, labels=labels, label_smoothing=0.1, reduction="sum")
         loss = output.loss
@@ -100,6 +104,25 @@ def step(model: nn.Module, batch: Batch, autocast: torch.dtype | None = None) ->
         ledger.peak = ledger.live
         loss.backward()
         return Phases(kept, forward, ledger.peak - always)
+
+
+@contextmanager
+def _waiting(trained: list[nn.Parameter], gradients: str) -> Iterator[list[Tensor]]:
+    """What earlier micro-batches have left of the gradients of ``trained``."""
+    for parameter in trained:
+        parameter.grad = torch.empty_like(parameter) if gradients == "float32" else None
+    if gradients == "float32":
+        yield [parameter.grad for parameter in trained]
+        return
+    rounded = RoundedGradients(trained)
+    try:
+        yield [rounded.sum_of(parameter) for parameter in trained]
+    finally:
+        rounded.close()
+
+
+def _autocast(dtype: torch.dtype | None) -> torch.autocast:
+    return torch.autocast("cpu", dtype, enabled=dtype is not None)
 
 
 def fake_mode() -> FakeTensorMode:

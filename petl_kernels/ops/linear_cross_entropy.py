@@ -18,7 +18,8 @@ dtype. The scale comes before the bias, as T5 scales its hidden states (by 1/√
 (fp64 for fp64), logits are rounded to h's dtype as those of ``F.linear`` are, and all that follows them is fp32.
 
 Rows whose label is ``ignore_index`` are taken out first: no work is done for them, their loss and gradient are 0. To
-find them, and labels that are out of range, the host waits for a CUDA device (so: not in a CUDA graph).
+find them, and labels that are out of range, the host waits for a CUDA device. With ``counted`` it does not: the first
+``counted`` rows in the order (those that count, the others) are worked on, with a weight of 1 or 0.
 
 The rest is worked on in chunks of rows. One buffer holds a chunk's logits, and then, in place, dz: `chunk_bytes` bytes
 at most, but one row at least. The gradients are formed there and then, for a dloss of 1; backward multiplies them by
@@ -64,6 +65,7 @@ OP = "linear_cross_entropy"
 REDUCTIONS = ("mean", "sum", "none")
 SMOOTHINGS = ("uniform", "fairseq")
 CHUNK_BYTES = 32 * 2**20
+ALL_ROWS = -1  # for ``counted``: the op finds out which rows count
 
 
 def linear_cross_entropy(
@@ -77,22 +79,28 @@ def linear_cross_entropy(
     logit_scale: float = 1.0,
     smoothing: str = "uniform",
     chunk_bytes: int = CHUNK_BYTES,
+    counted: int | None = None,
 ) -> Tensor:
     """Cross entropy of ``logit_scale · (hidden weightᵀ) + bias`` with label smoothing; hidden (..., d), labels (...).
 
     ``reduction``: "mean" over the rows that are not ignored (as in torch: nan, with gradients of 0, when all are),
     "sum", or "none" (the shape of labels, 0 where ignored). ``chunk_bytes`` bounds the buffer that holds the logits of
-    some rows at a time; it is never smaller than one row.
+    some rows at a time; it is never smaller than one row. ``counted``: how many labels are not ``ignore_index``, or
+    a larger number, for a caller who knows: the host then does not wait for a CUDA device, and a CUDA graph can hold
+    the call. There a wrong label, or a number that is too small, is an assertion of the device and no InputError.
 
     Raises InputError: shapes that do not fit, devices that differ, labels that are neither words nor ``ignore_index``,
-    a label smoothing outside [0, 1), an unknown reduction or smoothing.
+    a label smoothing outside [0, 1), an unknown reduction or smoothing, fewer ``counted`` than there are.
     """
     words = weight.shape[0] if weight.dim() == 2 else None
     if bias is not None and tuple(bias.shape) == (1, words):
         bias = bias.view(words)
     _check(hidden, weight, labels, bias, label_smoothing, reduction, smoothing)
+    if counted is not None and counted < 0:
+        raise InputError(f"{OP}: counted is {counted}: expected how many labels count, 0 or more")
     needs = (torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias))
     options = (float(label_smoothing), smoothing, float(logit_scale), ignore_index, chunk_bytes)
+    options = (*options, ALL_ROWS if counted is None else counted)
     loss, *_ = torch.ops.petl.linear_cross_entropy(
         hidden, parts_of(weight), labels, bias, *options, reduction, *needs, active()
     )
@@ -236,12 +244,13 @@ def compute(
     logit_scale: float,
     ignore_index: int,
     chunk_bytes: int,
+    counted: int,
     dlosses: Tensor | None,
     need_dhidden: bool,
     need_dweight: bool,
     need_dbias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
-    """(losses, dhidden, dweight, dbias, rows that count), chunk by chunk, through ``kernel`` (see ``reference``).
+) -> tuple[Tensor, Tensor, Tensor, Tensor, int | Tensor]:
+    """(losses, dhidden, dweight, dbias, how many rows count), chunk by chunk, through ``kernel`` (see ``reference``).
 
     The gradients are those of Σ dlosses · losses (dlosses (rows,), or 1), before the factor ``logit_scale`` that
     dhidden and dweight have; shape (0,) where they are not needed.
@@ -249,7 +258,13 @@ def compute(
     d, sums = hidden.shape[-1], accumulate_dtype(hidden.dtype)
     words = out_features(weight, d)
     rows, row_labels = hidden.reshape(-1, d), labels.reshape(-1)
-    kept = _kept_rows(labels, words, ignore_index)
+    if counted == ALL_ROWS:
+        kept, share = _kept_rows(labels, words, ignore_index), None
+        count = rows.shape[0] if kept is None else kept.shape[0]
+    else:
+        kept, share, count = _first_rows(row_labels, words, ignore_index, counted, sums)
+        row_labels = row_labels.clamp(0, words - 1)  # of a row without a share
+        dlosses = share if dlosses is None else dlosses * share
     weights = _label_and_word_weight(label_smoothing, smoothing, words)
     bias = None if bias is None else bias.to(sums).contiguous()
 
@@ -269,7 +284,9 @@ def compute(
             _add_weight_gradient(buffer, chunk, block_bytes, dweight)
         if need_dbias:
             _add_bias_gradient(buffer, block_bytes, dbias)
-    return losses, dhidden, dweight, dbias, rows.shape[0] if kept is None else kept.shape[0]
+    if share is not None:
+        losses = losses.where(share != 0, 0)
+    return losses, dhidden, dweight, dbias, count
 
 
 def _label_and_word_weight(label_smoothing: float, smoothing: str, words: int) -> tuple[float, float]:
@@ -294,6 +311,28 @@ def _kept_rows(labels: Tensor, words: int, ignore_index: int) -> Tensor | None:
     return None if kept.shape[0] == labels.numel() else kept
 
 
+def _first_rows(
+    labels: Tensor, words: int, ignore_index: int, counted: int, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """(indices of ``counted`` rows, None for all; 1 for each row that counts and 0 for others; their sum).
+
+    All shapes are known to the host, which waits for nothing.
+    """
+    keep = labels != ignore_index
+    right = ~keep | ((labels >= 0) & (labels < words))
+    count = keep.sum()
+    if labels.is_cuda or labels.is_meta:
+        torch._assert_async(right.all() & (count <= counted))
+    else:
+        _kept_rows(labels, words, ignore_index)  # which names what is wrong
+        if count > counted:
+            raise InputError(f"{OP}: counted is {counted}: expected at least the {int(count)} labels that count")
+    share = keep.to(dtype)
+    if counted >= labels.numel():
+        return None, share, count
+    return torch.argsort(keep.byte(), descending=True, stable=True)[:counted], share, count
+
+
 def _chunks(rows: Tensor, kept: Tensor | None, words: int, chunk_bytes: int) -> Iterator[tuple[slice | Tensor, Tensor]]:
     """(index of some of the rows, buffer for their logits), chunks of nearly equal size."""
     count = rows.shape[0] if kept is None else kept.shape[0]
@@ -315,22 +354,22 @@ def _deferred(reduction: str, need_dweight: bool, need_dbias: bool) -> bool:
 
 
 def _forward(
-    hidden, weight, labels, bias, label_smoothing, smoothing, logit_scale, ignore_index, chunk_bytes,
+    hidden, weight, labels, bias, label_smoothing, smoothing, logit_scale, ignore_index, chunk_bytes, counted,
     reduction, need_dhidden, need_dweight, need_dbias, backend,
 ):  # fmt: skip
     needs = (need_dhidden, need_dweight, need_dbias)
     if _deferred(reduction, need_dweight, need_dbias):
         needs = (False, False, False)
-    options = (label_smoothing, smoothing, logit_scale, ignore_index, chunk_bytes)
+    options = (label_smoothing, smoothing, logit_scale, ignore_index, chunk_bytes, counted)
     kernel = dispatch(OP, hidden.device, backend)
     losses, *grads, count = compute(kernel, hidden, weight, labels, bias, *options, None, *needs)
-    kept = losses.new_full((), count)
+    kept = count.to(losses.dtype) if isinstance(count, Tensor) else losses.new_full((), count)
     loss = losses.view(labels.shape) if reduction == "none" else losses.sum()
     return loss / kept if reduction == "mean" else loss, *grads, kept
 
 
 def _forward_fake(
-    hidden, weight, labels, bias, label_smoothing, smoothing, logit_scale, ignore_index, chunk_bytes,
+    hidden, weight, labels, bias, label_smoothing, smoothing, logit_scale, ignore_index, chunk_bytes, counted,
     reduction, need_dhidden, need_dweight, need_dbias, backend,
 ):  # fmt: skip
     if _deferred(reduction, need_dweight, need_dbias):
@@ -345,10 +384,10 @@ def _forward_fake(
 
 
 def _backward(
-    dlosses, hidden, weight, labels, bias, label_smoothing, smoothing, logit_scale, ignore_index, chunk_bytes,
+    dlosses, hidden, weight, labels, bias, label_smoothing, smoothing, logit_scale, ignore_index, chunk_bytes, counted,
     need_dhidden, need_dweight, need_dbias, backend,
 ):  # fmt: skip
-    options = (label_smoothing, smoothing, logit_scale, ignore_index, chunk_bytes)
+    options = (label_smoothing, smoothing, logit_scale, ignore_index, chunk_bytes, counted)
     needs = (need_dhidden, need_dweight, need_dbias)
     dlosses = dlosses.reshape(-1).contiguous()
     kernel = dispatch(OP, hidden.device, backend)
@@ -358,7 +397,7 @@ def _backward(
 
 
 def _backward_fake(
-    dlosses, hidden, weight, labels, bias, label_smoothing, smoothing, logit_scale, ignore_index, chunk_bytes,
+    dlosses, hidden, weight, labels, bias, label_smoothing, smoothing, logit_scale, ignore_index, chunk_bytes, counted,
     need_dhidden, need_dweight, need_dbias, backend,
 ):  # fmt: skip
     dhidden = hidden.new_empty(hidden.shape if need_dhidden else 0)
@@ -438,7 +477,7 @@ def _finished(ctx, dloss: Tensor, need_dhidden: bool, need_dweight: bool, need_d
     )
 
 
-_OPTIONS = "float label_smoothing, str smoothing, float logit_scale, int ignore_index, int chunk_bytes"
+_OPTIONS = "float label_smoothing, str smoothing, float logit_scale, int ignore_index, int chunk_bytes, int counted"
 _NEEDS = "bool need_dhidden, bool need_dweight, bool need_dbias"
 
 define(

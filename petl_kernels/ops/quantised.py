@@ -253,15 +253,6 @@ def quantise_like(weight: QuantisedTensor, values: Tensor) -> tuple[QuantisedTen
     return QuantisedTensor(parts, tuple(values.shape), weight.dtype), float((apart / size.clamp(min=1e-300)).sqrt())
 
 
-def empty_quantised(
-    shape: tuple[int, int], storage: str, dtype: torch.dtype, device: torch.device | str = "cpu"
-) -> QuantisedTensor:
-    """A weight with memory and no values, to be copied into."""
-    _check_layout(tuple(shape), storage)
-    parts = [torch.empty(size, dtype=kind, device=device) for size, kind in _part_shapes(*shape, storage)]
-    return QuantisedTensor(parts, tuple(shape), dtype)
-
-
 def storage_bytes(shape: tuple[int, int], storage: str | None, dtype: torch.dtype) -> int:
     """The bytes of a weight of ``shape`` in ``storage``; None is dense, in ``dtype``."""
     if storage is None:

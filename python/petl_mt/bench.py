@@ -1,36 +1,167 @@
-"""``petl-mt bench``: the benchmarks under ``bench/`` of a checkout, in one command."""
+"""``petl-mt bench``: the benchmarks under ``bench/`` of a checkout, their report, and what changed between two runs."""
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import importlib
+import os
+import re
+import sys
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 from petl_kernels.errors import InputError
+from petl_kernels.interop.files import atomic_path
 
 CHECKOUT = Path(__file__).resolve().parents[2]
+FAILED, INTERRUPTED, WRONG_USAGE, NOTHING_MATCHES = 1, 2, 4, 5  # pytest's exit codes
+EXAMPLES = """examples:
+  petl-mt bench ops layers --peers              into bench/results/<device>/: ops.json, layers.json, report.html
+  petl-mt bench ops --only "lora_linear and bfloat16"   into bench/results/<device>/part/
+  petl-mt bench report [DIR]                    report.html again, from the JSON files in DIR
+  petl-mt bench compare A.json B.json           what became slower; exit code 1 when something of ours did
+"""
 
 
-def run(what: str, device: str | None, peers: bool) -> int:
-    """Run the benchmarks of ``what`` ("ops") and write ``bench/results/<device>/<what>.json``.
+def add_parser(commands) -> None:
+    """Add the command ``bench`` to the program."""
+    parser = commands.add_parser(
+        "bench", help="benchmarks", epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.set_defaults(run=_command)
+    parser.add_argument("words", nargs="*", default=["ops"], metavar="ops|layers|step|report|compare")
+    parser.add_argument("--peers", action="store_true", help="peers side by side")
+    parser.add_argument("--device", metavar="cpu|cuda")
+    parser.add_argument("--only", metavar="NAMES", help="those whose names match, as pytest's -k has it")
+    parser.add_argument("--threshold", metavar="N%", help="of compare: smaller changes do not count (default: 5%%)")
 
-    Returns pytest's exit code. Raises InputError where there is no checkout, no such benchmark or no such device.
+
+def _command(arguments: argparse.Namespace) -> int:
+    what, rest = arguments.words[0], arguments.words[1:]
+    if what not in ("report", "compare"):
+        _refuse(arguments, "compare", "threshold")
+        return run(arguments.words, arguments.device, arguments.peers, arguments.only)
+    _refuse(arguments, "ops, layers and step", "peers", "only")
+    if what == "compare":
+        _refuse(arguments, "ops, layers and step", "device")
+        if len(rest) != 2:
+            raise InputError(f"compare: {len(rest)} files; expected two, A.json B.json")
+        return _module("compare").compare(*rest, _fraction(arguments.threshold or "5%"))
+    _refuse(arguments, "compare", "threshold")
+    if len(rest) > 1:
+        raise InputError(f"report: {len(rest)} folders; expected one at most")
+    folder = Path(rest[0]) if rest else _results(_device(arguments.device))
+    print(f"written: {_module('report').write(folder)}", file=sys.stderr)
+    return 0
+
+
+def run(what: Sequence[str], device: str | None = None, peers: bool = False, only: str | None = None) -> int:
+    """Run the benchmarks of the folders ``what`` of ``bench/`` and write what they measured.
+
+    A complete run becomes ``bench/results/<device>/<what>.json``, and ``report.html`` beside it is made anew. What is
+    not the whole stays apart, in the folder ``part`` there, and leaves the file of the last complete run: a run with
+    ``only`` (an expression over names, pytest's ``-k``), one that was interrupted, one in which a benchmark failed.
+
+    Returns 0, 1 when a benchmark failed, 130 when interrupted. Raises InputError where there is no checkout, no such
+    folder or device, or when nothing matches ``only``.
+    """
+    folders = [_folder(name) for name in dict.fromkeys(what)]
+    device = _device(device)
+    results = _results(device)
+    options = ["--device", device, *(["--peers"] if peers else []), *(["-k", only] if only else [])]
+    codes, written = [], []
+    for folder in folders:
+        part = results / "part" / f"{folder.name}.json"
+        codes.append(_measure(folder, part, options))
+        if codes[-1] == 0 and not only:
+            os.replace(part, results / part.name)
+            written.append(results)
+        elif codes[-1] in (0, FAILED, INTERRUPTED) and part.exists():
+            print(f"not the whole of bench {folder.name}: {part}", file=sys.stderr)
+            written.append(part.parent)
+        if codes[-1] == INTERRUPTED:
+            break
+    for folder in dict.fromkeys(written):
+        print(f"written: {_module('report').write(folder)}", file=sys.stderr)
+    if only and WRONG_USAGE in codes:
+        raise InputError(f"--only {only!r}: expected names joined by and, or, not, as pytest's -k has them")
+    if set(codes) == {NOTHING_MATCHES}:
+        filtered = f" for --only {only!r}" if only else ""
+        raise InputError(f"{' '.join(what)}: nothing to time{filtered}{'' if peers else '; peers need --peers'}")
+    return 130 if INTERRUPTED in codes else 0 if set(codes) <= {0, NOTHING_MATCHES} else 1
+
+
+class _NothingTimed(Exception):
+    """Takes the temporary file away."""
+
+
+def _measure(folder: Path, target: Path, options: list[str]) -> int:
+    """Run pytest on one folder; what was timed becomes ``target``, which is gone when nothing was.
+
+    Returns pytest's exit code; NOTHING_MATCHES also when all was skipped.
     """
     import pytest
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    code = None
+    with contextlib.suppress(_NothingTimed), atomic_path(target) as temporary:
+        arguments = [str(folder), "-o", "python_files=bench_*.py", "-q", "--benchmark-quiet", *options]
+        warnings.filterwarnings("ignore", "Not saving anything")  # said by the caller, in one line
+        code = int(pytest.main([*arguments, "--benchmark-json", str(temporary)]))
+        if not (temporary.exists() and temporary.stat().st_size):
+            raise _NothingTimed
+    return NOTHING_MATCHES if code == 0 and not target.exists() else code
+
+
+def _folder(name: str) -> Path:
+    folders = {path.parent.name: path.parent for path in sorted((CHECKOUT / "bench").glob("*/bench_*.py"))}
+    if not folders:
+        raise InputError(f"{name}: no folder bench/ with benchmarks beside the package; run it from a checkout")
+    if name not in folders:
+        raise InputError(f"{name!r}: expected {', '.join(folders)}, report or compare")
+    return folders[name]
+
+
+def _device(name: str | None) -> str:
     import torch
 
-    folder = CHECKOUT / "bench" / what
-    if not folder.is_dir():
-        raise InputError(f"bench {what}: no folder bench/{what} beside the package; run it from a checkout")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
+    here = torch.cuda.is_available()
+    if name not in (None, "cpu", "cuda"):
+        raise InputError(f"--device {name!r}: expected cpu or cuda")
+    if name == "cuda" and not here:
         raise InputError("--device cuda: PyTorch sees no CUDA device here; expected cpu")
-    results = CHECKOUT / "bench" / "results" / _name_of(device)
-    results.mkdir(parents=True, exist_ok=True)
-    arguments = [str(folder), "-o", "python_files=bench_*.py", "-q", "--device", device]
-    arguments += ["--benchmark-json", str(results / f"{what}.json"), "--benchmark-columns=min,median,iqr,rounds"]
-    return pytest.main([*arguments, *(["--peers"] if peers else [])])
+    return name or ("cuda" if here else "cpu")
 
 
-def _name_of(device: str) -> str:
+def _results(device: str) -> Path:
+    """Of the device: "cpu", or the card's name."""
     import torch
 
-    return torch.cuda.get_device_name().replace(" ", "-").lower() if device == "cuda" else "cpu"
+    name = torch.cuda.get_device_name().replace(" ", "-").lower() if device == "cuda" else "cpu"
+    return CHECKOUT / "bench" / "results" / name
+
+
+def _module(name: str) -> ModuleType:
+    """A module of ``bench/``, whose files import one another by their plain names, as its benchmarks do."""
+    folder = str(CHECKOUT / "bench")
+    if not (CHECKOUT / "bench" / f"{name}.py").exists():
+        raise InputError(f"{name}: no bench/{name}.py beside the package; run it from a checkout")
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    return importlib.import_module(name)
+
+
+def _fraction(text: str) -> float:
+    if not re.fullmatch(r"\d+(\.\d+)?%", text):
+        raise InputError(f"--threshold {text!r}: expected a percentage such as 5%")
+    return float(text[:-1]) / 100
+
+
+def _refuse(arguments: argparse.Namespace, belongs_to: str, *names: str) -> None:
+    for name in names:
+        if getattr(arguments, name):
+            raise InputError(f"{arguments.words[0]}: --{name} belongs to {belongs_to}")

@@ -7,6 +7,7 @@ import importlib
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NoReturn
 
@@ -23,6 +24,7 @@ TRAIN_EXAMPLE = """examples:
 # Commands that stand beside their work: module (its add_parser adds the command) and what the overview says.
 ELSEWHERE = {
     "demo": ("petl_mt.demo.demo", "the main job on text the package makes itself, no download"),
+    "bench": ("petl_mt.bench", "benchmarks, their report, and what changed between two runs"),
     "study": ("petl_mt.study", "several methods and budgets on one pair: a table and a plot"),
 }
 
@@ -85,7 +87,6 @@ def _parser(command: str) -> argparse.ArgumentParser:
             importlib.import_module(module).add_parser(commands)
         else:
             commands.add_parser(name, help=text)
-    _add_bench(commands)
     doctor = commands.add_parser("doctor", help="versions, device, which backend serves each op, and does it agree")
     doctor.set_defaults(run=_doctor)
     return parser
@@ -174,7 +175,8 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     flag("--optimizer", metavar="adamw|adamw8bit", group=loop)
     flag("--precision", metavar="fp32|bf16", group=loop)
     flag("--memory", metavar="SIZE", group=loop, help="all that training may take, such as 8GiB: see petl-mt plan")
-    flag("--allow", metavar="NAMES", type=_names, group=loop, help="approximations: quantised,8bit-optimizer")
+    approximations = "quantised (frozen weights in 8 or 4 bits), 8bit-optimizer, bf16-gradients"
+    flag("--allow", metavar="NAMES", type=_names, group=loop, help=f"what a plan may round: {approximations}")
     flag("--plan", metavar="FILE", group=loop, help="a plan that petl-mt plan has written, in place of one made now")
     flag("--tier", type=int, metavar="N", group=loop, help="memory tier of the layers, 1 to 5; 0: the model's own")
     flag("--tensorboard", action="store_true", group=loop)
@@ -203,6 +205,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--beam", type=int, metavar="N")
     parser.add_argument("--max-length", type=int, metavar="N", help="longer sources are cut, and counted")
     parser.add_argument("--batch-tokens", type=int, metavar="N")
+    parser.add_argument("--memory", metavar="SIZE", help="all that it may take; else what the run was trained under")
 
 
 def _add_translate(commands) -> None:
@@ -231,14 +234,6 @@ def _add_merge(commands) -> None:
         default="original",
         help="weights of a run that trained beside quantised ones: those of the checkpoint, or as it had them, rounded",
     )
-
-
-def _add_bench(commands) -> None:
-    parser = commands.add_parser("bench", help="benchmarks")
-    parser.set_defaults(run=_bench)
-    parser.add_argument("what", nargs="?", default="ops", metavar="ops|layers|step")
-    parser.add_argument("--peers", action="store_true", help="peers side by side")
-    parser.add_argument("--device", metavar="cpu|cuda")
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -284,11 +279,12 @@ def _translate(arguments: argparse.Namespace) -> int:
     from .data import decode_lines
     from .runs import Translator
 
-    translator = Translator(arguments.run_folder, **_search(arguments))
-    lines = decode_lines(sys.stdin.buffer.read(), "standard input")
-    for text in translator.stream(lines):
-        sys.stdout.buffer.write(text.encode("utf-8") + b"\n")
-        sys.stdout.buffer.flush()
+    with ExitStack() as limits:
+        translator = Translator(arguments.run_folder, **_search(arguments), limits=limits)
+        lines = decode_lines(sys.stdin.buffer.read(), "standard input")
+        for text in translator.stream(lines):
+            sys.stdout.buffer.write(text.encode("utf-8") + b"\n")
+            sys.stdout.buffer.flush()
     _report_cut(translator)
     return 0
 
@@ -304,8 +300,9 @@ def _score(arguments: argparse.Namespace) -> int:
     source, target = read_pair(Pair("", "", *arguments.test))
     if arguments.bleu_tokenize:
         bleu_metric("", arguments.bleu_tokenize)
-    translator = Translator(arguments.run_folder, **_search(arguments))
-    hypotheses = list(translator.stream(source))
+    with ExitStack() as limits:
+        translator = Translator(arguments.run_folder, **_search(arguments), limits=limits)
+        hypotheses = list(translator.stream(source))
     if arguments.hypotheses:
         with atomic_write(arguments.hypotheses) as file:
             file.write("".join(line + "\n" for line in hypotheses))
@@ -317,7 +314,7 @@ def _score(arguments: argparse.Namespace) -> int:
 
 
 def _search(arguments: argparse.Namespace) -> dict:
-    names = ("src_lang", "tgt_lang", "beam", "max_length", "batch_tokens")
+    names = ("src_lang", "tgt_lang", "beam", "max_length", "batch_tokens", "memory")
     return {name: getattr(arguments, name) for name in names}
 
 
@@ -329,27 +326,22 @@ def _report_cut(translator) -> None:
 def _merge(arguments: argparse.Namespace) -> int:
     import petl_kernels as pk
 
-    from .runs import hush, load_run, quantise_as_trained, run_storage
+    from .runs import hush, load_run, quantise_as_trained, run_storages
 
     with hush():
         model, tokenizer, config = load_run(arguments.run_folder)
-        storage = run_storage(arguments.run_folder)
+        storages = run_storages(arguments.run_folder)
+        named = " and ".join(kind for kind in dict.fromkeys(storages) if kind != "dense")
         if arguments.into == "quantised":
-            quantise_as_trained(model, config, storage)
+            quantise_as_trained(model, config, storages)
             pk.merge(model)
             error = pk.report(model).merge_error or 0.0
-            print(f"merged into {storage} weights with a relative error of at most {error:.3%}", file=sys.stderr)
-        elif storage != "dense":
-            print(f"the adapter was trained beside {storage} weights; merged into the original ones", file=sys.stderr)
+            print(f"merged into {named} weights with a relative error of at most {error:.3%}", file=sys.stderr)
+        elif named:
+            print(f"the adapter was trained beside {named} weights; merged into the original ones", file=sys.stderr)
         pk.save_merged(model, tokenizer, arguments.out)
     print(f"written: {arguments.out}", file=sys.stderr)
     return 0
-
-
-def _bench(arguments: argparse.Namespace) -> int:
-    from .bench import run
-
-    return run(arguments.what, arguments.device, arguments.peers)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

@@ -124,20 +124,33 @@ class Ragged:
         return torch.from_numpy(result)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Batch:
-    """source, labels: int64 (sentences, length); padding is the model's pad in source, ``IGNORE`` in labels."""
+    """source, labels: int64 (sentences, length); padding is the model's pad in source, ``IGNORE`` in labels.
+
+    What the host has to know of them it counts while it has them: asking a device would make it wait.
+    """
 
     source: Tensor
     labels: Tensor
     indices: np.ndarray
+    target_tokens: int
+    padded: bool  # whether source has padding
 
-    @property
-    def target_tokens(self) -> int:
-        return int((self.labels != IGNORE).sum())
+    @classmethod
+    def of(cls, source: Tensor, labels: Tensor, indices: np.ndarray, pad: int) -> Batch:
+        return cls(source, labels, indices, int((labels != IGNORE).sum()), bool((source == pad).any()))
+
+    def part(self, rows: slice, pad: int) -> Batch:
+        return Batch.of(self.source[rows], self.labels[rows], self.indices[rows], pad)
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(self.source.to(device), self.labels.to(device), self.indices)
+        """On a CUDA device by way of pinned memory, without waiting for the copy."""
+        source, labels = self.source, self.labels
+        if device.type == "cuda":
+            source, labels = source.pin_memory(), labels.pin_memory()
+        moved = (tensor.to(device, non_blocking=True) for tensor in (source, labels))
+        return Batch(*moved, self.indices, self.target_tokens, self.padded)
 
 
 class Corpus:
@@ -150,18 +163,25 @@ class Corpus:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def plan(self, batch_tokens: int, multiple: int = 1, rng: np.random.Generator | None = None) -> list[np.ndarray]:
+    def plan(
+        self,
+        batch_tokens: int,
+        multiple: int = 1,
+        rng: np.random.Generator | None = None,
+        costs: np.ndarray | None = None,
+    ) -> list[np.ndarray]:
         """Batches of sentence indices: longest sentence, rounded up to ``multiple``, × sentences <= batch_tokens.
 
+        costs: of each sentence, rising with its length, in the place of that length.
         With ``rng`` sentences of one length mix anew and batches come in random order; without, by length.
         """
         order = np.arange(len(self)) if rng is None else rng.permutation(len(self))
         order = order[np.lexsort((self.sources.lengths[order], self.lengths[order]))]
-        padded = -(-self.lengths[order] // multiple) * multiple
+        padded = -(-self.lengths[order] // multiple) * multiple if costs is None else costs[order]
         batches, first = [], 0
         while first < len(order):
             # Lengths rise, so the size of a batch that ends at i grows with i: the first i over budget ends it.
-            most = max(1, batch_tokens // int(padded[first]))
+            most = max(1, int(batch_tokens // padded[first]))
             sizes = padded[first : first + most] * np.arange(1, min(most, len(order) - first) + 1)
             count = max(1, int(np.searchsorted(sizes, batch_tokens, side="right")))
             batches.append(order[first : first + count])
@@ -176,7 +196,7 @@ class Corpus:
 
         source = self.sources.padded(indices, self.pad, width(self.sources))
         labels = self.targets.padded(indices, IGNORE, width(self.targets))
-        return Batch(source, labels, indices)
+        return Batch.of(source, labels, indices, self.pad)
 
 
 @dataclass

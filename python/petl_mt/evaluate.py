@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
 from sacrebleu.metrics import BLEU, CHRF
 
 from petl_kernels.errors import InputError
+from petl_kernels.memory.generation import SearchBytes, output_length
 
 from .data import Corpus, Ragged
 from .loss import sequence_loss
@@ -37,6 +40,34 @@ class Scores:
 
     def to_dict(self) -> dict:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class BatchLimit:
+    """Of evaluation: padded tokens of a batch, in beam search times beams, and the bytes that the search may take."""
+
+    tokens: int
+    search: SearchBytes | None = None
+
+    def halved(self) -> BatchLimit:
+        return replace(self, tokens=self.tokens // 2, search=self.search and self.search.halved())
+
+
+def until_it_fits(
+    run: Callable[[BatchLimit], Any], limit: BatchLimit, memory: str, say: Callable[[str], None]
+) -> tuple[Any, BatchLimit]:
+    """(``run(limit)``, the limit it ran under), with smaller batches while memory does not suffice."""
+    while True:
+        try:
+            return run(limit), limit
+        except torch.OutOfMemoryError:
+            if limit.tokens < 2:
+                raise
+        # outside of the handler, whose exception holds the tensors of the search
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        limit = limit.halved()
+        say(f"memory {memory}: evaluation goes on in batches of {limit.tokens:,} tokens")
 
 
 def bleu_tokenizer(tgt_lang: str) -> str:
@@ -87,12 +118,12 @@ def translate(
     texts: Sequence[str],
     beam: int = 5,
     max_length: int = 256,
-    batch_tokens: int = 4096,
+    limit: BatchLimit | int = 4096,
     autocast: Autocast = nullcontext,
 ) -> tuple[list[str], int]:
     """Translations by beam search, in the order of ``texts``, and how many sources were cut to ``max_length`` tokens.
 
-    A line without text gives an empty line. Searched in batches of like length.
+    A line without text gives an empty line. Searched in batches of like length; limit: of a batch, or its tokens.
     """
     device = next(model.parameters()).device
     filled = [i for i, text in enumerate(texts) if text.strip()]
@@ -107,7 +138,7 @@ def translate(
     model.eval()
     rows = Ragged(encoded)
     corpus = Corpus(rows, rows, language.pad_token_id)
-    for indices in corpus.plan(max(1, batch_tokens // beam)):
+    for indices in _batches(corpus, limit if isinstance(limit, BatchLimit) else BatchLimit(limit), beam, max_length):
         width = int(corpus.lengths[indices].max())
         source = corpus.sources.padded(indices, corpus.pad, width).to(device)
         with autocast():
@@ -118,10 +149,21 @@ def translate(
                 early_stopping=beam > 1,
                 do_sample=False,
                 max_length=None,
-                max_new_tokens=min(max_length, 2 * width + 32),
+                max_new_tokens=output_length(width, max_length),
                 **language.generate_kwargs(),
             )
         for index, text in zip(indices, language.decode(output), strict=True):
             results[filled[index]] = " ".join(text.split())  # one line in, one line out
     model.train(was_training)
     return results, cut
+
+
+def _batches(corpus: Corpus, limit: BatchLimit, beam: int, max_length: int) -> list[np.ndarray]:
+    """Batches of sentences within both limits; one sentence at least."""
+    tokens, search = max(1, limit.tokens // beam), limit.search
+    if search is None:
+        return corpus.plan(tokens)
+    outputs = np.array([output_length(int(length), max_length) for length in corpus.lengths])
+    room = max(1.0, search.memory - search.always)
+    shares = np.maximum(corpus.lengths / tokens, search.of(corpus.lengths, outputs) / room)
+    return corpus.plan(1, costs=shares)

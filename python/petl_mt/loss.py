@@ -23,10 +23,11 @@ def sequence_loss(model, batch: Batch, start: int, pad: int, label_smoothing: fl
     """
     inputs = {
         "input_ids": batch.source,
-        "attention_mask": (batch.source != pad).long(),
+        "attention_mask": (batch.source != pad).long() if batch.padded else None,
         "decoder_input_ids": shift_right(batch.labels, start, pad),
         "use_cache": False,
     }
     if isinstance(model, LeanLoss):
-        return model(**inputs, labels=batch.labels, label_smoothing=label_smoothing, reduction="sum").loss
+        options = {"label_smoothing": label_smoothing, "reduction": "sum", "counted": batch.target_tokens}
+        return model(**inputs, labels=batch.labels, **options).loss
     return loss_of_logits(model(**inputs).logits, batch.labels, label_smoothing, reduction="sum")

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
+import sys
+import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +20,7 @@ from petl_kernels.errors import InputError
 from petl_kernels.interop.files import atomic_write
 
 from .config import TrainConfig, load_yaml
-from .evaluate import translate
+from .evaluate import BatchLimit, translate, until_it_fits
 
 
 @dataclass(frozen=True)
@@ -90,23 +95,87 @@ def load_run(path: str | Path):
     return pk.load_adapter(model, run.adapter).eval(), tokenizer, config
 
 
-def run_storage(path: str | Path) -> str:
-    """How the frozen weights were stored beside which the run has trained: "dense", "int8" or "nf4"."""
+def load_run_within(
+    path: str | Path, memory: int, limits: ExitStack | None, beam: int | None = None, max_length: int | None = None
+):
+    """(model, tokenizer, config, plan) of a finished run that translates inside ``memory`` bytes, which are enforced
+    until ``limits`` ends.
+
+    Weights are as training had them: dtypes, storage and lean layers; layers are streamed where nothing else fits.
+    InputError where not even one sentence does.
+    """
+    import petl_kernels as pk
+    from petl_kernels.interop.adapters import fill_adapter
+    from petl_kernels.interop.hf import load_skeleton
+    from petl_kernels.interop.planned import load_planned
+    from petl_kernels.memory import cap
+    from petl_kernels.memory.plan import SLOTS, plan_search
+    from petl_kernels.memory.stream import stream_layers
+    from petl_kernels.methods.structure import describe
+
+    from .plan import prepared
+
+    run = RunFolder(Path(path))
+    config = run.read_config()
+    whole = run.model.is_dir()
+    if not whole and not run.adapter.is_dir():
+        raise InputError(f"run {path}: neither adapter/ nor model/ in it; it has not finished, --resume it")
+    source = run.model if whole else config.model
+    model, tokenizer = load_skeleton(source)
+    like = copy.deepcopy(model).to("meta")
+    like = like.requires_grad_(False) if whole else prepared(like, config)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    plan = plan_search(
+        like,
+        memory,
+        ("dense", "dense") if whole else run_storages(path),
+        beam or config.beam,
+        max_length or config.max_length,
+        device,
+        torch.bfloat16 if config.precision == "bf16" else None,
+    )
+    if limits is not None:
+        limits.enter_context(cap.capped(memory, device))
+    with folder_for_layers(plan, run.path) as folder:
+        model = load_planned(source, model, like, plan, folder)
+        if not whole:
+            model = fill_adapter(prepared(model, config), run.adapter)
+        pk.lean(model.eval(), 1)
+        if plan.streamed:
+            paths = [layer.path for layer in describe(model).layers[: plan.streamed]]
+            stream_layers(model, paths, SLOTS, folder, sorted(folder.glob("*.safetensors")) if folder else (), device)
+    return model.requires_grad_(False).to(device), tokenizer, config, plan
+
+
+def run_memory(path: str | Path) -> int | None:
+    """The budget in bytes that the run was trained under, if it was."""
     from petl_kernels.memory.plan import Plan
 
     plan = RunFolder(Path(path)).plan
-    return Plan.load(plan).storage if plan.exists() else "dense"
+    return Plan.load(plan).memory if plan.exists() else None
 
 
-def quantise_as_trained(model, config: TrainConfig, storage: str) -> None:
+def run_storages(path: str | Path) -> tuple[str, str]:
+    """How the frozen weights were stored beside which the run has trained, in layers and in tables: "dense", "int8" or
+    "nf4"."""
+    from petl_kernels.memory.plan import Plan
+
+    plan = RunFolder(Path(path)).plan
+    if not plan.exists():
+        return "dense", "dense"
+    found = Plan.load(plan)
+    return found.storage, found.tables
+
+
+def quantise_as_trained(model, config: TrainConfig, storages: tuple[str, str]) -> None:
     """The weights of a loaded run as its adapter was trained beside them."""
     from petl_kernels.memory.quantise_model import quantise_model
 
     from .prepare import cast_frozen_matrices
 
-    if storage == "dense":
+    if storages == ("dense", "dense"):
         raise InputError("into quantised: the run was trained beside weights that were not; expected --into original")
-    quantise_model(model, storage)
+    quantise_model(model, *storages)
     if config.precision == "bf16":
         cast_frozen_matrices(model, torch.bfloat16)
 
@@ -122,27 +191,48 @@ class Translator:
         beam: int | None = None,
         max_length: int | None = None,
         batch_tokens: int | None = None,
+        memory: str | int | None = None,
+        limits: ExitStack | None = None,
     ) -> None:
+        """memory: the budget, of the run itself when not given, kept until ``limits`` ends; without them it only
+        decides how weights are loaded and how large batches are."""
         from petl_kernels.interop.languages import LanguagePair
+        from petl_kernels.memory.size import format_size, parse_size
 
+        budget = run_memory(run) if memory is None else parse_size(memory)
+        self.memory, self.autocast, search = None, contextlib.nullcontext, None
         with hush():
-            self.model, tokenizer, self.config = load_run(run)
-        self.model.to("cuda" if torch.cuda.is_available() else "cpu")
+            if budget is None:
+                self.model, tokenizer, self.config = load_run(run)
+                self.model.to("cuda" if torch.cuda.is_available() else "cpu")
+            else:
+                self.model, tokenizer, self.config, plan = load_run_within(run, budget, limits, beam, max_length)
+                self.memory, search = format_size(budget), plan.search
+                if self.config.precision == "bf16":
+                    self.autocast = partial(torch.autocast, plan.device, torch.bfloat16)
         src_lang, self.tgt_lang = _languages(self.config, src_lang, tgt_lang)
         self.language = LanguagePair(self.model, tokenizer, src_lang, self.tgt_lang)
         self.beam, self.max_length = beam or self.config.beam, max_length or self.config.max_length
-        self.batch_tokens = batch_tokens or self.config.batch_tokens
+        self.limit = BatchLimit(batch_tokens or self.config.batch_tokens, search)
         self.cut = 0  # sources that were longer than max_length
 
     def stream(self, lines: list[str], at_once: int = 1024) -> Iterator[str]:
         """One translation for each line, in order; ``at_once`` lines are sorted by length and searched together."""
         with hush():
             for i in range(0, len(lines), at_once):
-                results, cut = translate(
-                    self.model, self.language, lines[i : i + at_once], self.beam, self.max_length, self.batch_tokens
-                )
+                results, cut = self._translate(lines[i : i + at_once])
                 self.cut += cut
                 yield from results
+
+    def _translate(self, lines: list[str]) -> tuple[list[str], int]:
+        def run(limit: BatchLimit) -> tuple[list[str], int]:
+            return translate(self.model, self.language, lines, self.beam, self.max_length, limit, self.autocast)
+
+        if self.memory is None:
+            return run(self.limit)
+        say = partial(print, file=sys.stderr)
+        results, self.limit = until_it_fits(run, self.limit, self.memory, say)
+        return results
 
 
 def _languages(config: TrainConfig, src_lang: str | None, tgt_lang: str | None) -> tuple[str, str]:
@@ -154,6 +244,17 @@ def _languages(config: TrainConfig, src_lang: str | None, tgt_lang: str | None) 
         raise InputError(f"the run has the pairs {', '.join(pairs)}: expected --src-lang and --tgt-lang")
     pair = next(iter(pairs.values()))
     return src_lang or pair.src_lang, tgt_lang or pair.tgt_lang
+
+
+@contextlib.contextmanager
+def folder_for_layers(plan, beside: Path) -> Iterator[Path | None]:
+    """For the file that streamed layers are read from on the CPU; once that is mapped, it needs no name any more."""
+    if plan is None or not plan.streamed or plan.device != "cpu":
+        yield None
+        return
+    existing = next(folder for folder in (beside, *beside.resolve().parents) if folder.is_dir())
+    with tempfile.TemporaryDirectory(prefix="petl-mt-", dir=existing) as name:
+        yield Path(name)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,6 @@ import math
 import os
 import signal
 import statistics
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -34,7 +33,7 @@ from petl_kernels.memory.size import format_size, parse_size
 from .checkpoint import Checkpoints
 from .config import Pair, TrainConfig
 from .data import Batch, Position, TrainBatches, encode_pairs, read_pair
-from .evaluate import Scores, bleu_metric, score_lines, translate, validation_loss
+from .evaluate import BatchLimit, Scores, bleu_metric, score_lines, translate, until_it_fits, validation_loss
 from .log import RunLog, memory_in_use
 from .loss import sequence_loss
 from .plan import plan_for, prepared
@@ -45,7 +44,7 @@ from .prepare import (
     make_accelerator,
     make_optimizer,
 )
-from .runs import RunFolder, absolute, hush
+from .runs import RunFolder, absolute, folder_for_layers, hush
 from .schedule import lr_factor
 
 LOG_LINES = 200  # lines of training metrics over a whole run
@@ -138,6 +137,8 @@ class _Training:
         self.valid_text = [(pair, *read_pair(pair)) for pair in config.valid]
         for pair in config.valid:
             bleu_metric(pair.tgt_lang, config.bleu_tokenize)  # refused now, not after hours of training
+        if config.memory is not None:
+            cap.expand_segments()
         self.accelerator = make_accelerator(config.precision)
         self.device = self.accelerator.device
         torch.manual_seed(config.seed)
@@ -168,8 +169,11 @@ class _Training:
             self.stored_parameters = pk.report(self.model).stored
         optimizer = self.plan.optimizer if self.plan else config.optimizer
         self.optimizer = self.accelerator.prepare(make_optimizer(self.parameters, config, optimizer))
+        self.rounded = getattr(self.model, "petl_gradients", None)  # where the plan keeps gradients in bf16
         self.micro_tokens = self.plan.micro_tokens if self.plan else None
-        self.evaluation_tokens = self.plan.evaluation_tokens if self.plan else config.batch_tokens
+        self.limit = BatchLimit(config.batch_tokens)
+        if self.plan:
+            self.limit = BatchLimit(self.plan.evaluation_tokens, self.plan.search)
 
         self.progress = Progress()
         self.checkpoints = Checkpoints(run.checkpoints)
@@ -179,7 +183,7 @@ class _Training:
 
     def _load(self, config: TrainConfig, like: nn.Module | None) -> None:
         """Weights, what the method adds, tiers; in the storage and the place of the plan."""
-        with _folder_for_layers(self.plan, self.folder.path) as folder:
+        with folder_for_layers(self.plan, self.folder.path) as folder:
             if self.plan and not config.is_new:
                 self.model = load_planned(config.model, self.model, like, self.plan, folder)
             torch.manual_seed(config.seed)  # what is injected starts the same, whatever was made before it
@@ -230,7 +234,7 @@ class _Training:
         self.model.train()
         cap.reset_peak(self.device)
         ids = torch.full((rows, longest), self.tokenizer.eos_token_id)
-        batch = Batch(ids, ids.clone(), np.arange(rows))
+        batch = Batch.of(ids, ids.clone(), np.arange(rows), self.tokenizer.pad_token_id)
         with torch.random.fork_rng():
             self._until_it_fits(gradients)
         self._zero_gradients()
@@ -275,6 +279,9 @@ class _Training:
 
     def _zero_gradients(self) -> None:
         """Under a budget gradients stay allocated, as they are in the plan."""
+        if self.rounded is not None:
+            self.rounded.zero()
+            return
         self.optimizer.zero_grad(set_to_none=self.plan is None)
 
     def _prepare_folder(self, resuming: bool) -> None:
@@ -332,7 +339,7 @@ class _Training:
         """What a forward pass keeps of each token, and what it would keep with the model's own layers."""
         batch = self.batches.take(Position(self.progress.epoch, self.progress.batch))
         rows = min(4, self.plan.rows) if self.plan else 4
-        part = Batch(*(values[:rows] for values in (batch.source, batch.labels, batch.indices))).to(self.device)
+        part = batch.part(slice(rows), self.tokenizer.pad_token_id).to(self.device)
         plain, kept = (self._saved_bytes_per_token(tiers, part) for tiers in (0, self.tiers))
         self.progress.plain_saved_bytes_per_token, self.progress.saved_bytes_per_token = plain, kept
         if self.tiers and kept is not None:
@@ -360,11 +367,11 @@ class _Training:
         batches = [self.batches.take(position) for _ in range(config.accumulate)]
         tokens = sum(batch.target_tokens for batch in batches)
         loss = self._until_it_fits(lambda: self._gradients(batches, tokens))
-        norm = nn.utils.clip_grad_norm_(self.parameters, config.clip if config.clip > 0 else math.inf)
+        norm = self._clip(config.clip if config.clip > 0 else math.inf)
         loss_value = self._finite(loss, norm, progress.step + 1)
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr * lr_factor(config.schedule, progress.step + 1, config.warmup, config.steps)
-        self.optimizer.step()
+        self._step()
         self._zero_gradients()
 
         progress.step += 1
@@ -374,6 +381,18 @@ class _Training:
         progress.seconds += seconds
         self.durations.append(seconds)
         self._log_step(loss_value, tokens, float(norm))
+
+    def _clip(self, largest: float) -> torch.Tensor:
+        """Scale the gradients to a norm of at most ``largest``; returns the norm that they had."""
+        if self.rounded is not None:
+            return self.rounded.clip(largest)
+        return nn.utils.clip_grad_norm_(self.parameters, largest)
+
+    def _step(self) -> None:
+        if self.rounded is not None:
+            self.rounded.step(self.optimizer)
+        else:
+            self.optimizer.step()
 
     def _gradients(self, batches: list[Batch], tokens: int) -> torch.Tensor:
         loss = torch.zeros((), device=self.device)
@@ -388,8 +407,7 @@ class _Training:
             return
         rows = max(1, self.micro_tokens // max(batch.source.shape[1], batch.labels.shape[1]))
         for i in range(0, len(batch.source), rows):
-            part = slice(i, i + rows)
-            yield Batch(batch.source[part], batch.labels[part], batch.indices[part]).to(self.device)
+            yield batch.part(slice(i, i + rows), self.tokenizer.pad_token_id).to(self.device)
 
     def _backward(self, batch: Batch, tokens: int) -> torch.Tensor:
         """Add the gradient of this part's share of the mean loss over ``tokens``; returns that share."""
@@ -437,7 +455,14 @@ class _Training:
         best = True
         if self.valid is not None:
             loss = self._evaluated(
-                lambda tokens: validation_loss(self.model, self.valid, tokens, self.start, self.accelerator.autocast)
+                # without a graph it takes less than a training step of as many tokens
+                lambda limit: validation_loss(
+                    self.model,
+                    self.valid,
+                    min(limit.tokens, self.micro_tokens or limit.tokens),
+                    self.start,
+                    self.accelerator.autocast,
+                )
             )
             best = math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss)
             if best:
@@ -495,18 +520,12 @@ class _Training:
         self.log.say(f"written: {config.out}")
         return result
 
-    def _evaluated(self, run: Callable[[int], Any]) -> Any:
-        """``run(tokens of a batch)``, with fewer of them where a budget is too small."""
-        while True:
-            try:
-                return run(self.evaluation_tokens)
-            except torch.OutOfMemoryError:
-                if self.plan is None or self.evaluation_tokens < 2:
-                    raise
-            self.evaluation_tokens //= 2
-            self.log.say(
-                f"memory {self.config.memory}: evaluation goes on in batches of {self.evaluation_tokens:,} tokens"
-            )
+    def _evaluated(self, run: Callable[[BatchLimit], Any]) -> Any:
+        """``run(limit of a batch)``, with a lower one where a budget is too small."""
+        if self.plan is None:
+            return run(self.limit)
+        result, self.limit = until_it_fits(run, self.limit, self.config.memory, self.log.say)
+        return result
 
     def _write_weights(self) -> None:
         if self.config.method == "full":
@@ -521,13 +540,13 @@ class _Training:
         scores = {}
         for pair, source, target in self.valid_text:
             lines, cut = self._evaluated(
-                lambda tokens, source=source, language=self.languages[pair.name]: translate(
+                lambda limit, source=source, language=self.languages[pair.name]: translate(
                     self.model,
                     language,
                     source,
                     self.config.beam,
                     self.config.max_length,
-                    tokens,
+                    limit,
                     self.accelerator.autocast,
                 )
             )
@@ -556,17 +575,6 @@ def _absolute_paths(config: TrainConfig) -> TrainConfig:
         valid=pairs(config.valid),
         vocab_text=[absolute(path) for path in config.vocab_text],
     )
-
-
-@contextmanager
-def _folder_for_layers(plan: Plan | None, beside: Path) -> Iterator[Path | None]:
-    """For the file that streamed layers are read from on the CPU; once that is mapped, it needs no name any more."""
-    if plan is None or not plan.streamed or plan.device != "cpu":
-        yield None
-        return
-    existing = next(folder for folder in (beside, *beside.resolve().parents) if folder.is_dir())
-    with tempfile.TemporaryDirectory(prefix="petl-mt-", dir=existing) as name:
-        yield Path(name)
 
 
 @contextmanager

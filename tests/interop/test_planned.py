@@ -74,6 +74,23 @@ def test_weights_are_rounded_as_they_are_read(saved, tmp_path, storage):
     assert torch.isfinite(logits(loaded)).all()
 
 
+@pytest.mark.parametrize("storage", ["dense", "int8"])
+def test_tables_are_read_into_a_storage_of_their_own(saved, tmp_path, storage):
+    """Dense layers may be streamed from their file beside them, on a CPU too."""
+    model, path = saved
+    skeleton, like, plan = planned(path, storage=storage, tables="nf4", streamed=2 if storage == "dense" else 0)
+    loaded = load_planned(path, skeleton, like, plan, tmp_path)
+    kinds = {name: p.storage if isinstance(p, QuantisedTensor) else "dense" for name, p in loaded.named_parameters()}
+    table = loaded.get_input_embeddings().weight
+    assert table.storage == loaded.get_output_embeddings().weight.storage == "nf4"
+    rounded = quantise(model.get_input_embeddings().weight.detach(), "nf4")
+    assert all(torch.equal(a, b) for a, b in zip(table.parts(), rounded.parts(), strict=True))
+    assert {kind for name, kind in kinds.items() if ".layers." in name or ".block." in name} == {storage, "dense"}
+    files = list(tmp_path.glob("streamed.safetensors"))
+    plan.apply(pk.adapt(loaded, pk.LoRA(rank=2, targets="all-linear")), tmp_path, files)
+    assert torch.isfinite(logits(loaded)).all() and len(files) == (storage == "dense")
+
+
 def test_streamed_layers_come_from_a_file(saved, tmp_path):
     model, path = saved
     skeleton, like, plan = planned(path, streamed=2)

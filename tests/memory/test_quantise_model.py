@@ -14,10 +14,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import petl_kernels as pk
 from petl_kernels.api import _move
 from petl_kernels.errors import InputError
-from petl_kernels.memory.peak import peak_bytes
 from petl_kernels.memory.quantise_model import quantise_model
 from petl_kernels.methods import METHODS
 from petl_kernels.ops.quantised import STORAGES, TILE_BYTES, QuantisedTensor, quantise, storage_bytes
+
+from .peaks import peak_bytes
 
 FP32, FP64 = torch.float32, torch.float64
 FAMILIES = ("m2m100", "t5")
@@ -277,7 +278,7 @@ def test_merging_makes_one_weight_dense_after_the_other(storage):
     model = nn.Sequential(*(nn.Linear(size, size, bias=False) for _ in range(layers))).requires_grad_(False)
     pk.adapt(quantise_model(model, storage), pk.LoRA(rank=2, targets=r"\d"))
     dense, one = 4 * size * size, storage_bytes((size, size), storage, FP32)
-    peak = peak_bytes(lambda: pk.merge(model), model.parameters(), torch.device("cpu"))
+    peak = peak_bytes(lambda: pk.merge(model), model.parameters())
     small = sum(4 * 2 * 2 * size for _ in range(layers))
     assert layers * one < peak - dense < small + 2 * layers * one + 2.5 * TILE_BYTES  # a tile, twice
 
@@ -306,7 +307,7 @@ def test_what_is_set_aside_changes_device_in_place():
 def test_one_weight_after_the_other(storage):
     model = nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(6))).requires_grad_(False)
     dense, one = 6 * 4 * 256 * 256, storage_bytes((256, 256), storage, FP32)
-    peak = peak_bytes(lambda: quantise_model(model, storage), model.parameters(), torch.device("cpu"))
+    peak = peak_bytes(lambda: quantise_model(model, storage), model.parameters())
     assert dense < peak < dense + 3 * one  # the check for inf and nan takes some more for a moment
 
 
@@ -320,9 +321,29 @@ def test_a_step_without_memory(family, storage):
     assert all(parameter.grad is not None for parameter in pk.trainable_parameters(model))
 
 
+@families
+def test_tables_in_a_storage_of_their_own(family):
+    """Token embeddings and the output projection, tied or not; the layers in theirs, or as they were."""
+    for storage, tables in (("int8", "nf4"), ("dense", "nf4"), ("int8", "dense")):
+        model = adapted(family, "lora", dtype=FP32)
+        head = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+        of_tables = [name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in head]
+        quantise_model(model, storage, tables)
+        found = {
+            name: p.storage if isinstance(p, QuantisedTensor) else "dense"
+            for name, p in model.named_parameters(remove_duplicate=False)
+        }
+        assert {found[name] for name in of_tables} == {tables}
+        others = {kind for name, kind in found.items() if name not in of_tables}
+        assert others == {storage, "dense"}
+        assert torch.isfinite(model(**ragged(model)).logits).all()
+
+
 def test_wrong_input():
     with pytest.raises(InputError, match="storage is 'int4': expected int8 or nf4"):
         quantise_model(build("t5"), "int4")
+    with pytest.raises(InputError, match="tables is 'int4': expected dense or int8 or nf4"):
+        quantise_model(build("t5"), "int8", "int4")
     with pytest.raises(InputError, match="T5ForConditionalGeneration has no frozen linear layer"):
         quantise_model(build("t5"), "int8")
 

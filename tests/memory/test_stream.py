@@ -15,7 +15,9 @@ from torch import nn
 import petl_kernels as pk
 from petl_kernels.errors import InputError
 from petl_kernels.memory import stream
-from petl_kernels.memory.stream import FILE, copies_hide, stream_layers, unstream
+from petl_kernels.memory.mapped_weights import FILE
+from petl_kernels.memory.slots import Slots
+from petl_kernels.memory.stream import copies_hide, stream_layers, unstream
 from petl_kernels.methods.structure import describe
 
 _C = pytest.importorskip("petl_kernels._C")
@@ -61,7 +63,7 @@ def streamed(request, monkeypatch, tmp_path):
     def run(model: nn.Module, slots: int = 2, **options):
         if request.param == "slots":
             monkeypatch.setattr(
-                stream, "_store", lambda weights, slots, device, *_: stream._Slots(weights, slots, device, Copies())
+                stream, "_store", lambda weights, slots, device, *_: Slots(weights, slots, device, Copies())
             )
         return stream_layers(model, slots=slots, folder=tmp_path, **options)
 
@@ -177,7 +179,7 @@ def test_each_layer_travels_once_a_pass():
     """Forward and backward over 4 layers in 2 slots: 4 copies there, 2 back (the last two layers are still in)."""
     model, copies = adapted("m2m100", "lora", dtype=torch.float32), Copies()
     store = stream._store
-    stream._store = lambda weights, slots, device, *_: stream._Slots(weights, slots, device, copies)
+    stream._store = lambda weights, slots, device, *_: Slots(weights, slots, device, copies)
     try:
         stream_layers(model)
     finally:
@@ -243,9 +245,7 @@ def test_a_weight_that_is_changed_while_streamed_is_noticed(streamed):
 
 
 def test_reading_what_is_out_of_the_device_says_so(monkeypatch):
-    monkeypatch.setattr(
-        stream, "_store", lambda weights, slots, device, *_: stream._Slots(weights, slots, device, Copies())
-    )
+    monkeypatch.setattr(stream, "_store", lambda weights, slots, device, *_: Slots(weights, slots, device, Copies()))
     model = adapted("m2m100", "lora", dtype=torch.float32)
     stream_layers(model)
     with pytest.raises(RuntimeError, match="encoder.layers.1.fc1.weight: streamed, and read outside of its layer"):
@@ -401,7 +401,7 @@ def test_too_little_pinned_memory_leaves_the_model_as_it_was(monkeypatch):
     model = adapted("m2m100", "lora", dtype=torch.float32)
     before = step(model, ragged(model))
     monkeypatch.setattr(
-        stream, "_store", lambda weights, slots, device, *_: stream._Slots(weights, slots, device, Copies(60_000))
+        stream, "_store", lambda weights, slots, device, *_: Slots(weights, slots, device, Copies(60_000))
     )
     with pytest.raises(InputError, match=r"\d KiB of pinned host memory cannot be had \(out of memory\); expected"):
         stream_layers(model)

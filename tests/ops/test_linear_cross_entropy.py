@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from memory.peaks import peak_bytes
 from torch.nn import functional as F
 
 from petl_kernels import backends, ops, parity
 from petl_kernels.errors import InputError
-from petl_kernels.memory.peak import peak_bytes
 from petl_kernels.ops.linear_cross_entropy import compute
 
 from . import contract
@@ -14,7 +14,14 @@ from . import contract
 OP = "linear_cross_entropy"
 FP32, FP64 = torch.float32, torch.float64
 REDUCTIONS = ("mean", "sum", "none")
-DEFAULTS = (0.1, "uniform", 1.0, -100, 400)  # label_smoothing, smoothing, logit_scale, ignore_index, chunk_bytes
+DEFAULTS = (
+    0.1,
+    "uniform",
+    1.0,
+    -100,
+    400,
+    -1,
+)  # label_smoothing, smoothing, logit_scale, ignore_index, chunk_bytes, counted
 
 
 def arguments_of(dtype, seed=0, **options) -> dict:
@@ -258,9 +265,9 @@ def test_peak_memory_is_the_chunk(backend, needs, weight_dtype, blocks):
     living = [hidden, labels, weight, bias]
 
     def work():
-        compute(kernel, hidden, [weight], labels, bias, 0.1, "uniform", 1.0, -100, chunk_bytes, None, *needs)
+        compute(kernel, hidden, [weight], labels, bias, 0.1, "uniform", 1.0, -100, chunk_bytes, -1, None, *needs)
 
-    peak = peak_bytes(work, living, torch.device("cpu")) - sum(tensor.nbytes for tensor in living)
+    peak = peak_bytes(work, living) - sum(tensor.nbytes for tensor in living)
     dhidden, dweight, dbias = (
         need * size for need, size in zip(needs, (2 * rows * d, 4 * words * d, 4 * words), strict=True)
     )
@@ -275,6 +282,44 @@ def test_ignored_rows_are_not_looked_at(backend):
     values = parity.run(OP, backend, arguments)
     assert all(value.isfinite().all() for value in values.values())
     assert not values["dhidden"][arguments["labels"] == -100].any()
+
+
+@pytest.mark.parametrize("backend", contract.BACKENDS)
+@pytest.mark.parametrize("dtype", contract.DTYPES, ids=str)
+@pytest.mark.parametrize("counted", [14, 15, 17, 40])
+def test_rows_that_the_caller_has_counted(backend, dtype, counted):
+    """14 of 17 labels count: exactly these, some more, or all rows are worked on."""
+    contract.assert_parity(OP, backend, arguments_of(dtype, counted=counted))
+    contract.assert_parity(OP, backend, arguments_of(dtype, counted=counted, dlosses=True))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("counted", [8, 9, 10])
+def test_counted_changes_nothing(reduction, counted):
+    tensors, labels = leaves_of(contract.source(FP64))
+    tensors = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
+    options = {"label_smoothing": 0.1, "reduction": reduction}
+    plain, given = (
+        ops.linear_cross_entropy(**tensors, labels=labels, counted=number, **options) for number in (None, counted)
+    )
+    torch.testing.assert_close(given, plain)
+    for name, one, other in zip(
+        tensors, *(torch.autograd.grad(loss.sum(), tensors.values()) for loss in (given, plain)), strict=True
+    ):
+        torch.testing.assert_close(one, other, msg=name)
+
+
+@pytest.mark.parametrize("counted", [5, 9, 20])
+def test_counted_asks_the_device_for_nothing(counted):
+    """A tensor without values cannot answer."""
+    hidden, weight, labels = torch.randn(9, 8), torch.randn(30, 8), torch.zeros(9, dtype=torch.int64)
+    hidden, weight, labels = (tensor.to("meta") for tensor in (hidden, weight, labels))
+    kernel = backends.kernel_of(OP, "reference")
+    given = (kernel, hidden, [weight], labels, None, 0.1, "uniform", 1.0, -100, 400)
+    losses, dhidden, *_, count = compute(*given, counted, None, True, False, False)
+    assert losses.shape == (9,) and dhidden.shape == (9, 8) and count.is_meta
+    with pytest.raises(RuntimeError):
+        compute(*given, -1, None, True, False, False)
 
 
 @pytest.mark.parametrize("backend", contract.BACKENDS)
@@ -392,6 +437,8 @@ def test_refuses_labels_outside_the_vocabulary(backend):
         ({"labels": torch.zeros(3, 1, dtype=torch.int64)}, r"labels has shape \(3, 1\): expected \(3,\)"),
         ({"labels": torch.zeros(3, dtype=torch.int32)}, "labels has dtype torch.int32: expected torch.int64"),
         ({"labels": torch.zeros(3, dtype=torch.int64, device="meta")}, "labels is on meta"),
+        ({"counted": -2}, "counted is -2: expected how many labels count, 0 or more"),
+        ({"counted": 2}, "counted is 2: expected at least the 3 labels that count"),
         ({"label_smoothing": 1.0}, "label_smoothing is 1.0: expected 0 <= label_smoothing < 1"),
         ({"label_smoothing": -0.1}, "label_smoothing is -0.1"),
         ({"label_smoothing": float("nan")}, "label_smoothing is nan"),

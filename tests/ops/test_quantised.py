@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from petl_kernels import backends, ops, parity
 from petl_kernels.errors import InputError
 from petl_kernels.ops import quantised as op
-from petl_kernels.ops.quantised import QuantisedTensor, empty_quantised, parts_of, quantise, storage_bytes
+from petl_kernels.ops.quantised import QuantisedTensor, parts_of, quantise, storage_bytes
 
 from . import contract
 
@@ -25,6 +25,12 @@ storages = pytest.mark.parametrize("storage", op.STORAGES)
 
 def kernel(name: str, backend: str):
     return backends.kernel_of(name, backend) or backends.kernel_of(name, "reference")
+
+
+def empty_quantised(shape: tuple[int, int], storage: str, dtype: torch.dtype, device: str = "cpu") -> QuantisedTensor:
+    """A weight with memory and no values."""
+    parts = [torch.empty(size, dtype=kind, device=device) for size, kind in op._part_shapes(*shape, storage)]
+    return QuantisedTensor(parts, shape, dtype)
 
 
 def weight_of(shape=(40, 72), dtype=FP32, seed=0) -> torch.Tensor:

@@ -121,7 +121,9 @@ def quantised_run(parent, text, tmp_path):
     flags = ["--model", str(parent / "model"), "--src-lang", "en", "--tgt-lang", "de", "--method", "lora"]
     flags += ["--steps", "2", "--batch-tokens", "256", "--max-length", "40", "--lr", "0.01", "--memory", "64MiB"]
     assert main(["plan", *flags, "--json", str(plan), "--device", "cpu"]) == 0
-    plan.write_text(json.dumps({**json.loads(plan.read_text()), "storage": "nf4", "approximations": ["quantised"]}))
+    plan.write_text(
+        json.dumps({**json.loads(plan.read_text()), "storage": "nf4", "tables": "nf4", "approximations": ["quantised"]})
+    )
     assert main(["train", *flags, "--train", train.source, train.target, "--plan", str(plan), "--out", str(out)]) == 0
     return out
 

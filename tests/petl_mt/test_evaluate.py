@@ -42,7 +42,7 @@ def test_order_and_lines_are_kept(loaded, language, text):
     model, _ = loaded
     source, _ = read_pair(text["test"])
     source = [*source, "", "  ", source[0]]
-    together, cut = translate(model, language, source, beam=3, max_length=40, batch_tokens=240)
+    together, cut = translate(model, language, source, beam=3, max_length=40, limit=240)
     alone = [translate(model, language, [line], beam=3, max_length=40)[0][0] for line in source]
     assert together == alone and cut == 0
     assert together[-3:-1] == ["", ""] and together[-1] == together[0] != ""

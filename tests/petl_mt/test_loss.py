@@ -15,7 +15,7 @@ def model(parent):
 
 
 def batch_of(source: list[list[int]], labels: list[list[int]]) -> Batch:
-    return Batch(torch.tensor(source), torch.tensor(labels), np.arange(len(source)))
+    return Batch.of(torch.tensor(source), torch.tensor(labels), np.arange(len(source)), pad=1)
 
 
 def test_decoder_input_is_the_labels_one_later():

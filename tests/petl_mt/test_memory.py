@@ -11,10 +11,12 @@ import pytest
 import torch
 from petl_mt.cli import main
 from petl_mt.config import TrainConfig
+from petl_mt.data import Position
 from petl_mt.plan import plan_for, prepared
 from petl_mt.runs import RunFolder, Translator
 from petl_mt.train import _Training, train
 from safetensors.torch import load_file
+from test_resume import Killed, assert_same_run, kill_at
 
 import petl_kernels as pk
 from petl_kernels.errors import InputError
@@ -98,16 +100,83 @@ def test_a_tightened_plan_stays(settings, tmp_path):
     assert [layer.tier for layer in pk.report(loop.model).layers] == [4, 3]
 
 
-@pytest.mark.parametrize("storage", ["int8", "nf4"])
-def test_quantised_weights_train_and_translate(settings, tmp_path, storage):
+@pytest.mark.parametrize(("storage", "tables"), [("int8", "int8"), ("nf4", "nf4"), ("int8", "nf4"), ("dense", "nf4")])
+def test_quantised_weights_train_and_translate(settings, tmp_path, storage, tables):
     path = saved_plan(
-        settings, tmp_path / "plan.json", "2MiB", storage=storage, streamed=0, approximations=["quantised"]
+        settings,
+        tmp_path / "plan.json",
+        "2MiB",
+        storage=storage,
+        tables=tables,
+        streamed=0,
+        approximations=["quantised"],
     )
     result, _ = run(settings, tmp_path / "run", memory="2MiB", plan=path, allow=["quantised"], steps=40, lr=2e-2)
     losses = [line["valid_loss"] for line in metrics(tmp_path / "run") if "valid_loss" in line]
     assert losses[-1] < losses[0]
     assert len(list(Translator(tmp_path / "run").stream(["one two", "", "red house"]))) == 3
     assert result.stored_parameters < result.total_parameters
+
+
+def gradient_plan(settings: dict, path: Path, memory: str = "2MiB", **changes) -> dict:
+    """Options of a run that keeps gradients in bf16, by a plan that says so."""
+    levers = {"rows": 3, "micro_tokens": 120, "micro_batches": 4, "gradients": "bfloat16", "streamed": 0}
+    plan = saved_plan(settings, path, memory, **levers, approximations=["bf16-gradients"], **changes)
+    return {"memory": memory, "plan": plan, "allow": ["bf16-gradients"]}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+def test_a_run_with_bf16_gradients_learns_as_one_without(settings, tmp_path, optimizer):
+    if optimizer == "adamw8bit":
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (extra 8bit)")
+    settings |= {"steps": 8, "optimizer": optimizer}
+    exact, _ = run(settings, tmp_path / "exact")
+    rounded, _ = run(settings, tmp_path / "rounded", **gradient_plan(settings, tmp_path / "plan.json"))
+    assert rounded.losses == pytest.approx(exact.losses, rel=0.02) and rounded.losses != exact.losses
+    norms = [
+        [line["grad_norm"] for line in metrics(tmp_path / out) if "grad_norm" in line] for out in ("exact", "rounded")
+    ]
+    assert norms[1] == pytest.approx(norms[0], rel=0.05) and norms[1] != norms[0]
+    assert Plan.load(tmp_path / "rounded" / "plan.json").gradients == "bfloat16"
+
+
+def test_a_run_with_bf16_gradients_goes_on_with_the_same_bits(settings, tmp_path, monkeypatch):
+    settings |= gradient_plan(settings, tmp_path / "plan.json") | {"steps": 6}
+    run(settings, tmp_path / "whole")
+    kill_at(monkeypatch, 5)
+    with pytest.raises(Killed):
+        run(settings, tmp_path / "cut")
+    monkeypatch.undo()
+    train(TrainConfig(**{**settings, "out": str(tmp_path / "cut")}), resume=True, quiet=True)
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_a_step_that_is_tried_again_forgets_what_it_had_of_bf16_gradients(settings, tmp_path):
+    loop = training(settings, tmp_path / "run", **gradient_plan(settings, tmp_path / "plan.json"))
+    backward, calls = loop._backward, []
+
+    def fail_once(part, tokens):
+        calls.append(len(part.source))
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("once")
+        return backward(part, tokens)
+
+    batch = loop.batches.take(Position(0, 0))
+    loop._gradients([batch], batch.target_tokens)
+    expected = loop._clip(1.0)
+    loop._zero_gradients()
+    loop._backward = fail_once
+    loop._until_it_fits(lambda: loop._gradients([batch], batch.target_tokens))
+    assert calls[0] == calls[1] > calls[2]
+    torch.testing.assert_close(loop._clip(1.0), expected, rtol=0.01, atol=0)
+
+
+def test_a_plan_with_bf16_gradients_that_asks_too_much_is_tightened(settings, tmp_path, capsys):
+    options = gradient_plan(settings, tmp_path / "plan.json", "900KiB", tiers=(1, 1))
+    path = Path(options["plan"])
+    dataclasses.replace(Plan.load(path), rows=10, micro_tokens=400, micro_batches=1).save(path)
+    train(TrainConfig(**{**settings, **options, "out": str(tmp_path / "run")}))
+    assert "was not enough for a step; it goes on in" in capsys.readouterr().err
 
 
 def metrics(run: Path) -> list[dict]:
@@ -134,7 +203,7 @@ def training(settings: dict, out: Path, **changes) -> _Training:
 
 
 def test_evaluation_takes_smaller_batches_where_it_has_to(settings, tmp_path, capsys):
-    path = saved_plan(settings, tmp_path / "plan.json", "1200KiB", evaluation_tokens=40_000)
+    path = saved_plan(settings, tmp_path / "plan.json", "1200KiB", evaluation_tokens=40_000, search=None)
     out = tmp_path / "run"
     settings |= {"valid": settings["train"], "beam": 4}
     train(TrainConfig(**{**settings, "out": str(out), "memory": "1200KiB", "plan": path}))
@@ -196,7 +265,10 @@ def test_a_config_file_alone_is_enough_for_a_plan(settings, tmp_path, capsys):
         (["--memory", "1KiB"], "needs"),
         ([], "memory: not given"),
         (["--memory", "1GiB", "--device", "tpu"], "device 'tpu': expected cpu or cuda"),
-        (["--memory", "1GiB", "--allow", "rounding"], "allow 'rounding': expected quantised or 8bit-optimizer"),
+        (
+            ["--memory", "1GiB", "--allow", "rounding"],
+            "allow 'rounding': expected quantised or 8bit-optimizer or bf16-",
+        ),
         (["--memory", "1GiB", "--tier", "9"], "tier 9"),
         (["--memory", "1GiB", "--model", "new"], "model 'new'"),
         (["--memory", "1GiB", "--model", "nowhere.json"], "no such file"),

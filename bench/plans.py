@@ -1,0 +1,86 @@
+"""What the planner makes of published shapes under budgets, for a card that is not here: nothing is trained.
+
+    python bench/plans.py [SHAPE ...]     writes results/cpu/plans.json and the table of docs/MEMORY.md
+
+bf16, LoRA of rank 16 on q and v, updates of 4,096 tokens in sentences of up to 128, exact levers only. Bytes are
+counted; seconds follow from assumed rates (ASSUMED in memory/cost.py): they order plans rather than predict a card.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from budget import adapted
+from kept_bytes import write_table
+from shapes import config
+
+import petl_kernels as pk
+from petl_kernels.errors import InputError
+from petl_kernels.interop.files import atomic_write
+from petl_kernels.interop.hf import skeleton
+from petl_kernels.memory.cost import ASSUMED
+from petl_kernels.memory.size import format_size
+
+SHAPES = ("nllb-600m", "nllb-1.3b", "nllb-3.3b", "mbart", "madlad-3b", "madlad-10b")
+BUDGETS = (4, 6, 8, 12, 16, 24)
+RESULTS = Path(__file__).parent / "results" / "cpu" / "plans.json"
+MARKERS = ("<!-- table: python bench/plans.py -->", "<!-- end of the table of plans -->")
+
+
+def main() -> None:
+    found = json.loads(RESULTS.read_text())["plans"] if RESULTS.exists() else {}
+    for name in sys.argv[1:] or SHAPES:
+        found[name] = plans(name)
+    head = {
+        "command": "python bench/plans.py",
+        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
+        "torch": torch.__version__,
+        "device": "cuda, planned on a CPU",
+        "rates": f"assumed, not measured: {ASSUMED}",
+    }
+    with atomic_write(RESULTS) as file:
+        json.dump({**head, "plans": found}, file, indent=1)
+        file.write("\n")
+    write_table(table(found), *MARKERS)
+
+
+def plans(name: str) -> dict[str, dict]:
+    """By budget: the plan, or why there is none; and the seconds that planning took."""
+    model, found = adapted(skeleton(config(name))), {}
+    for gib in BUDGETS:
+        began = time.perf_counter()
+        try:
+            options = {"max_length": 128, "device": "cuda", "autocast": torch.bfloat16}
+            line = {"plan": pk.plan(model, f"{gib}GiB", 4096, **options).to_dict()}
+        except InputError as error:
+            line = {"refused": str(error)}
+        found[f"{gib}GiB"] = {"seconds_to_plan": round(time.perf_counter() - began, 1), **line}
+        print(name, gib, found[f"{gib}GiB"]["seconds_to_plan"], flush=True)
+    return found
+
+
+def table(found: dict[str, dict]) -> list[tuple[str, ...]]:
+    lines = [("model", *(f"{gib} GiB" for gib in BUDGETS)), ("---", *("---" for _ in BUDGETS))]
+    for name in filter(found.__contains__, SHAPES):
+        lines.append((name, *(cell(found[name][f"{gib}GiB"]) for gib in BUDGETS)))
+    return lines
+
+
+def cell(line: dict) -> str:
+    if "refused" in line:
+        return "nothing exact"
+    plan = line["plan"]
+    tiers = sorted(set(plan["tiers"]))
+    parts = [f"{plan['micro_batches']} × {plan['micro_tokens']:,}", f"tier {'–'.join(map(str, tiers))}"]
+    if plan["streamed"]:
+        parts.append(f"{plan['streamed']} of {len(plan['tiers'])} streamed")
+    return f"{', '.join(parts)}; {format_size(plan['peak'])}, {plan['seconds']:.2g} s"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""Tables of figures for a terminal, and plain text elsewhere."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+from measurements import Measurement, Run, digits, limit_of, peft_settings, seconds, size
+
+PLAIN_WIDTH = 1000  # no line is folded outside a terminal
+HEAD = ("implementation", "median", "spread", "/ limit")
+TAIL = ("GFLOP/s", "GB/s", "roofline", "peak memory")
+
+
+def case_table(case: Sequence[Measurement], run: Run) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of one case, fastest first: time, spread, ratios, rates, fraction of the roofline, peak memory."""
+    limit, peft = limit_of(case), peft_settings(case)
+    head = [*HEAD, *(f"/ {one.implementation}" for one in peft), *TAIL]
+    rows = []
+    for one in sorted(case, key=lambda m: m.median):
+        ratios = [ratio(one, other) for other in (limit, *peft)]
+        flops, moved, roofline = one.flop_rate(), one.byte_rate(), run.roofline(one)
+        rows.append(
+            [
+                one.implementation,
+                seconds(one.median),
+                f"{one.spread:.1%}",
+                *ratios,
+                digits(flops / 1e9) if flops else "",
+                digits(moved / 1e9) if moved else "",
+                f"{roofline:.0%}" if roofline else "",
+                "" if one.peak_bytes is None else size(one.peak_bytes),
+            ]
+        )
+    return head, rows
+
+
+def ratio(one: Measurement, other: Measurement | None) -> str:
+    return digits(one.median / other.median) if other else ""
+
+
+def render(
+    title: str, head: Sequence[str], rows: Sequence[Sequence[str]], terminal: bool, width: int, left: int = 1
+) -> str:
+    """A table as text: colours and the terminal's ``width`` on a terminal; all of every line elsewhere.
+
+    The first ``left`` columns are words, the others numbers. A column without any figure is left out.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(
+        file=io.StringIO(),
+        width=width if terminal else PLAIN_WIDTH,
+        force_terminal=terminal,
+        color_system="standard" if terminal else None,
+        highlight=False,
+        markup=False,
+    )
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim" if terminal else "")
+    shown = [column for column in range(len(head)) if any(row[column] for row in rows)]
+    for column in shown:
+        table.add_column(head[column], justify="left" if column < left else "right", no_wrap=column == 0)
+    for row in rows:
+        table.add_row(*(row[column] for column in shown), style="bold" if row[0].startswith("ours") else None)
+    console.print(title, style="bold" if terminal else None)
+    console.print(table)
+    lines = console.file.getvalue().splitlines()
+    return "\n".join(line.rstrip() for line in lines) + "\n"

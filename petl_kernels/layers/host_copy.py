@@ -1,0 +1,145 @@
+"""A layer's input that waits for its backward pass in host memory.
+
+On CUDA the copies run on a stream of their own, beside the matrix work, and nothing waits on the host:
+
+    forward     the copy to pinned memory starts when the layer does; the layer after it waits for its end, and only
+                then is the input given back. So one input beside the running layer's is never there.
+    backward    when a layer's input is needed, the copy of the one before it starts back to the device.
+
+Memory on the device belongs to the compute stream at both ends: a copy waits for what that stream has been given, and
+that stream waits for the copy before the memory is read or freed. Host buffers are read and written by the one stream
+of copies, in its order, so a buffer can be used again at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def host_copy(x: Tensor) -> HostCopy | TravellingCopy:
+    """What holds ``x``, the input of the layer that runs next. ``leave`` ends the layer's forward pass."""
+    return _travels(x.device).out(x) if x.is_cuda else HostCopy(x)
+
+
+class HostCopy:
+    """A copy that is made at once, where there is no other device, and read where it lies."""
+
+    def __init__(self, x: Tensor):
+        self._x: Tensor | None = x
+        self._host: Tensor | None = None
+
+    def get(self) -> Tensor:
+        """The tensor: the very one at first, later its copy."""
+        if self._x is not None:
+            return self._x
+        return self._host.detach().requires_grad_(self._requires_grad)
+
+    def leave(self) -> None:
+        x, self._x = self._x, None
+        self._host, self._requires_grad = x.detach().clone(), x.requires_grad
+
+
+class TravellingCopy:
+    """A copy on its way, of the ``Travels`` that made it."""
+
+    _x: Tensor | None = None  # on the device: the tensor itself, or what has come back of it
+    _running = True
+
+    def __init__(self, x: Tensor, buffer: Tensor, travels: Travels, before: Callable[[], TravellingCopy | None]):
+        self._travels, self._buffer, self._before = travels, buffer, before
+        self._requires_grad, self._device = x.requires_grad, x.device
+        self._host = buffer[: x.nbytes].view(x.dtype).view(x.shape)
+        self._moved = travels.copies.start(self._host, x.detach())
+        self._x = x
+
+    def get(self) -> Tensor:
+        """The tensor: the very one while its layer runs forward, later its copy; the one before it is asked for."""
+        if self._running:
+            return self._x
+        self._fetch()
+        x, self._x = self._x, None
+        self._travels.copies.wait(self._moved)
+        before = self._before()
+        if before is not None:
+            before._fetch()
+        return x.detach().requires_grad_(self._requires_grad)
+
+    def leave(self) -> None:
+        """The layer has run. The tensor stays until the next one leaves: the last is needed first in backward."""
+        self._running = False
+
+    def give_back(self) -> None:
+        """Free the memory on the device, after the copy."""
+        if self._x is not None:
+            self._travels.copies.wait(self._moved)
+            self._x = None
+
+    def _fetch(self) -> None:
+        if self._x is None:
+            self._x = torch.empty(self._host.shape, dtype=self._host.dtype, device=self._device)
+            self._moved = self._travels.copies.start(self._x, self._host)
+
+    def __del__(self):
+        self.give_back()
+        self._travels.put(self._buffer)
+
+
+class Travels:
+    """The copies of one device, and the pinned buffers that they share from step to step."""
+
+    def __init__(self, copies: CudaCopies):
+        self.copies = copies
+        self._free: list[Tensor] = []
+        self._last: Callable[[], TravellingCopy | None] = lambda: None
+
+    def out(self, x: Tensor) -> TravellingCopy:
+        held = TravellingCopy(x, self._take(x.nbytes), self, self._last)
+        before = self._last()
+        if before is not None:
+            before.give_back()
+        self._last = weakref.ref(held)
+        return held
+
+    def put(self, buffer: Tensor) -> None:
+        self._free.append(buffer)
+
+    def _take(self, size: int) -> Tensor:
+        """The smallest free buffer that is large enough, or a new one in the place of one that is too small."""
+        self._free.sort(key=lambda buffer: buffer.nbytes)
+        for k, buffer in enumerate(self._free):
+            if buffer.nbytes >= size:
+                return self._free.pop(k)
+        if self._free:
+            self._free.pop()
+        return self.copies.pinned(1 << max(0, size - 1).bit_length())  # as PyTorch rounds it anyway
+
+
+class CudaCopies:
+    """Copies between the device and pinned memory, on a stream of their own."""
+
+    def __init__(self, device: torch.device):
+        self._device, self._stream = device, torch.cuda.Stream(device)
+
+    def pinned(self, size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+    def start(self, to: Tensor, source: Tensor) -> torch.cuda.Event:
+        """Copy after all that the current stream has been given; returns the event of its end."""
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            to.copy_(source, non_blocking=True)
+        return self._stream.record_event()
+
+    def wait(self, event: torch.cuda.Event) -> None:
+        """What the current stream is given from now on runs after ``event``."""
+        torch.cuda.current_stream(self._device).wait_event(event)
+
+
+@functools.cache
+def _travels(device: torch.device) -> Travels:
+    return Travels(CudaCopies(device))

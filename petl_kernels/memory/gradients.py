@@ -1,0 +1,105 @@
+"""Gradients of trained parameters that wait for the update in 16 bits, where autograd leaves them in fp32.
+
+    after a backward:   s ← bf16(s + g)        sum in fp32, rounded to nearest; g is freed
+    clip, step          the optimiser sees c · s in fp32, c = min(1, largest / (‖s‖ + 1e-6)), a group at a time
+
+With one micro-batch s is bf16(g). After n of them |s - Σ g_i| ≤ ((1 + 2⁻⁸)ⁿ - 1) Σ |g_i|, the bound of a sum that is
+rounded n times (Higham, Accuracy and Stability of Numerical Algorithms, 4.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+# Of the fp32 gradients that the optimiser sees at a time; a larger parameter's is one group.
+GROUP_BYTES = 16 * 2**20
+PIECE = 2**18  # values that are widened at a time beside a gradient
+
+
+class RoundedGradients:
+    """Keeps the gradient of each of ``parameters`` (fp32, trained) in bf16: 2 bytes a value instead of 4.
+
+    From when it is made, a backward leaves no ``p.grad``. ``clip`` and ``step`` stand where a loop has the clipping of
+    gradients and the optimiser's step, and ``zero`` where it has ``zero_grad``. Only parameters that have had a
+    gradient are counted and moved, as in a plain loop. ``close`` takes it off again.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter]):
+        self.parameters = list(parameters)
+        self._sums: dict[nn.Parameter, Tensor] = {}
+        self._factor: Tensor | float = 1.0  # that clipping asks for
+        self._hooks = [p.register_post_accumulate_grad_hook(self._keep) for p in self.parameters]
+
+    def sum_of(self, parameter: nn.Parameter) -> Tensor:
+        """What is kept of ``parameter``'s gradient, bf16 in its shape; zeros before the first."""
+        if parameter not in self._sums:
+            self._sums[parameter] = torch.zeros_like(parameter, dtype=torch.bfloat16, requires_grad=False)
+        return self._sums[parameter]
+
+    @torch.no_grad()
+    def clip(self, largest: float) -> Tensor:
+        """Let ``step`` scale what is kept to a 2-norm of at most ``largest``; returns the norm, a scalar in fp32.
+
+        Norm and factor are those of ``nn.utils.clip_grad_norm_`` for the values that are kept.
+        """
+        norms = [_norm([_norm([piece.float()]) for piece in _pieces(self._sums[p])]) for p in self._moved()]
+        norm = _norm(norms) if norms else torch.zeros((), device=self.parameters[0].device)
+        self._factor = torch.clamp(largest / (norm + 1e-6), max=1.0)
+        return norm
+
+    @torch.no_grad()
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """``optimizer.step()`` on what is kept and clipped, for one group of parameters after the other."""
+        for group in groups(self._moved()):
+            for parameter in group:
+                parameter.grad = self._sums[parameter].float().mul_(self._factor)
+            optimizer.step()  # which leaves parameters without a gradient as they are
+            for parameter in group:
+                parameter.grad = None
+
+    def _moved(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.parameters if parameter in self._sums]
+
+    def zero(self) -> None:
+        """Forget all gradients, and those of a backward that was broken off; the bytes stay taken."""
+        self._factor = 1.0
+        for parameter in self.parameters:
+            parameter.grad = None
+        for kept in self._sums.values():
+            kept.zero_()
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._sums.clear()
+
+    @torch.no_grad()
+    def _keep(self, parameter: nn.Parameter) -> None:
+        for new, kept in zip(_pieces(parameter.grad), _pieces(self.sum_of(parameter)), strict=True):
+            kept.copy_(new.add_(kept.float()))
+        parameter.grad = None
+
+
+def groups(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """``parameters`` in order, in groups whose fp32 gradients take at most ``GROUP_BYTES``, or of one parameter."""
+    group: list[nn.Parameter] = []
+    size = 0
+    for parameter in parameters:
+        if group and size + 4 * parameter.numel() > GROUP_BYTES:
+            yield group
+            group, size = [], 0
+        group.append(parameter)
+        size += 4 * parameter.numel()
+    if group:
+        yield group
+
+
+def _pieces(values: Tensor) -> tuple[Tensor, ...]:
+    return values.view(-1).split(PIECE)
+
+
+def _norm(values: list[Tensor]) -> Tensor:
+    return torch.linalg.vector_norm(values[0] if len(values) == 1 else torch.stack(values))

@@ -1,0 +1,116 @@
+"""Result files as records: what is read, what follows, what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import measurements
+import pytest
+from measurements import load, load_folder
+from table import case_table, render
+
+from petl_kernels.errors import InputError
+
+from .conftest import CHECKOUT, entry
+
+
+def test_figures_that_follow(result_file):
+    run = load(result_file("ops.json", [entry("ours", 0.02, iqr=0.001), entry("limit", 0.01, flops=None)]))
+    ours, limit = run.measurements
+    assert ours.spread == pytest.approx(0.05)
+    assert ours.flop_rate() == pytest.approx(1e11)
+    assert ours.byte_rate() == pytest.approx(5e8)
+    assert ours.intensity() == pytest.approx(200)
+    # 2 GFLOP at 200 GFLOP/s take 10 ms, 10 MB at 20 GB/s 0.5 ms: the products are the roof, of a copy the bytes are.
+    assert run.roofline(ours) == pytest.approx(0.5)
+    assert run.roofline(limit) == pytest.approx(0.05)
+    assert limit.intensity() is None
+
+
+def test_roofline_without_rates_is_unknown(result_file):
+    run = load(result_file("ops.json", [entry("ours", 0.02)], rates={}))
+    assert run.roofline(run.measurements[0]) is None
+
+
+def test_kinds(result_file):
+    names = ["limit", "ours", "ours, graphs", "tier 2", "nf4", "PEFT, defaults", "eager", "Liger"]
+    run = load(result_file("ops.json", [entry(name, 1.0) for name in names]))
+    assert [one.kind for one in run.measurements] == ["limit", "ours", "ours", "ours", "ours", "peer", "peer", "peer"]
+
+
+def test_the_repository_s_results_are_read():
+    runs = load_folder(CHECKOUT / "bench" / "results" / "cpu")
+    assert {"ops", "step"} <= {run.name for run in runs}
+    assert all(one.median > 0 and one.group and one.op for run in runs for one in run.measurements)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"benchmarks": [{}]}', '"text"', "\x00"])
+def test_wrong_files_are_refused_by_name(tmp_path, text):
+    path = tmp_path / "wrong.json"
+    path.write_text(text)
+    with pytest.raises(InputError, match="wrong.json: no "):
+        load(path)
+
+
+def test_a_median_of_nothing_is_refused(tmp_path, result_file):
+    path = result_file("ops.json", [entry("ours", 1.0)])
+    broken = json.loads(path.read_text())
+    broken["benchmarks"][0]["stats"]["median"] = float("nan")
+    path.write_text(json.dumps(broken))
+    with pytest.raises(InputError, match="ops.json"):
+        load(path)
+
+
+def test_a_folder_without_results_is_refused(tmp_path):
+    (tmp_path / "budget.json").write_text("[]")
+    with pytest.raises(InputError, match="no result of petl-mt bench"):
+        load_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0.00 ns"),
+        (2.5e-9, "2.50 ns"),
+        (9.996e-6, "10.0 µs"),
+        (6.78e-3, "6.78 ms"),
+        (61.25, "61.2 s"),
+    ],
+)
+def test_seconds(value, text):
+    assert measurements.seconds(value) == text
+
+
+def test_sizes_and_rates():
+    assert [measurements.size(n) for n in (12, 1536, 3 << 20, 5 << 30)] == ["12 B", "1.50 KiB", "3.00 MiB", "5.00 GiB"]
+    assert measurements.rate(215e9, "FLOP/s") == "215 GFLOP/s"
+    assert measurements.rate(3.35e12, "B/s") == "3.35 TB/s"
+
+
+def test_table_of_a_case(result_file):
+    times = {"PEFT, defaults": 0.04, "ours": 0.02, "limit": 0.01}
+    run = load(result_file("ops.json", [entry(name, time) for name, time in times.items()]))
+    head, rows = case_table(run.measurements, run)
+    by_name = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
+    assert [row[0] for row in rows] == ["limit", "ours", "PEFT, defaults"]  # fastest first
+    assert by_name["ours"] == {
+        "implementation": "ours",
+        "median": "20.0 ms",
+        "spread": "1.0%",
+        "/ limit": "2.00",
+        "/ PEFT, defaults": "0.50",
+        "GFLOP/s": "100",
+        "GB/s": "0.50",
+        "roofline": "50%",
+        "peak memory": "3.00 MiB",
+    }
+
+
+def test_plain_text_has_no_escapes_and_terminals_fit():
+    head, rows = ["name", "time", "empty"], [["ours", "1.00 ms", ""], ["a long name of a peer", "2.00 ms", ""]]
+    plain = render("title", head, rows, terminal=False, width=20)
+    assert (
+        plain
+        == "title\nname                      time\nours                   1.00 ms\na long name of a peer  2.00 ms\n"
+    )
+    assert "\x1b[" in render("title", head, rows, terminal=True, width=80)

@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from petl_kernels import graphs
+from petl_kernels.graphs import CudaGraphs, GraphedStep
+
+
+class Recorder:
+    """Captures as CUDA does: nothing is computed, inputs and results stay in their places, and replaying computes."""
+
+    def __init__(self, failures: int = 0, error: type[Exception] = RuntimeError):
+        self.failures, self.error = failures, error
+        self.captures = self.replays = self.releases = 0
+
+    def capture(self, run):
+        if self.failures:
+            self.failures -= 1
+            raise self.error("operation not permitted when stream is capturing\nmore")
+        self.captures += 1
+        result = torch.zeros(())
+
+        def replay():
+            self.replays += 1
+            result.copy_(run())
+
+        return replay, result
+
+    def release(self):
+        self.releases += 1
+
+
+@pytest.fixture
+def weight():
+    weight = torch.nn.Parameter(torch.arange(4.0))
+    weight.grad = torch.zeros(4)
+    return weight
+
+
+def step_of(weight):
+    def run(x, scale):
+        loss = (x * weight).square().sum() * scale
+        loss.backward()
+        return loss
+
+    return run
+
+
+def test_replays_give_losses_and_gradients(weight):
+    recorder = Recorder()
+    step, place = GraphedStep(step_of(weight), recorder), weight.grad.data_ptr()
+    losses, expected, gradient = [], [], torch.zeros(4)
+    for rows in (2, 3, 2, 2, 3):
+        x, scale = torch.randn(rows, 4), torch.rand(())
+        losses.append(step(x, scale))
+        inner = (x * weight.detach()).square().sum() * scale
+        expected.append(inner)
+        gradient += 2 * scale * (x.square() * weight.detach()).sum(0)
+    torch.testing.assert_close(torch.stack(losses), torch.stack(expected))
+    torch.testing.assert_close(weight.grad, gradient)
+    assert (recorder.captures, recorder.replays, len(step)) == (2, 5, 2)
+    assert weight.grad.data_ptr() == place
+
+
+def test_a_shape_that_cannot_be_captured_runs_as_it_is(weight):
+    recorder = Recorder(failures=2)
+    step = GraphedStep(step_of(weight), recorder)
+    for _ in range(3):
+        step(torch.ones(1, 4), torch.ones(()))
+    assert recorder.captures == 0 and weight.grad.tolist() == [0, 6, 12, 18]
+    assert step.reason == "operation not permitted when stream is capturing"
+    step(torch.ones(2, 4), torch.ones(()))
+    assert recorder.captures == 1
+
+
+def test_out_of_memory_is_the_caller_s(weight):
+    step = GraphedStep(step_of(weight), Recorder(failures=1, error=torch.OutOfMemoryError))
+    with pytest.raises(torch.OutOfMemoryError):
+        step(torch.ones(1, 4), torch.ones(()))
+    assert not weight.grad.any() and len(step) == 0
+
+
+def test_no_more_than_the_most(weight, monkeypatch):
+    monkeypatch.setattr(graphs, "MOST", 2)
+    recorder = Recorder()
+    step = GraphedStep(step_of(weight), recorder)
+    for rows in (1, 2, 3, 3):
+        step(torch.ones(rows, 4), torch.ones(()))
+    assert (recorder.captures, recorder.replays) == (2, 2)
+    assert weight.grad.tolist() == [0, 18, 36, 54]
+
+
+def test_forget(weight):
+    recorder = Recorder()
+    step = GraphedStep(step_of(weight), recorder)
+    for _ in range(2):
+        step(torch.ones(1, 4), torch.ones(()))
+        step.forget()
+    assert (recorder.captures, recorder.releases, len(step)) == (2, 2, 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_the_card():
+    weight = torch.nn.Parameter(torch.arange(4.0, device="cuda"))
+    weight.grad = torch.zeros_like(weight)
+    run = step_of(weight)
+    step = GraphedStep(run, CudaGraphs(weight.device))
+    inputs = [(torch.randn(rows, 4, device="cuda"), torch.rand((), device="cuda")) for rows in (2, 3, 2, 2, 3)]
+    losses = [step(*given) for given in inputs]
+    gradient, weight.grad = weight.grad, torch.zeros_like(weight)
+    torch.testing.assert_close(torch.stack(losses), torch.stack([run(*given).detach() for given in inputs]))
+    torch.testing.assert_close(gradient, weight.grad)
+    assert len(step) == 2 and step.reason == ""
