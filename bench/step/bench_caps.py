@@ -4,8 +4,8 @@
     pytest bench/step/bench_caps.py ...                          the same in the bench, within SECONDS
 
 Both sides do the same updates on the same batches (``trial``). PEFT's settings are searched (``peft_settings``): in
-short form within the bench, the whole grid with --all. On a CPU the shape and the caps are a quarter of nllb-600m's: of its
-layers and of its words, not of its widths; its updates have 256 tokens a side.
+short form within the bench, the whole grid with --all. On a CPU the model has a quarter of nllb-600m's layers and words
+in its full widths, caps are small enough for that, and updates have 256 tokens a side.
 """
 
 from __future__ import annotations
@@ -70,7 +70,10 @@ class Side:
         if result.failure:
             return {}
         both = result.source_tokens + result.target_tokens
-        return {"target_tokens_per_second": result.target_tokens / self.seconds, "tokens_per_second": both / self.seconds}
+        return {
+            "target_tokens_per_second": result.target_tokens / self.seconds,
+            "tokens_per_second": both / self.seconds,
+        }
 
 
 class Study:
@@ -80,7 +83,14 @@ class Study:
     """
 
     def __init__(self, device: str, folder: Path, until: float, limit: float, every: bool, run: Callable = trials.run):
-        self.device, self.folder, self.until, self.limit, self.every, self.run = device, folder, until, limit, every, run
+        self.device, self.folder, self.until, self.limit, self.every, self.run = (
+            device,
+            folder,
+            until,
+            limit,
+            every,
+            run,
+        )
         self.sides: dict[tuple[str, str, str], Side] = {}
         self._known: dict[tuple, list[tuple[int, Result]]] = {}
 
@@ -142,7 +152,12 @@ class Study:
             cell = {"shape": shape, "cap": cap, "implementation": implementation, "setting": side.setting}
             cells.append(cell | dataclasses.asdict(side.result) | side.rates() | {"tried": side.tried})
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-        about = {"commit": commit, "torch": torch.__version__, "threads": torch.get_num_threads(), "whole_grid": self.every}
+        about = {
+            "commit": commit,
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "whole_grid": self.every,
+        }
         about |= {"data": dataclasses.asdict(DATA[self.device]), "rounds": ROUNDS[self.device]}
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:

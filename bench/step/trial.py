@@ -26,7 +26,6 @@ import torch.nn.functional as F
 from peft_settings import Setting
 from petl_mt.data import IGNORE, Batch, Corpus, Ragged
 from petl_mt.loss import sequence_loss, shift_right
-from petl_mt.prepare import cast_frozen_matrices
 from shapes import m2m_config
 from torch import Tensor, nn
 
@@ -119,7 +118,8 @@ def _context():
     """Processes fork from one that has imported what is slow to import, and has not touched CUDA (PEFT would)."""
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # or asking for a card would initialise CUDA there
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "transformers.models.m2m_100.modeling_m2m_100", "accelerate"])
+    slow = ["transformers.models.m2m_100.modeling_m2m_100", "accelerate", "petl_kernels.interop.planned"]
+    context.set_forkserver_preload(slow if torch.cuda.is_available() else [*slow, "peft"])
     return context
 
 
@@ -171,14 +171,13 @@ def worst_batch(data: Data, words: int) -> Batch:
     """Every sentence as long as they get: what has to fit, too."""
     rows = max(1, data.batch_tokens // data.longest)
     ids = torch.randint(FIRST_WORD, words, (rows, data.longest), generator=torch.Generator().manual_seed(0))
-    return Batch(ids, ids, np.arange(rows))
+    return Batch.of(ids, ids, np.arange(rows), PAD)
 
 
 def micro_batches(batch: Batch, micro_tokens: int, device: torch.device) -> Iterator[Batch]:
     rows = max(1, micro_tokens // max(batch.source.shape[1], batch.labels.shape[1]))
     for i in range(0, len(batch.source), rows):
-        part = slice(i, i + rows)
-        yield Batch(batch.source[part], batch.labels[part], batch.indices[part]).to(device)
+        yield batch.part(slice(i, i + rows), PAD).to(device)
 
 
 # ---- the checkpoint
@@ -210,8 +209,10 @@ def _values(name: str, shape: torch.Size, noise: Tensor) -> Tensor:
 
 # ---- the two sides
 
+
 def measure(trial: Trial) -> Result:
     device = torch.device(trial.device)
+    cap.expand_segments()
     torch.manual_seed(0)
     words = trial.shape[-1]
     updates, worst = batches(trial.data, words), worst_batch(trial.data, words)
@@ -292,24 +293,14 @@ class Update:
 def make_plan(model: nn.Module, trial: Trial, device: torch.device) -> tuple[Plan, nn.Module]:
     """(plan, the model on the meta device as it will be trained)"""
     like = our_adapted(copy.deepcopy(model))
-    memory, data = trial.memory, trial.data
-    plan = pk.plan(
-        like,
-        memory,
-        data.batch_tokens,
-        max_length=data.longest,
-        allow=trial.allow,
-        device=device,
-        autocast=torch.bfloat16,
-    )
+    data = trial.data
+    plan = pk.plan(like, trial.memory, data.batch_tokens, max_length=data.longest, allow=trial.allow, device=device)
     return plan, like
 
 
 def our_adapted(model: nn.Module) -> nn.Module:
-    """As petl-mt trains in bf16: frozen matrices in bf16, adapters and vectors in fp32, products under autocast."""
-    model = pk.adapt(model, pk.LoRA(rank=RANK, alpha=2.0 * RANK, targets=TARGETS))
-    cast_frozen_matrices(model, torch.bfloat16)
-    return model
+    """bf16 throughout, as PEFT's side has it, but for the adapters, which are in fp32."""
+    return pk.adapt(model.to(torch.bfloat16), pk.LoRA(rank=RANK, alpha=2.0 * RANK, targets=TARGETS))
 
 
 def our_model(
@@ -325,12 +316,11 @@ class OurUpdate(Update):
     """An update as the plan has it, in smaller parts where a step finds no room, as petl-mt does."""
 
     def __init__(self, model: nn.Module, plan: Plan, device: torch.device):
-        super().__init__(model, self.autocast_loss, plan.micro_tokens, device)
+        super().__init__(model, self.lean_loss, plan.micro_tokens, device)
         self.plan = plan
 
-    def autocast_loss(self, batch: Batch) -> Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16):
-            return sequence_loss(self.model, batch, START, PAD, SMOOTHING)
+    def lean_loss(self, batch: Batch) -> Tensor:
+        return sequence_loss(self.model, batch, START, PAD, SMOOTHING)
 
     def __call__(self, batch: Batch) -> float:
         while True:
@@ -410,7 +400,7 @@ def peft_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Of the logits in their own dtype, as transformers has it; PyTorch's own label smoothing."""
     logits = model(
         input_ids=batch.source,
-        attention_mask=(batch.source != PAD).long(),
+        attention_mask=(batch.source != PAD).long() if batch.padded else None,
         decoder_input_ids=shift_right(batch.labels, START, PAD),
         use_cache=False,
     ).logits
