@@ -76,11 +76,12 @@ class Trial:
 class Result:
     """seconds: of each round, which is all updates once. least, most: the bytes needed lie between them.
 
-    failure: why there are no seconds, in one line; out_of_memory tells that reason from the others.
+    failure: why there are no seconds, in one line; out_of_memory and late tell two reasons from the others.
     """
 
     failure: str = ""
     out_of_memory: bool = False
+    late: bool = False
     seconds: list[float] = field(default_factory=list)
     least: int = 0
     most: int = 0
@@ -102,7 +103,7 @@ def run(trial: Trial, limit: float) -> Result:
     sender.close()
     try:
         if not receiver.poll(limit):
-            return Result(f"not done after {limit:.0f} s")
+            return Result(f"not done after {limit:.0f} s", late=True)
         return receiver.recv()
     except EOFError:
         process.join()

@@ -15,7 +15,7 @@ pytest.importorskip("transformers")
 
 import bench_caps  # noqa: E402
 import trial  # noqa: E402
-from bench_caps import OURS, PEFT, Study, beside_peft, tells  # noqa: E402
+from bench_caps import NO_TIME, OURS, PEFT, Study, beside_peft, tells  # noqa: E402
 from peft_settings import BASES, Setting, best, halves, largest_that_fits, search, why_none  # noqa: E402
 from trial import Data, Result, Trial, batches, failed, micro_batches, worst_batch  # noqa: E402
 
@@ -110,7 +110,7 @@ def test_a_result_is_used_under_other_caps_only_where_it_holds():
     assert tells(1000, fits, 500) and tells(1000, fits, 2000) and not tells(1000, fits, 450)
     assert tells(480, fits, 490)  # it ran inside 480
     assert tells(1000, NO_ROOM, 999) and tells(1000, NO_ROOM, 1000) and not tells(1000, NO_ROOM, 1001)
-    assert tells(1000, Result("ValueError: x"), 5) and not tells(1000, Result("not tried: no time left"), 1000)
+    assert tells(1000, Result("ValueError: x"), 5) and not tells(1000, Result(NO_TIME), 1000)
 
 
 def test_a_study_runs_a_trial_once_and_says_why_peft_has_none(tmp_path):
@@ -128,7 +128,7 @@ def test_a_study_runs_a_trial_once_and_says_why_peft_has_none(tmp_path):
     for cap in ("512MiB", "320MiB"):
         peft, ours = study.side(shape, cap, PEFT), study.side(shape, cap, OURS)
         assert beside_peft(study, shape, cap, ours)["ratio"] == 4.0 and beside_peft(study, shape, cap, peft) == {}
-    assert len([t for t in ran if t.setting]) == 3  # plain, fp32 adapters, compiled; nothing anew under 320 MiB
+    assert len([t for t in ran if t.setting]) == 2  # adapters in bf16 and fp32; nothing anew under 320 MiB
     ours = study.side(shape, "160MiB", OURS)
     study.side(shape, "160MiB", PEFT)
     told = beside_peft(study, shape, "160MiB", ours)
@@ -140,8 +140,17 @@ def test_a_study_runs_a_trial_once_and_says_why_peft_has_none(tmp_path):
 def test_no_trial_starts_when_time_is_up(tmp_path):
     study = Study("cpu", tmp_path, time.monotonic() - 1, 60, every=False, run=lambda *_: pytest.fail("a trial ran"))
     (shape,) = bench_caps.SHAPES["cpu"]
-    assert study.side(shape, "512MiB", OURS).result.failure == "not tried: no time left"
-    assert "not tried" in study.side(shape, "512MiB", PEFT).result.failure
+    ours, _, peft = study.cell(shape, "512MiB")
+    assert ours.result.failure == NO_TIME and NO_TIME in peft.result.failure
+
+
+def test_a_trial_that_the_end_cut_says_nothing_about_other_caps(tmp_path):
+    late = Result("not done after 9 s", late=True)
+    (shape,) = bench_caps.SHAPES["cpu"]
+    for left, expected in ((9, NO_TIME), (900, late.failure)):
+        study = Study("cpu", tmp_path, time.monotonic() + left, 60, every=False, run=lambda *_: late)
+        study._checkpoint = lambda shape: tmp_path
+        assert study.side(shape, "512MiB", OURS).result.failure == expected
 
 
 # ---- data
