@@ -46,7 +46,7 @@ CAPS = {"cpu": ("320MiB", "160MiB", "512MiB"), "cuda": ("8GiB", "16GiB", "12GiB"
 # The cells that say most come first: time may run out.
 CELLS = {device: [(shape, cap) for cap in CAPS[device] for shape in SHAPES[device]] for device in SHAPES}
 DATA = {"cpu": Data(256, 64, updates=1), "cuda": Data(8192, 256, updates=4, multiple=8)}
-ROUNDS = {"cpu": 2, "cuda": 3}
+ROUNDS = 3
 SECONDS = 230  # of all cells together within the bench
 LIMIT = 60  # of one trial within the bench
 LIMIT_OF_ALL = 600
@@ -140,7 +140,7 @@ class Study:
             memory=memory,
             device=self.device,
             data=DATA[self.device],
-            rounds=ROUNDS[self.device],
+            rounds=ROUNDS,
             taken=taken(self.device),
             **options,
         )
@@ -165,7 +165,7 @@ class Study:
             "threads": torch.get_num_threads(),
             "whole_grid": self.every,
         }
-        about |= {"data": dataclasses.asdict(DATA[self.device]), "rounds": ROUNDS[self.device]}
+        about |= {"data": dataclasses.asdict(DATA[self.device]), "rounds": ROUNDS}
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:
             json.dump(about | {"cells": cells}, file, indent=1, default=str)
@@ -308,7 +308,7 @@ def main() -> None:
             print(f"{shape}, {cap}, {DATA[arguments.device].batch_tokens} tokens a side", flush=True)
             for name, side in zip((OURS, QUANTISED, PEFT), study.cell(shape, cap), strict=True):
                 print(f"  {name:16s} {table_row(study, shape, cap, side)}", flush=True)
-        study.save(results_of(arguments.device))
+            study.save(results_of(arguments.device))
 
 
 def table_row(study: Study, shape: str, cap: str, side: Side) -> str:

@@ -222,7 +222,7 @@ def measure(trial: Trial) -> Result:
         plan, model = None, skeleton(m2m_config(*trial.shape))
         if trial.setting is None:
             plan, like = make_plan(model, trial, device)
-            if trial.allow and plan.storage == "dense" and plan.optimizer == "adamw":
+            if trial.allow and not plan.approximations:
                 return Result("the plan approximates nothing")
         # what other processes hold counts as this one's context to the cap, and is none of its budget
         stack.enter_context(cap.capped(trial.memory + trial.taken, device))
@@ -340,7 +340,8 @@ class OurUpdate(Update):
 
 
 def plan_line(plan: Plan) -> str:
-    words = [f"{plan.storage} base", f"tiers {min(plan.tiers)} to {max(plan.tiers)}"]
+    words = [f"{plan.storage} base"] + ([f"{plan.tables} tables"] if plan.tables != plan.storage else [])
+    words += [f"tiers {min(plan.tiers)} to {max(plan.tiers)}"]
     words += [f"{plan.streamed} layers streamed"] if plan.streamed else []
     return ", ".join(words + [f"loss in {format_size(plan.chunk_bytes)}"])
 

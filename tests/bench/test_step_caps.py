@@ -202,6 +202,10 @@ def test_both_sides_train_on_the_same_weights_and_words(checkpoint):
     assert ours.loss == pytest.approx(peft.loss, rel=0.02) == pytest.approx(math.log(200), rel=0.1)
 
 
+def test_a_plan_that_approximates_nothing_is_no_result_of_its_own(checkpoint):
+    assert trial.measure(tiny(checkpoint, 64 * MIB, allow=("quantised",))).failure == "the plan approximates nothing"
+
+
 @pytest.mark.parametrize("setting", [Setting("nf4"), Setting("int8", checkpointing=True)])
 def test_a_rounded_base_trains(checkpoint, setting):
     pytest.importorskip("peft")
