@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import cpuinfo
 import pytest
 import torch
 
@@ -158,14 +160,9 @@ class Study:
         for (shape, cap, implementation), side in self.sides.items():
             cell = {"shape": shape, "cap": cap, "implementation": implementation, "setting": side.setting}
             cells.append(cell | dataclasses.asdict(side.result) | side.rates() | {"tried": side.tried})
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-        about = {
-            "commit": commit,
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-            "whole_grid": self.every,
-        }
-        about |= {"data": dataclasses.asdict(DATA[self.device]), "rounds": ROUNDS}
+        about = {"device": path.parent.name, "cpu": cpuinfo.get_cpu_info().get("brand_raw"), "cores": os.cpu_count()}
+        about |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "commit": commit()}
+        about |= {"whole_grid": self.every, "data": dataclasses.asdict(DATA[self.device]), "rounds": ROUNDS}
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:
             json.dump(about | {"cells": cells}, file, indent=1, default=str)
@@ -179,6 +176,11 @@ def tells(before: int, found: Result, memory: int) -> bool:
     if found.failure:
         return found.failure != NO_TIME
     return memory >= min(before, found.most)
+
+
+def commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
 
 def taken(device: str) -> int:
