@@ -1,4 +1,10 @@
-"""Shapes of the frozen linears and adapters, named after the models that have them."""
+"""Shapes of translation models by name, and which of them a device runs.
+
+A GPU runs every size that a model has, once, with 8,192 tokens. A CPU runs 512 tokens of `CPU_SHAPES` alone: NLLB-600M
+(mBART's layers are of the same size), NLLB-3.3B for the widest linears, and T5 base, whose width is no power of two.
+What else would show a CPU little (fp32, other ranks and bottlenecks) it runs at NLLB-600M's size alone, and
+torch.compile, which compiles for longer than all else runs, in the main case of each op at that size.
+"""
 
 from __future__ import annotations
 
@@ -7,57 +13,68 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Shape:
-    """Width of the model, width of its feed-forward, tokens in a batch."""
+    """Width of the model, width of its feed-forward block, heads, width of a head, words, tokens in a batch."""
 
     d: int
     ffn: int
+    heads: int
+    head_dim: int
+    words: int
     tokens: int
 
 
 # A CPU gets batches that fit its patience, a GPU batches that fill it.
 TOKENS = {"cpu": 512, "cuda": 8192}
-WIDTHS = {
-    "nllb-600m": (1024, 4096),
-    "nllb-3.3b": (2048, 8192),
-    "t5-base": (768, 2048),
-}
-# Width of the model, words of its output projection.
-VOCABULARIES = {"m2m-418m": (1024, 128112), "nllb-600m": (1024, 256206)}
 
-# Layers of each side, width, feed-forward width, heads, words.
+# BART family: layers of each side, width, feed-forward width, heads, words.
 MODELS = {
     "m2m-418m": (12, 1024, 4096, 16, 128112),
+    "mbart": (12, 1024, 4096, 16, 250054),
     "nllb-600m": (12, 1024, 4096, 16, 256206),
     "nllb-1.3b": (24, 1024, 8192, 16, 256206),
     "nllb-3.3b": (24, 2048, 8192, 16, 256206),
 }
-
-# Layers of each side, width, feed-forward width, heads, their width, words. The widths of the 10B model are those that
-# add up to its published 10.7B parameters; its config was not at hand.
-MADLAD = {
-    "madlad-3b": (32, 1024, 8192, 16, 128, 256000),
-    "madlad-10b": (32, 2048, 16384, 16, 256, 256000),
+# T5 family, gated GELU: the same, and the width of a head, which need not be d / heads. The widths of madlad-10b are
+# those that add up to its published 10.7 billion parameters; its config was not at hand.
+T5_MODELS = {
+    "t5": (12, 768, 2048, 12, 32128, 64),
+    "madlad-3b": (32, 1024, 8192, 16, 256000, 128),
+    "madlad-10b": (32, 2048, 16384, 16, 256000, 256),
 }
+# Of no model: the width of LoRA's third target in DESIGN §7.
+WIDE = {"wide": (1, 4096, 16384, 32, 256206)}
+# m2m-418m has nllb-600m's layers and half its words: what a CPU's vocabulary loss and training step have time for.
+NAMES = ["nllb-600m", "nllb-1.3b", "nllb-3.3b", "mbart", *T5_MODELS]
+CPU_SHAPES = ("nllb-600m", "nllb-3.3b", "t5", "m2m-418m")
+
+
+def shape(name: str, device: str) -> Shape:
+    _, d, ffn, heads, words, *rest = {**MODELS, **T5_MODELS, **WIDE}[name]
+    return Shape(d, ffn, heads, rest[0] if rest else d // heads, words, TOKENS[device])
+
+
+def distinct(*fields: str) -> list[str]:
+    """The first name of each combination of these fields that a model has, "gated" among them."""
+    first = {}
+    for name in NAMES:
+        values = {**vars(shape(name, "cuda")), "gated": name in T5_MODELS}
+        first.setdefault(tuple(values[field] for field in fields), name)
+    return list(first.values())
+
+
+def runs_on(name: str, device: str) -> bool:
+    return device != "cpu" or name in CPU_SHAPES
 
 
 def config(name: str):
-    """Of one of MODELS, MADLAD, or "mbart" (mBART-50)."""
-    if name in MADLAD:
-        return madlad_config(*MADLAD[name])
+    """Of a whole model: one of MODELS or T5_MODELS."""
+    if name in T5_MODELS:
+        return t5_config(*T5_MODELS[name], tie_word_embeddings=False, decoder_start_token_id=0)
     if name != "mbart":
         return m2m_config(*MODELS[name])
     from transformers import MBartConfig
 
-    return MBartConfig(**_bart(12, 1024, 4096, 16, 250054), activation_function="relu")
-
-
-def madlad_config(layers: int, d: int, ffn: int, heads: int, d_kv: int, words: int):
-    """Of MADLAD-400, a T5 1.1 whose output projection is not its embedding."""
-    from transformers import T5Config
-
-    sizes = {"d_model": d, "d_ff": ffn, "d_kv": d_kv, "num_heads": heads, "num_layers": layers}
-    kind = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "dropout_rate": 0.1}
-    return T5Config(vocab_size=words, num_decoder_layers=layers, decoder_start_token_id=0, **sizes, **kind)
+    return MBartConfig(**_bart(*MODELS[name]), activation_function="relu")
 
 
 def m2m_config(layers: int, d: int, ffn: int, heads: int, words: int, **settings):
@@ -74,6 +91,10 @@ def _bart(layers: int, d: int, ffn: int, heads: int, words: int) -> dict:
     return {"vocab_size": words, "d_model": d, **both, **dropout}
 
 
-def shape(name: str, device: str) -> Shape:
-    d, ffn = WIDTHS[name]
-    return Shape(d, ffn, TOKENS[device])
+def t5_config(layers: int, d: int, ffn: int, heads: int, words: int, head_dim: int, **settings):
+    """Of T5 v1.1 and MADLAD-400; dropout as they train."""
+    from transformers import T5Config
+
+    widths = {"d_model": d, "d_ff": ffn, "d_kv": head_dim, "num_heads": heads, "vocab_size": words}
+    depth = {"num_layers": layers, "num_decoder_layers": layers}
+    return T5Config(**widths, **depth, feed_forward_proj="gated-gelu", dropout_rate=0.1, **settings)

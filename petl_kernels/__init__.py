@@ -29,7 +29,7 @@ _HOME = {
     **dict.fromkeys(("load_adapter", "save_adapter", "save_merged"), "petl_kernels.interop"),
     "linear_cross_entropy": "petl_kernels.ops",
     "Plan": "petl_kernels.memory.plan",
-    "plan": "petl_kernels.memory.plan",
+    "plan": "petl_kernels.memory.planner",
     "InputError": "petl_kernels.errors",
 }
 _MODULES = ("nn", "ops", "parity")

@@ -105,7 +105,7 @@ def lean(
     fit (with the bytes it needs), for a memory that is no size and for a model of another family.
     """
     if isinstance(tier, str) and tier == "auto":
-        from petl_kernels.memory.plan import tiers_in_place  # which stands above this module
+        from petl_kernels.memory.planner import tiers_in_place  # which stands above this module
 
         tier, model.petl_chunk_bytes = tiers_in_place(model, memory, batch_tokens, max_length, autocast)
     elif memory is not None:

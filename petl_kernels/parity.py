@@ -359,7 +359,7 @@ def frozen_ffn_arguments(
     return {
         "x": draw(*rows, d),
         "w1": draw(f, d, std=d**-0.5),
-        "c1": _hidden_bias(draw, f, activation, draw.dtype) if bias else None,
+        "c1": draw(f) if bias else None,
         "w2": draw(d, f, std=f**-0.5),
         "c2": draw(d) if bias else None,
         "gate": draw(f, d, std=d**-0.5) if gated else None,

@@ -1,37 +1,57 @@
-"""activation beside torch's own relu and dropout: the packed ReLU keeps one bit an element."""
+"""activation (the packed ReLU) beside passes over its arrays (the limit), and torch's own relu and dropout."""
 
 from __future__ import annotations
 
+import functools
+
+import counts
 import pytest
 import torch
 import torch.nn.functional as F
-from measure import close, record, step
-from shapes import WIDTHS, shape
+from measure import Case, compiled, differentiated, measure, passes, peer, require
+from shapes import distinct, shape
 
 from petl_kernels import ops
-
-IMPLEMENTATIONS = {
-    "limit": lambda z, p: z.clone(),
-    "ours": lambda z, p: ops.activation(z, "relu", p),
-    "eager": lambda z, p: F.dropout(F.relu(z), p),
-}
+from petl_kernels.ops.philox import draw_seed
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def eager(z, p: float):
+    return F.dropout(F.relu(z), p)
+
+
+def inputs(f: int, dtype: torch.dtype, device: str, tokens: int):
+    return (torch.randn(tokens, f, device=device, dtype=dtype, requires_grad=True),)
+
+
+@pytest.mark.parametrize("implementation", ["limit", "ours", "eager", peer("torch.compile")])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("name", WIDTHS)
+@pytest.mark.parametrize("name", distinct("ffn"))
 def test_packed_relu(benchmark, name, dtype, dropout, implementation, device):
-    s = shape(name, device)
-    z = torch.randn(s.tokens, s.ffn, device=device, dtype=getattr(torch, dtype), requires_grad=True)
-    assert close(ops.activation(z, "relu"), F.relu(z), F.relu(z.detach().double()))
-    forward = IMPLEMENTATIONS[implementation]
-    benchmark.group = f"activation relu {name} {s.tokens}x{s.ffn} p={dropout} {dtype} fwd+bwd"
-    record(
+    require(name, device, implementation, small=dtype == "bfloat16" and not dropout)
+    s, size = shape(name, device), getattr(torch, dtype).itemsize
+    seed = draw_seed(torch.device(device)) if dropout else None
+    functions = {
+        "ours": lambda: lambda z: ops.activation(z, "relu", dropout, seed),
+        "eager": lambda: lambda z: eager(z, dropout),
+        "torch.compile": lambda: compiled(lambda z: eager(z, dropout)),
+    }
+    is_limit, draws_its_own = implementation == "limit", dropout and implementation != "ours"
+
+    def formula(z):
+        if draws_its_own:
+            return F.relu(z)
+        with ops.use("reference"):
+            return ops.activation(z, "relu", dropout, seed)
+
+    streams = counts.streams(2, s.tokens * s.ffn, size)
+    measure(
         benchmark,
-        step(lambda: forward(z, dropout), torch.randn_like(z), (z,)),
-        op="activation",
-        implementation=implementation,
-        flops=0,
-        bytes_moved=z.numel() * 4 * z.element_size() + z.numel() // 4,
+        Case("activation", name, s.tokens, dtype, device, f"relu p={dropout:g}"),
+        implementation,
+        passes(2, 2) if is_limit else differentiated(functions[implementation]()),
+        functools.partial(inputs, s.ffn, getattr(torch, dtype), device),
+        streams + streams if is_limit else counts.activation(s.tokens, s.ffn, "relu", size, bool(dropout)),
+        None if is_limit else formula,
+        differentiated(F.relu) if draws_its_own else None,
     )

@@ -1,38 +1,59 @@
-"""dropout_add beside torch's own dropout and addition, and a plain addition (the limit)."""
+"""dropout_add beside passes over its arrays (the limit), torch's own dropout and addition, and torch.compile."""
 
 from __future__ import annotations
 
+import functools
+
+import counts
 import pytest
 import torch
 import torch.nn.functional as F
-from measure import record, step
-from shapes import WIDTHS, shape
+from measure import Case, compiled, differentiated, measure, passes, peer, require
+from shapes import distinct, shape
 
 from petl_kernels import ops
+from petl_kernels.ops.philox import draw_seed
 
 P = 0.1
-IMPLEMENTATIONS = {
-    "limit": lambda x, residual: residual + x,
-    "ours": lambda x, residual: ops.dropout_add(x, residual, P),
-    "eager": lambda x, residual: residual + F.dropout(x, P),
-}
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def eager(x, residual):
+    return residual + F.dropout(x, P)
+
+
+def inputs(d: int, dtype: torch.dtype, device: str, tokens: int):
+    return tuple(torch.randn(tokens, d, device=device, dtype=dtype, requires_grad=True) for _ in range(2))
+
+
+@pytest.mark.parametrize("implementation", ["limit", "ours", "eager", peer("torch.compile")])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("name", WIDTHS)
+@pytest.mark.parametrize("name", distinct("d"))
 def test_dropout_add(benchmark, name, dtype, implementation, device):
-    s = shape(name, device)
-    x, residual = (
-        torch.randn(s.tokens, s.d, device=device, dtype=getattr(torch, dtype), requires_grad=True) for _ in range(2)
-    )
-    forward = IMPLEMENTATIONS[implementation]
-    benchmark.group = f"dropout_add {name} {s.tokens}x{s.d} p={P} {dtype} fwd+bwd"
-    record(
+    require(name, device, implementation, small=dtype == "bfloat16")
+    s, size = shape(name, device), getattr(torch, dtype).itemsize
+    seed = draw_seed(torch.device(device))
+    functions = {
+        "ours": lambda: lambda x, residual: ops.dropout_add(x, residual, P, seed),
+        "eager": lambda: eager,
+        "torch.compile": lambda: compiled(eager),
+    }
+    is_limit, draws_its_own = implementation == "limit", implementation != "ours"
+
+    def formula(x, residual):
+        if draws_its_own:
+            return residual + x
+        with ops.use("reference"):
+            return ops.dropout_add(x, residual, P, seed)
+
+    arrays = s.tokens * s.d
+    limit = counts.total([counts.streams(3, arrays, size), counts.streams(2, arrays, size)])
+    measure(
         benchmark,
-        step(lambda: forward(x, residual), torch.randn_like(x), (x, residual)),
-        op="dropout_add",
-        implementation=implementation,
-        flops=0,
-        bytes_moved=5 * x.numel() * x.element_size(),
+        Case("dropout_add", name, s.tokens, dtype, device, f"p={P:g}"),
+        implementation,
+        passes(3, 2) if is_limit else differentiated(functions[implementation]()),
+        functools.partial(inputs, s.d, getattr(torch, dtype), device),
+        limit if is_limit else counts.dropout_add(s.tokens, s.d, size),
+        None if is_limit else formula,
+        differentiated(lambda x, residual: residual + x) if draws_its_own else None,
     )

@@ -1,80 +1,125 @@
 """linear_cross_entropy with a frozen weight beside its two products alone (the limit), eager PyTorch on full logits,
-and PyTorch's own chunked loss. Time, and the most memory that one step takes beside its inputs.
+and chunked losses: PyTorch's own, Liger's, cut-cross-entropy. Time, and the most memory that a step takes beside its
+inputs.
+
+PyTorch's chunks and cut-cross-entropy have no label smoothing; ours is beside them without it too. Cut-cross-entropy is
+asked for exact gradients.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 
+import counts
+import model
 import pytest
 import torch
 import torch.nn.functional as F
-from measure import peak_memory, record, step
-from shapes import TOKENS, VOCABULARIES
+from measure import (
+    Case,
+    Work,
+    check,
+    copies,
+    differentiated,
+    installed,
+    peak_memory,
+    peer,
+    record,
+    require,
+    rotation,
+    step,
+)
+from shapes import distinct, shape
 from torch import Tensor
 
 from petl_kernels import ops
 
-SMOOTHING = 0.1
+MIB = 1 << 20
+CHECKED_WORDS = {"cpu": 5000, "cuda": 256206}
 
 
-def inputs(name: str, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    tokens, (d, words) = TOKENS[device], VOCABULARIES[name]
+def inputs(d: int, words: int, device: str, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     hidden = torch.randn(tokens, d, device=device, dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(words, d, device=device, dtype=torch.bfloat16).div_(d**0.5)
     return hidden, weight, torch.randint(0, words, (tokens,), device=device)
 
 
-def ours(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    return ops.linear_cross_entropy(hidden, weight, labels, label_smoothing=SMOOTHING)
+def ours(hidden: Tensor, weight: Tensor, labels: Tensor, smoothing: float, chunk_bytes: int = 32 * MIB) -> Tensor:
+    return ops.linear_cross_entropy(hidden, weight, labels, label_smoothing=smoothing, chunk_bytes=chunk_bytes)
 
 
-def eager(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(F.linear(hidden, weight), labels, label_smoothing=SMOOTHING)
+def eager(hidden: Tensor, weight: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+    return F.cross_entropy(F.linear(hidden, weight), labels, label_smoothing=smoothing)
 
 
-def torch_chunked(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Without label smoothing: with it, PyTorch 2.13 falls back to full logits."""
+def torch_chunked(hidden: Tensor, weight: Tensor, labels: Tensor, smoothing: float) -> Tensor:
     return F.linear_cross_entropy(hidden, weight, labels, options=torch.nn.LinearCrossEntropyOptions())
 
 
-LOSSES = {"ours": ours, "eager": eager, "torch-unsmoothed": torch_chunked}
+def products(hidden: Tensor, weight: Tensor, labels: Tensor) -> Work:
+    return Work(lambda: (hidden @ weight.T) @ weight)
 
 
-def products(hidden: Tensor, weight: Tensor) -> Callable:
-    def run() -> None:
-        with torch.no_grad():
-            (hidden @ weight.T) @ weight
-        if hidden.is_cuda:
-            torch.cuda.synchronize()
-
-    return run
+def of_torch(device: str):
+    if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        pytest.skip("PyTorch has no F.linear_cross_entropy before 2.13")
+    return torch_chunked
 
 
-@pytest.mark.parametrize("implementation", ["limit", *LOSSES])
-@pytest.mark.parametrize("name", VOCABULARIES)
-def test_linear_cross_entropy(benchmark, name, implementation, device):
-    if (name, device) == ("nllb-600m", "cpu"):
-        pytest.skip("twice the words of m2m-418m take a CPU twice the time, and show nothing else")
-    hidden, weight, labels = inputs(name, device)
-    if implementation == "limit":
-        run = products(hidden, weight)
-    else:
-        few = hidden[:8].detach(), weight[:5000], labels[:8] % 5000
-        exact = eager(few[0].double(), few[1].double(), few[2])
-        torch.testing.assert_close(ours(*few).double(), exact, rtol=1e-3, atol=0)
-        loss = LOSSES[implementation]
-        run = step(lambda: loss(hidden, weight, labels), torch.ones((), device=device), (hidden,))
-    run()
-    benchmark.extra_info["peak_bytes"] = peak_memory(run, device)
-    tokens, d = hidden.shape
-    benchmark.group = f"linear_cross_entropy {name} {tokens}x{d}x{len(weight)} bfloat16 fwd+bwd"
-    record(
-        benchmark,
-        run,
-        op="linear_cross_entropy",
-        implementation=implementation,
-        flops=4 * tokens * d * len(weight),
-        bytes_moved=2 * (2 * len(weight) * d + 2 * tokens * d),
-        rounds=15 if device == "cuda" else 3,
+def of_liger(device: str):
+    functional = installed("liger_kernel.transformers.functional", "Liger", device)
+    return lambda hidden, weight, labels, smoothing: functional.liger_fused_linear_cross_entropy(
+        hidden, weight, labels, label_smoothing=smoothing
     )
+
+
+def of_cut_cross_entropy(device: str):
+    library = installed("cut_cross_entropy", "cut-cross-entropy", device)
+    return lambda hidden, weight, labels, smoothing: library.linear_cross_entropy(
+        hidden, weight, labels, impl="cce_exact"
+    )
+
+
+LOSSES = {
+    "ours": lambda device: ours,
+    "ours, 300 MiB of logits": lambda device: functools.partial(ours, chunk_bytes=300 * MIB),
+    "eager": lambda device: eager,
+    "PyTorch": of_torch,
+    "Liger": of_liger,
+    "cut-cross-entropy": of_cut_cross_entropy,
+}
+SMOOTHINGS = {
+    0.1: ["limit", "ours", "ours, 300 MiB of logits", "eager", peer("Liger")],
+    0.0: ["limit", "ours", peer("PyTorch"), peer("cut-cross-entropy")],
+}
+CASES = [
+    pytest.param(smoothing, *getattr(name, "values", (name,)), marks=getattr(name, "marks", ()))
+    for smoothing, names in SMOOTHINGS.items()
+    for name in names
+]
+
+
+@pytest.mark.parametrize(("smoothing", "implementation"), CASES)
+@pytest.mark.parametrize("name", ["m2m-418m", *distinct("d", "words")])
+def test_linear_cross_entropy(benchmark, name, smoothing, implementation, device):
+    if device == "cpu" and name != "m2m-418m":
+        pytest.skip("twice the words of m2m-418m take a CPU twice the time, and show nothing else")
+    require(name, device, implementation)
+    s = shape(name, device)
+    make = functools.partial(inputs, s.d, s.words, device)
+    head = counts.linear_cross_entropy(
+        s.tokens, s.d, s.words, 2, (300 if implementation.endswith("logits") else 32) * MIB
+    )
+    if implementation == "limit":
+        prepare, head = products, model.products_of_head(s.tokens, s.d, s.words, 2)
+    else:
+        loss = functools.partial(LOSSES[implementation](device), smoothing=smoothing)
+        prepare = differentiated(loss)
+        few = inputs(s.d, min(s.words, CHECKED_WORDS[device]), device, 64)
+        check(prepare, functools.partial(eager, smoothing=smoothing), few)
+    runs = [step(prepare(*each)) for each in copies(lambda: make(s.tokens), device)]
+    peak = peak_memory(runs[0], device)
+    # PyTorch's own takes a CPU ten times as long as the others.
+    rounds = 15 if device == "cuda" else 1 if implementation == "PyTorch" else 3
+    case = Case("linear_cross_entropy", name, s.tokens, "bfloat16", device, f"smoothing {smoothing:g}", rounds)
+    record(benchmark, case, implementation, rotation(runs), head, peak)

@@ -1,88 +1,117 @@
-"""lora_linear beside the frozen linear alone (the limit), PEFT twice, and torch.compile."""
+"""lora_linear, alone and for q, k and v in one group, beside the frozen linears (the limit), PEFT and torch.compile."""
 
 from __future__ import annotations
 
+import functools
+
+import counts
 import pytest
 import torch
 import torch.nn.functional as F
-from measure import close, record, step
-from shapes import WIDTHS, shape
+from measure import Case, Work, compiled, differentiated, installed, measure, peer, require
+from shapes import WIDE, distinct, shape
 
 from petl_kernels import ops
 
-RANK = 16
+# name: linears in the group, rank
+CASES = {"r=8": (1, 8), "r=16": (1, 16), "r=64": (1, 64), "r=16 q/k/v": (3, 16)}
 
 
-def inputs(name: str, device: str, dtype: torch.dtype):
-    s = shape(name, device)
-    x = torch.randn(s.tokens, s.d, device=device, dtype=dtype, requires_grad=True)
-    weight = torch.randn(s.d, s.d, device=device, dtype=dtype) / s.d**0.5
-    bias = torch.randn(s.d, device=device, dtype=dtype)
+def inputs(d: int, groups: int, rank: int, dtype: torch.dtype, device: str, tokens: int):
+    new = functools.partial(torch.randn, device=device)
+    x = new(tokens, d, dtype=dtype, requires_grad=True)
+    weights = [(new(d, d) / d**0.5).to(dtype) for _ in range(groups)]
+    biases = [new(d, dtype=dtype) for _ in range(groups)]
     # Adapters are kept in fp32 and used in the dtype of x, as a training run does.
-    a = (torch.randn(RANK, s.d, device=device) / s.d**0.5).requires_grad_()
-    b = (torch.randn(s.d, RANK, device=device) / RANK**0.5).requires_grad_()
-    return x, weight, bias, a, b, torch.randn_like(x)
+    a = [(new(rank, d) / d**0.5).requires_grad_() for _ in range(groups)]
+    b = [(new(d, rank) / rank**0.5).requires_grad_() for _ in range(groups)]
+    return x, *weights, *biases, *a, *b
 
 
-def eager(x, weight, bias, a, b):
-    return F.linear(x, weight, bias) + F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
+def parts(tensors) -> list:
+    """[weights, biases, a, b]"""
+    groups = len(tensors) // 4
+    return [tensors[first : first + groups] for first in range(0, len(tensors), groups)]
 
 
-def ours(x, weight, bias, a, b):
-    return ops.lora_linear(x, weight, bias, a, b, 1.0)
+def eager(x, *tensors):
+    return [
+        F.linear(x, w, c) + F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
+        for w, c, a, b in zip(*parts(tensors), strict=True)
+    ]
 
 
-def peft_linear(weight, bias, a, b, autocast_adapter_dtype: bool):
-    peft = pytest.importorskip("peft")
+def grouped(x, *tensors):
+    weights, biases, a, b = (list(part) for part in parts(tensors))
+    return ops.lora_linear_grouped(x, weights, biases, a, b, [1.0] * len(a))
+
+
+def one_by_one(x, *tensors):
+    return [ops.lora_linear(x, w, c, a, b, 1.0) for w, c, a, b in zip(*parts(tensors), strict=True)]
+
+
+def frozen(x, *tensors) -> Work:
+    weights, biases, *_ = parts(tensors)
+    return Work(lambda: [F.linear(x, w, c) for w, c in zip(weights, biases, strict=True)], (x,))
+
+
+def peft_of(autocast_adapter_dtype: bool):
+    peft = installed("peft", "PEFT")
+
+    def prepare(x, *tensors) -> Work:
+        layers = [_peft_linear(peft, *each, autocast_adapter_dtype) for each in zip(*parts(tensors), strict=True)]
+        own = [[getattr(layer, name)["default"].weight for layer in layers] for name in ("lora_A", "lora_B")]
+        return Work(lambda: [layer(x) for layer in layers], (x, *own[0], *own[1]))
+
+    return prepare
+
+
+def _peft_linear(peft, weight, bias, a, b, autocast_adapter_dtype: bool):
     linear = torch.nn.Linear(weight.shape[1], weight.shape[0], device=weight.device, dtype=weight.dtype)
     linear.weight.data.copy_(weight)
     linear.bias.data.copy_(bias)
-    config = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["0"])
+    config = peft.LoraConfig(r=a.shape[0], lora_alpha=a.shape[0], target_modules=["0"])
     wrapped = torch.nn.Sequential(linear)
     model = peft.get_peft_model(wrapped, config, autocast_adapter_dtype=autocast_adapter_dtype)
     layer = model.base_model.model[0]
     layer.lora_A["default"].weight.data.copy_(a)
     layer.lora_B["default"].weight.data.copy_(b)
-    return layer, layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    return layer
 
 
-def run_of(implementation, x, weight, bias, a, b, dy):
-    if implementation == "limit":
-        return step(lambda: F.linear(x, weight, bias), dy, (x,))
-    if implementation.startswith("peft"):
-        layer, a, b = peft_linear(weight, bias, a, b, autocast_adapter_dtype=implementation == "peft")
-        return step(lambda: layer(x), dy, (x, a, b))
-    forward = {"ours": ours, "eager": eager, "compile": torch.compile(eager)}[implementation]
-    return step(lambda: forward(x, weight, bias, a, b), dy, (x, a, b))
+IMPLEMENTATIONS = {
+    "limit": lambda: frozen,
+    "ours": lambda: differentiated(grouped),
+    "ours, one by one": lambda: differentiated(one_by_one),
+    "eager": lambda: differentiated(eager),
+    "PEFT, defaults": lambda: peft_of(True),
+    "PEFT, bf16 adapters": lambda: peft_of(False),
+    "torch.compile": lambda: differentiated(compiled(eager)),
+}
+PEERS = ("PEFT, defaults", "PEFT, bf16 adapters", "torch.compile")
 
 
-peer = pytest.mark.peer
-
-
-@pytest.mark.parametrize(
-    "implementation",
-    [
-        "limit",
-        "ours",
-        "eager",
-        pytest.param("peft", marks=peer),
-        pytest.param("peft autocast_adapter_dtype=False", marks=peer),
-        pytest.param("compile", marks=peer),
-    ],
-)
+@pytest.mark.parametrize("implementation", [peer(name) if name in PEERS else name for name in IMPLEMENTATIONS])
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("name", WIDTHS)
-def test_lora_linear(benchmark, name, dtype, implementation, device):
-    x, weight, bias, a, b, dy = inputs(name, device, getattr(torch, dtype))
-    exact = eager(*(t.detach().double() for t in (x, weight, bias, a, b)))
-    assert close(ours(x, weight, bias, a, b), eager(x, weight, bias, a, b), exact)
-    tokens, d = x.shape
-    benchmark.group = f"lora_linear {name} {tokens}x{d} r={RANK} {dtype} fwd+bwd"
-    record(
+@pytest.mark.parametrize("name", [*distinct("d"), *WIDE])
+def test_lora_linear(benchmark, name, dtype, case, implementation, device):
+    require(name, device, implementation, small=dtype == "bfloat16" and case == "r=16")
+    groups, rank = CASES[case]
+    if groups == 1 and implementation == "ours, one by one":
+        pytest.skip("one linear is a group of its own")
+    if dtype == "float32" and (case != "r=16" or implementation == "PEFT, bf16 adapters"):
+        pytest.skip("fp32 for one rank; PEFT's two settings differ for 16-bit models alone")
+    s, size = shape(name, device), getattr(torch, dtype).itemsize
+    frozen_counts = counts.frozen_linear_library(s.tokens, s.d, s.d, size)
+    counted = counts.lora_linear(s.tokens, s.d, [s.d] * groups, [rank] * groups, size)
+    is_limit = implementation == "limit"
+    measure(
         benchmark,
-        run_of(implementation, x, weight, bias, a, b, dy),
-        op="lora_linear",
-        implementation=implementation,
-        flops=4 * tokens * d * d + (0 if implementation == "limit" else 12 * tokens * d * RANK),
-        bytes_moved=x.element_size() * (5 * tokens * d + 2 * d * d),
+        Case("lora_linear", name, s.tokens, dtype, device, case),
+        implementation,
+        IMPLEMENTATIONS[implementation](),
+        functools.partial(inputs, s.d, groups, rank, getattr(torch, dtype), device),
+        counts.total([frozen_counts] * groups) if is_limit else counted,
+        None if is_limit else eager,
     )

@@ -1,4 +1,4 @@
-"""A training step of NLLB-600M's shape with LoRA on q and v: ours in its tiers, beside PEFT.
+"""A training step of NLLB-600M's shape with LoRA on q and v: ours ("ours" is tier 1), beside PEFT.
 
 Random weights, bf16, vocabulary of 128,112 words, 4 x 128 source and as many target tokens on a CPU, dropout 0.1 as the
 checkpoints have it. The step is the loss of model(labels=...), and the gradients of the adapters.
@@ -6,9 +6,10 @@ checkpoints have it. The step is the loss of model(labels=...), and the gradient
 
 from __future__ import annotations
 
+import counts
 import pytest
 import torch
-from measure import record
+from measure import Case, record
 from shapes import MODELS, m2m_config
 
 import petl_kernels as pk
@@ -46,9 +47,9 @@ def with_tier(device: str, tier: int):
 IMPLEMENTATIONS = {
     "PEFT, defaults": lambda device: with_peft(device, True),
     "PEFT, bf16 adapters": lambda device: with_peft(device, False),
-    "tier 1": lambda device: with_tier(device, 1),
-    "tier 2": lambda device: with_tier(device, 2),
-    "tier 3": lambda device: with_tier(device, 3),
+    "ours": lambda device: with_tier(device, 1),
+    "ours, tier 2": lambda device: with_tier(device, 2),
+    "ours, tier 3": lambda device: with_tier(device, 3),
 }
 PEERS = [name for name in IMPLEMENTATIONS if name.startswith("PEFT")]
 
@@ -66,17 +67,12 @@ def test_step(benchmark, implementation, device):
     def step() -> None:
         loss = net(input_ids=source, attention_mask=mask, labels=labels, use_cache=False).loss
         torch.autograd.grad(loss, parameters)
-        if device == "cuda":
-            torch.cuda.synchronize()
 
     tokens = rows * LENGTH
-    benchmark.group = f"step nllb-600m {tokens}+{tokens} tokens bfloat16, LoRA r = 16 on q and v"
     record(
         benchmark,
+        Case("step", "m2m-418m", tokens, "bfloat16", device, "LoRA r=16", rounds=5),
+        implementation,
         step,
-        op="step",
-        implementation=implementation,
-        flops=4 * tokens * (LAYERS * 28 * D * D + WORDS * D),
-        bytes_moved=2 * 2 * (LAYERS * 28 * D * D + WORDS * D),
-        rounds=5,
+        counts.step(LAYERS, tokens, D, FFN, WORDS, torch.bfloat16.itemsize),
     )

@@ -1,5 +1,6 @@
 // The formulas are in petl_kernels/ops/frozen_ffn.py. The products are the library's, on chunks of rows; everything
-// between two products is one pass over the chunk, in pieces that stay in the first cache.
+// between two products is one pass over the chunk, in pieces that stay in the first cache. c1 is added in its product,
+// before the sum is rounded: behind it, ReLU would keep another sign than the sum has.
 #include "activations.h"
 #include "bits.h"
 #include "column_sum.h"
@@ -40,15 +41,6 @@ Slices slices_of(const Tensor& chunk) {
   return Slices(Blocks(chunk.size(0), 32));
 }
 
-// values (acc_t) = z + c1 for one piece, in buffer.
-template <typename scalar_t, typename acc_t>
-void add_bias(const scalar_t* z, const acc_t* c1, acc_t* __restrict values, int64_t count) {
-  convert(z, values, count);
-  if (c1 != nullptr) {
-    accumulate(c1, values, count);
-  }
-}
-
 template <typename acc_t>
 void multiply(const acc_t* __restrict factors, acc_t* __restrict values, int64_t count) {
   for (int64_t j = 0; j < count; ++j) {
@@ -63,15 +55,13 @@ T* data_or_null(const Tensor& tensor) {
 
 struct Hidden {
   Activation activation;
-  Tensor c1;  // in the compute dtype, or undefined
 
-  // h = act(z + c1) [⊙ g]. bits: which h are positive, or undefined. z becomes z + c1 where keep_z; h may be z.
-  void forward(const Tensor& z, const Tensor& g, const Tensor& bits, bool keep_z, const Tensor& h) const {
+  // h = act(z) [⊙ g]. bits: which h are positive, or undefined. h may be z.
+  void forward(const Tensor& z, const Tensor& g, const Tensor& bits, const Tensor& h) const {
     PETL_DISPATCH_FLOATING(z.scalar_type(), "frozen_ffn", [&] {
       using acc_t = compute_t<scalar_t>;
       const int64_t f = z.size(1), width = packed_width(f);
-      const acc_t* bias = data_or_null<acc_t>(c1);
-      auto* z_data = z.mutable_data_ptr<scalar_t>();
+      const auto* z_data = z.const_data_ptr<scalar_t>();
       auto* h_data = h.mutable_data_ptr<scalar_t>();
       const auto* g_data = data_or_null<scalar_t>(g);
       auto* bits_data = data_or_null<uint8_t>(bits);
@@ -79,10 +69,7 @@ struct Hidden {
       const auto piece = [&](int64_t row, int64_t first, int64_t count) {
         acc_t *values = value_buffer.mine(), *gates = gate_buffer.mine();
         const int64_t at = row * f + first;
-        add_bias(z_data + at, bias == nullptr ? nullptr : bias + first, values, count);
-        if (keep_z && bias != nullptr) {
-          convert(values, z_data + at, count);
-        }
+        convert(z_data + at, values, count);
         activate(activation, values, count);
         if (bits_data != nullptr) {
           pack_nonzero(values, count, bits_data + row * width + first / 8);
@@ -100,17 +87,13 @@ struct Hidden {
     });
   }
 
-  // dh becomes dz; dg = dh ⊙ act(z + c1) where there is a gate; dc1 += Σ dz where that is wanted. with_bias: whether z
-  // still lacks c1.
-  void backward(
-      const Tensor& z, const Tensor& g, bool with_bias, const Tensor& dh, const Tensor& dg, const OptionalTensor& dc1)
-      const {
+  // dh becomes dz; dg = dh ⊙ act(z) where there is a gate; dc1 += Σ dz where that is wanted.
+  void backward(const Tensor& z, const Tensor& g, const Tensor& dh, const Tensor& dg, const OptionalTensor& dc1) const {
     const Slices slices = slices_of(dh);
     const Tensor sums = dc1 ? slices.partial_sums(dh, {dh.size(1)}) : Tensor();
     PETL_DISPATCH_FLOATING(z.scalar_type(), "frozen_ffn_backward", [&] {
       using acc_t = compute_t<scalar_t>;
       const int64_t f = z.size(1);
-      const acc_t* bias = with_bias ? data_or_null<acc_t>(c1) : nullptr;
       const auto* z_data = z.const_data_ptr<scalar_t>();
       auto* dh_data = dh.mutable_data_ptr<scalar_t>();
       const auto* g_data = data_or_null<scalar_t>(g);
@@ -119,7 +102,7 @@ struct Hidden {
       const auto piece = [&](int64_t row, int64_t first, int64_t count, acc_t* sum) {
         acc_t *values = value_buffer.mine(), *grads = grad_buffer.mine(), *buffer = gate_buffer.mine();
         const int64_t at = row * f + first;
-        add_bias(z_data + at, bias == nullptr ? nullptr : bias + first, values, count);
+        convert(z_data + at, values, count);
         convert(dh_data + at, grads, count);
         if (g_data != nullptr) {
           std::copy_n(values, count, buffer);
@@ -164,10 +147,6 @@ struct Hidden {
   }
 };
 
-Hidden hidden_of(const Tensor& x, const OptionalTensor& c1, std::string_view activation) {
-  return {parse_activation(activation), c1 ? c1->to(compute_type(x)).contiguous() : Tensor()};
-}
-
 // The frozen weights, W1 and the gate (f, d), W2 (d, f).
 struct Network {
   Network(at::TensorList w1, at::TensorList w2, at::TensorList gate, int64_t d)
@@ -199,7 +178,7 @@ std::tuple<Tensor, Tensor, Tensor> frozen_ffn(
   const Network network(w1_parts, w2_parts, gate_parts, rows.size(1));
   const auto& [w1, w2, gate] = network;
   const int64_t tokens = rows.size(0), f = w1.out;
-  const Hidden hidden = hidden_of(x, c1, activation);
+  const Hidden hidden{parse_activation(activation)};
   const bool keep_z = keeps == "z", keep_bits = keeps == "bits";
   Tensor y = at::empty_like(rows), bits, kept_z, kept_g;
   if (keep_bits) {
@@ -215,11 +194,11 @@ std::tuple<Tensor, Tensor, Tensor> frozen_ffn(
     const Tensor x_rows = part(rows, first, count), h = part(h_chunk, 0, count);
     const Tensor z = keep_z ? part(kept_z, first, count) : h;
     const Tensor g = keep_z ? part(kept_g, first, count) : part(g_chunk, 0, count);
-    project_out(z, x_rows, w1);
+    project_out(z, x_rows, w1, c1);
     if (gate) {
       project_out(g, x_rows, *gate);
     }
-    hidden.forward(z, g, part(bits, first, count), keep_z, h);
+    hidden.forward(z, g, part(bits, first, count), h);
     project_out(part(y, first, count), h, w2, c2);
   });
   const auto absent = [&] { return at::empty({0}, x.options()); };
@@ -247,7 +226,7 @@ std::tuple<Tensor, Tensor, Tensor> frozen_ffn_backward(
   const Network network(w1_parts, w2_parts, gate_parts, rows.size(1));
   const auto& [w1, w2, gate] = network;
   const int64_t f = w1.out;
-  const Hidden hidden = hidden_of(dy, c1, activation);
+  const Hidden hidden{parse_activation(activation)};
   const bool recompute = keeps == "x";
   const auto sum_options = dy.options().dtype(compute_type(dy));
   Tensor dx = need_dx ? at::empty_like(rows) : at::empty({0}, dy.options());
@@ -266,12 +245,12 @@ std::tuple<Tensor, Tensor, Tensor> frozen_ffn_backward(
         const Tensor z = recompute ? part(z_chunk, 0, count) : part(kept_z, first, count);
         const Tensor g = !gate ? Tensor() : recompute ? part(g_chunk, 0, count) : part(kept_g, first, count);
         if (recompute) {
-          project_out(z, part(x_rows, first, count), w1);
+          project_out(z, part(x_rows, first, count), w1, c1);
         }
         if (recompute && gate) {
           project_out(g, part(x_rows, first, count), *gate);
         }
-        hidden.backward(z, g, recompute, dz, dg, dc1);
+        hidden.backward(z, g, dz, dg, dc1);
       }
       if (need_dx) {
         Tensor dx_rows = part(dx, first, count);

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from petl_kernels.interop.hf import load_weights
 from petl_kernels.memory.mapped_weights import WeightFile
-from petl_kernels.memory.plan import Plan, SearchPlan, streamed_weights
+from petl_kernels.memory.plan import Plan
+from petl_kernels.memory.planner import SearchPlan
 from petl_kernels.memory.quantise_model import quantisable, storage_of
+from petl_kernels.memory.resident import streamed_weights
 from petl_kernels.ops.quantised import quantise
 
 

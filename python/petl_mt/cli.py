@@ -179,6 +179,8 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     flag("--allow", metavar="NAMES", type=_names, group=loop, help=f"what a plan may round: {approximations}")
     flag("--plan", metavar="FILE", group=loop, help="a plan that petl-mt plan has written, in place of one made now")
     flag("--tier", type=int, metavar="N", group=loop, help="memory tier of the layers, 1 to 5; 0: the model's own")
+    graphs = "capture a step once for each shape of its batches, and replay it (CUDA; for small models)"
+    flag("--cuda-graphs", action="store_true", group=loop, help=graphs)
     flag("--tensorboard", action="store_true", group=loop)
 
 

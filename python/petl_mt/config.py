@@ -84,6 +84,7 @@ class TrainConfig:
     allow: list[str] = field(default_factory=list)  # approximations that a plan may use
     tier: int | None = None  # how little the layers keep for backward, see petl_kernels.lean; 1, or the plan's choice
 
+    cuda_graphs: bool = False  # a step is captured once for each shape of its batches, and replayed
     optimizer: str = "adamw"  # or adamw8bit: moments rounded to 8 bits, by bitsandbytes
     lr: float | None = None
     schedule: str | None = None  # inverse-sqrt for a new model, linear for any other

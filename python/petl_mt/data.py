@@ -144,6 +144,13 @@ class Batch:
     def part(self, rows: slice, pad: int) -> Batch:
         return Batch.of(self.source[rows], self.labels[rows], self.indices[rows], pad)
 
+    def filled(self, rows: int, token: int) -> Batch:
+        """With rows of ``token`` and no labels at its end, ``rows`` in all: they change no loss and no gradient."""
+        missing = max(0, rows - len(self.source))
+        source = torch.cat([self.source, self.source.new_full((missing, self.source.shape[1]), token)])
+        labels = torch.cat([self.labels, self.labels.new_full((missing, self.labels.shape[1]), IGNORE)])
+        return Batch(source, labels, self.indices, self.target_tokens, self.padded)
+
     def to(self, device: torch.device) -> Batch:
         """On a CUDA device by way of pinned memory, without waiting for the copy."""
         source, labels = self.source, self.labels

@@ -11,7 +11,7 @@ from torch import nn
 from petl_kernels.errors import InputError
 from petl_kernels.interop.hf import load_config, skeleton
 from petl_kernels.memory.plan import Plan
-from petl_kernels.memory.plan import plan as make_plan
+from petl_kernels.memory.planner import plan as make_plan
 
 from .config import TrainConfig
 from .prepare import adapt, cast_frozen_matrices, set_dropout

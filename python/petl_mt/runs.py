@@ -109,7 +109,8 @@ def load_run_within(
     from petl_kernels.interop.hf import load_skeleton
     from petl_kernels.interop.planned import load_planned
     from petl_kernels.memory import cap
-    from petl_kernels.memory.plan import SLOTS, plan_search
+    from petl_kernels.memory.planner import plan_search
+    from petl_kernels.memory.resident import SLOTS
     from petl_kernels.memory.stream import stream_layers
     from petl_kernels.methods.structure import describe
 

@@ -11,13 +11,12 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -34,8 +33,8 @@ from .checkpoint import Checkpoints
 from .config import Pair, TrainConfig
 from .data import Batch, Position, TrainBatches, encode_pairs, read_pair
 from .evaluate import BatchLimit, Scores, bleu_metric, score_lines, translate, until_it_fits, validation_loss
+from .late import LateReader
 from .log import RunLog, memory_in_use
-from .loss import sequence_loss
 from .plan import plan_for, prepared
 from .prepare import (
     decoder_start,
@@ -46,6 +45,7 @@ from .prepare import (
 )
 from .runs import RunFolder, absolute, folder_for_layers, hush
 from .schedule import lr_factor
+from .update import GRAPH_WIDTH, Update, check_graphs
 
 LOG_LINES = 200  # lines of training metrics over a whole run
 
@@ -154,13 +154,15 @@ class _Training:
         self.valid, self.valid_counts = None, []
         if config.valid:
             self.valid, self.valid_counts = encode_pairs(self.valid_text, self.languages, config.max_length, "valid")
-        self.multiple = 8 if self.device.type == "cuda" else 1
+        self.multiple = GRAPH_WIDTH if config.cuda_graphs else 8 if self.device.type == "cuda" else 1
         self.batches = TrainBatches(corpus, config.batch_tokens, config.seed, self.multiple)
 
         self.total_parameters = self.stored_parameters = sum(p.numel() for p in self.model.parameters())
         longest = -(-int(corpus.lengths.max()) // self.multiple) * self.multiple
         like = self._like() if config.memory is not None else None
         self.plan = self._make_plan(like, longest) if like is not None else None
+        if config.cuda_graphs:
+            check_graphs(self.device, self.plan)
         if limits is not None and config.memory is not None:
             limits.enter_context(cap.capped(parse_size(config.memory), self.device))
         self._load(config, like)
@@ -169,8 +171,6 @@ class _Training:
             self.stored_parameters = pk.report(self.model).stored
         optimizer = self.plan.optimizer if self.plan else config.optimizer
         self.optimizer = self.accelerator.prepare(make_optimizer(self.parameters, config, optimizer))
-        self.rounded = getattr(self.model, "petl_gradients", None)  # where the plan keeps gradients in bf16
-        self.micro_tokens = self.plan.micro_tokens if self.plan else None
         self.limit = BatchLimit(config.batch_tokens)
         if self.plan:
             self.limit = BatchLimit(self.plan.evaluation_tokens, self.plan.search)
@@ -180,6 +180,10 @@ class _Training:
         self.durations: list[float] = []
         self.losses: list[float] = []
         self._prepare_folder(resuming)
+        pad = self.tokenizer.pad_token_id
+        given = (self.model, self.optimizer, self.accelerator, config, self.plan, self.start, pad, self.log.say)
+        self.update = Update(*given)
+        self.numbers = LateReader(self.device, self._log_step)
 
     def _load(self, config: TrainConfig, like: nn.Module | None) -> None:
         """Weights, what the method adds, tiers; in the storage and the place of the plan."""
@@ -192,14 +196,8 @@ class _Training:
                 files = sorted(folder.glob("*.safetensors")) if folder else []
                 self.plan.apply(self.model, folder, files)
             else:
-                pk.lean(self.model, self.tiers)
+                pk.lean(self.model, 1 if config.tier is None else config.tier)
         self.model.to(self.device)
-
-    @property
-    def tiers(self) -> int | list[int]:
-        if self.plan:
-            return list(self.plan.tiers)
-        return 1 if self.config.tier is None else self.config.tier
 
     def _like(self) -> nn.Module:
         """The model as it will be trained, on the meta device."""
@@ -222,67 +220,6 @@ class _Training:
         if plan.longest < longest:
             raise InputError(f"plan {given}: for sentences of {plan.longest} tokens; the text has some of {longest}")
         return plan
-
-    def _try_worst_batch(self) -> None:
-        """The largest micro-batch of the longest sentences, before anything else: a plan that is wrong shows now."""
-        rows, longest = self.plan.rows, self.plan.longest
-
-        def gradients() -> None:
-            for part in self._micro_batches(batch):
-                self._backward(part, rows * longest)
-
-        self.model.train()
-        cap.reset_peak(self.device)
-        ids = torch.full((rows, longest), self.tokenizer.eos_token_id)
-        batch = Batch.of(ids, ids.clone(), np.arange(rows), self.tokenizer.pad_token_id)
-        with torch.random.fork_rng():
-            self._until_it_fits(gradients)
-        self._zero_gradients()
-        self.log.say(
-            f"memory {self.config.memory}: planned {format_size(self.plan.peak)}, "
-            f"the largest micro-batch took {format_size(self._peak())}"
-        )
-
-    def _peak(self) -> int:
-        """Of the allocator; on the CPU the pages of streamed layers are beside what it counts."""
-        streamed = getattr(self.model, "petl_streamed", None)
-        pages = streamed.resident_bytes() if streamed is not None and self.device.type == "cpu" else 0
-        return cap.peak(self.device) + pages
-
-    def _until_it_fits(self, run: Callable[[], Any]) -> Any:
-        """``run()``, again and tighter where memory does not suffice: the same tokens in the same order."""
-        while True:
-            generators = torch.get_rng_state(), torch.cuda.get_rng_state() if self.device.type == "cuda" else None
-            try:
-                return run()
-            except torch.OutOfMemoryError:
-                plan = self.plan and self.plan.tighter()
-                if not plan:
-                    raise
-            # outside of the handler, whose exception holds the tensors of the step
-            self._zero_gradients()
-            torch.set_rng_state(generators[0])
-            if generators[1] is not None:
-                torch.cuda.set_rng_state(generators[1])
-                torch.cuda.empty_cache()
-            self._tighten(plan)
-
-    def _tighten(self, plan: Plan) -> None:
-        if plan.tiers != self.plan.tiers or plan.chunk_bytes != self.plan.chunk_bytes:
-            pk.lean(self.model, list(plan.tiers))
-            self.model.petl_chunk_bytes = plan.chunk_bytes
-        self.plan, self.micro_tokens = plan, plan.micro_tokens
-        self.log.say(
-            f"memory {self.config.memory} was not enough for a step; it goes on in {plan.micro_batches} micro-batches "
-            f"of {plan.micro_tokens:,} tokens, tiers {min(plan.tiers)} to {max(plan.tiers)}: the same update"
-        )
-
-    def _zero_gradients(self) -> None:
-        """Under a budget gradients stay allocated, as they are in the plan."""
-        if self.rounded is not None:
-            self.rounded.zero()
-            return
-        self.optimizer.zero_grad(set_to_none=self.plan is None)
 
     def _prepare_folder(self, resuming: bool) -> None:
         self.folder.path.mkdir(parents=True, exist_ok=True)
@@ -322,7 +259,7 @@ class _Training:
         config, progress = self.config, self.progress
         self.model.train()
         if self.plan:
-            self._try_worst_batch()
+            self.update.try_worst_batch(self.tokenizer.eos_token_id)
         if progress.saved_bytes_per_token is None:
             self._measure_saved()
         while progress.step < config.steps and not self._out_of_patience():
@@ -338,11 +275,13 @@ class _Training:
     def _measure_saved(self) -> None:
         """What a forward pass keeps of each token, and what it would keep with the model's own layers."""
         batch = self.batches.take(Position(self.progress.epoch, self.progress.batch))
-        rows = min(4, self.plan.rows) if self.plan else 4
+        plan = self.update.plan  # tightened, maybe
+        rows = min(4, plan.rows) if plan else 4
         part = batch.part(slice(rows), self.tokenizer.pad_token_id).to(self.device)
-        plain, kept = (self._saved_bytes_per_token(tiers, part) for tiers in (0, self.tiers))
+        own = list(plan.tiers) if plan else 1 if self.config.tier is None else self.config.tier
+        plain, kept = (self._saved_bytes_per_token(tiers, part) for tiers in (0, own))
         self.progress.plain_saved_bytes_per_token, self.progress.saved_bytes_per_token = plain, kept
-        if self.tiers and kept is not None:
+        if own and kept is not None:
             theirs = "do not fit" if plain is None else f"would keep {plain:,.0f}"
             self.log.say(
                 f"{kept:,.0f} bytes a token are kept for the backward pass; the model's own layers and loss {theirs}"
@@ -354,7 +293,7 @@ class _Training:
         living = [*self.model.parameters(), *self.model.buffers(), part.source, part.labels]
         try:
             with torch.random.fork_rng(), saved_bytes(exclude=living) as saved:
-                self._loss(part, 1)
+                self.update.loss(part, 1)
         except torch.OutOfMemoryError:
             return None
         return saved.bytes / (part.source.numel() + part.labels.numel())
@@ -366,72 +305,26 @@ class _Training:
         position = Position(progress.epoch, progress.batch)
         batches = [self.batches.take(position) for _ in range(config.accumulate)]
         tokens = sum(batch.target_tokens for batch in batches)
-        loss = self._until_it_fits(lambda: self._gradients(batches, tokens))
-        norm = self._clip(config.clip if config.clip > 0 else math.inf)
-        loss_value = self._finite(loss, norm, progress.step + 1)
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.lr * lr_factor(config.schedule, progress.step + 1, config.warmup, config.steps)
-        self._step()
-        self._zero_gradients()
+        lr = config.lr * lr_factor(config.schedule, progress.step + 1, config.warmup, config.steps)
+        loss = self.update.gradients(batches, tokens)
+        norm = self.update.step(lr)
 
         progress.step += 1
         progress.epoch, progress.batch = position.epoch, position.batch
         progress.target_tokens += tokens
+        before = progress.seconds
+        progress.seconds = before + time.perf_counter() - began
+        self.numbers.put(torch.stack([loss.float(), norm.float()]), dataclasses.replace(progress), lr)
         seconds = time.perf_counter() - began
-        progress.seconds += seconds
+        progress.seconds = before + seconds
         self.durations.append(seconds)
-        self._log_step(loss_value, tokens, float(norm))
 
-    def _clip(self, largest: float) -> torch.Tensor:
-        """Scale the gradients to a norm of at most ``largest``; returns the norm that they had."""
-        if self.rounded is not None:
-            return self.rounded.clip(largest)
-        return nn.utils.clip_grad_norm_(self.parameters, largest)
-
-    def _step(self) -> None:
-        if self.rounded is not None:
-            self.rounded.step(self.optimizer)
-        else:
-            self.optimizer.step()
-
-    def _gradients(self, batches: list[Batch], tokens: int) -> torch.Tensor:
-        loss = torch.zeros((), device=self.device)
-        for batch in batches:
-            for part in self._micro_batches(batch):
-                loss += self._backward(part, tokens)
-        return loss
-
-    def _micro_batches(self, batch: Batch) -> Iterator[Batch]:
-        if self.micro_tokens is None:
-            yield batch.to(self.device)
-            return
-        rows = max(1, self.micro_tokens // max(batch.source.shape[1], batch.labels.shape[1]))
-        for i in range(0, len(batch.source), rows):
-            yield batch.part(slice(i, i + rows), self.tokenizer.pad_token_id).to(self.device)
-
-    def _backward(self, batch: Batch, tokens: int) -> torch.Tensor:
-        """Add the gradient of this part's share of the mean loss over ``tokens``; returns that share."""
-        loss = self._loss(batch, tokens)
-        self.accelerator.backward(loss)
-        return loss.detach()
-
-    def _loss(self, batch: Batch, tokens: int) -> torch.Tensor:
-        pad = self.tokenizer.pad_token_id
-        with self.accelerator.autocast():
-            return sequence_loss(self.model, batch, self.start, pad, self.config.label_smoothing) / tokens
-
-    def _finite(self, loss: torch.Tensor, norm: torch.Tensor, step: int) -> float:
-        loss_value, norm_value = torch.stack([loss.float(), norm.float()]).tolist()
-        if math.isfinite(loss_value) and math.isfinite(norm_value):
-            return loss_value
-        what = f"loss is {loss_value}" if not math.isfinite(loss_value) else f"gradient norm is {norm_value}"
-        kept = self.checkpoints.path("latest")
-        where = f"the last good checkpoint is {kept}" if kept else "no checkpoint was written yet"
-        raise TrainingStopped(f"training stopped at step {step}: {what} (lr {self.config.lr:g}); {where}")
-
-    def _log_step(self, loss: float, tokens: int, norm: float) -> None:
+    def _log_step(self, progress: Progress, lr: float, numbers: list[float]) -> None:
+        """``progress`` as it was after the update whose loss and norm these are."""
+        loss, norm = numbers
+        self._check_finite(loss, norm, progress.step)
         self.losses.append(loss)
-        progress, every = self.progress, max(1, self.config.steps // LOG_LINES)
+        every = max(1, self.config.steps // LOG_LINES)
         if progress.step % every and progress.step not in (1, self.config.steps):
             return
         recent = self.losses[-every:]
@@ -441,7 +334,7 @@ class _Training:
             progress.step,
             loss=round(sum(recent) / len(recent), 6),
             grad_norm=round(norm, 6),
-            lr=self.optimizer.param_groups[0]["lr"],
+            lr=lr,
             target_tokens=progress.target_tokens,
             target_tokens_per_second=round(speed, 1),
             epoch=progress.epoch,
@@ -450,7 +343,17 @@ class _Training:
         )
         self.log.progress(progress.step, sum(recent) / len(recent), speed, memory)
 
+    def _check_finite(self, loss: float, norm: float, step: int) -> None:
+        if math.isfinite(loss) and math.isfinite(norm):
+            return
+        what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {norm}"
+        kept = self.checkpoints.path("latest")
+        where = f"the last good checkpoint is {kept}" if kept else "no checkpoint was written yet"
+        raise TrainingStopped(f"training stopped at step {step}: {what} (lr {self.config.lr:g}); {where}")
+
     def _evaluate_and_save(self) -> None:
+        self.numbers.settle()  # a loss that is no number stops the run before anything is kept of it
+        self.update.release()
         progress = self.progress
         best = True
         if self.valid is not None:
@@ -459,7 +362,7 @@ class _Training:
                 lambda limit: validation_loss(
                     self.model,
                     self.valid,
-                    min(limit.tokens, self.micro_tokens or limit.tokens),
+                    min(limit.tokens, self.update.micro_tokens or limit.tokens),
                     self.start,
                     self.accelerator.autocast,
                 )
@@ -476,6 +379,7 @@ class _Training:
         self._save(best)
 
     def _save(self, best: bool) -> None:
+        self.numbers.settle()
         self.checkpoints.save(self.model, self.optimizer, dataclasses.asdict(self.progress), best)
 
     def _out_of_patience(self) -> bool:

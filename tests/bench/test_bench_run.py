@@ -59,7 +59,9 @@ def checkout(tmp_path):
 
 def run(checkout, *words: str) -> subprocess.CompletedProcess:
     path = os.pathsep.join([str(CHECKOUT), str(CHECKOUT / "python")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    # pytest-benchmark times nothing in a worker of xdist, and the child would take itself for one
+    mine = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment = {**mine, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", MAIN, str(checkout), *words]
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=checkout)
 

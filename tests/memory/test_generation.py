@@ -13,7 +13,7 @@ import petl_kernels as pk
 from petl_kernels.errors import InputError
 from petl_kernels.memory import cap
 from petl_kernels.memory.generation import Search, SearchBytes, output_length
-from petl_kernels.memory.plan import plan_search
+from petl_kernels.memory.planner import plan_search
 from petl_kernels.memory.quantise_model import quantise_model
 from petl_kernels.memory.size import parse_size
 

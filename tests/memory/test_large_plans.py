@@ -8,7 +8,7 @@ from transformers import T5Config
 
 import petl_kernels as pk
 from petl_kernels.interop.hf import skeleton
-from petl_kernels.memory import plan as planning
+from petl_kernels.memory import planner as planning
 from petl_kernels.memory.cost import ASSUMED
 
 GIB = 2**30

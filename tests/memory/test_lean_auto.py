@@ -8,7 +8,7 @@ from methods.models import build
 
 import petl_kernels as pk
 from petl_kernels.errors import InputError
-from petl_kernels.memory import plan as planning
+from petl_kernels.memory import planner as planning
 from petl_kernels.memory.cap import capped
 from petl_kernels.memory.cost import ASSUMED
 

@@ -15,8 +15,10 @@ import petl_kernels as pk
 from petl_kernels.errors import InputError
 from petl_kernels.memory.cost import ASSUMED
 from petl_kernels.memory.gradients import GROUP_BYTES, RoundedGradients
-from petl_kernels.memory.plan import APPROXIMATIONS, STEP_BYTES, STORAGES, Plan, Planner, Setting, plan
+from petl_kernels.memory.plan import APPROXIMATIONS, Plan
+from petl_kernels.memory.planner import Planner, Setting, plan
 from petl_kernels.memory.quantise_model import quantise_model
+from petl_kernels.memory.resident import STEP_BYTES, STORAGES
 
 _C = pytest.importorskip("petl_kernels._C")
 
@@ -183,7 +185,7 @@ def test_what_one_step_of_each_optimiser_allocates(dtype):
 
 @pytest.fixture
 def fixed_rates(monkeypatch):
-    monkeypatch.setattr("petl_kernels.memory.plan.measure_rates", lambda device, dtype: ASSUMED)
+    monkeypatch.setattr("petl_kernels.memory.planner.measure_rates", lambda device, dtype: ASSUMED)
 
 
 def skeleton(**settings):

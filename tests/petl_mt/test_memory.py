@@ -95,7 +95,7 @@ def test_a_plan_that_asks_too_much_is_tightened_and_changes_no_weight(settings, 
 def test_a_tightened_plan_stays(settings, tmp_path):
     """Measuring what is kept switches to the model's own layers and back: to the plan's tiers of now."""
     loop = training(settings, tmp_path / "run", memory="2MiB", tier=1)
-    loop._tighten(dataclasses.replace(loop.plan, tiers=(4, 3)))
+    loop.update.tighten(dataclasses.replace(loop.plan, tiers=(4, 3)))
     loop._measure_saved()
     assert [layer.tier for layer in pk.report(loop.model).layers] == [4, 3]
 
@@ -153,7 +153,7 @@ def test_a_run_with_bf16_gradients_goes_on_with_the_same_bits(settings, tmp_path
 
 def test_a_step_that_is_tried_again_forgets_what_it_had_of_bf16_gradients(settings, tmp_path):
     loop = training(settings, tmp_path / "run", **gradient_plan(settings, tmp_path / "plan.json"))
-    backward, calls = loop._backward, []
+    backward, calls = loop.update._backward, []
 
     def fail_once(part, tokens):
         calls.append(len(part.source))
@@ -162,13 +162,13 @@ def test_a_step_that_is_tried_again_forgets_what_it_had_of_bf16_gradients(settin
         return backward(part, tokens)
 
     batch = loop.batches.take(Position(0, 0))
-    loop._gradients([batch], batch.target_tokens)
-    expected = loop._clip(1.0)
-    loop._zero_gradients()
-    loop._backward = fail_once
-    loop._until_it_fits(lambda: loop._gradients([batch], batch.target_tokens))
+    loop.update._gradients([batch], batch.target_tokens)
+    expected = loop.update.clip(1.0)
+    loop.update.zero_gradients()
+    loop.update._backward = fail_once
+    loop.update._until_it_fits(lambda: loop.update._gradients([batch], batch.target_tokens))
     assert calls[0] == calls[1] > calls[2]
-    torch.testing.assert_close(loop._clip(1.0), expected, rtol=0.01, atol=0)
+    torch.testing.assert_close(loop.update.clip(1.0), expected, rtol=0.01, atol=0)
 
 
 def test_a_plan_with_bf16_gradients_that_asks_too_much_is_tightened(settings, tmp_path, capsys):
@@ -287,7 +287,7 @@ def test_the_cap_module_says_what_was_taken(settings, tmp_path):
         config = TrainConfig(**{**settings, "out": str(tmp_path / "run"), "memory": "2MiB"})
         loop = _Training(config, RunFolder(tmp_path / "run"), False, True, limits)
         before = _C.cpu_bytes()
-        loop._try_worst_batch()
+        loop.update.try_worst_batch(loop.tokenizer.eos_token_id)
         assert 0.5 * loop.plan.peak < cap.peak(CPU) - before + sum(p.nbytes for p in loop.model.parameters()) <= 2**21
 
 

@@ -55,10 +55,10 @@ def test_micro_batches_give_the_gradient_of_the_batch(settings, tmp_path):
     settings |= {"method": "full", "method_args": {}, "dropout": 0.0}
     whole = gradients_of_first_update(training(settings))
     split = training(settings, out=str(tmp_path / "split"))
-    split.micro_tokens = 23
+    split.update.micro_tokens = 23
     calls = []
-    backward = split._backward
-    split._backward = lambda batch, tokens: calls.append(len(batch.source)) or backward(batch, tokens)
+    backward = split.update._backward
+    split.update._backward = lambda batch, tokens: calls.append(len(batch.source)) or backward(batch, tokens)
     assert_same_gradients(gradients_of_first_update(split), whole)
     assert len(calls) > 3
 
@@ -67,7 +67,7 @@ def test_a_memory_budget_splits_batches_and_changes_no_gradient(settings, tmp_pa
     settings |= {"method_args": {"rank": 2}, "dropout": 0.0, "batch_tokens": 2000}
     whole = gradients_of_first_update(training(settings))
     small = training(settings, out=str(tmp_path / "small"), memory="700KiB")
-    assert small.micro_tokens < 2000
+    assert small.update.micro_tokens < 2000
     assert_same_gradients(gradients_of_first_update(small), whole)
     with pytest.raises(InputError, match="one sentence pair of .* needs"):
         training(settings, out=str(tmp_path / "none"), memory="10KiB")

@@ -50,13 +50,13 @@ def test_score_says_what_training_said(settings, tmp_path, capsys, storage):
 @pytest.mark.parametrize("streamed", [0, 2])
 def test_a_run_without_a_budget_translates_within_one(settings, tmp_path, text, monkeypatch, streamed):
     """With its layers in memory and streamed the lines are the same, and the peak is below the budget."""
-    from petl_kernels.memory import plan
+    from petl_kernels.memory import planner
 
     def found(*arguments):
         return dataclasses.replace(plan_search(*arguments), streamed=streamed)
 
-    plan_search = plan.plan_search
-    monkeypatch.setattr(plan, "plan_search", found)
+    plan_search = planner.plan_search
+    monkeypatch.setattr(planner, "plan_search", found)
     trained(settings, tmp_path / "run")
     lines = Path(text["train"].source).read_text().splitlines()[:60]
     free = list(Translator(tmp_path / "run", beam=4).stream(lines))

@@ -1,7 +1,8 @@
 """frozen_ffn in Triton: the products are the library's, on chunks of rows; one launch does what lies between two.
 
-Forward: bias, activation, gate and the packed bits. Backward: the mask or the derivative, the gate, and the column sums
-for dc1. Both work in place where nothing is kept.
+Forward: activation, gate and the packed bits. Backward: the mask or the derivative, the gate, and the column sums for
+dc1. Both work in place where nothing is kept. c1 is added in its product, before the sum is rounded: behind it, ReLU
+would keep another sign than the sum has.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ def frozen_ffn(x, w1, c1, w2, c2, gate, activation: str, keeps: str):
     for part, chunk in _chunks(rows, f):
         h = hidden[chunk]
         z_rows = h if z is None else z[part]
-        _multiply(rows[part], w1, None, z_rows)
+        _multiply(rows[part], w1, c1, z_rows)
         g_rows = None if not gate else gates[chunk] if g is None else g[part]
         if gate:
             _multiply(rows[part], gate, None, g_rows)
-        _activate_rows(h, None if bits is None else bits[part], z_rows, g_rows, c1, z is not None, activation)
+        _activate_rows(h, None if bits is None else bits[part], z_rows, g_rows, activation)
         _multiply(h, w2, c2, y[part])
     kept = bits if bits is not None else z
     return y.view(x.shape), *(x.new_empty(0) if value is None else value for value in (kept, g))
@@ -63,9 +64,9 @@ def frozen_ffn_backward(
         elif keeps == "z":
             z, g = kept_z[part], kept_g[part] if gate else None
         else:
-            z = _multiply(x_rows[part], w1, None, again[chunk])
+            z = _multiply(x_rows[part], w1, c1, again[chunk])
             g = _multiply(x_rows[part], gate, None, gates_again[chunk]) if gate else None
-        _activate_rows_backward(dz, dg, bits, z, g, c1 if keeps == "x" else None, dc1 if need_dc1 else None, activation)
+        _activate_rows_backward(dz, dg, bits, z, g, dc1 if need_dc1 else None, activation)
         if need_dx:
             _multiply_back(dz, w1, dx[part])
             if gate:
@@ -103,17 +104,17 @@ def _chunk_like(rows: torch.Tensor, hidden: int) -> torch.Tensor:
     return rows.new_empty(config.chunk_rows(rows, hidden), hidden)
 
 
-def _activate_rows(h, bits, z, g, c1, keep_z: bool, activation: str) -> None:
+def _activate_rows(h, bits, z, g, activation: str) -> None:
     rows, f = z.shape
     tile = config.pointwise_tile(z)
     launch(
-        _hidden_kernel, (triton.cdiv(rows, tile.m), triton.cdiv(f, tile.n)), h, bits, z, g, c1, rows, f,
-        triton.cdiv(f, 8), ACTIVATION=activation, KEEP_Z=keep_z, BM=tile.m, BN=tile.n,
+        _hidden_kernel, (triton.cdiv(rows, tile.m), triton.cdiv(f, tile.n)), h, bits, z, g, rows, f,
+        triton.cdiv(f, 8), ACTIVATION=activation, BM=tile.m, BN=tile.n,
         warps=tile.warps, stages=tile.stages,
     )  # fmt: skip
 
 
-def _activate_rows_backward(dh, dg, bits, z, g, c1, dc1, activation: str) -> None:
+def _activate_rows_backward(dh, dg, bits, z, g, dc1, activation: str) -> None:
     """dh becomes dz; dc1 += Σ dz unless it is None."""
     rows, f = dh.shape
     tile = config.pointwise_tile(dh)
@@ -121,7 +122,7 @@ def _activate_rows_backward(dh, dg, bits, z, g, c1, dc1, activation: str) -> Non
     splits = config.splits(dh, tile, tiles)
     partials = None if dc1 is None else dh.new_empty(splits, f, dtype=torch.float32)
     launch(
-        _hidden_backward_kernel, (tiles, splits), dh, dg, partials, bits, z, g, c1, rows, f, triton.cdiv(f, 8),
+        _hidden_backward_kernel, (tiles, splits), dh, dg, partials, bits, z, g, rows, f, triton.cdiv(f, 8),
         ACTIVATION=activation, BM=tile.k, BN=tile.n, warps=tile.warps, stages=tile.stages,
     )  # fmt: skip
     if dc1 is not None:
@@ -132,19 +133,14 @@ def _activate_rows_backward(dh, dg, bits, z, g, c1, dc1, activation: str) -> Non
 
 @triton.jit
 def _hidden_kernel(
-    h, bits, z, g, c1, M, f, width,
-    ACTIVATION: tl.constexpr, KEEP_Z: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    h, bits, z, g, M, f, width, ACTIVATION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
 ):  # fmt: skip
-    """h = act(z + c1) [⊙ g] for one tile; which z + c1 are positive, eight to a byte; z + c1 itself."""
+    """h = act(z) [⊙ g] for one tile; which z are positive, eight to a byte."""
     rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     cols = tl.program_id(1) * BN + tl.arange(0, BN)
     row_inside, col_inside = rows < M, cols < f
     at = rows[:, None] * f + cols[None, :]
     value = load(z + at, row_inside, col_inside).to(tl.float32)
-    if c1 is not None:
-        value += tl.load(c1 + cols, mask=col_inside, other=0.0).to(tl.float32)[None, :]
-        if KEEP_Z:
-            store(z + at, value, row_inside, col_inside)
     if bits is not None:
         positive = ((value > 0) & col_inside[None, :]).to(tl.int32)
         shifts = tl.arange(0, 8)[None, None, :]
@@ -159,7 +155,7 @@ def _hidden_kernel(
 
 @triton.jit
 def _hidden_backward_kernel(
-    dh, dg, partials, bits, z, g, c1, M, f, width, ACTIVATION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+    dh, dg, partials, bits, z, g, M, f, width, ACTIVATION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
 ):  # fmt: skip
     """dz in place of dh, dg, and this split's part of Σ dz, for a block of columns and a part of the rows."""
     split, splits = tl.program_id(1), tl.num_programs(1)
@@ -182,8 +178,6 @@ def _hidden_backward_kernel(
             grad = tl.where((byte.to(tl.int32) >> (cols % 8)[None, :]) & 1 != 0, grad, 0.0)
         else:
             value = load(z + at, row_inside, col_inside).to(tl.float32)
-            if c1 is not None:
-                value += tl.load(c1 + cols, mask=col_inside, other=0.0).to(tl.float32)[None, :]
             if g is not None:
                 store(dg + at, grad * activate(value, ACTIVATION), row_inside, col_inside)
                 grad *= load(g + at, row_inside, col_inside).to(tl.float32)

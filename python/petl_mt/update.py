@@ -1,0 +1,193 @@
+"""One update of the trained parameters: gradients of its batches, micro-batch by micro-batch, clipping, the step.
+
+A plan says how large micro-batches are. Where its memory does not suffice, the same gradients are formed again under
+the next tighter plan: the tokens, their order and the mathematics of an update stay the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import petl_kernels as pk
+from petl_kernels.errors import InputError
+from petl_kernels.graphs import CudaGraphs, GraphedStep
+from petl_kernels.memory import cap
+from petl_kernels.memory.plan import Plan
+from petl_kernels.memory.size import format_size
+
+from .config import TrainConfig
+from .data import Batch
+from .loss import sequence_loss
+
+GRAPH_WIDTH = 32  # lengths of batches are multiples of it where each shape is captured
+
+
+class Update:
+    """start, pad: ids that decoder inputs begin with and padding has. say: tells a line to who watches."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer,
+        accelerator,
+        config: TrainConfig,
+        plan: Plan | None,
+        start: int,
+        pad: int,
+        say: Callable[[str], None],
+    ) -> None:
+        self.model, self.optimizer, self.accelerator, self.config = model, optimizer, accelerator, config
+        self.plan, self.start, self.pad, self.say = plan, start, pad, say
+        self.device = accelerator.device
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.rounded = getattr(model, "petl_gradients", None)  # where the plan keeps gradients in bf16
+        self.micro_tokens = plan.micro_tokens if plan else None
+        self.graphs: GraphedStep | None = None
+        if config.cuda_graphs:
+            self.graphs = GraphedStep(self._captured_backward, CudaGraphs(self.device))
+            for parameter in self.parameters:  # where graphs will add to
+                parameter.grad = torch.zeros_like(parameter)
+
+    def gradients(self, batches: list[Batch], tokens: int) -> Tensor:
+        """Add up the gradients of ``batches``, normalised by all their target ``tokens`` together; returns the loss."""
+        return self._until_it_fits(lambda: self._gradients(batches, tokens))
+
+    def step(self, lr: float) -> Tensor:
+        """Clip the gradients, move the parameters, forget the gradients; returns the norm that they had."""
+        norm = self.clip(self.config.clip if self.config.clip > 0 else math.inf)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        if self.rounded is not None:
+            self.rounded.step(self.optimizer)
+        else:
+            self.optimizer.step()
+        self.zero_gradients()
+        return norm
+
+    def clip(self, largest: float) -> Tensor:
+        """Scale the gradients to a norm of at most ``largest``; returns the norm that they had."""
+        if self.rounded is not None:
+            return self.rounded.clip(largest)
+        return nn.utils.clip_grad_norm_(self.parameters, largest)
+
+    def zero_gradients(self) -> None:
+        """Under a budget gradients stay allocated, as they are in the plan; graphs add to them where they are."""
+        if self.rounded is not None:
+            self.rounded.zero()
+            return
+        self.optimizer.zero_grad(set_to_none=self.plan is None and self.graphs is None)
+
+    def loss(self, batch: Batch, tokens: int) -> Tensor:
+        """This part's share of the mean loss over ``tokens``."""
+        return self._sum_of_losses(batch) / tokens
+
+    def try_worst_batch(self, token: int) -> None:
+        """The largest micro-batch of the longest sentences, before anything else: a plan that is wrong shows now."""
+        rows, longest = self.plan.rows, self.plan.longest
+        self.model.train()
+        cap.reset_peak(self.device)
+        ids = torch.full((rows, longest), token)
+        batch = Batch.of(ids, ids.clone(), np.arange(rows), self.pad)
+        with torch.random.fork_rng():
+            self._until_it_fits(lambda: self._gradients([batch], rows * longest))
+        self.zero_gradients()
+        self.say(
+            f"memory {self.config.memory}: planned {format_size(self.plan.peak)}, "
+            f"the largest micro-batch took {format_size(self._peak())}"
+        )
+
+    def release(self) -> None:
+        """Give the memory of graphs back, for an evaluation inside the budget."""
+        if self.graphs is not None and self.plan is not None:
+            self.graphs.forget()
+
+    def tighten(self, plan: Plan) -> None:
+        if plan.tiers != self.plan.tiers or plan.chunk_bytes != self.plan.chunk_bytes:
+            pk.lean(self.model, list(plan.tiers))
+            self.model.petl_chunk_bytes = plan.chunk_bytes
+        self.plan, self.micro_tokens = plan, plan.micro_tokens
+        if self.graphs is not None:
+            self.graphs.forget()
+        self.say(
+            f"memory {self.config.memory} was not enough for a step; it goes on in {plan.micro_batches} micro-batches "
+            f"of {plan.micro_tokens:,} tokens, tiers {min(plan.tiers)} to {max(plan.tiers)}: the same update"
+        )
+
+    def _gradients(self, batches: list[Batch], tokens: int) -> Tensor:
+        loss = torch.zeros((), device=self.device)
+        for batch in batches:
+            for part in self._micro_batches(batch):
+                loss += self._backward(part, tokens)
+        return loss
+
+    def _micro_batches(self, batch: Batch) -> Iterator[Batch]:
+        """For graphs all those of a width have one shape."""
+        tokens = self.micro_tokens or self.config.batch_tokens
+        rows = max(1, tokens // max(batch.source.shape[1], batch.labels.shape[1]))
+        for i in range(0, len(batch.source), rows):
+            part = batch.part(slice(i, i + rows), self.pad)
+            yield (part if self.graphs is None else part.filled(rows, self.start)).to(self.device)
+
+    def _backward(self, batch: Batch, tokens: int) -> Tensor:
+        """Add the gradient of this part's share of the mean loss over ``tokens``; returns that share."""
+        if self.graphs is not None:
+            return self.graphs(batch.source, batch.labels, torch.full((), 1 / tokens, device=self.device))
+        loss = self.loss(batch, tokens)
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+    def _captured_backward(self, source: Tensor, labels: Tensor, share: Tensor) -> Tensor:
+        """``_backward`` for all batches of a shape: whatever is padded, and however many labels count."""
+        batch = Batch(source, labels, np.arange(len(source)), target_tokens=labels.numel(), padded=True)
+        loss = self._sum_of_losses(batch) * share
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+    def _sum_of_losses(self, batch: Batch) -> Tensor:
+        with self.accelerator.autocast():
+            return sequence_loss(self.model, batch, self.start, self.pad, self.config.label_smoothing)
+
+    def _until_it_fits(self, run: Callable[[], Any]) -> Any:
+        """``run()``, again and tighter where memory does not suffice: the same tokens in the same order."""
+        while True:
+            generators = torch.get_rng_state(), torch.cuda.get_rng_state() if self.device.type == "cuda" else None
+            try:
+                return run()
+            except torch.OutOfMemoryError:
+                plan = self.plan and self.plan.tighter()
+                if not plan:
+                    raise
+            # outside of the handler, whose exception holds the tensors of the step
+            self.zero_gradients()
+            torch.set_rng_state(generators[0])
+            if generators[1] is not None:
+                torch.cuda.set_rng_state(generators[1])
+                torch.cuda.empty_cache()
+            self.tighten(plan)
+
+    def _peak(self) -> int:
+        """Of the allocator; on the CPU the pages of streamed layers are beside what it counts."""
+        streamed = getattr(self.model, "petl_streamed", None)
+        pages = streamed.resident_bytes() if streamed is not None and self.device.type == "cpu" else 0
+        return cap.peak(self.device) + pages
+
+
+def check_graphs(device: torch.device, plan: Plan | None) -> None:
+    """Refuse what a CUDA graph cannot hold."""
+    if device.type != "cuda":
+        raise InputError(f"cuda_graphs: the device is {device}; expected cuda")
+    if plan is None:
+        return
+    for found, what in (
+        (plan.streamed, f"streams {plan.streamed} layers"),
+        (5 in plan.tiers, "keeps inputs of layers in host memory (tier 5)"),
+        (plan.gradients != "float32", f"keeps gradients in {plan.gradients}"),
+    ):
+        if found:
+            raise InputError(f"cuda_graphs: the plan {what}; expected one that does not, or no --cuda-graphs")

@@ -1,0 +1,107 @@
+"""bench/measure.py: what is wrong is refused, inputs rotate, and what is written down is what the report reads."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
+
+import counts  # noqa: E402
+import measure  # noqa: E402
+
+
+def inputs(tokens):
+    return torch.randn(tokens, 8, requires_grad=True), torch.randn(4, 8)
+
+
+def linear(x, weight):
+    return x @ weight.T
+
+
+class WrongGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(weight)
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx, dy):
+        return 1.01 * dy @ ctx.saved_tensors[0], None
+
+
+def test_check_accepts_the_formula_and_refuses_wrong_values_and_gradients():
+    measure.check(measure.differentiated(linear), linear, inputs(6))
+    measure.check(measure.forward_only(linear), linear, inputs(6))
+    with pytest.raises(AssertionError, match="gradient 0"):
+        measure.check(measure.differentiated(lambda x, w: 1.01 * linear(x, w)), linear, inputs(6))
+    with pytest.raises(AssertionError, match="gradient 1"):
+        measure.check(measure.differentiated(WrongGradient.apply), linear, inputs(6))
+
+
+def test_copies_fill_the_cache_twice_and_are_drawn_anew(monkeypatch):
+    monkeypatch.setattr(measure, "cache_bytes", lambda device: 1000)
+    drawn = measure.copies(lambda: inputs(4), "cpu")  # 256 bytes each
+    assert len(drawn) == 8 and sum(t.nbytes for each in drawn for t in each) >= 2000
+    assert not torch.equal(drawn[0][0], drawn[1][0])
+
+
+def test_rotation_takes_turns():
+    seen = []
+    run = measure.rotation([lambda i=i: seen.append(i) for i in range(3)])
+    for _ in range(5):
+        run()
+    assert seen == [0, 1, 2, 0, 1]
+
+
+def test_step_forms_the_leaves_gradients():
+    x, weight = inputs(4)
+    (dx,) = measure.step(measure.differentiated(linear)(x, weight))()
+    assert dx.shape == x.shape
+    assert not measure.step(measure.forward_only(linear)(x, weight))().requires_grad
+
+
+def test_the_cache_of_this_machine_has_a_size():
+    assert measure.cache_bytes("cpu") >= 1 << 18
+
+
+@pytest.fixture
+def enabled(benchmark, monkeypatch):
+    """pytest-xdist disables benchmarks; these two time nothing that matters, and are in no table."""
+    monkeypatch.setattr(benchmark, "disabled", False)
+    monkeypatch.setattr(benchmark, "_add_stats", lambda stats: None)
+    return benchmark
+
+
+def test_what_is_written_down(enabled):
+    case = measure.Case("frozen_linear", "t5", 6, "float32", "cpu", "small", rounds=3)
+    counted = counts.frozen_linear(6, 4, 8, 4)
+    measure.measure(enabled, case, "ours", measure.differentiated(linear), inputs, counted, linear)
+    assert enabled.group == "frozen_linear t5 small 6 tokens float32"
+    assert enabled.extra_info == {
+        "op": "frozen_linear",
+        "shape": "t5",
+        "case": "small",
+        "dtype": "float32",
+        "tokens": 6,
+        "implementation": "ours",
+        "flops": counted.flops,
+        "bytes": counted.bytes,
+        "launches": 2,
+        "peak_bytes": None,
+    }
+
+
+def test_times_of_the_device_become_the_benchmarks_rounds(enabled, monkeypatch):
+    """As on CUDA: the rounds have run, and their seconds are handed to the fixture."""
+    seconds = [1.0, 2.0, 4.0]
+    monkeypatch.setattr(measure, "device_seconds", lambda run, rounds: (seconds, 5.0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    case = measure.Case("frozen_linear", "t5", 6, "bfloat16", "cuda", rounds=3)
+    measure.record(enabled, case, "ours", lambda: None, counts.frozen_linear(6, 4, 8, 2))
+    assert enabled.stats.stats.data == seconds
+    assert enabled.extra_info["wall_seconds"] == 5.0
+    assert enabled.extra_info["predicted_seconds"] == pytest.approx(6e-6, rel=0.01)
