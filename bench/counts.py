@@ -121,8 +121,7 @@ def lora_linear(
         Launch("_outputs_kernel", 2 * t * n * k + 2 * t * b, x + w + n * size + s + FP32 * b + y),
         Launch("_rank_gradients_kernel", 2 * t * b, y + FP32 * b + s),
         Launch("_input_gradient_kernel", 2 * t * n * k + 2 * t * a, y + w + s + FP32 * a + x, mask),
-        Launch("_b_gradients_kernel", 2 * t * b, y + s + FP32 * PARTS * b),
-        Launch("_a_gradients_kernel", 2 * t * a, x + s + FP32 * PARTS * a, mask),
+        Launch("_adapter_gradients_kernel", 2 * t * (a + b), y + x + 2 * s + PARTS * adapters, mask),
         Launch("_sum_kernel", bytes=(PARTS + 1) * adapters),
     )
     return Counts(4 * t * n * k + 6 * t * (a + b), forward + backward, kernels)

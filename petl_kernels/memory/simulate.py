@@ -7,6 +7,7 @@ one to three layers stands for a deep one, whose layers are alike.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from petl_kernels.memory.peak import Ledger
 from petl_kernels.memory.quantise_model import quantise_model
 from petl_kernels.methods.base import active_name, records
 
+_LAYER = re.compile(r"(\.(?:layers|block))\.\d+\.")
 # How configurations of the two families name their depths.
 _DEPTHS = (("encoder_layers", "decoder_layers"), ("num_layers", "num_decoder_layers"))
 
@@ -147,17 +149,25 @@ def _plain_class(model: nn.Module) -> type:
 
 
 def _set_dtypes(like: nn.Module, given: dict[str, Tensor]) -> None:
-    """Give each parameter and buffer the dtype of its namesake; tied ones stay tied."""
+    """Give each parameter and buffer the dtype of its namesake; tied ones stay tied.
+
+    A layer that ``given`` does not have, being shallower, is like the first.
+    """
+
+    def namesake(path: str, name: str) -> str:
+        key = f"{path}.{name}" if path else name
+        return key if key in given else _LAYER.sub(r"\1.0.", key)
+
     made: dict[nn.Parameter, nn.Parameter] = {}
     for path, module in like.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            key = f"{path}.{name}" if path else name
+            key = namesake(path, name)
             dtype = given[key].dtype if key in given else parameter.dtype
             if parameter not in made:
                 made[parameter] = nn.Parameter(torch.empty_like(parameter, dtype=dtype))
             setattr(module, name, made[parameter])
         for name, buffer in module.named_buffers(recurse=False):
-            key = f"{path}.{name}" if path else name
+            key = namesake(path, name)
             if key in given:
                 setattr(module, name, torch.empty_like(buffer, dtype=given[key].dtype))
 
@@ -166,7 +176,8 @@ def _set_rates(like: nn.Module, model: nn.Module) -> None:
     """Dropout rates as they stand on the modules of ``model``, where a trainer may have changed them."""
     modules = dict(model.named_modules())
     for path, module in like.named_modules():
+        known = modules.get(path, modules.get(_LAYER.sub(r"\1.0.", path + ".")[:-1]))
         for rate in ("p", "dropout", "activation_dropout"):
-            value = getattr(modules.get(path), rate, None)
+            value = getattr(known, rate, None)
             if isinstance(value, float) and isinstance(getattr(module, rate, None), float):
                 setattr(module, rate, value)

@@ -193,6 +193,19 @@ def skeleton(**settings):
         return pk.adapt(build("m2m100", **{**WIDE, **settings}).to(torch.bfloat16), pk.LoRA(rank=8))
 
 
+def test_one_layer_a_side_is_counted_with_a_second_like_it():
+    """In 16 bits, dropout rates changed by hand: the layer that only the simulation has is like the first."""
+    one, two = skeleton(encoder_layers=1, decoder_layers=1), skeleton(encoder_layers=2, decoder_layers=2)
+    found = []
+    for model in (one, two):
+        for module in model.modules():
+            if isinstance(getattr(module, "dropout", None), float):
+                module.dropout = 0.3
+        planner = Planner(model, 6 * 64, 64, "adamw", (), CPU, None)
+        found.append(planner._measured(2, 6, 32 * MIB))
+    assert found[0] == found[1]
+
+
 def test_more_layers_cost_what_the_first_ones_do():
     """Counting at two layers a side foretells six: the simulation of the whole model says the same."""
     from petl_kernels.memory import simulate

@@ -154,7 +154,7 @@ def test_merge_of_a_quantised_run_into_the_original_or_the_quantised(quantised_r
 def test_weights_of_a_16_bit_run_are_rounded_from_those_of_the_checkpoint(parent):
     model = pk.adapt(load_pretrained(parent / "model")[0], pk.LoRA(rank=2))
     weight = model.model.encoder.layers[0].fc1.weight.detach().clone()
-    quantise_as_trained(model, TrainConfig(precision="bf16"), "int8")
+    quantise_as_trained(model, TrainConfig(precision="bf16"), ("int8", "int8"))
     held = model.model.encoder.layers[0].fc1.weight
     assert held.dtype == torch.bfloat16 and all(map(torch.equal, held.parts(), quantise(weight, "int8").parts()))
 
