@@ -39,7 +39,7 @@ gpu:
 	}; \
 	part 140 pytest -m gpu tests; \
 	for what in $(BENCHES); do \
-	    case "$$what" in ops) limit=170;; *) limit=60;; esac; \
+	    case "$$what" in ops) limit=140;; step) limit=125;; *) limit=45;; esac; \
 	    part $$limit petl_mt.cli bench $$what --peers --device cuda; \
 	done; \
 	exit $$failed
