@@ -62,6 +62,10 @@ def predict(name: str, s: Shape, rates: Rates = Rates()) -> float:
         return 2 * product(efficiency=LIBRARY, launches=s.groups)
     if name == "shipped":
         return s_pass + ds_pass + 2 * product(s.rank) + adapters
+    if name == "library":
+        added = moved(2 * s.activation)  # read and written again
+        products = 2 * product(efficiency=LIBRARY, launches=s.groups)
+        return s_pass + ds_pass + products + (s.groups + 1) * added + adapters
     if name == "in_loop":
         return 2 * product(s.rank, factor=1 + s.block / 128) + adapters
     if name == "one_read":
@@ -85,7 +89,7 @@ def predict(name: str, s: Shape, rates: Rates = Rates()) -> float:
     raise KeyError(name)
 
 
-NAMES = ("shipped", "in_loop", "one_read", "bordered", "tma", "tma_flat", "tma_warps", "two_streams")
+NAMES = ("shipped", "library", "in_loop", "one_read", "bordered", "tma", "tma_flat", "tma_warps", "two_streams")
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from petl_kernels import parity
 pytest.importorskip("triton")
 FOLDER = Path(__file__).parents[2] / "bench" / "candidates"
 sys.path.insert(0, str(FOLDER))
-NAMES = ("in_loop", "one_read", "bordered", "tma", "tma_flat", "tma_warps", "two_streams")
+NAMES = ("library", "in_loop", "one_read", "bordered", "tma", "tma_flat", "tma_warps", "two_streams")
 # Ranks of 8 and widths of 8 where rows have to begin at multiples of 16 bytes (TMA, and the library's own loads).
 CASES = {
     "one linear": dict(rows=(33,), ns=(40,), k=72, ranks=(8,)),
