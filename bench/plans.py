@@ -33,12 +33,12 @@ MARKERS = ("<!-- table: python bench/plans.py -->", "<!-- end of the table of pl
 
 
 def main() -> None:
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     found = json.loads(RESULTS.read_text())["plans"] if RESULTS.exists() else {}
     for name in sys.argv[1:] or SHAPES:
-        found[name] = plans(name)
+        found[name] = {"commit": commit, **plans(name)}
     head = {
         "command": "python bench/plans.py",
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
         "torch": torch.__version__,
         "device": "cuda, planned on a CPU",
         "rates": f"assumed, not measured: {ASSUMED}",

@@ -7,14 +7,12 @@ read a number of Python's that changes from step to step, or find its gradients 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 MOST = 64  # graphs; each takes some megabytes of the driver's own, which no allocator counts
-TRIES = 2
 
 Run = Callable[..., Tensor]
 Replay = Callable[[], None]
@@ -47,21 +45,22 @@ class GraphedStep:
     """``run(*inputs)``, replayed where the same shapes have come before.
 
     run: tensors of fixed dtypes -> a scalar; it adds to the gradients of its parameters, which stay where they are.
-    A shape that cannot be captured, after two tries, and shapes beyond the first 64 run as they are; ``reason`` says
-    why.
-    Raises torch.OutOfMemoryError as ``run`` does.
+    The first call runs as it is: kernels are compiled and checked then, which no capture could hold. Shapes beyond the
+    first 64 run as they are. So does everything after a capture that has failed, since it may leave the allocator
+    in a state of its own; ``reason`` says why. Raises torch.OutOfMemoryError as ``run`` does.
     """
 
     def __init__(self, run: Run, recorder: CudaGraphs):
         self._run, self._recorder = run, recorder
         self._captured: dict[tuple, tuple[list[Tensor], Replay, Tensor]] = {}
-        self._failures: Counter[tuple] = Counter()
+        self._warm = False
         self.reason = ""
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         key = tuple((tuple(tensor.shape), tensor.dtype) for tensor in inputs)
-        if key not in self._captured and len(self._captured) < MOST and self._failures[key] < TRIES:
+        if self._warm and key not in self._captured and len(self._captured) < MOST and not self.reason:
             self._capture(key, inputs)
+        self._warm = True
         if key not in self._captured:
             return self._run(*inputs)
         own, replay, result = self._captured[key]
@@ -76,7 +75,6 @@ class GraphedStep:
     def forget(self) -> None:
         """Give the graphs and their memory back; shapes are captured anew when they come again."""
         self._captured.clear()
-        self._failures.clear()
         self._recorder.release()
 
     def _capture(self, key: tuple, inputs: tuple[Tensor, ...]) -> None:
@@ -86,5 +84,4 @@ class GraphedStep:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            self._failures[key] += 1
             self.reason = str(error).splitlines()[0]

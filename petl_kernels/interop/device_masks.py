@@ -23,6 +23,8 @@ def without_waiting(model: nn.Module, inputs: dict) -> dict:
     ids = inputs.get("decoder_input_ids")
     if ids is None or ids.device.type not in WAITED_FOR or torch.compiler.is_compiling():
         return inputs
+    if inputs.get("past_key_values") is not None:  # which make the decoder's masks longer
+        return inputs
     if model.config._attn_implementation != "sdpa":
         return inputs
     changed = dict(inputs)

@@ -50,7 +50,7 @@ class LeanLoss:
                 output = super().forward(*args, **kwargs)
             (hidden,) = captured
             bias = getattr(self, "final_logits_bias", None)
-            if hasattr(self, "petl_chunk_bytes"):  # of a plan
+            if hasattr(self, "petl_chunk_bytes"):  # of a plan, or of tier "auto"
                 options["chunk_bytes"] = self.petl_chunk_bytes
             options["counted"] = counted
             loss = ops.linear_cross_entropy(hidden, self.lm_head.weight, labels.to(hidden.device), bias, **options)

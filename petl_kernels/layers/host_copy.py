@@ -3,7 +3,7 @@
 On CUDA the copies run on a stream of their own, beside the matrix work, and nothing waits on the host:
 
     forward     the copy to pinned memory starts when the layer does; the layer after it waits for its end, and only
-                then is the input given back. So one input beside the running layer's is never there.
+                then is the input given back. So one input at most is there beside the running layer's.
     backward    when a layer's input is needed, the copy of the one before it starts back to the device.
 
 Memory on the device belongs to the compute stream at both ends: a copy waits for what that stream has been given, and
@@ -19,6 +19,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from petl_kernels.errors import InputError
 
 
 def host_copy(x: Tensor) -> HostCopy | TravellingCopy:
@@ -126,7 +128,13 @@ class CudaCopies:
         self._device, self._stream = device, torch.cuda.Stream(device)
 
     def pinned(self, size: int) -> Tensor:
-        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        try:
+            return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        except RuntimeError as error:
+            raise InputError(
+                f"tier 5: {size:,} bytes of pinned host memory cannot be had ({str(error).splitlines()[0]}); "
+                "expected a host with that much free, or a lower tier"
+            ) from None
 
     def start(self, to: Tensor, source: Tensor) -> torch.cuda.Event:
         """Copy after all that the current stream has been given; returns the event of its end."""

@@ -92,6 +92,9 @@ class Plan:
             paths = [layer.path for layer in describe(model).layers[: self.streamed]]
             with tempfile.TemporaryDirectory() as own:  # its file is mapped, and needs no name after that
                 stream_layers(model, paths, SLOTS, folder or own, files, device=self.device)
+        if (before := getattr(model, "petl_gradients", None)) is not None:  # of an earlier plan
+            before.close()
+            model.petl_gradients = None
         if self.gradients == "bfloat16":
             model.petl_gradients = RoundedGradients(p for p in model.parameters() if p.requires_grad)
         return model

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -56,13 +56,19 @@ class BatchLimit:
 def until_it_fits(
     run: Callable[[BatchLimit], Any], limit: BatchLimit, memory: str, say: Callable[[str], None]
 ) -> tuple[Any, BatchLimit]:
-    """(``run(limit)``, the limit it ran under), with smaller batches while memory does not suffice."""
+    """(``run(limit)``, the limit it ran under), with smaller batches while memory does not suffice.
+
+    InputError where not even one sentence fits.
+    """
     while True:
         try:
             return run(limit), limit
         except torch.OutOfMemoryError:
             if limit.tokens < 2:
-                raise
+                raise InputError(
+                    f"memory {memory}: evaluation of one sentence does not fit; expected more, or a smaller --beam or "
+                    "--max-length"
+                ) from None
         # outside of the handler, whose exception holds the tensors of the search
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -100,14 +106,12 @@ def score_lines(
 def validation_loss(model, corpus: Corpus, batch_tokens: int, start: int, autocast: Autocast = nullcontext) -> float:
     """Mean negative log-likelihood of a target token, in nats, without label smoothing."""
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
     total = torch.zeros((), dtype=torch.float64, device=device)
-    for indices in corpus.plan(batch_tokens):
-        batch = corpus.collate(indices).to(device)
-        with autocast():
-            total += sequence_loss(model, batch, start, corpus.pad).double()
-    model.train(was_training)
+    with _evaluating(model):
+        for indices in corpus.plan(batch_tokens):
+            batch = corpus.collate(indices).to(device)
+            with autocast():
+                total += sequence_loss(model, batch, start, corpus.pad).double()
     return total.item() / int(corpus.targets.lengths.sum())
 
 
@@ -134,14 +138,12 @@ def translate(
     results = [""] * len(texts)
     if not filled:
         return results, 0
-    was_training = model.training
-    model.eval()
     rows = Ragged(encoded)
     corpus = Corpus(rows, rows, language.pad_token_id)
     for indices in _batches(corpus, limit if isinstance(limit, BatchLimit) else BatchLimit(limit), beam, max_length):
         width = int(corpus.lengths[indices].max())
         source = corpus.sources.padded(indices, corpus.pad, width).to(device)
-        with autocast():
+        with _evaluating(model), autocast():
             output = model.generate(
                 input_ids=source,
                 attention_mask=(source != corpus.pad).long(),
@@ -154,8 +156,18 @@ def translate(
             )
         for index, text in zip(indices, language.decode(output), strict=True):
             results[filled[index]] = " ".join(text.split())  # one line in, one line out
-    model.train(was_training)
     return results, cut
+
+
+@contextmanager
+def _evaluating(model) -> Iterator[None]:
+    """Without dropout; afterwards as before, also when memory has not sufficed."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def _batches(corpus: Corpus, limit: BatchLimit, beam: int, max_length: int) -> list[np.ndarray]:

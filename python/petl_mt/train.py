@@ -351,8 +351,17 @@ class _Training:
         where = f"the last good checkpoint is {kept}" if kept else "no checkpoint was written yet"
         raise TrainingStopped(f"training stopped at step {step}: {what} (lr {self.config.lr:g}); {where}")
 
+    def _settle(self) -> None:
+        """Wait for the last update: a loss that is no number stops the run before anything is kept of it."""
+        began = time.perf_counter()
+        self.numbers.settle()
+        waited = time.perf_counter() - began
+        self.progress.seconds += waited
+        if self.durations:
+            self.durations[-1] += waited
+
     def _evaluate_and_save(self) -> None:
-        self.numbers.settle()  # a loss that is no number stops the run before anything is kept of it
+        self._settle()
         self.update.release()
         progress = self.progress
         best = True
@@ -379,7 +388,7 @@ class _Training:
         self._save(best)
 
     def _save(self, best: bool) -> None:
-        self.numbers.settle()
+        self._settle()
         self.checkpoints.save(self.model, self.optimizer, dataclasses.asdict(self.progress), best)
 
     def _out_of_patience(self) -> bool:

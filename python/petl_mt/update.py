@@ -114,6 +114,9 @@ class Update:
         self.plan, self.micro_tokens = plan, plan.micro_tokens
         if self.graphs is not None:
             self.graphs.forget()
+            if 5 in plan.tiers:  # whose buffers in host memory move
+                self.graphs = None
+                self.say("cuda_graphs: steps run as they are from here on, with inputs of layers in host memory")
         self.say(
             f"memory {self.config.memory} was not enough for a step; it goes on in {plan.micro_batches} micro-batches "
             f"of {plan.micro_tokens:,} tokens, tiers {min(plan.tiers)} to {max(plan.tiers)}: the same update"
@@ -137,10 +140,17 @@ class Update:
     def _backward(self, batch: Batch, tokens: int) -> Tensor:
         """Add the gradient of this part's share of the mean loss over ``tokens``; returns that share."""
         if self.graphs is not None:
-            return self.graphs(batch.source, batch.labels, torch.full((), 1 / tokens, device=self.device))
+            return self._replay(batch, tokens)
         loss = self.loss(batch, tokens)
         self.accelerator.backward(loss)
         return loss.detach()
+
+    def _replay(self, batch: Batch, tokens: int) -> Tensor:
+        known = self.graphs.reason
+        loss = self.graphs(batch.source, batch.labels, torch.full((), 1 / tokens, device=self.device))
+        if self.graphs.reason != known:
+            self.say(f"cuda_graphs: a step could not be captured, and runs as it is ({self.graphs.reason})")
+        return loss
 
     def _captured_backward(self, source: Tensor, labels: Tensor, share: Tensor) -> Tensor:
         """``_backward`` for all batches of a shape: whatever is padded, and however many labels count."""

@@ -47,7 +47,8 @@ def _has_boolean_index(_, index) -> bool:
 
 def _caller() -> str:
     stack = traceback.StackSummary.extract(traceback.walk_stack(None), limit=12, lookup_lines=False)
-    frames = [frame for frame in stack if not frame.filename.endswith("waiting.py")]
+    between = ("waiting.py", "torch/_compile.py", "torch/_dynamo/eval_frame.py")
+    frames = [frame for frame in stack if not frame.filename.endswith(between)]
     return " < ".join(f"{frame.filename.rpartition('/')[2]}:{frame.lineno}:{frame.name}" for frame in frames[:5])
 
 

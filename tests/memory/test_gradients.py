@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -145,3 +146,16 @@ def test_one_wide_gradient_lives_at_a_time():
     before = _C.cpu_bytes()
     rounded.step(optimizer)
     assert _C.cpu_peak() - before < 1.1 * gradients.GROUP_BYTES
+
+
+def test_a_plan_takes_the_place_of_an_earlier_one():
+    model = made()
+    plan = pk.plan(model, "64MiB", 128, max_length=32, device="cpu")
+    rounding = dataclasses.replace(plan, gradients="bfloat16")
+    for _ in range(2):
+        rounding.apply(model)
+    backward(model, 0)
+    assert all(p.grad is None for p in trained(model)) and model.petl_gradients.clip(1.0) > 0
+    plan.apply(model)
+    backward(model, 0)
+    assert model.petl_gradients is None and all(p.grad is not None for p in trained(model))

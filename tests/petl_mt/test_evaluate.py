@@ -38,6 +38,28 @@ def test_validation_loss_is_that_of_transformers(loaded, language, text):
     assert found == pytest.approx(total / tokens, rel=1e-5)
 
 
+def test_dropout_is_back_after_an_evaluation_that_did_not_fit(loaded, language, text, monkeypatch):
+    model, _ = loaded
+    source, target = read_pair(text["valid"])
+    corpus, _ = encode_pairs([(text["valid"], source, target)], {"en-de": language}, 40)
+
+    def fail(*_, **__):
+        assert not model.training
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(model, "generate", fail)
+    monkeypatch.setattr("petl_mt.evaluate.sequence_loss", fail)
+    model.train()
+    for evaluate in (
+        lambda: validation_loss(model, corpus, batch_tokens=60, start=2),
+        lambda: translate(model, language, source),
+    ):
+        with pytest.raises(torch.OutOfMemoryError):
+            evaluate()
+        assert model.training
+    model.eval()
+
+
 def test_order_and_lines_are_kept(loaded, language, text):
     model, _ = loaded
     source, _ = read_pair(text["test"])

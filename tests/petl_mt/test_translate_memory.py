@@ -104,5 +104,5 @@ def test_batches_shrink_until_they_fit():
 
     assert until_it_fits(run, BatchLimit(100), "1 MiB", said.append) == ("done", BatchLimit(25))
     assert tried == [100, 50, 25] and len(said) == 2
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(InputError, match="memory 1 MiB: evaluation of one sentence does not fit; expected more"):
         until_it_fits(lambda limit: run(BatchLimit(99)), BatchLimit(4), "1 MiB", said.append)
