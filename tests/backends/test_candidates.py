@@ -30,26 +30,26 @@ MATRIX_INSTRUCTION = {"sm80": "mma.sync", "sm90": "wgmma.mma_async", "sm100": "t
 WITH_TMA = {"_product_kernel"}
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="compare.py checks them on a CUDA device")
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="contest.py checks them on a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", NAMES)
 def test_values_and_gradients(name, case, dtype):
-    import compare
+    import contest
 
     given = parity.lora_linear_arguments(parity.Source(torch.device("cpu"), dtype), **CASES[case])
-    assert compare.difference(name, given) is None
+    assert contest.difference(name, given) is None
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="compare.py checks them on a CUDA device")
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="contest.py checks them on a CUDA device")
 def test_a_wrong_candidate_is_found(monkeypatch):
-    import compare
+    import contest
     import two_streams
 
     right = two_streams.lora_linear
     monkeypatch.setattr(two_streams, "lora_linear", lambda *args: right(args[0] * 1.01, *args[1:]))
     given = parity.lora_linear_arguments(parity.Source(torch.device("cpu"), torch.float32))
-    assert "off by" in compare.difference("two_streams", given)
+    assert "off by" in contest.difference("two_streams", given)
 
 
 @pytest.mark.parametrize("card", SHARED_MEMORY)

@@ -18,6 +18,7 @@ from petl_mt import checkpoint
 from petl_mt.cli import main
 from petl_mt.config import TrainConfig
 from petl_mt.train import _Training, train
+from petl_mt.update import Update
 from safetensors.torch import load_file
 
 from petl_kernels.errors import InputError
@@ -29,14 +30,19 @@ class Killed(BaseException):
 
 def kill_at(monkeypatch, step: int) -> None:
     """Let the run die in the middle of update ``step``: gradients are there, the optimiser has not moved."""
-    finite = _Training._finite
+    update, move, now = _Training._update, Update.step, []
 
-    def die(self, loss, norm, now):
-        if now == step:
+    def numbered(self):
+        now[:] = [self.progress.step + 1]
+        update(self)
+
+    def die(self, lr):
+        if now == [step]:
             raise Killed
-        return finite(self, loss, norm, now)
+        return move(self, lr)
 
-    monkeypatch.setattr(_Training, "_finite", die)
+    monkeypatch.setattr(_Training, "_update", numbered)
+    monkeypatch.setattr(Update, "step", die)
 
 
 def weights(out: str | Path) -> dict[str, torch.Tensor]:

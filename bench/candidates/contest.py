@@ -1,4 +1,4 @@
-"""The shipped LoRA kernels and every candidate on the same shapes: `python bench/candidates/compare.py`.
+"""The shipped LoRA kernels and every candidate on the same shapes: `python bench/candidates/contest.py`.
 
 Each shape: every value and gradient first, to the ops' own criterion, then medians of rounds in which each
 implementation runs once, as a CUDA graph (so that Python's launches are not what is measured), with the L2 cache
@@ -203,7 +203,7 @@ def main() -> int:
     if options.device == "cpu":
         return on_a_cpu(options.names)
     if not torch.cuda.is_available():
-        print("compare.py: --device cuda: no CUDA device here", file=sys.stderr)
+        print("contest.py: --device cuda: no CUDA device here", file=sys.stderr)
         return 2
     scratch = torch.empty(FLUSH_BYTES, device="cuda", dtype=torch.uint8)
     rates, began, results = measured_rates(scratch.zero_), time.monotonic(), []
