@@ -97,11 +97,11 @@ def _state(model: nn.Module, structure: Structure, layer: Layer) -> LayerState:
 
 
 def _tiers(tier: int | Sequence[int], layers: int) -> list[int]:
-    single = isinstance(tier, int)
+    single = isinstance(tier, (int, str)) or not isinstance(tier, Sequence)
     tiers = [tier] * layers if single else list(tier)
     for value in [tier] if single else tiers:
         if isinstance(value, bool) or not isinstance(value, int) or value not in (0, *TIERS):
-            raise InputError(f"tier {value!r}: expected 1 to 5, or 0 for the plain layer")
+            raise InputError(f"tier {value!r}: expected 1 to 5, 0 for the plain layer, or 'auto'")
     if layers and len(tiers) != layers:
         raise InputError(f"tier: {len(tiers)} of them, expected one for each of the {layers} layers, encoder first")
     return tiers

@@ -19,7 +19,7 @@ from petl_kernels.interop.files import atomic_write
 from petl_kernels.memory.generation import SearchBytes
 from petl_kernels.memory.gradients import RoundedGradients
 from petl_kernels.memory.quantise_model import quantise_model
-from petl_kernels.memory.resident import SLOTS
+from petl_kernels.memory.resident import GRADIENT_BYTES, OPTIMIZER_BYTES, SLOTS, STORAGES
 from petl_kernels.memory.size import format_size
 from petl_kernels.memory.stream import stream_layers
 from petl_kernels.methods.structure import describe
@@ -122,6 +122,15 @@ class Plan:
                 f"plan: for {self.model} with {self.parameters:,} parameters; the model is {found[0]} with {found[1]:,}"
             )
 
+    def forbidden(self, allow: Sequence[str], optimizer: str) -> str:
+        """The first approximation that it uses and that is not allowed; 8-bit moments may be asked for by name."""
+        used = {
+            "quantised": (self.storage, self.tables) != ("dense", "dense"),
+            "8bit-optimizer": self.optimizer != optimizer,
+            "bf16-gradients": self.gradients != "float32",
+        }
+        return next((name for name, is_used in used.items() if is_used and name not in allow), "")
+
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)
 
@@ -140,17 +149,45 @@ class Plan:
             values["more"] = tuple(map(tuple, values["more"]))
             if values.get("search"):
                 values["search"] = SearchBytes(**values["search"])
-            return cls(**values)
+            found = cls(**values)
+            wrong = found._wrong()
         except OSError as error:
-            raise InputError(f"plan {path}: {error.strerror or error}") from None
-        except (ValueError, TypeError, KeyError) as error:
-            raise InputError(f"plan {path}: not a plan ({' '.join(str(error).split())})") from None
+            raise InputError(
+                f"plan {path}: {error.strerror or error}; expected a file of petl-mt plan --json"
+            ) from None
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise InputError(f"plan {path}: not a plan; expected a file of petl-mt plan --json") from None
+        if wrong:
+            raise InputError(f"plan {path}: {wrong}")
+        return found
+
+    def _wrong(self) -> str:
+        """What no plan can have; empty when there is nothing."""
+        for name in ("memory", "longest", "rows", "micro_tokens", "micro_batches", "chunk_bytes", "evaluation_tokens"):
+            if not isinstance(value := getattr(self, name), int) or value < 1:
+                return f"{name} is {value!r}; expected a whole number above 0"
+        for tier in self.tiers:
+            if tier not in range(1, 6):
+                return f"tier {tier!r}; expected 1 to 5"
+        if self.streamed not in range(len(self.tiers) + 1):
+            return f"streamed is {self.streamed!r}; expected 0 to its {len(self.tiers)} layers"
+        for name, choices in (
+            ("storage", STORAGES),
+            ("tables", STORAGES),
+            ("gradients", GRADIENT_BYTES),
+            ("optimizer", OPTIMIZER_BYTES),
+        ):
+            if (value := getattr(self, name)) not in choices:
+                return f"{name} is {value!r}; expected {' or '.join(choices)}"
+        return ""
 
     def __str__(self) -> str:
         return "\n".join([*_summary(self), *_table(self), *_more_lines(self)])
 
 
 def check_allow(allow: Sequence[str]) -> None:
+    if isinstance(allow, str) or not isinstance(allow, Sequence):
+        raise InputError(f"allow {allow!r}: expected a list of {', '.join(APPROXIMATIONS)}")
     for name in allow:
         if name not in APPROXIMATIONS:
             raise InputError(f"allow {name!r}: expected {' or '.join(APPROXIMATIONS)}")

@@ -40,7 +40,7 @@ from petl_kernels.memory.resident import (
     FrozenWeights,
 )
 from petl_kernels.memory.simulate import Batch, Phases
-from petl_kernels.memory.size import format_size, parse_size
+from petl_kernels.memory.size import format_least, format_size, parse_size
 from petl_kernels.memory.stream import copies_hide
 from petl_kernels.methods.structure import Structure, describe
 from petl_kernels.ops.quantised import parts_of
@@ -183,7 +183,7 @@ class Planner:
         least = min(self._peak((tier,) * len(self.sides), self.rows, chunk_bytes) for tier in self.tiers)
         need = math.ceil((self._always(setting) + least + self._context()) / (1 - SLACK[self.device.type]))
         raise InputError(
-            f"tier 'auto': a batch of {self.batch_tokens:,} tokens needs {format_size(need)}, and there are "
+            f"tier 'auto': a batch of {self.batch_tokens:,} tokens needs {format_least(need)}, and there are "
             f"{format_size(memory)}; expected a smaller batch_tokens, or pk.plan, which has more levers"
         )
 
@@ -220,7 +220,7 @@ class Planner:
                         break  # smaller micro-batches only cost
 
     def _settings(self, chunk_bytes: int, allow: tuple[str, ...]) -> Iterator[Setting]:
-        storages = STORAGES if "quantised" in allow else STORAGES[:1]
+        storages = STORAGES if "quantised" in allow and self.weights.can_round else STORAGES[:1]
         optimizers = dict.fromkeys([self.optimizer, *(["adamw8bit"] if "8bit-optimizer" in allow else [])])
         wide = all(p.dtype == torch.float32 for p in self.trained)
         gradients = ["float32", *(["bfloat16"] if "bf16-gradients" in allow and wide else [])]
@@ -408,9 +408,9 @@ class Planner:
 
     def _refusal(self, memory: int) -> str:
         allowed, any_ = self._least(self.allow), self._least(tuple(APPROXIMATIONS))
-        line = f"memory {format_size(memory)}: one sentence pair of {self.longest} tokens needs {format_size(allowed)}"
+        line = f"memory {format_size(memory)}: one sentence pair of {self.longest} tokens needs {format_least(allowed)}"
         if any_ < allowed:
-            line += f", or {format_size(any_)} with --allow {','.join(APPROXIMATIONS)}"
+            line += f", or {format_least(any_)} with --allow {','.join(APPROXIMATIONS)}"
         return f"{line}; expected at least that, or a shorter --max-length"
 
     def _least(self, allow: tuple[str, ...]) -> int:
@@ -453,11 +453,13 @@ def plan_search(
     longest: int,
     device: torch.device,
     autocast: torch.dtype | None = None,
+    refuse: bool = True,
 ) -> SearchPlan:
     """The fewest streamed layers with which beam search of ``model``, possibly on the meta device, fits ``memory``.
 
     storages: of the frozen weights, in layers and in tables. longest: tokens of the longest sentence and of the
-    longest translation. InputError where one such sentence does not fit, with the least that works.
+    longest translation. Where one such sentence does not fit: InputError, with the least that works, or if not
+    ``refuse`` the leanest way, in which shorter ones may.
     """
     weights, count = FrozenWeights(model, describe(model)), len(describe(model).layers)
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
@@ -473,9 +475,12 @@ def plan_search(
         if room >= one:
             return SearchPlan(*storages, streamed, device.type, dataclasses.replace(search, memory=room))
         needs.append(math.ceil((always + one + context) / free))
+        leanest = SearchPlan(*storages, streamed, device.type, dataclasses.replace(search, memory=room))
+    if not refuse:
+        return leanest
     raise InputError(
         f"memory {format_size(memory)}: to translate one sentence of {longest} tokens with {beam} beams needs "
-        f"{format_size(min(needs))}; expected at least that, or a smaller --beam or --max-length"
+        f"{format_least(min(needs))}; expected at least that, or a smaller --beam or --max-length"
     )
 
 

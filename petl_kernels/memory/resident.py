@@ -52,7 +52,7 @@ class FrozenWeights:
             storage: sum(self.bytes[storage].values()) - self._tables_of[storage] for storage in STORAGES
         }
         self.layers = [_streamable(model, layer) for layer in structure.layers]
-        self.can_stream = all(self.layers)
+        self.can_round, self.can_stream = bool(can), all(self.layers)
         head = getattr(model, "lm_head", None)
         self.head = 0 if head is None else head.weight.numel()
 

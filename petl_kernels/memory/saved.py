@@ -43,7 +43,7 @@ def saved_bytes(exclude: Iterable[Tensor] = ()) -> Iterator[Saved]:
         if address not in living and storage.nbytes() and address not in saved.storages:
             saved.storages[address] = storage.nbytes()
             saved._alive.append(tensor.detach())
-        return tensor
+        return tensor.detach()  # a node that keeps its own output, with its history, would never go
 
     recompute.observers.append(pack)
     try:

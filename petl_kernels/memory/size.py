@@ -23,13 +23,22 @@ def parse_size(text: str | int) -> int:
         match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", text)
         if match is None or match[2].upper() not in _UNITS:
             raise InputError(
-                f"memory size {text!r}: expected a number with B, KB, MB, GB, KiB, MiB or GiB, such as 8GiB"
+                f"memory size {text!r}: expected a number with B, KB, MB, GB, TB, KiB, MiB, GiB or TiB, such as 8GiB"
             )
         number, unit = float(match[1]), match[2].upper()
     size = int(number * _UNITS[unit])
     if size <= 0:
         raise InputError(f"memory size {text!r}: expected more than zero bytes")
     return size
+
+
+def format_least(size: int) -> str:
+    """``format_size`` of a size that is not rounded down, so that what it says is enough."""
+    text = format_size(size)
+    while parse_size(text) < size:
+        size += max(1, size // 1000)
+        text = format_size(size)
+    return text
 
 
 def format_size(size: int) -> str:

@@ -96,8 +96,8 @@ def linear_cross_entropy(
     if bias is not None and tuple(bias.shape) == (1, words):
         bias = bias.view(words)
     _check(hidden, weight, labels, bias, label_smoothing, reduction, smoothing)
-    if counted is not None and counted < 0:
-        raise InputError(f"{OP}: counted is {counted}: expected how many labels count, 0 or more")
+    if counted is not None and (type(counted) is not int or counted < 0):
+        raise InputError(f"{OP}: counted is {counted!r}: expected how many labels count, a whole number")
     needs = (torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias))
     options = (float(label_smoothing), smoothing, float(logit_scale), ignore_index, chunk_bytes)
     options = (*options, ALL_ROWS if counted is None else counted)

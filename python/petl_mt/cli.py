@@ -264,6 +264,8 @@ def train_config(arguments: argparse.Namespace):
     elif arguments.resume and arguments.out and RunFolder(Path(arguments.out)).config.exists():
         path = RunFolder(Path(arguments.out)).config
         values, where = load_yaml(path), str(path)
+    elif arguments.resume and arguments.out and not arguments.model:
+        raise InputError(f"out {arguments.out}: no run to resume; expected a run's folder, or --model for a new one")
     values = {key.replace("-", "_") if isinstance(key, str) else key: value for key, value in values.items()}
     own = ("run", "command", "config", "resume", "pair", "valid_pair", "method_arg", "device", "json")
     values.update({k: v for k, v in vars(arguments).items() if k not in own and v is not None})
@@ -369,7 +371,10 @@ def _setting(text: str) -> tuple[str, object]:
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise InputError(f"method-arg {text!r}: expected KEY=VALUE")
-    return key.replace("-", "_"), yaml.safe_load(value)
+    try:
+        return key.replace("-", "_"), yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise InputError(f"method-arg {text!r}: expected KEY=VALUE, with a number, a word or a YAML list") from None
 
 
 if __name__ == "__main__":

@@ -145,8 +145,9 @@ class TrainConfig:
         _need(self.lr is None or (self.lr > 0 and math.isfinite(self.lr)), f"lr {self.lr}: expected above 0")
         _need(self.tier is None or self.tier in range(6), f"tier {self.tier}: expected 0 to 5")
         _need(self.plan is None or self.memory is not None, "plan: needs the budget that it was made for (--memory)")
-        _need(self.clip >= 0, f"clip {self.clip}: expected 0 (off) or above")
-        _need(self.weight_decay >= 0, f"weight_decay {self.weight_decay}: expected 0 or above")
+        _need(0 <= self.seed < 2**63, f"seed {self.seed}: expected 0 to 2^63 - 1")
+        _need(0 <= self.clip < math.inf, f"clip {self.clip}: expected 0 (off) or above")
+        _need(0 <= self.weight_decay < math.inf, f"weight_decay {self.weight_decay}: expected 0 or above")
         _need(self.warmup is None or self.warmup >= 0, f"warmup {self.warmup}: expected 0 or above")
         _need(
             len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
@@ -270,7 +271,7 @@ def _typed(name: str, annotation: str, value: Any, where: str) -> Any:
                 return float(value)
             except ValueError:
                 continue
-        if kind is int and isinstance(value, float) and value == int(value):
+        if kind is int and isinstance(value, float) and value.is_integer():
             return int(value)
     if annotation.startswith(("list", "dict", "tuple")):
         wanted = {"l": list, "d": dict, "t": (list, tuple)}[annotation[0]]

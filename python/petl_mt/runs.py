@@ -96,13 +96,18 @@ def load_run(path: str | Path):
 
 
 def load_run_within(
-    path: str | Path, memory: int, limits: ExitStack | None, beam: int | None = None, max_length: int | None = None
+    path: str | Path,
+    memory: int,
+    limits: ExitStack | None,
+    beam: int | None = None,
+    max_length: int | None = None,
+    refuse: bool = True,
 ):
     """(model, tokenizer, config, plan) of a finished run that translates inside ``memory`` bytes, which are enforced
     until ``limits`` ends.
 
     Weights are as training had them: dtypes, storage and lean layers; layers are streamed where nothing else fits.
-    InputError where not even one sentence does.
+    InputError where not even one of ``max_length`` tokens does and ``refuse`` says so.
     """
     import petl_kernels as pk
     from petl_kernels.interop.adapters import fill_adapter
@@ -130,10 +135,11 @@ def load_run_within(
         like,
         memory,
         ("dense", "dense") if whole else run_storages(path),
-        beam or config.beam,
-        max_length or config.max_length,
+        config.beam if beam is None else beam,
+        config.max_length if max_length is None else max_length,
         device,
         torch.bfloat16 if config.precision == "bf16" else None,
+        refuse,
     )
     if limits is not None:
         limits.enter_context(cap.capped(memory, device))
@@ -200,6 +206,9 @@ class Translator:
         from petl_kernels.interop.languages import LanguagePair
         from petl_kernels.memory.size import format_size, parse_size
 
+        for name, value in (("beam", beam), ("max_length", max_length), ("batch_tokens", batch_tokens)):
+            if value is not None and value < 1:
+                raise InputError(f"{name} {value}: expected at least 1")
         budget = run_memory(run) if memory is None else parse_size(memory)
         self.memory, self.autocast, search = None, contextlib.nullcontext, None
         with hush():
@@ -207,14 +216,17 @@ class Translator:
                 self.model, tokenizer, self.config = load_run(run)
                 self.model.to("cuda" if torch.cuda.is_available() else "cpu")
             else:
-                self.model, tokenizer, self.config, plan = load_run_within(run, budget, limits, beam, max_length)
+                self.model, tokenizer, self.config, plan = load_run_within(
+                    run, budget, limits, beam, max_length, refuse=memory is not None
+                )
                 self.memory, search = format_size(budget), plan.search
                 if self.config.precision == "bf16":
                     self.autocast = partial(torch.autocast, plan.device, torch.bfloat16)
         src_lang, self.tgt_lang = _languages(self.config, src_lang, tgt_lang)
         self.language = LanguagePair(self.model, tokenizer, src_lang, self.tgt_lang)
-        self.beam, self.max_length = beam or self.config.beam, max_length or self.config.max_length
-        self.limit = BatchLimit(batch_tokens or self.config.batch_tokens, search)
+        self.beam = self.config.beam if beam is None else beam
+        self.max_length = self.config.max_length if max_length is None else max_length
+        self.limit = BatchLimit(self.config.batch_tokens if batch_tokens is None else batch_tokens, search)
         self.cut = 0  # sources that were longer than max_length
 
     def stream(self, lines: list[str], at_once: int = 1024) -> Iterator[str]:

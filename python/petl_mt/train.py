@@ -217,6 +217,16 @@ class _Training:
             raise InputError(
                 f"plan {given}: for {format_size(plan.memory)}; expected one for the {format_size(memory)} of --memory"
             )
+        if plan.device.partition(":")[0] != self.device.type:
+            raise InputError(f"plan {given}: for {plan.device}; expected one for {self.device.type}")
+        if plan.batch_tokens != self.config.batch_tokens:
+            raise InputError(
+                f"plan {given}: for updates of {plan.batch_tokens} tokens; expected the {self.config.batch_tokens} of "
+                "--batch-tokens"
+            )
+        forbidden = plan.forbidden(self.config.allow, self.config.optimizer)
+        if forbidden:
+            raise InputError(f"plan {given}: uses {forbidden}; expected --allow {forbidden} beside it")
         if plan.longest < longest:
             raise InputError(f"plan {given}: for sentences of {plan.longest} tokens; the text has some of {longest}")
         return plan

@@ -206,7 +206,7 @@ def test_a_model_of_another_kind_keeps_working():
 @pytest.mark.parametrize(
     ("tier", "message"),
     [
-        (6, "tier 6: expected 1 to 5, or 0 for the plain layer"),
+        (6, "tier 6: expected 1 to 5, 0 for the plain layer, or .auto."),
         (-1, "tier -1: expected 1 to 5"),
         (True, "tier True: expected 1 to 5"),
         ("2", "tier '2': expected 1 to 5"),

@@ -76,7 +76,7 @@ def test_available_is_what_the_system_says_and_what_the_model_has(model):
         ({"tier": "auto", "memory": "much"}, "memory size 'much'"),
         ({"tier": "auto", "memory": "1GiB", "batch_tokens": 0}, "batch_tokens 0: expected"),
         ({"tier": 2, "memory": "1GiB"}, "memory '1GiB': expected with tier 'auto' only, and tier is 2"),
-        ({"tier": "automatic"}, "tier 'a': expected 1 to 5"),
+        ({"tier": "automatic"}, "tier 'automatic': expected 1 to 5"),
     ],
 )
 def test_wrong_input(model, arguments, message):

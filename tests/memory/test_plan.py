@@ -324,10 +324,33 @@ def test_a_plan_is_a_file_for_one_model(tmp_path):
     (tmp_path / "plan.json").write_text(json.dumps({**older, "storage": "int8"}))
     assert Plan.load(tmp_path / "plan.json") == dataclasses.replace(found, storage="int8", tables="int8")
     (tmp_path / "plan.json").write_text('{"tiers": [1]}')
-    with pytest.raises(InputError, match="not a plan"):
+    with pytest.raises(InputError, match="not a plan; expected a file of petl-mt plan --json"):
         Plan.load(tmp_path / "plan.json")
     with pytest.raises(InputError, match="No such file"):
         Plan.load(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rows": 0}, "rows is 0; expected a whole number above 0"),
+        ({"micro_tokens": "many"}, "micro_tokens is 'many'; expected a whole number above 0"),
+        ({"chunk_bytes": 0}, "chunk_bytes is 0"),
+        ({"tiers": [1, 7]}, "tier 7; expected 1 to 5"),
+        ({"streamed": 99}, "streamed is 99; expected 0 to its 5 layers"),
+        ({"storage": "int4"}, "storage is 'int4'; expected dense or int8 or nf4"),
+        ({"gradients": "x"}, "gradients is 'x'; expected float32 or bfloat16"),
+        ({"optimizer": "sgd"}, "optimizer is 'sgd'; expected adamw or adamw8bit"),
+        ({"tiers": 3}, "not a plan"),
+    ],
+)
+def test_a_file_that_no_plan_has_written(tmp_path, change, message):
+    path = tmp_path / "plan.json"
+    values = plan(skeleton(), "100MiB", 1024, max_length=64, device="cpu").to_dict()
+    path.write_text(json.dumps({**values, **change}))
+    with pytest.raises(InputError, match=message) as error:
+        Plan.load(path)
+    assert str(path) in str(error.value)
 
 
 def test_apply_sets_tiers_and_the_loss_chunk():

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import weakref
+
 import torch
 import torch.nn.functional as F
 
@@ -32,3 +34,14 @@ def test_temporary_tensors_do_not_share_an_address():
         for _ in range(5):
             (x * torch.randn(6)).sum()
     assert saved.bytes == 5 * 24 + x.nbytes * 0
+
+
+def test_nothing_stays_of_what_was_counted():
+    """Neither of a graph that has no backward, nor of an operation that keeps its own output."""
+    x = torch.ones(8, requires_grad=True)
+    with saved_bytes([x]) as saved:
+        x.exp().tanh().softmax(0)
+    assert saved.bytes
+    counted = weakref.ref(saved)
+    del saved
+    assert counted() is None

@@ -124,7 +124,9 @@ def quantised_run(parent, text, tmp_path):
     plan.write_text(
         json.dumps({**json.loads(plan.read_text()), "storage": "nf4", "tables": "nf4", "approximations": ["quantised"]})
     )
-    assert main(["train", *flags, "--train", train.source, train.target, "--plan", str(plan), "--out", str(out)]) == 0
+    flags += ["--train", train.source, train.target, "--plan", str(plan), "--out", str(out)]
+    assert main(["train", *flags]) == 2 and not out.exists()  # what is rounded has to be allowed
+    assert main(["train", *flags, "--allow", "quantised"]) == 0
     return out
 
 

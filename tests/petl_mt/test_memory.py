@@ -221,6 +221,16 @@ def test_a_plan_for_another_run_is_refused(settings, tmp_path):
     short = saved_plan(settings, tmp_path / "short.json", "2MiB", longest=3)
     with pytest.raises(InputError, match="for sentences of 3 tokens"):
         training(settings, tmp_path / "run", memory="2MiB", plan=short)
+    for change, message in (
+        ({"device": "cuda"}, "for cuda; expected one for cpu"),
+        ({"batch_tokens": 100}, "for updates of 100 tokens; expected the 400 of --batch-tokens"),
+        ({"tables": "nf4"}, "uses quantised; expected --allow quantised beside it"),
+        ({"gradients": "bfloat16"}, "uses bf16-gradients; expected --allow bf16-gradients"),
+        ({"optimizer": "adamw8bit"}, "uses 8bit-optimizer; expected --allow 8bit-optimizer"),
+    ):
+        other = saved_plan(settings, tmp_path / "other.json", "2MiB", **change)
+        with pytest.raises(InputError, match=message):
+            training(settings, tmp_path / "run", memory="2MiB", plan=other)
     assert not (tmp_path / "run").exists()
 
 

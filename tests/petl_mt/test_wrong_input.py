@@ -194,3 +194,20 @@ def test_no_number_for_a_loss(refusal, settings, capfd):
     assert main(flags) == 2
     line = capfd.readouterr().err.splitlines()[-1]
     assert line.startswith("petl-mt train: training stopped at step ") and "the last good checkpoint is" in line
+
+
+def test_numbers_that_nothing_can_use(wrong_train, refusal):
+    assert "seed -1: expected 0 to 2^63 - 1" in wrong_train(seed="-1")
+    assert "seed 99999999999999999999: expected 0 to" in wrong_train(seed="99999999999999999999")
+    assert "weight_decay inf: expected 0 or above" in wrong_train(weight_decay="inf")
+    assert "clip inf: expected 0 (off) or above" in wrong_train(clip="inf")
+    assert "method-arg 'rank=[1': expected KEY=VALUE" in wrong_train(method_arg="rank=[1")
+    for name, value in (("beam", "-3"), ("beam", "0"), ("max-length", "0"), ("batch-tokens", "-1")):
+        line = refusal("translate", "--run", "nowhere", f"--{name}={value}")
+        assert f"{name.replace('-', '_')} {value}: expected at least 1" in line
+
+
+def test_nothing_to_resume(refusal, tmp_path):
+    line = refusal("train", "--resume", "--out", str(tmp_path / "none"))
+    assert line.endswith("none: no run to resume; expected a run's folder, or --model for a new one")
+    assert not (tmp_path / "none").exists()
