@@ -166,7 +166,7 @@ def test_a_run_uses_what_its_plan_says(wide, tmp_path):
         assert main(["plan", *flags, "--optimizer", optimizer]) == 0
         assert json.loads(path.read_text())["optimizer"] == optimizer
         out = str(tmp_path / optimizer)
-        config = TrainConfig(**{**wide, "out": out, "memory": "64MiB", "plan": str(path)})
+        config = TrainConfig(**{**wide, "out": out, "memory": "64MiB", "plan": str(path), "allow": ["8bit-optimizer"]})
         loop = _Training(config, RunFolder(Path(out)), resuming=False, quiet=True)
         assert isinstance(loop.optimizer.optimizer, bitsandbytes.optim.AdamW8bit) == (optimizer == "adamw8bit")
         assert loop.config.optimizer == "adamw"
