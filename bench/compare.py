@@ -8,28 +8,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from measurements import Measurement, Run, load, seconds
+from measurements import VERSIONS, Measurement, Run, load, seconds
 from table import render
 
 from petl_kernels.errors import InputError
 
 FEW_SAMPLES = 5
-MACHINE = (
-    "device",
-    "cpu_name",
-    "cores",
-    "threads",
-    "python_version",
-    "torch",
-    "cuda",
-    "float32_matmul",
-    "triton",
-    "transformers",
-    "peft",
-    "bitsandbytes",
-    "liger-kernel",
-    "cut-cross-entropy",
-)
+MACHINE = ("device", "cpu_name", "cores", "threads", "float32_matmul", *VERSIONS)
 HEAD = ["case", "implementation", "A", "B", "B / A", "change"]
 
 

@@ -10,6 +10,17 @@ from pathlib import Path
 
 from petl_kernels.errors import InputError
 
+VERSIONS = (
+    "python_version",
+    "torch",
+    "cuda",
+    "triton",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "liger-kernel",
+    "cut-cross-entropy",
+)
 LIMIT = "limit"
 # What files from before `implementation` said "ours" called our own implementations.
 OUR_OLD_NAMES = ("int8", "nf4", "tier 1", "tier 2", "tier 3")

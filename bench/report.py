@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 
 from measurements import (
+    VERSIONS,
     Measurement,
     Run,
     by_op,
@@ -22,17 +23,6 @@ from plots import HUES, Bar, Point, bars, marker_legend, roofline
 
 from petl_kernels.interop.files import atomic_write
 
-VERSIONS = (
-    "python_version",
-    "torch",
-    "cuda",
-    "triton",
-    "transformers",
-    "peft",
-    "bitsandbytes",
-    "liger-kernel",
-    "cut-cross-entropy",
-)
 ORDER = {"limit": 0, "ours": 1, "peer": 2}
 
 

@@ -124,12 +124,8 @@ class Plan:
 
     def forbidden(self, allow: Sequence[str], optimizer: str) -> str:
         """The first approximation that it uses and that is not allowed; 8-bit moments may be asked for by name."""
-        used = {
-            "quantised": (self.storage, self.tables) != ("dense", "dense"),
-            "8bit-optimizer": self.optimizer != optimizer,
-            "bf16-gradients": self.gradients != "float32",
-        }
-        return next((name for name, is_used in used.items() if is_used and name not in allow), "")
+        allowed = [*allow, *(["8bit-optimizer"] if self.optimizer == optimizer else [])]
+        return next((name for name in approximations_of(self) if name not in allowed), "")
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)
@@ -183,6 +179,16 @@ class Plan:
 
     def __str__(self) -> str:
         return "\n".join([*_summary(self), *_table(self), *_more_lines(self)])
+
+
+def approximations_of(levers) -> tuple[str, ...]:
+    """Names of what is not exact about a plan, or about a planner's setting."""
+    used = {
+        "quantised": (levers.storage, levers.tables) != ("dense", "dense"),
+        "8bit-optimizer": levers.optimizer == "adamw8bit",
+        "bf16-gradients": levers.gradients != "float32",
+    }
+    return tuple(name for name, is_used in used.items() if is_used)
 
 
 def check_allow(allow: Sequence[str]) -> None:

@@ -29,7 +29,7 @@ from petl_kernels.memory import simulate
 from petl_kernels.memory.cost import LayerWork, Rates, layer_work, measure_rates, update_seconds
 from petl_kernels.memory.generation import Search, SearchBytes, output_length
 from petl_kernels.memory.gradients import groups
-from petl_kernels.memory.plan import APPROXIMATIONS, CHUNKS, Plan, check_allow, levers
+from petl_kernels.memory.plan import APPROXIMATIONS, CHUNKS, Plan, approximations_of, check_allow, levers
 from petl_kernels.memory.resident import (
     CONTEXT,
     GRADIENT_BYTES,
@@ -356,11 +356,6 @@ class Planner:
     def _plan(self, memory: int, setting: Setting, micro_batches: int, tiers: tuple[int, ...]) -> Plan:
         rows = -(-self.rows // micro_batches)
         parts = self.parts(setting, rows, tiers)
-        used = {
-            "quantised": (setting.storage, setting.tables) != ("dense", "dense"),
-            "8bit-optimizer": setting.optimizer == "adamw8bit",
-            "bf16-gradients": setting.gradients == "bfloat16",
-        }
         search = self._search(self._usable(memory) - self._always(setting))
         return Plan(
             model=type(self.model).__name__,
@@ -382,7 +377,7 @@ class Planner:
             parts=parts,
             seconds=self._seconds(setting, micro_batches, rows, tiers),
             rates_measured=self.rates.measured,
-            approximations=tuple(name for name, is_used in used.items() if is_used),
+            approximations=approximations_of(setting),
             copies_hidden=self._copies_hide(setting, rows),
             tables=setting.tables,
             gradients=setting.gradients,
