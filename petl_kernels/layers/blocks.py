@@ -258,7 +258,7 @@ def _parallel_ffn(block: FeedForwardBlock, adapter: ParallelAdapter, u: Tensor, 
     """The adapter as more hidden units of the network."""
     down, up = adapter.down, adapter.up
     trained = down.weight, down.bias, up.weight, up.bias
-    frozen = block.wide.w1, block.inputs[0].bias, block.wide.w2, block.out.bias
+    frozen = block.wide.w1, block.wide.c1, block.wide.w2, block.out.bias
     return ops.parallel_ffn(u, *frozen, *trained, block.activation, adapter.scale, again)
 
 

@@ -10,10 +10,11 @@
 so the adapter costs y and dx no pass of their own: they are those of ``frozen_ffn`` for m/f more hidden units. The sums
 over tokens are those of ``bottleneck_adapter``, with z_D and dz_D made again.
 
-x and y (..., d), W1 (f, d), W2 (d, f), D (m, d), U (d, m); act as in ``frozen_ffn``, without a gate. The weights come
-with room, [W1; ·] (f + p, d) and [· | ·] (d, f + p), p = ``room(m)``: m rounded up, so that rows begin at whole
-16 bytes. The room is written in every call; what is beyond m stays zero, and act(0) = 0. x and the weights of one
-dtype, dense; the trained tensors may be wider, and are rounded to the weights' dtype, scale · U as well.
+x and y (..., d), W1 (f, d), W2 (d, f), D (m, d), U (d, m); act as in ``frozen_ffn``, without a gate. The network comes
+with room for p = ``room(m)`` hidden units, m rounded up so that rows begin at whole 16 bytes: W1 (f + p, d),
+c1 (f + p,), W2 (d, f + p). The room is written in every call; hidden units beyond m have zeros in W2, so they add
+nothing to y or dx. x and the weights of one dtype, dense; the trained tensors may be wider, and are rounded to the
+weights' dtype, scale · U as well.
 
 Saves: x (2d bytes per token in bf16) where the adapter has gradients, and where x has one what ``frozen_ffn`` keeps:
     ReLU                        ceil((f + p) / 8): whether each z > 0
@@ -52,15 +53,17 @@ def room(m: int) -> int:
     return -(-m // ALIGNMENT) * ALIGNMENT
 
 
-def with_room(w1: Tensor, w2: Tensor, m: int) -> tuple[Tensor, Tensor]:
-    """Copies of w1 (f, d) and w2 (d, f) with zeros for ``room(m)`` more hidden units: (f + p, d) and (d, f + p)."""
-    return F.pad(w1, (0, 0, 0, room(m))), F.pad(w2, (0, room(m)))
+def with_room(w1: Tensor, c1: Tensor | None, w2: Tensor, m: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Copies of w1 (f, d), c1 (f,) and w2 (d, f) with zeros for ``room(m)`` more hidden units; c1 is zeros for None."""
+    p = room(m)
+    c1 = w1.new_zeros(w1.shape[0]) if c1 is None else c1
+    return F.pad(w1, (0, 0, 0, p)), F.pad(c1, (0, p)), F.pad(w2, (0, p))
 
 
 def parallel_ffn(
     x: Tensor,
     w1: Tensor,
-    c1: Tensor | None,
+    c1: Tensor,
     w2: Tensor,
     c2: Tensor | None,
     down: Tensor,
@@ -73,14 +76,14 @@ def parallel_ffn(
 ) -> Tensor:
     """y = act(x W1ᵀ + c1) W2ᵀ + c2 + scale · (act(x Dᵀ + d) Uᵀ + u); x (..., d) -> (..., d).
 
-    w1 (f + p, d) and w2 (d, f + p) of ``with_room`` are frozen, and their last p = ``room(m)`` rows and columns are
-    overwritten. c1 (f,) and c2 (d,), frozen, or None. down (m, d), down_bias (m,), up (d, m), up_bias (d,).
+    w1 (f + p, d), c1 (f + p,) and w2 (d, f + p) of ``with_room`` are frozen, and what they have for p = ``room(m)``
+    hidden units is overwritten. c2 (d,), frozen, or None. down (m, d), down_bias (m,) or None, up (d, m), up_bias (d,)
+    or None.
     Raises InputError: x of rank 0, shapes that do not fit, devices or dtypes that differ, a weight or bias of the base
     that requires grad, a quantised weight, an unknown activation.
     """
     _check(x, w1, c1, w2, c2, down, down_bias, up, up_bias, activation)
-    _fill(w1, w2, down, up, scale)
-    c1, c2 = _biases(w1, c1, c2, down_bias, up_bias, scale)
+    c2 = _fill(w1, c1, w2, c2, down, down_bias, up, up_bias, scale)
     trained = (down, down_bias, up, up_bias)
     keeps = "nothing"
     if torch.is_grad_enabled() and x.requires_grad:
@@ -103,7 +106,7 @@ def _check(x, w1, c1, w2, c2, down, down_bias, up, up_bias, activation) -> None:
         raise InputError(f"{op}: down has shape {shape(down)}: expected (m, {d}) with room for m in w1 {shape(w1)}")
     m = down.shape[0]
     expected = {
-        "c1": (c1, (wide - room(m),)),
+        "c1": (c1, (wide,)),
         "c2": (c2, (d,)),
         "down": (down, (m, d)),
         "down_bias": (down_bias, (m,)),
@@ -118,33 +121,30 @@ def _check(x, w1, c1, w2, c2, down, down_bias, up, up_bias, activation) -> None:
     check_kind(op, activation)
 
 
-def _fill(w1: Tensor, w2: Tensor, down: Tensor, up: Tensor, scale: float) -> None:
-    """The adapter into the room. Through ``.data``: the values of a step do not change between forward and backward,
-    and a second forward pass before the first one's backward writes the same ones."""
+@torch.no_grad()
+def _fill(w1, c1, w2, c2, down, down_bias, up, up_bias, scale) -> Tensor | None:
+    """Put the adapter into the room; returns c2 + scale · u.
+
+    Through ``.data``: the values of a step do not change between forward and backward, and a second forward pass before
+    the first one's backward writes the same ones.
+    """
     m = down.shape[0]
     f = w1.shape[0] - room(m)
-    w1.data[f : f + m].copy_(down.detach())
-    torch.mul(up.detach(), scale, out=w2.data[:, f : f + m])
-
-
-def _biases(w1, c1, c2, down_bias, up_bias, scale) -> tuple[Tensor | None, Tensor | None]:
-    """[c1, d] with zeros for what is absent, and c2 + scale · u."""
-    with torch.no_grad():
-        if down_bias is not None:
-            m = down_bias.shape[0]
-            f = w1.shape[0] - room(m)
-            first = down_bias.new_zeros(f) if c1 is None else c1
-            c1 = torch.cat([first, down_bias, down_bias.new_zeros(room(m) - m)])
-        elif c1 is not None:
-            c1 = F.pad(c1, (0, w1.shape[0] - c1.shape[0]))
-        if up_bias is not None:
-            c2 = scale * up_bias if c2 is None else torch.add(c2, up_bias, alpha=scale)
-    return c1, c2
+    w1.data[f : f + m].copy_(down)
+    c1.data[f : f + m] = 0 if down_bias is None else down_bias
+    torch.mul(up, scale, out=w2.data[:, f : f + m])
+    if room(m) > m:
+        w2.data[:, f + m :] = 0  # of a larger adapter, maybe
+    if up_bias is None:
+        return c2
+    total = w2.new_empty(up_bias.shape)
+    return torch.mul(up_bias, scale, out=total) if c2 is None else torch.add(c2, up_bias, alpha=scale, out=total)
 
 
 def _forward(x, w1, c1, w2, c2, down, down_bias, up, up_bias, activation, scale, keeps, backend):
     kernel = dispatch("frozen_ffn", x.device, backend)
-    w1, w2, c1, c2 = (None if part is None else part.to(x.dtype) for part in (w1, w2, c1, c2))
+    w1, c1, w2 = (part.to(x.dtype) for part in (w1, c1, w2))
+    c2 = None if c2 is None else c2.to(x.dtype)
     return kernel(x, [w1], c1, [w2], c2, [], activation, keeps)[:2]
 
 
@@ -160,7 +160,7 @@ def _backward(
     if need_dx:
         kernel = dispatch("frozen_ffn_backward", dy.device, backend)
         given = x if keeps == "x" else None
-        w1, w2, c1 = (None if part is None else part.to(dy.dtype) for part in (w1, w2, c1))
+        w1, c1, w2 = (part.to(dy.dtype) for part in (w1, c1, w2))
         dx, _, _ = kernel(dy, given, kept, empty(dy), [w1], c1, [w2], [], activation, keeps, True, False, False)
     if not need_adapter:
         return dx, *(empty(dy) for _ in range(4))
@@ -196,8 +196,7 @@ def _save(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)  # no zeros for the output that has no gradient
     ctx.trains = any(p is not None and p.requires_grad for p in (down, down_bias, up, up_bias))
     ctx.up_bias_dtype = None if up_bias is None else up_bias.dtype
-    needs_c1 = c1 if ctx.keeps == "x" else None
-    ctx.save_for_backward(x if ctx.trains or ctx.keeps == "x" else None, kept, w1, needs_c1, w2, down, down_bias, up)
+    ctx.save_for_backward(x if ctx.trains or ctx.keeps == "x" else None, kept, w1, c1, w2, down, down_bias, up)
 
 
 def _gradients(ctx, needs, dy: Tensor | None, *_):
@@ -216,7 +215,7 @@ def _gradients(ctx, needs, dy: Tensor | None, *_):
 
 define(
     "parallel_ffn",
-    "(Tensor x, Tensor w1, Tensor? c1, Tensor w2, Tensor? c2, Tensor down, Tensor? down_bias, Tensor up,"
+    "(Tensor x, Tensor w1, Tensor c1, Tensor w2, Tensor? c2, Tensor down, Tensor? down_bias, Tensor up,"
     " Tensor? up_bias, str activation, float scale, str keeps, str backend) -> (Tensor, Tensor)",
     _forward,
     _forward_fake,
@@ -224,7 +223,7 @@ define(
 )
 define(
     "parallel_ffn_backward",
-    "(Tensor dy, Tensor? x, Tensor kept, Tensor w1, Tensor? c1, Tensor w2, Tensor down, Tensor? down_bias, Tensor up,"
+    "(Tensor dy, Tensor? x, Tensor kept, Tensor w1, Tensor c1, Tensor w2, Tensor down, Tensor? down_bias, Tensor up,"
     " str activation, float scale, str keeps, bool need_dx, bool need_adapter, bool has_up_bias, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,

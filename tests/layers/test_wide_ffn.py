@@ -171,4 +171,4 @@ def test_the_plans_bytes_are_those_of_the_room():
     meta = copy.deepcopy(model).to("meta")
     assert [room_bytes(meta, layer) for layer in describe(meta).layers] == expected
     pk.lean(model, 1)
-    assert [2 * sum(pair) for pair in rooms(model)] == expected == [2 * 2 * ROOM * 32] * LAYERS
+    assert [2 * (sum(pair) + ROOM) for pair in rooms(model)] == expected == [2 * ROOM * (2 * 32 + 1)] * LAYERS

@@ -41,8 +41,8 @@ def leaves_of(given: dict) -> dict:
 def ours(given: dict, weights=None, **options):
     """(leaves, a function of them)"""
     leaves = leaves_of(given)
-    w1, w2 = weights or op.with_room(given["w1"], given["w2"], given["down"].shape[0])
-    fixed = {"w1": w1, "c1": given["c1"], "w2": w2, "c2": given["c2"]} | dict.fromkeys(set(TRAINED) - set(leaves))
+    w1, c1, w2 = weights or op.with_room(given["w1"], given["c1"], given["w2"], given["down"].shape[0])
+    fixed = {"w1": w1, "c1": c1, "w2": w2, "c2": given["c2"]} | dict.fromkeys(set(TRAINED) - set(leaves))
     return leaves, lambda **leaves: ops.parallel_ffn(**leaves, **fixed, **options)
 
 
@@ -131,8 +131,7 @@ def test_gradcheck(backend):
 @pytest.mark.parametrize(("activation", "keeps"), [("relu", "bits"), ("gelu", "z"), ("silu", "x"), ("relu", "nothing")])
 def test_opcheck(activation, keeps):
     given = arguments_of(FP32, rows=(2, 3), d=7, f=11, m=5)
-    w1, w2 = op.with_room(given["w1"], given["w2"], 5)
-    c1 = F.pad(given["c1"], (0, 8))
+    w1, c1, w2 = op.with_room(given["w1"], given["c1"], given["w2"], 5)
     trained = [given[name].requires_grad_() for name in TRAINED[1:]]
     x = given["x"].requires_grad_(keeps != "nothing")
     options = (activation, 4.0, keeps)
@@ -150,7 +149,7 @@ def test_opcheck(activation, keeps):
 def test_saved_bytes(backend, dtype, activation):
     d, f, m = 40, 131, 13
     given = arguments_of(dtype, d=d, f=f, m=m, activation=activation)
-    weights = op.with_room(given["w1"], given["w2"], m)
+    weights = op.with_room(given["w1"], given["c1"], given["w2"], m)
     trained = {name: leaf.requires_grad_() for name, leaf in leaves_of(given).items()}
     parameters = [leaf for name, leaf in trained.items() if name != "x"]
 
@@ -163,7 +162,7 @@ def test_saved_bytes(backend, dtype, activation):
     kept = -(-wide // 8) if activation == "relu" else wide * dtype.itemsize
     x = d * dtype.itemsize
     assert saved(trained) == 17 * (x + kept)
-    assert saved(trained, recompute=True) == 17 * x + wide * dtype.itemsize  # [c1, d], one row
+    assert saved(trained, recompute=True) == 17 * x
     assert saved(trained | {"x": given["x"].detach()}) == 17 * x
     frozen = {name: leaf.detach() for name, leaf in trained.items()}
     assert saved(frozen | {"x": trained["x"]}) == 17 * kept
@@ -213,15 +212,23 @@ def test_a_second_forward_before_the_first_backward():
 
 
 def test_the_room_follows_the_adapter():
-    """What an optimiser has done, without PyTorch's counting of changes, is in the next call; what is beyond m is 0."""
+    """What an optimiser has done, without PyTorch's counting of changes, is in the next call."""
     given = arguments_of(FP32, m=5)
-    weights = op.with_room(given["w1"], given["w2"], 5)
-    leaves, function = ours(given, weights, scale=4.0)
+    leaves, function = ours(given, scale=4.0)
     function(**leaves)
     leaves["down"].data.add_(1)
     leaves["up"].data.add_(1)
     torch.testing.assert_close(function(**leaves), plain(given, "relu", 4.0)(**leaves), rtol=1e-4, atol=1e-4)
-    assert not weights[0][72 + 5 :].any() and not weights[1][:, 72 + 5 :].any()
+
+
+def test_a_smaller_adapter_in_the_same_room():
+    larger, smaller = arguments_of(FP32, m=7), arguments_of(FP32, m=5) | {"down_bias": None}
+    weights = op.with_room(larger["w1"], larger["c1"], larger["w2"], 7)
+    leaves, function = ours(larger, weights)
+    function(**leaves)
+    given = larger | {name: smaller[name] for name in TRAINED[1:]}
+    leaves, function = ours(given, weights)
+    torch.testing.assert_close(function(**leaves), plain(given, "relu", 1.0)(**leaves), rtol=1e-5, atol=1e-5)
 
 
 def test_autocast_follows_linear():
@@ -255,14 +262,20 @@ def test_zero_rows():
         ({"down": torch.ones(17, 8)}, r"down has shape \(17, 8\): expected \(m, 8\) with room for m in w1 \(16, 8\)"),
         ({"down": torch.ones(3, 7)}, r"down has shape \(3, 7\): expected \(3, 8\)"),
         ({"up": torch.ones(8, 4)}, r"up has shape \(8, 4\): expected \(8, 3\)"),
-        ({"c1": torch.ones(16)}, r"c1 has shape \(16,\): expected \(8,\)"),
+        ({"c1": torch.ones(8)}, r"c1 has shape \(8,\): expected \(16,\)"),
         ({"c2": torch.ones(8, requires_grad=True)}, "c2 requires grad: expected a frozen bias"),
         ({"down_bias": torch.ones(3, device="meta")}, "down_bias is on meta: expected the device of x, cpu"),
         ({"activation": "tanh"}, "activation is 'tanh': expected one of relu, gelu, silu, gelu_tanh"),
     ],
 )
 def test_refuses(change, message):
-    arguments = {"x": torch.ones(3, 8), "w1": torch.ones(16, 8), "c1": None, "w2": torch.ones(8, 16), "c2": None}
+    arguments = {
+        "x": torch.ones(3, 8),
+        "w1": torch.ones(16, 8),
+        "c1": torch.ones(16),
+        "w2": torch.ones(8, 16),
+        "c2": None,
+    }
     arguments |= {"down": torch.ones(3, 8), "down_bias": None, "up": torch.ones(8, 3), "up_bias": None}
     with pytest.raises(InputError, match=f"parallel_ffn: {message}") as error:
         ops.parallel_ffn(**(arguments | change))
