@@ -21,15 +21,19 @@ activations = pytest.mark.parametrize("activation", ACTIVATIONS)
 recomputes = pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 
 
-def arguments_of(dtype, rows=(17,), d=40, f=72, m=13, seed=0, adapter_dtype=None, activation="relu", **options):
+def arguments_of(
+    dtype, rows=(17,), d=40, f=72, m=13, device="cpu", adapter_dtype=None, activation="relu", **options
+) -> dict:
     """What the function takes, without the room; dy for its result."""
-    draw = contract.source(dtype, seed)
+    draw = parity.Source(torch.device(device), dtype)
     network = parity.frozen_ffn_arguments(draw, rows, d, f, activation=activation, **options)
     adapter = parity.bottleneck_adapter_arguments(
         draw, rows, d, m, norm=False, activation=activation, adapter_dtype=adapter_dtype, **options
     )
     if activation == "relu" and dtype.itemsize == 2 and network["c1"] is not None:
-        network["c1"] = torch.tensor([5.0, -5.0]).repeat(f)[:f].to(dtype)  # away from the kink, where rounding decides
+        network["c1"] = (
+            torch.tensor([5.0, -5.0]).repeat(f)[:f].to(network["c1"])
+        )  # away from the kink, where rounding decides
     named = {name: network[name] for name in ("x", "w1", "c1", "w2", "c2", "dy")}
     return named | {name: adapter[name] for name in TRAINED[1:]}
 
@@ -111,6 +115,15 @@ def test_an_adapter_wider_than_the_weights(backend, dtype):
         computed = contract.gradients(function, leaves, given["dy"])
     assert [computed[f"d{name}"].dtype for name in TRAINED] == [dtype, FP32, FP32, FP32, FP32]
     assert_right(backend, given, "relu", 4.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", contract.DTYPES, ids=str)
+@pytest.mark.parametrize(("d", "f", "m"), [(40, 72, 13), (1024, 4096, 64)])
+def test_on_a_card(dtype, d, f, m):
+    given = arguments_of(dtype, rows=(300,), d=d, f=f, m=m, device="cuda", adapter_dtype=FP32)
+    assert_right("triton", given, "relu", 4.0)
 
 
 @pytest.mark.parametrize("absent", [("c1", "c2"), ("down_bias",), ("up_bias",), ("c1", "up_bias"), ("c2", "down_bias")])
