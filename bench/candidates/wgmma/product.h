@@ -1,0 +1,285 @@
+// out = Σ_g left_g right_g + scale · rank_left rank_right + bias, 16-bit in and out, sums in fp32: one kernel, sm_90a.
+//
+// A block has three warpgroups. One thread of the first copies tiles to a ring of slots in shared memory; the other
+// two warpgroups multiply them, 64 rows of the output tile each, and write the tile from their registers. A block
+// takes every gridDim-th output tile; the copies run on into the next tile while this one is being written.
+//
+// The rank part comes first and is multiplied by `scale` in fp32 before the sums go on: neither factor is rounded
+// again. It is the same ring and the same instructions, for as much of a slot as there is rank.
+//
+// A slot's two barriers: `full` ends a phase when all bytes of its tiles have come, `empty` when each of the eight
+// consuming warps has seen the products end that read it.
+#pragma once
+
+#include <hopper.h> // of this folder, or the emulation's
+
+#include "descriptor.h"
+
+namespace wgmma {
+
+constexpr int kMaxTerms = 3;
+constexpr int kRows = 128, kDepth = 64, kDepthOfOne = 16; // of an output tile, of a slot, of one instruction
+constexpr int kWarp = 32, kWarpgroup = 128, kConsumers = 2, kThreads = (1 + kConsumers) * kWarpgroup;
+constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+static_assert(kWarpgroup * (kProducerRegisters + kConsumers * kConsumerRegisters) <= 65536, "one block's registers");
+constexpr int kGroup = 8; // rows of tiles that are walked column by column, so that both operands stay in the L2 cache
+
+// kWidth: columns of an output tile.
+template <int kWidth>
+struct Slots {
+  static constexpr int kLeftBytes = kRows * kDepth * 2, kRightBytes = kWidth * kDepth * 2;
+  static constexpr int kBytes = kLeftBytes + kRightBytes;
+  static constexpr int kCount = kWidth == 256 ? 4 : 6;
+  // Barriers behind the tiles; the driver promises no alignment of 1024 bytes.
+  static constexpr int kSharedBytes = kCount * (kBytes + 2 * 8) + kAtomBytes;
+  static_assert(kSharedBytes <= 227 * 1024);
+
+  uint32_t tiles;
+
+  __device__ uint32_t left(int slot) const { return tiles + slot * kBytes; }
+  __device__ uint32_t right(int slot) const { return left(slot) + kLeftBytes; }
+  __device__ uint32_t full(int slot) const { return tiles + kCount * kBytes + slot * 8; }
+  __device__ uint32_t empty(int slot) const { return full(slot) + kCount * 8; }
+};
+
+// A place in the ring, and the parity of the phase that its barriers are in.
+template <int kSlots>
+struct Cursor {
+  int slot = 0;
+  uint32_t parity = 0;
+
+  __device__ void advance() {
+    slot = slot + 1 == kSlots ? 0 : slot + 1;
+    parity ^= slot == 0;
+  }
+};
+
+struct Operands {
+  hopper::TensorMap left[kMaxTerms], right[kMaxTerms], rank_left, rank_right;
+  int steps[kMaxTerms]; // of kDepth along the contraction
+  int terms, rank, rows, columns;
+  int64_t out_stride;
+  uint16_t* out;
+  const uint16_t* bias; // or null
+  float scale;
+};
+
+struct OutputTile {
+  int row, column; // of its first element
+};
+
+template <int kWidth>
+__device__ inline int tiles_of(const Operands& given) {
+  return ((given.rows + kRows - 1) / kRows) * ((given.columns + kWidth - 1) / kWidth);
+}
+
+template <int kWidth>
+__device__ inline OutputTile tile_at(const Operands& given, int index) {
+  const int tiles_down = (given.rows + kRows - 1) / kRows, tiles_across = (given.columns + kWidth - 1) / kWidth;
+  const int first = index / (kGroup * tiles_across) * kGroup, inside = index % (kGroup * tiles_across);
+  const int height = tiles_down - first < kGroup ? tiles_down - first : kGroup;
+  return {(first + inside % height) * kRows, inside / height * kWidth};
+}
+
+// --- The producer: one thread.
+
+// Copies what one slot holds; `start` is where it begins along the contraction.
+// kByRows: the contraction runs down the rows of `right`, 64 columns of which TMA brings at a time.
+template <int kWidth, bool kByRows>
+__device__ inline void fill(
+    const Slots<kWidth>& slots, Cursor<Slots<kWidth>::kCount>& cursor, const hopper::TensorMap& left,
+    const hopper::TensorMap& right, OutputTile tile, int start) {
+  const int slot = cursor.slot;
+  const uint32_t full = slots.full(slot);
+  // Parity 1 of a new barrier counts as past: the first round finds every slot empty.
+  hopper::barrier_wait(slots.empty(slot), cursor.parity ^ 1);
+  hopper::barrier_arrive_expecting(full, Slots<kWidth>::kBytes);
+  hopper::load_box(slots.left(slot), left, start, tile.row, full);
+  if constexpr (kByRows) {
+    using Layout = ColumnsInRows<kDepth>;
+    for (int column = 0; column < kWidth; column += 64) {
+      hopper::load_box(
+          slots.right(slot) + column / 64 * Layout::kChunkBytes, right, tile.column + column, start, full);
+    }
+  } else {
+    hopper::load_box(slots.right(slot), right, start, tile.column, full);
+  }
+  cursor.advance();
+}
+
+template <int kWidth, bool kByRows>
+__device__ inline void produce(const Slots<kWidth>& slots, const Operands& given) {
+  Cursor<Slots<kWidth>::kCount> cursor;
+  for (int index = blockIdx.x; index < tiles_of<kWidth>(given); index += gridDim.x) {
+    const OutputTile tile = tile_at<kWidth>(given, index);
+    for (int start = 0; start < given.rank; start += kDepth) {
+      fill<kWidth, kByRows>(slots, cursor, given.rank_left, given.rank_right, tile, start);
+    }
+    for (int term = 0; term < given.terms; ++term) {
+      for (int step = 0; step < given.steps[term]; ++step) {
+        fill<kWidth, kByRows>(slots, cursor, given.left[term], given.right[term], tile, step * kDepth);
+      }
+    }
+  }
+}
+
+// --- The consumers: two warpgroups.
+
+// Issues the products of 16 of the contraction, of the slot's piece `piece`, for 64 rows of the tile.
+template <typename Element, int kWidth, bool kByRows>
+__device__ inline void multiply_piece(
+    float (&sums)[kWidth / 2], const Slots<kWidth>& slots, int slot, int consumer, int piece, bool accumulate) {
+  using Left = ContractionInRows;
+  using Right = std::conditional_t<kByRows, ColumnsInRows<kDepth>, ContractionInRows>;
+  const uint32_t own_rows = slots.left(slot) + consumer * (kRows / kConsumers) * kSwizzleBytes;
+  hopper::multiply<Element, kByRows>(
+      sums, Left::at(own_rows + piece * Left::kStep), Right::at(slots.right(slot) + piece * Right::kStep), accumulate);
+}
+
+// One arrival for each warp: what a warp has waited for is its own part of the products.
+template <int kWidth>
+__device__ inline void release(const Slots<kWidth>& slots, int slot) {
+  if (threadIdx.x % kWarp == 0) {
+    hopper::barrier_arrive(slots.empty(slot));
+  }
+}
+
+// sums = scale · rank_left rank_right
+template <typename Element, int kWidth, bool kByRows>
+__device__ inline void seed(
+    float (&sums)[kWidth / 2], const Slots<kWidth>& slots, Cursor<Slots<kWidth>::kCount>& cursor, int consumer,
+    const Operands& given) {
+  for (int start = 0; start < given.rank; start += kDepth) {
+    hopper::barrier_wait(slots.full(cursor.slot), cursor.parity);
+    // One group each: ptxas cannot pair a fence with products that a branch may leave out.
+#pragma unroll 1
+    for (int piece = 0; piece < kDepth / kDepthOfOne && start + piece * kDepthOfOne < given.rank; ++piece) {
+      hopper::products_begin(sums);
+      multiply_piece<Element, kWidth, kByRows>(sums, slots, cursor.slot, consumer, piece, start + piece > 0);
+      hopper::products_commit();
+      hopper::products_wait<0>(sums);
+    }
+    release(slots, cursor.slot);
+    cursor.advance();
+  }
+  if (given.scale != 1.0f) {
+#pragma unroll
+    for (int i = 0; i < kWidth / 2; ++i) {
+      sums[i] *= given.scale;
+    }
+  }
+}
+
+// sums += Σ_g left_g right_g. The products of one slot are always under way while the next slot is waited for.
+template <typename Element, int kWidth, bool kByRows>
+__device__ inline void accumulate(
+    float (&sums)[kWidth / 2], const Slots<kWidth>& slots, Cursor<Slots<kWidth>::kCount>& cursor, int consumer,
+    int steps) {
+  int previous = -1, step = 0;
+  do { // at least once: with a path around the loop, ptxas (13.0) would wait after every product
+    hopper::barrier_wait(slots.full(cursor.slot), cursor.parity);
+    hopper::products_begin(sums);
+#pragma unroll
+    for (int piece = 0; piece < kDepth / kDepthOfOne; ++piece) {
+      multiply_piece<Element, kWidth, kByRows>(sums, slots, cursor.slot, consumer, piece, true);
+    }
+    hopper::products_commit();
+    hopper::products_wait<1>(sums);
+    if (previous >= 0) {
+      release(slots, previous);
+    }
+    previous = cursor.slot;
+    cursor.advance();
+  } while (++step < steps);
+  hopper::products_wait<0>(sums);
+  release(slots, previous);
+}
+
+// Four lanes hold a 4 x 4 matrix of words, one column each; afterwards one row each.
+__device__ inline void transpose_in_quad(uint32_t (&words)[4]) {
+#pragma unroll
+  for (int mask = 1; mask <= 2; mask *= 2) {
+    const bool upper = threadIdx.x & mask;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (!(i & mask)) {
+        const uint32_t received = hopper::shuffle_xor(upper ? words[i] : words[i + mask], mask);
+        words[i] = upper ? received : words[i];
+        words[i + mask] = upper ? words[i + mask] : received;
+      }
+    }
+  }
+}
+
+// Adds the bias, rounds, writes. Of 32 neighbouring columns of a row each lane of a quad has two of every eight; after
+// the transposition it has eight in a row, so that a quad writes 64 bytes and a lane 16.
+template <typename Element, int kWidth>
+__device__ inline void write(float (&sums)[kWidth / 2], const Operands& given, OutputTile tile, int consumer) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp % 4, quad = lane % 4;
+  const int first_row = tile.row + consumer * (kRows / kConsumers) + 16 * warp + lane / 4;
+#pragma unroll
+  for (int run = 0; run < kWidth / 32; ++run) {
+    float2 bias[4] = {};
+#pragma unroll
+    for (int eight = 0; eight < 4; ++eight) {
+      const int column = tile.column + 32 * run + 8 * eight + 2 * quad;
+      if (given.bias != nullptr && column < given.columns) {
+        bias[eight] = hopper::unpack<Element>(*reinterpret_cast<const uint32_t*>(given.bias + column));
+      }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      uint32_t words[4];
+#pragma unroll
+      for (int eight = 0; eight < 4; ++eight) {
+        const int i = 4 * (4 * run + eight) + 2 * half;
+        words[eight] = hopper::pack<Element>(sums[i] + bias[eight].x, sums[i + 1] + bias[eight].y);
+      }
+      transpose_in_quad(words);
+      const int row = first_row + 8 * half, column = tile.column + 32 * run + 8 * quad;
+      if (row < given.rows && column < given.columns) { // 8 divides the number of columns
+        hopper::store_16_bytes(given.out + row * given.out_stride + column, words);
+      }
+    }
+  }
+}
+
+template <typename Element, int kWidth, bool kByRows>
+__device__ inline void consume(const Slots<kWidth>& slots, const Operands& given) {
+  const int consumer = threadIdx.x / kWarpgroup - 1;
+  int steps = 0;
+  for (int term = 0; term < given.terms; ++term) {
+    steps += given.steps[term];
+  }
+  Cursor<Slots<kWidth>::kCount> cursor;
+  for (int index = blockIdx.x; index < tiles_of<kWidth>(given); index += gridDim.x) {
+    float sums[kWidth / 2];
+    seed<Element, kWidth, kByRows>(sums, slots, cursor, consumer, given);
+    accumulate<Element, kWidth, kByRows>(sums, slots, cursor, consumer, steps);
+    write<Element, kWidth>(sums, given, tile_at<kWidth>(given, index), consumer);
+  }
+}
+
+template <typename Element, int kWidth, bool kByRows>
+__global__ void __launch_bounds__(kThreads, 1) product(const __grid_constant__ Operands given) {
+  const Slots<kWidth> slots{(hopper::shared_memory() + kAtomBytes - 1) / kAtomBytes * kAtomBytes};
+  if (threadIdx.x == 0) {
+    for (int slot = 0; slot < Slots<kWidth>::kCount; ++slot) {
+      hopper::barrier_init(slots.full(slot), 1);
+      hopper::barrier_init(slots.empty(slot), kConsumers * kWarpgroup / kWarp);
+    }
+    hopper::barriers_publish();
+  }
+  hopper::block_sync();
+  if (threadIdx.x < kWarpgroup) {
+    hopper::give_registers<kProducerRegisters>();
+    if (threadIdx.x == 0) {
+      produce<kWidth, kByRows>(slots, given);
+    }
+  } else {
+    hopper::take_registers<kConsumerRegisters>();
+    consume<Element, kWidth, kByRows>(slots, given);
+  }
+}
+
+} // namespace wgmma
