@@ -10,6 +10,9 @@ from dataclasses import dataclass
 LAUNCH = 1.5e-6
 # Of the library's rate: a Triton product without and with TMA (NOTES.md: 26 to 29 µs for the library's 22).
 TRITON, TMA, LIBRARY = 0.8, 0.95, 1.0
+# Guessed as TMA: the same instructions. Copies run on under the epilogue, but nothing is multiplied there: some 1,500
+# of the 16,000 cycles that a 128 x 256 tile of 1,024 products takes, less where there are more products.
+WGMMA = TMA
 PROGRAMS = 264  # that a sum over tokens is split into: two for each multiprocessor, 64 columns in each
 
 
@@ -81,6 +84,10 @@ def predict(name: str, s: Shape, rates: Rates = Rates()) -> float:
         backward = product(s.rank, efficiency=TMA) if s.groups == 1 else product(s.rank)
         forward = product(s.rank, efficiency=TMA, launches=s.groups)
         return s_pass + ds_pass + forward + backward + adapters
+    if name == "wgmma":
+        casts = s.groups + (1 if s.groups == 1 else 2)  # of each B, and of A stacked
+        products = product(s.rank, efficiency=WGMMA, launches=s.groups) + product(s.rank, efficiency=WGMMA)
+        return s_pass + ds_pass + products + casts * LAUNCH + adapters
     if name == "two_streams":
         # One joint roofline for the product and the sums: the most that overlapping can bring.
         operations = 2 * s.tokens * s.d * (s.d + s.rank) * s.groups / (rates.matmul * TRITON)
@@ -89,7 +96,9 @@ def predict(name: str, s: Shape, rates: Rates = Rates()) -> float:
     raise KeyError(name)
 
 
-NAMES = ("shipped", "library", "in_loop", "one_read", "bordered", "tma", "tma_flat", "tma_warps", "two_streams")
+NAMES = (
+    "shipped", "library", "in_loop", "one_read", "bordered", "tma", "tma_flat", "tma_warps", "wgmma", "two_streams",
+)  # fmt: skip
 
 
 def main() -> None:

@@ -100,7 +100,7 @@ def _outputs(ys, s, x, weights, biases, a, b, scales) -> None:
 
 def _gradients(dx, da, db, dbias, dys, x, s, weights, a, b, scales) -> None:
     ds = shipped._rank_gradients(dys, b, scales, s)
-    stacked = torch.cat([m.to(dx.dtype) for m in a])
+    stacked = (a[0] if len(a) == 1 else torch.cat(a)).to(dx.dtype)
     product(dx, dys, [w.contiguous() for w in weights], ds, stacked, 1.0, None, by_rows=True)
     shipped._adapter_gradients(da, db, dbias, dys, x, s, ds, scales, 0.0, None)
 

@@ -68,16 +68,23 @@ inline void require(bool condition, const std::string& what) {
 }
 
 inline float half_to_float(uint16_t bits) {
-  _Float16 value;
-  std::memcpy(&value, &bits, 2);
-  return static_cast<float>(value);
+  const int exponent = bits >> 10 & 31, mantissa = bits & 1023;
+  float size = exponent == 0 ? std::ldexp(mantissa, -24) : std::ldexp(1024 + mantissa, exponent - 25);
+  if (exponent == 31) {
+    size = mantissa == 0 ? std::numeric_limits<float>::infinity() : std::numeric_limits<float>::quiet_NaN();
+  }
+  return bits >> 15 ? -size : size;
 }
 
 inline uint16_t float_to_half(float value) {
-  const _Float16 rounded = static_cast<_Float16>(value);
-  uint16_t bits;
-  std::memcpy(&bits, &rounded, 2);
-  return bits;
+  const float size = std::fabs(value);
+  const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
+  if (!(size < 65520)) {
+    return std::isnan(value) ? 0x7e00 : sign | 0x7c00;
+  }
+  // In units of the last place, to even; 1024 of them carry into the exponent.
+  const int exponent = size < 0x1p-14f ? -14 : std::ilogb(size);
+  return sign | static_cast<uint16_t>(((exponent + 14) << 10) + std::lrint(std::ldexp(size, 10 - exponent)));
 }
 
 inline float bfloat16_to_float(uint16_t bits) {
@@ -93,7 +100,7 @@ inline uint16_t float_to_bfloat16(float value) {
   return std::isnan(value) ? 0x7fc0 : static_cast<uint16_t>((wide + 0x7fff + (wide >> 16 & 1)) >> 16); // to even
 }
 
-constexpr int kWarp = 32, kWarpgroup = 128, kStackBytes = 128 << 10;
+constexpr int kWarp = 32, kWarpgroup = 128, kStackBytes = 64 << 10;
 constexpr uint32_t kSharedStart = 1040; // dynamic shared memory need not begin at a multiple of 1024
 constexpr float kPoison = std::numeric_limits<float>::quiet_NaN();
 
@@ -445,6 +452,7 @@ inline std::string run_block(unsigned index, unsigned blocks, int threads, int s
     Thread& thread = own.threads[i];
     thread.index = i;
     thread.stack.reset(new uint8_t[kStackBytes]);
+    std::memset(thread.stack.get(), 0xff, kStackBytes); // registers that nobody wrote are NaN
     getcontext(&thread.context);
     thread.context.uc_stack.ss_sp = thread.stack.get();
     thread.context.uc_stack.ss_size = kStackBytes;
