@@ -137,7 +137,8 @@ __device__ inline void products_wait(float (&sums)[kSize]) {
 #define MULTIPLY_128(type) \
   asm volatile( \
       "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n" \
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " {" NAMES_0_TO_63 "}, %64, %65, p, 1, 1, 0, %67;\n}" \
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " {" NAMES_0_TO_63 \
+      "}, %64, %65, p, 1, 1, 0, %67;\n}" \
       : SUMS_64(sums, 0) \
       : "l"(left), "l"(right), "r"(accumulate), "n"(kTransposed))
 #define MULTIPLY_256(type) \
@@ -230,10 +231,10 @@ inline const char* encode_map(
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
   const cuuint64_t strides[1] = {static_cast<cuuint64_t>(row_bytes)};
   const cuuint32_t box[2] = {box_columns, box_rows}, steps[2] = {1, 1};
+  const CUtensorMapDataType type = bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
   const CUresult result = encode(
-      &map, bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, const_cast<void*>(data), sizes,
-      strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      &map, type, 2, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? nullptr : "cuTensorMapEncodeTiled refused a matrix";
 }
 

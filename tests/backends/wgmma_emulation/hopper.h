@@ -437,7 +437,8 @@ inline void check_nothing_is_left() {
   }
 }
 
-inline std::string run_block(unsigned index, unsigned blocks, int threads, int shared_bytes, std::function<void()> body) {
+inline std::string run_block(
+    unsigned index, unsigned blocks, int threads, int shared_bytes, std::function<void()> body) {
   Block own;
   own.index = index;
   own.blocks = blocks;
