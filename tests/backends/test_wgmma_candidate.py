@@ -27,7 +27,7 @@ import wgmma  # noqa: E402
 emulated = pytest.mark.skipif(
     shutil.which("g++") is None or sys.platform != "linux", reason="the emulation needs g++ and Linux' ucontext"
 )
-SCHEDULES = {"late": 0, "early": 1, "random": 2, "random again": 3}  # wgmma_emulation/hopper.h says what they are
+SCHEDULES = {"late": 0, "early": 1, "random": 2}  # wgmma_emulation/hopper.h says what they are
 # rows, columns, K of each term, rank: one tile; tiles for two rounds of two blocks with a slot of rank and a part of
 # one; three terms that fill the ring more than once. K and ranks end within a slot and within an instruction.
 SHAPES = {
@@ -35,6 +35,9 @@ SHAPES = {
     "several tiles": (129, 264, [200], 72),
     "three terms": (130, 136, [328, 64, 8], 16),
 }
+
+
+TOLERANCE = {torch.float16: 4e-4, torch.bfloat16: 3e-3}
 
 
 def build(folder: Path, optimise: str, *changes: tuple[str, str]) -> wgmma.ctypes.CDLL:
@@ -100,7 +103,7 @@ def test_product(emulation, monkeypatch, shape, by_rows, schedule):
     for dtype, width, bias in ((torch.float16, 128, number % 2 == 0), (torch.bfloat16, 256, number % 2 == 1)):
         use(monkeypatch, emulation, number, width)
         # One rounding of the result: at most half a unit of the last of 11 and 8 bits.
-        assert error_of(SHAPES[shape], dtype, by_rows, bias) < (4e-4 if dtype == torch.float16 else 3e-3)
+        assert error_of(SHAPES[shape], dtype, by_rows, bias and not by_rows) < TOLERANCE[dtype]
 
 
 @emulated
@@ -123,11 +126,8 @@ BROKEN = {
     "bytes of the left tile not announced": ("full, Slots<kWidth>::kBytes)", "full, Slots<kWidth>::kRightBytes)"),
     "parity of an empty slot": ("cursor.parity ^ 1", "cursor.parity"),
     "slot released before its products end": ("products_wait<1>(sums)", "products_wait<2>(sums)"),
-    "sums read before their products end": (
-        "  hopper::products_wait<0>(sums);\n  release(slots, previous);",
-        "  release(slots, previous);",
-    ),
-    "tiles not at multiples of 1024": ("+ kAtomBytes - 1) / kAtomBytes * kAtomBytes}", "+ 127) / 128 * 128}"),
+    "output not shown to the copy engine": ("    hopper::writes_publish();\n", ""),
+    "output written over while it is copied": ("hopper::stores_wait_until_read<1>();", ""),
 }
 
 
@@ -139,9 +139,9 @@ def test_the_emulation_notices(tmp_path, monkeypatch, fault):
 
 
 def is_refused_or_wrong(monkeypatch, library, schedule: int) -> bool:
-    use(monkeypatch, library, schedule, 128)
+    use(monkeypatch, library, schedule, 256)
     try:
-        return not error_of(SHAPES["three terms"], torch.float16, by_rows=True, bias=True) < 4e-4
+        return not error_of(SHAPES["three terms"], torch.float16, by_rows=True, bias=False) < TOLERANCE[torch.float16]
     except RuntimeError:
         return True
 
@@ -171,6 +171,6 @@ def test_compiled_kernels(tmp_path):
         assert len(products) == 5, name  # one in the seed's loop, a slot's four in the main one
         assert all(f"64x{width}x16.F32" in line and ("tnspB" in line) == (by_rows == "1") for line in products), name
         assert "WARPGROUP.DEPBAR.LE gsb0, 0x1" in kernel, name  # a slot's products under way while the next is awaited
-        for instruction in ("UTMALDG.2D", "USETMAXREG", "SYNCS.PHASECHK.TRANS64.TRYWAIT", "STG.E.128"):
+        for instruction in ("UTMALDG.2D", "USETMAXREG", "SYNCS.PHASECHK.TRANS64.TRYWAIT", "STSM", "UTMASTG.2D"):
             assert instruction in kernel, (name, instruction)
         assert "LDL" not in kernel and "STL" not in kernel, name

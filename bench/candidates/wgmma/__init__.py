@@ -67,7 +67,10 @@ def loaded(path: Path) -> ctypes.CDLL:
 
 
 def product(out, lefts, rights, rank_left, rank_right, scale: float, bias, by_rows: bool) -> None:
-    """out = Σ_g left_g right_gᵀ + scale · rank_left rank_rightᵀ + bias; by_rows: with the right ones not transposed."""
+    """out = Σ_g left_g right_gᵀ + scale · rank_left rank_rightᵀ + bias.
+
+    by_rows: the right ones are not transposed, and there is no bias.
+    """
     for matrix in (out, *lefts, *rights, rank_left, rank_right):
         assert matrix.dtype == out.dtype and matrix.stride(1) == 1
         assert matrix.data_ptr() % 16 == 0 and matrix.stride(0) % 8 == 0

@@ -1,8 +1,8 @@
-// What the kernel needs of sm_90a, one function for each instruction: mbarriers, TMA, wgmma, registers, shuffles.
+// What the kernel needs of sm_90a, one function for each instruction: mbarriers, TMA, wgmma, registers, stmatrix.
 //
 // tests/backends/wgmma_emulation/hopper.h has the same functions for a CPU. Facts: PTX ISA, sections 9.7.13.15
-// (mbarrier), 9.7.9.27 (cp.async.bulk.tensor), 9.7.15 (wgmma) and 9.7.19.5 (setmaxnreg); numbers as of version 9.
-// Shared memory is named by its 32-bit address throughout: nothing but TMA and wgmma ever touches the tiles.
+// (mbarrier), 9.7.9 (cp.async.bulk.tensor, stmatrix), 9.7.15 (wgmma), 9.7.19 (setmaxnreg); numbers as of version 9.0.
+// Shared memory is named by its 32-bit address throughout: no pointer ever goes there.
 #pragma once
 
 #include <cuda.h>
@@ -174,9 +174,38 @@ __device__ inline void multiply(float (&sums)[128], uint64_t left, uint64_t righ
 #undef SUMS_64
 #undef SUMS_8
 
-// --- What the epilogue does in registers.
+// --- The epilogue: rounded sums to shared memory, from there with TMA to the output.
 
-__device__ inline uint32_t shuffle_xor(uint32_t word, int mask) { return __shfl_xor_sync(0xffffffffu, word, mask); }
+// Four matrices of 8 x 8: lane l has elements 2 (l % 4) and the next of row l / 4 of each, and the address where row
+// l % 8 of matrix l / 8 goes, 16 bytes.
+__device__ inline void store_matrices(uint32_t address, const uint32_t (&words)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(words[0]),
+               "r"(words[1]), "r"(words[2]), "r"(words[3])
+               : "memory");
+}
+
+// Shows what this thread has written to the copy engine.
+__device__ inline void writes_publish() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// A barrier of one warpgroup; number 0 is block_sync's.
+__device__ inline void warpgroup_sync(int number) {
+  asm volatile("bar.sync %0, 128;" ::"r"(number) : "memory");
+}
+
+// What lies outside the matrix is not written.
+__device__ inline void store_box(const TensorMap& map, int column, int row, uint32_t source) {
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(&map), "r"(column),
+               "r"(row), "r"(source)
+               : "memory");
+}
+
+__device__ inline void stores_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+// Until all but the last kPending groups of this thread's stores have read their shared memory.
+template <int kPending>
+__device__ inline void stores_wait_until_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
 
 // Two values, rounded, in one word; and back.
 template <typename Element>
@@ -201,10 +230,6 @@ __device__ inline float2 unpack<Half>(uint32_t word) {
 template <>
 __device__ inline float2 unpack<Bfloat16>(uint32_t word) {
   return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(word));
-}
-
-__device__ inline void store_16_bytes(uint16_t* target, const uint32_t (&words)[4]) {
-  *reinterpret_cast<uint4*>(target) = make_uint4(words[0], words[1], words[2], words[3]);
 }
 
 // --- The host's side.

@@ -26,7 +26,7 @@ Kernel kernel_of(int width, bool by_rows) {
 // A map whose boxes are `box_rows` rows of 128 bytes: the most that the swizzle takes.
 const char* encode(hopper::TensorMap& map, const Matrix& matrix, bool bf16, int box_rows) {
   return hopper::encode_map(
-      map, matrix.data, matrix.rows, matrix.columns, 2 * matrix.stride, bf16, box_rows, kSwizzleBytes / 2);
+      map, matrix.data, matrix.rows, matrix.columns, 2 * matrix.stride, bf16, box_rows, kColumnsOfBox);
 }
 
 } // namespace
@@ -37,12 +37,13 @@ extern "C" const char* petl_wgmma_product(
     const Matrix* out, const Matrix* left, const Matrix* right, int terms, const Matrix* rank_left,
     const Matrix* rank_right, float scale, const void* bias, bool by_rows, bool bf16, int width, int blocks,
     void* stream) {
-  if (terms < 1 || terms > kMaxTerms || (width != 128 && width != 256)) {
-    return "one to three terms, tiles of 128 or 256 columns";
+  if (terms < 1 || terms > kMaxTerms || (width != 128 && width != 256) || (by_rows && bias)) {
+    return "one to three terms, tiles of 128 or 256 columns, a bias only where right is not by rows";
   }
   Operands given{};
   const int right_rows = by_rows ? kDepth : width;
-  const char* error = encode(given.rank_left, *rank_left, bf16, kRows);
+  const char* error = encode(given.out, *out, bf16, kRowsOfOne);
+  error = error ? error : encode(given.rank_left, *rank_left, bf16, kRows);
   error = error ? error : encode(given.rank_right, *rank_right, bf16, right_rows);
   for (int term = 0; term < terms && !error; ++term) {
     error = encode(given.left[term], left[term], bf16, kRows);
@@ -56,8 +57,6 @@ extern "C" const char* petl_wgmma_product(
   given.rank = static_cast<int>(rank_left->columns);
   given.rows = static_cast<int>(out->rows);
   given.columns = static_cast<int>(out->columns);
-  given.out_stride = out->stride;
-  given.out = static_cast<uint16_t*>(const_cast<void*>(out->data));
   given.bias = static_cast<const uint16_t*>(bias);
   given.scale = scale;
   const Kernel kernel =

@@ -1,8 +1,8 @@
 // out = Σ_g left_g right_g + scale · rank_left rank_right + bias, 16-bit in and out, sums in fp32: one kernel, sm_90a.
 //
 // A block has three warpgroups. One thread of the first copies tiles to a ring of slots in shared memory; the other
-// two warpgroups multiply them, 64 rows of the output tile each, and write the tile from their registers. A block
-// takes every gridDim-th output tile; the copies run on into the next tile while this one is being written.
+// two warpgroups multiply them, 64 rows of the output tile each, and write those. A block takes every gridDim-th output
+// tile; the copies run on into the next tile while this one is being written.
 //
 // The rank part comes first and is multiplied by `scale` in fp32 before the sums go on: neither factor is rounded
 // again. It is the same ring and the same instructions, for as much of a slot as there is rank.
@@ -20,6 +20,8 @@ namespace wgmma {
 constexpr int kMaxTerms = 3;
 constexpr int kRows = 128, kDepth = 64, kDepthOfOne = 16; // of an output tile, of a slot, of one instruction
 constexpr int kWarp = 32, kWarpgroup = 128, kConsumers = 2, kThreads = (1 + kConsumers) * kWarpgroup;
+constexpr int kRowsOfOne = kRows / kConsumers; // consumer
+constexpr int kColumnsOfBox = kSwizzleBytes / 2; // TMA's boxes are as wide as the swizzle
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 static_assert(kWarpgroup * (kProducerRegisters + kConsumers * kConsumerRegisters) <= 65536, "one block's registers");
 constexpr int kGroup = 8; // rows of tiles that are walked column by column, so that both operands stay in the L2 cache
@@ -30,15 +32,20 @@ struct Slots {
   static constexpr int kLeftBytes = kRows * kDepth * 2, kRightBytes = kWidth * kDepth * 2;
   static constexpr int kBytes = kLeftBytes + kRightBytes;
   static constexpr int kCount = kWidth == 256 ? 4 : 6;
+  // Two places where each consumer puts 64 rows of 64 columns of the output together.
+  static constexpr int kOutBytes = kRowsOfOne * kSwizzleBytes, kOuts = 2 * kConsumers;
   // Barriers behind the tiles; the driver promises no alignment of 1024 bytes.
-  static constexpr int kSharedBytes = kCount * (kBytes + 2 * 8) + kAtomBytes;
+  static constexpr int kSharedBytes = kCount * (kBytes + 2 * 8) + kOuts * kOutBytes + kAtomBytes;
   static_assert(kSharedBytes <= 227 * 1024);
 
   uint32_t tiles;
 
   __device__ uint32_t left(int slot) const { return tiles + slot * kBytes; }
   __device__ uint32_t right(int slot) const { return left(slot) + kLeftBytes; }
-  __device__ uint32_t full(int slot) const { return tiles + kCount * kBytes + slot * 8; }
+  __device__ uint32_t out(int consumer, int which) const {
+    return tiles + kCount * kBytes + (2 * consumer + which) * kOutBytes;
+  }
+  __device__ uint32_t full(int slot) const { return tiles + kCount * kBytes + kOuts * kOutBytes + slot * 8; }
   __device__ uint32_t empty(int slot) const { return full(slot) + kCount * 8; }
 };
 
@@ -55,12 +62,10 @@ struct Cursor {
 };
 
 struct Operands {
-  hopper::TensorMap left[kMaxTerms], right[kMaxTerms], rank_left, rank_right;
+  hopper::TensorMap left[kMaxTerms], right[kMaxTerms], rank_left, rank_right, out;
   int steps[kMaxTerms]; // of kDepth along the contraction
   int terms, rank, rows, columns;
-  int64_t out_stride;
-  uint16_t* out;
-  const uint16_t* bias; // or null
+  const uint16_t* bias; // or null; of a product that is not by rows
   float scale;
 };
 
@@ -97,9 +102,9 @@ __device__ inline void fill(
   hopper::load_box(slots.left(slot), left, start, tile.row, full);
   if constexpr (kByRows) {
     using Layout = ColumnsInRows<kDepth>;
-    for (int column = 0; column < kWidth; column += 64) {
-      hopper::load_box(
-          slots.right(slot) + column / 64 * Layout::kChunkBytes, right, tile.column + column, start, full);
+    for (int box = 0; box < kWidth / kColumnsOfBox; ++box) {
+      const int column = tile.column + box * kColumnsOfBox;
+      hopper::load_box(slots.right(slot) + box * Layout::kChunkBytes, right, column, start, full);
     }
   } else {
     hopper::load_box(slots.right(slot), right, start, tile.column, full);
@@ -131,7 +136,7 @@ __device__ inline void multiply_piece(
     float (&sums)[kWidth / 2], const Slots<kWidth>& slots, int slot, int consumer, int piece, bool accumulate) {
   using Left = ContractionInRows;
   using Right = std::conditional_t<kByRows, ColumnsInRows<kDepth>, ContractionInRows>;
-  const uint32_t own_rows = slots.left(slot) + consumer * (kRows / kConsumers) * kSwizzleBytes;
+  const uint32_t own_rows = slots.left(slot) + consumer * kRowsOfOne * kSwizzleBytes;
   hopper::multiply<Element, kByRows>(
       sums, Left::at(own_rows + piece * Left::kStep), Right::at(slots.right(slot) + piece * Right::kStep), accumulate);
 }
@@ -195,51 +200,49 @@ __device__ inline void accumulate(
   release(slots, previous);
 }
 
-// Four lanes hold a 4 x 4 matrix of words, one column each; afterwards one row each.
-__device__ inline void transpose_in_quad(uint32_t (&words)[4]) {
-#pragma unroll
-  for (int mask = 1; mask <= 2; mask *= 2) {
-    const bool upper = threadIdx.x & mask;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (!(i & mask)) {
-        const uint32_t received = hopper::shuffle_xor(upper ? words[i] : words[i + mask], mask);
-        words[i] = upper ? received : words[i];
-        words[i + mask] = upper ? words[i + mask] : received;
-      }
-    }
-  }
+// Two neighbouring values of the bias, zeros past its end.
+template <typename Element>
+__device__ inline float2 bias_at(const Operands& given, int column) {
+  const bool there = given.bias != nullptr && column < given.columns; // 8 divides the number of columns
+  return hopper::unpack<Element>(there ? *reinterpret_cast<const uint32_t*>(given.bias + column) : 0);
 }
 
-// Adds the bias, rounds, writes. Of 32 neighbouring columns of a row each lane of a quad has two of every eight; after
-// the transposition it has eight in a row, so that a quad writes 64 bytes and a lane 16.
-template <typename Element, int kWidth>
-__device__ inline void write(float (&sums)[kWidth / 2], const Operands& given, OutputTile tile, int consumer) {
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp % 4, quad = lane % 4;
-  const int first_row = tile.row + consumer * (kRows / kConsumers) + 16 * warp + lane / 4;
+// Adds the bias, rounds, writes: 64 columns at a time are put together in shared memory, in the swizzle, and TMA writes
+// them while the next 64, or the next tile, are under way.
+template <typename Element, int kWidth, bool kByRows>
+__device__ inline void write(
+    float (&sums)[kWidth / 2], const Slots<kWidth>& slots, const Operands& given, OutputTile tile, int consumer) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp % 4;
+  const int row = 16 * warp + lane % 16; // where this lane's 16 bytes go: stmatrix' matrices 0 and 2, below 1 and 3
+  const bool leader = threadIdx.x % kWarpgroup == 0;
 #pragma unroll
-  for (int run = 0; run < kWidth / 32; ++run) {
-    float2 bias[4] = {};
-#pragma unroll
-    for (int eight = 0; eight < 4; ++eight) {
-      const int column = tile.column + 32 * run + 8 * eight + 2 * quad;
-      if (given.bias != nullptr && column < given.columns) {
-        bias[eight] = hopper::unpack<Element>(*reinterpret_cast<const uint32_t*>(given.bias + column));
-      }
+  for (int box = 0; box < kWidth / kColumnsOfBox; ++box) {
+    const uint32_t target = slots.out(consumer, box % 2);
+    const int first_column = tile.column + box * kColumnsOfBox;
+    if (leader) {
+      hopper::stores_wait_until_read<1>(); // what was in `target`, two boxes ago
     }
+    hopper::warpgroup_sync(1 + consumer);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
+    for (int run = 0; run < kColumnsOfBox / 16; ++run) { // of 16 columns
       uint32_t words[4];
 #pragma unroll
-      for (int eight = 0; eight < 4; ++eight) {
-        const int i = 4 * (4 * run + eight) + 2 * half;
-        words[eight] = hopper::pack<Element>(sums[i] + bias[eight].x, sums[i + 1] + bias[eight].y);
+      for (int i = 0; i < 4; ++i) { // columns 8 (i / 2) and so on, rows lane / 4 + 8 (i % 2): wgmma's own order
+        const float* pair = &sums[8 * (box * kColumnsOfBox / 16 + run) + 2 * i];
+        float2 bias = {0.0f, 0.0f};
+        if constexpr (!kByRows) {
+          bias = bias_at<Element>(given, first_column + 16 * run + 8 * (i / 2) + 2 * (lane % 4));
+        }
+        words[i] = hopper::pack<Element>(pair[0] + bias.x, pair[1] + bias.y);
       }
-      transpose_in_quad(words);
-      const int row = first_row + 8 * half, column = tile.column + 32 * run + 8 * quad;
-      if (row < given.rows && column < given.columns) { // 8 divides the number of columns
-        hopper::store_16_bytes(given.out + row * given.out_stride + column, words);
-      }
+      const int piece = 2 * run + lane / 16;
+      hopper::store_matrices(target + row * kSwizzleBytes + (piece ^ row % 8) * 16, words);
+    }
+    hopper::writes_publish();
+    hopper::warpgroup_sync(1 + consumer);
+    if (leader) {
+      hopper::store_box(given.out, first_column, tile.row + consumer * kRowsOfOne, target);
+      hopper::stores_commit();
     }
   }
 }
@@ -256,8 +259,9 @@ __device__ inline void consume(const Slots<kWidth>& slots, const Operands& given
     float sums[kWidth / 2];
     seed<Element, kWidth, kByRows>(sums, slots, cursor, consumer, given);
     accumulate<Element, kWidth, kByRows>(sums, slots, cursor, consumer, steps);
-    write<Element, kWidth>(sums, given, tile_at<kWidth>(given, index), consumer);
+    write<Element, kWidth, kByRows>(sums, slots, given, tile_at<kWidth>(given, index), consumer);
   }
+  hopper::stores_wait_until_read<0>(); // shared memory ends with the block
 }
 
 template <typename Element, int kWidth, bool kByRows>

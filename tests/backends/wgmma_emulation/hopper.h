@@ -45,7 +45,7 @@ struct Half {};
 struct Bfloat16 {};
 
 struct TensorMap {
-  const uint8_t* data = nullptr;
+  uint8_t* data = nullptr;
   int64_t rows, columns, row_bytes;
   int box_rows, box_columns;
 };
@@ -141,9 +141,23 @@ struct Warpgroup {
   size_t done[4] = {}; // by each warp
 };
 
-struct Shuffle {
-  int posted = 0, generation = 0;
-  std::array<uint32_t, kWarp> in, out;
+struct Gate { // where so many threads meet
+  int waiting = 0, generation = 0;
+};
+
+struct Warp {
+  Gate gate;
+  std::array<uint32_t, kWarp> addresses; // of stmatrix
+  std::array<std::array<uint32_t, 4>, kWarp> words;
+  std::vector<uint32_t> unpublished; // pieces that it wrote
+  int publishing = 0; // lanes that have passed the fence since
+};
+
+struct Store {
+  hopper::TensorMap map;
+  uint32_t source;
+  int column, row;
+  bool done = false;
 };
 
 struct Thread {
@@ -158,9 +172,12 @@ struct Thread {
   bool fenced = false;
   float* sums = nullptr; // while products are under way
   std::vector<float> hidden; // their sums
+  std::vector<std::shared_ptr<Store>> stores;
+  std::vector<size_t> committed_stores;
 };
 
-enum class State : uint8_t { unwritten, arriving, there };
+// Of 16 bytes of shared memory. Written: by a thread, and not yet shown to the copy engine.
+enum class State : uint8_t { unwritten, arriving, there, written };
 
 struct Block {
   unsigned index, blocks;
@@ -168,10 +185,11 @@ struct Block {
   std::vector<State> pieces; // of 16 bytes
   std::map<uint32_t, Barrier> barriers;
   std::deque<Copy> copies;
+  std::deque<std::shared_ptr<Store>> stores;
   std::vector<Thread> threads;
+  std::vector<Warp> warps;
   std::vector<Warpgroup> warpgroups;
-  std::vector<Shuffle> shuffles;
-  int waiting = 0, generation = 0; // of block_sync
+  std::map<int, Gate> gates;
   Thread* running = nullptr;
   ucontext_t scheduler;
   std::string failure;
@@ -185,6 +203,7 @@ inline Index thread_index() { return {block->running->index}; }
 inline Index block_index() { return {block->index}; }
 inline Index grid_size() { return {block->blocks}; }
 inline Warpgroup& own_warpgroup() { return block->warpgroups[block->running->index / kWarpgroup]; }
+inline Warp& own_warp() { return block->warps[block->running->index / kWarp]; }
 
 // The running thread sleeps until `ready`.
 inline void wait_until(std::function<bool()> ready) {
@@ -193,6 +212,17 @@ inline void wait_until(std::function<bool()> ready) {
     self->ready = std::move(ready);
     swapcontext(&self->context, &block->scheduler);
   }
+}
+
+// Waits for the others; the last to come does what is to be done together.
+inline void meet(Gate& gate, int threads, const std::function<void()>& together = [] {}) {
+  const int generation = gate.generation;
+  if (++gate.waiting == threads) {
+    together();
+    gate.waiting = 0;
+    ++gate.generation;
+  }
+  wait_until([&gate, generation] { return gate.generation != generation; });
 }
 
 inline Barrier& barrier_at(uint32_t address) {
@@ -231,26 +261,75 @@ inline void begin_copy(const Copy& copy) {
   block->copies.push_back(copy);
 }
 
+// Calls move(address in memory, offset in shared memory) for each element of a box, the address null outside.
+template <typename Move>
+void for_each_element(const hopper::TensorMap& map, int first_column, int first_row, uint32_t address, Move move) {
+  for (int r = 0; r < map.box_rows; ++r) {
+    for (int c = 0; c < map.box_columns; ++c) {
+      const int64_t row = first_row + r, column = first_column + c;
+      const bool inside = row >= 0 && row < map.rows && column >= 0 && column < map.columns;
+      const uint32_t piece = c / 8 ^ r % 8; // of the row's eight
+      move(
+          inside ? map.data + row * map.row_bytes + 2 * column : nullptr,
+          address - kSharedStart + 128 * r + 16 * piece + 2 * (c % 8));
+    }
+  }
+}
+
 inline void finish_copy(size_t which) {
   const Copy copy = block->copies[which];
   block->copies.erase(block->copies.begin() + which);
-  const hopper::TensorMap& map = copy.map;
-  for (int r = 0; r < map.box_rows; ++r) {
-    for (int c = 0; c < map.box_columns; ++c) {
-      const int64_t row = copy.row + r, column = copy.column + c;
-      uint16_t bits = 0;
-      if (row >= 0 && row < map.rows && column >= 0 && column < map.columns) {
-        std::memcpy(&bits, map.data + row * map.row_bytes + 2 * column, 2);
-      }
-      const uint32_t piece = c / 8 ^ r % 8; // of the row's eight
-      std::memcpy(&block->shared[copy.target - kSharedStart + 128 * r + 16 * piece + 2 * (c % 8)], &bits, 2);
-    }
-  }
+  for_each_element(copy.map, copy.column, copy.row, copy.target, [](const uint8_t* from, uint32_t offset) {
+    const uint16_t zero = 0;
+    std::memcpy(&block->shared[offset], from ? static_cast<const void*>(from) : &zero, 2);
+  });
   const uint32_t first = (copy.target - kSharedStart) / 16;
   std::fill_n(block->pieces.begin() + first, copy.bytes() / 16, State::there);
   Barrier& barrier = barrier_at(copy.barrier);
   barrier.bytes -= copy.bytes();
   barrier.finish_phase();
+}
+
+inline void begin_store(const Store& store) {
+  require(store.source % 1024 == 0, "a box with the 128-byte swizzle has to begin at a multiple of 1024");
+  for (int piece = 0; piece < store.map.box_rows * 8; ++piece) {
+    const uint32_t place = (store.source - kSharedStart) / 16 + piece;
+    require(place < block->pieces.size() && block->pieces[place] == State::there, "a store of what cannot be seen yet");
+  }
+  block->stores.push_back(std::make_shared<Store>(store));
+  block->running->stores.push_back(block->stores.back());
+}
+
+inline void finish_store(size_t which) {
+  const std::shared_ptr<Store> store = block->stores[which];
+  block->stores.erase(block->stores.begin() + which);
+  for_each_element(store->map, store->column, store->row, store->source, [](uint8_t* to, uint32_t offset) {
+    if (to) {
+      std::memcpy(to, &block->shared[offset], 2);
+    }
+  });
+  store->done = true;
+}
+
+inline bool is_stored_from(uint32_t address) {
+  return std::any_of(block->stores.begin(), block->stores.end(), [&](const std::shared_ptr<Store>& store) {
+    return address - store->source < static_cast<uint32_t>(128 * store->map.box_rows);
+  });
+}
+
+// What stmatrix does once its 32 lanes have come.
+inline void write_matrices(Warp& warp) {
+  for (int i = 0; i < kWarp; ++i) { // row i % 8 of matrix i / 8
+    const uint32_t address = warp.addresses[i];
+    require(address % 16 == 0 && address - kSharedStart + 16 <= block->shared.size(), "stmatrix outside");
+    require(!is_stored_from(address), "stmatrix over what a store still reads");
+    for (int j = 0; j < 4; ++j) {
+      std::memcpy(&block->shared[address - kSharedStart + 4 * j], &warp.words[4 * (i % 8) + j][i / 8], 4);
+    }
+    block->pieces[(address - kSharedStart) / 16] = State::written;
+    warp.unpublished.push_back((address - kSharedStart) / 16);
+  }
+  warp.publishing = 0;
 }
 
 // --- The tensor cores.
@@ -355,15 +434,18 @@ inline bool finish_something(std::mt19937& random) {
       }
     }
   }
-  const size_t choices = products.size() + block->copies.size();
+  const size_t copies = block->copies.size(), choices = copies + block->stores.size() + products.size();
   if (choices == 0) {
     return false;
   }
   const size_t choice = random() % choices;
-  if (choice < products.size()) {
-    run_product(products[choice].first, products[choice].second);
+  if (choice < copies) {
+    finish_copy(choice);
+  } else if (choice - copies < block->stores.size()) {
+    finish_store(choice - copies);
   } else {
-    finish_copy(choice - products.size());
+    const auto [group, warp] = products[choice - copies - block->stores.size()];
+    run_product(group, warp);
   }
   return true;
 }
@@ -427,6 +509,7 @@ inline void run_threads() {
 
 inline void check_nothing_is_left() {
   require(block->copies.empty(), "a block ends while a copy is under way");
+  require(block->stores.empty(), "a block ends while a store still reads its shared memory");
   for (const Warpgroup& group : block->warpgroups) {
     require(
         std::all_of(group.done, group.done + 4, [&](size_t done) { return done == group.products.size(); }),
@@ -446,7 +529,7 @@ inline std::string run_block(
   own.pieces.assign(shared_bytes / 16 + 1, State::unwritten);
   own.threads.resize(threads);
   own.warpgroups.resize(threads / kWarpgroup);
-  own.shuffles.resize(threads / kWarp);
+  own.warps.resize(threads / kWarp);
   own.body = std::move(body);
   block = &own;
   for (int i = 0; i < threads; ++i) {
@@ -485,13 +568,11 @@ using emulation::require;
 
 inline uint32_t shared_memory() { return emulation::kSharedStart; }
 
-inline void block_sync() {
-  const int generation = block->generation;
-  if (++block->waiting == static_cast<int>(block->threads.size())) {
-    block->waiting = 0;
-    ++block->generation;
-  }
-  emulation::wait_until([=] { return block->generation != generation; });
+inline void block_sync() { emulation::meet(block->gates[0], static_cast<int>(block->threads.size())); }
+
+inline void warpgroup_sync(int number) {
+  require(number > 0 && number < 16, "named barriers are 1 to 15");
+  emulation::meet(block->gates[number], emulation::kWarpgroup);
 }
 
 inline void barrier_init(uint32_t barrier, uint32_t count) {
@@ -574,18 +655,41 @@ void multiply(float (&sums)[kSize], uint64_t left, uint64_t right, int accumulat
   emulation::issue(product, sums);
 }
 
-inline uint32_t shuffle_xor(uint32_t word, int mask) {
+inline void store_matrices(uint32_t address, const uint32_t (&words)[4]) {
+  emulation::Warp& warp = emulation::own_warp();
   const unsigned lane = block->running->index % emulation::kWarp;
-  emulation::Shuffle& own = block->shuffles[block->running->index / emulation::kWarp];
-  const int generation = own.generation;
-  own.in[lane] = word;
-  if (++own.posted == emulation::kWarp) {
-    own.out = own.in;
-    own.posted = 0;
-    ++own.generation;
+  warp.addresses[lane] = address;
+  std::copy(words, words + 4, warp.words[lane].begin());
+  emulation::meet(warp.gate, emulation::kWarp, [&warp] { emulation::write_matrices(warp); });
+}
+
+inline void writes_publish() {
+  emulation::Warp& warp = emulation::own_warp();
+  if (++warp.publishing == emulation::kWarp) {
+    for (uint32_t piece : warp.unpublished) {
+      block->pieces[piece] = emulation::State::there;
+    }
+    warp.unpublished.clear();
   }
-  emulation::wait_until([&own, generation] { return own.generation != generation; });
-  return own.out[lane ^ mask];
+}
+
+inline void store_box(const TensorMap& map, int column, int row, uint32_t source) {
+  emulation::begin_store({map, source, column, row});
+}
+
+inline void stores_commit() {
+  block->running->committed_stores.push_back(block->running->stores.size());
+}
+
+template <int kPending>
+void stores_wait_until_read() {
+  const emulation::Thread& self = *block->running;
+  const int groups = static_cast<int>(self.committed_stores.size()) - kPending;
+  const size_t wanted = groups > 0 ? self.committed_stores[groups - 1] : 0;
+  emulation::wait_until([&self, wanted] {
+    return std::all_of(
+        self.stores.begin(), self.stores.begin() + wanted, [](const auto& store) { return store->done; });
+  });
 }
 
 template <typename Element>
@@ -600,15 +704,10 @@ float2 unpack(uint32_t word) {
   return {widen(static_cast<uint16_t>(word)), widen(static_cast<uint16_t>(word >> 16))};
 }
 
-inline void store_16_bytes(uint16_t* target, const uint32_t (&words)[4]) {
-  require(reinterpret_cast<uintptr_t>(target) % 16 == 0, "a store of 16 bytes to an address that is no multiple of 16");
-  std::memcpy(target, words, 16);
-}
-
 inline const char* encode_map(
     TensorMap& map, const void* data, int64_t rows, int64_t columns, int64_t row_bytes, bool, uint32_t box_rows,
     uint32_t box_columns) {
-  map = {static_cast<const uint8_t*>(data), rows, columns, row_bytes, static_cast<int>(box_rows),
+  map = {static_cast<uint8_t*>(const_cast<void*>(data)), rows, columns, row_bytes, static_cast<int>(box_rows),
          static_cast<int>(box_columns)};
   const bool allowed = reinterpret_cast<uintptr_t>(data) % 16 == 0 && row_bytes % 16 == 0 && rows > 0 && columns > 0 &&
       box_rows > 0 && box_rows <= 256 && box_columns == 64; // 128 bytes: the swizzle's span
