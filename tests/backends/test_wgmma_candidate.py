@@ -123,7 +123,7 @@ def test_values_and_gradients(emulation, monkeypatch, case):
 
 BROKEN = {
     "descriptor's distances exchanged": ("address, kChunkBytes, kAtomBytes", "address, kAtomBytes, kChunkBytes"),
-    "bytes of the left tile not announced": ("full, Slots<kWidth>::kBytes)", "full, Slots<kWidth>::kRightBytes)"),
+    "bytes of the left tile not announced": ("full, Shared<kWidth>::kSlotBytes)", "full, Shared<kWidth>::kRightBytes)"),
     "parity of an empty slot": ("cursor.parity ^ 1", "cursor.parity"),
     "slot released before its products end": ("products_wait<1>(sums)", "products_wait<2>(sums)"),
     "output not shown to the copy engine": ("    hopper::writes_publish();\n", ""),

@@ -42,7 +42,7 @@ extern "C" const char* petl_wgmma_product(
   }
   Operands given{};
   const int right_rows = by_rows ? kDepth : width;
-  const char* error = encode(given.out, *out, bf16, kRowsOfOne);
+  const char* error = encode(given.out, *out, bf16, kOwnRows);
   error = error ? error : encode(given.rank_left, *rank_left, bf16, kRows);
   error = error ? error : encode(given.rank_right, *rank_right, bf16, right_rows);
   for (int term = 0; term < terms && !error; ++term) {
@@ -61,6 +61,6 @@ extern "C" const char* petl_wgmma_product(
   given.scale = scale;
   const Kernel kernel =
       bf16 ? kernel_of<hopper::Bfloat16>(width, by_rows) : kernel_of<hopper::Half>(width, by_rows);
-  const int shared_bytes = width == 256 ? Slots<256>::kSharedBytes : Slots<128>::kSharedBytes;
+  const int shared_bytes = width == 256 ? Shared<256>::kBytes : Shared<128>::kBytes;
   return hopper::launch(kernel, blocks, kThreads, shared_bytes, stream, given);
 }
