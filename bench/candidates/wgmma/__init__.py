@@ -26,7 +26,6 @@ from petl_kernels.backends.triton import config
 
 FOLDER = Path(__file__).parent
 SOURCES = ("product.cu", "product.h", "descriptor.h", "hopper.h")
-NVCC = ("nvcc", "-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a")
 ROWS, WIDE, NARROW = 128, 256, 128  # of an output tile
 
 
@@ -49,10 +48,19 @@ def library() -> ctypes.CDLL:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as folder:
             made = Path(folder, built.name)
-            command = [*NVCC, "-shared", "-Xcompiler", "-fPIC", "-I", FOLDER, FOLDER / "product.cu", "-o", made]
-            subprocess.run(command, check=True)
+            build(made)
             made.replace(built)
     return loaded(built)
+
+
+def build(target: Path) -> str:
+    """Makes the shared library; returns what ptxas says of each kernel."""
+    command = ["nvcc", "-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas", "-v", "-I", FOLDER]
+    command += ["-shared", "-Xcompiler", "-fPIC", FOLDER / "product.cu", "-o", target]
+    run = subprocess.run(command, capture_output=True, text=True)
+    if run.returncode:
+        raise RuntimeError(run.stderr)
+    return run.stdout + run.stderr
 
 
 def loaded(path: Path) -> ctypes.CDLL:

@@ -1,7 +1,7 @@
 // What the kernel needs of sm_90a, one function for each instruction: mbarriers, TMA, wgmma, registers, stmatrix.
 //
-// tests/backends/wgmma_emulation/hopper.h has the same functions for a CPU. Facts: PTX ISA, sections 9.7.13.15
-// (mbarrier), 9.7.9 (cp.async.bulk.tensor, stmatrix), 9.7.15 (wgmma), 9.7.19 (setmaxnreg); numbers as of version 9.0.
+// tests/backends/wgmma_emulation/hopper.h has the same functions for a CPU. Facts: PTX ISA 9.0, sections 9.7.9.27
+// (cp.async.bulk.tensor), 9.7.13.15 (mbarrier), 9.7.14.5.16 (stmatrix), 9.7.15 (wgmma), 9.7.19.5 (setmaxnreg).
 // Shared memory is named by its 32-bit address throughout: no pointer ever goes there.
 #pragma once
 

@@ -1,15 +1,15 @@
 // The host's side of the product: tensor maps, the choice of the kernel, its launch. One C function, no PyTorch.
 #include "product.h"
 
-namespace {
-
-using namespace wgmma;
-
 // 16-bit, row-major, `stride` elements from row to row. __init__.py has the same structure.
 struct Matrix {
   const void* data;
   int64_t rows, columns, stride;
 };
+
+namespace {
+
+using namespace wgmma;
 
 using Kernel = void (*)(Operands);
 
