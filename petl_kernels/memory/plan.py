@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from petl_kernels.errors import InputError
@@ -29,6 +30,7 @@ APPROXIMATIONS = {
     "8bit-optimizer": "moments of AdamW rounded to 8 bits",
     "bf16-gradients": "gradients of what is trained rounded to 16 bits between micro-batches",
 }
+PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 CHUNKS = (32 * 2**20, 8 * 2**20, 2 * 2**20)  # of the loss' logits
 
 
@@ -39,7 +41,7 @@ class Plan:
     rows: sentence pairs of the longest kind in a micro-batch of ``micro_tokens``; micro_batches of them make an update.
     tiers: one for each layer, encoder first. storage: of frozen weights in layers. tables: of frozen token embeddings
     and the output projection; as ``storage`` when not given. gradients: their dtype between micro-batches. streamed:
-    how many layers live in host memory; copies_hidden: whether the copy of one takes no longer than the matrix work of
+    how many layers live in host memory; precision: of matrix products; copies_hidden: whether the copy of one takes no longer than the matrix work of
     another. parts: bytes by purpose, which add up to ``peak``.
     seconds: an update, by the rates of the device. more: (budget, seconds, what changes).
     """
@@ -48,6 +50,7 @@ class Plan:
     parameters: int
     memory: int
     device: str
+    precision: str
     batch_tokens: int
     longest: int
     rows: int
@@ -138,8 +141,20 @@ class Plan:
     @classmethod
     def load(cls, path: str | Path) -> Plan:
         """A plan that ``save`` has written. InputError for a file that is none."""
+        foreign = InputError(f"plan {path}: not a plan; expected a file of petl-mt plan --json")
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise InputError(
+                f"plan {path}: {error.strerror or error}; expected a file of petl-mt plan --json"
+            ) from None
+        except ValueError:
+            raise foreign from None
+        missing = [name for name in _NEEDED if name not in values] if isinstance(values, dict) else _NEEDED
+        if missing:
+            older = InputError(f"plan {path}: has no {missing[0]}; expected a plan made anew by petl-mt plan --json")
+            raise foreign if missing == _NEEDED else older
+        try:
             for key in ("tiers", "approximations"):
                 values[key] = tuple(values[key])
             values["more"] = tuple(map(tuple, values["more"]))
@@ -147,12 +162,8 @@ class Plan:
                 values["search"] = SearchBytes(**values["search"])
             found = cls(**values)
             wrong = found._wrong()
-        except OSError as error:
-            raise InputError(
-                f"plan {path}: {error.strerror or error}; expected a file of petl-mt plan --json"
-            ) from None
         except (ValueError, TypeError, KeyError, AttributeError):
-            raise InputError(f"plan {path}: not a plan; expected a file of petl-mt plan --json") from None
+            raise foreign from None
         if wrong:
             raise InputError(f"plan {path}: {wrong}")
         return found
@@ -168,6 +179,7 @@ class Plan:
         if self.streamed not in range(len(self.tiers) + 1):
             return f"streamed is {self.streamed!r}; expected 0 to its {len(self.tiers)} layers"
         for name, choices in (
+            ("precision", PRECISIONS.values()),
             ("storage", STORAGES),
             ("tables", STORAGES),
             ("gradients", GRADIENT_BYTES),
@@ -179,6 +191,9 @@ class Plan:
 
     def __str__(self) -> str:
         return "\n".join([*_summary(self), *_table(self), *_more_lines(self)])
+
+
+_NEEDED = [field.name for field in dataclasses.fields(Plan) if field.default is dataclasses.MISSING]
 
 
 def approximations_of(levers) -> tuple[str, ...]:

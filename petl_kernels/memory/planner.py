@@ -29,7 +29,7 @@ from petl_kernels.memory import simulate
 from petl_kernels.memory.cost import LayerWork, Rates, layer_work, measure_rates, update_seconds
 from petl_kernels.memory.generation import Search, SearchBytes, output_length
 from petl_kernels.memory.gradients import groups
-from petl_kernels.memory.plan import APPROXIMATIONS, CHUNKS, Plan, approximations_of, check_allow, levers
+from petl_kernels.memory.plan import APPROXIMATIONS, CHUNKS, PRECISIONS, Plan, approximations_of, check_allow, levers
 from petl_kernels.memory.resident import (
     CONTEXT,
     GRADIENT_BYTES,
@@ -157,8 +157,9 @@ class Planner:
         ]
         self.optimizer = optimizer
         self.weights = FrozenWeights(model, self.structure)
-        product = autocast or next((p.dtype for p in model.parameters() if p.dim() > 1 and not p.requires_grad), None)
-        self.rates: Rates = measure_rates(device, product or torch.float32)
+        frozen = (p.dtype for p in model.parameters() if p.dim() > 1 and not p.requires_grad)
+        self.product: torch.dtype = autocast or next(frozen, torch.float32)
+        self.rates: Rates = measure_rates(device, self.product)
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self._shallow: dict[tuple[tuple[int, int], str, str], nn.Module] = {}
         self.mode = simulate.fake_mode()
@@ -362,6 +363,7 @@ class Planner:
             parameters=sum(p.numel() for p in self.model.parameters()),
             memory=memory,
             device=str(self.device),
+            precision=PRECISIONS[self.product],
             batch_tokens=self.batch_tokens,
             longest=self.longest,
             rows=rows,

@@ -219,6 +219,11 @@ class _Training:
             )
         if plan.device.partition(":")[0] != self.device.type:
             raise InputError(f"plan {given}: for {plan.device}; expected one for {self.device.type}")
+        if plan.precision != self.config.precision:
+            raise InputError(
+                f"plan {given}: for products in {plan.precision}; expected one for the {self.config.precision} of "
+                "--precision"
+            )
         if plan.batch_tokens != self.config.batch_tokens:
             raise InputError(
                 f"plan {given}: for updates of {plan.batch_tokens} tokens; expected the {self.config.batch_tokens} of "

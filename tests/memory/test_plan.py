@@ -323,7 +323,11 @@ def test_a_plan_is_a_file_for_one_model(tmp_path):
     older = {key: value for key, value in found.to_dict().items() if key not in ("tables", "gradients")}
     (tmp_path / "plan.json").write_text(json.dumps({**older, "storage": "int8"}))
     assert Plan.load(tmp_path / "plan.json") == dataclasses.replace(found, storage="int8", tables="int8")
-    (tmp_path / "plan.json").write_text('{"tiers": [1]}')
+    del older["precision"]
+    (tmp_path / "plan.json").write_text(json.dumps(older))
+    with pytest.raises(InputError, match="plan.json: has no precision; expected a plan made anew"):
+        Plan.load(tmp_path / "plan.json")
+    (tmp_path / "plan.json").write_text('{"name": "something else"}')
     with pytest.raises(InputError, match="not a plan; expected a file of petl-mt plan --json"):
         Plan.load(tmp_path / "plan.json")
     with pytest.raises(InputError, match="No such file"):
@@ -338,6 +342,7 @@ def test_a_plan_is_a_file_for_one_model(tmp_path):
         ({"chunk_bytes": 0}, "chunk_bytes is 0"),
         ({"tiers": [1, 7]}, "tier 7; expected 1 to 5"),
         ({"streamed": 99}, "streamed is 99; expected 0 to its 5 layers"),
+        ({"precision": "int4"}, "precision is 'int4'; expected fp32 or bf16 or fp16 or fp64"),
         ({"storage": "int4"}, "storage is 'int4'; expected dense or int8 or nf4"),
         ({"gradients": "x"}, "gradients is 'x'; expected float32 or bfloat16"),
         ({"optimizer": "sgd"}, "optimizer is 'sgd'; expected adamw or adamw8bit"),

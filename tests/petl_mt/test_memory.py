@@ -223,6 +223,7 @@ def test_a_plan_for_another_run_is_refused(settings, tmp_path):
         training(settings, tmp_path / "run", memory="2MiB", plan=short)
     for change, message in (
         ({"device": "cuda"}, "for cuda; expected one for cpu"),
+        ({"precision": "bf16"}, "for products in bf16; expected one for the fp32 of --precision"),
         ({"batch_tokens": 100}, "for updates of 100 tokens; expected the 400 of --batch-tokens"),
         ({"tables": "nf4"}, "uses quantised; expected --allow quantised beside it"),
         ({"gradients": "bfloat16"}, "uses bf16-gradients; expected --allow bf16-gradients"),

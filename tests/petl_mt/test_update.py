@@ -82,7 +82,7 @@ def test_graphs_give_their_memory_back_to_an_evaluation_in_a_budget(settings, tm
 
 def test_what_a_graph_cannot_hold():
     plan = Plan(
-        *("Model", 1, 2**30, "cuda", 64, 8, 8, 64, 1, (1, 2), 2**20, "dense", "adamw", 0, 64, 2**20, {}),
+        *("Model", 1, 2**30, "cuda", "bf16", 64, 8, 8, 64, 1, (1, 2), 2**20, "dense", "adamw", 0, 64, 2**20, {}),
         *(1.0, False, ()),
     )
     check_graphs(CUDA, None)
