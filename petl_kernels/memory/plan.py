@@ -41,8 +41,9 @@ class Plan:
     rows: sentence pairs of the longest kind in a micro-batch of ``micro_tokens``; micro_batches of them make an update.
     tiers: one for each layer, encoder first. storage: of frozen weights in layers. tables: of frozen token embeddings
     and the output projection; as ``storage`` when not given. gradients: their dtype between micro-batches. streamed:
-    how many layers live in host memory; precision: of matrix products; copies_hidden: whether the copy of one takes no longer than the matrix work of
-    another. parts: bytes by purpose, which add up to ``peak``.
+    how many layers live in host memory; copies_hidden: whether the copy of one takes no longer than the matrix work of
+    another. precision: of matrix products. cuda_graphs: whether steps may be captured, which such a plan leaves room
+    for. parts: bytes by purpose, which add up to ``peak``.
     seconds: an update, by the rates of the device. more: (budget, seconds, what changes).
     """
 
@@ -71,6 +72,7 @@ class Plan:
     more: tuple[tuple[int, float, str], ...] = ()
     tables: str | None = None
     gradients: str = "float32"
+    cuda_graphs: bool = False
     search: SearchBytes | None = None  # what evaluation may take, and what beam search takes of it
 
     def __post_init__(self) -> None:
@@ -103,7 +105,7 @@ class Plan:
         return model
 
     def tighter(self) -> Plan | None:
-        """The next plan that takes less and computes the same; None when there is none."""
+        """The next plan that takes less and computes the same, without CUDA graphs at last; None when there is none."""
         if self.rows > 1:
             rows = -(-self.rows // 2)
             return dataclasses.replace(
@@ -112,11 +114,14 @@ class Plan:
                 micro_tokens=rows * self.longest,
                 micro_batches=-(-self.rows * self.micro_batches // rows),
             )
-        highest = (5 if self.device.startswith("cuda") else 4,) * len(self.tiers)
+        on_host = self.device.startswith("cuda") and not self.cuda_graphs
+        highest = (5 if on_host else 4,) * len(self.tiers)
         if self.tiers != highest:
             return dataclasses.replace(self, tiers=highest)
         smaller = [chunk for chunk in CHUNKS if chunk < self.chunk_bytes]
-        return dataclasses.replace(self, chunk_bytes=smaller[0]) if smaller else None
+        if smaller:
+            return dataclasses.replace(self, chunk_bytes=smaller[0])
+        return dataclasses.replace(self, cuda_graphs=False) if self.cuda_graphs else None
 
     def check(self, model: nn.Module) -> None:
         found = type(model).__name__, sum(p.numel() for p in model.parameters())
@@ -187,6 +192,8 @@ class Plan:
         ):
             if (value := getattr(self, name)) not in choices:
                 return f"{name} is {value!r}; expected {' or '.join(choices)}"
+        if self.cuda_graphs and (self.streamed or 5 in self.tiers or self.gradients != "float32"):
+            return "cuda_graphs beside streamed layers, tier 5 or 16-bit gradients; expected a plan without these"
         return ""
 
     def __str__(self) -> str:

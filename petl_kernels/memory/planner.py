@@ -13,6 +13,7 @@ waiting gradients, 8-bit optimiser state. All are exact but those that ``allow``
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import itertools
@@ -25,6 +26,7 @@ import torch
 from torch import nn
 
 from petl_kernels.errors import InputError
+from petl_kernels.graphs import check_device, graph_bytes
 from petl_kernels.memory import simulate
 from petl_kernels.memory.cost import LayerWork, Rates, layer_work, measure_rates, update_seconds
 from petl_kernels.memory.generation import Search, SearchBytes, output_length
@@ -60,19 +62,26 @@ def plan(
     autocast: torch.dtype | None = None,
     tier: int | None = None,
     beam: int = 5,
+    cuda_graphs: bool = False,
 ) -> Plan:
     """The fastest plan for training ``model``, adapted and possibly on the meta device, inside ``memory`` bytes.
 
     batch_tokens: padded tokens of the longer side in one update. max_length: tokens of the longest sentence. allow: the
     approximations that may be used, of ``APPROXIMATIONS``; none by default. autocast: the dtype of products, where the
     training loop uses ``torch.autocast``. tier: of all layers; chosen when not given. beam: of the evaluation's search.
+    cuda_graphs: leave out what a graph cannot hold, and count what graphs take (``graphs.graph_bytes``).
     Raises InputError: a memory that is no size, or that nothing fits into (with the least that can), a model of another
     family, an approximation that does not exist, a budget above what the device has.
     """
     wanted = parse_size(memory)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     _check_arguments(batch_tokens, max_length, allow, optimizer, wanted, device)
-    planner = Planner(model, batch_tokens, max_length, optimizer, tuple(allow), device, autocast, tier, beam)
+    if cuda_graphs:
+        check_device(device)
+        if tier == 5:
+            raise InputError("tier 5: a CUDA graph holds no inputs in host memory; expected 1 to 4 with cuda_graphs")
+    given = model, batch_tokens, max_length, optimizer, tuple(allow), device, autocast, tier, beam
+    planner = Planner(*given, graphs=cuda_graphs)
     return planner.best(wanted)
 
 
@@ -144,10 +153,11 @@ class _Slopes:
 
 
 class Planner:
-    def __init__(self, model, batch_tokens, max_length, optimizer, allow, device, autocast, tier=None, beam=1):
+    def __init__(
+        self, model, batch_tokens, max_length, optimizer, allow, device, autocast, tier=None, beam=1, graphs=False
+    ):
         self.model, self.device, self.autocast, self.allow, self.beam = model, device, autocast, allow, beam
-        highest = 5 if device.type == "cuda" else 4  # the fifth moves activations to where a CPU has them anyway
-        self.tiers = range(1, highest + 1) if tier is None else (tier,)
+        self.tier, self.graphs = tier, graphs
         self.batch_tokens, self.longest = batch_tokens, min(max_length, batch_tokens)
         self.rows = max(1, batch_tokens // self.longest)  # of a whole update
         self.structure: Structure = describe(model)
@@ -164,6 +174,13 @@ class Planner:
         self._shallow: dict[tuple[tuple[int, int], str, str], nn.Module] = {}
         self.mode = simulate.fake_mode()
         self._counted: SearchBytes | None = None
+
+    @property
+    def tiers(self) -> Sequence[int]:
+        """Those to choose from. The fifth moves activations to where a CPU has them anyway, and a graph cannot hold."""
+        if self.tier is not None:
+            return (self.tier,)
+        return range(1, 6 if self.device.type == "cuda" and not self.graphs else 5)
 
     # ---- choosing
 
@@ -214,7 +231,7 @@ class Planner:
                 continue
             for micro_batches in _divisions(self.rows):
                 rows = -(-self.rows // micro_batches)
-                tiers = self._tiers(rows, setting.chunk_bytes, room)
+                tiers = self._tiers(rows, setting.chunk_bytes, room - self._graph_bytes(rows))
                 if tiers is not None:
                     yield self._seconds(setting, micro_batches, rows, tiers), setting, micro_batches, tiers
                     if set(tiers) == {self.tiers[0]}:
@@ -224,9 +241,11 @@ class Planner:
         storages = STORAGES if "quantised" in allow and self.weights.can_round else STORAGES[:1]
         optimizers = dict.fromkeys([self.optimizer, *(["adamw8bit"] if "8bit-optimizer" in allow else [])])
         wide = all(p.dtype == torch.float32 for p in self.trained)
-        gradients = ["float32", *(["bfloat16"] if "bf16-gradients" in allow and wide else [])]
+        rounded = "bf16-gradients" in allow and wide and not self.graphs
+        gradients = ["float32", *(["bfloat16"] if rounded else [])]
         layers = len(self.structure.layers)
-        streamed = [layers * share // 4 for share in range(5)] if self.weights.can_stream else [0]
+        can_stream = self.weights.can_stream and not self.graphs
+        streamed = [layers * share // 4 for share in range(5)] if can_stream else [0]
         levers = itertools.product(storages, storages, optimizers, gradients, dict.fromkeys(streamed))
         for storage, tables, optimizer, dtype, count in levers:
             if count and storage != "dense" and self.device.type == "cpu":
@@ -268,6 +287,9 @@ class Planner:
     @functools.cache  # noqa: B019  a planner lives for one call of plan()
     def _always(self, setting: Setting) -> int:
         return sum(self._fixed(setting).values())
+
+    def _graph_bytes(self, rows: int) -> int:
+        return graph_bytes(rows * self.longest, self.longest) if self.graphs else 0
 
     def _fixed(self, setting: Setting) -> dict[str, int]:
         return {
@@ -350,7 +372,8 @@ class Planner:
         if self._step(setting) > kept + rest:
             moment = {"kept for backward": 0, "in the optimiser's step": self._step(setting)}
         parts = self._fixed(setting) | moment
-        return parts | ({"CUDA context": self._context()} if self._context() else {})
+        beside = {"CUDA graphs": self._graph_bytes(rows), "CUDA context": self._context()}
+        return parts | {name: size for name, size in beside.items() if size}
 
     # ---- telling
 
@@ -383,6 +406,7 @@ class Planner:
             copies_hidden=self._copies_hide(setting, rows),
             tables=setting.tables,
             gradients=setting.gradients,
+            cuda_graphs=self.graphs,
             search=search,
         )
 
@@ -408,6 +432,10 @@ class Planner:
         line = f"memory {format_size(memory)}: one sentence pair of {self.longest} tokens needs {format_least(allowed)}"
         if any_ < allowed:
             line += f", or {format_least(any_)} with --allow {','.join(APPROXIMATIONS)}"
+        if self.graphs:
+            plain = copy.copy(self)
+            plain.graphs = False
+            line += f", or {format_least(plain._least(self.allow))} without --cuda-graphs"
         return f"{line}; expected at least that, or a shorter --max-length"
 
     def _least(self, allow: tuple[str, ...]) -> int:

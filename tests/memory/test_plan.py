@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import gc
 import json
+import re
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from methods.models import build
 
 import petl_kernels as pk
 from petl_kernels.errors import InputError
+from petl_kernels.graphs import WORKSPACE
+from petl_kernels.memory import planner as planning
 from petl_kernels.memory.cost import ASSUMED
 from petl_kernels.memory.gradients import GROUP_BYTES, RoundedGradients
 from petl_kernels.memory.plan import APPROXIMATIONS, Plan
@@ -193,6 +196,11 @@ def skeleton(**settings):
         return pk.adapt(build("m2m100", **{**WIDE, **settings}).to(torch.bfloat16), pk.LoRA(rank=8))
 
 
+@pytest.fixture(scope="module")
+def small_plan() -> Plan:
+    return plan(skeleton(), "100MiB", 1024, max_length=64, device="cpu")
+
+
 def test_one_layer_a_side_is_counted_with_a_second_like_it():
     """In 16 bits, dropout rates changed by hand: the layer that only the simulation has is like the first."""
     one, two = skeleton(encoder_layers=1, decoder_layers=1), skeleton(encoder_layers=2, decoder_layers=2)
@@ -286,6 +294,36 @@ def test_bf16_gradients_only_where_they_are_allowed_and_were_wider(fixed_rates):
     assert {setting.gradients for setting in planner._settings(2 * MIB, planner.allow)} == {"float32"}
 
 
+def test_a_plan_for_cuda_graphs_has_only_what_a_graph_can_hold(fixed_rates, monkeypatch):
+    monkeypatch.setattr(Planner, "_more", lambda *_: ())  # what larger budgets would bring
+    monkeypatch.setattr(planning, "APPROXIMATIONS", ())  # whose least takes a while, and is tested elsewhere
+    model, given = skeleton(), {"batch_tokens": 64, "max_length": 64, "device": "cuda"}
+    with pytest.raises(InputError, match=r"needs [\d.]+ MiB, or [\d.]+ MiB without --cuda-graphs; ") as error:
+        plan(model, "1MiB", cuda_graphs=True, tier=4, **given)
+    least, without = re.findall(r"[\d.]+(?= MiB)", str(error.value))[1:]
+    assert float(without) < float(least)
+    found = plan(model, f"{least}MiB", cuda_graphs=True, tier=4, **given)
+    assert found.cuda_graphs and found.streamed == 0 and found.peak <= found.memory
+    assert found.parts["CUDA graphs"] == WORKSPACE + 2 * 2 * (16 * 64 + 1024)
+    other = plan(model, f"{without}MiB", tier=4, **given)
+    assert other.streamed and "CUDA graphs" not in other.parts
+    planner = Planner(model, 512, 64, "adamw", ("bf16-gradients",), torch.device("cuda"), None, graphs=True)
+    assert {setting.gradients for setting in planner._settings(2 * MIB, planner.allow)} == {"float32"}
+    assert max(planner.tiers) == 4
+    with pytest.raises(InputError, match="cuda_graphs: the device is cpu; expected cuda"):
+        plan(model, "1GiB", cuda_graphs=True, **{**given, "device": "cpu"})
+    with pytest.raises(InputError, match="tier 5: a CUDA graph holds no inputs in host memory"):
+        plan(model, "1GiB", cuda_graphs=True, tier=5, **given)
+
+
+def test_a_tightened_plan_gives_graphs_up_last(small_plan):
+    found, steps = dataclasses.replace(small_plan, device="cuda", cuda_graphs=True), []
+    while found is not None:
+        steps.append((found.cuda_graphs, max(found.tiers)))
+        found = found.tighter()
+    assert (True, 4) in steps and steps[-2:] == [(False, 4), (False, 5)] and (True, 5) not in steps
+
+
 def test_what_cannot_work_is_refused_with_the_least_that_can():
     model = skeleton()
     with pytest.raises(InputError, match=r"memory 1 MiB: one sentence pair of 128 tokens needs ([\d.]+) MiB") as error:
@@ -314,8 +352,8 @@ def test_wrong_arguments(arguments, message):
         plan(skeleton(), **{"batch_tokens": 512, "device": "cpu", **arguments})
 
 
-def test_a_plan_is_a_file_for_one_model(tmp_path):
-    found = plan(skeleton(), "100MiB", 1024, max_length=64, device="cpu")
+def test_a_plan_is_a_file_for_one_model(tmp_path, small_plan):
+    found = small_plan
     found.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == found
     with pytest.raises(InputError, match="plan: for M2M100ForConditionalGeneration with"):
@@ -340,6 +378,7 @@ def test_a_plan_is_a_file_for_one_model(tmp_path):
         ({"rows": 0}, "rows is 0; expected a whole number above 0"),
         ({"micro_tokens": "many"}, "micro_tokens is 'many'; expected a whole number above 0"),
         ({"chunk_bytes": 0}, "chunk_bytes is 0"),
+        ({"cuda_graphs": True, "streamed": 2}, "cuda_graphs beside streamed layers"),
         ({"tiers": [1, 7]}, "tier 7; expected 1 to 5"),
         ({"streamed": 99}, "streamed is 99; expected 0 to its 5 layers"),
         ({"precision": "int4"}, "precision is 'int4'; expected fp32 or bf16 or fp16 or fp64"),
@@ -349,10 +388,9 @@ def test_a_plan_is_a_file_for_one_model(tmp_path):
         ({"tiers": 3}, "not a plan"),
     ],
 )
-def test_a_file_that_no_plan_has_written(tmp_path, change, message):
+def test_a_file_that_no_plan_has_written(tmp_path, small_plan, change, message):
     path = tmp_path / "plan.json"
-    values = plan(skeleton(), "100MiB", 1024, max_length=64, device="cpu").to_dict()
-    path.write_text(json.dumps({**values, **change}))
+    path.write_text(json.dumps({**small_plan.to_dict(), **change}))
     with pytest.raises(InputError, match=message) as error:
         Plan.load(path)
     assert str(path) in str(error.value)
@@ -366,11 +404,10 @@ def test_apply_sets_tiers_and_the_loss_chunk():
     assert model.petl_chunk_bytes == found.chunk_bytes
 
 
-def test_tighter_plans_end_and_keep_the_update():
-    found = plan(skeleton(), "100MiB", 4096, max_length=64, device="cpu")
-    steps = []
+def test_tighter_plans_end_and_keep_the_update(small_plan):
+    found, steps = small_plan, []
     while found is not None:
-        assert found.rows * found.micro_batches >= 64
+        assert found.rows * found.micro_batches >= 16
         steps.append((found.rows, max(found.tiers), found.chunk_bytes))
         found = found.tighter()
     assert steps[-1] == (1, 4, 2 * MIB) and len(set(steps)) == len(steps)

@@ -1,23 +1,22 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from layers.waiting import waits
-from petl_mt import train, update
+from petl_mt import plan, train, update
+from petl_mt.cli import main
 from petl_mt.config import TrainConfig
 from petl_mt.data import Position, TrainBatches
 from petl_mt.runs import RunFolder
 from petl_mt.train import _Training
-from petl_mt.update import check_graphs
 
 from petl_kernels.errors import InputError
 from petl_kernels.interop import device_masks
-from petl_kernels.memory.plan import Plan
-
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+from petl_kernels.memory import planner
 
 
 class Recorder:
@@ -47,7 +46,8 @@ class Recorder:
 def graphs(monkeypatch):
     """Graphs on the CPU, as far as the bookkeeping goes."""
     monkeypatch.setattr(update, "CudaGraphs", Recorder)
-    monkeypatch.setattr(train, "check_graphs", lambda device, plan: None)
+    for module in (train, planner):
+        monkeypatch.setattr(module, "check_device", lambda device: None)
     Recorder.made.clear()
     return Recorder.made
 
@@ -64,7 +64,7 @@ def losses(settings: dict, out: Path, **changes) -> list[float]:
 def test_graphs_train_to_the_same_losses(settings, tmp_path, graphs, monkeypatch):
     """Batches of one width have one shape, whatever is filled up."""
     settings |= {"dropout": 0.0, "method_args": {"rank": 2}, "steps": 8}
-    monkeypatch.setattr(train, "GRAPH_WIDTH", 16)
+    monkeypatch.setattr(plan, "WIDTH", 16)
     found = losses(settings, tmp_path / "graphs", cuda_graphs=True)
     monkeypatch.setattr(train, "TrainBatches", lambda *given: TrainBatches(*given[:3], 16))
     expected = losses(settings, tmp_path / "eager")
@@ -74,28 +74,34 @@ def test_graphs_train_to_the_same_losses(settings, tmp_path, graphs, monkeypatch
 
 
 def test_graphs_give_their_memory_back_to_an_evaluation_in_a_budget(settings, tmp_path, graphs):
-    settings |= {"steps": 4, "eval_every": 2, "memory": "8MiB"}
+    settings |= {"steps": 4, "eval_every": 2, "memory": "64MiB"}
     loop = training(settings, out=str(tmp_path / "run"), cuda_graphs=True)
     loop.run()
     assert graphs[0].releases == 2
 
 
-def test_what_a_graph_cannot_hold():
-    plan = Plan(
-        *("Model", 1, 2**30, "cuda", "bf16", 64, 8, 8, 64, 1, (1, 2), 2**20, "dense", "adamw", 0, 64, 2**20, {}),
-        *(1.0, False, ()),
-    )
-    check_graphs(CUDA, None)
-    check_graphs(CUDA, plan)
-    with pytest.raises(InputError, match="cuda_graphs: the device is cpu; expected cuda"):
-        check_graphs(CPU, None)
-    for change, what in (
-        ({"streamed": 2}, "the plan streams 2 layers"),
-        ({"tiers": (5, 1)}, "tier 5"),
-        ({"gradients": "bfloat16"}, "keeps gradients in bfloat16"),
-    ):
-        with pytest.raises(InputError, match=what):
-            check_graphs(CUDA, dataclasses.replace(plan, **change))
+def test_a_plan_that_was_made_without_graphs_is_refused(settings, tmp_path, graphs):
+    settings |= {"memory": "64MiB"}
+    loop = training(settings, out=str(tmp_path / "run"))
+    assert not loop.plan.cuda_graphs
+    with pytest.raises(InputError, match="plan.json: made without --cuda-graphs; expected one made with it"):
+        training(settings, out=str(tmp_path / "other"), cuda_graphs=True, plan=str(tmp_path / "run" / "plan.json"))
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_petl_mt_plan_makes_the_plan_of_train(settings, device, capsys):
+    """With few shapes, for which sentences of 40 tokens are 64 long."""
+    flags = ["plan", "--model", settings["model"], "--method", "lora", "--max-length", "40", "--batch-tokens", "128"]
+    flags += ["--memory", "1GiB", "--json", "-", "--cuda-graphs"]
+    code = main([*flags, "--device", device])
+    out, err = capsys.readouterr()
+    if device == "cpu":
+        assert code == 2 and err == "petl-mt plan: cuda_graphs: the device is cpu; expected cuda\n"
+        return
+    found = json.loads(out)
+    assert code == 0 and found["cuda_graphs"] and found["longest"] == 64
+    assert main([*flags, "--device", device, "--tier", "5"]) == 2
+    assert "tier 5: a CUDA graph holds no inputs in host memory" in capsys.readouterr().err
 
 
 def test_refused_on_a_cpu(settings):
@@ -141,11 +147,11 @@ def test_a_capture_that_fails_is_told_once(settings, tmp_path, graphs, monkeypat
     assert said == [f"cuda_graphs: a step could not be captured, and runs as it is ({reason})"]
 
 
-def test_no_graph_holds_inputs_in_host_memory(settings, tmp_path, graphs, monkeypatch):
-    loop = training(settings, out=str(tmp_path / "run"), cuda_graphs=True, memory="8MiB")
+def test_a_tightened_plan_may_have_no_room_for_graphs(settings, tmp_path, graphs, monkeypatch):
+    loop = training(settings, out=str(tmp_path / "run"), cuda_graphs=True, memory="64MiB")
     said = []
     monkeypatch.setattr(loop.update, "say", said.append)
     loop.update.tighten(dataclasses.replace(loop.update.plan, tiers=(4, 4)))
     assert loop.update.graphs is not None and len(said) == 1
-    loop.update.tighten(dataclasses.replace(loop.update.plan, tiers=(5, 5)))
+    loop.update.tighten(dataclasses.replace(loop.update.plan, cuda_graphs=False))
     assert loop.update.graphs is None and said[1].startswith("cuda_graphs: steps run as they are from here on")
