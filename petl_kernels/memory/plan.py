@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from petl_kernels.errors import InputError
+from petl_kernels.errors import InputError, shown
 from petl_kernels.interop.files import atomic_write
 from petl_kernels.memory.generation import SearchBytes
 from petl_kernels.memory.gradients import RoundedGradients
@@ -23,7 +23,7 @@ from petl_kernels.memory.quantise_model import quantise_model
 from petl_kernels.memory.resident import GRADIENT_BYTES, OPTIMIZER_BYTES, SLOTS, STORAGES
 from petl_kernels.memory.size import format_size
 from petl_kernels.memory.stream import stream_layers
-from petl_kernels.methods.structure import describe
+from petl_kernels.methods.structure import check_model, describe
 
 APPROXIMATIONS = {
     "quantised": "frozen weights rounded to 8 or 4 bits",
@@ -124,6 +124,7 @@ class Plan:
         return dataclasses.replace(self, cuda_graphs=False) if self.cuda_graphs else None
 
     def check(self, model: nn.Module) -> None:
+        check_model(model)
         found = type(model).__name__, sum(p.numel() for p in model.parameters())
         if found != (self.model, self.parameters):
             raise InputError(
@@ -179,8 +180,8 @@ class Plan:
             if not isinstance(value := getattr(self, name), int) or value < 1:
                 return f"{name} is {value!r}; expected a whole number above 0"
         for tier in self.tiers:
-            if tier not in range(1, 6):
-                return f"tier {tier!r}; expected 1 to 5"
+            if tier not in range(6):
+                return f"tier {tier!r}; expected 0 to 5"
         if self.streamed not in range(len(self.tiers) + 1):
             return f"streamed is {self.streamed!r}; expected 0 to its {len(self.tiers)} layers"
         for name, choices in (
@@ -215,10 +216,10 @@ def approximations_of(levers) -> tuple[str, ...]:
 
 def check_allow(allow: Sequence[str]) -> None:
     if isinstance(allow, str) or not isinstance(allow, Sequence):
-        raise InputError(f"allow {allow!r}: expected a list of {', '.join(APPROXIMATIONS)}")
+        raise InputError(f"allow {shown(allow)}: expected a list of {', '.join(APPROXIMATIONS)}")
     for name in allow:
-        if name not in APPROXIMATIONS:
-            raise InputError(f"allow {name!r}: expected {' or '.join(APPROXIMATIONS)}")
+        if not isinstance(name, str) or name not in APPROXIMATIONS:
+            raise InputError(f"allow {shown(name)}: expected {' or '.join(APPROXIMATIONS)}")
 
 
 def levers(plan: Plan) -> str:

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from petl_kernels.errors import InputError
+from petl_kernels.errors import InputError, check_whole, shown
 from petl_kernels.graphs import check_device, graph_bytes
 from petl_kernels.memory import simulate
 from petl_kernels.memory.cost import LayerWork, Rates, layer_work, measure_rates, update_seconds
@@ -44,10 +44,11 @@ from petl_kernels.memory.resident import (
 from petl_kernels.memory.simulate import Batch, Phases
 from petl_kernels.memory.size import format_least, format_size, parse_size
 from petl_kernels.memory.stream import copies_hide
-from petl_kernels.methods.structure import Structure, describe
+from petl_kernels.methods.structure import Structure, check_model, describe
 from petl_kernels.ops.quantised import parts_of
 
 GIB = 2**30
+AUTOCAST = (None, torch.bfloat16, torch.float16)
 
 
 def plan(
@@ -73,9 +74,14 @@ def plan(
     Raises InputError: a memory that is no size, or that nothing fits into (with the least that can), a model of another
     family, an approximation that does not exist, a budget above what the device has.
     """
-    wanted = parse_size(memory)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    _check_arguments(batch_tokens, max_length, allow, optimizer, wanted, device)
+    check_model(model)
+    wanted, device = parse_size(memory), _device(device)
+    _check_arguments(batch_tokens, max_length, allow, optimizer, wanted, device, autocast)
+    check_whole("plan: beam", beam)
+    if tier is not None:
+        check_whole("tier", tier, 0, 5)
+    if not isinstance(cuda_graphs, bool):
+        raise InputError(f"cuda_graphs {shown(cuda_graphs)}: expected True or False")
     if cuda_graphs:
         check_device(device)
         if tier == 5:
@@ -89,11 +95,12 @@ def tiers_in_place(
     model: nn.Module, memory: str | int | None, batch_tokens: int, max_length: int, autocast: torch.dtype | None
 ) -> tuple[tuple[int, ...], int]:
     """(a tier for each layer, the loss' chunk in bytes) of ``pk.lean(model, "auto")``."""
+    describe(model)  # refuses what has no layers to plan for
     device = next(model.parameters()).device
     if device.type not in SLACK:
         raise InputError(f"tier 'auto': the model is on {str(device)!r}; expected cpu or cuda, or pk.plan for a device")
     wanted = _available(model, device) if memory is None else parse_size(memory)
-    _check_arguments(batch_tokens, max_length, (), "adamw", wanted, device)
+    _check_arguments(batch_tokens, max_length, (), "adamw", wanted, device, autocast)
     return Planner(model, batch_tokens, max_length, "adamw", (), device, autocast).tiers_in_place(wanted)
 
 
@@ -112,13 +119,28 @@ def _available(model: nn.Module, device: torch.device) -> int:
     return free + sum(part.nbytes for parameter in model.parameters() for part in parts_of(parameter))
 
 
-def _check_arguments(batch_tokens, max_length, allow, optimizer, memory, device) -> None:
-    for name, value in (("batch_tokens", batch_tokens), ("max_length", max_length)):
-        if not isinstance(value, int) or value < 1:
-            raise InputError(f"plan: {name} {value!r}: expected a whole number above 0")
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError, ValueError):
+        found = None
+    if found is None or isinstance(device, bool) or found.type not in SLACK:
+        raise InputError(f"device {shown(device)}: expected {' or '.join(sorted(SLACK))}")
+    return found
+
+
+def _check_arguments(batch_tokens, max_length, allow, optimizer, memory, device, autocast) -> None:
+    check_whole("plan: batch_tokens", batch_tokens)
+    check_whole("plan: max_length", max_length)
     check_allow(allow)
-    if optimizer not in OPTIMIZER_BYTES:
-        raise InputError(f"optimizer {optimizer!r}: expected {' or '.join(OPTIMIZER_BYTES)}")
+    if not isinstance(optimizer, str) or optimizer not in OPTIMIZER_BYTES:
+        raise InputError(f"optimizer {shown(optimizer)}: expected {' or '.join(OPTIMIZER_BYTES)}")
+    if not any(autocast is dtype for dtype in AUTOCAST):
+        raise InputError(f"autocast {shown(autocast)}: expected {', '.join(map(str, AUTOCAST))}")
+    if device.type == "cuda" and torch.cuda.is_available() and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device {str(device)!r}: there are {torch.cuda.device_count()} such; expected one of them")
     if device.type == "cuda" and torch.cuda.is_available():
         total = torch.cuda.get_device_properties(device).total_memory
         if memory > total:
@@ -171,6 +193,8 @@ class Planner:
         self.product: torch.dtype = autocast or next(frozen, torch.float32)
         self.rates: Rates = measure_rates(device, self.product)
         self.trained = [p for p in model.parameters() if p.requires_grad]
+        if not self.trained:
+            raise InputError(f"model {type(model).__name__}: trains nothing; expected one with an adapter (pk.adapt)")
         self._shallow: dict[tuple[tuple[int, int], str, str], nn.Module] = {}
         self.mode = simulate.fake_mode()
         self._counted: SearchBytes | None = None
