@@ -191,6 +191,12 @@ def fixed_rates(monkeypatch):
     monkeypatch.setattr("petl_kernels.memory.planner.measure_rates", lambda device, dtype: ASSUMED)
 
 
+@pytest.fixture
+def no_more(monkeypatch):
+    """Without what larger budgets would bring, which a plan tells at its end."""
+    monkeypatch.setattr(Planner, "_more", lambda *_: ())
+
+
 def skeleton(**settings):
     with torch.device("meta"):
         return pk.adapt(build("m2m100", **{**WIDE, **settings}).to(torch.bfloat16), pk.LoRA(rank=8))
@@ -230,8 +236,8 @@ def test_more_layers_cost_what_the_first_ones_do():
 
 
 def test_smaller_budgets_are_slower_and_kept(fixed_rates):
-    model = skeleton(vocab_size=20_000)
-    found = [plan(model, f"{size}MiB", 4096, max_length=128, device="cpu") for size in (400, 80, 40, 30)]
+    planner = Planner(skeleton(vocab_size=20_000), 4096, 128, "adamw", (), CPU, None)  # one counts once for all
+    found = [planner.best(size * MIB) for size in (400, 80, 40, 30)]
     assert set(found[0].tiers) == {1} and found[0].micro_batches == 1 and not found[0].more
     for budget, (larger, smaller) in zip((80, 40, 30), zip(found, found[1:], strict=False), strict=True):
         assert smaller.seconds >= larger.seconds and smaller.peak <= budget * MIB
@@ -241,15 +247,15 @@ def test_smaller_budgets_are_slower_and_kept(fixed_rates):
     assert found[-1].more and found[-1].more[0][1] < found[-1].seconds
 
 
-def test_8_bit_moments_only_where_they_are_allowed_or_asked_for(fixed_rates):
+def test_8_bit_moments_only_where_they_are_allowed_or_asked_for(fixed_rates, no_more):
     with torch.device("meta"):
         model = pk.adapt(build("m2m100", **WIDE).to(torch.bfloat16), pk.Adapter(bottleneck=2048))
     settings = {"batch_tokens": 512, "max_length": 64, "device": "cpu"}
-    roomy = plan(model, "1GiB", allow=("8bit-optimizer",), **settings)
+    planner = Planner(model, 512, 64, "adamw", ("8bit-optimizer",), CPU, None)
+    roomy, tight = planner.best(1024 * MIB), planner.best(85 * MIB)
     assert roomy.optimizer == "adamw" and not roomy.approximations
     with pytest.raises(InputError, match="--allow quantised,8bit-optimizer"):
         plan(model, "85MiB", **settings)
-    tight = plan(model, "85MiB", allow=("8bit-optimizer",), **settings)
     asked = plan(model, "1GiB", optimizer="adamw8bit", **settings)
     for found in (tight, asked):
         assert found.optimizer == "adamw8bit" and found.approximations == ("8bit-optimizer",)
@@ -278,14 +284,15 @@ def test_tables_and_layers_are_rounded_apart(fixed_rates):
     assert "layers dense, embeddings and output projection nf4" in text and "int8" not in text
 
 
-def test_bf16_gradients_only_where_they_are_allowed_and_were_wider(fixed_rates):
+def test_bf16_gradients_only_where_they_are_allowed_and_were_wider(fixed_rates, no_more, monkeypatch):
     with torch.device("meta"):
         model = pk.adapt(build("m2m100", **WIDE).to(torch.bfloat16), pk.Adapter(bottleneck=2048))
-    settings = {"batch_tokens": 512, "max_length": 64, "device": "cpu"}
-    assert plan(model, "1GiB", allow=("bf16-gradients",), **settings).gradients == "float32"
-    with pytest.raises(InputError, match="--allow quantised,8bit-optimizer,bf16-gradients"):
-        plan(model, "100MiB", **settings)
-    tight = plan(model, "100MiB", allow=("bf16-gradients",), **settings)
+    planner = Planner(model, 512, 64, "adamw", ("bf16-gradients",), CPU, None)
+    assert planner.best(1024 * MIB).gradients == "float32"
+    tight = planner.best(100 * MIB)
+    monkeypatch.setattr(planning, "APPROXIMATIONS", ("bf16-gradients",))  # all of them take a while to count
+    with pytest.raises(InputError, match="with --allow bf16-gradients"):
+        plan(model, "100MiB", 512, max_length=64, device="cpu")
     assert tight.gradients == "bfloat16" and tight.approximations == ("bf16-gradients",)
     assert "gradients of what is trained rounded to 16 bits" in str(tight)
     for parameter in pk.trainable_parameters(model):
@@ -294,8 +301,7 @@ def test_bf16_gradients_only_where_they_are_allowed_and_were_wider(fixed_rates):
     assert {setting.gradients for setting in planner._settings(2 * MIB, planner.allow)} == {"float32"}
 
 
-def test_a_plan_for_cuda_graphs_has_only_what_a_graph_can_hold(fixed_rates, monkeypatch):
-    monkeypatch.setattr(Planner, "_more", lambda *_: ())  # what larger budgets would bring
+def test_a_plan_for_cuda_graphs_has_only_what_a_graph_can_hold(fixed_rates, no_more, monkeypatch):
     monkeypatch.setattr(planning, "APPROXIMATIONS", ())  # whose least takes a while, and is tested elsewhere
     model, given = skeleton(), {"batch_tokens": 64, "max_length": 64, "device": "cuda"}
     with pytest.raises(InputError, match=r"needs [\d.]+ MiB, or [\d.]+ MiB without --cuda-graphs; ") as error:
@@ -324,7 +330,8 @@ def test_a_tightened_plan_gives_graphs_up_last(small_plan):
     assert (True, 4) in steps and steps[-2:] == [(False, 4), (False, 5)] and (True, 5) not in steps
 
 
-def test_what_cannot_work_is_refused_with_the_least_that_can():
+def test_what_cannot_work_is_refused_with_the_least_that_can(no_more, monkeypatch):
+    monkeypatch.setattr(planning, "APPROXIMATIONS", ())  # whose least takes a while, and is told in other tests
     model = skeleton()
     with pytest.raises(InputError, match=r"memory 1 MiB: one sentence pair of 128 tokens needs ([\d.]+) MiB") as error:
         plan(model, "1MiB", 4096, max_length=128, device="cpu")
