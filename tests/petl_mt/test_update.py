@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 import pytest
@@ -65,25 +64,26 @@ def test_a_plan_that_was_made_without_graphs_is_refused(settings, tmp_path, grap
         training(settings, out=str(tmp_path / "other"), cuda_graphs=True, plan=str(tmp_path / "run" / "plan.json"))
 
 
-@pytest.mark.parametrize("device", ["cuda", "cpu"])
-def test_petl_mt_plan_makes_the_plan_of_train(settings, device, capsys):
-    """With few shapes, for which sentences of 40 tokens are 64 long."""
-    flags = ["plan", "--model", settings["model"], "--method", "lora", "--max-length", "40", "--batch-tokens", "128"]
-    flags += ["--memory", "1GiB", "--json", "-", "--cuda-graphs"]
-    code = main([*flags, "--device", device])
-    out, err = capsys.readouterr()
-    if device == "cpu":
-        assert code == 2 and err == "petl-mt plan: cuda_graphs: the device is cpu; expected cuda\n"
-        return
-    found = json.loads(out)
-    assert code == 0 and found["cuda_graphs"] and found["longest"] == 64
-    assert main([*flags, "--device", device, "--tier", "5"]) == 2
-    assert "tier 5: a CUDA graph holds no inputs in host memory" in capsys.readouterr().err
+def plan_flags(settings: dict) -> list[str]:
+    flags = ["plan", "--model", settings["model"], "--method", "lora", "--method-arg", "rank=2", "--max-length", "40"]
+    return [*flags, "--batch-tokens", "128", "--memory", "64MiB", "--device", "cpu", "--cuda-graphs"]
 
 
-def test_refused_on_a_cpu(settings):
+def test_petl_mt_plan_makes_plans_for_graphs(settings, tmp_path, graphs):
+    """As train pads them: there are few shapes, and sentences of 40 tokens are 64 long."""
+    path = str(tmp_path / "plan.json")
+    assert main([*plan_flags(settings), "--json", path]) == 0
+    loop = training(settings, out=str(tmp_path / "run"), cuda_graphs=True, memory="64MiB", plan=path)
+    assert loop.plan.cuda_graphs and loop.plan.longest == 64 and loop.update.graphs is not None
+
+
+def test_refused(settings, capsys):
     with pytest.raises(InputError, match="cuda_graphs: the device is cpu; expected cuda"):
         training(settings, cuda_graphs=True)
+    assert main(plan_flags(settings)) == 2
+    assert capsys.readouterr().err == "petl-mt plan: cuda_graphs: the device is cpu; expected cuda\n"
+    assert main([*plan_flags(settings), "--tier", "5"]) == 2
+    assert "tier 5: a CUDA graph holds no inputs in host memory; expected 1 to 4" in capsys.readouterr().err
 
 
 def _innermost(place: str) -> str:
