@@ -193,6 +193,8 @@ class Plan:
         ):
             if (value := getattr(self, name)) not in choices:
                 return f"{name} is {value!r}; expected {' or '.join(choices)}"
+        if not isinstance(self.cuda_graphs, bool):
+            return f"cuda_graphs is {self.cuda_graphs!r}; expected true or false"
         if self.cuda_graphs and (self.streamed or 5 in self.tiers or self.gradients != "float32"):
             return "cuda_graphs beside streamed layers, tier 5 or 16-bit gradients; expected a plan without these"
         return ""

@@ -404,7 +404,8 @@ class Planner:
     def _plan(self, memory: int, setting: Setting, micro_batches: int, tiers: tuple[int, ...]) -> Plan:
         rows = -(-self.rows // micro_batches)
         parts = self.parts(setting, rows, tiers)
-        search = self._search(self._usable(memory) - self._always(setting))
+        # the memory of graphs is given back before an evaluation, but for cuBLAS' workspace
+        search = self._search(self._usable(memory) - self._always(setting) - self._graph_bytes(0))
         return Plan(
             model=type(self.model).__name__,
             parameters=sum(p.numel() for p in self.model.parameters()),

@@ -400,6 +400,7 @@ def test_a_plan_is_a_file_for_one_model(tmp_path, small_plan):
         ({"rows": 0}, "rows is 0; expected a whole number above 0"),
         ({"micro_tokens": "many"}, "micro_tokens is 'many'; expected a whole number above 0"),
         ({"chunk_bytes": 0}, "chunk_bytes is 0"),
+        ({"cuda_graphs": "yes"}, "cuda_graphs is 'yes'; expected true or false"),
         ({"cuda_graphs": True, "streamed": 2}, "cuda_graphs beside streamed layers"),
         ({"tiers": [1, 7]}, "tier 7; expected 0 to 5"),
         ({"streamed": 99}, "streamed is 99; expected 0 to its 5 layers"),
