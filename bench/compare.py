@@ -54,8 +54,10 @@ def compare(path_a: str | Path, path_b: str | Path, threshold: float = 0.05) -> 
 
     Measurements are paired by (op, shape, case, dtype, tokens, implementation), or, when a file is too old to say
     these, by the text of their group and the implementation. Returns 1 when one of ours is slower beyond noise and
-    ``threshold``, else 0. Raises InputError for a wrong file, or nothing in common.
+    ``threshold``, else 0. Raises InputError for a wrong file, one and the same file, or nothing in common.
     """
+    if Path(path_a).resolve() == Path(path_b).resolve():
+        raise InputError(f"{path_a} and {path_b}: the same file; expected those of two runs")
     a, b = load(path_a), load(path_b)
     pairs, only_a, only_b = paired(a, b)
     if not pairs:

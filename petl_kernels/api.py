@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from petl_kernels import ops
-from petl_kernels.errors import InputError
+from petl_kernels.errors import InputError, shown
 from petl_kernels.interop.lean_loss import LeanLoss, lean_loss, lean_loss_obstacle, plain_loss
 from petl_kernels.layers.lean import LayerState, layer_states, lean_layers, widen
 from petl_kernels.memory.size import format_size
@@ -32,7 +32,7 @@ from petl_kernels.methods.base import (
     set_parameter,
     stored_as,
 )
-from petl_kernels.methods.structure import total_parameters
+from petl_kernels.methods.structure import check_model, total_parameters
 from petl_kernels.ops.quantised import QuantisedTensor
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
@@ -46,8 +46,9 @@ def adapt(model: nn.Module, config: Method, name: str = "default") -> nn.Module:
     Raises InputError, with the model as it was: a name that is taken or no name, targets that match nothing, a rank
     larger than a layer, a model of another family than the method knows.
     """
+    check_model(model)
     if not isinstance(config, Method):
-        raise InputError(f"config {config!r}: expected a method's config, such as LoRA(rank=16)")
+        raise InputError(f"config {shown(config)}: expected a method's config, such as LoRA(rank=16)")
     _check_new_name(model, name)
     _refuse_merged(model, "adapting")
     before, required = active_name(model), set(trainable_parameters(model))
@@ -70,6 +71,7 @@ def use_adapter(model: nn.Module, name: str | None) -> nn.Module:
 
     Base tensors that an adapter has trained are swapped in and out exactly.
     """
+    check_model(model)
     if name is not None:
         find_record(model, name)
     if name != active_name(model):
@@ -106,12 +108,13 @@ def lean(
     Raises InputError for a tier that does not exist, for a list of another length, and with "auto" for what does not
     fit (with the bytes it needs), for a memory that is no size and for a model of another family.
     """
+    check_model(model)
     if isinstance(tier, str) and tier == "auto":
         from petl_kernels.memory.planner import tiers_in_place  # which stands above this module
 
         tier, model.petl_chunk_bytes = tiers_in_place(model, memory, batch_tokens, max_length, autocast)
     elif memory is not None:
-        raise InputError(f"memory {memory!r}: expected with tier 'auto' only, and tier is {tier!r}")
+        raise InputError(f"memory {shown(memory)}: expected with tier 'auto' only, and tier is {shown(tier)}")
     lean_layers(model, tier)
     return plain_loss(model) if tier == 0 else lean_loss(model)
 
@@ -130,6 +133,7 @@ def merge(model: nn.Module) -> nn.Module:
     ``unmerge``. Methods that train base tensors have nothing to merge.
     Raises InputError for methods that no weight can hold (bottleneck adapters, prefixes, BitFit on T5).
     """
+    check_model(model)
     name = active_name(model)
     if name is None:
         raise InputError("merge: no adapter of the model is active")
@@ -173,6 +177,7 @@ def _untied(model: nn.Module, record: Record, new: dict[str, torch.Tensor]) -> d
 
 def unmerge(model: nn.Module) -> nn.Module:
     """Undo ``merge``: the weights of before, bit for bit, with their ties, and the adapter beside them again."""
+    check_model(model)
     name = active_name(model)
     if name is None or not records(model)[name].merged:
         raise InputError("unmerge: no adapter of the model is merged")
@@ -199,7 +204,7 @@ def _move(parameter: nn.Parameter, device: torch.device) -> None:
 
 def _check_new_name(model: nn.Module, name: str) -> None:
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise InputError(f"adapter name {name!r}: expected letters, digits, - and _")
+        raise InputError(f"adapter name {shown(name)}: expected letters, digits, - and _")
     if hasattr(Named(), name):  # names are keys of module dictionaries
         raise InputError(f"adapter name {name!r}: an attribute of PyTorch modules, choose another name")
     if name in records(model):
@@ -315,6 +320,7 @@ def _streamed_layers(model: nn.Module) -> int:
 
 def report(model: nn.Module) -> Report:
     """What trains in ``model``: method, numbers of parameters, where they are, and which backend serves them."""
+    check_model(model)
     name = active_name(model)
     total = total_parameters(model)
     others = tuple(other for other in records(model) if other != name)

@@ -6,3 +6,14 @@ class InputError(ValueError):
 
     The command line prints the line and leaves with exit code 2.
     """
+
+
+def shown(value: object) -> str:
+    """``value`` as one line of a message has it, however long it is."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def check_whole(name: str, value: object, least: int = 1, most: int = 2**31 - 1) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise InputError(f"{name} {shown(value)}: expected a whole number, {least} to {most:,}")

@@ -2,7 +2,8 @@
 
 At d = 1024 a kernel takes some 50 µs and its launch from Python about as long. A replay launches all of a step's
 kernels at once. What a captured step may not do: wait for the device (``ops.linear_cross_entropy`` needs ``counted``),
-read a number of Python's that changes from step to step, or find its gradients in another place than before.
+read a number of Python's that changes from step to step, or find its gradients in another place than before. So it
+cannot stream layers, hold their inputs in host memory (tier 5) or keep gradients in 16 bits.
 """
 
 from __future__ import annotations
@@ -12,10 +13,32 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from petl_kernels.errors import InputError
+
 MOST = 64  # graphs; each takes some megabytes of the driver's own, which no allocator counts
+WIDTH = 32  # lengths of batches are multiples of it, so that there are few shapes
+WORKSPACE = 32 * 2**20  # of cuBLAS, which has one for each stream: the largest that PyTorch gives it (Hopper's)
+_SMALLEST = 512  # bytes that CUDA's allocator gives to a number
 
 Run = Callable[..., Tensor]
 Replay = Callable[[], None]
+
+
+def check_device(device: torch.device) -> None:
+    if device.type != "cuda":
+        raise InputError(f"cuda_graphs: the device is {device}; expected cuda")
+
+
+def graph_bytes(tokens: int, longest: int) -> int:
+    """What graphs of a training step take beside what the step itself takes, as far as it can be known.
+
+    For each pair of widths up to ``longest``: source and labels, int64, of ``tokens`` at most, and the numbers that go
+    in and out; and cuBLAS' workspace on the stream that is captured. The step's own memory counts once: all graphs have
+    one pool, and what ran before the first capture is given back. Not counted: what the driver takes for each graph,
+    gaps in a pool that shapes of several sizes share, and steps of shapes beyond the first 64, which run beside it.
+    """
+    shapes = min(MOST, (-(-longest // WIDTH)) ** 2)
+    return WORKSPACE + shapes * (2 * 8 * tokens + 2 * _SMALLEST)
 
 
 class CudaGraphs:

@@ -81,8 +81,7 @@ def save_merged(model: nn.Module, tokenizer, folder: str | os.PathLike) -> Path:
     folder when the disk is full.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"output {str(folder)!r} exists and is not empty")
+    check_free(folder)
     name = active_name(model)
     was_merged = name is None or find_record(model, name).merged
     if not was_merged:
@@ -96,6 +95,13 @@ def save_merged(model: nn.Module, tokenizer, folder: str | os.PathLike) -> Path:
         if not was_merged:
             unmerge(model)
     return folder
+
+
+def check_free(folder: str | os.PathLike) -> None:
+    """Refuse a folder that is not empty."""
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"output {str(folder)!r} exists and is not empty")
 
 
 def _dense_state(model: nn.Module) -> dict[str, torch.Tensor] | None:

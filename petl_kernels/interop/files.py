@@ -128,8 +128,3 @@ def _errors_name(path: Path, temporary: Path) -> Iterator[None]:
             raise
         code = int(number.group(1))
         raise OSError(code, os.strerror(code), str(path)) from error
-
-
-def is_disk_full(error: BaseException) -> bool:
-    """True when the error says that no space (or quota, or allowed file size) is left."""
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -94,7 +94,7 @@ class TravellingCopy:
 class Travels:
     """The copies of one device, and the pinned buffers that they share from step to step."""
 
-    def __init__(self, copies: CudaCopies):
+    def __init__(self, copies: InputCopies):
         self.copies = copies
         self._free: list[Tensor] = []
         self._last: Callable[[], TravellingCopy | None] = lambda: None
@@ -121,8 +121,8 @@ class Travels:
         return self.copies.pinned(1 << max(0, size - 1).bit_length())  # as PyTorch rounds it anyway
 
 
-class CudaCopies:
-    """Copies between the device and pinned memory, on a stream of their own."""
+class InputCopies:
+    """Copies of layers' inputs to pinned memory and back, on a stream of their own."""
 
     def __init__(self, device: torch.device):
         self._device, self._stream = device, torch.cuda.Stream(device)
@@ -150,4 +150,4 @@ class CudaCopies:
 
 @functools.cache
 def _travels(device: torch.device) -> Travels:
-    return Travels(CudaCopies(device))
+    return Travels(InputCopies(device))

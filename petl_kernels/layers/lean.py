@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from petl_kernels.errors import InputError
+from petl_kernels.errors import InputError, shown
 from petl_kernels.layers.bart import LeanBartLayer
 from petl_kernels.layers.recompute import checkpointed, forget
 from petl_kernels.layers.t5 import LeanT5Layer
@@ -140,7 +140,7 @@ def _tiers(tier: int | Sequence[int], layers: int) -> list[int]:
     tiers = [tier] * layers if single else list(tier)
     for value in [tier] if single else tiers:
         if isinstance(value, bool) or not isinstance(value, int) or value not in (0, *TIERS):
-            raise InputError(f"tier {value!r}: expected 1 to 5, 0 for the plain layer, or 'auto'")
+            raise InputError(f"tier {shown(value)}: expected 1 to 5, 0 for the plain layer, or 'auto'")
     if layers and len(tiers) != layers:
         raise InputError(f"tier: {len(tiers)} of them, expected one for each of the {layers} layers, encoder first")
     return tiers

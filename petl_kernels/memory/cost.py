@@ -9,6 +9,7 @@ card whose rates stand in the same proportions.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -78,6 +79,7 @@ def layer_work(model: nn.Module, structure: Structure, layer: Layer) -> LayerWor
     return LayerWork(own + out + ffn, source, own, source, out, 0 if bits else inner)
 
 
+@functools.cache  # of this machine; several plans of a process then go by the same
 def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     """Products of 1024 × 1024 × 1024, copies of 64 MiB, and on CUDA copies from pinned memory; medians of five."""
     if device.type == "cuda" and not torch.cuda.is_available():

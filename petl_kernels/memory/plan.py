@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
-from petl_kernels.errors import InputError
+from petl_kernels.errors import InputError, shown
 from petl_kernels.interop.files import atomic_write
 from petl_kernels.memory.generation import SearchBytes
 from petl_kernels.memory.gradients import RoundedGradients
@@ -22,13 +23,14 @@ from petl_kernels.memory.quantise_model import quantise_model
 from petl_kernels.memory.resident import GRADIENT_BYTES, OPTIMIZER_BYTES, SLOTS, STORAGES
 from petl_kernels.memory.size import format_size
 from petl_kernels.memory.stream import stream_layers
-from petl_kernels.methods.structure import describe
+from petl_kernels.methods.structure import check_model, describe
 
 APPROXIMATIONS = {
     "quantised": "frozen weights rounded to 8 or 4 bits",
     "8bit-optimizer": "moments of AdamW rounded to 8 bits",
     "bf16-gradients": "gradients of what is trained rounded to 16 bits between micro-batches",
 }
+PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 CHUNKS = (32 * 2**20, 8 * 2**20, 2 * 2**20)  # of the loss' logits
 
 
@@ -40,7 +42,8 @@ class Plan:
     tiers: one for each layer, encoder first. storage: of frozen weights in layers. tables: of frozen token embeddings
     and the output projection; as ``storage`` when not given. gradients: their dtype between micro-batches. streamed:
     how many layers live in host memory; copies_hidden: whether the copy of one takes no longer than the matrix work of
-    another. parts: bytes by purpose, which add up to ``peak``.
+    another. precision: of matrix products. cuda_graphs: whether steps may be captured, which such a plan leaves room
+    for. parts: bytes by purpose, which add up to ``peak``.
     seconds: an update, by the rates of the device. more: (budget, seconds, what changes).
     """
 
@@ -48,6 +51,7 @@ class Plan:
     parameters: int
     memory: int
     device: str
+    precision: str
     batch_tokens: int
     longest: int
     rows: int
@@ -68,6 +72,7 @@ class Plan:
     more: tuple[tuple[int, float, str], ...] = ()
     tables: str | None = None
     gradients: str = "float32"
+    cuda_graphs: bool = False
     search: SearchBytes | None = None  # what evaluation may take, and what beam search takes of it
 
     def __post_init__(self) -> None:
@@ -100,7 +105,7 @@ class Plan:
         return model
 
     def tighter(self) -> Plan | None:
-        """The next plan that takes less and computes the same; None when there is none."""
+        """The next plan that takes less and computes the same, without CUDA graphs at last; None when there is none."""
         if self.rows > 1:
             rows = -(-self.rows // 2)
             return dataclasses.replace(
@@ -109,13 +114,17 @@ class Plan:
                 micro_tokens=rows * self.longest,
                 micro_batches=-(-self.rows * self.micro_batches // rows),
             )
-        highest = (5 if self.device.startswith("cuda") else 4,) * len(self.tiers)
+        on_host = self.device.startswith("cuda") and not self.cuda_graphs
+        highest = (5 if on_host else 4,) * len(self.tiers)
         if self.tiers != highest:
             return dataclasses.replace(self, tiers=highest)
         smaller = [chunk for chunk in CHUNKS if chunk < self.chunk_bytes]
-        return dataclasses.replace(self, chunk_bytes=smaller[0]) if smaller else None
+        if smaller:
+            return dataclasses.replace(self, chunk_bytes=smaller[0])
+        return dataclasses.replace(self, cuda_graphs=False) if self.cuda_graphs else None
 
     def check(self, model: nn.Module) -> None:
+        check_model(model)
         found = type(model).__name__, sum(p.numel() for p in model.parameters())
         if found != (self.model, self.parameters):
             raise InputError(
@@ -138,8 +147,20 @@ class Plan:
     @classmethod
     def load(cls, path: str | Path) -> Plan:
         """A plan that ``save`` has written. InputError for a file that is none."""
+        foreign = InputError(f"plan {path}: not a plan; expected a file of petl-mt plan --json")
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise InputError(
+                f"plan {path}: {error.strerror or error}; expected a file of petl-mt plan --json"
+            ) from None
+        except ValueError:
+            raise foreign from None
+        missing = [name for name in _NEEDED if name not in values] if isinstance(values, dict) else _NEEDED
+        if missing:
+            older = InputError(f"plan {path}: has no {missing[0]}; expected a plan made anew by petl-mt plan --json")
+            raise foreign if missing == _NEEDED else older
+        try:
             for key in ("tiers", "approximations"):
                 values[key] = tuple(values[key])
             values["more"] = tuple(map(tuple, values["more"]))
@@ -147,12 +168,8 @@ class Plan:
                 values["search"] = SearchBytes(**values["search"])
             found = cls(**values)
             wrong = found._wrong()
-        except OSError as error:
-            raise InputError(
-                f"plan {path}: {error.strerror or error}; expected a file of petl-mt plan --json"
-            ) from None
         except (ValueError, TypeError, KeyError, AttributeError):
-            raise InputError(f"plan {path}: not a plan; expected a file of petl-mt plan --json") from None
+            raise foreign from None
         if wrong:
             raise InputError(f"plan {path}: {wrong}")
         return found
@@ -163,11 +180,12 @@ class Plan:
             if not isinstance(value := getattr(self, name), int) or value < 1:
                 return f"{name} is {value!r}; expected a whole number above 0"
         for tier in self.tiers:
-            if tier not in range(1, 6):
-                return f"tier {tier!r}; expected 1 to 5"
+            if tier not in range(6):
+                return f"tier {tier!r}; expected 0 to 5"
         if self.streamed not in range(len(self.tiers) + 1):
             return f"streamed is {self.streamed!r}; expected 0 to its {len(self.tiers)} layers"
         for name, choices in (
+            ("precision", PRECISIONS.values()),
             ("storage", STORAGES),
             ("tables", STORAGES),
             ("gradients", GRADIENT_BYTES),
@@ -175,10 +193,17 @@ class Plan:
         ):
             if (value := getattr(self, name)) not in choices:
                 return f"{name} is {value!r}; expected {' or '.join(choices)}"
+        if not isinstance(self.cuda_graphs, bool):
+            return f"cuda_graphs is {self.cuda_graphs!r}; expected true or false"
+        if self.cuda_graphs and (self.streamed or 5 in self.tiers or self.gradients != "float32"):
+            return "cuda_graphs beside streamed layers, tier 5 or 16-bit gradients; expected a plan without these"
         return ""
 
     def __str__(self) -> str:
         return "\n".join([*_summary(self), *_table(self), *_more_lines(self)])
+
+
+_NEEDED = [field.name for field in dataclasses.fields(Plan) if field.default is dataclasses.MISSING]
 
 
 def approximations_of(levers) -> tuple[str, ...]:
@@ -193,10 +218,10 @@ def approximations_of(levers) -> tuple[str, ...]:
 
 def check_allow(allow: Sequence[str]) -> None:
     if isinstance(allow, str) or not isinstance(allow, Sequence):
-        raise InputError(f"allow {allow!r}: expected a list of {', '.join(APPROXIMATIONS)}")
+        raise InputError(f"allow {shown(allow)}: expected a list of {', '.join(APPROXIMATIONS)}")
     for name in allow:
-        if name not in APPROXIMATIONS:
-            raise InputError(f"allow {name!r}: expected {' or '.join(APPROXIMATIONS)}")
+        if not isinstance(name, str) or name not in APPROXIMATIONS:
+            raise InputError(f"allow {shown(name)}: expected {' or '.join(APPROXIMATIONS)}")
 
 
 def levers(plan: Plan) -> str:

@@ -13,6 +13,7 @@ waiting gradients, 8-bit optimiser state. All are exact but those that ``allow``
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import itertools
@@ -24,12 +25,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from petl_kernels.errors import InputError
+from petl_kernels.errors import InputError, check_whole, shown
+from petl_kernels.graphs import check_device, graph_bytes
 from petl_kernels.memory import simulate
 from petl_kernels.memory.cost import LayerWork, Rates, layer_work, measure_rates, update_seconds
 from petl_kernels.memory.generation import Search, SearchBytes, output_length
 from petl_kernels.memory.gradients import groups
-from petl_kernels.memory.plan import APPROXIMATIONS, CHUNKS, Plan, approximations_of, check_allow, levers
+from petl_kernels.memory.plan import APPROXIMATIONS, CHUNKS, PRECISIONS, Plan, approximations_of, check_allow, levers
 from petl_kernels.memory.resident import (
     CONTEXT,
     GRADIENT_BYTES,
@@ -42,10 +44,11 @@ from petl_kernels.memory.resident import (
 from petl_kernels.memory.simulate import Batch, Phases
 from petl_kernels.memory.size import format_least, format_size, parse_size
 from petl_kernels.memory.stream import copies_hide
-from petl_kernels.methods.structure import Structure, describe
+from petl_kernels.methods.structure import Structure, check_model, describe
 from petl_kernels.ops.quantised import parts_of
 
 GIB = 2**30
+AUTOCAST = (None, torch.bfloat16, torch.float16)
 
 
 def plan(
@@ -60,19 +63,31 @@ def plan(
     autocast: torch.dtype | None = None,
     tier: int | None = None,
     beam: int = 5,
+    cuda_graphs: bool = False,
 ) -> Plan:
     """The fastest plan for training ``model``, adapted and possibly on the meta device, inside ``memory`` bytes.
 
     batch_tokens: padded tokens of the longer side in one update. max_length: tokens of the longest sentence. allow: the
     approximations that may be used, of ``APPROXIMATIONS``; none by default. autocast: the dtype of products, where the
     training loop uses ``torch.autocast``. tier: of all layers; chosen when not given. beam: of the evaluation's search.
+    cuda_graphs: leave out what a graph cannot hold, and count what graphs take (``graphs.graph_bytes``).
     Raises InputError: a memory that is no size, or that nothing fits into (with the least that can), a model of another
     family, an approximation that does not exist, a budget above what the device has.
     """
-    wanted = parse_size(memory)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    _check_arguments(batch_tokens, max_length, allow, optimizer, wanted, device)
-    planner = Planner(model, batch_tokens, max_length, optimizer, tuple(allow), device, autocast, tier, beam)
+    check_model(model)
+    wanted, device = parse_size(memory), _device(device)
+    _check_arguments(batch_tokens, max_length, allow, optimizer, wanted, device, autocast)
+    check_whole("plan: beam", beam)
+    if tier is not None:
+        check_whole("tier", tier, 0, 5)
+    if not isinstance(cuda_graphs, bool):
+        raise InputError(f"cuda_graphs {shown(cuda_graphs)}: expected True or False")
+    if cuda_graphs:
+        check_device(device)
+        if tier == 5:
+            raise InputError("tier 5: a CUDA graph holds no inputs in host memory; expected 1 to 4 with cuda_graphs")
+    given = model, batch_tokens, max_length, optimizer, tuple(allow), device, autocast, tier, beam
+    planner = Planner(*given, graphs=cuda_graphs)
     return planner.best(wanted)
 
 
@@ -80,11 +95,12 @@ def tiers_in_place(
     model: nn.Module, memory: str | int | None, batch_tokens: int, max_length: int, autocast: torch.dtype | None
 ) -> tuple[tuple[int, ...], int]:
     """(a tier for each layer, the loss' chunk in bytes) of ``pk.lean(model, "auto")``."""
+    describe(model)  # refuses what has no layers to plan for
     device = next(model.parameters()).device
     if device.type not in SLACK:
         raise InputError(f"tier 'auto': the model is on {str(device)!r}; expected cpu or cuda, or pk.plan for a device")
     wanted = _available(model, device) if memory is None else parse_size(memory)
-    _check_arguments(batch_tokens, max_length, (), "adamw", wanted, device)
+    _check_arguments(batch_tokens, max_length, (), "adamw", wanted, device, autocast)
     return Planner(model, batch_tokens, max_length, "adamw", (), device, autocast).tiers_in_place(wanted)
 
 
@@ -103,13 +119,28 @@ def _available(model: nn.Module, device: torch.device) -> int:
     return free + sum(part.nbytes for parameter in model.parameters() for part in parts_of(parameter))
 
 
-def _check_arguments(batch_tokens, max_length, allow, optimizer, memory, device) -> None:
-    for name, value in (("batch_tokens", batch_tokens), ("max_length", max_length)):
-        if not isinstance(value, int) or value < 1:
-            raise InputError(f"plan: {name} {value!r}: expected a whole number above 0")
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError, ValueError):
+        found = None
+    if found is None or isinstance(device, bool) or found.type not in SLACK:
+        raise InputError(f"device {shown(device)}: expected {' or '.join(sorted(SLACK))}")
+    return found
+
+
+def _check_arguments(batch_tokens, max_length, allow, optimizer, memory, device, autocast) -> None:
+    check_whole("plan: batch_tokens", batch_tokens)
+    check_whole("plan: max_length", max_length)
     check_allow(allow)
-    if optimizer not in OPTIMIZER_BYTES:
-        raise InputError(f"optimizer {optimizer!r}: expected {' or '.join(OPTIMIZER_BYTES)}")
+    if not isinstance(optimizer, str) or optimizer not in OPTIMIZER_BYTES:
+        raise InputError(f"optimizer {shown(optimizer)}: expected {' or '.join(OPTIMIZER_BYTES)}")
+    if not any(autocast is dtype for dtype in AUTOCAST):
+        raise InputError(f"autocast {shown(autocast)}: expected {', '.join(map(str, AUTOCAST))}")
+    if device.type == "cuda" and torch.cuda.is_available() and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device {str(device)!r}: there are {torch.cuda.device_count()} such; expected one of them")
     if device.type == "cuda" and torch.cuda.is_available():
         total = torch.cuda.get_device_properties(device).total_memory
         if memory > total:
@@ -144,10 +175,11 @@ class _Slopes:
 
 
 class Planner:
-    def __init__(self, model, batch_tokens, max_length, optimizer, allow, device, autocast, tier=None, beam=1):
+    def __init__(
+        self, model, batch_tokens, max_length, optimizer, allow, device, autocast, tier=None, beam=1, graphs=False
+    ):
         self.model, self.device, self.autocast, self.allow, self.beam = model, device, autocast, allow, beam
-        highest = 5 if device.type == "cuda" else 4  # the fifth moves activations to where a CPU has them anyway
-        self.tiers = range(1, highest + 1) if tier is None else (tier,)
+        self.tier, self.graphs = tier, graphs
         self.batch_tokens, self.longest = batch_tokens, min(max_length, batch_tokens)
         self.rows = max(1, batch_tokens // self.longest)  # of a whole update
         self.structure: Structure = describe(model)
@@ -157,12 +189,22 @@ class Planner:
         ]
         self.optimizer = optimizer
         self.weights = FrozenWeights(model, self.structure)
-        product = autocast or next((p.dtype for p in model.parameters() if p.dim() > 1 and not p.requires_grad), None)
-        self.rates: Rates = measure_rates(device, product or torch.float32)
+        frozen = (p.dtype for p in model.parameters() if p.dim() > 1 and not p.requires_grad)
+        self.product: torch.dtype = autocast or next(frozen, torch.float32)
+        self.rates: Rates = measure_rates(device, self.product)
         self.trained = [p for p in model.parameters() if p.requires_grad]
+        if not self.trained:
+            raise InputError(f"model {type(model).__name__}: trains nothing; expected one with an adapter (pk.adapt)")
         self._shallow: dict[tuple[tuple[int, int], str, str], nn.Module] = {}
         self.mode = simulate.fake_mode()
         self._counted: SearchBytes | None = None
+
+    @property
+    def tiers(self) -> Sequence[int]:
+        """Those to choose from. The fifth moves activations to where a CPU has them anyway, and a graph cannot hold."""
+        if self.tier is not None:
+            return (self.tier,)
+        return range(1, 6 if self.device.type == "cuda" and not self.graphs else 5)
 
     # ---- choosing
 
@@ -213,7 +255,7 @@ class Planner:
                 continue
             for micro_batches in _divisions(self.rows):
                 rows = -(-self.rows // micro_batches)
-                tiers = self._tiers(rows, setting.chunk_bytes, room)
+                tiers = self._tiers(rows, setting.chunk_bytes, room - self._graph_bytes(rows))
                 if tiers is not None:
                     yield self._seconds(setting, micro_batches, rows, tiers), setting, micro_batches, tiers
                     if set(tiers) == {self.tiers[0]}:
@@ -223,9 +265,11 @@ class Planner:
         storages = STORAGES if "quantised" in allow and self.weights.can_round else STORAGES[:1]
         optimizers = dict.fromkeys([self.optimizer, *(["adamw8bit"] if "8bit-optimizer" in allow else [])])
         wide = all(p.dtype == torch.float32 for p in self.trained)
-        gradients = ["float32", *(["bfloat16"] if "bf16-gradients" in allow and wide else [])]
+        rounded = "bf16-gradients" in allow and wide and not self.graphs
+        gradients = ["float32", *(["bfloat16"] if rounded else [])]
         layers = len(self.structure.layers)
-        streamed = [layers * share // 4 for share in range(5)] if self.weights.can_stream else [0]
+        can_stream = self.weights.can_stream and not self.graphs
+        streamed = [layers * share // 4 for share in range(5)] if can_stream else [0]
         levers = itertools.product(storages, storages, optimizers, gradients, dict.fromkeys(streamed))
         for storage, tables, optimizer, dtype, count in levers:
             if count and storage != "dense" and self.device.type == "cpu":
@@ -267,6 +311,9 @@ class Planner:
     @functools.cache  # noqa: B019  a planner lives for one call of plan()
     def _always(self, setting: Setting) -> int:
         return sum(self._fixed(setting).values())
+
+    def _graph_bytes(self, rows: int) -> int:
+        return graph_bytes(rows * self.longest, self.longest) if self.graphs else 0
 
     def _fixed(self, setting: Setting) -> dict[str, int]:
         return {
@@ -349,19 +396,22 @@ class Planner:
         if self._step(setting) > kept + rest:
             moment = {"kept for backward": 0, "in the optimiser's step": self._step(setting)}
         parts = self._fixed(setting) | moment
-        return parts | ({"CUDA context": self._context()} if self._context() else {})
+        beside = {"CUDA graphs": self._graph_bytes(rows), "CUDA context": self._context()}
+        return parts | {name: size for name, size in beside.items() if size}
 
     # ---- telling
 
     def _plan(self, memory: int, setting: Setting, micro_batches: int, tiers: tuple[int, ...]) -> Plan:
         rows = -(-self.rows // micro_batches)
         parts = self.parts(setting, rows, tiers)
-        search = self._search(self._usable(memory) - self._always(setting))
+        # the memory of graphs is given back before an evaluation, but for cuBLAS' workspace
+        search = self._search(self._usable(memory) - self._always(setting) - self._graph_bytes(0))
         return Plan(
             model=type(self.model).__name__,
             parameters=sum(p.numel() for p in self.model.parameters()),
             memory=memory,
             device=str(self.device),
+            precision=PRECISIONS[self.product],
             batch_tokens=self.batch_tokens,
             longest=self.longest,
             rows=rows,
@@ -381,6 +431,7 @@ class Planner:
             copies_hidden=self._copies_hide(setting, rows),
             tables=setting.tables,
             gradients=setting.gradients,
+            cuda_graphs=self.graphs,
             search=search,
         )
 
@@ -406,6 +457,10 @@ class Planner:
         line = f"memory {format_size(memory)}: one sentence pair of {self.longest} tokens needs {format_least(allowed)}"
         if any_ < allowed:
             line += f", or {format_least(any_)} with --allow {','.join(APPROXIMATIONS)}"
+        if self.graphs:
+            plain = copy.copy(self)
+            plain.graphs = False
+            line += f", or {format_least(plain._least(self.allow))} without --cuda-graphs"
         return f"{line}; expected at least that, or a shorter --max-length"
 
     def _least(self, allow: tuple[str, ...]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from petl_kernels.errors import InputError
+from petl_kernels.errors import InputError, shown
 
 _UNITS = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGT", start=1):
@@ -17,8 +17,10 @@ def parse_size(text: str | int) -> int:
 
     Raises InputError for anything else, and for sizes that are not above zero.
     """
+    if isinstance(text, bool) or not isinstance(text, (int, str)):
+        raise InputError(f"memory size {shown(text)}: expected a text such as 8GiB, or a whole number of bytes")
     if isinstance(text, int):
-        number, unit = float(text), ""
+        number, unit = text, ""
     else:
         match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", text)
         if match is None or match[2].upper() not in _UNITS:
@@ -26,10 +28,10 @@ def parse_size(text: str | int) -> int:
                 f"memory size {text!r}: expected a number with B, KB, MB, GB, TB, KiB, MiB, GiB or TiB, such as 8GiB"
             )
         number, unit = float(match[1]), match[2].upper()
-    size = int(number * _UNITS[unit])
-    if size <= 0:
-        raise InputError(f"memory size {text!r}: expected more than zero bytes")
-    return size
+    size = number * _UNITS[unit]
+    if not 1 <= size < 2**63:
+        raise InputError(f"memory size {shown(text)}: expected more than zero bytes, and fewer than 2^63")
+    return int(size)
 
 
 def format_least(size: int) -> str:

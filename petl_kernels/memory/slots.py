@@ -15,7 +15,7 @@ from petl_kernels.memory.size import format_size
 _ALIGNMENT = 256  # of tensors in a slot, as CUDA's own allocations have
 
 
-class CudaCopies:
+class SlotCopies:
     """Pinned memory, and the copies from it into slots."""
 
     def __init__(self, device: torch.device):
@@ -44,7 +44,7 @@ class CudaCopies:
 class Slots:
     """Weights in pinned host memory, with slots on the device."""
 
-    def __init__(self, weights: list[Weights], slots: int, device: torch.device, copies: CudaCopies):
+    def __init__(self, weights: list[Weights], slots: int, device: torch.device, copies: SlotCopies):
         self._weights, self._copies, self._device = weights, copies, device
         self._host: list[Weights] = []
         self._move_out()

@@ -43,7 +43,7 @@ from petl_kernels.errors import InputError
 from petl_kernels.layers.lean import narrow
 from petl_kernels.memory.extension import extension
 from petl_kernels.memory.mapped_weights import MappedWeights, Weights, from_files
-from petl_kernels.memory.slots import CudaCopies, Slots
+from petl_kernels.memory.slots import SlotCopies, Slots
 from petl_kernels.methods.structure import Layer, describe
 
 
@@ -257,4 +257,4 @@ def _store(
         raise InputError(
             f"stream_layers: device {str(device)!r}, expected the CPU, or CUDA and an extension built for it"
         )
-    return Slots(weights, slots, device, CudaCopies(device))
+    return Slots(weights, slots, device, SlotCopies(device))

@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from petl_kernels.errors import InputError
+from petl_kernels.errors import InputError, shown
 from petl_kernels.ops.quantised import QuantisedTensor, quantise_like
 
 
@@ -197,6 +197,8 @@ def active_name(model: nn.Module) -> str | None:
 
 def find_record(model: nn.Module, name: str) -> Record:
     known = records(model)
+    if not isinstance(name, str):
+        raise InputError(f"adapter name {shown(name)}: expected a name")
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3) or list(known)
         raise InputError(f"adapter {name!r}: not on this model, which has {', '.join(near) or 'none'}")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from petl_kernels.errors import InputError
+from petl_kernels.errors import InputError, shown
 from petl_kernels.methods.base import Named
 
 
@@ -78,6 +78,11 @@ class Structure:
         return tuple(
             path for layer in self.layers for block in (*layer.attentions, layer.ffn) for path in block.linears
         )
+
+
+def check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model {shown(model)}: expected a PyTorch module")
 
 
 def describe(model: nn.Module) -> Structure:

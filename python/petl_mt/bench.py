@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import importlib
 import os
 import re
@@ -72,24 +73,25 @@ def run(what: Sequence[str], device: str | None = None, peers: bool = False, onl
     device = _device(device)
     results = _results(device)
     options = ["--device", device, *(["--peers"] if peers else []), *(["-k", only] if only else [])]
-    codes, written = [], []
+    codes, written, names = [], [], _Names()
     for folder in folders:
         part = results / "part" / f"{folder.name}.json"
-        codes.append(_measure(folder, part, options))
-        if codes[-1] == 0 and not only:
+        code, timed = _measure(folder, part, options, names)
+        codes.append(code)
+        if timed and code == 0 and not only:
             os.replace(part, results / part.name)
             written.append(results)
-        elif codes[-1] in (0, FAILED, INTERRUPTED) and part.exists():
+        elif timed and code in (0, FAILED, INTERRUPTED):
             print(f"not the whole of bench {folder.name}: {part}", file=sys.stderr)
             written.append(part.parent)
-        if codes[-1] == INTERRUPTED:
+        if code == INTERRUPTED:
             break
     for folder in dict.fromkeys(written):
         print(f"written: {_module('report').write(folder)}", file=sys.stderr)
     if only and WRONG_USAGE in codes:
         raise InputError(f"--only {only!r}: expected names joined by and, or, not, as pytest's -k has them")
     if set(codes) == {NOTHING_MATCHES}:
-        filtered = f" for --only {only!r}" if only else ""
+        filtered = f" for --only {only!r}{names.near(only)}" if only else ""
         raise InputError(f"{' '.join(what)}: nothing to time{filtered}{'' if peers else '; peers need --peers'}")
     return 130 if INTERRUPTED in codes else 0 if set(codes) <= {0, NOTHING_MATCHES} else 1
 
@@ -98,23 +100,41 @@ class _NothingTimed(Exception):
     """Takes the temporary file away."""
 
 
-def _measure(folder: Path, target: Path, options: list[str]) -> int:
-    """Run pytest on one folder; what was timed becomes ``target``, which is gone when nothing was.
+class _Names:
+    """A plugin of pytest that hears what could be timed, before ``-k`` chooses."""
 
-    Returns pytest's exit code; NOTHING_MATCHES also when all was skipped.
+    def __init__(self) -> None:
+        self._found: set[str] = set()
+
+    def pytest_itemcollected(self, item) -> None:
+        self._found.update(filter(None, re.split(r"[\[\]-]", item.name.removeprefix("test_"))))
+
+    def near(self, only: str) -> str:
+        """What comes nearest to the words that are in no name."""
+        words = set(re.findall(r"[\w.]+", only)) - {"and", "or", "not"}
+        lower = [name.lower() for name in self._found]
+        wrong = [word for word in sorted(words) if not any(word.lower() in name for name in lower)]
+        near = [name for word in wrong for name in difflib.get_close_matches(word, sorted(self._found), cutoff=0)]
+        return f" (near: {', '.join(dict.fromkeys(near))})" if near else ""
+
+
+def _measure(folder: Path, target: Path, options: list[str], names: _Names) -> tuple[int, bool]:
+    """Run pytest on one folder; what was timed becomes ``target``, which stays as it was when nothing was.
+
+    Returns pytest's exit code, NOTHING_MATCHES also when all was skipped, and whether anything was timed.
     """
     import pytest
 
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.unlink(missing_ok=True)
-    code = None
+    code, timed = None, False
     with contextlib.suppress(_NothingTimed), atomic_path(target) as temporary:
         arguments = [str(folder), "-o", "python_files=bench_*.py", "-q", "--benchmark-quiet", *options]
         warnings.filterwarnings("ignore", "Not saving anything")  # said by the caller, in one line
-        code = int(pytest.main([*arguments, "--benchmark-json", str(temporary)]))
-        if not (temporary.exists() and temporary.stat().st_size):
+        code = int(pytest.main([*arguments, "--benchmark-json", str(temporary)], plugins=[names]))
+        timed = temporary.exists() and temporary.stat().st_size > 0
+        if not timed:
             raise _NothingTimed
-    return NOTHING_MATCHES if code == 0 and not target.exists() else code
+    return (NOTHING_MATCHES if code == 0 and not timed else code), timed
 
 
 def _folder(name: str) -> Path:

@@ -329,9 +329,12 @@ def _report_cut(translator) -> None:
 
 def _merge(arguments: argparse.Namespace) -> int:
     import petl_kernels as pk
+    from petl_kernels.interop.adapters import check_free
 
     from .runs import hush, load_run, quantise_as_trained, run_storages
 
+    check_free(arguments.out)  # before anything is read
+    said = ""
     with hush():
         model, tokenizer, config = load_run(arguments.run_folder)
         storages = run_storages(arguments.run_folder)
@@ -340,10 +343,11 @@ def _merge(arguments: argparse.Namespace) -> int:
             quantise_as_trained(model, config, storages)
             pk.merge(model)
             error = pk.report(model).merge_error or 0.0
-            print(f"merged into {named} weights with a relative error of at most {error:.3%}", file=sys.stderr)
+            said = f"merged into {named} weights with a relative error of at most {error:.3%}\n"
         elif named:
-            print(f"the adapter was trained beside {named} weights; merged into the original ones", file=sys.stderr)
+            said = f"the adapter was trained beside {named} weights; merged into the original ones\n"
         pk.save_merged(model, tokenizer, arguments.out)
+    print(said, end="", file=sys.stderr)
     print(f"written: {arguments.out}", file=sys.stderr)
     return 0
 

@@ -144,6 +144,10 @@ class TrainConfig:
         _need(self.patience is None or bool(self.valid), "patience: needs validation text (--valid)")
         _need(self.lr is None or (self.lr > 0 and math.isfinite(self.lr)), f"lr {self.lr}: expected above 0")
         _need(self.tier is None or self.tier in range(6), f"tier {self.tier}: expected 0 to 5")
+        _need(
+            self.tier != 5 or not self.cuda_graphs,
+            "tier 5: a CUDA graph holds no inputs in host memory; expected 1 to 4, or no --cuda-graphs",
+        )
         _need(self.plan is None or self.memory is not None, "plan: needs the budget that it was made for (--memory)")
         _need(0 <= self.seed < 2**63, f"seed {self.seed}: expected 0 to 2^63 - 1")
         _need(0 <= self.clip < math.inf, f"clip {self.clip}: expected 0 (off) or above")

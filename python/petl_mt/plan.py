@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from petl_kernels.errors import InputError
+from petl_kernels.graphs import WIDTH
 from petl_kernels.interop.hf import load_config, skeleton
 from petl_kernels.memory.plan import Plan
 from petl_kernels.memory.planner import plan as make_plan
@@ -28,9 +29,20 @@ def plan(config: TrainConfig, device: str | None = None) -> Plan:
     if device not in (None, "cpu", "cuda"):
         raise InputError(f"device {device!r}: expected cpu or cuda")
     config.check_settings()
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = skeleton(load_config(config.model))
     config = config.resolve(model.config.d_model)
-    return plan_for(prepared(model, config), config, config.max_length, device)
+    return plan_for(prepared(model, config), config, widened(config.max_length, config, device), device)
+
+
+def widened(length: int, config: TrainConfig, device: torch.device) -> int:
+    """What sentences of ``length`` are padded to at least: tiles of a GPU, and few shapes where each is captured."""
+    multiple = width_multiple(config, device)
+    return -(-length // multiple) * multiple
+
+
+def width_multiple(config: TrainConfig, device: torch.device) -> int:
+    return WIDTH if config.cuda_graphs else 8 if device.type == "cuda" else 1
 
 
 def prepared(model: nn.Module, config: TrainConfig) -> nn.Module:
@@ -45,7 +57,7 @@ def prepared(model: nn.Module, config: TrainConfig) -> nn.Module:
     return model
 
 
-def plan_for(model: nn.Module, config: TrainConfig, longest: int, device: str | torch.device | None) -> Plan:
+def plan_for(model: nn.Module, config: TrainConfig, longest: int, device: torch.device) -> Plan:
     return make_plan(
         model,
         config.memory,
@@ -57,6 +69,7 @@ def plan_for(model: nn.Module, config: TrainConfig, longest: int, device: str | 
         autocast=torch.bfloat16 if config.precision == "bf16" else None,
         tier=config.tier,
         beam=config.beam,
+        cuda_graphs=config.cuda_graphs,
     )
 
 

@@ -22,6 +22,7 @@ from torch import nn
 
 import petl_kernels as pk
 from petl_kernels.errors import InputError
+from petl_kernels.graphs import check_device
 from petl_kernels.interop.files import atomic_dir, atomic_write
 from petl_kernels.interop.planned import load_planned
 from petl_kernels.memory import cap
@@ -35,7 +36,7 @@ from .data import Batch, Position, TrainBatches, encode_pairs, read_pair
 from .evaluate import BatchLimit, Scores, bleu_metric, score_lines, translate, until_it_fits, validation_loss
 from .late import LateReader
 from .log import RunLog, memory_in_use
-from .plan import plan_for, prepared
+from .plan import plan_for, prepared, widened, width_multiple
 from .prepare import (
     decoder_start,
     language_pair,
@@ -45,7 +46,7 @@ from .prepare import (
 )
 from .runs import RunFolder, absolute, folder_for_layers, hush
 from .schedule import lr_factor
-from .update import GRAPH_WIDTH, Update, check_graphs
+from .update import Update
 
 LOG_LINES = 200  # lines of training metrics over a whole run
 
@@ -141,6 +142,8 @@ class _Training:
             cap.expand_segments()
         self.accelerator = make_accelerator(config.precision)
         self.device = self.accelerator.device
+        if config.cuda_graphs:
+            check_device(self.device)
         torch.manual_seed(config.seed)
 
         self.model, self.tokenizer = load_model(config, run, train_text, resuming)
@@ -154,15 +157,13 @@ class _Training:
         self.valid, self.valid_counts = None, []
         if config.valid:
             self.valid, self.valid_counts = encode_pairs(self.valid_text, self.languages, config.max_length, "valid")
-        self.multiple = GRAPH_WIDTH if config.cuda_graphs else 8 if self.device.type == "cuda" else 1
+        self.multiple = width_multiple(config, self.device)
         self.batches = TrainBatches(corpus, config.batch_tokens, config.seed, self.multiple)
 
         self.total_parameters = self.stored_parameters = sum(p.numel() for p in self.model.parameters())
-        longest = -(-int(corpus.lengths.max()) // self.multiple) * self.multiple
+        longest = widened(int(corpus.lengths.max()), config, self.device)
         like = self._like() if config.memory is not None else None
         self.plan = self._make_plan(like, longest) if like is not None else None
-        if config.cuda_graphs:
-            check_graphs(self.device, self.plan)
         if limits is not None and config.memory is not None:
             limits.enter_context(cap.capped(parse_size(config.memory), self.device))
         self._load(config, like)
@@ -219,6 +220,13 @@ class _Training:
             )
         if plan.device.partition(":")[0] != self.device.type:
             raise InputError(f"plan {given}: for {plan.device}; expected one for {self.device.type}")
+        if self.config.cuda_graphs and not plan.cuda_graphs and given != own:  # its own may have been tightened
+            raise InputError(f"plan {given}: made without --cuda-graphs; expected one made with it, or a run without")
+        if plan.precision != self.config.precision:
+            raise InputError(
+                f"plan {given}: for products in {plan.precision}; expected one for the {self.config.precision} of "
+                "--precision"
+            )
         if plan.batch_tokens != self.config.batch_tokens:
             raise InputError(
                 f"plan {given}: for updates of {plan.batch_tokens} tokens; expected the {self.config.batch_tokens} of "

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 import petl_kernels as pk
-from petl_kernels.errors import InputError
 from petl_kernels.graphs import CudaGraphs, GraphedStep
 from petl_kernels.memory import cap
 from petl_kernels.memory.plan import Plan
@@ -24,8 +23,6 @@ from petl_kernels.memory.size import format_size
 from .config import TrainConfig
 from .data import Batch
 from .loss import sequence_loss
-
-GRAPH_WIDTH = 32  # lengths of batches are multiples of it where each shape is captured
 
 
 class Update:
@@ -49,7 +46,7 @@ class Update:
         self.rounded = getattr(model, "petl_gradients", None)  # where the plan keeps gradients in bf16
         self.micro_tokens = plan.micro_tokens if plan else None
         self.graphs: GraphedStep | None = None
-        if config.cuda_graphs:
+        if config.cuda_graphs and (plan is None or plan.cuda_graphs):  # a tightened plan may have no room for them
             self.graphs = GraphedStep(self._captured_backward, CudaGraphs(self.device))
             for parameter in self.parameters:  # where graphs will add to
                 parameter.grad = torch.zeros_like(parameter)
@@ -114,9 +111,9 @@ class Update:
         self.plan, self.micro_tokens = plan, plan.micro_tokens
         if self.graphs is not None:
             self.graphs.forget()
-            if 5 in plan.tiers:  # whose buffers in host memory move
+            if not plan.cuda_graphs:
                 self.graphs = None
-                self.say("cuda_graphs: steps run as they are from here on, with inputs of layers in host memory")
+                self.say("cuda_graphs: steps run as they are from here on, which takes less memory")
         self.say(
             f"memory {self.config.memory} was not enough for a step; it goes on in {plan.micro_batches} micro-batches "
             f"of {plan.micro_tokens:,} tokens, tiers {min(plan.tiers)} to {max(plan.tiers)}: the same update"
@@ -186,18 +183,3 @@ class Update:
         streamed = getattr(self.model, "petl_streamed", None)
         pages = streamed.resident_bytes() if streamed is not None and self.device.type == "cpu" else 0
         return cap.peak(self.device) + pages
-
-
-def check_graphs(device: torch.device, plan: Plan | None) -> None:
-    """Refuse what a CUDA graph cannot hold."""
-    if device.type != "cuda":
-        raise InputError(f"cuda_graphs: the device is {device}; expected cuda")
-    if plan is None:
-        return
-    for found, what in (
-        (plan.streamed, f"streams {plan.streamed} layers"),
-        (5 in plan.tiers, "keeps inputs of layers in host memory (tier 5)"),
-        (plan.gradients != "float32", f"keeps gradients in {plan.gradients}"),
-    ):
-        if found:
-            raise InputError(f"cuda_graphs: the plan {what}; expected one that does not, or no --cuda-graphs")

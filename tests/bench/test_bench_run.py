@@ -103,16 +103,20 @@ def test_only(checkout):
     assert done.returncode == 0, done.stdout + done.stderr
     assert [one.op for one in load(results / "part" / "ops.json").measurements] == ["first_op"]
     assert not (results / "ops.json").exists()  # a part never takes the place of the whole
-    nothing = run(checkout, "ops", "layers", "--device", "cpu", "--only", "third_op")
-    assert nothing.returncode == 2
-    assert nothing.stderr == "petl-mt bench: ops layers: nothing to time for --only 'third_op'; peers need --peers\n"
+    before = (results / "part" / "ops.json").read_bytes()
+    nothing = run(checkout, "ops", "layers", "--device", "cpu", "--only", "third_op and ours")
+    assert nothing.returncode == 2 and nothing.stderr == (
+        "petl-mt bench: ops layers: nothing to time for --only 'third_op and ours' (near: first_op, second_op, tiny); "
+        "peers need --peers\n"
+    )
+    assert (results / "part" / "ops.json").read_bytes() == before
 
 
 @pytest.mark.parametrize(
     ("code", "message"), [(4, "--only '((': expected names joined by"), (5, "nothing to time for")]
 )
 def test_pytest_refuses(monkeypatch, tmp_path, capsys, code, message):
-    monkeypatch.setattr(bench, "_measure", lambda folder, target, options: code)
+    monkeypatch.setattr(bench, "_measure", lambda *_: (code, False))
     monkeypatch.setattr(bench, "_results", lambda device: tmp_path)
     assert cli.main(["bench", "ops", "--device", "cpu", "--only", "(("]) == 2
     err = capsys.readouterr().err

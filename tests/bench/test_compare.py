@@ -63,7 +63,7 @@ def test_old_files_pair_by_their_group(result_file):
     for name in ("shape", "case", "dtype", "tokens"):
         del old["extra_info"][name]
     a, b = result_file("a.json", [old]), result_file("b.json", [entry("ours", 0.04)])
-    assert compare(a, b) == 1 and compare(a, a) == 0
+    assert compare(a, b) == 1 and compare(a, result_file("same.json", [old])) == 0
 
 
 def test_warns_in_one_line(result_file, capsys):
@@ -83,6 +83,7 @@ def test_wrong_input_is_one_line_and_two(result_file, tmp_path, capsys):
     wrong = {
         (a, str(tmp_path / "missing.json")): "missing.json: no such file",
         (a, str(text)): "text.json: no JSON",
+        (a, a): f"{a} and {a}: the same file; expected those of two runs",
         (a, other): "no measurement in common",
         (a,): "compare: 1 files; expected two",
         (a, a, "--threshold", "5"): "--threshold '5': expected a percentage",

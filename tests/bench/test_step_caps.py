@@ -17,6 +17,7 @@ import bench_caps  # noqa: E402
 import trial  # noqa: E402
 from bench_caps import NO_TIME, OURS, PEFT, Study, beside_peft, tells  # noqa: E402
 from peft_settings import BASES, Setting, best, halves, largest_that_fits, search, why_none  # noqa: E402
+from petl_mt import update  # noqa: E402
 from trial import Data, Result, Trial, batches, failed, micro_batches, worst_batch  # noqa: E402
 
 PLAIN = Setting("bfloat16")
@@ -200,6 +201,22 @@ def test_both_sides_train_on_the_same_weights_and_words(checkpoint):
         assert not result.failure and len(result.seconds) == 2 and 0 < result.most < 64 * MIB
     assert (ours.source_tokens, ours.target_tokens) == (peft.source_tokens, peft.target_tokens)
     assert ours.loss == pytest.approx(peft.loss, rel=0.02) == pytest.approx(math.log(200), rel=0.1)
+
+
+def test_ours_goes_on_in_smaller_parts_where_a_step_finds_no_room(checkpoint, monkeypatch):
+    """The trainer's own way: the result has the plan that the updates ended with."""
+    run, parts = update.Update._backward, []
+
+    def tight(self, batch, tokens):
+        parts.append(len(batch.source))
+        if len(parts) == 1:
+            raise torch.OutOfMemoryError
+        return run(self, batch, tokens)
+
+    monkeypatch.setattr(update.Update, "_backward", tight)
+    found = trial.measure(tiny(checkpoint, 64 * MIB))
+    assert parts[0] == 4 and found.plan["rows"] == 2 and max(parts[1:3]) == 2  # of the worst batch
+    assert not found.failure and found.loss == pytest.approx(math.log(200), rel=0.1)
 
 
 def test_a_plan_that_approximates_nothing_is_no_result_of_its_own(checkpoint):

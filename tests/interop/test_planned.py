@@ -13,6 +13,7 @@ import petl_kernels as pk
 from petl_kernels.errors import InputError
 from petl_kernels.interop.hf import load_config, load_skeleton, load_weights
 from petl_kernels.interop.planned import load_planned
+from petl_kernels.memory.plan import Plan
 from petl_kernels.ops.quantised import QuantisedTensor, quantise
 
 from .conftest import FAMILIES, logits
@@ -53,11 +54,16 @@ def test_a_pickled_checkpoint_is_read_too(make, tmp_path):
     assert torch.equal(logits(filled), logits(model))
 
 
+PLANS: dict[tuple[str, int], Plan] = {}  # made once for each model, since making one takes seconds
+
+
 def planned(path, **levers):
     skeleton, _ = load_skeleton(path)
     like = pk.adapt(copy.deepcopy(skeleton), pk.LoRA(rank=2, targets="all-linear"))
-    found = pk.plan(like, "1GiB", 64, max_length=16, device="cpu")
-    return skeleton, like, dataclasses.replace(found, **levers)
+    key = type(like).__name__, sum(p.numel() for p in like.parameters())  # what a plan is bound to
+    if key not in PLANS:
+        PLANS[key] = pk.plan(like, "1GiB", 64, max_length=16, device="cpu")
+    return skeleton, like, dataclasses.replace(PLANS[key], **levers)
 
 
 @pytest.mark.parametrize("storage", ["int8", "nf4"])

@@ -18,7 +18,7 @@ from .lean_cases import DROPOUT, adapted, ragged, step
 
 
 class Copies:
-    """``CudaCopies`` on the CPU: in order, each made when somebody waits for it or for a later one.
+    """``InputCopies`` on the CPU: in order, each made when somebody waits for it or for a later one.
 
     Until then the target is NaN, and both ends have to stay alive without help.
     """

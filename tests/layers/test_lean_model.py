@@ -224,9 +224,9 @@ def test_wrong_tiers(tier, message):
 # ---- PyTorch around it ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tier", [1, 3, 4])
-def test_compiled(tier):
-    model = pk.lean(adapted("m2m100", "lora", dtype=torch.float32), tier)
+@pytest.mark.parametrize("tiers", [(1, 3, 1, 3), (4, 4, 4, 4)])
+def test_compiled(tiers):
+    model = pk.lean(adapted("m2m100", "lora", dtype=torch.float32), tiers)
     inputs = ragged(model)
     expected = step(model, inputs)
     torch._dynamo.reset()
@@ -236,22 +236,23 @@ def test_compiled(tier):
     assert difference < 1e-5, (name, difference)
 
 
-def _worker(rank: int, path: str, tier: int) -> None:
+def _worker(rank: int, path: str, tiers: list[int]) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{path}/meet", rank=rank, world_size=2)
-    model = pk.lean(adapted("m2m100", "lora"), tier)
-    inputs = {name: value[2 * rank : 2 * rank + 2] for name, value in ragged(model, rows=4).items()}
-    values = step(DistributedDataParallel(model), inputs, reduction="sum")
-    if rank == 0:
-        torch.save({name.removeprefix("module."): value for name, value in values.items()}, f"{path}/gradients")
+    for tier in tiers:
+        model = pk.lean(adapted("m2m100", "lora"), tier)
+        inputs = {name: value[2 * rank : 2 * rank + 2] for name, value in ragged(model, rows=4).items()}
+        values = step(DistributedDataParallel(model), inputs, reduction="sum")
+        if rank == 0:
+            torch.save({name.removeprefix("module."): value for name, value in values.items()}, f"{path}/{tier}")
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("tier", [2, 4])
-def test_two_processes(tmp_path, tier):
-    model = pk.lean(adapted("m2m100", "lora"), tier)
-    whole = step(model, ragged(model, rows=4), reduction="sum")
-    mp.spawn(_worker, (str(tmp_path), tier), nprocs=2)
-    found = torch.load(tmp_path / "gradients")
-    for name in whole:
-        if name != "loss":  # the processes' gradients are averaged
-            torch.testing.assert_close(2 * found[name], whole[name], rtol=1e-9, atol=1e-12)
+def test_two_processes(tmp_path):
+    mp.spawn(_worker, (str(tmp_path), [2, 4]), nprocs=2)
+    for tier in (2, 4):
+        model = pk.lean(adapted("m2m100", "lora"), tier)
+        whole = step(model, ragged(model, rows=4), reduction="sum")
+        found = torch.load(tmp_path / str(tier))
+        for name in whole:
+            if name != "loss":  # the processes' gradients are averaged
+                torch.testing.assert_close(2 * found[name], whole[name], rtol=1e-9, atol=1e-12)

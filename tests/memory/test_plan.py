@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import gc
 import json
+import re
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from methods.models import build
 
 import petl_kernels as pk
 from petl_kernels.errors import InputError
+from petl_kernels.graphs import WORKSPACE
+from petl_kernels.memory import planner as planning
 from petl_kernels.memory.cost import ASSUMED
 from petl_kernels.memory.gradients import GROUP_BYTES, RoundedGradients
 from petl_kernels.memory.plan import APPROXIMATIONS, Plan
@@ -194,9 +197,20 @@ def fixed_rates(monkeypatch):
     monkeypatch.setattr("petl_kernels.memory.planner.measure_rates", lambda device, dtype: ASSUMED)
 
 
+@pytest.fixture
+def no_more(monkeypatch):
+    """Without what larger budgets would bring, which a plan tells at its end."""
+    monkeypatch.setattr(Planner, "_more", lambda *_: ())
+
+
 def skeleton(**settings):
     with torch.device("meta"):
         return pk.adapt(build("m2m100", **{**WIDE, **settings}).to(torch.bfloat16), pk.LoRA(rank=8))
+
+
+@pytest.fixture(scope="module")
+def small_plan() -> Plan:
+    return plan(skeleton(), "100MiB", 1024, max_length=64, device="cpu")
 
 
 def test_one_layer_a_side_is_counted_with_a_second_like_it():
@@ -228,8 +242,8 @@ def test_more_layers_cost_what_the_first_ones_do():
 
 
 def test_smaller_budgets_are_slower_and_kept(fixed_rates):
-    model = skeleton(vocab_size=20_000)
-    found = [plan(model, f"{size}MiB", 4096, max_length=128, device="cpu") for size in (400, 80, 40, 30)]
+    planner = Planner(skeleton(vocab_size=20_000), 4096, 128, "adamw", (), CPU, None)  # one counts once for all
+    found = [planner.best(size * MIB) for size in (400, 80, 40, 30)]
     assert set(found[0].tiers) == {1} and found[0].micro_batches == 1 and not found[0].more
     for budget, (larger, smaller) in zip((80, 40, 30), zip(found, found[1:], strict=False), strict=True):
         assert smaller.seconds >= larger.seconds and smaller.peak <= budget * MIB
@@ -239,15 +253,15 @@ def test_smaller_budgets_are_slower_and_kept(fixed_rates):
     assert found[-1].more and found[-1].more[0][1] < found[-1].seconds
 
 
-def test_8_bit_moments_only_where_they_are_allowed_or_asked_for(fixed_rates):
+def test_8_bit_moments_only_where_they_are_allowed_or_asked_for(fixed_rates, no_more):
     with torch.device("meta"):
         model = pk.adapt(build("m2m100", **WIDE).to(torch.bfloat16), pk.Adapter(bottleneck=2048))
     settings = {"batch_tokens": 512, "max_length": 64, "device": "cpu"}
-    roomy = plan(model, "1GiB", allow=("8bit-optimizer",), **settings)
+    planner = Planner(model, 512, 64, "adamw", ("8bit-optimizer",), CPU, None)
+    roomy, tight = planner.best(1024 * MIB), planner.best(85 * MIB)
     assert roomy.optimizer == "adamw" and not roomy.approximations
     with pytest.raises(InputError, match="--allow quantised,8bit-optimizer"):
         plan(model, "85MiB", **settings)
-    tight = plan(model, "85MiB", allow=("8bit-optimizer",), **settings)
     asked = plan(model, "1GiB", optimizer="adamw8bit", **settings)
     for found in (tight, asked):
         assert found.optimizer == "adamw8bit" and found.approximations == ("8bit-optimizer",)
@@ -276,14 +290,15 @@ def test_tables_and_layers_are_rounded_apart(fixed_rates):
     assert "layers dense, embeddings and output projection nf4" in text and "int8" not in text
 
 
-def test_bf16_gradients_only_where_they_are_allowed_and_were_wider(fixed_rates):
+def test_bf16_gradients_only_where_they_are_allowed_and_were_wider(fixed_rates, no_more, monkeypatch):
     with torch.device("meta"):
         model = pk.adapt(build("m2m100", **WIDE).to(torch.bfloat16), pk.Adapter(bottleneck=2048))
-    settings = {"batch_tokens": 512, "max_length": 64, "device": "cpu"}
-    assert plan(model, "1GiB", allow=("bf16-gradients",), **settings).gradients == "float32"
-    with pytest.raises(InputError, match="--allow quantised,8bit-optimizer,bf16-gradients"):
-        plan(model, "100MiB", **settings)
-    tight = plan(model, "100MiB", allow=("bf16-gradients",), **settings)
+    planner = Planner(model, 512, 64, "adamw", ("bf16-gradients",), CPU, None)
+    assert planner.best(1024 * MIB).gradients == "float32"
+    tight = planner.best(100 * MIB)
+    monkeypatch.setattr(planning, "APPROXIMATIONS", ("bf16-gradients",))  # all of them take a while to count
+    with pytest.raises(InputError, match="with --allow bf16-gradients"):
+        plan(model, "100MiB", 512, max_length=64, device="cpu")
     assert tight.gradients == "bfloat16" and tight.approximations == ("bf16-gradients",)
     assert "gradients of what is trained rounded to 16 bits" in str(tight)
     for parameter in pk.trainable_parameters(model):
@@ -292,7 +307,37 @@ def test_bf16_gradients_only_where_they_are_allowed_and_were_wider(fixed_rates):
     assert {setting.gradients for setting in planner._settings(2 * MIB, planner.allow)} == {"float32"}
 
 
-def test_what_cannot_work_is_refused_with_the_least_that_can():
+def test_a_plan_for_cuda_graphs_has_only_what_a_graph_can_hold(fixed_rates, no_more, monkeypatch):
+    monkeypatch.setattr(planning, "APPROXIMATIONS", ())  # whose least takes a while, and is tested elsewhere
+    model, given = skeleton(), {"batch_tokens": 64, "max_length": 64, "device": "cuda"}
+    with pytest.raises(InputError, match=r"needs [\d.]+ MiB, or [\d.]+ MiB without --cuda-graphs; ") as error:
+        plan(model, "1MiB", cuda_graphs=True, tier=4, **given)
+    least, without = re.findall(r"[\d.]+(?= MiB)", str(error.value))[1:]
+    assert float(without) < float(least)
+    found = plan(model, f"{least}MiB", cuda_graphs=True, tier=4, **given)
+    assert found.cuda_graphs and found.streamed == 0 and found.peak <= found.memory
+    assert found.parts["CUDA graphs"] == WORKSPACE + 2 * 2 * (16 * 64 + 1024)
+    other = plan(model, f"{without}MiB", tier=4, **given)
+    assert other.streamed and "CUDA graphs" not in other.parts
+    planner = Planner(model, 512, 64, "adamw", ("bf16-gradients",), torch.device("cuda"), None, graphs=True)
+    assert {setting.gradients for setting in planner._settings(2 * MIB, planner.allow)} == {"float32"}
+    assert max(planner.tiers) == 4
+    with pytest.raises(InputError, match="cuda_graphs: the device is cpu; expected cuda"):
+        plan(model, "1GiB", cuda_graphs=True, **{**given, "device": "cpu"})
+    with pytest.raises(InputError, match="tier 5: a CUDA graph holds no inputs in host memory"):
+        plan(model, "1GiB", cuda_graphs=True, tier=5, **given)
+
+
+def test_a_tightened_plan_gives_graphs_up_last(small_plan):
+    found, steps = dataclasses.replace(small_plan, device="cuda", cuda_graphs=True), []
+    while found is not None:
+        steps.append((found.cuda_graphs, max(found.tiers)))
+        found = found.tighter()
+    assert (True, 4) in steps and steps[-2:] == [(False, 4), (False, 5)] and (True, 5) not in steps
+
+
+def test_what_cannot_work_is_refused_with_the_least_that_can(no_more, monkeypatch):
+    monkeypatch.setattr(planning, "APPROXIMATIONS", ())  # whose least takes a while, and is told in other tests
     model = skeleton()
     with pytest.raises(InputError, match=r"memory 1 MiB: one sentence pair of 128 tokens needs ([\d.]+) MiB") as error:
         plan(model, "1MiB", 4096, max_length=128, device="cpu")
@@ -313,15 +358,30 @@ def test_what_cannot_work_is_refused_with_the_least_that_can():
             "allow 'rounding': expected quantised or 8bit-optimizer or bf16-gradients",
         ),
         ({"memory": "1GiB", "optimizer": "sgd"}, "optimizer 'sgd'"),
+        ({"memory": 1.5}, "memory size 1.5: expected a text such as 8GiB, or a whole number of bytes"),
+        ({"memory": "9" * 400}, "memory size '9999"),
+        ({"memory": "1GiB", "batch_tokens": True}, "batch_tokens True: expected a whole number"),
+        ({"memory": "1GiB", "max_length": "64"}, "max_length '64': expected a whole number"),
+        ({"memory": "1GiB", "optimizer": []}, r"optimizer \[\]: expected adamw or adamw8bit"),
+        ({"memory": "1GiB", "allow": [[]]}, r"allow \[\]: expected quantised or"),
+        ({"memory": "1GiB", "device": "tpu"}, "device 'tpu': expected cpu or cuda"),
+        ({"memory": "1GiB", "device": 1.5}, "device 1.5: expected cpu or cuda"),
+        ({"memory": "1GiB", "autocast": "bf16"}, "autocast 'bf16': expected None, torch.bfloat16, torch.float16"),
+        ({"memory": "1GiB", "tier": 9}, "tier 9: expected a whole number, 0 to 5"),
+        ({"memory": "1GiB", "beam": 0}, "beam 0: expected a whole number, 1 to"),
+        ({"memory": "1GiB", "cuda_graphs": "yes"}, "cuda_graphs 'yes': expected True or False"),
+        ({"memory": "1GiB", "model": "nllb"}, "model 'nllb': expected a PyTorch module"),
+        ({"memory": "1GiB", "model": build("m2m100").requires_grad_(False)}, "trains nothing; expected one with an ad"),
     ],
 )
 def test_wrong_arguments(arguments, message):
-    with pytest.raises(InputError, match=message):
-        plan(skeleton(), **{"batch_tokens": 512, "device": "cpu", **arguments})
+    with pytest.raises(InputError, match=message) as error:
+        plan(**{"model": skeleton(), "batch_tokens": 512, "device": "cpu", **arguments})
+    assert "\n" not in str(error.value) and len(str(error.value)) < 200
 
 
-def test_a_plan_is_a_file_for_one_model(tmp_path):
-    found = plan(skeleton(), "100MiB", 1024, max_length=64, device="cpu")
+def test_a_plan_is_a_file_for_one_model(tmp_path, small_plan):
+    found = small_plan
     found.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == found
     with pytest.raises(InputError, match="plan: for M2M100ForConditionalGeneration with"):
@@ -329,7 +389,11 @@ def test_a_plan_is_a_file_for_one_model(tmp_path):
     older = {key: value for key, value in found.to_dict().items() if key not in ("tables", "gradients")}
     (tmp_path / "plan.json").write_text(json.dumps({**older, "storage": "int8"}))
     assert Plan.load(tmp_path / "plan.json") == dataclasses.replace(found, storage="int8", tables="int8")
-    (tmp_path / "plan.json").write_text('{"tiers": [1]}')
+    del older["precision"]
+    (tmp_path / "plan.json").write_text(json.dumps(older))
+    with pytest.raises(InputError, match="plan.json: has no precision; expected a plan made anew"):
+        Plan.load(tmp_path / "plan.json")
+    (tmp_path / "plan.json").write_text('{"name": "something else"}')
     with pytest.raises(InputError, match="not a plan; expected a file of petl-mt plan --json"):
         Plan.load(tmp_path / "plan.json")
     with pytest.raises(InputError, match="No such file"):
@@ -342,18 +406,20 @@ def test_a_plan_is_a_file_for_one_model(tmp_path):
         ({"rows": 0}, "rows is 0; expected a whole number above 0"),
         ({"micro_tokens": "many"}, "micro_tokens is 'many'; expected a whole number above 0"),
         ({"chunk_bytes": 0}, "chunk_bytes is 0"),
-        ({"tiers": [1, 7]}, "tier 7; expected 1 to 5"),
+        ({"cuda_graphs": "yes"}, "cuda_graphs is 'yes'; expected true or false"),
+        ({"cuda_graphs": True, "streamed": 2}, "cuda_graphs beside streamed layers"),
+        ({"tiers": [1, 7]}, "tier 7; expected 0 to 5"),
         ({"streamed": 99}, "streamed is 99; expected 0 to its 5 layers"),
+        ({"precision": "int4"}, "precision is 'int4'; expected fp32 or bf16 or fp16 or fp64"),
         ({"storage": "int4"}, "storage is 'int4'; expected dense or int8 or nf4"),
         ({"gradients": "x"}, "gradients is 'x'; expected float32 or bfloat16"),
         ({"optimizer": "sgd"}, "optimizer is 'sgd'; expected adamw or adamw8bit"),
         ({"tiers": 3}, "not a plan"),
     ],
 )
-def test_a_file_that_no_plan_has_written(tmp_path, change, message):
+def test_a_file_that_no_plan_has_written(tmp_path, small_plan, change, message):
     path = tmp_path / "plan.json"
-    values = plan(skeleton(), "100MiB", 1024, max_length=64, device="cpu").to_dict()
-    path.write_text(json.dumps({**values, **change}))
+    path.write_text(json.dumps({**small_plan.to_dict(), **change}))
     with pytest.raises(InputError, match=message) as error:
         Plan.load(path)
     assert str(path) in str(error.value)
@@ -367,11 +433,10 @@ def test_apply_sets_tiers_and_the_loss_chunk():
     assert model.petl_chunk_bytes == found.chunk_bytes
 
 
-def test_tighter_plans_end_and_keep_the_update():
-    found = plan(skeleton(), "100MiB", 4096, max_length=64, device="cpu")
-    steps = []
+def test_tighter_plans_end_and_keep_the_update(small_plan):
+    found, steps = small_plan, []
     while found is not None:
-        assert found.rows * found.micro_batches >= 64
+        assert found.rows * found.micro_batches >= 16
         steps.append((found.rows, max(found.tiers), found.chunk_bytes))
         found = found.tighter()
     assert steps[-1] == (1, 4, 2 * MIB) and len(set(steps)) == len(steps)

@@ -26,7 +26,7 @@ METHODS = ("lora", "adapter", "prefix", "bitfit")
 
 
 class Copies:
-    """``CudaCopies`` on the CPU: slots are plain memory, and a copy is made at the last moment that is allowed."""
+    """``SlotCopies`` on the CPU: slots are plain memory, and a copy is made at the last moment that is allowed."""
 
     def __init__(self, most: int = 1 << 40):
         self.left, self.filled, self.waiting = most, [], {}

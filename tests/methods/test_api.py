@@ -55,6 +55,19 @@ def test_refuses_what_is_no_config(m2m100):
         pk.adapt(m2m100, "lora")
 
 
+@pytest.mark.parametrize("wrong", [None, 3, "nllb", torch.zeros(99), {}])
+def test_refuses_what_is_no_model_and_no_name(m2m100, wrong):
+    calls = [lambda f=f: f(wrong) for f in (pk.merge, pk.unmerge, pk.report, pk.lean)]
+    calls += [lambda: pk.adapt(wrong, pk.LoRA()), lambda: pk.use_adapter(wrong, None), lambda: pk.plan(wrong, "1GiB")]
+    for call in calls:
+        with pytest.raises(InputError, match="model .*: expected a PyTorch module") as error:
+            call()
+        assert "\n" not in str(error.value) and len(str(error.value)) < 120
+    if not isinstance(wrong, (str, type(None))):
+        with pytest.raises(InputError, match="adapter name .*: expected a name"):
+            pk.use_adapter(m2m100, wrong)
+
+
 def test_a_refused_adapter_leaves_the_active_one(m2m100):
     pk.adapt(m2m100, pk.BitFit(), name="a")
     train_a_little(m2m100)

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from petl_mt import plan
 from petl_mt.config import Pair, TrainConfig
 from petl_mt.train import train
+
+from petl_kernels.memory import planner
 
 ENGLISH = "one two three four five six red green blue big small house tree river stone bird".split()
 GERMAN = "eins zwei drei vier fünf sechs rot grün blau groß klein Haus Baum Fluss Stein Vogel".split()
@@ -17,6 +20,25 @@ GERMAN = "eins zwei drei vier fünf sechs rot grün blau groß klein Haus Baum F
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def plans_made_once():
+    """Most runs under a budget here train one model in one way: a plan takes seconds, and is the same again."""
+    made, make = {}, plan.make_plan
+
+    def once(model, *given, **options):
+        parameters = [(name, p.shape, p.dtype, p.requires_grad) for name, p in model.named_parameters()]
+        rates = [(name, getattr(m, "dropout", None), getattr(m, "p", None)) for name, m in model.named_modules()]
+        patched = planner.check_device, planner.measure_rates  # by some tests
+        key = repr((type(model), model.config.to_json_string(), parameters, rates, given, options, patched))
+        if key not in made:
+            made[key] = make(model, *given, **options)
+        return made[key]
+
+    plan.make_plan = once
+    yield
+    plan.make_plan = make
 
 
 def toy_lines(count: int, seed: int) -> tuple[list[str], list[str]]:

@@ -138,6 +138,9 @@ def test_merge_of_a_quantised_run_into_the_original_or_the_quantised(quantised_r
     capsys.readouterr()
     assert main(["merge", "--run", str(quantised_run), "--out", str(tmp_path / "original")]) == 0
     assert "the adapter was trained beside nf4 weights; merged into the original ones" in capsys.readouterr().err
+    assert main(["merge", "--run", str(quantised_run), "--out", str(tmp_path / "original")]) == 2
+    refused = f"petl-mt merge: output {str(tmp_path / 'original')!r} exists and is not empty\n"
+    assert capsys.readouterr().err == refused  # and nothing before it
     assert main(["merge", "--run", str(quantised_run), "--out", str(tmp_path / "q"), "--into", "quantised"]) == 0
     said = re.search(r"merged into nf4 weights with a relative error of at most ([\d.]+)%", capsys.readouterr().err)
     assert 0 < float(said[1]) < 5

@@ -4,52 +4,28 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-import torch
+from fake_graphs import Recorder
 from layers.waiting import waits
-from petl_mt import train, update
+from petl_mt import plan, train, update
+from petl_mt.cli import main
 from petl_mt.config import TrainConfig
 from petl_mt.data import Position, TrainBatches
 from petl_mt.runs import RunFolder
 from petl_mt.train import _Training
-from petl_mt.update import check_graphs
 
 from petl_kernels.errors import InputError
 from petl_kernels.interop import device_masks
-from petl_kernels.memory.plan import Plan
-
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-
-
-class Recorder:
-    """Captures as CUDA does: nothing is computed then, and replaying computes."""
-
-    made: list[Recorder] = []
-
-    def __init__(self, device: torch.device):
-        self.captures = self.replays = self.releases = 0
-        self.made.append(self)
-
-    def capture(self, run):
-        self.captures += 1
-        result = torch.zeros(())
-
-        def replay():
-            self.replays += 1
-            result.copy_(run())
-
-        return replay, result
-
-    def release(self):
-        self.releases += 1
+from petl_kernels.memory import planner
 
 
 @pytest.fixture
-def graphs(monkeypatch):
-    """Graphs on the CPU, as far as the bookkeeping goes."""
-    monkeypatch.setattr(update, "CudaGraphs", Recorder)
-    monkeypatch.setattr(train, "check_graphs", lambda device, plan: None)
-    Recorder.made.clear()
-    return Recorder.made
+def graphs(monkeypatch) -> list[Recorder]:
+    """Graphs on the CPU, as far as the bookkeeping goes; the recorders that were made."""
+    made = []
+    monkeypatch.setattr(update, "CudaGraphs", lambda device: made.append(Recorder()) or made[-1])
+    for module in (train, planner):
+        monkeypatch.setattr(module, "check_device", lambda device: None)
+    return made
 
 
 def training(settings: dict, **changes) -> _Training:
@@ -64,7 +40,7 @@ def losses(settings: dict, out: Path, **changes) -> list[float]:
 def test_graphs_train_to_the_same_losses(settings, tmp_path, graphs, monkeypatch):
     """Batches of one width have one shape, whatever is filled up."""
     settings |= {"dropout": 0.0, "method_args": {"rank": 2}, "steps": 8}
-    monkeypatch.setattr(train, "GRAPH_WIDTH", 16)
+    monkeypatch.setattr(plan, "WIDTH", 16)
     found = losses(settings, tmp_path / "graphs", cuda_graphs=True)
     monkeypatch.setattr(train, "TrainBatches", lambda *given: TrainBatches(*given[:3], 16))
     expected = losses(settings, tmp_path / "eager")
@@ -74,33 +50,40 @@ def test_graphs_train_to_the_same_losses(settings, tmp_path, graphs, monkeypatch
 
 
 def test_graphs_give_their_memory_back_to_an_evaluation_in_a_budget(settings, tmp_path, graphs):
-    settings |= {"steps": 4, "eval_every": 2, "memory": "8MiB"}
+    settings |= {"steps": 4, "eval_every": 2, "memory": "64MiB"}
     loop = training(settings, out=str(tmp_path / "run"), cuda_graphs=True)
     loop.run()
     assert graphs[0].releases == 2
 
 
-def test_what_a_graph_cannot_hold():
-    plan = Plan(
-        *("Model", 1, 2**30, "cuda", 64, 8, 8, 64, 1, (1, 2), 2**20, "dense", "adamw", 0, 64, 2**20, {}),
-        *(1.0, False, ()),
-    )
-    check_graphs(CUDA, None)
-    check_graphs(CUDA, plan)
-    with pytest.raises(InputError, match="cuda_graphs: the device is cpu; expected cuda"):
-        check_graphs(CPU, None)
-    for change, what in (
-        ({"streamed": 2}, "the plan streams 2 layers"),
-        ({"tiers": (5, 1)}, "tier 5"),
-        ({"gradients": "bfloat16"}, "keeps gradients in bfloat16"),
-    ):
-        with pytest.raises(InputError, match=what):
-            check_graphs(CUDA, dataclasses.replace(plan, **change))
+def test_a_plan_that_was_made_without_graphs_is_refused(settings, tmp_path, graphs):
+    settings |= {"memory": "64MiB"}
+    loop = training(settings, out=str(tmp_path / "run"))
+    assert not loop.plan.cuda_graphs
+    with pytest.raises(InputError, match="plan.json: made without --cuda-graphs; expected one made with it"):
+        training(settings, out=str(tmp_path / "other"), cuda_graphs=True, plan=str(tmp_path / "run" / "plan.json"))
 
 
-def test_refused_on_a_cpu(settings):
+def plan_flags(settings: dict) -> list[str]:
+    flags = ["plan", "--model", settings["model"], "--method", "lora", "--method-arg", "rank=2", "--max-length", "40"]
+    return [*flags, "--batch-tokens", "128", "--memory", "64MiB", "--device", "cpu", "--cuda-graphs"]
+
+
+def test_petl_mt_plan_makes_plans_for_graphs(settings, tmp_path, graphs):
+    """As train pads them: there are few shapes, and sentences of 40 tokens are 64 long."""
+    path = str(tmp_path / "plan.json")
+    assert main([*plan_flags(settings), "--json", path]) == 0
+    loop = training(settings, out=str(tmp_path / "run"), cuda_graphs=True, memory="64MiB", plan=path)
+    assert loop.plan.cuda_graphs and loop.plan.longest == 64 and loop.update.graphs is not None
+
+
+def test_refused(settings, capsys):
     with pytest.raises(InputError, match="cuda_graphs: the device is cpu; expected cuda"):
         training(settings, cuda_graphs=True)
+    assert main(plan_flags(settings)) == 2
+    assert capsys.readouterr().err == "petl-mt plan: cuda_graphs: the device is cpu; expected cuda\n"
+    assert main([*plan_flags(settings), "--tier", "5"]) == 2
+    assert "tier 5: a CUDA graph holds no inputs in host memory; expected 1 to 4" in capsys.readouterr().err
 
 
 def _innermost(place: str) -> str:
@@ -129,11 +112,7 @@ def test_a_capture_that_fails_is_told_once(settings, tmp_path, graphs, monkeypat
     loop = training(settings, out=str(tmp_path / "run"), cuda_graphs=True)
     said = []
     monkeypatch.setattr(loop.update, "say", said.append)
-
-    def fail(run):
-        raise RuntimeError("operation not permitted when stream is capturing")
-
-    monkeypatch.setattr(graphs[0], "capture", fail)
+    graphs[0].failures = 1
     loop.model.train()
     for _ in range(4):
         loop._update()
@@ -141,11 +120,11 @@ def test_a_capture_that_fails_is_told_once(settings, tmp_path, graphs, monkeypat
     assert said == [f"cuda_graphs: a step could not be captured, and runs as it is ({reason})"]
 
 
-def test_no_graph_holds_inputs_in_host_memory(settings, tmp_path, graphs, monkeypatch):
-    loop = training(settings, out=str(tmp_path / "run"), cuda_graphs=True, memory="8MiB")
+def test_a_tightened_plan_may_have_no_room_for_graphs(settings, tmp_path, graphs, monkeypatch):
+    loop = training(settings, out=str(tmp_path / "run"), cuda_graphs=True, memory="64MiB")
     said = []
     monkeypatch.setattr(loop.update, "say", said.append)
     loop.update.tighten(dataclasses.replace(loop.update.plan, tiers=(4, 4)))
     assert loop.update.graphs is not None and len(said) == 1
-    loop.update.tighten(dataclasses.replace(loop.update.plan, tiers=(5, 5)))
+    loop.update.tighten(dataclasses.replace(loop.update.plan, cuda_graphs=False))
     assert loop.update.graphs is None and said[1].startswith("cuda_graphs: steps run as they are from here on")
