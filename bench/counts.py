@@ -30,7 +30,7 @@ QUANTISED_LOOP = {"int8": (8.4, 8.8), "nf4": (21, 21)}
 DEQUANTISE = {"int8": 8.5, "nf4": 24.8}
 # What the wrappers decide by (petl_kernels/backends/triton/config.py).
 ADAPTER_LIMIT = 256
-FFN_CHUNK_BYTES, FFN_CHUNK_ROWS = 8 << 20, 256
+FFN_CHUNK_BYTES, FFN_CHUNK_ROWS = 32 << 20, 256
 QUANTISED_LOOP_ROWS = {"int8": 512, "nf4": 256}
 QUANTISED_TILE_BYTES = 32 << 20
 PROCESSORS = 132
@@ -228,6 +228,27 @@ def frozen_ffn(t: int, d: int, f: int, activation: str, gated: bool, size: int, 
     for first in range(0, t, rows):
         kernels += _ffn_chunk(min(rows, t - first), d, f, weights, kept / t, size, recompute)
     return Counts(4 * weights * t * d * f, moved, tuple(kernels))
+
+
+def parallel_ffn(t: int, d: int, f: int, m: int, activation: str, size: int) -> Counts:
+    """frozen_ffn (no gate, biases) with an adapter of m more hidden units, p with what they are rounded up to.
+
+    12·t·d·m more: two products forward, four backward. Ours does 16: it makes the adapter's part of h and dh twice.
+    """
+    wide = f + math.ceil(m / 8) * 8
+    network = frozen_ffn(t, d, wide, activation, False, size)
+    x, z, matrix, product = t * d * size, t * m * size, d * m, 2 * t * d * m
+    adapter = FP32 * (2 * matrix + m)
+    moved = network.bytes + adapter + FP32 * d  # forward, with the up bias
+    moved += x + 2 * adapter + FP32 * d  # x and the adapter into backward, its gradients out
+    fill = [Launch(name, bytes=0, library=True) for name in ("copy D", "copy d", "multiply U", "add u")]
+    if 2 * max(16, 1 << (m - 1).bit_length()) <= ADAPTER_LIMIT:
+        made = Launch("_backward_kernel", 2 * product, 2 * x + 2 * z + 2 * matrix * size)
+    else:
+        made = Launch("_latent_backward_kernel", 2 * product, 2 * x + 2 * z + 2 * matrix * size)
+    sums = Launch("_token_sums_kernel", 2 * product, 2 * x + 2 * z + FP32 * PARTS * 2 * matrix)
+    finish = Launch("_finish_kernel", bytes=FP32 * (PARTS + 2) * 2 * matrix)
+    return Counts(8 * t * d * f + 6 * product, moved, (*fill, *network.kernels, made, sums, finish))
 
 
 def _ffn_chunk(t: int, d: int, f: int, weights: int, kept_a_row: float, size: int, recompute: bool) -> list[Launch]:

@@ -142,6 +142,10 @@ def _entries(name: str, t: int, size: int) -> Iterator[Entry]:
     yield Entry(
         "frozen_ffn", name, kind + (" gated" if gated else ""), ffn, _products(t, d, f, 3 if gated else 2, size)
     )
+    if not gated:
+        for m in (64, 256):
+            wide = counts.parallel_ffn(t, d, f, m, kind, size)
+            yield Entry("parallel_ffn", name, f"{kind} m={m}", wide, _products(t, d, f, 2, size))
     if gated:
         yield Entry("gated_activation", name, kind, counts.gated_activation(t, f, size), _passes(t * f, size, 3, 5))
         yield Entry("rms_norm", name, "frozen", counts.rms_norm(t, d, size), _passes(t * d, size, 2, 3))

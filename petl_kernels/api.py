@@ -14,7 +14,7 @@ from torch import nn
 from petl_kernels import ops
 from petl_kernels.errors import InputError
 from petl_kernels.interop.lean_loss import LeanLoss, lean_loss, lean_loss_obstacle, plain_loss
-from petl_kernels.layers.lean import LayerState, layer_states, lean_layers
+from petl_kernels.layers.lean import LayerState, layer_states, lean_layers, widen
 from petl_kernels.memory.size import format_size
 from petl_kernels.methods.base import (
     Method,
@@ -61,6 +61,7 @@ def adapt(model: nn.Module, config: Method, name: str = "default") -> nn.Module:
             parameter.requires_grad_(parameter in required)
         raise
     activate(model, name)
+    widen(model)
     return model
 
 
@@ -74,6 +75,7 @@ def use_adapter(model: nn.Module, name: str | None) -> nn.Module:
     if name != active_name(model):
         _refuse_merged(model, "switching")
         activate(model, name)
+        widen(model)
     return model
 
 

@@ -187,9 +187,10 @@ def on_a_cpu(names: list[str]) -> int:
     for shape in ((33, 40, 8, 1), (70, 40, 16, 3)):
         given = arguments(shape, "cpu", torch.float16)
         for name in names:
-            error = difference(name, given)
+            runs = functions(name, given) is not None
+            error = difference(name, given) if runs else None
             failed += error is not None
-            print(f"  {shape} {name:12s} {error or 'pass'}")
+            print(f"  {shape} {name:12s} {error or ('pass' if runs else 'not on this device')}")
     return 1 if failed else 0
 
 

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 LAUNCH = 1.5e-6
 # Of the library's rate: a Triton product without and with TMA (NOTES.md: 26 to 29 µs for the library's 22).
 TRITON, TMA, LIBRARY = 0.8, 0.95, 1.0
+# A 128 x 256 tile takes 16 cycles for each column of K, and its epilogue and seed, under which copies run on but
+# nothing is multiplied, 1,200 (dx) to 2,000 (y): instructions of sm_90a, two warps a scheduler.
+WGMMA_EPILOGUE = 1600 / 16
 PROGRAMS = 264  # that a sum over tokens is split into: two for each multiprocessor, 64 columns in each
 
 
@@ -81,6 +84,11 @@ def predict(name: str, s: Shape, rates: Rates = Rates()) -> float:
         backward = product(s.rank, efficiency=TMA) if s.groups == 1 else product(s.rank)
         forward = product(s.rank, efficiency=TMA, launches=s.groups)
         return s_pass + ds_pass + forward + backward + adapters
+    if name == "wgmma":
+        casts = s.groups + (1 if s.groups == 1 else 2)  # of each B, and of A stacked
+        rate = min(TMA, s.d / (s.d + WGMMA_EPILOGUE))
+        products = product(s.rank, efficiency=rate, launches=s.groups) + product(s.rank, efficiency=rate)
+        return s_pass + ds_pass + products + casts * LAUNCH + adapters
     if name == "two_streams":
         # One joint roofline for the product and the sums: the most that overlapping can bring.
         operations = 2 * s.tokens * s.d * (s.d + s.rank) * s.groups / (rates.matmul * TRITON)
@@ -89,7 +97,9 @@ def predict(name: str, s: Shape, rates: Rates = Rates()) -> float:
     raise KeyError(name)
 
 
-NAMES = ("shipped", "library", "in_loop", "one_read", "bordered", "tma", "tma_flat", "tma_warps", "two_streams")
+NAMES = (
+    "shipped", "library", "in_loop", "one_read", "bordered", "tma", "tma_flat", "tma_warps", "wgmma", "two_streams",
+)  # fmt: skip
 
 
 def main() -> None:

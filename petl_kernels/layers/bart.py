@@ -87,6 +87,7 @@ class LeanBartLayer:
             dropout=self.activation_dropout if self.training else 0.0,
             residual_dropout=self.dropout if self.training else 0.0,
             pre_norm=self.petl_pre_norm,
+            wide=self.petl_wide,
         )
 
     @staticmethod

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +25,13 @@ from torch import Tensor, nn
 from petl_kernels import ops
 from petl_kernels.layers.frozen_linear import FrozenLinear
 from petl_kernels.layers.recompute import maybe, remade_by
+from petl_kernels.methods.adapter import ParallelAdapter, ReadInput
 from petl_kernels.methods.base import Piece
 from petl_kernels.methods.lora import LoRALinear
 from petl_kernels.methods.prefix import Prefix
+
+if TYPE_CHECKING:
+    from petl_kernels.layers.wide_ffn import WideFFN
 
 # What each tier makes again, first tier that does.
 NORMS, PRODUCTS, SUMS = 1, 2, 3
@@ -71,6 +76,13 @@ class FeedForwardBlock:
     dropout: float
     residual_dropout: float
     pre_norm: bool
+    wide: WideFFN | None  # with room for a parallel adapter, where it has the layer's activation
+
+
+def activation_of(layer: nn.Module) -> str:
+    """The ops' name for the activation of an encoder or decoder layer; empty for one that they do not have."""
+    function = getattr(layer, "activation_fn", None) or layer.layer[-1].DenseReluDense.act
+    return ACTIVATIONS.get(type(function).__name__, "")
 
 
 def attention_block(
@@ -235,7 +247,19 @@ def _frozen_ffn(block: FeedForwardBlock, u: Tensor, tier: int) -> Tensor:
     first, out = block.inputs[0], block.out
     gate = block.inputs[1].weight if len(block.inputs) > 1 else None
     again = tier >= PRODUCTS and (block.activation != "relu" or gate is not None)  # a ReLU's bits are cheap
-    return ops.frozen_ffn(u, first.weight, first.bias, out.weight, out.bias, gate, block.activation, again)
+    adapter = _current(out)
+    if adapter is not None and block.wide is not None and block.wide.serves(adapter):
+        return _parallel_ffn(block, adapter, u, again)
+    y = ops.frozen_ffn(u, first.weight, first.bias, out.weight, out.bias, gate, block.activation, again)
+    return y if adapter is None else adapter(u, residual=y)
+
+
+def _parallel_ffn(block: FeedForwardBlock, adapter: ParallelAdapter, u: Tensor, again: bool) -> Tensor:
+    """The adapter as more hidden units of the network."""
+    down, up = adapter.down, adapter.up
+    trained = down.weight, down.bias, up.weight, up.bias
+    frozen = block.wide.w1, block.wide.c1, block.wide.w2, block.out.bias
+    return ops.parallel_ffn(u, *frozen, *trained, block.activation, adapter.scale, again)
 
 
 def _is_frozen_ffn(block: FeedForwardBlock) -> bool:
@@ -243,12 +267,16 @@ def _is_frozen_ffn(block: FeedForwardBlock) -> bool:
     return block.dropout == 0 and all(
         type(module) in (nn.Linear, FrozenLinear)
         and _is_plain(module)
-        and _current(module) is None
+        and _is_parallel_or_nothing(_current(module))
         and not module.weight.requires_grad
         and module.weight.dtype == linears[0].weight.dtype
         and (module.bias is None or len(block.inputs) == 1)
         for module in linears
     )
+
+
+def _is_parallel_or_nothing(piece: Piece | None) -> bool:
+    return piece is None or isinstance(piece, (ParallelAdapter, ReadInput))
 
 
 # ---- linear layers with what adapters put on them -------------------------------------------------------------------

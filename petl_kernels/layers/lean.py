@@ -18,6 +18,7 @@ from petl_kernels.errors import InputError
 from petl_kernels.layers.bart import LeanBartLayer
 from petl_kernels.layers.recompute import checkpointed, forget
 from petl_kernels.layers.t5 import LeanT5Layer
+from petl_kernels.layers.wide_ffn import WideFFN, bottleneck_beside
 from petl_kernels.methods.structure import Layer, Structure, describe
 
 TIERS = (1, 2, 3, 4, 5)
@@ -39,6 +40,14 @@ class LeanLayer:
     """What the lean layers of both families share."""
 
     petl_tier: int
+    petl_wide: WideFFN | None = None
+
+    def _apply(self, fn, recurse=True):
+        """``to``, ``half`` and the like take each parameter apart from the others."""
+        super()._apply(fn, recurse)
+        if self.petl_wide is not None:
+            self.petl_wide = self.petl_wide.moved()
+        return self
 
     def run(self, x: Tensor, *inputs) -> Tensor:
         tier = self.petl_tier if torch.is_grad_enabled() else 0
@@ -73,10 +82,40 @@ def lean_layers(model: nn.Module, tier: int | Sequence[int]) -> None:
         module = model.get_submodule(layer.path)
         original = getattr(type(module), "petl_bases", (None, type(module)))[1]
         if chosen == 0 or _reason(model, structure, layer):
+            narrow(module)
             module.__class__ = original
             continue
         module.__class__ = _lean_class(FAMILIES[structure.family], original)
         module.petl_tier, module.petl_pre_norm = chosen, structure.pre_norm
+    widen(model)
+
+
+def widen(model: nn.Module) -> None:
+    """Give lean layers room for the parallel adapter that is active, in the weights of their feed-forward networks.
+
+    Streamed layers have none: their weights' memory is not theirs. Where the adapter has gone, so does its room.
+    """
+    lean = {path: module for path, module in model.named_modules() if isinstance(module, LeanLayer)}
+    if not lean:
+        return
+    streamed = getattr(model, "petl_streamed", None)
+    for layer in describe(model).layers:
+        module = lean.get(layer.path)
+        if module is None or (streamed is not None and layer.path in streamed.paths):
+            continue
+        linears = [model.get_submodule(path) for path in layer.ffn.linears]
+        m = bottleneck_beside(model, layer)
+        if not m:
+            narrow(module)
+        elif module.petl_wide is None or not module.petl_wide.serves(linears[-1].petl.current()):
+            module.petl_wide = WideFFN(*linears, m)
+
+
+def narrow(layer: nn.Module) -> None:
+    """Undo ``widen`` for one layer."""
+    if getattr(layer, "petl_wide", None) is not None:
+        layer.petl_wide.undo()
+        layer.petl_wide = None
 
 
 def layer_states(model: nn.Module) -> list[LayerState]:

@@ -107,6 +107,7 @@ class LeanT5Layer:
             dropout=ffn.dropout.p if self.training else 0.0,
             residual_dropout=part.dropout.p if self.training else 0.0,
             pre_norm=True,
+            wide=self.petl_wide,
         )
 
     @staticmethod

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from petl_kernels.layers.blocks import ACTIVATIONS
+from petl_kernels.layers.blocks import activation_of
 from petl_kernels.memory.simulate import Batch
 from petl_kernels.methods.structure import Attention, Layer, Structure
 
@@ -73,15 +73,9 @@ def layer_work(model: nn.Module, structure: Structure, layer: Layer) -> LayerWor
     own, source = (sum(part) for part in zip(*map(projections, layer.attentions), strict=True))
     out = sum(size(attention.out) for attention in layer.attentions)
     inner = sum(map(size, layer.ffn.inputs))
-    bits = len(layer.ffn.inputs) == 1 and _activation(model, layer) == "relu"
+    bits = len(layer.ffn.inputs) == 1 and activation_of(model.get_submodule(layer.path)) == "relu"
     ffn = inner + size(layer.ffn.out)
     return LayerWork(own + out + ffn, source, own, source, out, 0 if bits else inner)
-
-
-def _activation(model: nn.Module, layer: Layer) -> str:
-    module = model.get_submodule(layer.path)
-    function = getattr(module, "activation_fn", None) or module.layer[-1].DenseReluDense.act
-    return ACTIVATIONS.get(type(function).__name__, "")
 
 
 def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:

@@ -86,12 +86,12 @@ class Plan:
 
         if (self.storage, self.tables) != ("dense", "dense"):
             quantise_model(model, self.storage, self.tables)
-        lean(model, list(self.tiers))
-        model.petl_chunk_bytes = self.chunk_bytes
         if self.streamed:
             paths = [layer.path for layer in describe(model).layers[: self.streamed]]
             with tempfile.TemporaryDirectory() as own:  # its file is mapped, and needs no name after that
                 stream_layers(model, paths, SLOTS, folder or own, files, device=self.device)
+        lean(model, list(self.tiers))  # after streaming: it moves weights that stay
+        model.petl_chunk_bytes = self.chunk_bytes
         if (before := getattr(model, "petl_gradients", None)) is not None:  # of an earlier plan
             before.close()
             model.petl_gradients = None

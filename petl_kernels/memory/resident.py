@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from petl_kernels.layers.wide_ffn import room_bytes
 from petl_kernels.memory.quantise_model import quantisable, storage_of
 from petl_kernels.methods.structure import Layer, Structure, describe
 from petl_kernels.ops.quantised import parts_of, storage_bytes
@@ -52,6 +53,7 @@ class FrozenWeights:
             storage: sum(self.bytes[storage].values()) - self._tables_of[storage] for storage in STORAGES
         }
         self.layers = [_streamable(model, layer) for layer in structure.layers]
+        self.rooms = [room_bytes(model, layer) for layer in structure.layers]
         self.can_round, self.can_stream = bool(can), all(self.layers)
         head = getattr(model, "lm_head", None)
         self.head = 0 if head is None else head.weight.numel()
@@ -73,10 +75,12 @@ class FrozenWeights:
         return sum(self.numel[name] for name in self.layers[layer])
 
     def resident(self, storage: str, tables: str, streamed: int) -> int:
-        """On the device: without the streamed layers, with the slots that they travel through."""
+        """On the device: without the streamed layers, with the slots that they travel through, and with the room that
+        dense feed-forward weights have for a parallel adapter."""
         layers = self.layer_sizes(storage, streamed)
         slots = min(SLOTS, streamed) * max(layers, default=0)
-        return self.stored(storage, tables) - sum(layers) + slots + self.buffers
+        rooms = sum(self.rooms[streamed:]) if storage == "dense" else 0
+        return self.stored(storage, tables) - sum(layers) + slots + rooms + self.buffers
 
 
 def streamed_weights(model: nn.Module, layers: int) -> list[str]:

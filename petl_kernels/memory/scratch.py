@@ -96,6 +96,15 @@ def _ffn_chunks(given: dict, x: Tensor, chunks: int) -> int:
     return products + (_back(x) if is_quantised(given["w1"]) else 0)
 
 
+def _parallel_ffn(given: dict) -> int:
+    return _frozen_ffn({**given, "w1": [given["w1"]], "gate": []})
+
+
+def _parallel_ffn_backward(given: dict) -> int:
+    network = _frozen_ffn_backward({**given, "w1": [given["w1"]], "gate": []})
+    return max(network, _bottleneck_adapter_backward(given)) if given["need_adapter"] else network
+
+
 def _attention(given: dict, buffers: int = 1) -> int:
     """A thread's keys and values of one head, and its block of scores: see csrc/cpu/attention.cpp."""
     q, k, prefix = given["q"], given["k"], given["prefix_k"]
@@ -128,6 +137,8 @@ _RULES: dict[str, Callable[[dict], int]] = {
     "lora_linear_backward": _lora_linear_backward,
     "frozen_ffn": _frozen_ffn,
     "frozen_ffn_backward": _frozen_ffn_backward,
+    "parallel_ffn": _parallel_ffn,
+    "parallel_ffn_backward": _parallel_ffn_backward,
     "attention": _attention,
     "attention_backward": lambda given: _attention(given, 2),
     "bottleneck_adapter": _bottleneck_adapter,

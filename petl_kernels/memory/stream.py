@@ -40,6 +40,7 @@ import torch
 from torch import Tensor, nn
 
 from petl_kernels.errors import InputError
+from petl_kernels.layers.lean import narrow
 from petl_kernels.memory.extension import extension
 from petl_kernels.memory.mapped_weights import MappedWeights, Weights, from_files
 from petl_kernels.memory.slots import CudaCopies, Slots
@@ -91,6 +92,8 @@ def stream_layers(
     if getattr(model, "petl_streamed", None) is not None:
         raise InputError("stream_layers: the model is streamed already, unstream it first")
     chosen = _chosen_layers(model, layers)
+    for layer in chosen:
+        narrow(model.get_submodule(layer.path))
     weights = [_frozen_weights(model, layer) for layer in chosen]
     home = _device(weights)
     unread = home.type == "meta"

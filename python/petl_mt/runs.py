@@ -147,10 +147,10 @@ def load_run_within(
         model = load_planned(source, model, like, plan, folder)
         if not whole:
             model = fill_adapter(prepared(model, config), run.adapter)
-        pk.lean(model.eval(), 1)
         if plan.streamed:
             paths = [layer.path for layer in describe(model).layers[: plan.streamed]]
             stream_layers(model, paths, SLOTS, folder, sorted(folder.glob("*.safetensors")) if folder else (), device)
+        pk.lean(model.eval(), 1)
     return model.requires_grad_(False).to(device), tokenizer, config, plan
 
 

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 import triton_cases
+from ops.test_parallel_ffn import arguments_of, assert_right
 
 from petl_kernels import backends, ops, parity
 from petl_kernels.ops import philox
@@ -177,3 +178,10 @@ def test_package_works_without_triton(monkeypatch):
     monkeypatch.setattr(backends, "_load_errors", {})
     assert "triton" in backends.load_error("triton")
     assert "triton" not in backends.available_backends()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("activation", "recompute"), [("relu", False), ("silu", True)])
+def test_a_parallel_adapter_inside_its_network(dtype, activation, recompute):
+    given = arguments_of(DTYPES[dtype], rows=(33,), activation=activation, adapter_dtype=torch.float32)
+    assert_right("triton", given, activation, 4.0, recompute=recompute)

@@ -35,6 +35,7 @@ from petl_kernels.backends.triton import (
     quantised,
     rms_norm,
 )
+from petl_kernels.ops.parallel_ffn import with_room
 
 # device class -> (compute capability to compile for, multiprocessors of its usual card)
 CARDS = {"sm80": (80, 108), "sm90": (90, 132), "sm100": (100, 148), "small": (86, 82)}
@@ -171,6 +172,18 @@ def ffn(dtype: torch.dtype, activation: str, gated: bool, keeps: str, tokens: in
     gate = [w1] if gated else []
     _, z, g = frozen_ffn.frozen_ffn(x, [w1], c1, [w2], c2, gate, activation, keeps)
     frozen_ffn.frozen_ffn_backward(x, x, z, g, [w1], c1, [w2], gate, activation, keeps, True, True, True)
+
+
+def parallel(dtype: torch.dtype, m: int, tokens: int = 8192, d: int = 1024) -> None:
+    """What ``ops.parallel_ffn`` calls."""
+    x, w1, w2, c1, c2 = (_new(dtype, *shape) for shape in ((tokens, d), (4 * d, d), (d, 4 * d), (4 * d,), (d,)))
+    w1, c1, w2 = with_room(w1, c1, w2, m)
+    down, down_bias, up = (_new(torch.float32, *shape) for shape in ((m, d), (m,), (d, m)))
+    _, bits, none = frozen_ffn.frozen_ffn(x, [w1], c1, [w2], c2, [], "relu", "bits")
+    frozen_ffn.frozen_ffn_backward(x, None, bits, none, [w1], c1, [w2], [], "relu", "bits", True, False, False)
+    bottleneck_adapter.bottleneck_adapter_backward(
+        x, x, False, None, None, down, down_bias, up, 0.0, "relu", 4.0, False, True
+    )
 
 
 def activate(dtype: torch.dtype, kind: str, dropout: float, tokens: int = 8192, features: int = 4096) -> None:

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from petl_kernels import ops
 from petl_kernels.ops.linear_cross_entropy import _chunks
+from petl_kernels.ops.parallel_ffn import with_room
 from petl_kernels.ops.quantised import parts_of
 
 ROOT = Path(__file__).parents[2]
@@ -65,6 +66,11 @@ OPERATIONS = {
         lambda x: ffn(x, new(N, D), new(D, N), new(N, D)),
         [(T, D)],
         counts.frozen_ffn(T, D, N, "gelu_tanh", True, 4),
+    ),
+    "parallel_ffn": (
+        lambda x, *p: ffn(x, new(N, D), new(D, N)) + ffn(x, *p),
+        [(T, D), (M, D), (D, M)],
+        counts.parallel_ffn(T, D, N, M, "relu", 4),
     ),
     "linear_cross_entropy": (
         lambda x: F.cross_entropy(x @ new(WORDS, D).T, torch.arange(T)),
@@ -158,6 +164,15 @@ def ffn_bytes():
     yield run, counts.frozen_ffn(T, D, N, "gelu_tanh", True, 2)
 
 
+def parallel_ffn_bytes():
+    x, c2 = new(T, D, dtype=BF16, grad=True), new(D, dtype=BF16)
+    network = (new(*shape, dtype=BF16) for shape in ((N, D), (N,), (D, N)))
+    trained = [new(*shape, grad=True) for shape in ((M, D), (M,), (D, M), (D,))]
+    w1, c1, w2 = with_room(*network, M)
+    run = traffic(lambda: ops.parallel_ffn(x, w1, c1, w2, c2, *trained), x, *trained)
+    yield run, counts.parallel_ffn(T, D, N, M, "relu", 2)
+
+
 def loss_bytes():
     hidden, w, labels = new(T, D, dtype=BF16, grad=True), new(WORDS, D, dtype=BF16), torch.arange(T)
     run = traffic(lambda: ops.linear_cross_entropy(hidden, w, labels), hidden)
@@ -198,10 +213,12 @@ def quantised_bytes():
         yield 2 * N * 64 + parts, counts.conversion(N, 64, storage, 2)
 
 
-BYTES = (linear_bytes, lora_bytes, adapter_bytes, ffn_bytes, loss_bytes, elementwise_bytes, norm_bytes)
+BYTES = (linear_bytes, lora_bytes, adapter_bytes, ffn_bytes, parallel_ffn_bytes, loss_bytes, elementwise_bytes)
 
 
-@pytest.mark.parametrize("cases", [*BYTES, attention_bytes, quantised_bytes], ids=lambda cases: cases.__name__)
+@pytest.mark.parametrize(
+    "cases", [*BYTES, norm_bytes, attention_bytes, quantised_bytes], ids=lambda cases: cases.__name__
+)
 def test_bytes_are_the_ops_inputs_and_outputs(cases):
     for moved, expected in cases():
         assert moved == (expected if isinstance(expected, int) else expected.bytes)
@@ -219,6 +236,7 @@ LAUNCHES = {
     "ffn(BF16, 'relu', False, 'bits', 8192)": counts.frozen_ffn(8192, 1024, 4096, "relu", False, 2),
     "ffn(BF16, 'gelu_tanh', True, 'z', 5000)": counts.frozen_ffn(5000, 1024, 4096, "gelu_tanh", True, 2),
     "ffn(BF16, 'gelu', False, 'x', 700)": counts.frozen_ffn(700, 1024, 4096, "gelu", False, 2, recompute=True),
+    **{f"parallel(BF16, {m})": counts.parallel_ffn(8192, 1024, 4096, m, "relu", 2) for m in (64, 417)},
     "activate(BF16, 'relu', 0.1)": counts.activation(8192, 4096, "relu", 2) + counts.gated_activation(8192, 4096, 2),
     "residual(BF16, BF16)": counts.dropout_add(8192, 1024, 2),
     "attend(BF16, 64, ('padding',))": counts.attention(16, 16, 512, 512, 64, 2),

@@ -55,6 +55,12 @@ CASES = {
     "marian, cross-attention, int8, bf16 gradients": (
         "marian", pk.CrossAttention(), (2,) * 5, torch.float32, None, "int8", "int8", "bfloat16",
     ),
+    "m2m100, parallel, inside the network": (
+        "m2m100", pk.Adapter(bottleneck=500, parallel=True), (1,) * 5, torch.bfloat16, None,
+    ),
+    "m2m100, parallel, beside int8": (
+        "m2m100", pk.Adapter(bottleneck=32, parallel=True), (2,) * 5, torch.bfloat16, None, "int8",
+    ),
     "t5, LoRA, tier 1": ("t5", pk.LoRA(rank=8, targets=("q", "v")), (1,) * 5, torch.float32, None),
 }  # fmt: skip
 

@@ -77,11 +77,10 @@ def build(family: str, attention: str = "sdpa", **settings):
             d_ff=56,
             num_layers=2,
             num_heads=3,
-            feed_forward_proj="gated-gelu",
             dropout_rate=0.0,
             decoder_start_token_id=0,
             attn_implementation=attention,
-            **settings,
+            **{"feed_forward_proj": "gated-gelu", **settings},
         )
         model = model_class(config)
         torch.nn.init.normal_(model.shared.weight, std=0.3)

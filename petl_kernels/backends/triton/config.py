@@ -74,8 +74,9 @@ ADAPTER_LIMIT = {"small": 128, "sm80": 256, "sm90": 256, "sm100": 256, "fp32": 6
 
 # Work without a product: m rows (k at a time, in sums over them) by n columns.
 POINTWISE = Tile(16, 128, 16, 4, 2)
-# The hidden values of a feed-forward network that exist at a time, and the fewest rows of them.
-CHUNK_BYTES, CHUNK_ROWS = 8 << 20, 256
+# The hidden values of a feed-forward network that exist at a time, and the fewest rows of them: 4,096 rows at f = 4096.
+# A chunk's product of d = 1024 columns has 256 tiles then, two for each of 132 multiprocessors; at 8 MB it had 64.
+CHUNK_BYTES, CHUNK_ROWS = 32 << 20, 256
 INTERPRETER_CHUNK_ROWS = 48
 
 # Products with a quantised weight Ŵ. Up to so many rows it is dequantised in the main loop, again for each tile of
