@@ -1,7 +1,7 @@
 """The Triton kernels on a CUDA device, in every dtype, at the interpreter's sizes and at those that take each tile.
 
-Each call compiles some five kernels, so what repeats another dtype's path is marked slow: fp16 differs from bf16 in a
-suffix, and large sizes in fp32 have the tiles of small ones.
+Each call compiles some five kernels, so what says less is marked slow: fp16 takes bf16's paths, and fp32 passes the
+interpreter and the check of each op (test_parity_gpu.py).
 """
 
 from __future__ import annotations
@@ -18,14 +18,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CASES = triton_cases.CASES | triton_cases.LARGE
 
 
-def repeats(name: str, dtype: str) -> bool:
-    return dtype == "fp16" or (dtype == "fp32" and name in triton_cases.LARGE)
-
-
 CALLS = [
-    pytest.param(name, dtype, marks=pytest.mark.slow if repeats(name, dtype) else ())
-    for name in CASES
-    for dtype in DTYPES
+    pytest.param(name, dtype, marks=() if dtype == "bf16" else pytest.mark.slow) for name in CASES for dtype in DTYPES
 ]
 
 
