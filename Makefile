@@ -38,7 +38,7 @@ gpu:
 	@failed=0; \
 	part() { \
 	    limit=$$1; shift; echo "make gpu: at most $$limit s: $$*"; \
-	    PYTHONPATH=.:python timeout --foreground -s INT -k 15 $$limit $(GPU_PYTHON) -m "$$@"; code=$$?; \
+	    PYTHONPATH=.:python$${PYTHONPATH:+:$$PYTHONPATH} timeout --foreground -s INT -k 15 $$limit $(GPU_PYTHON) -m "$$@"; code=$$?; \
 	    case $$code in 0) ;; 124|137) echo "make gpu: cut after $$limit s: $$*"; failed=1;; *) failed=1;; esac; \
 	}; \
 	workers=$$($(GPU_PYTHON) -c "import os, xdist; print(min(12, os.cpu_count()))" 2>/dev/null); \
