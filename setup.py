@@ -1,16 +1,18 @@
 """Builds the extension petl_kernels._C. Everything else about the package is in pyproject.toml.
 
 C++ always, unless there is no compiler: then the package is installed without the extension and runs on its
-reference and Triton backends. CUDA where nvcc and a PyTorch with CUDA are there, for the architectures of
-TORCH_CUDA_ARCH_LIST; PETL_CUDA=0 leaves it out.
+reference and Triton backends. CUDA where nvcc with its headers and a PyTorch with CUDA are there, for the architectures
+of TORCH_CUDA_ARCH_LIST; PETL_CUDA=0 leaves it out.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -31,17 +33,37 @@ def sources(*folders: str) -> list[str]:
     return sorted(str(path) for folder in folders for path in Path("csrc", folder).glob("*.c*"))
 
 
+def toolkit(found: str | None) -> str | None:
+    """The folder that has both nvcc and CUDA's headers: PyTorch's choice ``found``, or the one that nvcc itself names.
+
+    PyTorch takes the folder above the nvcc on the PATH, which may be a script or a link beside other programs.
+    """
+    nvcc = shutil.which("nvcc", path=Path(found, "bin")) if found else shutil.which("nvcc")
+    if nvcc is None:
+        return None
+    told = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True).stderr
+    own = re.search(r"_HERE_=(.+)", told)
+    homes = [Path(nvcc).parents[1], *([Path(own[1].strip()).parent] if own else []), Path("/usr/local/cuda")]
+    for home in homes:
+        if Path(home, "bin", "nvcc").exists() and Path(home, "include", "cuda_runtime_api.h").exists():
+            return str(home)
+    print(f"petl-kernels: {nvcc} has no cuda_runtime_api.h; building without CUDA kernels", file=sys.stderr)
+    return None
+
+
 def extension():
     import torch
     from torch.utils import cpp_extension
 
     files = ["csrc/ops.cpp", *sources("cpu", "host")]
     flags = [*FLAGS, f'-DPETL_FLAGS="{" ".join(FLAGS)}"']
-    nvcc = cpp_extension.CUDA_HOME and Path(cpp_extension.CUDA_HOME, "bin", "nvcc").exists()
-    if not (torch.version.cuda and nvcc) or os.environ.get("PETL_CUDA") == "0":
+    wanted = torch.version.cuda and os.environ.get("PETL_CUDA") != "0"
+    home = toolkit(cpp_extension.CUDA_HOME) if wanted else None
+    if home is None:
         return cpp_extension.CppExtension(
             "petl_kernels._C", files, extra_compile_args={"cxx": flags}, extra_link_args=["-fopenmp"]
         )
+    cpp_extension.CUDA_HOME = home
     flags.append(f"-DPETL_CUDA={torch.version.cuda}")
     return cpp_extension.CUDAExtension(
         "petl_kernels._C",
@@ -58,6 +80,8 @@ def build_arguments() -> dict:
             file=sys.stderr,
         )
         return {}
+    # Without ninja, which is beside this Python, PyTorch compiles one file after the other.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     from torch.utils.cpp_extension import BuildExtension
 
     return {"ext_modules": [extension()], "cmdclass": {"build_ext": BuildExtension}}

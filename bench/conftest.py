@@ -44,8 +44,9 @@ def device(request) -> str:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop(session):
-    # Before the first benchmark, so that the roof is measured on the machine as the ops find it.
-    if session.items and not session.config.option.collectonly:
+    # Before the first benchmark, so that the roof is measured on the machine as the ops find it. Workers of xdist run
+    # side by side and time nothing.
+    if session.items and not session.config.option.collectonly and not hasattr(session.config, "workerinput"):
         session.config.stash[RATES] = measured_rates(session.config.getoption("--device"))
 
 

@@ -137,8 +137,8 @@ def outcome(work: Work) -> list[Tensor]:
     outputs = _list(work.forward())
     if not work.leaves:
         return outputs
-    generator = torch.Generator().manual_seed(1)
-    gradients = [torch.randn(y.shape, generator=generator).to(y.device, y.dtype) for y in outputs]
+    generator = torch.Generator(outputs[0].device).manual_seed(1)
+    gradients = [torch.randn(y.shape, generator=generator, device=y.device).to(y.dtype) for y in outputs]
     return [y.detach() for y in outputs] + list(torch.autograd.grad(outputs, work.leaves, gradients))
 
 

@@ -351,7 +351,7 @@ def report(model: nn.Module) -> Report:
         if field.name == record.config.size_field or getattr(record.config, field.name) not in (field.default, {})
     }
     own = {p for _, piece in pieces(model, name) for p in piece.parameters()} | set(record.added.values())
-    device = next(model.parameters()).device
+    weight = next(model.parameters())
     return Report(
         model=type(model).__name__,
         adapter=name,
@@ -365,7 +365,7 @@ def report(model: nn.Module) -> Report:
         merge_error=record.merge_error,
         others=others,
         places=() if record.merged else _places(model, name, record),
-        backends={op: ops.backend_of(op, device) for op in record.config.ops},
+        backends={op: ops.backend_of(op, weight.device, weight.dtype) for op in record.config.ops},
         layers=lean[0],
         loss=lean[1],
         storage=lean[2],

@@ -25,13 +25,13 @@ def table(device: torch.device | str | None = None) -> list[tuple[str, str, str,
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     rows = []
     for op in OPS:
-        default = backends.backend_of(op, device)
         for backend in backends.serving(op, device):
             for dtype in DTYPES:
                 if backend == "triton" and dtype == torch.bfloat16 and backends.triton_interprets():
                     continue
                 error = check(op, backend, device, dtype)
-                rows.append((op, backend, str(dtype).removeprefix("torch."), error or "pass", backend == default))
+                default = backend == backends.backend_of(op, device, dtype)
+                rows.append((op, backend, str(dtype).removeprefix("torch."), error or "pass", default))
     return rows
 
 

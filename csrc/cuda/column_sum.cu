@@ -1,9 +1,8 @@
 #include "column_sum.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <algorithm>
+
+#include "convert.h"
 
 namespace petl {
 namespace {
@@ -15,14 +14,6 @@ constexpr int64_t kMaxRuns = 64, kMinRunRows = 128;
 
 int64_t runs_of(int64_t rows) {
   return std::clamp<int64_t>((rows + kMinRunRows - 1) / kMinRunRows, 1, kMaxRuns);
-}
-
-template <typename T>
-__device__ float widen(T value) {
-  return static_cast<float>(value);
-}
-__device__ double widen(double value) {
-  return value;
 }
 
 // sums[run * columns + j] = Σ over the rows of one run. The order of the additions is fixed by the launch alone.

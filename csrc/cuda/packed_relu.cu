@@ -1,7 +1,6 @@
 #include "packed_relu.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
+#include "convert.h"
 
 namespace petl {
 namespace {
@@ -14,10 +13,7 @@ constexpr unsigned kAll = 0xffffffffu;
 
 template <typename T>
 __device__ bool positive(T value) {
-  return !(static_cast<float>(value) <= 0.0f);
-}
-__device__ bool positive(double value) {
-  return !(value <= 0.0);
+  return !(widen(value) <= 0);
 }
 
 // The run of a warp: where it begins, and how much of its row is left there.
@@ -44,7 +40,7 @@ __global__ void forward(const T* z, int64_t rows, int64_t features, int64_t runs
 #pragma unroll
   for (int k = 0; k < kWords; ++k) {
     const int64_t j = k * kLanes + lane;
-    values[k] = j < run.elements_left ? z[run.element + j] : T(0.0f);
+    values[k] = j < run.elements_left ? z[run.element + j] : narrow<T>(0.0f);
   }
   unsigned word_of_lane = 0;
 #pragma unroll
@@ -54,7 +50,7 @@ __global__ void forward(const T* z, int64_t rows, int64_t features, int64_t runs
     const unsigned word = __ballot_sync(kAll, keep);
     word_of_lane = lane / 4 == k ? word : word_of_lane;
     if (j < run.elements_left) {
-      y[run.element + j] = keep ? values[k] : T(0.0f);
+      y[run.element + j] = keep ? values[k] : narrow<T>(0.0f);
     }
   }
   if (lane < run.bytes_left) {
@@ -75,7 +71,7 @@ __global__ void backward(const T* dy, const uint8_t* bits, int64_t rows, int64_t
     const int64_t j = k * kLanes + lane;
     const unsigned byte = __shfl_sync(kAll, byte_of_lane, 4 * k + lane / 8);
     if (j < run.elements_left) {
-      dz[run.element + j] = byte >> (lane % 8) & 1 ? dy[run.element + j] : T(0.0f);
+      dz[run.element + j] = byte >> (lane % 8) & 1 ? dy[run.element + j] : narrow<T>(0.0f);
     }
   }
 }

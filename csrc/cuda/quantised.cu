@@ -1,9 +1,8 @@
 #include "quantised.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <algorithm>
+
+#include "convert.h"
 
 namespace petl {
 namespace {
@@ -81,7 +80,7 @@ __global__ void quantise_rows(const T* weight, int64_t rows, int64_t columns, in
     const Values run = values[i];
 #pragma unroll
     for (int j = 0; j < kStep; ++j) {
-      largest = max(largest, magnitude(static_cast<float>(run.of[j])));
+      largest = max(largest, magnitude(widen(run.of[j])));
     }
   }
   const float absmax = __uint_as_float(max_of_lanes<kLanes>(largest));
@@ -91,7 +90,7 @@ __global__ void quantise_rows(const T* weight, int64_t rows, int64_t columns, in
     Bytes out;
 #pragma unroll
     for (int j = 0; j < kStep; ++j) {
-      out.of[j] = static_cast<int8_t>(__float2int_rn(__fdiv_rn(static_cast<float>(run.of[j]), unit)));
+      out.of[j] = static_cast<int8_t>(__float2int_rn(__fdiv_rn(widen(run.of[j]), unit)));
     }
     bytes[i] = out;
   }
@@ -113,7 +112,7 @@ __global__ void dequantise_runs_int8(
     Run<T> run;
 #pragma unroll
     for (int j = 0; j < kRun; ++j) {
-      run.values[j] = static_cast<T>(static_cast<float>(bytes.of[j]) * unit);
+      run.values[j] = narrow<T>(static_cast<float>(bytes.of[j]) * unit);
     }
     reinterpret_cast<Run<T>*>(out)[i] = run;
   }
@@ -124,7 +123,7 @@ __global__ void dequantise_values_int8(
     const int8_t* data, const float* scale, int64_t values, int64_t columns, T* out) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i < values) {
-    out[i] = static_cast<T>(static_cast<float>(data[i]) * scale[i / columns]);
+    out[i] = narrow<T>(static_cast<float>(data[i]) * scale[i / columns]);
   }
 }
 
@@ -140,20 +139,20 @@ __global__ void quantise_blocks(const T* weight, int64_t values, bool wide, uint
   } else {
 #pragma unroll
     for (int j = 0; j < kRun; ++j) {
-      run.values[j] = first + j < values ? weight[first + j] : static_cast<T>(0.0f);
+      run.values[j] = first + j < values ? weight[first + j] : narrow<T>(0.0f);
     }
   }
   unsigned bits = 0;
 #pragma unroll
   for (int j = 0; j < kRun; ++j) {
-    bits = max(bits, magnitude(static_cast<float>(run.values[j])));
+    bits = max(bits, magnitude(widen(run.values[j])));
   }
   const float largest = __uint_as_float(max_of_lanes<kLanesOfBlock>(bits));
 
   uint8_t packed[kRun / 2];
 #pragma unroll
   for (int j = 0; j < kRun; ++j) {
-    const float value = over(static_cast<float>(run.values[j]), largest);
+    const float value = over(widen(run.values[j]), largest);
     int nibble = 0;
 #pragma unroll
     for (int k = 0; k < 15; ++k) {
@@ -286,8 +285,8 @@ __global__ void dequantise_runs_nf4(
       Run<T> run;
 #pragma unroll
       for (int j = 0; j < kRun / 2; ++j) {
-        run.values[2 * j] = static_cast<T>(tables.code[packed[j] >> 4] * largest);
-        run.values[2 * j + 1] = static_cast<T>(tables.code[packed[j] & 15] * largest);
+        run.values[2 * j] = narrow<T>(tables.code[packed[j] >> 4] * largest);
+        run.values[2 * j + 1] = narrow<T>(tables.code[packed[j] & 15] * largest);
       }
       reinterpret_cast<Run<T>*>(out)[i] = run;
     }
@@ -303,7 +302,7 @@ __global__ void dequantise_values_nf4(
   if (i < values) {
     const int64_t value = first + i;
     const int nibble = data[value / 2] >> (value % 2 == 0 ? 4 : 0) & 15;
-    out[i] = static_cast<T>(tables.code[nibble] * absmax_of(tables, from, value / kBlock));
+    out[i] = narrow<T>(tables.code[nibble] * absmax_of(tables, from, value / kBlock));
   }
 }
 

@@ -2,6 +2,7 @@
 
 #include <pybind11/stl.h>
 #include <torch/extension.h>
+#include <torch/version.h>
 
 #include <system_error>
 #include <tuple>
@@ -16,17 +17,39 @@ namespace py = pybind11;
 namespace petl {
 namespace {
 
+#if TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR < 13
+// PyTorch before 2.13 has no way back from release_data_and_set_meta_custom_data_ptr_error_msg_: what it sets is private,
+// and only an explicit instantiation may name it.
+bool& refuses_reads(c10::StorageImpl& storage);
+
+template <bool c10::StorageImpl::*kMember>
+struct Opened {
+  friend bool& refuses_reads(c10::StorageImpl& storage) {
+    return storage.*kMember;
+  }
+};
+template struct Opened<&c10::StorageImpl::throw_on_immutable_data_ptr_>;
+
+void allow_reads(c10::StorageImpl* storage) {
+  refuses_reads(*storage) = false; // set_data_ptr_noswap, which follows, brings the flags made of it up to date
+}
+#else
+void allow_reads(c10::StorageImpl* storage) {
+  storage->clear_data_ptr_access_error_msg_();
+}
+#endif
+
 // The tensor's values are at `address` from now on, for every view of it too: the storage stays the same object.
 void place(const at::Tensor& tensor, uintptr_t address) {
   c10::StorageImpl* storage = tensor.storage().unsafeGetStorageImpl();
-  storage->clear_data_ptr_access_error_msg_();
+  allow_reads(storage);
   storage->set_data_ptr_noswap({reinterpret_cast<void*>(address), tensor.device()});
 }
 
 // The tensor has no values until place(); who reads them is told `why`.
 void take_away(const at::Tensor& tensor, const std::string& why) {
   c10::StorageImpl* storage = tensor.storage().unsafeGetStorageImpl();
-  storage->clear_data_ptr_access_error_msg_();
+  allow_reads(storage);
   storage->set_data_ptr_noswap({nullptr, tensor.device()});
   storage->release_data_and_set_meta_custom_data_ptr_error_msg_(why);
 }

@@ -41,8 +41,8 @@ PARTS = ("_backward", "_from_statistics", "_back")
 
 _kernels: dict[tuple[str, str], Callable] = {}
 _load_errors: dict[str, str | None] = {}
-_chosen: dict[tuple[str, torch.device, str], Callable] = {}
-_parity_errors: dict[tuple[str, str, torch.device], str | None] = {}
+_chosen: dict[tuple[str, torch.device, str, torch.dtype], Callable] = {}
+_parity_errors: dict[tuple[str, str, torch.device, torch.dtype], str | None] = {}
 _warned: set[str] = set()
 _active = ""
 
@@ -131,28 +131,28 @@ def _family(op: str) -> str:
     return next((op.removesuffix(part) for part in PARTS if op.endswith(part)), op)
 
 
-def backend_of(op: str, device: torch.device | str) -> str:
-    """Name of the backend that serves ``op`` on ``device`` now."""
-    return _choose(op, _indexed(torch.device(device)), _active)
+def backend_of(op: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> str:
+    """Name of the backend that serves ``op`` on ``device`` now, for activations of ``dtype``."""
+    return _choose(op, _indexed(torch.device(device)), _active, dtype)
 
 
-def dispatch(op: str, device: torch.device, backend: str) -> Callable:
-    """The kernel of ``op`` for ``device``; ``backend`` is a name, or "" for the default."""
-    key = (op, device, backend)
+def dispatch(op: str, device: torch.device, backend: str, dtype: torch.dtype) -> Callable:
+    """The kernel of ``op`` for activations of ``dtype`` on ``device``; ``backend``: a name, or "" for the default."""
+    key = (op, device, backend, dtype)
     kernel = _chosen.get(key)
     if kernel is None:
-        kernel = _chosen[key] = _kernels[op, _choose(op, device, backend)]
+        kernel = _chosen[key] = _kernels[op, _choose(op, device, backend, dtype)]
     return kernel
 
 
-def _choose(op: str, device: torch.device, backend: str) -> str:
+def _choose(op: str, device: torch.device, backend: str, dtype: torch.dtype) -> str:
     if backend and kernel_of(op, backend) is not None:
         if not _serves(backend, device):
             raise InputError(f"backend {backend!r} does not run on device {str(device)!r}")
         return backend
     family = _family(op)
     order = DEFAULT_ORDER_OF.get((family, device.type), DEFAULT_ORDER.get(device.type, ("reference",)))
-    return next(name for name in order if _usable(family, op, name, device))
+    return next(name for name in order if _usable(family, op, name, device, dtype))
 
 
 def _serves(backend: str, device: torch.device) -> bool:
@@ -163,7 +163,7 @@ def _serves(backend: str, device: torch.device) -> bool:
     return device.type == ("cpu" if backend == "cpu" else "cuda")
 
 
-def _usable(family: str, op: str, backend: str, device: torch.device) -> bool:
+def _usable(family: str, op: str, backend: str, device: torch.device, dtype: torch.dtype) -> bool:
     if error := load_error(backend):
         _warn_once(f"petl_kernels: backend {backend!r} is not available ({error}); plain PyTorch serves instead")
         return False
@@ -171,19 +171,20 @@ def _usable(family: str, op: str, backend: str, device: torch.device) -> bool:
         return False
     if backend == "reference" or device.type == "cpu":
         return True
-    error = _parity_error(family, backend, device)
+    error = _parity_error(family, backend, device, dtype)
     if error:
-        _warn_once(f"petl_kernels: {backend} {family} is not used on {device}: {error}")
+        kind = str(dtype).removeprefix("torch.")
+        _warn_once(f"petl_kernels: {backend} {family} is not used on {device} in {kind}: {error}")
     return error is None
 
 
-def _parity_error(op: str, backend: str, device: torch.device) -> str | None:
+def _parity_error(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Checked once for each dtype that comes: on a machine's first run the kernels are compiled for it."""
     from petl_kernels import parity  # it imports the ops, which import this module
 
-    key = (op, backend, device)
+    key = (op, backend, device, dtype)
     if key not in _parity_errors:
-        errors = (parity.check(op, backend, device, dtype) for dtype in parity.DTYPES)
-        _parity_errors[key] = next(filter(None, errors), None)
+        _parity_errors[key] = parity.check(op, backend, device, dtype) if dtype in parity.DTYPES else None
     return _parity_errors[key]
 
 

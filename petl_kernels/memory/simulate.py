@@ -82,9 +82,21 @@ def shallow(
 
         adapt(like, records(model)[name].config)
     _set_rates(like, model)
+    for module in like.modules():
+        if hasattr(module, "layerdrop"):
+            module.layerdrop = _Never()
     if (storage, tables or storage) != ("dense", "dense"):
         quantise_model(like, storage, tables)
     return like.train(True)
+
+
+class _Never:
+    """The layerdrop of a model that drops none. transformers 5.17 draws a number even for a rate of 0 and asks whether
+    it is below: a fake tensor could not say.
+    """
+
+    def __gt__(self, other: object) -> bool:
+        return False
 
 
 def step(model: nn.Module, batch: Batch, autocast: torch.dtype | None = None, gradients: str = "float32") -> Phases:

@@ -150,7 +150,7 @@ def fold(model: nn.Module, name: str) -> None:
 def use_prefix_attention(model: nn.Module) -> None:
     """Let the model's attentions go through ``attend``; InputError for implementations other than eager and sdpa."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
-    from transformers.modeling_utils import AttentionInterface
+    from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
     original = model.config._attn_implementation
     if original.startswith(_NAME):
@@ -159,7 +159,10 @@ def use_prefix_attention(model: nn.Module) -> None:
         raise InputError(f"prefix: attention implementation {original!r}, expected {' or '.join(map(repr, _WRAPPED))}")
     AttentionInterface.register(_NAME + original, partial(attend, original))
     AttentionMaskInterface.register(_NAME + original, ALL_MASK_ATTENTION_FUNCTIONS[original])
-    model.set_attn_implementation(_NAME + original)
+    for module in model.modules():
+        # transformers 5.17 leaves T5's encoder and decoder out, whose configs are copies of the model's
+        if isinstance(module, PreTrainedModel) and module.config._attn_implementation == original:
+            module.set_attn_implementation(_NAME + original)
 
 
 def attend(

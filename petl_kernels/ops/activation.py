@@ -88,7 +88,7 @@ def reference_backward(dy: Tensor, saved: Tensor, kind: str, dropout: float, see
 
 
 def _forward(z: Tensor, kind: str, dropout: float, seed: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
-    return dispatch("activation", z.device, backend)(z, kind, dropout, seed)
+    return dispatch("activation", z.device, backend, z.dtype)(z, kind, dropout, seed)
 
 
 def _forward_fake(z: Tensor, kind: str, dropout: float, seed: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
@@ -97,7 +97,7 @@ def _forward_fake(z: Tensor, kind: str, dropout: float, seed: Tensor | None, bac
 
 
 def _backward(dy: Tensor, saved: Tensor, kind: str, dropout: float, seed: Tensor | None, backend: str) -> Tensor:
-    return dispatch("activation_backward", dy.device, backend)(dy, saved, kind, dropout, seed)
+    return dispatch("activation_backward", dy.device, backend, dy.dtype)(dy, saved, kind, dropout, seed)
 
 
 def _backward_fake(dy: Tensor, saved: Tensor, kind: str, dropout: float, seed: Tensor | None, backend: str) -> Tensor:

@@ -322,7 +322,7 @@ def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _forward(q, k, v, mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed, backend):
-    kernel = dispatch("attention", q.device, backend)
+    kernel = dispatch("attention", q.device, backend, q.dtype)
     return kernel(q, k, v, mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed)
 
 
@@ -331,7 +331,7 @@ def _forward_fake(q, k, v, mask, bias, prefix_k, prefix_v, causal, scale, dropou
 
 
 def _backward(do, q, k, v, o, lse, mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed, need_dbias, backend):
-    kernel = dispatch("attention_backward", q.device, backend)
+    kernel = dispatch("attention_backward", q.device, backend, q.dtype)
     dq, dk, dv, dbias, dprefix_k, dprefix_v = kernel(
         do, q, k, v, o, lse, mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed, need_dbias
     )

@@ -164,7 +164,7 @@ def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def _forward(x, residual, ln_weight, ln_bias, down, down_bias, up, up_bias, eps, activation, scale, backend) -> Tensor:
-    kernel = dispatch("bottleneck_adapter", x.device, backend)
+    kernel = dispatch("bottleneck_adapter", x.device, backend, x.dtype)
     return kernel(x, residual, ln_weight, ln_bias, down, down_bias, up, up_bias, eps, activation, scale)
 
 
@@ -190,7 +190,7 @@ def _backward(
     has_up_bias,
     backend,
 ):
-    kernel = dispatch("bottleneck_adapter_backward", x.device, backend)
+    kernel = dispatch("bottleneck_adapter_backward", x.device, backend, x.dtype)
     dx, *grads = kernel(
         dy,
         x,

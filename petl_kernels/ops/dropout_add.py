@@ -56,7 +56,7 @@ def reference_backward(dy: Tensor, dtype: torch.dtype, p: float, seed: Tensor) -
 
 
 def _forward(x: Tensor, residual: Tensor, p: float, seed: Tensor, backend: str) -> Tensor:
-    return dispatch("dropout_add", x.device, backend)(x, residual, p, seed)
+    return dispatch("dropout_add", x.device, backend, x.dtype)(x, residual, p, seed)
 
 
 def _forward_fake(x: Tensor, residual: Tensor, p: float, seed: Tensor, backend: str) -> Tensor:
@@ -64,7 +64,7 @@ def _forward_fake(x: Tensor, residual: Tensor, p: float, seed: Tensor, backend: 
 
 
 def _backward(dy: Tensor, dtype: torch.dtype, p: float, seed: Tensor, backend: str) -> Tensor:
-    return dispatch("dropout_add_backward", dy.device, backend)(dy, dtype, p, seed)
+    return dispatch("dropout_add_backward", dy.device, backend, dtype)(dy, dtype, p, seed)
 
 
 def _backward_fake(dy: Tensor, dtype: torch.dtype, p: float, seed: Tensor, backend: str) -> Tensor:

@@ -181,7 +181,7 @@ def _activate_backward(dh: Tensor, z: Tensor, g: Tensor | None, activation: str)
 
 
 def _forward(x, w1, c1, w2, c2, gate, activation, keeps, backend):
-    kernel = dispatch("frozen_ffn", x.device, backend)
+    kernel = dispatch("frozen_ffn", x.device, backend, x.dtype)
     w1, w2, gate = (parts_in(weight, x.dtype) for weight in (w1, w2, gate))
     c1, c2 = (None if bias is None else bias.to(x.dtype) for bias in (c1, c2))
     return kernel(x, w1, c1, w2, c2, gate, activation, keeps)
@@ -193,7 +193,7 @@ def _forward_fake(x, w1, c1, w2, c2, gate, activation, keeps, backend):
 
 
 def _backward(dy, x, kept_z, kept_g, w1, c1, w2, gate, activation, keeps, need_dx, need_dc1, need_dc2, backend):
-    kernel = dispatch("frozen_ffn_backward", dy.device, backend)
+    kernel = dispatch("frozen_ffn_backward", dy.device, backend, dy.dtype)
     w1, w2, gate = (parts_in(weight, dy.dtype) for weight in (w1, w2, gate))
     c1 = None if c1 is None else c1.to(dy.dtype)
     return kernel(dy, x, kept_z, kept_g, w1, c1, w2, gate, activation, keeps, need_dx, need_dc1, need_dc2)

@@ -61,7 +61,7 @@ def _forward(x: Tensor, weight: list[Tensor], bias: Tensor | None, backend: str)
     if is_quantised(weight):
         y = project(x.reshape(-1, x.shape[-1]), weight, bias, backend)
         return y.view(*x.shape[:-1], y.shape[-1])
-    return dispatch("frozen_linear", x.device, backend)(x, weight[0].to(x.dtype), bias)
+    return dispatch("frozen_linear", x.device, backend, x.dtype)(x, weight[0].to(x.dtype), bias)
 
 
 def _forward_fake(x: Tensor, weight: list[Tensor], bias: Tensor | None, backend: str) -> Tensor:
@@ -69,7 +69,7 @@ def _forward_fake(x: Tensor, weight: list[Tensor], bias: Tensor | None, backend:
 
 
 def _backward(dy: Tensor, weight: list[Tensor], need_dx: bool, need_dbias: bool, backend: str) -> tuple[Tensor, Tensor]:
-    kernel = dispatch("frozen_linear_backward", dy.device, backend)
+    kernel = dispatch("frozen_linear_backward", dy.device, backend, dy.dtype)
     if is_quantised(weight):
         dx = empty(dy)
         if need_dx:

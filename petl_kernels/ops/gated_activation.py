@@ -63,7 +63,7 @@ def _wide_rows(x: Tensor) -> Tensor:
 
 
 def _forward(z: Tensor, g: Tensor, kind: str, dropout: float, seed: Tensor | None, backend: str) -> Tensor:
-    return dispatch("gated_activation", z.device, backend)(z, g, kind, dropout, seed)
+    return dispatch("gated_activation", z.device, backend, z.dtype)(z, g, kind, dropout, seed)
 
 
 def _forward_fake(z: Tensor, g: Tensor, kind: str, dropout: float, seed: Tensor | None, backend: str) -> Tensor:
@@ -73,7 +73,7 @@ def _forward_fake(z: Tensor, g: Tensor, kind: str, dropout: float, seed: Tensor 
 def _backward(
     dy: Tensor, z: Tensor, g: Tensor, kind: str, dropout: float, seed: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor]:
-    return dispatch("gated_activation_backward", z.device, backend)(dy, z, g, kind, dropout, seed)
+    return dispatch("gated_activation_backward", z.device, backend, z.dtype)(dy, z, g, kind, dropout, seed)
 
 
 def _backward_fake(

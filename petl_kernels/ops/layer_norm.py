@@ -123,7 +123,7 @@ def _normalise(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
 
 
 def _forward(x, weight, bias, eps, backend):
-    return dispatch("layer_norm", x.device, backend)(x, weight, bias, eps)
+    return dispatch("layer_norm", x.device, backend, x.dtype)(x, weight, bias, eps)
 
 
 def _forward_fake(x, weight, bias, eps, backend):
@@ -133,7 +133,7 @@ def _forward_fake(x, weight, bias, eps, backend):
 
 
 def _from_statistics(x, mean, rstd, weight, bias, backend) -> Tensor:
-    return dispatch("layer_norm_from_statistics", x.device, backend)(x, mean, rstd, weight, bias)
+    return dispatch("layer_norm_from_statistics", x.device, backend, x.dtype)(x, mean, rstd, weight, bias)
 
 
 def _from_statistics_fake(x, mean, rstd, weight, bias, backend) -> Tensor:
@@ -141,7 +141,7 @@ def _from_statistics_fake(x, mean, rstd, weight, bias, backend) -> Tensor:
 
 
 def _backward(dy, x, mean, rstd, weight, need_dx, need_dweight, need_dbias, backend):
-    kernel = dispatch("layer_norm_backward", x.device, backend)
+    kernel = dispatch("layer_norm_backward", x.device, backend, x.dtype)
     return kernel(dy, x, mean, rstd, weight, need_dx, need_dweight, need_dbias)
 
 

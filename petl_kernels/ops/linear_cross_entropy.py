@@ -361,7 +361,7 @@ def _forward(
     if _deferred(reduction, need_dweight, need_dbias):
         needs = (False, False, False)
     options = (label_smoothing, smoothing, logit_scale, ignore_index, chunk_bytes, counted)
-    kernel = dispatch(OP, hidden.device, backend)
+    kernel = dispatch(OP, hidden.device, backend, hidden.dtype)
     losses, *grads, count = compute(kernel, hidden, weight, labels, bias, *options, None, *needs)
     kept = count.to(losses.dtype) if isinstance(count, Tensor) else losses.new_full((), count)
     loss = losses.view(labels.shape) if reduction == "none" else losses.sum()
@@ -390,7 +390,7 @@ def _backward(
     options = (label_smoothing, smoothing, logit_scale, ignore_index, chunk_bytes, counted)
     needs = (need_dhidden, need_dweight, need_dbias)
     dlosses = dlosses.reshape(-1).contiguous()
-    kernel = dispatch(OP, hidden.device, backend)
+    kernel = dispatch(OP, hidden.device, backend, hidden.dtype)
     _, dhidden, dweight, dbias, _ = compute(kernel, hidden, weight, labels, bias, *options, dlosses, *needs)
     factor = dlosses.new_full((1,), logit_scale)
     return _scaled(dhidden, factor, hidden.dtype), _scaled(dweight, factor, weight[0].dtype), dbias

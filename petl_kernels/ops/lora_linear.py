@@ -139,7 +139,7 @@ def _split(s: Tensor, a: list[Tensor]) -> tuple[Tensor, ...]:
 
 
 def _forward(x, weights, biases, a, b, scales, dropout, seed, backend):
-    kernel = dispatch("lora_linear", x.device, backend)
+    kernel = dispatch("lora_linear", x.device, backend, x.dtype)
     weights = parts_in(weights, x.dtype)
     biases = [None if present(bias) is None else bias.to(x.dtype) for bias in biases]
     ys, s = kernel(x, weights, biases, a, b, scales, dropout, seed)
@@ -159,7 +159,7 @@ def _tokens(x: Tensor) -> int:
 
 
 def _backward(dys, x, s, weights, a, b, scales, dropout, seed, need_dx, need_dbias, backend):
-    kernel = dispatch("lora_linear_backward", x.device, backend)
+    kernel = dispatch("lora_linear_backward", x.device, backend, x.dtype)
     weights = parts_in(weights, x.dtype)
     dx, da, db, dbias = kernel(dys, x, s, weights, a, b, scales, dropout, seed, need_dx, need_dbias)
     return dx, list(da), list(db), [grad.to(accumulate_dtype(x.dtype)) for grad in dbias]

@@ -142,7 +142,7 @@ def _fill(w1, c1, w2, c2, down, down_bias, up, up_bias, scale) -> Tensor | None:
 
 
 def _forward(x, w1, c1, w2, c2, down, down_bias, up, up_bias, activation, scale, keeps, backend):
-    kernel = dispatch("frozen_ffn", x.device, backend)
+    kernel = dispatch("frozen_ffn", x.device, backend, x.dtype)
     w1, c1, w2 = (part.to(x.dtype) for part in (w1, c1, w2))
     c2 = None if c2 is None else c2.to(x.dtype)
     return kernel(x, [w1], c1, [w2], c2, [], activation, keeps)[:2]
@@ -158,13 +158,13 @@ def _backward(
 ):
     dx = empty(dy)
     if need_dx:
-        kernel = dispatch("frozen_ffn_backward", dy.device, backend)
+        kernel = dispatch("frozen_ffn_backward", dy.device, backend, dy.dtype)
         given = x if keeps == "x" else None
         w1, c1, w2 = (part.to(dy.dtype) for part in (w1, c1, w2))
         dx, _, _ = kernel(dy, given, kept, empty(dy), [w1], c1, [w2], [], activation, keeps, True, False, False)
     if not need_adapter:
         return dx, *(empty(dy) for _ in range(4))
-    kernel = dispatch("bottleneck_adapter_backward", dy.device, backend)
+    kernel = dispatch("bottleneck_adapter_backward", dy.device, backend, dy.dtype)
     norm = None, None
     _, _, _, *grads = kernel(dy, x, False, *norm, down, down_bias, up, 0.0, activation, scale, False, has_up_bias)
     dtypes = _gradient_dtypes(dy, down, down_bias, up)

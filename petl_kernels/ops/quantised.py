@@ -235,7 +235,7 @@ def quantise(weight: Tensor, storage: str) -> QuantisedTensor:
     if weight.is_meta or isinstance(weight, FakeTensor):
         parts = [weight.new_empty(size, dtype=kind) for size, kind in _part_shapes(*weight.shape, storage)]
         return QuantisedTensor(parts, tuple(weight.shape), weight.dtype)
-    parts = list(dispatch(f"quantise_{storage}", weight.device, active())(weight.detach()))
+    parts = list(dispatch(f"quantise_{storage}", weight.device, active(), weight.dtype)(weight.detach()))
     if not all(part.isfinite().all() for part in parts if part.is_floating_point()):
         raise InputError("quantise: weight holds inf or nan: expected finite values")
     return QuantisedTensor(parts, tuple(weight.shape), weight.dtype)
@@ -343,19 +343,19 @@ def project(rows: Tensor, parts: list[Tensor], bias: Tensor | None = None, backe
     """rows (tokens, K) Wᵀ + bias (N,), for W in any storage; a dense W and the bias have the dtype of rows."""
     if not is_quantised(parts):
         return F.linear(rows, parts[0], bias)
-    return dispatch("quantised_project", rows.device, backend)(rows.contiguous(), parts, bias)
+    return dispatch("quantised_project", rows.device, backend, rows.dtype)(rows.contiguous(), parts, bias)
 
 
 def project_back(rows: Tensor, parts: list[Tensor], backend: str = "") -> Tensor:
     """rows (tokens, N) W, for W in any storage; a dense W has the dtype of rows."""
     if not is_quantised(parts):
         return rows @ parts[0]
-    return dispatch("quantised_project_back", rows.device, backend)(rows.contiguous(), parts)
+    return dispatch("quantised_project_back", rows.device, backend, rows.dtype)(rows.contiguous(), parts)
 
 
 def dequantise(parts: list[Tensor], first_row: int, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """Rows ``first_row`` and on, (rows, columns), of a quantised weight with ``columns`` columns."""
-    return dispatch("dequantise", parts[0].device, active())(parts, first_row, rows, columns, dtype)
+    return dispatch("dequantise", parts[0].device, active(), dtype)(parts, first_row, rows, columns, dtype)
 
 
 def quantised_embedding(ids: Tensor, weight: QuantisedTensor) -> Tensor:
@@ -491,7 +491,7 @@ def reference_embedding(ids: Tensor, parts: list[Tensor], columns: int, dtype: t
 
 
 def _embedding_kernel(ids, weight, columns, dtype, backend):
-    y = dispatch("quantised_embedding", ids.device, backend)(ids, weight, columns, dtype)
+    y = dispatch("quantised_embedding", ids.device, backend, dtype)(ids, weight, columns, dtype)
     return y.view(*ids.shape, columns)
 
 

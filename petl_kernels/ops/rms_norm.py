@@ -79,7 +79,7 @@ def reference_backward(
 
 
 def _forward(x, weight, eps, backend):
-    return dispatch("rms_norm", x.device, backend)(x, weight, eps)
+    return dispatch("rms_norm", x.device, backend, x.dtype)(x, weight, eps)
 
 
 def _forward_fake(x, weight, eps, backend):
@@ -88,7 +88,7 @@ def _forward_fake(x, weight, eps, backend):
 
 
 def _from_statistics(x, rstd, weight, backend) -> Tensor:
-    return dispatch("rms_norm_from_statistics", x.device, backend)(x, rstd, weight)
+    return dispatch("rms_norm_from_statistics", x.device, backend, x.dtype)(x, rstd, weight)
 
 
 def _from_statistics_fake(x, rstd, weight, backend) -> Tensor:
@@ -96,7 +96,7 @@ def _from_statistics_fake(x, rstd, weight, backend) -> Tensor:
 
 
 def _backward(dy, x, rstd, weight, need_dx, need_dweight, backend):
-    return dispatch("rms_norm_backward", x.device, backend)(dy, x, rstd, weight, need_dx, need_dweight)
+    return dispatch("rms_norm_backward", x.device, backend, x.dtype)(dy, x, rstd, weight, need_dx, need_dweight)
 
 
 def _backward_fake(dy, x, rstd, weight, need_dx, need_dweight, backend):

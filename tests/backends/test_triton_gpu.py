@@ -1,4 +1,8 @@
-"""The Triton kernels on a CUDA device, in every dtype, at the interpreter's sizes and at those that take each tile."""
+"""The Triton kernels on a CUDA device, in every dtype, at the interpreter's sizes and at those that take each tile.
+
+Each call compiles some five kernels, so what says less is marked slow: fp16 takes bf16's paths, and fp32 passes the
+interpreter and the check of each op (test_parity_gpu.py).
+"""
 
 from __future__ import annotations
 
@@ -14,8 +18,12 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CASES = triton_cases.CASES | triton_cases.LARGE
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", CASES)
+CALLS = [
+    pytest.param(name, dtype, marks=() if dtype == "bf16" else pytest.mark.slow) for name in CASES for dtype in DTYPES
+]
+
+
+@pytest.mark.parametrize(("name", "dtype"), CALLS)
 def test_values_and_gradients(name, dtype):
     op, case = CASES[name]
     assert parity.compare(op, "triton", case(parity.Source(torch.device("cuda"), DTYPES[dtype]))) is None

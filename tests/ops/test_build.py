@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.cpp_extension import COMMON_NVCC_FLAGS
 
 from . import contract
 
@@ -42,10 +43,28 @@ def test_without_a_compiler_the_build_goes_through():
 
 @needs_sources
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_the_toolkit_is_where_the_headers_are(tmp_path):
+    """An nvcc on the PATH that is a script for another one: PyTorch would look for headers beside the script."""
+    script = tmp_path / "bin" / "nvcc"
+    script.parent.mkdir()
+    script.write_text(f'#!/bin/sh\nexec {shutil.which("nvcc")} "$@"\n')
+    script.chmod(0o755)
+    program = (
+        f"import setuptools; setuptools.setup = lambda **_: None; import setup; print(setup.toolkit({str(tmp_path)!r}))"
+    )
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    home = Path(run.stdout.splitlines()[-1])
+    assert home != tmp_path and (home / "include" / "cuda_runtime_api.h").exists() and (home / "bin" / "nvcc").exists()
+
+
+@needs_sources
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 @pytest.mark.parametrize("architecture", ["80", "90", "100"])
 def test_cuda_sources_compile_without_pytorch(tmp_path, architecture):
+    """Without its headers, but with the flags that it adds to those of setup.py."""
     for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
-        command = ["nvcc", "-std=c++17", "-O3", "-c", source, "-o", tmp_path / "out.o", "-Xptxas", "-v"]
+        command = ["nvcc", *COMMON_NVCC_FLAGS, "-std=c++17", "-O3", "-c", source, "-o", tmp_path / "out.o"]
+        command += ["-Xptxas", "-v"]
         command += [f"-gencode=arch=compute_{architecture},code=sm_{architecture}"]
         run = subprocess.run(command, capture_output=True, text=True)
         assert run.returncode == 0, run.stderr

@@ -74,6 +74,7 @@ def test_bytes_of_state_are_those_that_a_plan_counts():
 
 
 @pytest.mark.gpu
+@pytest.mark.slow  # the run of the fixture above compiles what it needs
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_step_on_a_gpu_needs_nothing_beside_its_state():
     parameters = [nn.Parameter(torch.randn(4096, 1024, device="cuda"))]
