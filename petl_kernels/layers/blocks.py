@@ -107,7 +107,10 @@ def attention_block(
 def feed_forward_block(block: FeedForwardBlock, x: Tensor, tier: int) -> Tensor:
     """x (batch, tokens, d) -> x + drop(ffn(x)), with the norm before it or after it."""
     u = _read(block, x, tier)
-    if _is_frozen_ffn(block):
+    wide = _is_wide(block)  # first: it lets go of weights that are trained by now
+    if wide and _is_frozen_ffn(block):
+        y = _parallel_ffn(block, u, tier)
+    elif _is_frozen_ffn(block):
         y = _frozen_ffn(block, u, tier)
     else:
         again = tier >= PRODUCTS
@@ -246,20 +249,34 @@ def _activate(block: FeedForwardBlock, z: Tensor, *gate: Tensor) -> Tensor:
 def _frozen_ffn(block: FeedForwardBlock, u: Tensor, tier: int) -> Tensor:
     first, out = block.inputs[0], block.out
     gate = block.inputs[1].weight if len(block.inputs) > 1 else None
-    again = tier >= PRODUCTS and (block.activation != "relu" or gate is not None)  # a ReLU's bits are cheap
     adapter = _current(out)
-    if adapter is not None and block.wide is not None and block.wide.serves(adapter):
-        return _parallel_ffn(block, adapter, u, again)
-    y = ops.frozen_ffn(u, first.weight, first.bias, out.weight, out.bias, gate, block.activation, again)
+    y = ops.frozen_ffn(u, first.weight, first.bias, out.weight, out.bias, gate, block.activation, _again(block, tier))
     return y if adapter is None else adapter(u, residual=y)
 
 
-def _parallel_ffn(block: FeedForwardBlock, adapter: ParallelAdapter, u: Tensor, again: bool) -> Tensor:
+def _again(block: FeedForwardBlock, tier: int) -> bool:
+    return tier >= PRODUCTS and (block.activation != "relu" or len(block.inputs) > 1)  # a ReLU's bits are cheap
+
+
+def _parallel_ffn(block: FeedForwardBlock, u: Tensor, tier: int) -> Tensor:
     """The adapter as more hidden units of the network."""
+    adapter = _current(block.out)
     down, up = adapter.down, adapter.up
     trained = down.weight, down.bias, up.weight, up.bias
     frozen = block.wide.w1, block.wide.c1, block.wide.w2, block.out.bias
-    return ops.parallel_ffn(u, *frozen, *trained, block.activation, adapter.scale, again)
+    return ops.parallel_ffn(u, *frozen, *trained, block.activation, adapter.scale, _again(block, tier))
+
+
+def _is_wide(block: FeedForwardBlock) -> bool:
+    """Whether the network runs with its adapter inside; not in compiled graphs, which cannot ask where weights are."""
+    if block.wide is None or torch.compiler.is_compiling():
+        return False
+    adapter = _current(block.out)
+    return block.wide.serves(block.inputs[0], block.out, adapter) and not _has_hooks(adapter)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
 
 
 def _is_frozen_ffn(block: FeedForwardBlock) -> bool:

@@ -104,11 +104,12 @@ def widen(model: nn.Module) -> None:
         if module is None or (streamed is not None and layer.path in streamed.paths):
             continue
         linears = [model.get_submodule(path) for path in layer.ffn.linears]
-        m = bottleneck_beside(model, layer)
-        if not m:
+        if not bottleneck_beside(model, layer):
             narrow(module)
-        elif module.petl_wide is None or not module.petl_wide.serves(linears[-1].petl.current()):
-            module.petl_wide = WideFFN(*linears, m)
+            continue
+        modules = *linears, linears[-1].petl.current()
+        if module.petl_wide is None or not module.petl_wide.serves(*modules):
+            module.petl_wide = WideFFN(*modules)
 
 
 def narrow(layer: nn.Module) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from petl_kernels.errors import InputError
+from petl_kernels.layers.lean import LeanLayer, narrow
 from petl_kernels.methods.base import records
 from petl_kernels.methods.structure import base_modules
 from petl_kernels.ops.quantised import STORAGES, QuantisedTensor, quantise
@@ -27,6 +28,10 @@ def quantise_model(model: nn.Module, storage: str, tables: str | None = None) ->
         raise InputError(
             f"quantise_model: {type(model).__name__} has no frozen linear layer or embedding: expected a frozen model"
         )
+    if storage != "dense":
+        for module in model.modules():
+            if isinstance(module, LeanLayer):
+                narrow(module)
     for owners in places:
         weight, wanted = owners[0].weight, storage_of(model, owners, storage, tables)
         if wanted != "dense" and not isinstance(weight, QuantisedTensor):

@@ -19,6 +19,7 @@ U starts from N(0, 1e-5), so training starts from the base model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -159,6 +160,12 @@ class Adapter(Method):
         check_size("adapter", "bottleneck", self.bottleneck)
         _check_choice("placement", self.placement, PLACEMENTS)
         _check_choice("activation", self.activation, ACTIVATIONS)
+        for name in ("parallel", "pfeiffer"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"adapter {name} {getattr(self, name)!r}: expected true or false")
+        number = isinstance(self.scale, (int, float)) and not isinstance(self.scale, bool)
+        if self.scale is not None and not (number and math.isfinite(self.scale)):
+            raise InputError(f"adapter scale {self.scale!r}: expected a finite number")
         if self.parallel + self.pfeiffer + (self.placement == "sublayer") > 1:
             raise InputError("adapter: placement 'sublayer', parallel and pfeiffer exclude each other")
 

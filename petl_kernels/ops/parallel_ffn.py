@@ -12,9 +12,9 @@ over tokens are those of ``bottleneck_adapter``, with z_D and dz_D made again.
 
 x and y (..., d), W1 (f, d), W2 (d, f), D (m, d), U (d, m); act as in ``frozen_ffn``, without a gate. The network comes
 with room for p = ``room(m)`` hidden units, m rounded up so that rows begin at whole 16 bytes: W1 (f + p, d),
-c1 (f + p,), W2 (d, f + p). The room is written in every call; hidden units beyond m have zeros in W2, so they add
-nothing to y or dx. x and the weights of one dtype, dense; the trained tensors may be wider, and are rounded to the
-weights' dtype, scale · U as well.
+c1 (f + p,), W2 (d, f + p). The room is written in every call, so backward comes before a call with other values, such
+as another adapter's, in the same room; hidden units beyond m are zeros, and add nothing to y or dx. x and the weights
+of one dtype, dense; the trained tensors may be wider, and are rounded to the weights' dtype, scale · U as well.
 
 Saves: x (2d bytes per token in bf16) where the adapter has gradients, and where x has one what ``frozen_ffn`` keeps:
     ReLU                        ceil((f + p) / 8): whether each z > 0
@@ -126,15 +126,15 @@ def _fill(w1, c1, w2, c2, down, down_bias, up, up_bias, scale) -> Tensor | None:
     """Put the adapter into the room; returns c2 + scale · u.
 
     Through ``.data``: the values of a step do not change between forward and backward, and a second forward pass before
-    the first one's backward writes the same ones.
+    the first one's backward writes the same ones. Autograd would not notice others: each adapter has its own room.
     """
     m = down.shape[0]
     f = w1.shape[0] - room(m)
     w1.data[f : f + m].copy_(down)
     c1.data[f : f + m] = 0 if down_bias is None else down_bias
     torch.mul(up, scale, out=w2.data[:, f : f + m])
-    if room(m) > m:
-        w2.data[:, f + m :] = 0  # of a larger adapter, maybe
+    if room(m) > m:  # a larger adapter may have been here, and 0 · inf is no 0
+        w1.data[f + m :], c1.data[f + m :], w2.data[:, f + m :] = 0, 0, 0
     if up_bias is None:
         return c2
     total = w2.new_empty(up_bias.shape)

@@ -172,3 +172,113 @@ def test_the_plans_bytes_are_those_of_the_room():
     assert [room_bytes(meta, layer) for layer in describe(meta).layers] == expected
     pk.lean(model, 1)
     assert [2 * (sum(pair) + ROOM) for pair in rooms(model)] == expected == [2 * ROOM * (2 * 32 + 1)] * LAYERS
+
+
+def with_another(model):
+    """With a second adapter of the same size, which is not active."""
+    pk.adapt(model, pk.Adapter(bottleneck=M, parallel=True), "other")
+    for parameter in pk.trainable_parameters(model):
+        torch.nn.init.normal_(parameter, std=0.3)
+    return pk.use_adapter(model, "default")
+
+
+@pytest.mark.parametrize("tier", [1, 2, 4])
+def test_another_adapter_runs_between_forward_and_backward(tier):
+    """Such as a teacher's."""
+    gradients = []
+    for model in (
+        with_another(adapted("m2m100", "parallel")),
+        pk.lean(with_another(adapted("m2m100", "parallel")), tier),
+    ):
+        inputs = ragged(model)
+        loss = model(**inputs).loss
+        pk.use_adapter(model, "other")
+        with torch.no_grad():
+            model(**inputs)
+        pk.use_adapter(model, "default")
+        loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert rooms(model) == WIDE and gradients[0].keys() == gradients[1].keys()
+    difference, name = worst(gradients[1], gradients[0])
+    assert difference < 1e-9, (name, difference)
+
+
+@pytest.mark.parametrize("trained", ["fc1.bias", "fc2.bias", ""])
+def test_base_tensors_that_somebody_trains(trained):
+    """They have gradients, and memory of their own: fused optimisers read parameters as contiguous."""
+    plain = adapted("m2m100", "parallel")
+    lean = pk.lean(copy.deepcopy(plain), 1)
+    inputs = ragged(plain)
+    for model in (plain, lean):
+        chosen = [p for name, p in model.named_parameters() if name.endswith(trained)]
+        for parameter in chosen:
+            parameter.requires_grad_()
+        optimizer = torch.optim.SGD(chosen, lr=0.05, fused=True)
+        for _ in range(2):
+            step(model, inputs)
+            optimizer.step()
+    found, expected = step(lean, inputs), step(plain, inputs)
+    assert found.keys() == expected.keys()
+    difference, name = worst(found, expected)
+    assert difference < 1e-9, (name, difference)
+
+
+def test_another_module_or_no_bias_in_its_place():
+    plain = adapted("m2m100", "parallel").eval()
+    lean = pk.lean(copy.deepcopy(plain), 1)
+    for model in (plain, lean):
+        (first, _), (other, _) = ffns(model)[:2]
+        first.bias = None
+        owner = model.get_submodule(describe(model).layers[1].path)
+        hooked = copy.deepcopy(other)
+        hooked.petl = other.petl  # with the piece that hands the adapter its input
+        hooked.weight.mul_(2)
+        owner.fc1 = hooked
+    torch.testing.assert_close(logits(lean), logits(plain))
+
+
+def test_a_hook_on_the_adapter_is_called():
+    model = pk.lean(adapted("m2m100", "parallel"), 1)
+    expected, seen = step(model, ragged(model)), []
+    ffns(model)[0][1].petl.current().register_forward_hook(lambda *_: seen.append(1))
+    assert worst(step(model, ragged(model)), expected)[0] < 1e-9
+    assert seen == [1] and calls(model) == (LAYERS - 1, 1, 1)
+
+
+def test_chosen_in_inference_mode_and_trained_later():
+    model = adapted("m2m100", "parallel", dtype=torch.float32)
+    with torch.inference_mode():
+        pk.lean(model, 1)
+        pk.use_adapter(model, None)
+        pk.use_adapter(model, "default")
+        model(**ragged(model))
+    assert "loss" in step(model, ragged(model))
+    assert rooms(model) == WIDE
+    assert not any(parameter.is_inference() for parameter in model.parameters())
+
+
+def test_quantised_weights_leave_nothing_of_the_dense_ones():
+    model = pk.lean(adapted("m2m100", "parallel", dtype=torch.float32), 1)
+    quantise_model(model, "int8", "dense")
+    assert not any(getattr(module, "petl_wide", None) for module in model.modules())
+    expected = logits(model.eval())
+    assert torch.equal(logits(model.to(torch.float32)), expected)
+
+
+def test_weights_of_another_kind_are_left_alone():
+    class Own(torch.nn.Linear):
+        """As other libraries' quantised linears: the weight's shape says nothing."""
+
+    model = adapted("t5", "parallel", feed_forward_proj="relu")
+    for linear in ffns(model)[0]:
+        linear.__class__ = Own
+    assert rooms(pk.lean(model, 1)) == [NARROW[0], *WIDE[1:]]
+
+
+def test_compiled_graphs_do_not_break():
+    model = pk.lean(adapted("m2m100", "parallel", dtype=torch.float32), 1)
+    ids = ragged(model)["input_ids"]
+    with torch.no_grad():
+        expected = model.model.encoder(ids).last_hidden_state
+        found = torch.compile(model.model.encoder, backend="eager", fullgraph=True)(ids).last_hidden_state
+    torch.testing.assert_close(found, expected)

@@ -120,6 +120,9 @@ def test_recorded_hidden_states_are_the_adapted_ones(model):
     [
         ({"bottleneck": 0}, "adapter bottleneck 0: expected a whole number"),
         ({"bottleneck": 2.5}, "adapter bottleneck 2.5: expected a whole number"),
+        ({"parallel": "yes"}, "adapter parallel 'yes': expected true or false"),
+        ({"scale": "x"}, "adapter scale 'x': expected a finite number"),
+        ({"scale": float("nan")}, "adapter scale nan: expected a finite number"),
         ({"placement": "block"}, "adapter placement 'block': expected 'layer' or 'sublayer'"),
         ({"activation": "tanh"}, "adapter activation 'tanh': expected 'relu' or 'gelu' or 'silu'"),
         ({"parallel": True, "placement": "sublayer"}, "exclude each other"),
