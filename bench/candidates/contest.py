@@ -219,7 +219,7 @@ def main() -> int:
         rows = measure(shape, options.names, rates, scratch.zero_)
         show(rows)
         results += rows
-        with atomic_write(path) as file:  # after each shape: a session may end at any time
+        with atomic_write(path) as file:  # after each shape: the run may be cut at any time
             machine = {"device": card, "torch": torch.__version__, "copy": rates.copy, "matmul": rates.matmul}
             json.dump({"machine": machine, "unit": "seconds", "results": results}, file, indent=1)
     print(f"\n{path.relative_to(Path(__file__).parents[2])}")
