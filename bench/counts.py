@@ -200,17 +200,22 @@ def bottleneck_adapter(t: int, d: int, m: int, size: int, backward: bool = True)
         kernels = [fold, latent, Launch("_up_kernel", product, z + 2 * x + weights // 2)]
     moved, flops = 2 * x + parameters, 2 * product
     if backward:
-        if 2 * padded <= ADAPTER_LIMIT:
-            made = [Launch("_backward_kernel", 3 * product, 3 * x + 2 * z + weights)]
-        else:
-            latent = Launch("_latent_backward_kernel", 2 * product, 2 * x + 2 * z + weights)
-            made = [latent, Launch("_dx_kernel", product, z + 3 * x + weights // 2)]
-        sums = Launch("_token_sums_kernel", 2 * product, 2 * x + 2 * z + FP32 * PARTS * 2 * matrix)
-        finish = Launch("_finish_kernel", bytes=FP32 * (PARTS + 2) * 2 * matrix)
-        kernels += [fold, *made, sums, finish]
+        kernels += [fold, *_adapter_backward(t, d, m, size, need_dx=True)]
         moved += 3 * x + (parameters - FP32 * d) + parameters  # the up bias has no part in backward
         flops += 4 * product
     return Counts(flops, moved, tuple(kernels))
+
+
+def _adapter_backward(t: int, d: int, m: int, size: int, need_dx: bool) -> list[Launch]:
+    x, z, matrix, product = t * d * size, t * m * size, d * m, 2 * t * d * m
+    weights = 2 * matrix * size
+    if 2 * max(16, 1 << (m - 1).bit_length()) <= ADAPTER_LIMIT:
+        made = [Launch("_backward_kernel", (2 + need_dx) * product, (2 + need_dx) * x + 2 * z + weights)]
+    else:
+        made = [Launch("_latent_backward_kernel", 2 * product, 2 * x + 2 * z + weights)]
+        made += [Launch("_dx_kernel", product, z + 3 * x + weights // 2)] if need_dx else []
+    sums = Launch("_token_sums_kernel", 2 * product, 2 * x + 2 * z + FP32 * PARTS * 2 * matrix)
+    return [*made, sums, Launch("_finish_kernel", bytes=FP32 * (PARTS + 2) * 2 * matrix)]
 
 
 def frozen_ffn(t: int, d: int, f: int, activation: str, gated: bool, size: int, recompute: bool = False) -> Counts:
@@ -237,18 +242,12 @@ def parallel_ffn(t: int, d: int, f: int, m: int, activation: str, size: int) -> 
     """
     wide = f + math.ceil(m / 8) * 8
     network = frozen_ffn(t, d, wide, activation, False, size)
-    x, z, matrix, product = t * d * size, t * m * size, d * m, 2 * t * d * m
-    adapter = FP32 * (2 * matrix + m)
+    adapter = FP32 * (2 * d * m + m)
     moved = network.bytes + adapter + FP32 * d  # forward, with the up bias
-    moved += x + 2 * adapter + FP32 * d  # x and the adapter into backward, its gradients out
-    fill = [Launch(name, bytes=0, library=True) for name in ("copy D", "copy d", "multiply U", "add u")]
-    if 2 * max(16, 1 << (m - 1).bit_length()) <= ADAPTER_LIMIT:
-        made = Launch("_backward_kernel", 2 * product, 2 * x + 2 * z + 2 * matrix * size)
-    else:
-        made = Launch("_latent_backward_kernel", 2 * product, 2 * x + 2 * z + 2 * matrix * size)
-    sums = Launch("_token_sums_kernel", 2 * product, 2 * x + 2 * z + FP32 * PARTS * 2 * matrix)
-    finish = Launch("_finish_kernel", bytes=FP32 * (PARTS + 2) * 2 * matrix)
-    return Counts(8 * t * d * f + 6 * product, moved, (*fill, *network.kernels, made, sums, finish))
+    moved += t * d * size + 2 * adapter + FP32 * d  # x and the adapter into backward, its gradients out
+    small = [Launch(name, library=True) for name in ("copy D", "copy d", "multiply U", "add u", "cast D", "cast U")]
+    kernels = (*small, *network.kernels, *_adapter_backward(t, d, m, size, need_dx=False))
+    return Counts(8 * t * d * f + 12 * t * d * m, moved, kernels)
 
 
 def _ffn_chunk(t: int, d: int, f: int, weights: int, kept_a_row: float, size: int, recompute: bool) -> list[Launch]:

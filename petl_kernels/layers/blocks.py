@@ -108,10 +108,8 @@ def feed_forward_block(block: FeedForwardBlock, x: Tensor, tier: int) -> Tensor:
     """x (batch, tokens, d) -> x + drop(ffn(x)), with the norm before it or after it."""
     u = _read(block, x, tier)
     wide = _is_wide(block)  # first: it lets go of weights that are trained by now
-    if wide and _is_frozen_ffn(block):
-        y = _parallel_ffn(block, u, tier)
-    elif _is_frozen_ffn(block):
-        y = _frozen_ffn(block, u, tier)
+    if _is_frozen_ffn(block):
+        y = (_parallel_ffn if wide else _frozen_ffn)(block, u, tier)
     else:
         again = tier >= PRODUCTS
         hidden = [linear(module, u, again) for module in block.inputs]
