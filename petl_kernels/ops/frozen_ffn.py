@@ -47,8 +47,6 @@ from petl_kernels.ops.common import (
 )
 from petl_kernels.ops.quantised import out_features, parts_in, parts_of, project, project_back
 
-# What forward keeps for dx and dc1: nothing, x, one bit for each z, or z itself (and g).
-KEEPS = ("nothing", "x", "bits", "z")
 CHUNK_BYTES = 8 << 20
 CHUNK_ROWS = 256
 
@@ -76,7 +74,7 @@ def frozen_ffn(
 
 
 def what_to_keep(activation: str, gated: bool, recompute: bool) -> str:
-    """Which of ``KEEPS`` a layer that trains something below its second product has."""
+    """What forward keeps for dx and dc1 where they are wanted: "x", "bits" (one for each z) or "z" (and g)."""
     if recompute:
         return "x"
     return "bits" if activation == "relu" and not gated else "z"
