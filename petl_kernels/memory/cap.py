@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
+from petl_kernels.device import resolve
 from petl_kernels.errors import InputError
 from petl_kernels.memory.extension import find_extension
 from petl_kernels.memory.size import format_size
@@ -23,6 +24,7 @@ def capped(memory: int | None, device: torch.device) -> Iterator[None]:
     if memory is None:
         yield
         return
+    device = resolve(device)
     limit = _limit_cuda if device.type == "cuda" else _limit_cpu
     limit(memory, device)
     try:

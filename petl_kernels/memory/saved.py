@@ -18,7 +18,7 @@ class Saved:
     """What a forward pass saved: one entry per distinct storage, in bytes."""
 
     storages: dict[int, int] = field(default_factory=dict)
-    # Holding the tensors keeps an address from being handed out twice while we count.
+    # Holding the tensors keeps a storage's key from being handed out twice while we count.
     _alive: list[Tensor] = field(default_factory=list, repr=False)
 
     @property
@@ -34,14 +34,15 @@ def saved_bytes(exclude: Iterable[Tensor] = ()) -> Iterator[Saved]:
     that live anyway (parameters, buffers, the inputs of the step). Counting holds the saved tensors until the
     block's ``Saved`` goes, so use it for one step, not for a run. What lean layers keep is counted where they keep it.
     """
-    living = {part.untyped_storage().data_ptr() for tensor in exclude for part in parts_of(tensor)}
+    # Storages by identity: one of a streamed layer that is away has no address.
+    living = {part.untyped_storage()._cdata for tensor in exclude for part in parts_of(tensor)}
     saved = Saved()
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        address = storage.data_ptr()
-        if address not in living and storage.nbytes() and address not in saved.storages:
-            saved.storages[address] = storage.nbytes()
+        key = storage._cdata
+        if key not in living and storage.nbytes() and key not in saved.storages:
+            saved.storages[key] = storage.nbytes()
             saved._alive.append(tensor.detach())
         return tensor.detach()  # a node that keeps its own output, with its history, would never go
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from petl_kernels.device import resolve
 from petl_kernels.errors import InputError
 from petl_kernels.memory.extension import extension
 from petl_kernels.memory.mapped_weights import Weights
@@ -19,14 +20,13 @@ class SlotCopies:
     """Pinned memory, and the copies from it into slots."""
 
     def __init__(self, device: torch.device):
-        self._device, self._ring = device, None
+        self._device, self._ring = resolve(device), None
 
     def pinned(self, size: int) -> Tensor:
         return extension().pinned(size)
 
     def open(self, slots: list[int]) -> None:
-        index = torch.cuda.current_device() if self._device.index is None else self._device.index
-        self._ring = extension().SlotRing(slots, index)
+        self._ring = extension().SlotRing(slots, self._device.index)
 
     def fill(self, slot: int, pieces: list[tuple[int, int, int]]) -> None:
         self._ring.fill(slot, pieces)

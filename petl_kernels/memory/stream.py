@@ -39,6 +39,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from petl_kernels.device import resolve
 from petl_kernels.errors import InputError
 from petl_kernels.layers.lean import narrow
 from petl_kernels.memory.extension import extension
@@ -99,7 +100,7 @@ def stream_layers(
     unread = home.type == "meta"
     if unread:
         weights, home = from_files(model, weights, files), torch.device("cpu")
-    store = _store(weights, slots, home if device is None else torch.device(device), folder, files, unread)
+    store = _store(weights, slots, home if device is None else resolve(device), folder, files, unread)
     return Streamed(model, chosen, weights, slots, store)
 
 

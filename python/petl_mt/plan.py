@@ -8,6 +8,7 @@ import sys
 import torch
 from torch import nn
 
+from petl_kernels.device import resolve
 from petl_kernels.errors import InputError
 from petl_kernels.graphs import WIDTH
 from petl_kernels.interop.hf import load_config, skeleton
@@ -29,7 +30,7 @@ def plan(config: TrainConfig, device: str | None = None) -> Plan:
     if device not in (None, "cpu", "cuda"):
         raise InputError(f"device {device!r}: expected cpu or cuda")
     config.check_settings()
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = resolve(device)
     model = skeleton(load_config(config.model))
     config = config.resolve(model.config.d_model)
     return plan_for(prepared(model, config), config, widened(config.max_length, config, device), device)
@@ -65,7 +66,7 @@ def plan_for(model: nn.Module, config: TrainConfig, longest: int, device: torch.
         config.optimizer,
         max_length=longest,
         allow=config.allow,
-        device=device,
+        device=device.type,  # a plan holds for whichever card of a machine runs it
         autocast=torch.bfloat16 if config.precision == "bf16" else None,
         tier=config.tier,
         beam=config.beam,

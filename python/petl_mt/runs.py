@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import yaml
 
+from petl_kernels.device import resolve
 from petl_kernels.errors import InputError
 from petl_kernels.interop.files import atomic_write
 
@@ -130,7 +131,7 @@ def load_run_within(
     model, tokenizer = load_skeleton(source)
     like = copy.deepcopy(model).to("meta")
     like = like.requires_grad_(False) if whole else prepared(like, config)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = resolve()
     plan = plan_search(
         like,
         memory,
@@ -214,7 +215,7 @@ class Translator:
         with hush():
             if budget is None:
                 self.model, tokenizer, self.config = load_run(run)
-                self.model.to("cuda" if torch.cuda.is_available() else "cpu")
+                self.model.to(resolve())
             else:
                 self.model, tokenizer, self.config, plan = load_run_within(
                     run, budget, limits, beam, max_length, refuse=memory is not None

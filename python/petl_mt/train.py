@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 import petl_kernels as pk
+from petl_kernels.device import resolve
 from petl_kernels.errors import InputError
 from petl_kernels.graphs import check_device
 from petl_kernels.interop.files import atomic_dir, atomic_write
@@ -141,7 +142,7 @@ class _Training:
         if config.memory is not None:
             cap.expand_segments()
         self.accelerator = make_accelerator(config.precision)
-        self.device = self.accelerator.device
+        self.device = resolve(self.accelerator.device)
         if config.cuda_graphs:
             check_device(self.device)
         torch.manual_seed(config.seed)
@@ -208,7 +209,7 @@ class _Training:
     def _make_plan(self, model: nn.Module, longest: int) -> Plan:
         """The plan under ``--memory``: the given one, or the fastest for this model and its longest sentence."""
         given, own = self.config.plan, self.folder.plan
-        if given is None and own.exists() and Plan.load(own).device == str(self.device):
+        if given is None and own.exists() and torch.device(Plan.load(own).device).type == self.device.type:
             given = own  # resumed: the same storage and optimiser, whatever the rates are today
         if given is None:
             return plan_for(model, self.config, longest, self.device)
@@ -218,7 +219,7 @@ class _Training:
             raise InputError(
                 f"plan {given}: for {format_size(plan.memory)}; expected one for the {format_size(memory)} of --memory"
             )
-        if plan.device.partition(":")[0] != self.device.type:
+        if torch.device(plan.device).type != self.device.type:
             raise InputError(f"plan {given}: for {plan.device}; expected one for {self.device.type}")
         if self.config.cuda_graphs and not plan.cuda_graphs and given != own:  # its own may have been tightened
             raise InputError(f"plan {given}: made without --cuda-graphs; expected one made with it, or a run without")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import petl_kernels as pk
+from petl_kernels.device import resolve
 from petl_kernels.graphs import CudaGraphs, GraphedStep
 from petl_kernels.memory import cap
 from petl_kernels.memory.plan import Plan
@@ -41,7 +42,7 @@ class Update:
     ) -> None:
         self.model, self.optimizer, self.accelerator, self.config = model, optimizer, accelerator, config
         self.plan, self.start, self.pad, self.say = plan, start, pad, say
-        self.device = accelerator.device
+        self.device = resolve(accelerator.device)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.rounded = getattr(model, "petl_gradients", None)  # where the plan keeps gradients in bf16
         self.micro_tokens = plan.micro_tokens if plan else None

@@ -1,0 +1,49 @@
+"""What only runs on a card, run without one: host memory plays the card (``rehearsal/card.py``).
+
+Each test is a process of its own, since PyTorch looks for a card once.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rehearsal import library
+
+TESTS = Path(__file__).parent
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(torch.backends.cuda.is_built(), reason="needs a PyTorch without CUDA, whose functions it plays"),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def built():
+    pytest.importorskip("petl_kernels._C")
+    library.build()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["petl_mt/rehearse_trainer.py", "-k", "budget or graphs or streamed or tighter or rates"],
+        ["petl_mt/rehearse_trainer.py", "-k", "not (budget or graphs or streamed or tighter or rates)"],
+        ["rehearsal/rehearse_library.py"],
+        # Tests for a card whose kernels are PyTorch's own.
+        ["-m", "gpu", "test_graphs.py", "petl_mt/test_late.py", "layers/test_no_waiting.py"],
+    ],
+    ids=["memory", "commands", "library", "gpu tests"],
+)
+def test_on_a_card_of_host_memory(arguments):
+    command = [sys.executable, "-m", "pytest", "-p", "rehearsal.card", "-o", "python_files=test_*.py rehearse_*.py"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    environment |= {"PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run([*command, *arguments], cwd=TESTS, env=environment, capture_output=True, text=True)
+    last = done.stdout.strip().splitlines()[-1]
+    assert done.returncode == 0 and re.search(r"\d+ passed", last) and "skipped" not in last, done.stdout + done.stderr
