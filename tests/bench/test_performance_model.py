@@ -134,14 +134,26 @@ def test_what_the_h200_took_is_what_the_model_says_or_is_explained():
     assert not unused
 
 
-def test_the_measured_tables_are_those_of_the_result_files():
-    """A few figures by hand: a ratio, a time of the host, a case whose check failed, a layer."""
-    rows = {row[:3]: row[3:] for row in model.measured_rows()}
-    assert rows["lora_linear", "nllb-600m", "r=16"][:3] == ("56.0 µs", "114 µs", "2.04")
-    assert rows["lora_linear", "nllb-600m", "r=16"][-2:] == ("1.76 ms", "802 µs")
-    assert rows["bottleneck_adapter", "nllb-600m", "m=256 fwd"][1] == "wrong"
-    encoder = {row[1]: row[2:] for row in model.layer_rows() if "encoder" in row[0]}
-    assert encoder["ours"] == ("1.14 ms", "1.12", "8.5 ms", "4.04")
+def test_tables_of_a_run_have_the_time_by_the_clock_and_say_what_was_not_timed(tmp_path):
+    linear = {"shape": "nllb-600m", "case": "", "tokens": 8192}
+    adapter = {"shape": "nllb-600m", "case": "m=256 fwd", "tokens": 8192}
+    layer = {"shape": "nllb-600m", "case": "encoder", "tokens": 8192}
+    benches = (
+        bench("frozen_linear", 1, 1, 50e-6, "limit", wall_seconds=60e-6, **linear),
+        bench("frozen_linear", 1, 1, 75e-6, wall_seconds=600e-6, **linear),
+        bench("frozen_linear", 1, 1, 70e-6, "eager", wall_seconds=90e-6, **linear),
+        bench("frozen_linear", 1, 1, 65e-6, "PEFT", wall_seconds=99e-6, **linear),
+        bench("bottleneck_adapter", 1, 1, 10e-6, "limit", wall_seconds=20e-6, **adapter),
+        bench("layer", 1, 1, 1e-3, "limit", wall_seconds=2e-3, **layer),
+        bench("layer", 1, 1, 1.5e-3, wall_seconds=8e-3, **layer),
+    )
+    path = run_of(tmp_path / "ops.json", {"device": "NVIDIA H200"}, *benches)
+    ratio = 75e-6 / model.predicted(counts.frozen_linear_library(8192, 1024, 1024, 2), H200)
+    linear, adapter, *_ = model.measured_rows(path)
+    over = (f"**{ratio:.2f}**", "65.0 µs (PEFT)", "600 µs", "99.0 µs")
+    assert ratio > 1.25 and linear == ("frozen_linear", "nllb-600m", "", "50.0 µs", "75.0 µs", "1.50", *over)
+    assert adapter == ("bottleneck_adapter", "nllb-600m", "m=256 fwd", "10.0 µs", "not timed", "", "", "", "", "")
+    assert list(model.layer_rows(path))[1] == ("nllb-600m encoder", "ours", "1.50 ms", "1.50", "8.0 ms", "4.00")
 
 
 def test_the_document_holds_what_the_model_and_the_results_say():
