@@ -2,7 +2,8 @@
 
 Importing this module, before PyTorch, gives the process a card of 2 GiB. PyTorch's own Python code and its checks of
 arguments run as they are. Replaced are the functions of the driver that a build without CUDA lacks
-(``torch._C._cuda_...``), streams, events and graphs. Tensors and pinned memory come from ``host_cuda.cpp``, which ``library.py`` compiles.
+(``torch._C._cuda_...``), streams, events and graphs. Tensors and pinned memory come from ``host_cuda.cpp``, which
+``library.py`` compiles.
 """
 
 from __future__ import annotations
