@@ -117,7 +117,7 @@ def test_the_check_works_while_a_graph_is_traced_and_under_vmap():
 
 @pytest.fixture
 def card(monkeypatch):
-    """The CPU as a card: ``serve(op, ...)`` gives it a "triton" backend that is checked; returns who has been called."""
+    """The CPU as a card. ``card(op, ...)`` gives it a "triton" backend that is checked, and returns what was called."""
     for name in ("_kernels", "_load_errors"):
         monkeypatch.setattr(backends, name, dict(getattr(backends, name)))
     for name, fresh in (("_chosen", {}), ("_parity_errors", {}), ("_checking", {}), ("_warned", set())):
