@@ -1,7 +1,7 @@
 """`petl-mt doctor`: what is installed here, what serves each op, and does it compute what the reference computes.
 
-On a card most of the time goes into compiling: some 270 kernels for 16 ops in three dtypes, two thirds of a second of a
-processor each. They are compiled side by side, those for bf16 first, and what is compiled is kept on disk.
+On a card most of the time goes into compiling: some 270 kernels of 16 ops in three dtypes, each about a second of a
+processor. They are compiled side by side, those for bf16 first, and what is compiled is kept on disk.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from enum import IntEnum
 from importlib import metadata
+from queue import SimpleQueue
 from typing import NamedTuple
 
 import torch
@@ -88,18 +89,18 @@ def doctor() -> int:
 
 def checks(device: torch.device, stop: float) -> Iterator[Check]:
     """Every backend but the reference, op by op in each dtype, as they are finished. ``stop``: see ``_outcome``."""
-    from petl_kernels import backends, ops, parity
+    from petl_kernels import parity
 
     pool = ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1) if device.type == "cuda" else 1)
-    row_of, outcomes = {}, defaultdict(list)
+    row_of, done, outcomes = {}, SimpleQueue(), defaultdict(list)
     try:
-        for dtype in parity.DTYPES:
-            for op in ops.OPS:
-                for backend in backends.serving(op, device):
-                    if backend != "reference" and dtype in parity.checked_dtypes(backend):
-                        for case in parity.CASES[op]:
-                            row_of[pool.submit(_outcome, op, backend, device, dtype, case, stop)] = op, backend, dtype
-        for future in as_completed(row_of):
+        for row in _rows(device):
+            for case in parity.CASES[row[0]]:
+                row_of[pool.submit(_outcome, *row, case, device, stop)] = row
+        for future in row_of:
+            future.add_done_callback(done.put)
+        for _ in row_of:
+            future = done.get()
             row = row_of[future]
             outcomes[row].append(future.result())
             if len(outcomes[row]) == len(parity.CASES[row[0]]):
@@ -108,7 +109,17 @@ def checks(device: torch.device, stop: float) -> Iterator[Check]:
         pool.shutdown(cancel_futures=True)
 
 
-def _outcome(op: str, backend: str, device: torch.device, dtype: torch.dtype, case: Callable, stop: float) -> Outcome:
+def _rows(device: torch.device) -> Iterator[tuple[str, str, torch.dtype]]:
+    from petl_kernels import backends, ops, parity
+
+    for dtype in parity.DTYPES:
+        for op in ops.OPS:
+            for backend in backends.serving(op, device):
+                if backend != "reference" and dtype in parity.checked_dtypes(backend):
+                    yield op, backend, dtype
+
+
+def _outcome(op: str, backend: str, dtype: torch.dtype, case: Callable, device: torch.device, stop: float) -> Outcome:
     """Of one case of ``parity.CASES``, which does not begin after ``stop``, a time of ``time.monotonic``."""
     from petl_kernels import parity
 

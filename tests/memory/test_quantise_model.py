@@ -301,7 +301,7 @@ def test_merging_stays_on_the_device_and_says_how_much_it_has_rounded(device, st
     model = quantise_model(pk.adapt(build("m2m100").to(device), METHODS_TO_MERGE["lora-tied"]), storage)
     pk.merge(model)
     # B = 0: the values of int8 are on their grid, most often to the bit; those of NF4 are not on the new one
-    assert pk.report(model).merge_error < 1e-6 if storage == "int8" else pk.report(model).merge_error > 1e-3
+    assert pk.report(model).merge_error < 1e-6 if storage == "int8" else pk.report(model).merge_error > 1e-4
     pk.unmerge(model)
     torch.manual_seed(0)
     for parameter in pk.trainable_parameters(model):

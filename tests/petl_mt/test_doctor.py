@@ -74,11 +74,19 @@ def test_each_line_comes_when_it_is_known_and_bf16_comes_first(quick, monkeypatc
 
 
 SLOW = """
-import os, time
+import time, types
 from petl_kernels import parity
 from petl_mt import doctor
-parity.check_case = lambda op, backend, device, dtype, case: time.sleep(1 if op == "layer_norm" else 0)
-doctor.SECONDS = 1
+
+clock = [0]
+
+def check_case(op, backend, device, dtype, case):
+    if op == "layer_norm":  # it takes longer than there is time
+        time.sleep(1)
+        clock[0] = doctor.SECONDS + 1
+
+parity.check_case = check_case
+doctor.time = types.SimpleNamespace(monotonic=lambda: clock[0])
 raise SystemExit(doctor.doctor())
 """
 
@@ -90,12 +98,12 @@ def test_lines_leave_at_once_and_what_there_was_no_time_for_is_named():
         came = [(time.monotonic(), line) for line in run.stdout]
         ended = time.monotonic()
     first = next(at for at, line in came if line.startswith("bfloat16  frozen_linear"))
-    assert ended - first > 1  # it came before the slow one
+    assert ended - first > 0.9  # it came before the slow one was done
     table = lines_of("".join(line for _, line in came[:-1]))
-    late = [line[3] for line in table if line[3] != "pass, serves"]
-    assert late == ["not checked: no time"] * len(late) and len(table) == 3 * len(pk.ops.OPS)
-    assert f"{len(late)} of {len(table)} not checked" in came[-1][1]
-    assert run.returncode == 3 and table[0][3] == "pass, serves" and len(late) > 2 * len(pk.ops.OPS)
+    in_time = pk.ops.OPS.index("layer_norm")
+    assert [line[3] for line in table] == ["pass, serves"] * in_time + ["not checked: no time"] * (len(table) - in_time)
+    assert len(table) == 3 * len(pk.ops.OPS) and run.returncode == 3
+    assert f"{len(table) - in_time} of {len(table)} not checked" in came[-1][1]
 
 
 @pytest.mark.parametrize(
