@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from petl_kernels import ops
+from petl_kernels.backends import turned_down
 from petl_kernels.errors import InputError, shown
 from petl_kernels.interop.lean_loss import LeanLoss, lean_loss, lean_loss_obstacle, plain_loss
 from petl_kernels.layers.lean import LayerState, layer_states, lean_layers, widen
@@ -225,8 +226,10 @@ class Report:
     numbers of parameters; stored is less than trained where training uses another form (prefix-tuning).
     storage: how frozen weights are held, where that is not as they are; streamed: how many layers live elsewhere.
     places: (module with layer numbers as *, what is trained there, modules, parameters). backends: op -> backend that
-    serves it here. merge_error: ‖Ŵ - W‖ / ‖W‖, the largest, of quantised weights Ŵ that should be W with the adapter in
-    it. layers: path, tier and, for one that cannot be lean, the reason. loss: how the loss is computed.
+    serves it here. turned_down: a line for each backend that does not serve an op on this device in some dtype,
+    because it was found to compute something else than the reference. merge_error: ‖Ŵ - W‖ / ‖W‖, the
+    largest, of quantised weights Ŵ that should be W with the adapter in it. layers: path, tier and, for one that cannot
+    be lean, the reason. loss: how the loss is computed.
     """
 
     model: str
@@ -246,6 +249,7 @@ class Report:
     loss: str
     storage: str
     streamed: int
+    turned_down: tuple[str, ...] = ()
 
     @property
     def share(self) -> float:
@@ -273,7 +277,7 @@ class Report:
         for where, what, modules, n in self.places:
             lines.append(f"  {where:<{left}}  {what:<{right}}  {modules:>3} modules {n:>13,}")
         lines += [f"{op} served by {backend}" for op, backend in self.backends.items()]
-        lines += [*_lean_lines(self.layers), self.loss]
+        lines += [*self.turned_down, *_lean_lines(self.layers), self.loss]
         if self.storage:
             lines.append(f"frozen weights: {self.storage}")
         if self.streamed:
@@ -343,6 +347,7 @@ def report(model: nn.Module) -> Report:
             (),
             {},
             *lean,
+            _turned_down(model),
         )
     record = records(model)[name]
     settings = {
@@ -370,7 +375,13 @@ def report(model: nn.Module) -> Report:
         loss=lean[1],
         storage=lean[2],
         streamed=lean[3],
+        turned_down=_turned_down(model),  # after ``backends``, which makes checks
     )
+
+
+def _turned_down(model: nn.Module) -> tuple[str, ...]:
+    devices = {parameter.device for parameter in model.parameters()}
+    return tuple(str(backend) for backend in turned_down() if backend.device in devices)
 
 
 def _places(model: nn.Module, name: str, record: Record) -> tuple[tuple[str, str, int, int], ...]:

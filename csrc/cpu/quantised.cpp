@@ -59,9 +59,11 @@ constexpr float kThresholds[15] = {
 // The same operations as in Python, for the same bits.
 const Tensor& dynamic_map() {
   static const Tensor map = [] {
-    std::vector<Tensor> entries = {at::tensor({0.0f, 1.0f})};
+    // fp32 on the CPU, whatever the defaults of the caller are
+    const auto options = at::TensorOptions().dtype(at::kFloat).device(at::kCPU);
+    std::vector<Tensor> entries = {at::tensor({0.0f, 1.0f}, options)};
     for (int i = 0; i < 7; ++i) {
-      const Tensor bounds = at::linspace(0.1, 1, (1 << i) + 1);
+      const Tensor bounds = at::linspace(0.1, 1, (1 << i) + 1, options);
       const Tensor middles = (bounds.slice(0, 0, -1) + bounds.slice(0, 1)) / 2 * std::pow(10.0, i - 6);
       entries.push_back(middles);
       entries.push_back(-middles);

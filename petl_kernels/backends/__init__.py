@@ -9,19 +9,23 @@ when it is first needed. Adding one touches no op and no caller.
     cuda        CUDA C++ kernels of the extension (``csrc/cuda``), by ``use("cuda")`` and to quantise weights
 
 On a CUDA device a backend other than the reference becomes the default of an op only after a small comparison
-with the reference has passed on that device, once per process (``petl_kernels/parity.py``).
+with the reference has passed on that device, once per process (``petl_kernels/parity.py``). ``turned_down`` lists
+those that have failed theirs. While a CUDA graph is captured nothing is compared.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 
+from petl_kernels.device import resolve
 from petl_kernels.errors import InputError
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
@@ -36,6 +40,9 @@ DEFAULT_ORDER_OF = {
     ("quantise_nf4", "cuda"): ("cuda", "reference"),
 }
 
+# The specification, and kernels that the same machine has compiled and that no driver or card can change.
+UNCHECKED = ("reference", "cpu")
+
 # What an op may have beside its forward kernel.
 PARTS = ("_backward", "_from_statistics", "_back")
 
@@ -43,6 +50,7 @@ _kernels: dict[tuple[str, str], Callable] = {}
 _load_errors: dict[str, str | None] = {}
 _chosen: dict[tuple[str, torch.device, str, torch.dtype], Callable] = {}
 _parity_errors: dict[tuple[str, str, torch.device, torch.dtype], str | None] = {}
+_checking: dict[tuple[str, str, torch.device, torch.dtype], threading.Lock] = {}
 _warned: set[str] = set()
 _active = ""
 
@@ -131,9 +139,28 @@ def _family(op: str) -> str:
     return next((op.removesuffix(part) for part in PARTS if op.endswith(part)), op)
 
 
+class TurnedDown(NamedTuple):
+    """A backend that computes something else than the reference here, and so does not serve by default."""
+
+    op: str
+    backend: str
+    device: torch.device
+    dtype: torch.dtype
+    reason: str
+
+    def __str__(self) -> str:
+        kind = str(self.dtype).removeprefix("torch.")
+        return f"{self.backend} {self.op} is not used on {self.device} in {kind}: {self.reason}"
+
+
+def turned_down() -> list[TurnedDown]:
+    """What the checks of this process have turned down, in their order."""
+    return [TurnedDown(*key, error) for key, error in list(_parity_errors.items()) if error]
+
+
 def backend_of(op: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> str:
     """Name of the backend that serves ``op`` on ``device`` now, for activations of ``dtype``."""
-    return _choose(op, _indexed(torch.device(device)), _active, dtype)
+    return _choose(op, resolve(device), _active, dtype)[0]
 
 
 def dispatch(op: str, device: torch.device, backend: str, dtype: torch.dtype) -> Callable:
@@ -141,18 +168,31 @@ def dispatch(op: str, device: torch.device, backend: str, dtype: torch.dtype) ->
     key = (op, device, backend, dtype)
     kernel = _chosen.get(key)
     if kernel is None:
-        kernel = _chosen[key] = _kernels[op, _choose(op, device, backend, dtype)]
+        name, for_good = _choose(op, device, backend, dtype)
+        kernel = _kernels[op, name]
+        if for_good:
+            _chosen[key] = kernel
     return kernel
 
 
-def _choose(op: str, device: torch.device, backend: str, dtype: torch.dtype) -> str:
+def default_order(op: str, device: torch.device) -> tuple[str, ...]:
+    """The backends that may serve ``op`` when nobody asks for one by name, first choice first."""
+    return DEFAULT_ORDER_OF.get((_family(op), device.type), DEFAULT_ORDER.get(device.type, ("reference",)))
+
+
+def _choose(op: str, device: torch.device, backend: str, dtype: torch.dtype) -> tuple[str, bool]:
+    """The backend that serves ``op``, and whether it will at the next call too."""
     if backend and kernel_of(op, backend) is not None:
         if not _serves(backend, device):
             raise InputError(f"backend {backend!r} does not run on device {str(device)!r}")
-        return backend
-    family = _family(op)
-    order = DEFAULT_ORDER_OF.get((family, device.type), DEFAULT_ORDER.get(device.type, ("reference",)))
-    return next(name for name in order if _usable(family, op, name, device, dtype))
+        return backend, True
+    for_good = True
+    for name in default_order(op, device):
+        usable = _usable(op, name, device, dtype)
+        if usable:
+            return name, for_good
+        for_good = for_good and usable is not None
+    raise AssertionError(f"{op} has no reference")
 
 
 def _serves(backend: str, device: torch.device) -> bool:
@@ -163,35 +203,45 @@ def _serves(backend: str, device: torch.device) -> bool:
     return device.type == ("cpu" if backend == "cpu" else "cuda")
 
 
-def _usable(family: str, op: str, backend: str, device: torch.device, dtype: torch.dtype) -> bool:
+def _usable(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> bool | None:
+    """Whether ``backend`` may serve ``op``; None while that cannot be found out."""
     if error := load_error(backend):
         _warn_once(f"petl_kernels: backend {backend!r} is not available ({error}); plain PyTorch serves instead")
         return False
     if kernel_of(op, backend) is None:
         return False
-    if backend == "reference" or device.type == "cpu":
+    if backend in UNCHECKED:
         return True
-    error = _parity_error(family, backend, device, dtype)
+    key = (_family(op), backend, device, dtype)
+    if key not in _parity_errors and _captures(device):
+        # A check waits for the device, which ends a capture; and an unchecked kernel may be wrong. So the reference is
+        # captured, and nothing is remembered: the next call outside of a capture makes the check.
+        _warn_once(f"petl_kernels: {backend} {key[0]} is not in this CUDA graph: it was not checked before the capture")
+        return None
+    error = _parity_error(key)
     if error:
-        kind = str(dtype).removeprefix("torch.")
-        _warn_once(f"petl_kernels: {backend} {family} is not used on {device} in {kind}: {error}")
+        _warn_once(f"petl_kernels: {TurnedDown(*key, error)}")
     return error is None
 
 
-def _parity_error(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Checked once for each dtype that comes: on a machine's first run the kernels are compiled for it."""
+def _parity_error(key: tuple[str, str, torch.device, torch.dtype]) -> str | None:
+    """Checked once for each dtype that comes: on a machine's first run the kernels are compiled for it.
+
+    Threads that come for the same check wait for the first. An error that is raised (out of memory) is the caller's,
+    and is not remembered.
+    """
     from petl_kernels import parity  # it imports the ops, which import this module
 
-    key = (op, backend, device, dtype)
     if key not in _parity_errors:
-        _parity_errors[key] = parity.check(op, backend, device, dtype) if dtype in parity.DTYPES else None
+        with _checking.setdefault(key, threading.Lock()):
+            if key not in _parity_errors:
+                _parity_errors[key] = parity.check(*key) if key[-1] in parity.DTYPES else None
     return _parity_errors[key]
 
 
-def _indexed(device: torch.device) -> torch.device:
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
+def _captures(device: torch.device) -> bool:
+    """Whether this thread records a CUDA graph now."""
+    return device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _warn_once(message: str) -> None:

@@ -9,7 +9,7 @@ import torch
 
 @functools.cache
 def table(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    return torch.tensor(values, device=device)
+    return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def dynamic_map(device: torch.device) -> torch.Tensor:
@@ -22,7 +22,7 @@ def _entries() -> tuple[float, ...]:
     """0, 1, and on both sides of 0 seven decades, each with twice as many entries as the one below it."""
     entries = [0.0, 1.0]
     for i in range(7):
-        bounds = torch.linspace(0.1, 1, 2**i + 1, device="cpu")
+        bounds = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32, device="cpu")
         middles = 10 ** (i - 6) * ((bounds[:-1] + bounds[1:]) / 2)
         entries += [*middles.tolist(), *(-middles).tolist()]
     return tuple(sorted(entries))

@@ -135,6 +135,10 @@ class QuantisedTensor(torch.Tensor):
         serve = _DISPATCHED.get(function)
         if serve is not None and isinstance(args[0], QuantisedTensor):
             return serve(*args, **(kwargs or {}))
+        if serve is None:  # below autograd and in inference mode `to` comes here whole, elsewhere as _to_copy
+            result = function.decompose(*args, **(kwargs or {}))
+            if result is not NotImplemented:
+                return result
         name = f"{function._schema.name.replace('::', '.')}"
         raise InputError(f"{name} of a quantised weight: expected F.linear, F.embedding, or its dequantise() first")
 

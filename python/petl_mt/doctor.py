@@ -1,4 +1,8 @@
-"""`petl-mt doctor`: what is installed here, what serves each op, and does it compute what the reference computes."""
+"""`petl-mt doctor`: what is installed here, what serves each op, and does it compute what the reference computes.
+
+On a card most of the time goes into compiling: some 270 kernels of 16 ops in three dtypes, each about a second of a
+processor. They are compiled side by side, those for bf16 first, and what is compiled is kept on disk.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,21 @@ import importlib
 import os
 import platform
 import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from enum import IntEnum
 from importlib import metadata
+from queue import SimpleQueue
+from typing import NamedTuple
 
 import torch
+
+# After this no check begins. One that runs cannot be stopped: the longest take some seconds more.
+SECONDS = 20
+# Triton compiles without Python's lock, but for a tenth of the time. Each thread that multiplies takes a workspace.
+THREADS = 16
 
 PACKAGES = (
     "torch",
@@ -24,18 +40,119 @@ PACKAGES = (
 )
 
 
+class Verdict(IntEnum):
+    """What is known of a kernel; of several cases the least counts."""
+
+    WRONG = 0
+    UNKNOWN = 1
+    RIGHT = 2
+
+
+Outcome = tuple[Verdict, str]  # and why
+
+
+class Check(NamedTuple):
+    """What a backend's kernels of one op are worth in one dtype."""
+
+    op: str
+    backend: str
+    dtype: torch.dtype
+    verdict: Verdict
+    why: str
+
+
 def doctor() -> int:
-    """Print the report; 0 when every op agrees with the reference on this machine, else 1."""
+    """Print the report, each line as soon as it is known.
+
+    Returns 0 when every op agrees with the reference on this machine, 1 when one does not, and 3 when none is known not
+    to, but time or memory did not suffice to check them all.
+    """
+    from petl_kernels import ops
+    from petl_kernels.device import resolve
+
+    stop = time.monotonic() + SECONDS
+    for line in facts():
+        print(line, flush=True)
+    device = resolve()
+    plain = [op for op in ops.OPS if _default(op, device) == "reference"]
+    print(f"served by plain PyTorch: {', '.join(plain) or 'no op'}")
+    print("parity with the reference:", flush=True)
+    verdicts = Counter()
+    for check in checks(device, stop):
+        print(_line(check, device), flush=True)
+        verdicts[check.verdict] += 1
+    if unknown := verdicts[Verdict.UNKNOWN]:
+        print(
+            f"{unknown} of {verdicts.total()} not checked; what is compiled is kept, so that the next run gets further"
+        )
+    return 1 if verdicts[Verdict.WRONG] else 3 if unknown else 0
+
+
+def checks(device: torch.device, stop: float) -> Iterator[Check]:
+    """Every backend but the reference, op by op in each dtype, as they are finished. ``stop``: see ``_outcome``."""
     from petl_kernels import parity
 
-    print("\n".join(facts()))
-    rows = parity.table()
-    print("\n".join(parity_lines(rows)))
-    return 0 if all(row[3] == "pass" for row in rows) else 1
+    pool = ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1) if device.type == "cuda" else 1)
+    row_of, done, outcomes = {}, SimpleQueue(), defaultdict(list)
+    try:
+        for row in _rows(device):
+            for case in parity.CASES[row[0]]:
+                row_of[pool.submit(_outcome, *row, case, device, stop)] = row
+        for future in row_of:
+            future.add_done_callback(done.put)
+        for _ in row_of:
+            future = done.get()
+            row = row_of[future]
+            outcomes[row].append(future.result())
+            if len(outcomes[row]) == len(parity.CASES[row[0]]):
+                yield Check(*row, *min(outcomes[row]))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _rows(device: torch.device) -> Iterator[tuple[str, str, torch.dtype]]:
+    from petl_kernels import backends, ops, parity
+
+    for dtype in parity.DTYPES:
+        for op in ops.OPS:
+            for backend in backends.serving(op, device):
+                if backend != "reference" and dtype in parity.checked_dtypes(backend):
+                    yield op, backend, dtype
+
+
+def _outcome(op: str, backend: str, dtype: torch.dtype, case: Callable, device: torch.device, stop: float) -> Outcome:
+    """Of one case of ``parity.CASES``, which does not begin after ``stop``, a time of ``time.monotonic``."""
+    from petl_kernels import parity
+
+    if time.monotonic() > stop:
+        return Verdict.UNKNOWN, "no time"
+    try:
+        error = parity.check_case(op, backend, device, dtype, case)
+    except torch.OutOfMemoryError:
+        return Verdict.UNKNOWN, "out of memory"
+    return (Verdict.WRONG, error) if error else (Verdict.RIGHT, "")
+
+
+def _line(check: Check, device: torch.device) -> str:
+    default = _default(check.op, device)
+    if check.verdict == Verdict.RIGHT:
+        text = "pass, serves" if check.backend == default else "pass"
+    elif check.verdict == Verdict.UNKNOWN:
+        text = f"not checked: {check.why}"
+    else:
+        text = f"WRONG: {check.why}" + ("; the reference serves" if check.backend == default != "cpu" else "")
+    return f"{str(check.dtype).removeprefix('torch.'):<8}  {check.op:<20}  {check.backend:<7}  {text}"
+
+
+def _default(op: str, device: torch.device) -> str:
+    """The backend that serves ``op`` if it is right."""
+    from petl_kernels import backends
+
+    return next(name for name in backends.default_order(op, device) if backends.kernel_of(op, name) is not None)
 
 
 def facts() -> list[str]:
-    from petl_kernels import __version__, ops
+    from petl_kernels import __version__
     from petl_kernels.backends import BACKENDS, load_error
 
     lines = [f"petl-kernels {__version__}, Python {sys.version.split()[0]}, {platform.platform()}"]
@@ -45,23 +162,6 @@ def facts() -> list[str]:
     for name in BACKENDS:
         error = load_error(name)
         lines.append(f"backend {name}: {'available' if error is None else f'not here ({error})'}")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    lines += [f"{op} is served by {ops.backend_of(op, device)}" for op in ops.OPS]
-    return lines
-
-
-def parity_lines(rows: list[tuple[str, str, str, str, bool]]) -> list[str]:
-    """The parity check as a table: one line an op and backend, one column a dtype; * marks what serves the op."""
-    dtypes = list(dict.fromkeys(row[2] for row in rows))
-    cells: dict[tuple[str, str], dict[str, str]] = {}
-    for op, backend, dtype, outcome, default in rows:
-        cells.setdefault((op, backend + ("*" if default else "")), {})[dtype] = outcome
-    widths = [max(len(key[i]) for key in cells) for i in (0, 1)]
-    lines = ["parity with the reference:"]
-    lines.append("  ".join(["op".ljust(widths[0]), "backend".ljust(max(7, widths[1])), *dtypes]))
-    for (op, backend), outcomes in cells.items():
-        columns = [outcomes.get(dtype, "-").ljust(len(dtype)) for dtype in dtypes]
-        lines.append("  ".join([op.ljust(widths[0]), backend.ljust(max(7, widths[1])), *columns]).rstrip())
     return lines
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 import petl_kernels as pk
+from petl_kernels.backends import turned_down
 from petl_kernels.device import resolve
 from petl_kernels.errors import InputError
 from petl_kernels.graphs import check_device
@@ -181,6 +182,7 @@ class _Training:
         self.checkpoints = Checkpoints(run.checkpoints)
         self.durations: list[float] = []
         self.losses: list[float] = []
+        self.told = 0  # of what has been turned down
         self._prepare_folder(resuming)
         pad = self.tokenizer.pad_token_id
         given = (self.model, self.optimizer, self.accelerator, config, self.plan, self.start, pad, self.log.say)
@@ -337,6 +339,14 @@ class _Training:
         seconds = time.perf_counter() - began
         progress.seconds = before + seconds
         self.durations.append(seconds)
+        self._tell_turned_down()
+
+    def _tell_turned_down(self) -> None:
+        """A line for each backend that has been found wrong on this card, once: what serves instead may be slow."""
+        for backend in turned_down()[self.told :]:
+            self.told += 1
+            self.log.say(str(backend))
+            self.log.metrics(self.progress.step, turned_down=str(backend))
 
     def _log_step(self, progress: Progress, lr: float, numbers: list[float]) -> None:
         """``progress`` as it was after the update whose loss and norm these are."""
@@ -425,6 +435,7 @@ class _Training:
         self.model.eval()
         self._write_weights()
         scores = self._score()
+        self._tell_turned_down()
         trained = sum(p.numel() for p in self.parameters)
         steady = self.durations[min(5, len(self.durations) // 2) :] or [progress.seconds / max(1, progress.step)]
         result = RunResult(

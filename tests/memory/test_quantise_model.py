@@ -283,16 +283,34 @@ def test_merging_makes_one_weight_dense_after_the_other(storage):
     assert layers * one < peak - dense < small + 2 * layers * one + 2.5 * TILE_BYTES  # a tile, twice
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+on_devices = pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")],
+        ),
+    ],
+)
+
+
+@on_devices
 @storages
-def test_merging_on_a_gpu(storage):
-    model = quantise_model(pk.adapt(build("m2m100").cuda(), METHODS_TO_MERGE["lora-tied"]), storage)
+def test_merging_stays_on_the_device_and_says_how_much_it_has_rounded(device, storage):
+    model = quantise_model(pk.adapt(build("m2m100").to(device), METHODS_TO_MERGE["lora-tied"]), storage)
+    pk.merge(model)
+    # B = 0: the values of int8 are on their grid, most often to the bit; those of NF4 are not on the new one
+    assert pk.report(model).merge_error < 1e-6 if storage == "int8" else pk.report(model).merge_error > 1e-4
+    pk.unmerge(model)
+    torch.manual_seed(0)
+    for parameter in pk.trainable_parameters(model):
+        nn.init.normal_(parameter, std=0.1)
     before = parts_by_name(model)
     pk.merge(model)
-    assert all(p.is_cuda for p in model.parameters()) and pk.report(model).merge_error > 0
+    assert all(p.device.type == device for p in model.parameters()) and pk.report(model).merge_error > 1e-3
     pk.unmerge(model)
-    assert all(p.is_cuda for p in model.parameters()) and same_parts(parts_by_name(model), before)
+    assert all(p.device.type == device for p in model.parameters()) and same_parts(parts_by_name(model), before)
 
 
 def test_what_is_set_aside_changes_device_in_place():

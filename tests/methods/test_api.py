@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import petl_kernels as pk
+from petl_kernels import backends
 from petl_kernels.errors import InputError
 from petl_kernels.methods import METHODS, adapter_state, from_dict, load_adapter_state
 
@@ -211,3 +212,20 @@ def test_shared_parameters_are_given_once(m2m100):
     pk.adapt(m2m100, pk.FullFineTuning())
     parameters = pk.trainable_parameters(m2m100)
     assert len(parameters) == len(set(parameters)) and all(isinstance(p, nn.Parameter) for p in parameters)
+
+
+def test_the_report_says_what_was_turned_down_on_the_models_device(m2m100, monkeypatch):
+    cpu, card = torch.device("cpu"), torch.device("cuda", 0)
+    errors = {
+        ("lora_linear", "triton", cpu, torch.float32): "_group: dx is off by 1, allowed 0.1",
+        ("attention", "triton", cpu, torch.bfloat16): None,
+        ("attention", "triton", card, torch.bfloat16): "_causal: o is off by 1, allowed 0.1",
+    }
+    monkeypatch.setattr(backends, "_parity_errors", errors)
+    expected = "triton lora_linear is not used on cpu in float32: _group: dx is off by 1, allowed 0.1"
+    for model in (m2m100.requires_grad_(False), pk.adapt(m2m100, pk.LoRA(rank=2))):
+        report = pk.report(model)
+        assert report.turned_down == (expected,) and expected in str(report).splitlines()
+        assert json.loads(json.dumps(report.to_dict()))["turned_down"] == [expected]
+    monkeypatch.setattr(backends, "_parity_errors", {})
+    assert pk.report(m2m100).turned_down == () and "is not used" not in str(pk.report(m2m100))

@@ -3,6 +3,8 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -374,6 +376,60 @@ def test_without_memory(storage):
     real = quantise(weight_of(), storage)
     converted = mode.from_tensor(real)
     assert isinstance(converted, QuantisedTensor) and converted.shape == real.shape
+
+
+@pytest.mark.parametrize("state", [torch.inference_mode, torch._C._AutoDispatchBelowAutograd, torch.no_grad])
+@storages
+def test_it_changes_dtype_and_device_below_autograd_too(storage, state):
+    """There PyTorch hands over ``to`` itself, not what it is made of."""
+    weight = quantise(weight_of(), storage)
+    changes = {
+        FP64: lambda w: w.double(),
+        FP16: lambda w: w.half(),
+        BF16: lambda w: w.to(BF16),
+        FP32: lambda w: w.to("cpu", FP32),
+    }
+    with state():
+        for dtype, change in changes.items():
+            changed = change(weight)
+            assert isinstance(changed, QuantisedTensor) and changed.dtype == dtype
+            assert all(map(torch.equal, changed.parts(), weight.parts()))
+        assert weight.to("meta").is_meta and weight.to(torch.empty(1, dtype=FP64)).dtype == FP64
+        assert weight.cpu() is weight and weight.to(FP32, copy=True).packed is not weight.packed
+        for refused, name in (
+            (lambda: weight + 1, "add"),
+            (lambda: weight.T, "permute|numpy_T|t"),
+            (weight.mean, "mean"),
+        ):
+            with pytest.raises(InputError, match=rf"aten.({name}) of a quantised weight: expected F.linear"):
+                refused()
+        with pytest.raises(InputError, match="to torch.int32 of a quantised weight: expected a floating-point dtype"):
+            weight.int()
+
+
+OTHER_DEFAULTS = """
+import sys, torch
+torch.set_default_dtype(getattr(torch, sys.argv[1]))
+from petl_kernels import ops, parity
+for backend in ops.available_backends():
+    for op in ("quantise_nf4", "dequantise", "quantised_project", "quantised_embedding"):
+        error = parity.check(op, backend, "cpu", torch.float32)
+        assert error is None, (backend, op, error)
+torch.set_default_dtype(torch.float32)
+weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+parts = ops.quantised.quantise(weight, "nf4").parts()
+print(*[part.double().sum().item() for part in parts])
+"""
+
+
+def test_tables_are_those_of_fp32_whatever_the_default_dtype_is_when_they_are_made():
+    """transformers sets it while it loads a model. The tables are made once a process."""
+    kinds = ("float32", "bfloat16", "float64")
+    runs = [
+        subprocess.run([sys.executable, "-c", OTHER_DEFAULTS, kind], capture_output=True, text=True) for kind in kinds
+    ]
+    assert not any(run.returncode for run in runs), [run.stderr for run in runs]
+    assert len({run.stdout for run in runs}) == 1
 
 
 # ---- wrong input ----------------------------------------------------------------------------------------------------

@@ -108,11 +108,11 @@ def test_on_cuda_a_backend_is_taken_when_the_check_passes(router, monkeypatch):
     asked = []
     monkeypatch.setattr(parity, "check", lambda *args: asked.append(args))
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
-        assert router._choose("lora_linear", CUDA, "", dtype) == "triton"
-        assert router._choose("lora_linear_backward", CUDA, "", dtype) == "triton"
-        assert router._choose("frozen_linear", CUDA, "", dtype) == "reference"
+        assert router.backend_of("lora_linear", CUDA, dtype) == "triton"
+        assert router.backend_of("lora_linear_backward", CUDA, dtype) == "triton"
+        assert router.backend_of("frozen_linear", CUDA, dtype) == "reference"
         # the pretended backend has no such op
-        assert router._choose("bottleneck_adapter", CUDA, "", dtype) == "reference"
+        assert router.backend_of("bottleneck_adapter", CUDA, dtype) == "reference"
     # once for both directions, and not for a dtype that Triton's kernels hand on
     assert asked == [("lora_linear", "triton", CUDA, dtype) for dtype in (torch.bfloat16, torch.float32)]
 
@@ -124,10 +124,10 @@ def test_on_cuda_a_backend_that_fails_the_check_is_left_out_with_one_warning(rou
     monkeypatch.setattr(parity, "check", check)
     expected = "triton lora_linear is not used on cuda:0 in bfloat16: y0 is off by 1"
     with pytest.warns(UserWarning, match=expected) as record:
-        assert router._choose("lora_linear", CUDA, "", torch.bfloat16) == "reference"
-        assert router._choose("lora_linear_backward", CUDA, "", torch.bfloat16) == "reference"
+        assert router.backend_of("lora_linear", CUDA, torch.bfloat16) == "reference"
+        assert router.backend_of("lora_linear_backward", CUDA, torch.bfloat16) == "reference"
     assert len(record) == 1
-    assert router._choose("lora_linear", CUDA, "", torch.float16) == "triton"
+    assert router.backend_of("lora_linear", CUDA, torch.float16) == "triton"
 
 
 @needs_extension
@@ -135,7 +135,7 @@ def test_no_check_and_no_warning_on_the_cpu(monkeypatch):
     monkeypatch.setattr(parity, "check", None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert backends._choose("lora_linear", torch.device("cpu"), "", torch.float32) == "cpu"
+        assert backends.backend_of("lora_linear", torch.device("cpu"), torch.float32) == "cpu"
 
 
 WITHOUT_EXTENSION = """

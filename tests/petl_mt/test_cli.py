@@ -188,23 +188,6 @@ def test_a_run_of_several_pairs_asks_which(parent, monkeypatch, capsys):
     assert out.getvalue().count(b"\n") == 1
 
 
-def test_doctor(capsys):
-    assert main(["doctor"]) == 0
-    report = capsys.readouterr().out
-    for word in ("torch 2", "transformers", "device: ", "extension: ", "backend reference: available"):
-        assert word in report
-    table = report.split("parity with the reference:\n")[1].splitlines()
-    assert table[0].split() == ["op", "backend", "float32", "bfloat16", "float16"]
-    assert {line.split()[0] for line in table[1:]} == set(pk.ops.OPS)
-    assert sum("*" in line for line in table[1:]) == len(pk.ops.OPS)
-
-
-def test_doctor_fails_when_an_op_is_wrong(monkeypatch, capsys):
-    monkeypatch.setattr(pk.parity, "table", lambda: [("lora_linear", "cpu", "float32", "dx is off by 1", True)])
-    assert main(["doctor"]) == 1
-    assert "dx is off by 1" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("command", ["train", "translate", "score", "merge", "bench", "doctor", "demo", "study"])
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as end:

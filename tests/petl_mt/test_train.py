@@ -14,6 +14,7 @@ from petl_mt.train import TrainingStopped, _Training, train
 from safetensors.torch import load_file
 from transformers import M2M100ForConditionalGeneration
 
+from petl_kernels import backends
 from petl_kernels.errors import InputError
 from petl_kernels.methods import METHODS
 
@@ -200,3 +201,39 @@ def test_tensorboard_is_written_when_asked(settings):
     pytest.importorskip("tensorboard")
     train(TrainConfig(**{**settings, "steps": 2, "valid": [], "tensorboard": True}), quiet=True)
     assert list(Path(settings["out"]).glob("tensorboard/events*"))
+
+
+def test_what_a_check_turned_down_is_in_the_log_once(settings, monkeypatch, capsys):
+    """One in the first update, one in the third, one while the run is scored."""
+    settings |= {"steps": 4, "eval_every": 4}
+    errors = {}
+    monkeypatch.setattr(backends, "_parity_errors", errors)
+
+    def found(op: str) -> None:
+        errors[op, "triton", torch.device("cuda", 0), torch.bfloat16] = "y is off by 1, allowed 0.1"
+
+    loop = _Training(TrainConfig(**settings), RunFolder(Path(settings["out"])), resuming=False, quiet=False)
+    gradients, score = loop.update.gradients, loop._score
+    found_in = {0: ["lora_linear"], 2: ["attention"]}
+
+    def with_first_uses(*given):
+        for op in found_in.get(loop.progress.step, []):
+            found(op)
+        return gradients(*given)
+
+    def score_with_first_use():
+        found("dequantise")
+        return score()
+
+    loop.update.gradients, loop._score = with_first_uses, score_with_first_use
+    loop.run()
+    said = [line for line in capsys.readouterr().err.splitlines() if "is not used" in line]
+    expected = [
+        f"triton {op} is not used on cuda:0 in bfloat16: y is off by 1, allowed 0.1"
+        for op in ("lora_linear", "attention", "dequantise")
+    ]
+    assert said == expected
+    lines = [json.loads(line) for line in (Path(settings["out"]) / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["turned_down"]) for line in lines if "turned_down" in line] == list(
+        zip((1, 3, 4), expected, strict=True)
+    )
