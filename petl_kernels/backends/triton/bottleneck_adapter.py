@@ -14,9 +14,9 @@ mean c1 cancels in fp32, which leaves 16-bit inputs exact enough; fp32 inputs ar
 columns beforehand, and so are the sums behind the variance in every dtype.
 
 Bytes, 16-bit, for t tokens of width d, bottleneck m, R rows in a block. Device memory: x in and y out, 4td. L2: x
-a second time for the residual (2td) and both matrices once for each block of rows (4dm t / R). Keeping a block of
-rows on chip instead (2Rd bytes: 128 KB at R = 64, d = 1024, of 227) leaves no room to pipeline the matrices, and
-R = 32 reads them twice as often: at m = 64 that costs 4td more to save 2td. So the columns are streamed twice, and
+again for its statistics and for the residual (4td) and both matrices once for each block of rows (4dm t / R). Keeping a
+block of rows on chip instead (2Rd bytes: 128 KB at R = 64, d = 1024, of 227) leaves no room to pipeline the matrices,
+and R = 32 reads them twice as often: at m = 64 that costs 4td more to save 2td. So the columns are streamed twice, and
 any d works. Above `config.ADAPTER_LIMIT` the z of a block of rows no longer fits its registers: then one launch
 writes act(z) (2tm bytes) and a second multiplies it by U.
 

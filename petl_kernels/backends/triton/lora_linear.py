@@ -405,10 +405,10 @@ def _b_gradients(
     for start in range(begin, stop, BM):
         tile = load_rows(dy, stride_dy, start, stop, cols, col_inside, BM)
         right = load_rows(s_g, stride_s, start, stop, rank, rank_inside, BM)
-        acc = tl.dot(tl.trans(tile), right, acc, input_precision="ieee")
         if BIAS:
             sums += tl.sum(ahead.to(tl.float32), 0)
             ahead = load_rows(dy, stride_dy, start + BM, sum_stop, cols, col_inside, BM)
+        acc = tl.dot(tl.trans(tile), right, acc, input_precision="ieee")
 
     before = 0
     for i in tl.static_range(len(sizes) - 1):
