@@ -66,6 +66,7 @@ def test_compiled_kernels(card):
         assert report["stack"] <= 16, report
         assert report["shared"] <= SHARED_MEMORY[card], report
         assert not report["atomics"], report
+        assert not report.get("races"), report
         if report["kernel"] != "_sum_kernel":
             assert report["instructions"][MATRIX_INSTRUCTION[card]], report
         if report["kernel"] in WITH_TMA:

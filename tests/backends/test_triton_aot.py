@@ -1,4 +1,4 @@
-"""Every Triton kernel compiled without a GPU: matrix instructions, spilled registers, shared memory."""
+"""Every Triton kernel compiled without a GPU: matrix instructions, spilled registers, shared memory, data races."""
 
 from __future__ import annotations
 
@@ -35,6 +35,12 @@ WITH_PRODUCT = {
 }
 # The rows of the matrix instruction, where they are not the rows of the result: BN counts the rows of the weight.
 LEFT = {"_quantised_project_kernel": "BN"}
+# Those whose products run on while the tiles of a later step are copied, on cards with MATRIX_INSTRUCTION.
+BESIDE_COPIES = {
+    *("_matmul_kernel", "_outputs_kernel", "_input_gradient_kernel", "_adapter_gradients_kernel", "_forward_kernel"),
+    *("_backward_kernel", "_latent_kernel", "_latent_backward_kernel", "_up_kernel", "_dx_kernel"),
+    *("_token_sums_kernel", "_quantised_project_kernel"),
+}
 # ptxas spills a register or two of its own accord where that lets one more block on a multiprocessor.
 STACK = 16
 
@@ -57,6 +63,7 @@ def compile_kernels(card: str) -> list[dict]:
 
 
 def problems(card: str, report: dict) -> Iterator[str]:
+    yield from report["races"]
     if report["stack"] > STACK:
         yield f"spills {report['stack']} bytes"
     if report["shared"] > SHARED_MEMORY[card]:
@@ -66,8 +73,13 @@ def problems(card: str, report: dict) -> Iterator[str]:
     if report["kernel"] in WITH_PRODUCT:
         if not report["instructions"]["cp.async.c"]:
             yield "does not copy its operands ahead"
+        if not report["reads"]:
+            yield "shows the audit of races no tile that is copied ahead"
         # fp32 keeps its precision, so it has no matrix instruction; blocks under 64 rows have Ampere's.
         large = report["constexprs"][LEFT.get(report["kernel"], "BM")] >= 64
         instruction = MATRIX_INSTRUCTION.get(card, "mma.sync") if large else "mma.sync"
         if report["dtype"] != "float32" and not report["instructions"][instruction]:
             yield f"has no {instruction}"
+        beside = large and card in MATRIX_INSTRUCTION and report["kernel"] in BESIDE_COPIES
+        if report["dtype"] != "float32" and beside and not report["overlaps"]:
+            yield "shows the audit of races no copy beside a product"

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 import triton
+import triton_races
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -105,7 +106,8 @@ def source(kernel, args: tuple, constexprs: dict) -> ASTSource:
     return ASTSource(kernel, {name: signature[name] for name in kernel.arg_names}, constants, attributes)
 
 
-def compile_launch(card: str, kernel, args, constexprs, options) -> dict:
+def compile_launch(card: str, kernel, args, constexprs, options, audited: bool = True) -> dict:
+    """What the compiler says of one launch; and the audit of it (triton_races.py), where that is wanted."""
     compiled = triton.compile(
         source(kernel, args, constexprs), target=GPUTarget("cuda", CARDS[card][0], 32), options=options
     )
@@ -127,6 +129,7 @@ def compile_launch(card: str, kernel, args, constexprs, options) -> dict:
         "instructions": {
             name: ptx.count(name) for name in ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "cp.async.c")
         },
+        **(triton_races.audit(compiled.asm["ttgir"])._asdict() if audited else {}),
     }
 
 

@@ -281,6 +281,16 @@ LARGE = {
         )
         for m, activation in ((16, "relu"), (64, "relu"), (64, "gelu"), (100, "silu"), (256, "relu"), (400, "gelu"))
     },
+    # Sizes that the tiles divide: products and copies of all blocks keep time with each other, and a race between them
+    # shows as an error that stays. These sum what they multiply (triton/common.py).
+    **{
+        f"bottleneck_adapter-8192-rows-{m}{'' if norm else '-no-norm'}": (
+            "bottleneck_adapter",
+            lambda draw, m=m, norm=norm: adapter(draw, (8192,), 1024, m, norm=norm, adapter_dtype=torch.float32),
+        )
+        for m, norm in ((64, True), (256, True), (512, True), (64, False))
+    },
+    "lora_linear-8192-rows-bias": ("lora_linear", lambda draw: lora(draw, (8192,), (1024,), 1024, (16,))),
     **{f"layer_norm-{d}": ("layer_norm", lambda draw, d=d: layer_norm(draw, (2050,), d)) for d in (1032, 8200)},
     "rms_norm-1032": ("rms_norm", lambda draw: rms_norm(draw, (8200,), 1032, parameter_dtype=torch.float32)),
     **{

@@ -14,9 +14,9 @@ mean c1 cancels in fp32, which leaves 16-bit inputs exact enough; fp32 inputs ar
 columns beforehand, and so are the sums behind the variance in every dtype.
 
 Bytes, 16-bit, for t tokens of width d, bottleneck m, R rows in a block. Device memory: x in and y out, 4td. L2: x
-a second time for the residual (2td) and both matrices once for each block of rows (4dm t / R). Keeping a block of
-rows on chip instead (2Rd bytes: 128 KB at R = 64, d = 1024, of 227) leaves no room to pipeline the matrices, and
-R = 32 reads them twice as often: at m = 64 that costs 4td more to save 2td. So the columns are streamed twice, and
+again for its statistics and for the residual (4td) and both matrices once for each block of rows (4dm t / R). Keeping a
+block of rows on chip instead (2Rd bytes: 128 KB at R = 64, d = 1024, of 227) leaves no room to pipeline the matrices,
+and R = 32 reads them twice as often: at m = 64 that costs 4td more to save 2td. So the columns are streamed twice, and
 any d works. Above `config.ADAPTER_LIMIT` the z of a block of rows no longer fits its registers: then one launch
 writes act(z) (2tm bytes) and a second multiplies it by U.
 
@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 from petl_kernels.backends.triton import config
 from petl_kernels.backends.triton.activation import activate, derivative
-from petl_kernels.backends.triton.common import as_rows, launch, load, store, swizzle
+from petl_kernels.backends.triton.common import as_rows, launch, load, load_rows, store, swizzle
 
 
 def bottleneck_adapter(
@@ -253,8 +253,8 @@ def _latent(
     shift = tl.zeros((BM,), tl.float32)
     if LN:
         k = tl.arange(0, BK)
-        first = load(x + rows[:, None] * stride_x + k[None, :], row_inside, k < d)
-        shift = tl.sum(first.to(tl.float32), 1) / min(d, BK)
+        ahead = load(x + rows[:, None] * stride_x + k[None, :], row_inside, k < d)
+        shift = tl.sum(ahead.to(tl.float32), 1) / min(d, BK)
 
     z = tl.zeros((BM, BR), tl.float32)
     da = tl.zeros((BM, BR), tl.float32)
@@ -263,8 +263,9 @@ def _latent(
     for start in range(0, d, BK):
         k = start + tl.arange(0, BK)
         left = load(x + rows[:, None] * stride_x + k[None, :], row_inside, k < d)
-        if LN:
-            centred = tl.where((k < d)[None, :], left.to(tl.float32) - shift[:, None], 0.0)
+        if LN:  # from a load that feeds no product (common.py)
+            centred = tl.where((k < d)[None, :], ahead.to(tl.float32) - shift[:, None], 0.0)
+            ahead = load(x + rows[:, None] * stride_x + (k + BK)[None, :], row_inside, k + BK < d)
             total += tl.sum(centred, 1)
             square += tl.sum(centred * centred, 1)
             if x.dtype.element_ty == tl.float32:
@@ -485,31 +486,42 @@ def _token_sums_kernel(
 
     split, splits = tl.program_id(1), tl.num_programs(1)
     length = tl.cdiv(tl.cdiv(M, BM), splits) * BM
-    stop = min((split + 1) * length, M)
+    begin, stop = split * length, min((split + 1) * length, M)
+    sums_wide, sums_narrow = is_up & (chunk == 0), (is_up == 0) & (tl.program_id(0) == 0)
     acc = tl.zeros((BN, BR), tl.float32)
     wide_sum = tl.zeros((BN,), tl.float32)
     narrow_sum = tl.zeros((BR,), tl.float32)
-    for start in range(split * length, stop, BM):
-        rows = (start + tl.arange(0, BM)).to(tl.int64)
-        row_inside = rows < stop
-        tile = load(wide + rows[:, None] * stride + cols[None, :], row_inside, col_inside)
-        right = load(narrow + rows[:, None] * m + latent[None, :], row_inside, latent_inside)
-        wide_sum += tl.sum(tile.to(tl.float32), 0)
-        narrow_sum += tl.sum(right.to(tl.float32), 0)
+    # Sums have loads that feed no product (common.py), of no rows where they are not stored. With LN the product takes
+    # its tile from registers, as the sum then does, too.
+    wide_stop, narrow_stop = tl.where(sums_wide, stop, 0), tl.where(sums_narrow, stop, 0)
+    narrow_ahead = load_rows(narrow, m, begin, narrow_stop, latent, latent_inside, BM)
+    if not LN:
+        wide_ahead = load_rows(wide, stride, begin, wide_stop, cols, col_inside, BM)
+    for start in range(begin, stop, BM):
+        tile = load_rows(wide, stride, start, stop, cols, col_inside, BM)
+        right = load_rows(narrow, m, start, stop, latent, latent_inside, BM)
+        narrow_sum += tl.sum(narrow_ahead.to(tl.float32), 0)
+        narrow_ahead = load_rows(narrow, m, start + BM, narrow_stop, latent, latent_inside, BM)
         if LN:
+            wide_sum += tl.sum(tile.to(tl.float32), 0)
+            rows = start + tl.arange(0, BM)
+            row_inside = rows < stop
             mean = tl.where(is_up, 0.0, tl.load(statistics + rows, mask=row_inside, other=0.0))
             rstd = tl.where(is_up, 1.0, tl.load(statistics + M + rows, mask=row_inside, other=0.0))
             tile = ((tile.to(tl.float32) - mean[:, None]) * rstd[:, None]).to(tile.dtype)
+        else:
+            wide_sum += tl.sum(wide_ahead.to(tl.float32), 0)
+            wide_ahead = load_rows(wide, stride, start + BM, wide_stop, cols, col_inside, BM)
         acc = tl.dot(tl.trans(tile), right, acc, input_precision="ieee")
 
     out = partials + split.to(tl.int64) * (2 * d * m + d + m)
     if is_up:
         store(out + d * m + cols[:, None] * m + latent[None, :], scale * acc, col_inside, latent_inside)
-        if chunk == 0:
+        if sums_wide:
             tl.store(out + 2 * d * m + cols, scale * wide_sum, mask=col_inside)
     else:
         store(out + latent[None, :] * d + cols[:, None], acc, col_inside, latent_inside)
-        if tl.program_id(0) == 0:
+        if sums_narrow:
             tl.store(out + 2 * d * m + d + latent, narrow_sum, mask=latent_inside)
 
 

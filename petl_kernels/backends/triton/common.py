@@ -3,6 +3,12 @@
 Every product accumulates in fp32 and asks for `input_precision="ieee"`, which matters for fp32 inputs only:
 TF32 would miss the error criterion of the ops. No float atomics anywhere: sums over tokens are split into parts
 that `sum_partials` adds in a fixed order, so two runs agree bitwise.
+
+A load that feeds a product in a loop feeds nothing else. On sm_90 a product still reads shared memory when the next
+step has begun, and Triton's pipeline gives its operand a buffer more for that only if the product is the load's one
+use; else the copy for a later step overwrites what the product reads. So a sum of the same tile has a load of its own,
+a step ahead: Triton cannot take the two for one, and it hits the L2 cache. tests/backends/triton_races.py finds what
+breaks this in the compiled code.
 """
 
 from __future__ import annotations
@@ -59,6 +65,13 @@ def _sum_kernel(partials, outs, sizes, splits, total, BLOCK: tl.constexpr):
 def load(pointers, row_inside, col_inside):
     """A tile, with zeros outside."""
     return tl.load(pointers, mask=row_inside[:, None] & col_inside[None, :], other=0.0)
+
+
+@triton.jit
+def load_rows(pointer, stride, start, stop, cols, col_inside, ROWS: tl.constexpr):
+    """Rows start to start + ROWS of a matrix, with zeros from row `stop` on."""
+    rows = (start + tl.arange(0, ROWS)).to(tl.int64)
+    return load(pointer + rows[:, None] * stride + cols[None, :], rows < stop, col_inside)
 
 
 @triton.jit

@@ -29,6 +29,7 @@ from petl_kernels.backends.triton.common import (
     dropout_arguments,
     launch,
     load,
+    load_rows,
     pick,
     stacked_rows,
     start_of,
@@ -398,14 +399,16 @@ def _b_gradients(
 
     acc = tl.zeros((BN, BR), tl.float32)
     sums = tl.zeros((BN,), tl.float32)
+    if BIAS:  # from a load that feeds no product (common.py), and of no rows where the sums are not stored
+        sum_stop = tl.where(chunk == 0, stop, 0)
+        ahead = load_rows(dy, stride_dy, begin, sum_stop, cols, col_inside, BM)
     for start in range(begin, stop, BM):
-        rows = (start + tl.arange(0, BM)).to(tl.int64)
-        inside = rows < stop
-        tile = load(dy + rows[:, None] * stride_dy + cols[None, :], inside, col_inside)
-        right = load(s_g + rows[:, None] * stride_s + rank[None, :], inside, rank_inside)
-        acc = tl.dot(tl.trans(tile), right, acc, input_precision="ieee")
+        tile = load_rows(dy, stride_dy, start, stop, cols, col_inside, BM)
+        right = load_rows(s_g, stride_s, start, stop, rank, rank_inside, BM)
         if BIAS:
-            sums += tl.sum(tile.to(tl.float32), 0)
+            sums += tl.sum(ahead.to(tl.float32), 0)
+            ahead = load_rows(dy, stride_dy, start + BM, sum_stop, cols, col_inside, BM)
+        acc = tl.dot(tl.trans(tile), right, acc, input_precision="ieee")
 
     before = 0
     for i in tl.static_range(len(sizes) - 1):
