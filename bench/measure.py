@@ -3,8 +3,8 @@
 Checked before it is timed: values and gradients on fresh random inputs against the formula in float64; its error may be
 at most twice the one that the formula itself makes in the inputs' dtype. Timed warm, on inputs that are not in the
 cache: as many copies, each drawn anew, as fill it twice take turns. On CUDA the times are the device's, between events,
-with a queue that is filled before the first of them, and no synchronisation between rounds; what no queue holds, such as
-a whole step, is timed by the profiler. `wall_seconds` beside them is the host's and the device's time together.
+with a queue that is filled before the first of them, and no synchronisation between rounds; what no queue holds, such
+as a whole step, is timed by the profiler. `wall_seconds` beside them is the host's and the device's time together.
 """
 
 from __future__ import annotations
@@ -258,7 +258,10 @@ def _record_cuda(benchmark, case: Case, run: Callable, counted: Counts, implemen
 
 
 def device_seconds(run: Callable, rounds: int) -> tuple[list[float], list[float]]:
-    """(the device's seconds of each round, the host's and the device's together of some)"""
+    """(the device's seconds of each round, the host's and the device's together of some)
+
+    Where neither a queue nor the profiler can tell them apart, the second are also the first.
+    """
     for _ in range(max(3, rounds // 5)):
         run()
     walls = []
@@ -269,7 +272,7 @@ def device_seconds(run: Callable, rounds: int) -> tuple[list[float], list[float]
         torch.cuda.synchronize()
         walls.append(time.perf_counter() - began)
     seconds = queued_seconds(run, rounds, 2 * statistics.median(walls))
-    return seconds or busy_seconds(run, rounds), walls
+    return seconds or busy_seconds(run, rounds) or walls, walls
 
 
 def queued_seconds(run: Callable, rounds: int, ahead: float) -> list[float]:
@@ -294,7 +297,7 @@ def queued_seconds(run: Callable, rounds: int, ahead: float) -> list[float]:
 
 
 def busy_seconds(run: Callable, rounds: int) -> list[float]:
-    """Seconds of each round in which the device had something to do, by PyTorch's profiler."""
+    """Seconds of each round in which the device had something to do, by PyTorch's profiler; empty if it sees none."""
     found = []
     for _ in range(rounds):
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiled:
@@ -302,7 +305,7 @@ def busy_seconds(run: Callable, rounds: int) -> list[float]:
             torch.cuda.synchronize()
         on_device = [event for event in profiled.events() if event.device_type == torch.autograd.DeviceType.CUDA]
         found.append(covered([(event.time_range.start, event.time_range.end) for event in on_device]) / 1e6)
-    return found
+    return found if all(found) else []
 
 
 def covered(spans: list[tuple[float, float]]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import safetensors.torch
@@ -15,13 +16,13 @@ DRAWN = 1_000_003
 
 
 def random_weights(config, device: str) -> dict[str, Tensor]:
-    """A value for each parameter of the model of ``config``, tied ones once, made on ``device`` (matrices: std 0.02)."""
+    """A value for each parameter of the model of ``config``, tied ones once, made on ``device``."""
     noise = _noise(device)
     return {name: _values(name, parameter.shape, noise) for name, parameter in skeleton(config).named_parameters()}
 
 
 def frozen_model(config, weights: dict[str, Tensor]) -> nn.Module:
-    """A model of ``config`` around ``weights``, in their dtype, nothing trained; models made from the same share them."""
+    """A model of ``config`` in the dtype of ``weights``, which it shares with all that are made from them; all frozen."""
     model = skeleton(config)
     made = {id(p): nn.Parameter(weights[name], requires_grad=False) for name, p in model.named_parameters()}
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
@@ -41,7 +42,9 @@ def write_checkpoint(config, folder: Path, device: str = "cpu") -> None:
     config.save_pretrained(folder)
     for part, parameters in files.items():
         tensors = {name: _values(name, parameter.shape, noise) for name, parameter in parameters.items()}
-        safetensors.torch.save_file(tensors, folder / f"{part}.safetensors")
+        safetensors.torch.save_file(tensors, folder / f"{part}.safetensors", metadata={"format": "pt"})
+    places = {name: f"{part}.safetensors" for part, parameters in files.items() for name in parameters}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
 
 
 def _noise(device: str) -> Tensor:

@@ -54,8 +54,9 @@ READING = """<p>The limit is the least that anybody has to do: the frozen produc
 time over the limit, with a thin line from the first to the third quartile. Roofline is the time that the machine's
 measured matmul and copy rates allow, over the time taken; it is above 100% where the data stayed in a cache that the
 measured copy does not fit. Spread is the interquartile range over the median.</p>"""
-WALL = """<p>Times and bars are the device's, measured in a queue that is filled ahead of it. Wall is what one call takes
-from an idle queue, the host's part included: what a training loop sees where the host is no faster than the device.</p>"""
+WALL = """<p>Times and bars are the device's, measured in a queue that is filled ahead of it. Wall is what one call
+takes from an idle queue, the host's part included: what a training loop sees where the host is slower than the
+device.</p>"""
 
 
 def _where(runs: Sequence[Run]) -> str:

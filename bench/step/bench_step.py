@@ -54,24 +54,21 @@ def weights(device):
     "implementation", [pytest.param(n, marks=pytest.mark.peer if n in PEERS else ()) for n in IMPLEMENTATIONS]
 )
 def test_step(benchmark, implementation, weights, device):
+    gc.collect()  # modules refer to one another: adapters and gradients of the last ones are still there
     layers, d, ffn, _, words = SHAPE
     torch.manual_seed(0)
     net = IMPLEMENTATIONS[implementation](frozen_model(m2m_config(*SHAPE), weights)).train()
-    parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
     source, labels = (torch.randint(4, words, (ROWS[device], LENGTH), device=device) for _ in range(2))
-    mask = torch.ones_like(source)
+    counted = counts.step(layers, source.numel(), d, ffn, words, torch.bfloat16.itemsize)
+    case = Case("step", "m2m-418m", source.numel(), "bfloat16", device, "LoRA r=16", rounds=5)
+    record(benchmark, case, implementation, step_of(net, source, labels), counted)
+
+
+def step_of(net, source: torch.Tensor, labels: torch.Tensor):
+    parameters, mask = [parameter for parameter in net.parameters() if parameter.requires_grad], torch.ones_like(source)
 
     def step() -> None:
         loss = net(input_ids=source, attention_mask=mask, labels=labels, use_cache=False).loss
         torch.autograd.grad(loss, parameters)
 
-    tokens = source.numel()
-    record(
-        benchmark,
-        Case("step", "m2m-418m", tokens, "bfloat16", device, "LoRA r=16", rounds=5),
-        implementation,
-        step,
-        counts.step(layers, tokens, d, ffn, words, torch.bfloat16.itemsize),
-    )
-    del net, parameters, step
-    gc.collect()  # modules refer to one another; the next model's adapters and activations want their place
+    return step

@@ -1,4 +1,4 @@
-"""Models with random weights: made once, shared by those that train adapters beside them, and written as checkpoints."""
+"""Models with random weights: made once, shared by those that train beside them, and written as checkpoints."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 from random_model import frozen_model, random_weights, write_checkpoint
 from shapes import m2m_config
+from transformers import M2M100ForConditionalGeneration
 
 import petl_kernels as pk
 from petl_kernels.interop.hf import load_weights, skeleton
@@ -42,8 +43,10 @@ def test_all_of_it_is_in_the_weights_dtype(weights):
 
 def test_a_checkpoint_has_the_same_weights(weights, tmp_path):
     write_checkpoint(CONFIG, tmp_path)
-    model = load_weights(tmp_path, skeleton(CONFIG), lambda name, tensor: tensor)
-    assert {name for name, _ in model.named_parameters()} == set(weights)
-    assert all(torch.equal(parameter, weights[name]) for name, parameter in model.named_parameters())
+    models = [load_weights(tmp_path, skeleton(CONFIG), lambda name, tensor: tensor)]
+    models.append(M2M100ForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16))
+    for model in models:
+        assert {name for name, _ in model.named_parameters()} == set(weights)
+        assert all(torch.equal(parameter, weights[name]) for name, parameter in model.named_parameters())
     matrix = weights["model.shared.weight"].float()
     assert 0.019 < matrix.std() < 0.021 and not torch.equal(matrix[0], matrix[1])
