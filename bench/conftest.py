@@ -22,6 +22,9 @@ from table import case_table, render  # noqa: E402
 RATES = pytest.StashKey[dict]()
 WHERE = pytest.StashKey[dict]()  # machine and commit, which stay the same in a run
 WRITTEN = pytest.StashKey[int]()  # benchmarks in the result file
+# What decides most: a run may be cut.
+FIRST = [f"bench_{name}" for name in ("step", "lora_linear", "linear_cross_entropy", "frozen_ffn", "attention")]
+FIRST += ["bench_bottleneck_adapter", "bench_quantised"]
 PACKAGES = ("triton", "transformers", "peft", "bitsandbytes", "liger-kernel", "cut-cross-entropy")
 
 
@@ -32,6 +35,7 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))
     if config.getoption("--peers"):
         return
     for item in items:

@@ -4,10 +4,10 @@
         few updates after a checkpoint, resumed, translate, score, merge
     python bench/product.py nllb-600m    that shape with random weights under 8 GiB and 4 GiB, on CUDA with graphs, too
 
-Each run is `petl-mt`'s own main in a process of its own, forked from one that has imported what is slow to import.
-Each is a line on the terminal, and in results/<device>/part/product-<what>.json as soon as it has ended. The exit code
-is 1 where one of them did not do what it must. Without --text the text is the demo's; where Babel is missing, which
-writes that, it is words of the parent's vocabulary in any order.
+bf16 on CUDA, fp32 on a CPU. Each run is `petl-mt`'s own main in a process of its own, forked from one that has imported
+what is slow to import. Each is a line on the terminal, and in results/<device>/part/product-<what>.json as soon as it
+has ended. The exit code is 1 where one of them did not do what it must. Without --text the text is the demo's; where
+Babel is missing, which writes that, it is words of the parent's vocabulary in any order.
 """
 
 from __future__ import annotations
@@ -209,7 +209,7 @@ def whole_way(program: Program, model: Path, text: Text, memory: str, steps: int
     """Train with a checkpoint after each quarter, kill three updates behind one, resume, translate, score, merge."""
     out, every = program.folder / "run", max(1, steps // 4)
     train = ["train", "--model", str(model), *text.flags(text.train), "--method", "lora", "--method-arg", "rank=8"]
-    train += ["--valid", *map(str, text.test), "--memory", memory, "--precision", "bf16", "--steps", str(steps)]
+    train += ["--valid", *map(str, text.test), "--memory", memory, "--steps", str(steps)]
     train += ["--eval-every", str(every), "--out", str(out), *flags]
     kill = functools.partial(_far_enough, out, every + min(3, every - 1))
     program("train, killed", train, code=-signal.SIGKILL, until=kill)
@@ -305,12 +305,12 @@ def _merged(folder: Path, model: Path) -> str:
 def under_budgets(
     program: Program, model: Path, text: Text, budgets: Sequence[str], graphs: Sequence[bool], flags: Sequence[str]
 ) -> None:
-    """LoRA in bf16 under each budget, with and without CUDA graphs: seconds an update, the peak against the plan's."""
+    """LoRA under each budget, with and without CUDA graphs: seconds an update, the peak against the plan's."""
     for memory in budgets:
         for captured in graphs:
             out = program.folder / f"{memory}{'-graphs' if captured else ''}"
             train = ["train", "--model", str(model), *text.flags(text.train), "--method", "lora", "--method-arg"]
-            train += ["rank=16", "--precision", "bf16", "--memory", memory, "--out", str(out), *flags]
+            train += ["rank=16", "--memory", memory, "--out", str(out), *flags]
             program(
                 memory + (", CUDA graphs" if captured else ""),
                 train + ["--cuda-graphs"] * captured,
@@ -430,11 +430,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         about = {"device": name, "commit": commit(), "torch": torch.__version__, "text": text.name}
         results = RESULTS / name / "part" / f"product-{arguments.what}.json"
         program = Program(Path(folder), results, about, arguments.limit)
+        precision = ["--precision", "bf16" if cuda else "fp32"]  # many a CPU has no instructions for bf16
         if arguments.what == "parent":
-            flags = ["--batch-tokens", "2048", "--max-length", "128", "--beam", "2"]
-            whole_way(program, parent_folder(), text, "1GiB", 40, flags)
+            flags = ["--batch-tokens", "2048" if cuda else "512", "--max-length", "128", "--beam", "2", *precision]
+            whole_way(program, parent_folder(), text, "1GiB", 40 if cuda else 16, flags)
         else:
-            flags = ["--batch-tokens", "8192", "--max-length", "64", "--steps", "16", "--eval-every", "16"]
+            flags = ["--batch-tokens", "8192", "--max-length", "64", "--steps", "16", "--eval-every", "16", *precision]
             model = made_in_a_process(Path(folder) / "model", MODELS[arguments.what], "cuda" if cuda else "cpu")
             under_budgets(program, model, text, ("8GiB", "4GiB"), (False, True) if cuda else (False,), flags)
     return 1 if any(run.wrong for run in program.runs) else 0

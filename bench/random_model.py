@@ -22,7 +22,7 @@ def random_weights(config, device: str) -> dict[str, Tensor]:
 
 
 def frozen_model(config, weights: dict[str, Tensor]) -> nn.Module:
-    """A model of ``config`` in the dtype of ``weights``, which it shares with all that are made from them; all frozen."""
+    """A frozen model of ``config`` in the dtype of ``weights``, which it shares with all that are made from them."""
     model = skeleton(config)
     made = {id(p): nn.Parameter(weights[name], requires_grad=False) for name, p in model.named_parameters()}
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):

@@ -138,6 +138,7 @@ def test_every_part_of_the_bench_finds_its_cases():
     assert len(found["layers"]) == 2 * 5 and sum("ours]" in name for name in found["layers"]) == 2
     tested = {"lora_linear", "linear_cross_entropy", "frozen_ffn", "attention", "bottleneck_adapter", "product"}
     assert {name.partition("[")[0] for name in found["ops"]} == {f"test_{name}" for name in tested}
+    assert found["ops"][0].startswith("test_lora_linear")  # what decides most comes first
     for op in tested:
         ours = [name for name in found["ops"] if name.startswith(f"test_{op}[") and "ours" in name]
         assert any("nllb-600m" in name for name in ours) and any("nllb-3.3b" in name for name in ours), op
