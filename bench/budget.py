@@ -124,7 +124,7 @@ def updates(model, plan, arguments: argparse.Namespace, device: torch.device) ->
 
 
 def record(line: dict, device: torch.device) -> None:
-    name = torch.cuda.get_device_name().replace(" ", "-") if device.type == "cuda" else "cpu"
+    name = torch.cuda.get_device_name().replace(" ", "-").lower() if device.type == "cuda" else "cpu"
     path = Path(__file__).parent / "results" / name / "budget.json"
     lines = json.loads(path.read_text()) if path.exists() else []
     with atomic_write(path) as file:

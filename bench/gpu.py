@@ -102,19 +102,28 @@ def _workers() -> tuple[str, ...]:
 
 
 def run_all(chosen: Sequence[Part], folder: Path) -> list[Done]:
-    """Run the parts; ``folder`` gets a log of each, and gpu.json with what became of them, anew after each."""
+    """Run the parts; ``folder`` gets a log of each, gpu.json with what became of them, anew after each, and page.txt.
+
+    The page is printed, too; gpu.json has its times as numbers.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     done: list[Done] = []
+    began = time.time()
     saved = 0.0
     for part in chosen:
         limit = part.limit + saved
         print(f"{part.name}: at most {limit:.0f} s: {shlex.join(part.words)}", flush=True)
         done.append(run(part, limit, folder / f"{part.name}.log"))
         saved = max(0.0, limit - done[-1].seconds)
-        _write(folder / "gpu.json", done)
+        _write(folder / "gpu.json", done, [])
         print(f"{part.name}: {_sentence(done[-1])}", flush=True)
         if done[-1].state != "passed":
             print(_tail(folder / f"{part.name}.log"), flush=True)
+    times = times_of(folder, began)
+    _write(folder / "gpu.json", done, times)
+    text = page(done, times, folder)
+    (folder / "page.txt").write_text(text + "\n", encoding="utf-8")
+    print(text, flush=True)
     return done
 
 
@@ -167,54 +176,76 @@ def _tail(log: Path) -> str:
     return "\n".join("    " + line[:200] for line in _text(log).splitlines()[-TAIL:])
 
 
-def _write(path: Path, done: Sequence[Done]) -> None:
+def _write(path: Path, done: Sequence[Done], times: Sequence[dict]) -> None:
+    content = {"commit": _commit(), "parts": [asdict(one) for one in done], "times": list(times)}
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps([asdict(one) for one in done], indent=1) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, path)
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
 
 # ---- the page
 
 
-def page(done: Sequence[Done], folder: Path, began: float) -> str:
-    """What became of the parts, what the product did, and ours beside the best of the others, by device and by wall.
+def times_of(folder: Path, began: float) -> list[dict]:
+    """Of each of ours that was timed: seconds by device and wall, over the limit, and over the one to stand beside.
 
-    began: seconds since 1970; a result file that is older is of another run.
+    That is PEFT with adapters in bf16 where it was timed, else the fastest of the others. began: seconds since 1970; a
+    result file that is older is of another run.
     """
+    files = [place / f"{name}.json" for name in ("step", "layers", "ops") for place in (folder, folder.parent)]
+    fresh = [path for path in files if path.exists() and path.stat().st_mtime >= began]
+    if not fresh:
+        return []  # without an import that fails where the build did
     sys.path.insert(0, str(ROOT))
-    from measurements import load
-    from table import render
+    from measurements import by_op, limit_of, load
 
-    lines = ["", "---- parts"]
-    lines += [f"{one.name:14s} {_sentence(one)}" for one in done]
+    found = []
+    for path in fresh:
+        for op, cases in by_op(load(path).measurements).items():
+            for case in cases:
+                peers = sorted((one for one in case if one.kind == "peer"), key=lambda one: one.median)
+                bf16 = [one for one in peers if one.implementation == "PEFT, bf16 adapters"]
+                other, limit = next(iter(bf16 + peers), None), limit_of(case)
+                for one in (one for one in case if one.is_ours):
+                    about = {"case": f"{op} {one.shape} {one.case}", "ours": one.implementation}
+                    times = {"device": one.median, "wall": one.wall, **_over(one, limit, "limit")}
+                    found.append(about | times | {"beside": other and other.implementation} | _over(one, other, "it"))
+    return found
+
+
+def _over(one, other, name: str) -> dict[str, float | None]:
+    """Ratios to ``other``, of the device's times and of the wall's."""
+    device = one.median / other.median if other else None
+    return {f"/ {name}": device, f"wall / {name}": one.wall / other.wall if other and one.wall and other.wall else None}
+
+
+def page(done: Sequence[Done], times: Sequence[dict], folder: Path) -> str:
+    """What became of the parts, what the product did, and ours beside the others, by device and by wall."""
+    lines = ["", "---- parts", *(f"{one.name:14s} {_sentence(one)}" for one in done)]
     for one in done:
         if one.name in ("product", "nllb-600m"):
             lines += ["", f"---- {one.name}", *_text(folder / f"{one.name}.log").splitlines()[-TAIL:]]
-    files = [place / f"{name}.json" for name in ("step", "ops", "layers") for place in (folder, folder.parent)]
-    fresh = [path for path in files if path.exists() and path.stat().st_mtime >= began]
-    if rows := [row for path in fresh for row in rows_of(load(path))]:
-        head = ["case", "ours", "device", "wall", "/ limit", "wall / limit", "beside", "/ it", "wall / it"]
-        table = render("---- times; / is ours over another's", head, rows, terminal=False, width=0, left=2)
-        lines += ["", table.rstrip()]
-    return "\n".join(lines)
+    return "\n".join(lines + (["", _table(times)] if times else []))
 
 
-def rows_of(run) -> list[list[str]]:
-    """A row for each of ours: beside PEFT with adapters in bf16 where it was timed, else the fastest of the others."""
-    from measurements import by_op, limit_of, ratio, seconds
-    from table import wall_of
+def _table(times: Sequence[dict]) -> str:
+    from measurements import digits, seconds
+    from table import render
 
-    rows = []
-    for op, cases in by_op(run.measurements).items():
-        for case in cases:
-            peers = sorted((one for one in case if one.kind == "peer"), key=lambda one: one.median)
-            bf16 = [one for one in peers if one.implementation == "PEFT, bf16 adapters"]
-            other, limit = next(iter(bf16 + peers), None), limit_of(case)
-            for one in (one for one in case if one.is_ours):
-                times = [seconds(one.median), wall_of(one), ratio(one, limit), ratio(one, limit, wall=True)]
-                beside = [other.implementation if other else "", ratio(one, other), ratio(one, other, wall=True)]
-                rows.append([f"{op} {one.shape} {one.case}", one.implementation, *times, *beside])
-    return rows
+    def cell(name: str, value) -> str:
+        if value is None or isinstance(value, str):
+            return value or ""
+        return seconds(value) if name in ("device", "wall") else digits(value)
+
+    rows = [[cell(name, value) for name, value in one.items()] for one in times]
+    return render(
+        "---- times; / is ours over another's", list(times[0]), rows, terminal=False, width=0, left=2
+    ).rstrip()
 
 
 def device_name() -> str:
@@ -242,12 +273,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     wrong = set(arguments.names) - {part.name for part in known}
     if wrong:
         parser.error(f"{min(wrong)}: expected {', '.join(part.name for part in known)}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a part does not live on without its driver
     chosen = [part for part in known if not arguments.names or part.name in arguments.names]
     folder = ROOT / "bench" / "results" / device_name() / "part"
-    began = time.time()
-    done = run_all(chosen, folder)
-    print(page(done, folder, began))
-    return 1 if any(one.state != "passed" for one in done) else 0
+    return 1 if any(one.state != "passed" for one in run_all(chosen, folder)) else 0
 
 
 if __name__ == "__main__":

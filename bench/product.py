@@ -63,14 +63,16 @@ class Text:
 class Run:
     """One run of the program, and what it must have done. wrong: what it did not, in one line.
 
-    code: the exit code, negative for a signal, None where it was ended after its limit. taken: the most bytes that it
-    had of the device, CUDA's own included; on the CPU, of tensors inside the budget.
+    code: the exit code, negative for a signal, None where it was ended after its limit. peak: the most bytes in
+    tensors, taken: those that the allocator held for them, both with CUDA's own, which a plan counts, too; on the CPU
+    they are the same.
     """
 
     name: str
     command: str
     code: int | None = None
     seconds: float = 0.0
+    peak: int = 0
     taken: int = 0
     wrong: str = ""
     figures: dict = field(default_factory=dict)
@@ -99,7 +101,7 @@ class Program:
         run = Run(name, shlex.join(["petl-mt", *words]))
         self.runs.append(run)
         began = time.perf_counter()
-        run.code, run.taken = self._in_a_process(list(words), given, until)
+        run.code, run.peak, run.taken = self._in_a_process(list(words), given, until)
         run.seconds = round(time.perf_counter() - began, 2)
         run.wrong = self._why(run) if run.code != code else self._checked(check, run)
         self.save()
@@ -123,8 +125,8 @@ class Program:
 
     def _in_a_process(
         self, words: list[str], given: Path | None, until: Callable[[], bool] | None
-    ) -> tuple[int | None, int]:
-        """(exit code, bytes taken)"""
+    ) -> tuple[int | None, int, int]:
+        """(exit code, bytes in tensors, bytes taken)"""
         receiver, sender = context().Pipe(duplex=False)
         files = [
             str(given or os.devnull),
@@ -135,17 +137,17 @@ class Program:
         sender.close()
         end = time.monotonic() + self.limit
         try:
-            while time.monotonic() < end and process.is_alive():
+            while time.monotonic() < end:
                 if until is not None and until():
-                    os.kill(process.pid, signal.SIGKILL)
+                    process.kill()
                     process.join()
-                    return process.exitcode, 0
+                    return process.exitcode, 0, 0
                 if receiver.poll(0.01):
                     return receiver.recv()
-            return (None if process.is_alive() else process.exitcode), 0
+            return None, 0, 0
         except EOFError:  # it ended without a word
             process.join()
-            return process.exitcode, 0
+            return process.exitcode, 0, 0
         finally:
             receiver.close()
             process.kill()
@@ -190,16 +192,18 @@ def _petl_mt(words: list[str], files: list[str], sender) -> None:
         traceback.print_exc()
         code = 1
     sys.stdout.flush(), sys.stderr.flush()
-    sender.send((code, _taken()))
+    sender.send((code, *_peaks()))
 
 
-def _taken() -> int:
+def _peaks() -> tuple[int, int]:
+    """Of ``Run``."""
     from petl_kernels.memory import cap
 
     if not torch.cuda.is_available():
-        return cap.peak(torch.device("cpu"))
+        return (cap.peak(torch.device("cpu")),) * 2
     device = torch.device("cuda", torch.cuda.current_device())
-    return torch.cuda.max_memory_allocated(device) + cap.context_bytes(device)
+    context = cap.context_bytes(device)
+    return torch.cuda.max_memory_allocated(device) + context, torch.cuda.max_memory_reserved(device) + context
 
 
 # ---- the demo's parent, from the text to a merged model
@@ -408,7 +412,8 @@ def line_of(run: dict) -> str:
     if (update := figures.get("seconds an update")) is not None:
         words += [f"{1e3 * update:8.1f} ms an update (the first {figures['first update']:.1f} s),"]
         words += [f"{figures['target tokens a second']:,} target tokens/s,"]
-        words += [f"took {format_size(run['taken'])}, planned {format_size(figures['planned peak'])},"]
+        words += [f"peak {format_size(run['peak'])}, planned {format_size(figures['planned peak'])},"]
+        words += [f"held {format_size(run['taken'])} of {format_size(figures['memory'])},"]
         words += [f"{figures['micro-batches']} micro-batches, tiers {figures['tiers']},"]
         words += [f"{figures['streamed layers']} layers streamed"]
     words += [figures[name] for name in figures if name.startswith(("BLEU", "chrF"))]

@@ -10,7 +10,7 @@ import time
 
 import gpu
 import pytest
-from gpu import Done, Part, page, parts, run_all
+from gpu import Done, Part, page, parts, run_all, times_of
 
 from .conftest import CHECKOUT, content, entry
 
@@ -55,9 +55,15 @@ def test_what_hangs_is_cut_and_the_next_part_runs(tmp_path, quick, capsys, monke
     child = int((tmp_path / "hangs.log").read_text().split()[-1])
     time.sleep(0.2)
     assert not alive(child)
-    assert [one["name"] for one in json.loads((tmp_path / "gpu.json").read_text())] == [part.name for part in PARTS]
+    assert named(tmp_path) == [part.name for part in PARTS]
+    assert "hangs          CUT after" in (tmp_path / "page.txt").read_text()
     out = capsys.readouterr().out
     assert "hangs: CUT after " in out and "fails: FAILED (3)" in out and "here it was" in out
+
+
+def named(folder) -> list[str]:
+    path = folder / "gpu.json"
+    return [one["name"] for one in json.loads(path.read_text())["parts"]] if path.exists() else []
 
 
 def alive(pid: int) -> bool:
@@ -73,8 +79,7 @@ def test_each_result_is_on_the_disk_before_the_next_part_begins(tmp_path, monkey
     seen = []
 
     def run(part, limit, log):
-        path = tmp_path / "gpu.json"
-        seen.append([one["name"] for one in json.loads(path.read_text())] if path.exists() else [])
+        seen.append(named(tmp_path))
         return Done(part.name, "passed", 1.0, limit, 0, "")
 
     monkeypatch.setattr(gpu, "run", run)
@@ -161,7 +166,8 @@ def test_the_page(tmp_path):
         Done("product", "failed", 30.0, 48, 1, ""),
         Done("step", "cut", 22.0, 22, None, ""),
     ]
-    text = page(done, tmp_path, began=0.0)
+    found = times_of(tmp_path, began=0.0)
+    text = page(done, found, tmp_path)
     lines = {line.split()[0]: " ".join(line.split()) for line in text.splitlines() if line.split()}
     assert lines["build"] == "build passed, 41.2 s" and lines["step"] == "step CUT after 22.0 s"
     assert lines["tests"] == "tests FAILED (1) after 70.0 s, 260 passed, 2 failed"
@@ -169,7 +175,25 @@ def test_the_page(tmp_path):
     expected = "lora_linear nllb-600m r=16 ours 1.20 ms 9.00 ms 1.20 4.50 PEFT, bf16 adapters 0.80 3.00"
     assert lines["lora_linear"] == expected
     assert len(text.splitlines()) < 60
-    assert "lora_linear" not in page(done, tmp_path, began=time.time() + 60)  # of another run
+    (numbers,) = found
+    assert (numbers["/ it"], numbers["wall / it"]) == (pytest.approx(0.8), pytest.approx(3.0))
+    assert times_of(tmp_path, began=time.time() + 60) == []  # of another run
+
+
+def test_nothing_is_left_running_when_the_driver_is_ended(tmp_path):
+    """By a signal that asks for it: the part and its processes go with it."""
+    script = "import sys, gpu, time, pathlib; gpu.parts = lambda text: [gpu.Part('hangs', 60, ('-c', sys.argv[1]))]\n"
+    script += "gpu.device_name, gpu.ROOT = (lambda: 'card'), pathlib.Path(sys.argv[2])\nsys.exit(gpu.main([]))"
+    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT / "bench")}
+    driver = subprocess.Popen([sys.executable, "-c", script, HANGS, str(tmp_path)], env=environment)
+    log = tmp_path / "bench" / "results" / "card" / "part" / "hangs.log"
+    end = time.monotonic() + 60
+    while not (log.exists() and log.read_text().endswith("\n")) and time.monotonic() < end:
+        time.sleep(0.05)
+    driver.terminate()
+    assert driver.wait(30) == 143
+    time.sleep(0.2)
+    assert not alive(int(log.read_text().split()[-1]))
 
 
 def test_a_machine_without_a_card_is_told(tmp_path):

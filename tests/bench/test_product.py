@@ -51,7 +51,7 @@ def test_the_whole_way(program, model, lines, tmp_path, capfd):
     assert runs["train, killed"]["code"] == -signal.SIGKILL
     resumed = runs["train, resumed"]
     assert resumed["figures"]["updates done again"] >= 1 and resumed["figures"]["seconds an update"] > 0
-    assert 0 < resumed["taken"] <= resumed["figures"]["memory"] == 64 << 20
+    assert 0 < resumed["peak"] == resumed["taken"] <= resumed["figures"]["memory"] == 64 << 20
     assert runs["score"]["figures"]["BLEU"].startswith("BLEU")
     assert capfd.readouterr().out.count("\n") == 5
 
