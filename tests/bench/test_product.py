@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import signal
+import sys
+import time
 
 import product
 import pytest
@@ -44,14 +48,14 @@ def lines(tmp_path_factory):
 def test_the_whole_way(program, model, lines, tmp_path, capfd):
     text = make_text(tmp_path, lines, "en-de", 100, 6)
     flags = ["--batch-tokens", "128", "--max-length", "24", "--beam", "1", "--precision", "fp32"]
-    whole_way(program, model, text, "64MiB", 12, flags)
+    whole_way(program, model, text, "2GiB", 12, flags)
     runs = {run["name"]: run for run in written(program)}
     assert list(runs) == ["train, killed", "train, resumed", "translate", "score", "merge"]
     assert not any(run["wrong"] for run in runs.values()), [run["wrong"] for run in runs.values()]
     assert runs["train, killed"]["code"] == -signal.SIGKILL
     resumed = runs["train, resumed"]
     assert resumed["figures"]["updates done again"] >= 1 and resumed["figures"]["seconds an update"] > 0
-    assert 0 < resumed["peak"] == resumed["taken"] <= resumed["figures"]["memory"] == 64 << 20
+    assert 0 < resumed["peak"] <= resumed["taken"] <= resumed["figures"]["memory"] == 2 << 30
     assert runs["score"]["figures"]["BLEU"].startswith("BLEU")
     assert capfd.readouterr().out.count("\n") == 5
 
@@ -60,9 +64,9 @@ def test_budgets_and_what_goes_wrong(program, model, lines, tmp_path):
     """A run that is refused is told in one line; what is known before it stays."""
     text = make_text(tmp_path, lines, "en-de", 100, 6)
     flags = ["--batch-tokens", "128", "--max-length", "24", "--steps", "4", "--precision", "fp32"]
-    under_budgets(program, model, text, ("64MiB", "64XB"), (False,), flags)
+    under_budgets(program, model, text, ("2GiB", "64XB"), (False,), flags)
     fits, refused = written(program)
-    assert fits["wrong"] == "" and fits["figures"]["planned peak"] <= 64 << 20
+    assert fits["wrong"] == "" and fits["figures"]["planned peak"] <= 2 << 30
     assert refused["code"] == 2 and "64XB" in refused["wrong"] and refused["wrong"].startswith("exit code 2: petl-mt")
     assert "WRONG" in product.line_of(refused) and "WRONG" not in product.line_of(fits)
 
@@ -72,20 +76,16 @@ def instead(monkeypatch):
     """Another program in the place of petl-mt, in this process' children, which fork and do not start anew."""
 
     def put(main):
-        import multiprocessing
-
         from petl_mt import cli
 
         monkeypatch.setattr(product, "context", lambda: multiprocessing.get_context("fork"))
+        monkeypatch.setattr(product, "_peaks", lambda: (0, 0))  # CUDA does not live through a fork
         monkeypatch.setattr(cli, "main", main)
 
     return put
 
 
 def test_a_run_that_hangs_is_ended_and_a_crash_is_told(program, instead):
-    import os
-    import time
-
     program.limit = 0.5
     ends = {
         "hangs": lambda: time.sleep(60),
@@ -123,8 +123,6 @@ def test_a_resumed_run_with_other_losses_is_wrong(tmp_path):
 
 
 def test_text_without_babel_and_wrong_files(tmp_path, lines, monkeypatch):
-    import sys
-
     monkeypatch.setitem(sys.modules, "petl_mt.demo.text", None)
     text = make_text(tmp_path, None, "en-fi", 50, 5)
     assert "Babel" in text.name and text.languages == ("en", "fi")
