@@ -67,15 +67,15 @@ def parts(text: Sequence[str] = ()) -> list[Part]:
     product = ("bench/product.py", *text)
     compiled = (*tests, "--benchmark-disable", "-o", "python_files=bench_*.py", "--device", "cuda", *workers)
     found = [
-        Part("build", 60, ("setup.py", "--quiet", "build_ext", "--inplace")),
-        Part("tests", 82, (*tests, "-m", "gpu and not slow", *workers, "tests")),
+        Part("build", 58, ("setup.py", "--quiet", "build_ext", "--inplace")),
+        Part("tests", 78, (*tests, "-m", "gpu and not slow", *workers, "tests")),
         # Triton compiles a kernel where it is first called: side by side before any is timed
         Part("compile", 24, (*compiled, "-k", f"ours and ({OPS} or {LAYERS})", "bench/ops", "bench/layers")),
-        Part("product", 48, (*product, "--limit", "40", "parent")),
-        Part("nllb-600m", 64, (*product, "--limit", "40", "nllb-600m")),
-        Part("step", 22, (*BENCH, "step", "--peers", "--device", "cuda", "--only", "test_step")),
-        Part("ops", 32, (*BENCH, "ops", "--peers", "--device", "cuda", "--only", OPS)),
-        Part("layers", 18, (*BENCH, "layers", "--peers", "--device", "cuda", "--only", LAYERS)),
+        Part("product", 46, (*product, "--limit", "40", "parent")),
+        Part("nllb-600m", 62, (*product, "--limit", "40", "nllb-600m")),
+        Part("step", 28, (*BENCH, "step", "--peers", "--device", "cuda", "--only", "test_step and not tier")),
+        Part("ops", 38, (*BENCH, "ops", "--peers", "--device", "cuda", "--only", OPS)),
+        Part("layers", 16, (*BENCH, "layers", "--peers", "--device", "cuda", "--only", LAYERS)),
     ]
     return found if workers else [part for part in found if part.name != "compile"]
 

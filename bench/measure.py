@@ -264,14 +264,15 @@ def device_seconds(run: Callable, rounds: int) -> tuple[list[float], list[float]
     """
     for _ in range(max(3, rounds // 5)):
         run()
-    walls = []
+    hosts, walls = [], []
     for _ in range(max(3, rounds // 3)):
         torch.cuda.synchronize()
         began = time.perf_counter()
         run()
+        hosts.append(time.perf_counter() - began)
         torch.cuda.synchronize()
         walls.append(time.perf_counter() - began)
-    seconds = queued_seconds(run, rounds, 2 * statistics.median(walls))
+    seconds = queued_seconds(run, rounds, 2 * statistics.median(hosts))
     return seconds or busy_seconds(run, rounds) or walls, walls
 
 
@@ -290,7 +291,7 @@ def queued_seconds(run: Callable, rounds: int, ahead: float) -> list[float]:
         late += start.query()  # the device was there before the host had queued all of the run
         stop.record()
         events.append((start, stop))
-        if late > rounds // 2:
+        if late > rounds // 5:
             return []
     torch.cuda.synchronize()
     return [start.elapsed_time(stop) / 1e3 for start, stop in events]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -131,11 +132,18 @@ def test_the_device_is_timed_in_a_queue_that_is_filled_ahead(card, monkeypatch):
     assert seconds == [2e-3] * 15 and len(walls) == 5 and len(runs) == 3 + 5 + 15 and len(card) == 15
 
 
+def test_the_queue_is_ahead_by_what_the_host_takes_and_not_the_device(card, monkeypatch):
+    """Or a loss of 85 ms, of which the host takes one, would be timed for three times as long."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: time.sleep(0.02))
+    _, walls = measure.device_seconds(lambda: None, 5)
+    assert min(walls) >= 0.02 and max(card) < 2.5e9 * 0.01
+
+
 def test_what_no_queue_holds_is_timed_by_the_profiler(card, monkeypatch):
     monkeypatch.setattr(Event, "reached", True)
     monkeypatch.setattr(measure, "busy_seconds", lambda run, rounds: [7.0] * rounds)
     seconds, _ = measure.device_seconds(lambda: None, 5)
-    assert seconds == [7.0] * 5 and len(card) == 3  # three late rounds of five are enough
+    assert seconds == [7.0] * 5 and len(card) == 2  # two late rounds of five are enough
 
 
 def test_seconds_in_which_the_device_is_busy(card, monkeypatch):
