@@ -17,11 +17,10 @@ import tempfile
 import time
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from petl_mt.prepare import cast_frozen_matrices
+from random_model import write_checkpoint
 from shapes import MODELS, m2m_config
-from transformers import M2M100Config, M2M100ForConditionalGeneration
 
 import petl_kernels as pk
 from petl_kernels.interop.files import atomic_write
@@ -48,7 +47,8 @@ def main() -> None:
 
 
 def run(folder: Path, arguments: argparse.Namespace, device: torch.device) -> dict:
-    config = write_checkpoint(arguments.shape, folder / "model")
+    config = m2m_config(*MODELS[arguments.shape])
+    write_checkpoint(config, folder / "model", device.type)
     model = skeleton(config)
     like = adapted(copy.deepcopy(model))
     began = time.perf_counter()
@@ -123,31 +123,8 @@ def updates(model, plan, arguments: argparse.Namespace, device: torch.device) ->
     return seconds, losses
 
 
-def write_checkpoint(shape: str, folder: Path) -> M2M100Config:
-    """Random weights, in files of one layer each: the machine need not hold the model."""
-    config = m2m_config(*MODELS[shape])
-    with torch.device("meta"):
-        names = dict(M2M100ForConditionalGeneration(config).named_parameters())
-    files: dict[str, dict[str, torch.Tensor]] = {}
-    for name, parameter in names.items():
-        part = ".".join(name.split(".")[:4]) if ".layers." in name else "rest"
-        files.setdefault(part, {})[name] = parameter
-    folder.mkdir()
-    config.save_pretrained(folder)
-    for part, parameters in files.items():
-        tensors = {name: values(name, parameter.shape) for name, parameter in parameters.items()}
-        safetensors.torch.save_file(tensors, folder / f"{part}.safetensors")
-    return config
-
-
-def values(name: str, shape: torch.Size) -> torch.Tensor:
-    if len(shape) > 1:
-        return torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02)
-    return torch.full(shape, 1.0 if name.endswith("norm.weight") else 0.0, dtype=torch.bfloat16)
-
-
 def record(line: dict, device: torch.device) -> None:
-    name = torch.cuda.get_device_name().replace(" ", "-") if device.type == "cuda" else "cpu"
+    name = torch.cuda.get_device_name().replace(" ", "-").lower() if device.type == "cuda" else "cpu"
     path = Path(__file__).parent / "results" / name / "budget.json"
     lines = json.loads(path.read_text()) if path.exists() else []
     with atomic_write(path) as file:

@@ -15,15 +15,16 @@ from petl_kernels.errors import InputError
 
 FEW_SAMPLES = 5
 MACHINE = ("device", "cpu_name", "cores", "threads", "float32_matmul", *VERSIONS)
-HEAD = ["case", "implementation", "A", "B", "B / A", "change"]
+HEAD = ["case", "implementation", "time", "A", "B", "B / A", "change"]
 
 
 @dataclass(frozen=True)
 class Change:
-    """The same measurement in both runs."""
+    """The same measurement in both runs. time: "device" or "wall" where a run has both, else ""."""
 
     a: Measurement
     b: Measurement
+    time: str = ""
 
     @property
     def ratio(self) -> float:
@@ -50,7 +51,7 @@ class Change:
 
 
 def compare(path_a: str | Path, path_b: str | Path, threshold: float = 0.05) -> int:
-    """Print how the medians of B stand to those of A.
+    """Print how the medians of B stand to those of A, and their walls where both runs have samples of them.
 
     Measurements are paired by (op, shape, case, dtype, tokens, implementation), or, when a file is too old to say
     these, by the text of their group and the implementation. Returns 1 when one of ours is slower beyond noise and
@@ -65,10 +66,10 @@ def compare(path_a: str | Path, path_b: str | Path, threshold: float = 0.05) -> 
     difference = differences(a, b)
     if difference:
         print(f"warning: {difference}", file=sys.stderr)
-    pairs.sort(key=lambda change: -change.ratio)
+    pairs = sorted(with_walls(pairs), key=lambda change: -change.ratio)
     rows = [_row(change, threshold) for change in pairs]
     title = f"A: {path_a} ({_tree(a)}), B: {path_b} ({_tree(b)})"
-    print(render(title, HEAD, rows, sys.stdout.isatty(), _terminal_width(), left=2), end="")
+    print(render(title, HEAD, rows, sys.stdout.isatty(), _terminal_width(), left=3), end="")
     for path, only in ((path_a, only_a), (path_b, only_b)):
         if only:
             print(f"only in {path}: {len(only)}: {_names(only)}")
@@ -83,6 +84,15 @@ def paired(a: Run, b: Run) -> tuple[list[Change], list[Measurement], list[Measur
     in_a, in_b = _by_key(a.measurements, old), _by_key(b.measurements, old)
     pairs = [Change(in_a[key], in_b[key]) for key in in_a if key in in_b]
     return pairs, [in_a[key] for key in in_a if key not in in_b], [in_b[key] for key in in_b if key not in in_a]
+
+
+def with_walls(pairs: Iterable[Change]) -> list[Change]:
+    """The pairs, and behind each the same by the wall where both runs have samples of it."""
+    changes = []
+    for pair in pairs:
+        a, b = pair.a.by_the_wall(), pair.b.by_the_wall()
+        changes += [Change(pair.a, pair.b, "device"), Change(a, b, "wall")] if a and b else [pair]
+    return changes
 
 
 def _by_key(measurements: Iterable[Measurement], old: bool) -> dict[tuple, Measurement]:
@@ -118,7 +128,7 @@ def _row(change: Change, threshold: float) -> list[str]:
     a, b = change.a, change.b
     case = b.title if b.title.startswith(b.op) else f"{b.op} {b.title}"
     times = [f"{seconds(one.median)} ±{one.spread / 2:.0%}" for one in (a, b)]
-    return [case, b.implementation, *times, f"{change.ratio:.3f}", change.word(threshold)]
+    return [case, b.implementation, change.time, *times, f"{change.ratio:.3f}", change.word(threshold)]
 
 
 def _tree(run: Run) -> str:

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from pytest_benchmark.utils import safe_dumps
+
+from petl_kernels.interop.files import atomic_write
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -17,15 +20,22 @@ from rates import measured_rates  # noqa: E402
 from table import case_table, render  # noqa: E402
 
 RATES = pytest.StashKey[dict]()
+WHERE = pytest.StashKey[dict]()  # machine and commit, which stay the same in a run
+WRITTEN = pytest.StashKey[int]()  # benchmarks in the result file
+# What decides most: a run may be cut.
+FIRST = [f"bench_{name}" for name in ("step", "lora_linear", "linear_cross_entropy", "frozen_ffn", "attention")]
+FIRST += ["bench_bottleneck_adapter", "bench_quantised"]
 PACKAGES = ("triton", "transformers", "peft", "bitsandbytes", "liger-kernel", "cut-cross-entropy")
 
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.addoption("--peers", action="store_true", help="also time PEFT and torch.compile")
+    parser.addoption("--results", help="a file for the results, written anew after each benchmark")
 
 
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))
     if config.getoption("--peers"):
         return
     for item in items:
@@ -37,7 +47,7 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "peer: times somebody else's implementation")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def device(request) -> str:
     return request.config.getoption("--device")
 
@@ -79,7 +89,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def pytest_benchmark_update_commit_info(config, commit_info):
+def pytest_benchmark_update_commit_info(commit_info):
     # Results are results of a tree: say when it was not the commit's. Of this checkout, from whatever folder it is run.
     # Not by the results themselves, which the run before this one may have written.
     status = _git("status", "--porcelain", "--", ".", ":(exclude)bench/results")
@@ -97,12 +107,37 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
+def pytest_runtest_teardown(item):
+    # At once: whatever ends the run later, a signal that nobody can catch too, what was timed is in the file.
+    path, timed = item.config.getoption("--results"), item.config._benchmarksession
+    whole = _whole(timed.benchmarks)
+    if path and len(whole) > item.config.stash.get(WRITTEN, 0):
+        item.config.stash[WRITTEN] = len(whole)
+        _write(Path(path), item.config, whole)
+
+
+def _write(path: Path, config, benchmarks: list) -> None:
+    """pytest-benchmark's JSON."""
+    if WHERE not in config.stash:
+        commit: dict = {}
+        pytest_benchmark_update_commit_info(commit)
+        config.stash[WHERE] = {"machine_info": config._benchmarksession.get_machine_info(), "commit_info": commit}
+    options = {"config": config, "benchmarks": benchmarks, "include_data": True, **config.stash[WHERE]}
+    content = config.hook.pytest_benchmark_generate_json(**options)
+    with atomic_write(path) as file:
+        file.write(safe_dumps(content, indent=1) + "\n")
+
+
+def _whole(benchmarks: list) -> list:
+    """Without the one that Ctrl-C met: it has no samples."""
+    return [bench for bench in benchmarks if bench.stats.data and not bench.has_error]
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session):
-    # The benchmark that Ctrl-C met has no samples, and pytest-benchmark's own figures fail on it.
     timed = getattr(session.config, "_benchmarksession", None)
-    if timed:
-        timed.benchmarks[:] = [bench for bench in timed.benchmarks if bench.stats.data and not bench.has_error]
+    if timed:  # whose own figures fail on a benchmark without samples
+        timed.benchmarks[:] = _whole(timed.benchmarks)
 
 
 def pytest_terminal_summary(terminalreporter, config):

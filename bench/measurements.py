@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +34,9 @@ class Measurement:
 
     ``shape``, ``case``, ``dtype`` and ``tokens`` are empty (None) where an old file lacks them; ``group`` is always
     there. ``bytes`` (read and written) and ``flops`` are those that no implementation can avoid, ``launches`` kernels,
-    ``peak_bytes`` the most memory taken beside the inputs, ``predicted`` the performance model's seconds, ``wall``
-    seconds with the host's part where the median is the device's alone; all may be None.
+    ``peak_bytes`` the most memory taken beside the inputs, ``predicted`` the performance model's seconds; all may be
+    None. Where the median is the device's time alone, ``wall`` is the median with the host's part, which is what a
+    caller waits for, and ``walls`` its samples (empty in files from before they were kept); elsewhere it is None.
     """
 
     op: str
@@ -55,6 +58,7 @@ class Measurement:
     peak_bytes: int | None
     predicted: float | None
     wall: float | None
+    walls: tuple[float, ...] = ()
 
     @property
     def spread(self) -> float:
@@ -82,6 +86,14 @@ class Measurement:
             return self.group
         tokens = "" if self.tokens is None else f"{self.tokens:,} tokens"
         return " ".join(filter(None, (self.shape, self.case, tokens, self.dtype)))
+
+    def by_the_wall(self) -> Measurement | None:
+        """The same with the wall's samples in the place of the device's; None where there are none."""
+        if not self.walls:
+            return None
+        q1, _, q3 = statistics.quantiles(self.walls, method="inclusive") if len(self.walls) > 1 else self.walls * 3
+        times = {"q1": q1, "q3": q3, "least": min(self.walls), "most": max(self.walls), "samples": len(self.walls)}
+        return dataclasses.replace(self, median=statistics.median(self.walls), **times)
 
     def flop_rate(self) -> float | None:
         return self.flops / self.median if self.flops else None
@@ -188,6 +200,7 @@ def measurement(entry: dict) -> Measurement:
         peak_bytes=info.get("peak_bytes"),
         predicted=info.get("predicted_seconds"),
         wall=info.get("wall_seconds"),
+        walls=tuple(info.get("wall_samples") or ()),
     )
 
 
@@ -210,6 +223,12 @@ def limit_of(case: list[Measurement]) -> Measurement | None:
 def peft_settings(case: Iterable[Measurement]) -> list[Measurement]:
     """PEFT in each setting that was timed."""
     return [one for one in case if one.implementation.lower().startswith("peft")]
+
+
+def ratio(one: Measurement, other: Measurement | None, wall: bool = False) -> str:
+    """One's median (or its wall) over the other's; "" where one of the two has none."""
+    ours, theirs = (each and (each.wall if wall else each.median) for each in (one, other))
+    return digits(ours / theirs) if ours and theirs else ""
 
 
 def seconds(value: float) -> str:

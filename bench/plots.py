@@ -10,7 +10,7 @@ from html import escape
 WIDTH, HEIGHT = 860, 520
 LEFT, RIGHT, TOP, BOTTOM = 96, 24, 20, 56
 GLYPH, LINE = 7.8, 15  # width of a character and height of a line of the 12-pixel labels
-BAR_WIDTH, ROW = 320, 34
+BAR_WIDTH, ROW = 380, 34
 NAME_LENGTH = 24
 MARKERS = ("circle", "square", "diamond", "triangle", "down", "cross")
 HUES = 12

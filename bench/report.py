@@ -16,10 +16,12 @@ from measurements import (
     load_folder,
     peft_settings,
     rate,
+    ratio,
     seconds,
     size,
 )
 from plots import HUES, Bar, Point, bars, marker_legend, roofline
+from table import wall_of
 
 from petl_kernels.interop.files import atomic_write
 
@@ -38,7 +40,8 @@ def write(folder: str | Path) -> Path:
 def page(runs: Sequence[Run]) -> str:
     device = runs[0].machine.get("device") or "cpu"
     title = f"Bench: {runs[0].machine['cpu_name']}" if device == "cpu" else f"Bench: {device}"
-    body = [f"<h1>{escape(title)}</h1>", _where(runs), READING]
+    walls = any(one.wall for run in runs for one in run.measurements)
+    body = [f"<h1>{escape(title)}</h1>", _where(runs), READING, WALL if walls else ""]
     body += [_section(run) for run in runs if run.measurements]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -51,6 +54,9 @@ READING = """<p>The limit is the least that anybody has to do: the frozen produc
 time over the limit, with a thin line from the first to the third quartile. Roofline is the time that the machine's
 measured matmul and copy rates allow, over the time taken; it is above 100% where the data stayed in a cache that the
 measured copy does not fit. Spread is the interquartile range over the median.</p>"""
+WALL = """<p>Times and bars are the device's, measured in a queue that is filled ahead of it. Wall is what one call
+takes from an idle queue, the host's part included: what a training loop sees where the host is slower than the
+device.</p>"""
 
 
 def _where(runs: Sequence[Run]) -> str:
@@ -142,18 +148,22 @@ def _panels(cases: Sequence[list[Measurement]]) -> str:
 
 def _bar(one: Measurement, base: Measurement) -> Bar:
     length = one.median / base.median
-    text = f"{digits(length)} × · {seconds(one.median)}"
+    text = f"{digits(length)} × · {seconds(one.median)}" + (f" · wall {wall_of(one)}" if one.wall else "")
     return Bar(one.implementation, length, text, one.kind, (one.q1 / base.median, one.q3 / base.median))
 
 
 def _figures(run: Run, cases: Sequence[list[Measurement]]) -> str:
-    """Every figure of an op: a row a measurement, a column for each setting of PEFT that was timed."""
+    """Every figure of an op: a row a measurement, a column for each setting of PEFT that was timed.
+
+    Where the median is the device's alone, the wall and its own ratios stand beside it.
+    """
     settings = list(dict.fromkeys(one.implementation for case in cases for one in peft_settings(case)))
     predicted = any(one.predicted for case in cases for one in case)
-    wall = any(one.wall for case in cases for one in case)
-    head = ["implementation", "median", "spread", "samples", "/ limit", *(f"/ {name}" for name in settings)]
+    walls = any(one.wall for case in cases for one in case)
+    names = [f"/ {name}" for name in ("limit", *settings)]
+    head = ["implementation", "device" if walls else "median", "spread", "samples", *names]
+    head += ["wall", *(f"wall {name}" for name in names)] if walls else []
     head += ["FLOP", "bytes", "FLOP/s", "B/s", "roofline", "launches", "peak memory"]
-    head += ["with the host"] if wall else []
     head += ["predicted", "median / predicted"] if predicted else []
     body = []
     for case in cases:
@@ -161,8 +171,9 @@ def _figures(run: Run, cases: Sequence[list[Measurement]]) -> str:
         others = [limit_of(case), *(peft.get(name) for name in settings)]
         body.append(f'<tr class="case"><th colspan="{len(head)}">{escape(case[0].title)}</th></tr>')
         for one in sorted(case, key=lambda one: one.median):
-            cells = _figures_of(run, one, others)
-            cells += [seconds(one.wall) if one.wall else ""] if wall else []
+            cells = _times_of(one, others)
+            cells += [wall_of(one), *(ratio(one, other, wall=True) for other in others)] if walls else []
+            cells += _work_of(run, one)
             cells += _prediction(one) if predicted else []
             body.append(f"<tr{' class=ours' if one.is_ours else ''}>{_cells('td', cells)}</tr>")
     return f'<div class="scroll"><table><tr>{_cells("th", head)}</tr>{"".join(body)}</table></div>'
@@ -172,14 +183,14 @@ def _cells(tag: str, texts: Sequence[str]) -> str:
     return "".join(f"<{tag}>{escape(text)}</{tag}>" for text in texts)
 
 
-def _figures_of(run: Run, one: Measurement, others: Sequence[Measurement | None]) -> list[str]:
+def _times_of(one: Measurement, others: Sequence[Measurement | None]) -> list[str]:
+    times = [one.implementation, seconds(one.median), f"{one.spread:.1%}", str(one.samples)]
+    return [*times, *(ratio(one, other) for other in others)]
+
+
+def _work_of(run: Run, one: Measurement) -> list[str]:
     fraction = run.roofline(one)
     return [
-        one.implementation,
-        seconds(one.median),
-        f"{one.spread:.1%}",
-        str(one.samples),
-        *(digits(one.median / other.median) if other else "" for other in others),
         _si(one.flops, "FLOP"),
         _si(one.bytes, "B"),
         rate(one.flop_rate(), "FLOP/s") if one.flop_rate() else "",
@@ -219,7 +230,7 @@ th{color:var(--soft);font-weight:600}th:first-child,td:first-child{text-align:le
 tr.case th{color:var(--ink);padding-top:12px}
 tr.ours td{font-weight:600;color:var(--ours)}
 details{margin:.6em 0}summary{cursor:pointer;color:var(--ours);font-size:15px}
-.panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(300px,100%),1fr));gap:18px 28px}
+.panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(340px,100%),1fr));gap:18px 28px}
 figure{margin:0}figcaption{margin-bottom:4px;color:var(--ink)}
 svg text{font:12px system-ui,sans-serif;fill:var(--soft)}svg.wide{width:100%;min-width:860px}
 svg.bars{width:100%;max-width:380px;overflow:visible}svg.bars text{font-size:13px;fill:var(--ink)}

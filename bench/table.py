@@ -5,27 +5,34 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 
-from measurements import Measurement, Run, digits, limit_of, peft_settings, seconds, size
+from measurements import Measurement, Run, digits, limit_of, peft_settings, ratio, seconds, size
 
 PLAIN_WIDTH = 1000  # no line is folded outside a terminal
-HEAD = ("implementation", "median", "spread", "/ limit")
 TAIL = ("GFLOP/s", "GB/s", "roofline", "peak memory")
 
 
 def case_table(case: Sequence[Measurement], run: Run) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of one case, fastest first: time, spread, ratios, rates, fraction of the roofline, peak memory."""
-    limit, peft = limit_of(case), peft_settings(case)
-    head = [*HEAD, *(f"/ {one.implementation}" for one in peft), *TAIL]
+    """Head and rows of one case, fastest first: time, spread, ratios, rates, fraction of the roofline, peak memory.
+
+    On a GPU the device's time and its ratios, then the wall's and its own; on a CPU they are the same, and stand once.
+    """
+    others = [other for other in (limit_of(case), *peft_settings(case)) if other]
+    walls = any(one.wall for one in case)
+    names = [f"/ {other.implementation}" for other in others]
+    head = ["implementation", "device" if walls else "median", "spread", *names]
+    head += ["wall", *(f"wall {name}" for name in names)] if walls else []
+    head += TAIL
     rows = []
     for one in sorted(case, key=lambda m: m.median):
-        ratios = [ratio(one, other) for other in (limit, *peft)]
+        wall = [wall_of(one), *(ratio(one, other, wall=True) for other in others)] if walls else []
         flops, moved, roofline = one.flop_rate(), one.byte_rate(), run.roofline(one)
         rows.append(
             [
                 one.implementation,
                 seconds(one.median),
                 f"{one.spread:.1%}",
-                *ratios,
+                *(ratio(one, other) for other in others),
+                *wall,
                 digits(flops / 1e9) if flops else "",
                 digits(moved / 1e9) if moved else "",
                 f"{roofline:.0%}" if roofline else "",
@@ -35,8 +42,8 @@ def case_table(case: Sequence[Measurement], run: Run) -> tuple[list[str], list[l
     return head, rows
 
 
-def ratio(one: Measurement, other: Measurement | None) -> str:
-    return digits(one.median / other.median) if other else ""
+def wall_of(one: Measurement) -> str:
+    return seconds(one.wall) if one.wall else ""
 
 
 def render(

@@ -33,7 +33,8 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 import peft_settings  # noqa: E402
 import trial as trials  # noqa: E402
 from peft_settings import Setting, Tried  # noqa: E402
-from shapes import MODELS  # noqa: E402
+from random_model import write_checkpoint  # noqa: E402
+from shapes import MODELS, m2m_config  # noqa: E402
 from trial import Data, Result, Trial  # noqa: E402
 
 from petl_kernels.interop.files import atomic_write  # noqa: E402
@@ -49,7 +50,7 @@ CAPS = {"cpu": ("320MiB", "160MiB", "512MiB"), "cuda": ("8GiB", "16GiB", "12GiB"
 CELLS = {device: [(shape, cap) for cap in CAPS[device] for shape in SHAPES[device]] for device in SHAPES}
 DATA = {"cpu": Data(256, 64, updates=1), "cuda": Data(8192, 256, updates=4, multiple=8)}
 ROUNDS = 3
-SECONDS = {"cpu": 230, "cuda": 80}  # of all cells together within the bench; on CUDA `make gpu` has nine minutes in all
+SECONDS = {"cpu": 230, "cuda": 80}  # of all cells together within the bench; on CUDA a part of `make gpu-more`
 LIMIT = 60  # of one trial within the bench
 LIMIT_OF_ALL = 600
 NO_TIME = "not tried: no time left"
@@ -82,18 +83,22 @@ class Side:
 class Study:
     """Runs trials when their results are asked for, and knows what a result says about other caps.
 
-    until: of ``time.monotonic``; no trial starts after it, and what was not tried says so.
+    until: of ``time.monotonic``; no trial starts after it, and what was not tried says so. results: the file that has
+    what is known, written anew after each side of a cell.
     """
 
-    def __init__(self, device: str, folder: Path, until: float, limit: float, every: bool, run: Callable = trials.run):
-        self.device, self.folder, self.until, self.limit, self.every, self.run = (
-            device,
-            folder,
-            until,
-            limit,
-            every,
-            run,
-        )
+    def __init__(
+        self,
+        device: str,
+        folder: Path,
+        until: float,
+        limit: float,
+        every: bool,
+        results: Path | None = None,
+        run: Callable = trials.run,
+    ):
+        self.device, self.folder, self.until, self.limit, self.every = device, folder, until, limit, every
+        self.results, self.run = results, run
         self.sides: dict[tuple[str, str, str], Side] = {}
         self._known: dict[tuple, list[tuple[int, Result]]] = {}
 
@@ -105,6 +110,8 @@ class Study:
         key = shape, cap, implementation
         if key not in self.sides:
             self.sides[key] = self._peft(shape, cap) if implementation == PEFT else self._ours(*key)
+            if self.results is not None:
+                self.save(self.results)
         return self.sides[key]
 
     def _ours(self, shape: str, cap: str, implementation: str) -> Side:
@@ -152,7 +159,7 @@ class Study:
     def _checkpoint(self, shape: str) -> Path:
         path = self.folder / shape.partition(",")[0]
         if not path.is_dir():
-            trials.write_checkpoint(SHAPES[self.device][shape], path)
+            write_checkpoint(m2m_config(*SHAPES[self.device][shape]), path)
         return path
 
     def save(self, path: Path) -> None:
@@ -233,12 +240,10 @@ class Clock:
 @pytest.fixture(scope="module")
 def study(request):
     device = request.config.getoption("--device")
+    whole = results_of(device)  # some cells of the grid, maybe: they replace nothing
+    results = whole.parent / "part" / whole.name if request.config.getoption("--peers") else None
     with tempfile.TemporaryDirectory() as folder:
-        study = Study(device, Path(folder), time.monotonic() + SECONDS[device], LIMIT, every=False)
-        yield study
-        if request.config.getoption("--peers"):  # some cells of the grid, maybe: they replace nothing
-            whole = results_of(device)
-            study.save(whole.parent / "part" / whole.name)
+        yield Study(device, Path(folder), time.monotonic() + SECONDS[device], LIMIT, every=False, results=results)
 
 
 def pytest_generate_tests(metafunc) -> None:
@@ -306,12 +311,11 @@ def main() -> None:
     until = math.inf if arguments.all else time.monotonic() + SECONDS[arguments.device]
     limit = LIMIT_OF_ALL if arguments.all else LIMIT
     with tempfile.TemporaryDirectory() as folder:
-        study = Study(arguments.device, Path(folder), until, limit, arguments.all)
+        study = Study(arguments.device, Path(folder), until, limit, arguments.all, results_of(arguments.device))
         for shape, cap in CELLS[arguments.device]:
             print(f"{shape}, {cap}, {DATA[arguments.device].batch_tokens} tokens a side", flush=True)
             for name, side in zip((OURS, QUANTISED, PEFT), study.cell(shape, cap), strict=True):
                 print(f"  {name:16s} {table_row(study, shape, cap, side)}", flush=True)
-            study.save(results_of(arguments.device))
 
 
 def table_row(study: Study, shape: str, cap: str, side: Side) -> str:

@@ -21,7 +21,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from peft_settings import Setting
@@ -182,33 +181,6 @@ def micro_batches(batch: Batch, micro_tokens: int, device: torch.device) -> Iter
     rows = max(1, micro_tokens // max(batch.source.shape[1], batch.labels.shape[1]))
     for i in range(0, len(batch.source), rows):
         yield batch.part(slice(i, i + rows), PAD).to(device)
-
-
-# ---- the checkpoint
-
-
-def write_checkpoint(shape: tuple[int, int, int, int, int], folder: Path) -> None:
-    """Random weights in bf16, a file for each layer, so that no machine has to hold them all."""
-    config = m2m_config(*shape)
-    model = skeleton(config)
-    noise = torch.empty(1_000_003, dtype=torch.bfloat16).normal_(std=0.02)  # prime: rows of a matrix are not alike
-    files: dict[str, dict[str, nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        files.setdefault(".".join(name.split(".")[:4]) if ".layers." in name else "rest", {})[name] = parameter
-    folder.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(folder)
-    for part, parameters in files.items():
-        tensors = {name: _values(name, parameter.shape, noise) for name, parameter in parameters.items()}
-        safetensors.torch.save_file(tensors, folder / f"{part}.safetensors")
-
-
-def _values(name: str, shape: torch.Size, noise: Tensor) -> Tensor:
-    if len(shape) == 1:
-        return torch.full(shape, 1.0 if name.endswith("norm.weight") else 0.0, dtype=noise.dtype)
-    flat = torch.empty(shape.numel(), dtype=noise.dtype)
-    for part in flat.split(len(noise)):
-        part.copy_(noise[: len(part)])
-    return flat.view(shape)
 
 
 # ---- the two sides

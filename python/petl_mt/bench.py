@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import difflib
 import importlib
 import os
 import re
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
 from petl_kernels.errors import InputError
-from petl_kernels.interop.files import atomic_path
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 FAILED, INTERRUPTED, WRONG_USAGE, NOTHING_MATCHES = 1, 2, 4, 5  # pytest's exit codes
@@ -96,10 +93,6 @@ def run(what: Sequence[str], device: str | None = None, peers: bool = False, onl
     return 130 if INTERRUPTED in codes else 0 if set(codes) <= {0, NOTHING_MATCHES} else 1
 
 
-class _NothingTimed(Exception):
-    """Takes the temporary file away."""
-
-
 class _Names:
     """A plugin of pytest that hears what could be timed, before ``-k`` chooses."""
 
@@ -119,22 +112,23 @@ class _Names:
 
 
 def _measure(folder: Path, target: Path, options: list[str], names: _Names) -> tuple[int, bool]:
-    """Run pytest on one folder; what was timed becomes ``target``, which stays as it was when nothing was.
+    """Run pytest on one folder; what is timed is written to ``target`` at once, which stays as it was without anything.
 
     Returns pytest's exit code, NOTHING_MATCHES also when all was skipped, and whether anything was timed.
     """
     import pytest
 
     target.parent.mkdir(parents=True, exist_ok=True)
-    code, timed = None, False
-    with contextlib.suppress(_NothingTimed), atomic_path(target) as temporary:
-        arguments = [str(folder), "-o", "python_files=bench_*.py", "-q", "--benchmark-quiet", *options]
-        warnings.filterwarnings("ignore", "Not saving anything")  # said by the caller, in one line
-        code = int(pytest.main([*arguments, "--benchmark-json", str(temporary)], plugins=[names]))
-        timed = temporary.exists() and temporary.stat().st_size > 0
-        if not timed:
-            raise _NothingTimed
+    before = _file_of(target)
+    arguments = [str(folder), "-o", "python_files=bench_*.py", "-q", "--benchmark-quiet", *options]
+    code = int(pytest.main([*arguments, "--results", str(target)], plugins=[names]))
+    timed = _file_of(target) != before
     return (NOTHING_MATCHES if code == 0 and not timed else code), timed
+
+
+def _file_of(path: Path) -> tuple[int, int] | None:
+    """Which file stands at ``path``: one that is written anew is another."""
+    return (path.stat().st_ino, path.stat().st_mtime_ns) if path.exists() else None
 
 
 def _folder(name: str) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -16,7 +17,7 @@ from petl_mt import bench, cli
 from .conftest import CHECKOUT, entry
 
 TINY = """
-import pathlib, time
+import os, pathlib, signal, time
 import pytest
 
 @pytest.mark.parametrize("implementation", ["limit", "ours", pytest.param("PEFT, defaults", marks=pytest.mark.peer)])
@@ -25,6 +26,8 @@ def test_tiny(benchmark, op, implementation):
     told = pathlib.Path(__file__).with_name(op)  # a file that says how this op is to end
     state = told.read_text() if told.exists() else ""
     assert state != "wrong"
+    if state == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
     if state == "interrupt" and implementation == "ours":
         raise KeyboardInterrupt
     benchmark.group = op
@@ -95,6 +98,15 @@ def test_complete_then_failed_then_interrupted(checkout):
     assert not (results / "part" / "layers.json").exists()  # the folders after it are not run
     assert (results / "ops.json").read_bytes() == before
     assert not list(checkout.rglob("*.tmp"))
+
+
+def test_what_was_timed_is_on_the_disk_when_the_run_is_killed(checkout):
+    part = checkout / "bench" / "results" / "cpu" / "part" / "ops.json"
+    (checkout / "bench" / "ops" / "second_op").write_text("kill")
+    assert run(checkout, "ops", "--device", "cpu").returncode == -signal.SIGKILL
+    whole = load(part)
+    assert [(one.op, one.implementation) for one in whole.measurements] == [("first_op", "limit"), ("first_op", "ours")]
+    assert whole.machine["device"] == "cpu" and whole.machine["rates"]["copy"] > 0 and "dirty" in whole.commit
 
 
 def test_only(checkout):

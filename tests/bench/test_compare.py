@@ -45,6 +45,22 @@ def test_noise(result_file, iqr, rounds, code):
     assert compare(a, b) == code
 
 
+def test_what_is_slower_by_the_wall_alone_counts(result_file, capsys):
+    def run(name: str, wall: float):
+        samples = [wall, 1.01 * wall, 0.99 * wall, wall, wall]
+        return result_file(name, [entry("ours", 0.02, wall_seconds=wall, wall_samples=samples)])
+
+    a, slow = run("a.json", 0.1), run("slow.json", 0.2)
+    assert main(["bench", "compare", str(a), str(slow)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert "wall" in lines[2] and lines[2].split()[-2:] == ["2.000", "slower"]
+    assert "device" in lines[3] and lines[3].split()[-2:] == ["1.000", "noise"]
+    assert compare(a, run("same.json", 0.1)) == 0
+    # a file from before samples were kept says nothing of the wall
+    assert compare(a, result_file("old.json", [entry("ours", 0.02, wall_seconds=0.9)])) == 0
+    assert "wall" not in capsys.readouterr().out.splitlines()[-2]
+
+
 def test_pairs_by_every_key(result_file, capsys):
     a = result_file("a.json", [entry("ours", 0.02), entry("ours", 0.03, case="r=8"), entry("ours", 0.03, tokens=1)])
     b = result_file(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -95,13 +97,83 @@ def test_what_is_written_down(enabled):
     }
 
 
+class Event:
+    """Of a device that is as far as ``reached`` says when the host asks; a round takes it 2 ms."""
+
+    reached = False
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        pass
+
+    def query(self):
+        return self.reached
+
+    def elapsed_time(self, stop):
+        return 2.0
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """torch.cuda as ``device_seconds`` uses it; returns the cycles that the device slept."""
+    slept = []
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", slept.append)
+    return slept
+
+
+def test_the_device_is_timed_in_a_queue_that_is_filled_ahead(card, monkeypatch):
+    monkeypatch.setattr(measure, "busy_seconds", None)
+    runs = []
+    seconds, walls = measure.device_seconds(lambda: runs.append(0), 15)
+    assert seconds == [2e-3] * 15 and len(walls) == 5 and len(runs) == 3 + 5 + 15 and len(card) == 15
+
+
+def test_the_queue_is_ahead_by_what_the_host_takes_and_not_the_device(card, monkeypatch):
+    """Or a loss of 85 ms, of which the host takes one, would be timed for three times as long."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: time.sleep(0.02))
+    _, walls = measure.device_seconds(lambda: None, 5)
+    assert min(walls) >= 0.02 and max(card) < 2.5e9 * 0.01
+
+
+def test_what_no_queue_holds_is_timed_by_the_profiler(card, monkeypatch):
+    monkeypatch.setattr(Event, "reached", True)
+    monkeypatch.setattr(measure, "busy_seconds", lambda run, rounds: [7.0] * rounds)
+    seconds, _ = measure.device_seconds(lambda: None, 5)
+    assert seconds == [7.0] * 5 and len(card) == 2  # two late rounds of five are enough
+
+
+def test_seconds_in_which_the_device_is_busy(card, monkeypatch):
+    """Kernels of two streams that overlap count once, what the host does not at all."""
+
+    class Profile:
+        def __init__(self, activities):
+            pass
+
+        __enter__, __exit__ = (lambda self: self), (lambda self, *error: None)
+
+        def events(self):
+            spans = [(0.0, 10.0, "CUDA"), (5.0, 20.0, "CUDA"), (30.0, 31.0, "CUDA"), (0.0, 99.0, "CPU")]
+            kinds = torch.autograd.DeviceType
+            return [
+                SimpleNamespace(device_type=getattr(kinds, kind), time_range=SimpleNamespace(start=start, end=end))
+                for start, end, kind in spans
+            ]
+
+    monkeypatch.setattr(torch.profiler, "profile", Profile)
+    assert measure.busy_seconds(lambda: None, 2) == [pytest.approx(21e-6)] * 2
+
+
 def test_times_of_the_device_become_the_benchmarks_rounds(enabled, monkeypatch):
     """As on CUDA: the rounds have run, and their seconds are handed to the fixture."""
     seconds = [1.0, 2.0, 4.0]
-    monkeypatch.setattr(measure, "device_seconds", lambda run, rounds: (seconds, 5.0))
+    monkeypatch.setattr(measure, "device_seconds", lambda run, rounds: (seconds, [5.0, 9.0, 5.0]))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
     case = measure.Case("frozen_linear", "t5", 6, "bfloat16", "cuda", rounds=3)
     measure.record(enabled, case, "ours", lambda: None, counts.frozen_linear(6, 4, 8, 2))
     assert enabled.stats.stats.data == seconds
-    assert enabled.extra_info["wall_seconds"] == 5.0
+    assert enabled.extra_info["wall_seconds"] == 5.0 and enabled.extra_info["wall_samples"] == [5.0, 9.0, 5.0]
     assert enabled.extra_info["predicted_seconds"] == pytest.approx(6e-6, rel=0.01)

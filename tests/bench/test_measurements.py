@@ -106,6 +106,30 @@ def test_table_of_a_case(result_file):
     }
 
 
+def test_table_of_a_card_has_the_wall_beside_the_device(result_file):
+    """Twice PEFT's time by the wall in half of its time on the device: both ratios stand there."""
+    times = {"ours": (0.01, 0.08), "PEFT, defaults": (0.02, 0.04), "limit": (0.005, 0.02)}
+    entries = [entry(name, device, wall_seconds=wall) for name, (device, wall) in times.items()]
+    run = load(result_file("ops.json", entries + [entry("eager", 0.03)]))
+    head, rows = case_table(run.measurements, run)
+    by_name = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
+    ours = by_name["ours"]
+    assert (ours["device"], ours["wall"]) == ("10.0 ms", "80.0 ms")
+    assert (ours["/ PEFT, defaults"], ours["wall / PEFT, defaults"]) == ("0.50", "2.00")
+    assert (ours["/ limit"], ours["wall / limit"]) == ("2.00", "4.00")
+    assert by_name["eager"]["wall"] == by_name["eager"]["wall / limit"] == ""
+    assert "median" not in head
+
+
+def test_the_wall_as_a_measurement_of_its_own(result_file):
+    walls = [0.05, 0.04, 0.06, 0.09, 0.05]
+    entries = [entry("ours", 0.01, wall_seconds=0.05, wall_samples=walls), entry("eager", 0.02, wall_seconds=0.03)]
+    ours, eager = load(result_file("ops.json", entries)).measurements
+    wall = ours.by_the_wall()
+    assert (wall.median, wall.q1, wall.q3, wall.least, wall.most, wall.samples) == (0.05, 0.05, 0.06, 0.04, 0.09, 5)
+    assert wall.key == ours.key and eager.wall == 0.03 and eager.by_the_wall() is None
+
+
 def test_plain_text_has_no_escapes_and_terminals_fit():
     head, rows = ["name", "time", "empty"], [["ours", "1.00 ms", ""], ["a long name of a peer", "2.00 ms", ""]]
     plain = render("title", head, rows, terminal=False, width=20)

@@ -57,7 +57,22 @@ def test_predictions_show_where_there_are_any(result_file):
     assert "predicted" not in page_of(result_file, [entry("ours", 0.02)])
     page = page_of(result_file, [entry("ours", 0.02, predicted_seconds=0.016), entry("eager", 0.03)])
     assert "<td>16.0 ms</td><td>1.25</td>" in page
-    assert "<td>21.0 ms</td>" in page_of(result_file, [entry("ours", 0.02, wall_seconds=0.021)])
+
+
+def test_the_wall_stands_beside_the_device(result_file):
+    """On a CPU they are the same, and stand once."""
+    page = page_of(result_file, [entry(name, time) for name, time in PEERS.items()])
+    assert "<th>median</th>" in page and "<th>wall</th>" not in page and "idle queue" not in page
+    walls = [entry(name, time, wall_seconds=wall) for (name, time), wall in zip(PEERS.items(), (3, 4, 2), strict=True)]
+    page = page_of(result_file, walls)
+    for text in (
+        "<th>device</th>",
+        "<th>wall</th><th>wall / limit</th><th>wall / PEFT, defaults</th>",
+        "<td>1.25</td><td>0.83</td><td>4.00 s</td><td>1.33</td><td>2.00</td>",
+        "1.25 × · 12.5 ms · wall 4.00 s",
+        "idle queue",
+    ):
+        assert text in page, text
 
 
 def test_an_op_that_only_moves_bytes_has_bars_and_no_point(result_file):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 import sys
 import time
@@ -18,6 +19,8 @@ import trial  # noqa: E402
 from bench_caps import NO_TIME, OURS, PEFT, Study, beside_peft, tells  # noqa: E402
 from peft_settings import BASES, Setting, best, halves, largest_that_fits, search, why_none  # noqa: E402
 from petl_mt import update  # noqa: E402
+from random_model import write_checkpoint  # noqa: E402
+from shapes import m2m_config  # noqa: E402
 from trial import Data, Result, Trial, batches, failed, micro_batches, worst_batch  # noqa: E402
 
 PLAIN = Setting("bfloat16")
@@ -123,7 +126,7 @@ def test_a_study_runs_a_trial_once_and_says_why_peft_has_none(tmp_path):
             return NO_ROOM
         return Result(seconds=[2.0 if trial.setting else 0.5], least=250 * MIB, most=250 * MIB, target_tokens=10)
 
-    study = Study("cpu", tmp_path, math.inf, 60, every=False, run=run)
+    study = Study("cpu", tmp_path, math.inf, 60, every=False, results=tmp_path / "caps.json", run=run)
     study._checkpoint = lambda shape: tmp_path
     (shape,) = bench_caps.SHAPES["cpu"]
     for cap in ("512MiB", "320MiB"):
@@ -134,8 +137,8 @@ def test_a_study_runs_a_trial_once_and_says_why_peft_has_none(tmp_path):
     study.side(shape, "160MiB", PEFT)
     told = beside_peft(study, shape, "160MiB", ours)
     assert "out of memory" in told["peft"] and "ratio" not in told
-    study.save(tmp_path / "caps.json")
-    assert "bfloat16 base, bf16 adapters" in (tmp_path / "caps.json").read_text()
+    cells = json.loads((tmp_path / "caps.json").read_text())["cells"]  # written after each side
+    assert len(cells) == 6 and "bfloat16 base, bf16 adapters" in json.dumps(cells)
 
 
 def test_no_trial_starts_when_time_is_up(tmp_path):
@@ -185,7 +188,7 @@ def test_micro_batches_are_the_batch():
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("tiny") / "model"
-    trial.write_checkpoint(TINY, folder)
+    write_checkpoint(m2m_config(*TINY), folder)
     return str(folder)
 
 
