@@ -35,15 +35,17 @@ def built():
         ["petl_mt/rehearse_trainer.py", "-k", "budget or graphs or streamed or tighter or rates"],
         ["petl_mt/rehearse_trainer.py", "-k", "not (budget or graphs or streamed or tighter or rates)"],
         ["rehearsal/rehearse_library.py"],
+        ["rehearsal/rehearse_triton.py"],
         # Tests for a card whose kernels are PyTorch's own.
         ["-m", "gpu", "test_graphs.py", "petl_mt/test_late.py", "layers/test_no_waiting.py"],
     ],
-    ids=["memory", "commands", "library", "gpu tests"],
+    ids=["memory", "commands", "library", "triton", "gpu tests"],
 )
 def test_on_a_card_of_host_memory(arguments):
     command = [sys.executable, "-m", "pytest", "-p", "rehearsal.card", "-o", "python_files=test_*.py rehearse_*.py"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     environment |= {"PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])}
+    environment["TRITON_INTERPRET"] = "1" if "triton" in arguments[0] else "0"
     done = subprocess.run([*command, *arguments], cwd=TESTS, env=environment, capture_output=True, text=True)
     last = done.stdout.strip().splitlines()[-1]
     assert done.returncode == 0 and re.search(r"\d+ passed", last) and "skipped" not in last, done.stdout + done.stderr

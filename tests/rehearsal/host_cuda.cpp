@@ -61,12 +61,21 @@ struct Pair {
   void* data;  // of the host storage when it was made: another one afterwards tells that the kernel has resized it
 };
 
-at::Tensor over(c10::Storage storage, c10::DispatchKey key, const at::Tensor& like) {
-  auto made = at::detail::make_tensor<c10::TensorImpl>(std::move(storage), c10::DispatchKeySet(key), like.dtype());
+at::Tensor shaped(at::Tensor made, const at::Tensor& like) {
   auto* impl = made.unsafeGetTensorImpl();
   impl->set_sizes_and_strides(like.sizes(), like.strides(), like.storage_offset());
   if (like.dim() == 0) impl->set_wrapped_number(like.unsafeGetTensorImpl()->is_wrapped_number());
   return made;
+}
+
+at::Tensor over(c10::Storage storage, c10::DispatchKey key, const at::Tensor& like) {
+  return shaped(
+      at::detail::make_tensor<c10::TensorImpl>(std::move(storage), c10::DispatchKeySet(key), like.dtype()), like);
+}
+
+at::Tensor view_of(const at::Tensor& base, const at::Tensor& like) {  // a normal tensor's are normal in inference mode
+  return shaped(at::detail::make_tensor<c10::TensorImpl>(
+      c10::TensorImpl::VIEW, c10::Storage(base.storage()), base.key_set(), like.dtype()), like);
 }
 
 class Call {  // of one operator: its tensors on the card and those that the CPU's kernel sees in their place
@@ -92,7 +101,7 @@ class Call {  // of one operator: its tensors on the card and those that the CPU
       if (known.host.is_same(host)) return known.card;
     for (auto& known : pairs_)
       if (known.host.storage().is_alias_of(host.storage()))
-        return over(known.card.storage(), c10::DispatchKey::CUDA, host);
+        return view_of(known.card, host);
     return over(c10::Storage(c10::Storage::use_byte_size_t(), host.storage().nbytes(), on_card(host.storage()), nullptr,
         /*resizable=*/false), c10::DispatchKey::CUDA, host);
   }
@@ -189,6 +198,17 @@ int64_t fused_sdp_choice(const at::Tensor&, const at::Tensor&, const at::Tensor&
 
 void record_stream(at::Tensor&, c10::Stream) {}
 
+at::Tensor& set_part(at::Tensor& self, at::Storage source, int64_t offset, at::IntArrayRef size, at::IntArrayRef stride) {
+  self.unsafeGetTensorImpl()->set_storage_keep_dtype(std::move(source));
+  self.unsafeGetTensorImpl()->set_sizes_and_strides(size, stride, offset);
+  return self;
+}
+
+at::Tensor& set_whole(at::Tensor& self, at::Storage source) {
+  const auto count = static_cast<int64_t>(source.nbytes() / self.element_size());
+  return set_part(self, std::move(source), 0, {count}, {1});
+}
+
 using Boxed = torch::CppFunction;
 Boxed boxed() { return Boxed::makeFromBoxedFunction<&run_on_host>(); }
 
@@ -198,6 +218,8 @@ TORCH_LIBRARY_IMPL(aten, CUDA, library) {
   library.impl("copy_", boxed());  // PyTorch's own takes kernels by device beside the dispatcher
   library.impl("_fused_sdp_choice", fused_sdp_choice);
   library.impl("record_stream", record_stream);
+  library.impl("set_.source_Storage", set_whole);
+  library.impl("set_.source_Storage_storage_offset", set_part);
 }
 
 // ------------------------------------------------------------------------------------------------ one device, one stream
