@@ -4,7 +4,7 @@ A library that is older than its range is refused when it is first used: it lack
 shapes. One that is newer mostly works, so it is said once, in one line; a name that is gone from it has a line of its
 own (``transformers_names.py``).
 
-    python -c 'from petl_kernels import versions; print(versions.oldest())'      the starts, as pip's constraints
+    python -c 'from petl_kernels import versions; print(versions.constraints("oldest"))'
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from __future__ import annotations
 import functools
 import re
 import warnings
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
 from petl_kernels.errors import InputError
 
 PROJECT = "petl-kernels"
+_FILE = Path(__file__).parents[1] / "pyproject.toml"
 _REQUIREMENT = re.compile(r"([A-Za-z0-9._-]+)[ (]*((?:[<>=!~]=?[\d.*]+,? ?)+)")
 
 
@@ -55,11 +57,11 @@ def ranges() -> dict[str, tuple[str, str | None]]:
 
 
 def _requirements() -> list[str]:
-    try:
-        return metadata.requires(PROJECT) or []
-    except metadata.PackageNotFoundError:  # run from its folder, without having been installed
-        file = Path(__file__).parents[1] / "pyproject.toml"
-        return re.findall(r'"([^"\n]+)"', file.read_text(encoding="utf-8")) if file.is_file() else []
+    """Of the folder that this file is in, where it is the project's: what is installed may be of another day."""
+    text = _FILE.read_text(encoding="utf-8") if _FILE.is_file() else ""
+    if f'name = "{PROJECT}"' in text:
+        return re.findall(r'"([^"\n]+)"', text)
+    return metadata.requires(PROJECT) or []
 
 
 def _release(version: str) -> tuple[int, ...]:
@@ -67,6 +69,11 @@ def _release(version: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.match(r"\d+(?:\.\d+)*", version)[0].split("."))
 
 
-def oldest() -> str:
-    """The start of each range with an upper end, as a constraints file."""
-    return "\n".join(f"{name}=={least}" for name, (least, below) in ranges().items() if below is not None)
+def constraints(end: str, but: Sequence[str] = ()) -> str:
+    """The ranges with both ends as a constraints file of pip, without the libraries ``but``.
+
+    end: "oldest", the start of each; or "newest", all of it, of which pip takes the newest.
+    """
+    both = {name: ends for name, ends in ranges().items() if None not in ends and name not in but}
+    forms = {"oldest": "{}=={}", "newest": "{}>={},<{}"}
+    return "\n".join(forms[end].format(name, *ends) for name, ends in both.items())

@@ -94,9 +94,9 @@ def test_without_masks_to_register_a_prefix_is_refused(monkeypatch):
 
 
 def test_without_an_attention_function_a_prefix_is_refused():
-    module = build("m2m100").get_encoder().layers[0].self_attn
-    assert callable(names.attention_function("eager", module)) and callable(names.attention_function("sdpa", module))
-    for name, module in (("eager", torch.nn.Linear(1, 1)), ("sdpb", module)):
+    own = build("m2m100").get_encoder().layers[0].self_attn
+    assert callable(names.attention_function("eager", own)) and callable(names.attention_function("sdpa", own))
+    for name, module in (("eager", torch.nn.Linear(1, 1)), ("sdpb", own)):
         with pytest.raises(InputError, match=f"has no {name} attention function for .*: prefix-tuning cannot"):
             names.attention_function(name, module)
 

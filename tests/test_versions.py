@@ -28,6 +28,7 @@ def installed(monkeypatch):
 
         monkeypatch.setattr(versions.metadata, "version", version)
         monkeypatch.setattr(versions.metadata, "requires", lambda _: REQUIREMENTS)
+        monkeypatch.setattr(versions, "_FILE", Path("no such file"))
         versions.check.cache_clear()
 
     yield install
@@ -74,29 +75,22 @@ def test_an_old_library_stops_what_uses_it(installed, tmp_path):
             use()
 
 
-@pytest.fixture
-def folder(monkeypatch):
-    """Run with PYTHONPATH alone, without having been installed."""
-
-    def missing(name):
-        raise metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(versions.metadata, "requires", missing)
-
-
-def test_ranges_from_the_folder_have_both_ends(folder):
+def test_ranges_have_both_ends():
     found = versions.ranges()
     assert all(None not in found[name] for name in WITH_RANGES)
 
 
-def test_the_oldest_versions_stand_in_the_project_file(folder):
-    lines = versions.oldest().splitlines()
-    assert sorted(line.partition("==")[0] for line in lines) == sorted(WITH_RANGES)
+def test_constraints_are_the_ends_that_stand_in_the_project_file():
+    oldest, newest = (versions.constraints(end).splitlines() for end in ("oldest", "newest"))
+    assert sorted(line.partition("==")[0] for line in oldest) == sorted(WITH_RANGES)
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    assert all(f'"{line.replace("==", ">=")},<' in text for line in lines)
+    assert all(f'"{line}"' in text for line in newest)
+    assert all(f'"{line.replace("==", ">=")},<' in text for line in oldest)
+    without = versions.constraints("oldest", but=("torch", "triton")).splitlines()
+    assert without == [line for line in oldest if not line.startswith(("torch", "triton"))]
 
 
-def test_pins_are_inside_of_the_ranges(folder):
+def test_pins_are_inside_of_the_ranges():
     pins = dict(re.findall(r"^([\w-]+)==([\d.]+)", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.M))
     found = versions.ranges()
     for name in WITH_RANGES:
