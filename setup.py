@@ -52,7 +52,7 @@ def toolkit(found: str | None) -> str | None:
 
 
 def has_target(torch) -> bool:
-    """Whether it is known which cards to compile for. PyTorch ends in a traceback where it sees none and none is named."""
+    """Whether it is known which cards to compile for; PyTorch ends in a traceback where it sees and is told of none."""
     if os.environ.get("TORCH_CUDA_ARCH_LIST") or torch.cuda.is_available():
         return True
     print("petl-kernels: no CUDA device and no TORCH_CUDA_ARCH_LIST; building without CUDA kernels", file=sys.stderr)
