@@ -209,6 +209,14 @@ def language_ids(tokenizer: Any) -> dict[str, int] | None:
     return None if ids is None else dict(ids)
 
 
+def rows_of_m2m100(tokenizer: Any) -> int:
+    """Ids that an M2M-100 tokenizer gives away, language tokens included. Gone, InputError: ``--model new`` alone."""
+    try:
+        return len(tokenizer.encoder) + len(tokenizer.lang_token_to_id)
+    except AttributeError as error:
+        raise gone(f"{error.name} of {type(tokenizer).__name__}", "a new model") from error
+
+
 def ends_with_language(tokenizer: Any) -> bool:
     """Whether a source ends with its language: mBART of 25 languages, NLLB's legacy form. Gone, it begins with it."""
     return getattr(tokenizer, "prefix_tokens", None) == []

@@ -173,6 +173,13 @@ def test_layers_are_dropped_by_no_number():
         simulate.shallow(model, 1, 1)(**{name: torch.ones_like(value) for name, value in batch(model).items()})
 
 
+def test_without_its_ids_a_tokenizer_makes_no_new_model(make):
+    tokenizer = make("m2m100")[1]
+    assert names.rows_of_m2m100(tokenizer) == 1 + max(tokenizer.lang_token_to_id.values())
+    with pytest.raises(InputError, match="has no encoder of object: a new model cannot work with it"):
+        names.rows_of_m2m100(object())
+
+
 def test_a_tokenizer_without_its_pieces_gives_the_same_ids(make, monkeypatch):
     from petl_kernels.interop import languages
 
