@@ -9,13 +9,58 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 BENCHES := $(foreach what,ops layers step,$(if $(wildcard bench/$(what)/bench_*.py),$(what)))
 SOURCES := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
-.PHONY: demo test bench gpu gpu-more lint memory-table clean
+.PHONY: demo test test-newest test-oldest test-oldest-quick bench gpu gpu-more lint memory-table clean
 
 demo: $(VENV)/.package
 	$(BIN)/petl-mt demo
 
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# The parts of the suite that touch other libraries, with the newest and the oldest versions of those that pyproject.toml
+# allows, each in an environment of its own, on a copy of the sources with its own build of the extension. TORCH=2.13.0
+# takes that PyTorch in the place of the range's end: some indexes have a small build of it, without CUDA.
+TORCH ?=
+LIBRARY_TESTS := tests/test_versions.py tests/test_transformers_names.py tests/interop tests/methods \
+    tests/layers/test_lean_exact.py tests/layers/test_lean_model.py tests/layers/test_no_waiting.py \
+    tests/memory/test_generation.py tests/memory/test_lean_auto.py tests/backends/test_triton_interpreter.py \
+    tests/petl_mt/test_evaluate.py tests/petl_mt/test_families.py tests/petl_mt/test_new_model.py \
+    tests/petl_mt/test_optimizer.py tests/petl_mt/test_train.py tests/petl_mt/test_translate_memory.py
+QUICK_TESTS := tests/test_versions.py tests/test_transformers_names.py tests/interop/test_hf.py \
+    tests/interop/test_peft_format.py tests/methods/test_prefix.py tests/petl_mt/test_translate_memory.py
+COPIED := setup.py pyproject.toml constraints.txt README.md MANIFEST.in csrc petl_kernels python tests bench
+RANGES := import sys; from petl_kernels import versions; print(versions.constraints(sys.argv[1], sys.argv[2:]))
+
+test-newest test-oldest: test-%: $(VENV)-%/.made
+	$(call copy,$(VENV)-$*)
+	cd $(VENV)-$*/src && OMP_NUM_THREADS=1 ../bin/python -m pytest -q -n 2 $(LIBRARY_TESTS)
+
+$(VENV)-%/.made: pyproject.toml $(SOURCES)
+	$(PYTHON) -m venv --clear $(VENV)-$*
+	$(VENV)-$*/bin/python -c "$(RANGES)" $* $(if $(TORCH),torch) > $(VENV)-$*/constraints.txt
+	$(if $(TORCH),echo torch==$(TORCH) >> $(VENV)-$*/constraints.txt)
+	$(VENV)-$*/bin/pip install $(LATEST) -c $(VENV)-$*/constraints.txt torch numpy setuptools wheel ninja pybind11
+	$(call copy,$(VENV)-$*)
+	cd $(VENV)-$*/src && ../bin/pip install $(LATEST) -c ../constraints.txt --no-build-isolation -e '.[dev]'
+	touch $@
+
+LATEST := --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager
+# Without extensions, which belong to the PyTorch of the environment that they were built in.
+copy = mkdir -p $(1)/src && tar -c --exclude='*.so' --exclude=__pycache__ $(COPIED) | tar -x -C $(1)/src
+
+# The same in a minute or two: the environment of the pins, extension and PyTorch included, with the oldest of the other
+# libraries over it. The oldest, since what is pinned is the newest.
+test-oldest-quick: $(VENV)-quick/.made
+	PYTHONPATH=.:python OMP_NUM_THREADS=1 $(VENV)-quick/bin/python -m pytest -q -n 2 $(QUICK_TESTS)
+
+$(VENV)-quick/.made: $(VENV)/.dev pyproject.toml
+	$(BIN)/python -m venv --clear $(VENV)-quick
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	    > $$(echo $(VENV)-quick/lib/python*/site-packages)/pins.pth
+	$(VENV)-quick/bin/python -c "$(RANGES)" oldest torch triton > $(VENV)-quick/constraints.txt
+	$(VENV)-quick/bin/pip install --quiet --disable-pip-version-check -c $(VENV)-quick/constraints.txt \
+	    numpy transformers accelerate peft bitsandbytes sacrebleu
+	touch $@
 
 bench: $(VENV)/.dev
 	$(BIN)/petl-mt bench $(BENCHES) --peers
@@ -34,7 +79,7 @@ gpu gpu-more:
 	    $(if $(LANGUAGES),--languages $(LANGUAGES))
 
 clean:
-	rm -rf $(VENV) build petl_kernels/*.so *.egg-info
+	rm -rf $(VENV) $(VENV)-newest $(VENV)-oldest $(VENV)-quick build petl_kernels/*.so *.egg-info
 
 $(VENV)/.torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -51,6 +51,14 @@ def toolkit(found: str | None) -> str | None:
     return None
 
 
+def has_target(torch) -> bool:
+    """Whether it is known which cards to compile for; PyTorch ends in a traceback where it sees and is told of none."""
+    if os.environ.get("TORCH_CUDA_ARCH_LIST") or torch.cuda.is_available():
+        return True
+    print("petl-kernels: no CUDA device and no TORCH_CUDA_ARCH_LIST; building without CUDA kernels", file=sys.stderr)
+    return False
+
+
 def extension():
     import torch
     from torch.utils import cpp_extension
@@ -58,7 +66,7 @@ def extension():
     files = ["csrc/ops.cpp", *sources("cpu", "host")]
     flags = [*FLAGS, f'-DPETL_FLAGS="{" ".join(FLAGS)}"']
     wanted = torch.version.cuda and os.environ.get("PETL_CUDA") != "0"
-    home = toolkit(cpp_extension.CUDA_HOME) if wanted else None
+    home = toolkit(cpp_extension.CUDA_HOME) if wanted and has_target(torch) else None
     if home is None:
         return cpp_extension.CppExtension(
             "petl_kernels._C", files, extra_compile_args={"cxx": flags}, extra_link_args=["-fopenmp"]

@@ -7,6 +7,11 @@ from __future__ import annotations
 
 import importlib
 
+from petl_kernels import versions
+
+for _library in ("torch", "numpy"):
+    versions.check(_library)
+
 __version__ = "0.1.0"
 
 _HOME = {

@@ -32,6 +32,7 @@ from shapes import m2m_config
 from torch import Tensor, nn
 
 import petl_kernels as pk
+from petl_kernels import versions
 from petl_kernels.interop.hf import load_weights, skeleton
 from petl_kernels.interop.planned import load_planned
 from petl_kernels.memory import cap
@@ -326,6 +327,7 @@ def peft_model(model: nn.Module, trial: Trial, device: torch.device) -> nn.Modul
     Of what bitsandbytes rounds, no dense copy is in memory. Without ``prepare_model_for_kbit_training``, which would
     hold embeddings and norms in fp32.
     """
+    versions.check("peft")
     import peft
 
     setting, model = trial.setting, model.to(torch.bfloat16)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from petl_kernels.layers.blocks import as_causal
+from petl_kernels.transformers_names import attention_implementation, cache_in
 
 WAITED_FOR = ("cuda",)  # on a CPU the answer is there at once, and a mask that hides nothing is best left out
 
@@ -23,9 +24,9 @@ def without_waiting(model: nn.Module, inputs: dict) -> dict:
     ids = inputs.get("decoder_input_ids")
     if ids is None or ids.device.type not in WAITED_FOR or torch.compiler.is_compiling():
         return inputs
-    if inputs.get("past_key_values") is not None:  # which make the decoder's masks longer
+    if cache_in(inputs) is not None:  # which makes the decoder's masks longer
         return inputs
-    if model.config._attn_implementation != "sdpa":
+    if attention_implementation(model.config) != "sdpa":
         return inputs
     changed = dict(inputs)
     mask = inputs.get("attention_mask")

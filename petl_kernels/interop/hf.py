@@ -13,7 +13,9 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
+from petl_kernels import versions
 from petl_kernels.errors import InputError
+from petl_kernels.transformers_names import has_own_head
 
 # config.model_type -> class; NLLB is an m2m_100, mBART-50 an mbart, MADLAD-400 a t5
 SUPPORTED = {
@@ -130,6 +132,7 @@ def _tensors(name: str) -> list[tuple[str, Callable[[], Tensor]]]:
 
 def load_config(path_or_id: str | os.PathLike):
     """The config of a checkpoint folder, a hub id or a config's JSON file alone. Raises InputError."""
+    versions.check("transformers")
     import transformers
 
     path = Path(path_or_id)
@@ -146,13 +149,14 @@ def skeleton(config, untied: bool | None = None):
 
     untied: whether the output projection has a weight of its own; None is what the config says.
     """
+    versions.check("accelerate")
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False):
         model = _model_class(config)(config)
     model.tie_weights()
-    if untied is None:  # configs of T5's family always say tied, and keep what the file said under another name
-        untied = config.model_type == "mt5" or getattr(config, "scale_decoder_outputs", True) is False
+    if untied is None:
+        untied = has_own_head(config)
     if untied and model.lm_head.weight is model.get_input_embeddings().weight:
         model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
         model.config.tie_word_embeddings = False
@@ -169,6 +173,7 @@ def _head_apart(name: str) -> bool:
 
 def _checked(path_or_id: str | os.PathLike, weights: bool = True):
     """(name, folder or None, config), of what can be loaded as far as names tell."""
+    versions.check("transformers")
     import transformers
 
     name = os.fspath(path_or_id)

@@ -20,6 +20,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from petl_kernels.errors import InputError
+from petl_kernels.transformers_names import ends_with_language, has_pieces_apart, language_ids, pieces_of
 
 # ISO 639-1 code and FLORES-200 code (ISO 639-3 and the script that is usual for the language).
 _FLORES = dict(
@@ -101,7 +102,7 @@ class LanguagePair:
         self.src_token = find_language(src_lang, tags, "source")
         self.tgt_token = find_language(tgt_lang, tags, "target")
         source, target = tags[self.src_token], tags[self.tgt_token]
-        if getattr(self.tokenizer, "prefix_tokens", None) == []:  # mBART of 25 languages, NLLB's legacy form
+        if ends_with_language(self.tokenizer):
             self._source_tail = [self.eos_token_id, source]
         else:
             self._source_head = [source]
@@ -113,7 +114,7 @@ class LanguagePair:
             self.forced_bos_token_id = target
 
     def _prefix(self, token: str, tags: dict[str, int]) -> list[int]:
-        if hasattr(self.tokenizer, "current_spm"):  # Marian's vocabulary stands beside its SentencePiece model
+        if has_pieces_apart(self.tokenizer):
             return [tags[token]]
         return self.tokenizer(token, add_special_tokens=False)["input_ids"]
 
@@ -143,14 +144,9 @@ class LanguagePair:
         tokenizer, texts = self.tokenizer, list(texts)
         if not texts:
             return []
-        # M2M-100 and Marian have tokenizers in Python that take a sentence at a time; SentencePiece takes them all.
-        if hasattr(tokenizer, "sp_model") and isinstance(getattr(tokenizer, "encoder", None), dict):
-            return _by_sentencepiece(tokenizer.sp_model, tokenizer.encoder, tokenizer.unk_token, texts)
-        if hasattr(tokenizer, "spm_source"):
-            model = tokenizer.spm_target if target else tokenizer.spm_source
-            separate = target and tokenizer.separate_vocabs
-            encoder = tokenizer.target_encoder if separate else tokenizer.encoder
-            return _by_sentencepiece(model, encoder, tokenizer.unk_token, texts)
+        pieces = pieces_of(tokenizer, target)
+        if pieces is not None:  # SentencePiece takes all sentences at once
+            return _by_sentencepiece(*pieces, tokenizer.unk_token, texts)
         rows = tokenizer(
             texts,
             add_special_tokens=False,
@@ -174,8 +170,9 @@ def _by_sentencepiece(model, encoder: dict[str, int], unk_token: str, texts: lis
 
 def language_tokens(tokenizer) -> dict[str, int]:
     """The language tokens that this tokenizer has, with their ids; empty for models that know no languages."""
-    if hasattr(tokenizer, "lang_token_to_id"):
-        return dict(tokenizer.lang_token_to_id)
+    known = language_ids(tokenizer)
+    if known is not None:
+        return known
     vocabulary = tokenizer.get_vocab()
     name = type(tokenizer).__name__
     if name.startswith("Marian"):

@@ -8,8 +8,6 @@ when they are asked for.
 from __future__ import annotations
 
 import functools
-import inspect
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 
 from petl_kernels import ops
 from petl_kernels.interop.device_masks import without_waiting
+from petl_kernels.transformers_names import decoder_inputs
 
 _OPTIONS = ("label_smoothing", "reduction")
 
@@ -99,23 +98,6 @@ def lean_loss_obstacle(model: nn.Module) -> str:
     if head._forward_hooks or head._forward_pre_hooks:
         return "a hook on lm_head"
     return ""
-
-
-def decoder_inputs(model: nn.Module, labels: Tensor) -> Tensor:
-    """What the decoder reads to predict ``labels``, by the model's own rule."""
-    if hasattr(model, "_shift_right"):
-        return model._shift_right(labels)
-    config, shift = model.config, _shift_function(model)
-    arguments = (config.pad_token_id, config.decoder_start_token_id)
-    return shift(labels, *arguments[: len(inspect.signature(shift).parameters) - 1])
-
-
-def _shift_function(model: nn.Module):
-    for cls in type(model).__mro__:
-        function = getattr(sys.modules.get(cls.__module__), "shift_tokens_right", None)
-        if function is not None:
-            return function
-    raise TypeError(f"{type(model).__name__}: no rule to make decoder inputs from labels; give decoder_input_ids")
 
 
 @contextmanager

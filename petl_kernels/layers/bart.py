@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from petl_kernels.layers.blocks import (
-    ACTIVATIONS,
     AttentionBlock,
     FeedForwardBlock,
     attention_block,
@@ -20,6 +19,7 @@ from petl_kernels.layers.blocks import (
     shared_for_products,
 )
 from petl_kernels.layers.recompute import context
+from petl_kernels.transformers_names import ACTIVATIONS, BART_ATTENTION, BART_LAYER, lacking
 
 
 class LeanBartLayer:
@@ -34,11 +34,9 @@ class LeanBartLayer:
         attention_mask: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
-        past_key_values=None,
-        use_cache: bool | None = None,
         **kwargs,
     ) -> Tensor:
-        if self.steps_aside(past_key_values, kwargs):
+        if self.steps_aside(kwargs):
             if not hasattr(self, "encoder_attn"):
                 return super().forward(hidden_states, attention_mask, **kwargs)
             return super().forward(
@@ -46,8 +44,6 @@ class LeanBartLayer:
                 attention_mask,
                 encoder_hidden_states,
                 encoder_attention_mask=encoder_attention_mask,
-                past_key_values=past_key_values,
-                use_cache=use_cache,
                 **kwargs,
             )
         source = shared_for_products(encoder_hidden_states)
@@ -93,9 +89,10 @@ class LeanBartLayer:
     @staticmethod
     def uncovered(layer: nn.Module) -> str:
         """Why a layer cannot be lean; empty when it can."""
-        if type(layer.activation_fn).__name__ not in ACTIVATIONS:
+        reason = lacking(layer, BART_LAYER) or lacking(layer.self_attn, BART_ATTENTION)
+        if not reason and type(layer.activation_fn).__name__ not in ACTIVATIONS:
             return f"activation {type(layer.activation_fn).__name__}"
-        return ""
+        return reason
 
 
 def _finite(x: Tensor) -> Tensor:

@@ -29,24 +29,13 @@ from petl_kernels.methods.adapter import ParallelAdapter, ReadInput
 from petl_kernels.methods.base import Piece
 from petl_kernels.methods.lora import LoRALinear
 from petl_kernels.methods.prefix import Prefix
+from petl_kernels.transformers_names import ACTIVATIONS
 
 if TYPE_CHECKING:
     from petl_kernels.layers.wide_ffn import WideFFN
 
 # What each tier makes again, first tier that does.
 NORMS, PRODUCTS, SUMS = 1, 2, 3
-
-# Class names of activation modules: the ops' names for them.
-ACTIVATIONS = {
-    "ReLU": "relu",
-    "GELU": "gelu",
-    "GELUActivation": "gelu",
-    "NewGELUActivation": "gelu_tanh",
-    "GELUTanh": "gelu_tanh",
-    "PytorchGELUTanh": "gelu_tanh",
-    "SiLU": "silu",
-    "SiLUActivation": "silu",
-}
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,14 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from petl_kernels import versions
 from petl_kernels.errors import InputError, shown
 from petl_kernels.layers.bart import LeanBartLayer
 from petl_kernels.layers.recompute import checkpointed, forget
 from petl_kernels.layers.t5 import LeanT5Layer
 from petl_kernels.layers.wide_ffn import WideFFN, bottleneck_beside
 from petl_kernels.methods.structure import Layer, Structure, describe
+from petl_kernels.transformers_names import attention_implementation, cache_in
 
 TIERS = (1, 2, 3, 4, 5)
 FAMILIES = {"bart": LeanBartLayer, "t5": LeanT5Layer}
@@ -58,9 +60,9 @@ class LeanLayer:
         forget()
         return y
 
-    def steps_aside(self, cache, kwargs: dict) -> bool:
+    def steps_aside(self, kwargs: dict) -> bool:
         """Whether the layer's own forward runs: with a cache, or when something wants to see what a lean one skips."""
-        return cache is not None or bool(kwargs.get("output_attentions")) or bool(_obstacle(self))
+        return cache_in(kwargs) is not None or bool(kwargs.get("output_attentions")) or bool(_obstacle(self))
 
     def __reduce_ex__(self, protocol):
         mixin, original = type(self).petl_bases
@@ -73,6 +75,7 @@ def _whole(layer: LeanLayer, x: Tensor, *inputs) -> Tensor:
 
 def lean_layers(model: nn.Module, tier: int | Sequence[int]) -> None:
     """Make the layers of ``model`` lean, in place; see ``petl_kernels.lean``."""
+    versions.check("transformers")
     try:
         structure = describe(model)
     except InputError:
@@ -176,9 +179,8 @@ def _obstacle(layer: LeanLayer) -> str:
     """What about the layer now lets its own forward run; empty when nothing does."""
     for name, module in _skipped(layer):
         config = getattr(module, "config", None)
-        implementation = getattr(config, "_attn_implementation", None)
-        if implementation is not None and implementation not in ATTENTIONS:
-            return f"attention implementation {implementation!r}, expected eager or sdpa"
+        if config is not None and attention_implementation(config) not in ATTENTIONS:
+            return f"attention implementation {attention_implementation(config)!r}, expected eager or sdpa"
         if _foreign_hooks(module):
             return f"a hook on {name}"
     return ""

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from petl_kernels.layers.blocks import (
-    ACTIVATIONS,
     AttentionBlock,
     FeedForwardBlock,
     attention_block,
@@ -20,6 +19,7 @@ from petl_kernels.layers.blocks import (
     shared_for_products,
 )
 from petl_kernels.layers.recompute import context
+from petl_kernels.transformers_names import ACTIVATIONS, T5_ATTENTION, T5_FEED_FORWARD, lacking
 
 
 class LeanT5Layer:
@@ -35,11 +35,10 @@ class LeanT5Layer:
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
         encoder_decoder_position_bias: Tensor | None = None,
-        past_key_values=None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(hidden states, the self-attention's position bias, None: the cross-attention has no bias)"""
-        if self.steps_aside(past_key_values, kwargs):
+        if self.steps_aside(kwargs):
             return super().forward(
                 hidden_states,
                 attention_mask,
@@ -47,7 +46,6 @@ class LeanT5Layer:
                 encoder_hidden_states,
                 encoder_attention_mask,
                 encoder_decoder_position_bias,
-                past_key_values=past_key_values,
                 **kwargs,
             )
         if position_bias is None:
@@ -113,8 +111,11 @@ class LeanT5Layer:
     @staticmethod
     def uncovered(layer: nn.Module) -> str:
         """Why a block cannot be lean; empty when it can."""
-        activation = type(layer.layer[-1].DenseReluDense.act).__name__
-        return "" if activation in ACTIVATIONS else f"activation {activation}"
+        attention, ffn = layer.layer[0].SelfAttention, layer.layer[-1].DenseReluDense
+        reason = lacking(attention, T5_ATTENTION) or lacking(ffn, T5_FEED_FORWARD)
+        if not reason and type(ffn.act).__name__ not in ACTIVATIONS:
+            return f"activation {type(ffn.act).__name__}"
+        return reason
 
 
 def _finite(x: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from petl_kernels.memory import simulate
 from petl_kernels.memory.peak import Ledger
+from petl_kernels.transformers_names import cache_in, self_attention_caches
 
 _ROWS, _SHORT = 8, 8  # of the shapes that are counted
 
@@ -139,10 +140,9 @@ class _Steps:
         if len(self.peaks) == 3:
             raise _Enough
         if len(self.peaks) == 2:
-            for layer in kwargs["past_key_values"].self_attention_cache.layers:
-                if layer.keys is not None:  # transformers counts the encoder's layers for T5
-                    self.token_bytes = 2 * layer.keys.nbytes // layer.keys.shape[2]
-                    layer.keys, layer.values = self._grown(layer.keys), self._grown(layer.values)
+            for layer in self_attention_caches(cache_in(kwargs)):
+                self.token_bytes = 2 * layer.keys.nbytes // layer.keys.shape[2]
+                layer.keys, layer.values = self._grown(layer.keys), self._grown(layer.values)
         self.ledger.peak = self.ledger.live
 
     def _grown(self, cache: Tensor) -> Tensor:

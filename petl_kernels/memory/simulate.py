@@ -22,6 +22,7 @@ from petl_kernels.memory.gradients import RoundedGradients
 from petl_kernels.memory.peak import Ledger
 from petl_kernels.memory.quantise_model import quantise_model
 from petl_kernels.methods.base import active_name, records
+from petl_kernels.transformers_names import drop_no_layer, model_of
 
 _LAYER = re.compile(r"(\.(?:layers|block))\.\d+\.")
 # How configurations of the two families name their depths.
@@ -70,7 +71,7 @@ def shallow(
     for name, depth in zip(_depth_names(config), (encoder, decoder), strict=True):
         setattr(config, name, depth)
     no_layerdrop(config)  # drawn layer by layer, and the worst step drops none
-    like = _plain_class(model)._from_config(config, dtype=torch.float32)
+    like = model_of(_plain_class(model), config, torch.float32)
     given = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     _set_dtypes(like, given)
     name = active_name(model)
@@ -82,21 +83,10 @@ def shallow(
 
         adapt(like, records(model)[name].config)
     _set_rates(like, model)
-    for module in like.modules():
-        if hasattr(module, "layerdrop"):
-            module.layerdrop = _Never()
+    drop_no_layer(like)
     if (storage, tables or storage) != ("dense", "dense"):
         quantise_model(like, storage, tables)
     return like.train(True)
-
-
-class _Never:
-    """The layerdrop of a model that drops none. transformers 5.17 draws a number even for a rate of 0 and asks whether
-    it is below: a fake tensor could not say.
-    """
-
-    def __gt__(self, other: object) -> bool:
-        return False
 
 
 def step(model: nn.Module, batch: Batch, autocast: torch.dtype | None = None, gradients: str = "float32") -> Phases:

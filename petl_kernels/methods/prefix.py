@@ -13,7 +13,6 @@ wrap its "eager" and "sdpa" ones. Masks and T5's position bias are extended by z
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -23,9 +22,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from petl_kernels import versions
 from petl_kernels.errors import InputError
 from petl_kernels.methods.base import Method, Named, Piece, attach, check_size, find_record, piece_dtype, pieces
 from petl_kernels.methods.structure import Attention, describe
+from petl_kernels.transformers_names import attention_function, attention_implementation, register_attention
 
 HIDDEN = 512
 _WRAPPED = ("eager", "sdpa")
@@ -49,8 +50,8 @@ class Prefix(Piece):
         self.mlp = (mlp,)  # in a tuple: it is shared, and a submodule of the model's root
 
     def before(self, host: nn.Module, args: tuple) -> None:
-        implementation = host.config._attn_implementation
-        if not implementation.startswith(_NAME):
+        implementation = attention_implementation(host.config)
+        if implementation is None or not implementation.startswith(_NAME):
             raise InputError(
                 f"attention implementation {implementation!r}: it leaves the prefix out, "
                 f"expected {_NAME}{implementation!s} (model.set_attn_implementation)"
@@ -149,19 +150,18 @@ def fold(model: nn.Module, name: str) -> None:
 
 def use_prefix_attention(model: nn.Module) -> None:
     """Let the model's attentions go through ``attend``; InputError for implementations other than eager and sdpa."""
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
-    from transformers.modeling_utils import AttentionInterface, PreTrainedModel
+    versions.check("transformers")
+    from transformers import PreTrainedModel
 
-    original = model.config._attn_implementation
-    if original.startswith(_NAME):
+    original = attention_implementation(model.config)
+    if original is not None and original.startswith(_NAME):
         return
     if original not in _WRAPPED:
         raise InputError(f"prefix: attention implementation {original!r}, expected {' or '.join(map(repr, _WRAPPED))}")
-    AttentionInterface.register(_NAME + original, partial(attend, original))
-    AttentionMaskInterface.register(_NAME + original, ALL_MASK_ATTENTION_FUNCTIONS[original])
+    register_attention(_NAME + original, partial(attend, original), like=original)
     for module in model.modules():
         # transformers 5.17 leaves T5's encoder and decoder out, whose configs are copies of the model's
-        if isinstance(module, PreTrainedModel) and module.config._attn_implementation == original:
+        if isinstance(module, PreTrainedModel) and attention_implementation(module.config) == original:
             module.set_attn_implementation(_NAME + original)
 
 
@@ -173,7 +173,7 @@ def attend(
     query (batch, heads, queries, head_dim), key and value (batch, heads, keys, head_dim), attention_mask
     (batch or 1, 1, queries, keys), boolean or additive, or None.
     """
-    function = _original(original, module)
+    function = attention_function(original, module)
     piece = module.petl.current() if hasattr(module, "petl") else None
     if not isinstance(piece, Prefix):
         return function(module, query, key, value, attention_mask, **kwargs)
@@ -194,11 +194,3 @@ def attend(
 def _is_causal(module: nn.Module, kwargs: dict) -> bool:
     given = kwargs.get("is_causal")
     return getattr(module, "is_causal", True) if given is None else given
-
-
-def _original(name: str, module: nn.Module):
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    if name == "eager":  # each model file has its own
-        return sys.modules[type(module).__module__].eager_attention_forward
-    return ALL_ATTENTION_FUNCTIONS[name]

@@ -17,6 +17,7 @@ from torch import nn
 
 from petl_kernels.errors import InputError, shown
 from petl_kernels.methods.base import Named
+from petl_kernels.transformers_names import heads_of
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def _bart_layer(model: nn.Module, side: str, path: str) -> Layer:
     def attention(kind: str, name: str) -> Attention:
         attn, at = getattr(module, name), f"{path}.{name}"
         projections = (f"{at}.{p}_proj" for p in ("q", "k", "v", "out"))
-        return Attention(kind, at, *projections, f"{path}.{name}_layer_norm", attn.num_heads, attn.head_dim)
+        return Attention(kind, at, *projections, f"{path}.{name}_layer_norm", *heads_of(attn))
 
     attentions = [attention(side, "self_attn")]
     if hasattr(module, "encoder_attn"):
@@ -136,7 +137,7 @@ def _t5_layer(model: nn.Module, side: str, path: str) -> Layer:
     def attention(kind: str, i: int, name: str) -> Attention:
         attn, at = getattr(blocks[i], name), f"{path}.layer.{i}.{name}"
         projections = (f"{at}.{p}" for p in ("q", "k", "v", "o"))
-        return Attention(kind, at, *projections, f"{path}.layer.{i}.layer_norm", attn.n_heads, attn.key_value_proj_dim)
+        return Attention(kind, at, *projections, f"{path}.layer.{i}.layer_norm", *heads_of(attn))
 
     attentions = [attention(side, 0, "SelfAttention")]
     if len(blocks) == 3:

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from petl_kernels import versions
 from petl_kernels.errors import InputError
 
 SCHEDULES = ("inverse-sqrt", "linear", "polynomial")
@@ -202,6 +203,7 @@ class TrainConfig:
 def require_bitsandbytes(what: str) -> None:
     installed = importlib.util.find_spec("bitsandbytes") is not None
     _need(installed, f"{what}: bitsandbytes is not installed; expected it (pip install 'petl-kernels[8bit]')")
+    versions.check("bitsandbytes")
 
 
 def default_lr(method: str, d_model: int, is_new: bool) -> float:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from sacrebleu.metrics import BLEU, CHRF
 
+from petl_kernels import versions
 from petl_kernels.errors import InputError
 from petl_kernels.memory.generation import SearchBytes, output_length
 
@@ -21,6 +22,8 @@ from .loss import sequence_loss
 # sacreBLEU splits at spaces and punctuation; these languages write without spaces.
 _TOKENIZE = {"zh": "zh", "ja": "char", "th": "char", "km": "char", "lo": "char", "my": "char"}
 _THREE_LETTERS = {"zho": "zh", "cmn": "zh", "jpn": "ja", "tha": "th", "khm": "km", "lao": "lo", "mya": "my"}
+
+versions.check("sacrebleu")
 
 Autocast = Callable[[], AbstractContextManager]
 

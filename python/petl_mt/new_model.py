@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from petl_kernels.errors import InputError
+from petl_kernels.transformers_names import rows_of_m2m100
 
 from .config import TrainConfig
 
@@ -85,7 +86,7 @@ def make_model(config: TrainConfig, tokenizer):
     dropout = 0.1 if config.dropout is None else config.dropout
     model = M2M100ForConditionalGeneration(
         M2M100Config(
-            vocab_size=len(tokenizer.encoder) + len(tokenizer.lang_token_to_id) + MADE_UP_WORDS,
+            vocab_size=rows_of_m2m100(tokenizer) + MADE_UP_WORDS,
             d_model=config.d_model,
             encoder_layers=config.layers,
             decoder_layers=config.layers,

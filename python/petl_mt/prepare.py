@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import petl_kernels as pk
+from petl_kernels import versions
 from petl_kernels.errors import InputError
 
 from .config import Pair, TrainConfig, require_bitsandbytes
@@ -18,6 +19,7 @@ from .runs import RunFolder
 
 def make_accelerator(precision: str):
     """Device and precision."""
+    versions.check("accelerate")
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 

@@ -14,6 +14,7 @@ from transformers import (
     MBartForConditionalGeneration,
     MT5Config,
     MT5ForConditionalGeneration,
+    PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -89,6 +90,13 @@ def build(family: str, attention: str = "sdpa", **settings):
             if parameter.dim() == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return model.eval()
+
+
+def set_attention(model, name: str) -> None:
+    """Of all its parts: transformers 5.17 leaves out T5's encoder and decoder, whose configs are copies."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.set_attn_implementation(name)
 
 
 def batch(model, rows: int = 3) -> dict[str, torch.Tensor]:

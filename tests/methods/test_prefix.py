@@ -13,7 +13,7 @@ from petl_kernels.errors import InputError
 from petl_kernels.methods import adapter_state, describe, load_adapter_state
 from petl_kernels.methods.prefix import fold
 
-from .models import batch, build, logits, train_a_little
+from .models import batch, build, logits, set_attention, train_a_little
 
 
 def prefixed(family: str, attention: str = "sdpa", length: int = 5):
@@ -46,7 +46,7 @@ def test_computes_the_formula(family, attention):
         module.prefix = (state[f"{where.path}.prefix.key"], state[f"{where.path}.prefix.value"])
     AttentionInterface.register("mixture_for_test", mixture)
     AttentionMaskInterface.register("mixture_for_test", ALL_MASK_ATTENTION_FUNCTIONS["eager"])
-    reference.set_attn_implementation("mixture_for_test")
+    set_attention(reference, "mixture_for_test")
     torch.testing.assert_close(logits(model), logits(reference), atol=2e-5, rtol=1e-4)
     assert not torch.allclose(logits(model), logits(build(family)), atol=1e-2)
 
@@ -142,7 +142,7 @@ def test_switching_to_the_base_and_back(family):
 
 def test_refuses_other_attention_implementations(model):
     pk.adapt(model, pk.PrefixTuning(length=3))
-    model.set_attn_implementation("eager")
+    set_attention(model, "eager")
     with pytest.raises(InputError, match="attention implementation 'eager': .* expected petl_prefix_eager"):
         logits(model)
     model.config._attn_implementation = "flex_attention"

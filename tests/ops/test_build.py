@@ -42,6 +42,20 @@ def test_without_a_compiler_the_build_goes_through():
 
 
 @needs_sources
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device says what to compile for")
+@pytest.mark.parametrize(("targets", "wanted"), [("9.0", "True"), ("", "False")])
+def test_without_a_card_and_its_name_no_kernels_are_compiled(targets, wanted):
+    """With nvcc and a PyTorch with CUDA alone, PyTorch ends in a traceback: it has no card to compile for."""
+    program = (
+        "import setuptools, torch; setuptools.setup = lambda **_: None; import setup; print(setup.has_target(torch))"
+    )
+    environment = os.environ | {"TORCH_CUDA_ARCH_LIST": targets}
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.stdout.splitlines()[-1] == wanted, run.stderr
+    assert run.stderr.count("no CUDA device and no TORCH_CUDA_ARCH_LIST") == (wanted == "False")
+
+
+@needs_sources
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 def test_the_toolkit_is_where_the_headers_are(tmp_path):
     """An nvcc on the PATH that is a script for another one: PyTorch would look for headers beside the script."""

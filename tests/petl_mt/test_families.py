@@ -46,18 +46,24 @@ def pair(checkpoint, tmp_path) -> Pair:
     return Pair(*checkpoint[1:], write(tmp_path / "source", lines), write(tmp_path / "target", lines[::-1]))
 
 
-def test_the_loss_is_that_of_the_family(checkpoint, pair):
+def read(checkpoint, pair, lines: int):
+    """(model, its corpus of so many lines, where its decoder starts)"""
     model, tokenizer = load_pretrained(checkpoint[0])
     language = LanguagePair(model, tokenizer, *checkpoint[1:])
-    texts = [line.split("\n")[:7] for line in (Path(pair.source).read_text(), Path(pair.target).read_text())]
+    texts = [text.split("\n")[:lines] for text in (Path(pair.source).read_text(), Path(pair.target).read_text())]
     corpus, _ = encode_pairs([(pair, *texts)], {pair.name: language}, 60)
+    return model, corpus, decoder_start(model, language)
+
+
+def test_the_loss_is_that_of_the_family(checkpoint, pair):
+    model, corpus, start = read(checkpoint, pair, 7)
     total, tokens = 0.0, 0
     for indices in corpus.plan(1):  # one sentence a batch: the families' own shifts need no padding then
         batch = corpus.collate(indices)
         count = int((batch.labels != IGNORE).sum())
         total += model(input_ids=batch.source, labels=batch.labels).loss.item() * count
         tokens += count
-    found = validation_loss(model, corpus, 100, decoder_start(model, language))
+    found = validation_loss(model, corpus, 100, start)
     assert found == pytest.approx(total / tokens, rel=1e-4)
 
 
@@ -67,8 +73,10 @@ def test_lora_from_text_to_a_merged_folder(checkpoint, pair, tmp_path, precision
         model=str(checkpoint[0]), out=str(tmp_path / "run"), train=[pair], valid=[pair], method="lora",
         method_args={"rank": 2}, steps=6, batch_tokens=240, max_length=60, lr=3e-3, beam=2, precision=precision,
     )  # fmt: skip
+    model, corpus, start = read(checkpoint, pair, 40)
+    before = validation_loss(model, corpus, 100, start)  # of the same lines: those of single updates differ
     result = train(config, quiet=True)
-    assert result.losses[-1] < result.losses[0] and result.data[0]["lines"] == 40
+    assert result.valid_loss < before and result.data[0]["lines"] == 40
     hypotheses = (tmp_path / "run" / "valid.best.hyp").read_text(encoding="utf-8").splitlines()
     assert len(hypotheses) == 40 and not any("<" in line or "__" in line for line in hypotheses)
     assert main(["merge", "--run", str(tmp_path / "run"), "--out", str(tmp_path / "merged")]) == 0

@@ -12,8 +12,10 @@ from collections.abc import Callable
 import torch
 import triton
 
+from petl_kernels import versions
 from petl_kernels.backends import PARTS, kernel_of, register
 
+versions.check("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED and isinstance(triton.language.cdiv, triton.JITFunction):
     raise ImportError("triton was imported before TRITON_INTERPRET=1 was set")

@@ -1,0 +1,227 @@
+"""Names of transformers that it does not promise to keep: each in one place, which says what happens when it is gone.
+
+What is public there is used where it is needed: model classes, ``generate``, ``from_pretrained``, fields of
+configurations, and the names of modules that hold parameters, since checkpoints are made of those.
+Where nothing can stand in for a name, ``gone`` makes one line of it. This module needs PyTorch alone until a function
+is called.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterable
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from petl_kernels.errors import InputError
+
+# Class names of activation modules: the ops' names for them. A class that is none of these leaves its layers plain, and
+# ``pk.report`` says so.
+ACTIVATIONS = {
+    "ReLU": "relu",
+    "GELU": "gelu",
+    "GELUActivation": "gelu",
+    "NewGELUActivation": "gelu_tanh",
+    "GELUTanh": "gelu_tanh",
+    "PytorchGELUTanh": "gelu_tanh",
+    "SiLU": "silu",
+    "SiLUActivation": "silu",
+}
+
+# What lean layers read of a layer and of its attentions beside modules with parameters. A layer without one of these
+# stays plain, and ``pk.report`` names it (``lacking``).
+BART_LAYER = ("dropout", "activation_fn", "activation_dropout")
+BART_ATTENTION = ("scaling", "is_causal", "dropout")
+T5_ATTENTION = ("is_causal", "dropout", "has_relative_attention_bias", "compute_bias")
+T5_FEED_FORWARD = ("act", "dropout")
+
+
+def gone(name: str, what: str) -> InputError:
+    """The error of a name that the installed transformers has not, and that ``what`` cannot do without."""
+    return InputError(f"transformers {metadata.version('transformers')} has no {name}: {what} cannot work with it")
+
+
+def lacking(module: nn.Module, names: Iterable[str]) -> str:
+    """A reason why ``module`` cannot be read; empty when it has every one of ``names``."""
+    found = [name for name in names if not hasattr(module, name)]
+    return f"{type(module).__name__} has no {found[0]}" if found else ""
+
+
+# ---- attention ------------------------------------------------------------------------------------------------------
+
+
+def attention_implementation(config: Any) -> str | None:
+    """The attention function that a model runs, by its name: "eager", "sdpa".
+
+    Gone, None: lean layers step aside for the model's own, masks stay as they are, and a prefix is refused.
+    """
+    return getattr(config, "_attn_implementation", None)
+
+
+def heads_of(attention: nn.Module) -> tuple[int, int]:
+    """(heads, head_dim) of an attention: BART's family names them otherwise than T5's.
+
+    Gone, InputError: what needs the structure of a model refuses it, and ``pk.lean`` leaves it as it is.
+    """
+    for heads, head_dim in (("num_heads", "head_dim"), ("n_heads", "key_value_proj_dim")):
+        if hasattr(attention, heads) and hasattr(attention, head_dim):
+            return getattr(attention, heads), getattr(attention, head_dim)
+    raise gone(f"number of heads of {type(attention).__name__}", "methods and lean layers")
+
+
+def register_attention(name: str, function: Callable, like: str) -> None:
+    """Make ``name`` an attention function of transformers, with the masks of its own function ``like``.
+
+    Gone, InputError: prefix-tuning alone needs it.
+    """
+    try:
+        from transformers import AttentionInterface, AttentionMaskInterface
+        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+        masks = ALL_MASK_ATTENTION_FUNCTIONS[like]
+    except (ImportError, KeyError) as error:
+        raise gone(f"masks to register attention functions with ({error})", "prefix-tuning") from error
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, masks)
+
+
+def attention_function(name: str, module: nn.Module) -> Callable:
+    """The attention function ``name`` as the attention ``module`` runs it. Gone, InputError, as above."""
+    try:
+        if name == "eager":  # each model file has its own
+            return sys.modules[type(module).__module__].eager_attention_forward
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        return ALL_ATTENTION_FUNCTIONS[name]
+    except (AttributeError, ImportError, KeyError) as error:
+        raise gone(f"{name} attention function for {type(module).__name__}", "prefix-tuning") from error
+
+
+# ---- caches of generation -------------------------------------------------------------------------------------------
+
+_PLAIN = (Tensor, bool, int, float, str, tuple, list, dict, type(None))
+
+
+def cache_in(arguments: dict[str, Any]) -> Any:
+    """The cache of keys and values among the keyword arguments of a model's or layer's forward, or None.
+
+    It is found by what it is, no tensor and no plain value, since its keyword has changed: ``past_key_values`` up to
+    transformers 5.23, ``cache`` since.
+    """
+    return next((value for value in arguments.values() if not isinstance(value, _PLAIN)), None)
+
+
+def self_attention_caches(cache: Any) -> list[Any]:
+    """What ``cache`` holds of the decoder's self-attentions, one for each layer that has any yet.
+
+    Each has ``keys`` and ``values`` (rows, heads, tokens, head_dim). Gone, InputError: bytes of a search cannot be
+    counted, so ``--memory`` is refused.
+    """
+    try:
+        return [layer for layer in cache.self_attention_cache.layers if layer.keys is not None]
+    except AttributeError as error:
+        raise gone(f"{error.name} of {type(cache).__name__}", "counting the bytes of beam search (--memory)") from error
+
+
+# ---- models ---------------------------------------------------------------------------------------------------------
+
+
+def model_of(cls: type, config: Any, dtype: torch.dtype) -> nn.Module:
+    """A model of class ``cls`` in ``dtype``, with the attention function that ``config`` names.
+
+    Gone, the class is called and its result cast: the same, but for its peak.
+    """
+    make = getattr(cls, "_from_config", None)
+    return cls(config).to(dtype) if make is None else make(config, dtype=dtype)
+
+
+def decoder_inputs(model: nn.Module, labels: Tensor) -> Tensor:
+    """What the decoder reads to predict ``labels``, by the model's own rule.
+
+    T5's family has it as a method, BART's as a function in the file of the model. Gone, InputError.
+    """
+    if hasattr(model, "_shift_right"):
+        return model._shift_right(labels)
+    config, shift = model.config, _shift_function(model)
+    arguments = (config.pad_token_id, config.decoder_start_token_id)
+    return shift(labels, *arguments[: len(inspect.signature(shift).parameters) - 1])
+
+
+def _shift_function(model: nn.Module) -> Callable:
+    for cls in type(model).__mro__:
+        function = getattr(sys.modules.get(cls.__module__), "shift_tokens_right", None)
+        if function is not None:
+            return function
+    raise InputError(
+        f"model {type(model).__name__}: no rule to make decoder inputs from labels; expected decoder_input_ids"
+    )
+
+
+def has_own_head(config: Any) -> bool:
+    """Whether an output projection has a weight of its own by ``config``, which always says "tied" in T5's family.
+
+    What the file said stands in ``scale_decoder_outputs``. Gone, False: as ``config`` says.
+    """
+    return config.model_type == "mt5" or getattr(config, "scale_decoder_outputs", True) is False
+
+
+class _Never:
+    """The layerdrop of a model that drops none. A number is drawn even for a rate of 0, and compared with it: a fake
+    tensor could not say which is less.
+    """
+
+    def __gt__(self, other: object) -> bool:
+        return False
+
+
+def drop_no_layer(model: nn.Module) -> None:
+    """Let no layer of ``model`` be skipped at random, on fake tensors neither. Gone: nothing is drawn."""
+    for module in model.modules():
+        if hasattr(module, "layerdrop"):
+            module.layerdrop = _Never()
+
+
+# ---- tokenizers -----------------------------------------------------------------------------------------------------
+
+
+def pieces_of(tokenizer: Any, target: bool) -> tuple[Any, dict[str, int]] | None:
+    """(SentencePiece model, its pieces' ids) of a tokenizer in Python, which takes a sentence at a time.
+
+    M2M-100's and Marian's, whose two sides may differ. Gone, or none: None, and the tokenizer is called itself, which
+    gives the same ids, later.
+    """
+    if hasattr(tokenizer, "sp_model") and isinstance(getattr(tokenizer, "encoder", None), dict):
+        return tokenizer.sp_model, tokenizer.encoder
+    if hasattr(tokenizer, "spm_source"):
+        separate = target and tokenizer.separate_vocabs
+        model = tokenizer.spm_target if target else tokenizer.spm_source
+        return model, tokenizer.target_encoder if separate else tokenizer.encoder
+    return None
+
+
+def language_ids(tokenizer: Any) -> dict[str, int] | None:
+    """M2M-100's language tokens, with their ids. Gone, or another tokenizer: None, and the vocabulary is searched."""
+    ids = getattr(tokenizer, "lang_token_to_id", None)
+    return None if ids is None else dict(ids)
+
+
+def rows_of_m2m100(tokenizer: Any) -> int:
+    """Ids that an M2M-100 tokenizer gives away, language tokens included. Gone, InputError: ``--model new`` alone."""
+    try:
+        return len(tokenizer.encoder) + len(tokenizer.lang_token_to_id)
+    except AttributeError as error:
+        raise gone(f"{error.name} of {type(tokenizer).__name__}", "a new model") from error
+
+
+def ends_with_language(tokenizer: Any) -> bool:
+    """Whether a source ends with its language: mBART of 25 languages, NLLB's legacy form. Gone, it begins with it."""
+    return getattr(tokenizer, "prefix_tokens", None) == []
+
+
+def has_pieces_apart(tokenizer: Any) -> bool:
+    """Whether the vocabulary stands beside the SentencePiece model: Marian's. Gone, tags are split as text is."""
+    return hasattr(tokenizer, "current_spm")

@@ -1,0 +1,79 @@
+"""The versions of other libraries that this package is tested with: the ranges of pyproject.toml, and what is here.
+
+A library that is older than its range is refused when it is first used: it lacks what is called, or computes in other
+shapes. One that is newer mostly works, so it is said once, in one line; a name that is gone from it has a line of its
+own (``transformers_names.py``).
+
+    python -c 'from petl_kernels import versions; print(versions.constraints("oldest"))'
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import warnings
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+from petl_kernels.errors import InputError
+
+PROJECT = "petl-kernels"
+_FILE = Path(__file__).parents[1] / "pyproject.toml"
+_REQUIREMENT = re.compile(r"([A-Za-z0-9._-]+)[ (]*((?:[<>=!~]=?[\d.*]+,? ?)+)")
+
+
+class VersionError(InputError, ImportError):
+    """A library that is too old to work."""
+
+
+@functools.cache
+def check(name: str) -> None:
+    """Compare the library ``name`` that is installed with its range. Raises VersionError where it is older.
+
+    Says nothing of a library that is not installed, or that has no range.
+    """
+    try:
+        installed = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return
+    least, below = ranges().get(name, ("0", None))
+    expected = f"expected {name}>={least}" + (f",<{below}" if below else "")
+    if _release(installed) < _release(least):
+        raise VersionError(f"{name} {installed} is older than what {PROJECT} works with: {expected}")
+    if below is not None and _release(installed) >= _release(below):
+        warnings.warn(f"{name} {installed} is newer than what {PROJECT} is tested with: {expected}", stacklevel=2)
+
+
+def ranges() -> dict[str, tuple[str, str | None]]:
+    """name -> (the oldest version that works, the first that is not tested or None), for what has a lower end."""
+    found = {}
+    for requirement in _requirements():
+        match = _REQUIREMENT.match(requirement)
+        ends = dict(re.findall(r"(>=|<)(?!=)([\d.]+)", match[2])) if match else {}
+        if ">=" in ends:
+            found[match[1]] = ends[">="], ends.get("<")
+    return found
+
+
+def _requirements() -> list[str]:
+    """Of the folder that this file is in, where it is the project's: what is installed may be of another day."""
+    text = _FILE.read_text(encoding="utf-8") if _FILE.is_file() else ""
+    if f'name = "{PROJECT}"' in text:
+        return re.findall(r'"([^"\n]+)"', text)
+    return metadata.requires(PROJECT) or []
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """The numbers of a version, without what stands behind them: "2.13.0+cpu" is (2, 13, 0)."""
+    return tuple(int(number) for number in re.match(r"\d+(?:\.\d+)*", version)[0].split("."))
+
+
+def constraints(end: str, but: Sequence[str] = ()) -> str:
+    """The ranges with both ends as a constraints file of pip, without the libraries ``but``.
+
+    end: "oldest", the start of each; or "newest", all of it, of which pip takes the newest.
+    """
+    both = {name: ends for name, ends in ranges().items() if None not in ends and name not in but}
+    forms = {"oldest": "{}=={}", "newest": "{}>={},<{}"}
+    return "\n".join(forms[end].format(name, *ends) for name, ends in both.items())
