@@ -46,10 +46,10 @@ $(VENV)-%/.made: pyproject.toml $(SOURCES)
 
 LATEST := --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager
 # Without extensions, which belong to the PyTorch of the environment that they were built in.
-copy = mkdir -p $(1)/src && tar -c --exclude='*.so' --exclude=__pycache__ $(COPIED) | tar -x -C $(1)/src
+copy = rm -rf $(1)/src/tests $(1)/src/bench && mkdir -p $(1)/src && tar -c --exclude='*.so' --exclude=__pycache__ $(COPIED) | tar -x -C $(1)/src
 
 # The same in a minute or two: the environment of the pins, extension and PyTorch included, with the oldest of the other
-# libraries over it. The oldest, since what is pinned is the newest.
+# libraries over it. The oldest, since what is pinned is near the newest.
 test-oldest-quick: $(VENV)-quick/.made
 	PYTHONPATH=.:python OMP_NUM_THREADS=1 $(VENV)-quick/bin/python -m pytest -q -n 2 $(QUICK_TESTS)
 

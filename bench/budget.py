@@ -23,6 +23,7 @@ from random_model import write_checkpoint
 from shapes import MODELS, m2m_config
 
 import petl_kernels as pk
+from petl_kernels.device import resolve
 from petl_kernels.interop.files import atomic_write
 from petl_kernels.interop.hf import skeleton
 from petl_kernels.interop.planned import load_planned
@@ -39,7 +40,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--updates", type=int, default=2)
     arguments = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = resolve()
     with tempfile.TemporaryDirectory(dir=".") as folder:
         line = run(Path(folder), arguments, device)
     print(json.dumps(line, indent=1))

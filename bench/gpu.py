@@ -249,7 +249,7 @@ def _table(times: Sequence[dict]) -> str:
 
 
 def device_name() -> str:
-    """The card's, as PyTorch has it; asked in a way that leaves no context of this process on the card."""
+    """Returns the card's name as PyTorch spells it, without a context of this process on the card."""
     try:
         command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
         lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()

@@ -196,7 +196,7 @@ def _petl_mt(words: list[str], files: list[str], sender) -> None:
 
 
 def _peaks() -> tuple[int, int]:
-    """Of ``Run``."""
+    """Returns ``peak`` and ``taken`` of a ``Run``."""
     from petl_kernels.memory import cap
 
     if not torch.cuda.is_available():

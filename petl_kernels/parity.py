@@ -120,8 +120,8 @@ def compare(op: str, backend: str, arguments: dict) -> str | None:
     exact = run(op, "reference", _in_float64(arguments))
     reference = run(op, "reference", arguments)
     computed = run(op, backend, arguments)
-    additions = most_additions(op, arguments)
     for name, value in exact.items():
+        additions = most_additions(op, name, arguments)
         if error := compare_tensors(name, computed[name], reference[name], value, additions):
             return error
     return None
@@ -145,20 +145,24 @@ def compare_tensors(name: str, computed: Tensor, reference: Tensor, exact: Tenso
     return None
 
 
-def most_additions(op: str, arguments: dict) -> int:
-    """The most additions behind one element of a value of ``op``, nested sums together; 0 where nothing is added up.
+def most_additions(op: str, value: str, arguments: dict) -> int:
+    """Returns the most additions behind one element of ``value`` of ``op``, nested sums together; 0 where none are.
 
-    Sums run over features and over tokens: the last axis of a tensor and the others, taken as one. In attention they
-    run over queries, keys and features.
+    Sums run over features and, in gradients of parameters, over tokens: the last axis of a tensor and the others, taken
+    as one. In attention they run over queries, keys and features. What is computed for each token has none over tokens.
     """
     if op in _WITHOUT_SUMS:
         return 0
-    axes = set()
-    for tensor in _tensors(arguments):
-        if tensor.dim() > 1:
-            *leading, last = tensor.shape
-            axes |= {leading[-1] if op == "attention" else math.prod(leading), last}
+    axes, tensors = set(), [tensor for tensor in _tensors(arguments) if tensor.dim() > 1]
+    for tensor in tensors:
+        *leading, last = tensor.shape
+        axes |= {leading[-1] if op == "attention" else math.prod(leading), last}
+    if op != "attention" and (not value.startswith("d") or value in _OF_TOKENS):
+        axes.discard(math.prod(tensors[0].shape[:-1]))  # the activation comes first
     return sum(axes)
+
+
+_OF_TOKENS = ("dx", "dhidden")  # gradients of activations
 
 
 _WITHOUT_SUMS = {
@@ -374,7 +378,7 @@ class Source:
 
 
 def normal(generator: torch.Generator, *shape: int) -> Tensor:
-    """fp32, whatever the process's default dtype is."""
+    """Returns normal values in fp32, whatever the process's default dtype is."""
     return torch.randn(shape, generator=generator, dtype=torch.float32)
 
 

@@ -57,7 +57,8 @@ def lacking(module: nn.Module, names: Iterable[str]) -> str:
 def attention_implementation(config: Any) -> str | None:
     """The attention function that a model runs, by its name: "eager", "sdpa".
 
-    Gone, None: lean layers step aside for the model's own, masks stay as they are, and a prefix is refused.
+    If it is gone, returns None: lean layers step aside for the model's own, masks stay as they are, and a prefix is
+    refused.
     """
     return getattr(config, "_attn_implementation", None)
 
@@ -65,7 +66,8 @@ def attention_implementation(config: Any) -> str | None:
 def heads_of(attention: nn.Module) -> tuple[int, int]:
     """(heads, head_dim) of an attention: BART's family names them otherwise than T5's.
 
-    Gone, InputError: what needs the structure of a model refuses it, and ``pk.lean`` leaves it as it is.
+    If they are gone, raises InputError: what needs the structure of a model refuses it, and ``pk.lean`` leaves it as it
+    is.
     """
     for heads, head_dim in (("num_heads", "head_dim"), ("n_heads", "key_value_proj_dim")):
         if hasattr(attention, heads) and hasattr(attention, head_dim):
@@ -76,7 +78,7 @@ def heads_of(attention: nn.Module) -> tuple[int, int]:
 def register_attention(name: str, function: Callable, like: str) -> None:
     """Make ``name`` an attention function of transformers, with the masks of its own function ``like``.
 
-    Gone, InputError: prefix-tuning alone needs it.
+    If it is gone, raises InputError: prefix-tuning alone needs it.
     """
     try:
         from transformers import AttentionInterface, AttentionMaskInterface
@@ -90,7 +92,7 @@ def register_attention(name: str, function: Callable, like: str) -> None:
 
 
 def attention_function(name: str, module: nn.Module) -> Callable:
-    """The attention function ``name`` as the attention ``module`` runs it. Gone, InputError, as above."""
+    """The attention function ``name`` as the attention ``module`` runs it. Raises InputError as above."""
     try:
         if name == "eager":  # each model file has its own
             return sys.modules[type(module).__module__].eager_attention_forward
@@ -118,8 +120,8 @@ def cache_in(arguments: dict[str, Any]) -> Any:
 def self_attention_caches(cache: Any) -> list[Any]:
     """What ``cache`` holds of the decoder's self-attentions, one for each layer that has any yet.
 
-    Each has ``keys`` and ``values`` (rows, heads, tokens, head_dim). Gone, InputError: bytes of a search cannot be
-    counted, so ``--memory`` is refused.
+    Each has ``keys`` and ``values`` (rows, heads, tokens, head_dim). If they are gone, raises InputError: bytes of a
+    search cannot be counted, so ``--memory`` is refused.
     """
     try:
         return [layer for layer in cache.self_attention_cache.layers if layer.keys is not None]
@@ -133,7 +135,7 @@ def self_attention_caches(cache: Any) -> list[Any]:
 def model_of(cls: type, config: Any, dtype: torch.dtype) -> nn.Module:
     """A model of class ``cls`` in ``dtype``, with the attention function that ``config`` names.
 
-    Gone, the class is called and its result cast: the same, but for its peak.
+    If it is gone, the class is called and its result cast: the same, but for its peak.
     """
     make = getattr(cls, "_from_config", None)
     return cls(config).to(dtype) if make is None else make(config, dtype=dtype)
@@ -142,7 +144,8 @@ def model_of(cls: type, config: Any, dtype: torch.dtype) -> nn.Module:
 def decoder_inputs(model: nn.Module, labels: Tensor) -> Tensor:
     """What the decoder reads to predict ``labels``, by the model's own rule.
 
-    T5's family has it as a method, BART's as a function in the file of the model. Gone, InputError.
+    T5's family has it as a method, BART's as a function in the file of the model. Raises
+    InputError where neither is there.
     """
     if hasattr(model, "_shift_right"):
         return model._shift_right(labels)
@@ -164,7 +167,7 @@ def _shift_function(model: nn.Module) -> Callable:
 def has_own_head(config: Any) -> bool:
     """Whether an output projection has a weight of its own by ``config``, which always says "tied" in T5's family.
 
-    What the file said stands in ``scale_decoder_outputs``. Gone, False: as ``config`` says.
+    What the file said stands in ``scale_decoder_outputs``. If it is gone, returns False: as ``config`` says.
     """
     return config.model_type == "mt5" or getattr(config, "scale_decoder_outputs", True) is False
 
@@ -179,7 +182,7 @@ class _Never:
 
 
 def drop_no_layer(model: nn.Module) -> None:
-    """Let no layer of ``model`` be skipped at random, on fake tensors neither. Gone: nothing is drawn."""
+    """Let no layer of ``model`` be skipped at random, on fake tensors neither. If it is gone, nothing is drawn."""
     for module in model.modules():
         if hasattr(module, "layerdrop"):
             module.layerdrop = _Never()
@@ -191,8 +194,8 @@ def drop_no_layer(model: nn.Module) -> None:
 def pieces_of(tokenizer: Any, target: bool) -> tuple[Any, dict[str, int]] | None:
     """(SentencePiece model, its pieces' ids) of a tokenizer in Python, which takes a sentence at a time.
 
-    M2M-100's and Marian's, whose two sides may differ. Gone, or none: None, and the tokenizer is called itself, which
-    gives the same ids, later.
+    M2M-100's and Marian's, whose two sides may differ. Where they are gone, returns None, and the tokenizer
+    itself is called, which gives the same ids, later.
     """
     if hasattr(tokenizer, "sp_model") and isinstance(getattr(tokenizer, "encoder", None), dict):
         return tokenizer.sp_model, tokenizer.encoder
@@ -204,13 +207,17 @@ def pieces_of(tokenizer: Any, target: bool) -> tuple[Any, dict[str, int]] | None
 
 
 def language_ids(tokenizer: Any) -> dict[str, int] | None:
-    """M2M-100's language tokens, with their ids. Gone, or another tokenizer: None, and the vocabulary is searched."""
+    """M2M-100's language tokens, with their ids. If they are gone, returns None, and the
+    vocabulary is searched.
+    """
     ids = getattr(tokenizer, "lang_token_to_id", None)
     return None if ids is None else dict(ids)
 
 
 def rows_of_m2m100(tokenizer: Any) -> int:
-    """Ids that an M2M-100 tokenizer gives away, language tokens included. Gone, InputError: ``--model new`` alone."""
+    """Ids that an M2M-100 tokenizer gives away, language tokens included. If they are gone, raises InputError:
+    ``--model new`` alone needs it.
+    """
     try:
         return len(tokenizer.encoder) + len(tokenizer.lang_token_to_id)
     except AttributeError as error:
@@ -218,10 +225,15 @@ def rows_of_m2m100(tokenizer: Any) -> int:
 
 
 def ends_with_language(tokenizer: Any) -> bool:
-    """Whether a source ends with its language: mBART of 25 languages, NLLB's legacy form. Gone, it begins with it."""
+    """Whether a source ends with its language: mBART of 25 languages, NLLB's legacy form.
+
+    If the name is gone, a source begins with it.
+    """
     return getattr(tokenizer, "prefix_tokens", None) == []
 
 
 def has_pieces_apart(tokenizer: Any) -> bool:
-    """Whether the vocabulary stands beside the SentencePiece model: Marian's. Gone, tags are split as text is."""
+    """Whether the vocabulary stands beside the SentencePiece model: Marian's. If that is gone, tags are split as
+    text is.
+    """
     return hasattr(tokenizer, "current_spm")

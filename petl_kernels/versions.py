@@ -57,7 +57,10 @@ def ranges() -> dict[str, tuple[str, str | None]]:
 
 
 def _requirements() -> list[str]:
-    """Of the folder that this file is in, where it is the project's: what is installed may be of another day."""
+    """Returns the requirements of pyproject.toml where this file lies in the project's folder, else those installed.
+
+    An installation in place keeps the metadata of the day on which it was made.
+    """
     text = _FILE.read_text(encoding="utf-8") if _FILE.is_file() else ""
     if f'name = "{PROJECT}"' in text:
         return re.findall(r'"([^"\n]+)"', text)

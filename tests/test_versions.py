@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import warnings
 from importlib import metadata
 from pathlib import Path
@@ -96,3 +98,13 @@ def test_pins_are_inside_of_the_ranges():
     for name in WITH_RANGES:
         least, below = (versions._release(end) for end in found[name])
         assert least <= versions._release(pins[name]) < below
+
+
+def test_the_program_says_in_one_line_that_pytorch_is_too_old():
+    program = (
+        "from importlib import metadata\nreal = metadata.version\n"
+        "metadata.version = lambda name: '2.10.0' if name == 'torch' else real(name)\nimport petl_mt.cli"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert re.fullmatch(r"petl-mt: torch 2\.10\.0 is older than what petl-kernels works with: .*\n", done.stderr)

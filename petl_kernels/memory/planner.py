@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from petl_kernels.device import resolve
 from petl_kernels.errors import InputError, check_whole, shown
 from petl_kernels.graphs import check_device, graph_bytes
 from petl_kernels.memory import simulate
@@ -121,7 +122,7 @@ def _available(model: nn.Module, device: torch.device) -> int:
 
 def _device(device: str | torch.device | None) -> torch.device:
     if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device(resolve().type)  # a plan holds for whichever card runs it
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError, ValueError):

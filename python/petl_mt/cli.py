@@ -11,7 +11,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NoReturn
 
-from petl_kernels.errors import InputError
+try:
+    from petl_kernels.errors import InputError
+except ImportError as error:  # PyTorch or numpy is missing, or too old
+    print(f"petl-mt: {error}", file=sys.stderr)
+    raise SystemExit(2) from None
 
 TRAIN_EXAMPLE = """examples:
   petl-mt train --model facebook/nllb-200-distilled-600M --train train.en train.sw --valid dev.en dev.sw \\

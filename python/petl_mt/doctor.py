@@ -121,7 +121,7 @@ def _rows(device: torch.device) -> Iterator[tuple[str, str, torch.dtype]]:
 
 
 def _outcome(op: str, backend: str, dtype: torch.dtype, case: Callable, device: torch.device, stop: float) -> Outcome:
-    """Of one case of ``parity.CASES``, which does not begin after ``stop``, a time of ``time.monotonic``."""
+    """Returns what one case of ``parity.CASES`` shows. None begins after ``stop``, a time of ``time.monotonic``."""
     from petl_kernels import parity
 
     if time.monotonic() > stop:

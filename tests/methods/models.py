@@ -93,7 +93,7 @@ def build(family: str, attention: str = "sdpa", **settings):
 
 
 def set_attention(model, name: str) -> None:
-    """Of all its parts: transformers 5.17 leaves out T5's encoder and decoder, whose configs are copies."""
+    """Sets it in all parts: transformers 5.17 leaves out T5's encoder and decoder, whose configs are copies."""
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.set_attn_implementation(name)

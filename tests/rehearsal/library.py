@@ -1,4 +1,7 @@
-"""Compiles ``host_cuda.cpp``, the tensors of the card that ``card.py`` plays."""
+"""Compiles ``host_cuda.cpp``, the tensors of the card that ``card.py`` plays; as a program, it does so.
+
+PyTorch loads what it has compiled, so a process that is to see no card lets another one compile.
+"""
 
 from __future__ import annotations
 
@@ -24,3 +27,7 @@ def build() -> Path:
     finally:
         os.environ["PATH"] = path
     return LIBRARY
+
+
+if __name__ == "__main__":
+    build()
