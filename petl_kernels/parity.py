@@ -150,6 +150,8 @@ def most_additions(op: str, value: str, arguments: dict) -> int:
 
     Sums run over features and, in gradients of parameters, over tokens: the last axis of a tensor and the others, taken
     as one. In attention they run over queries, keys and features. What is computed for each token has none over tokens.
+    A softmax turns the rounding of a score, relative to it, into one relative to 1: a score of 15 counts as 15²
+    additions.
     """
     if op in _WITHOUT_SUMS:
         return 0
@@ -159,7 +161,12 @@ def most_additions(op: str, value: str, arguments: dict) -> int:
         axes |= {leading[-1] if op == "attention" else math.prod(leading), last}
     if op != "attention" and (not value.startswith("d") or value in _OF_TOKENS):
         axes.discard(math.prod(tensors[0].shape[:-1]))  # the activation comes first
-    return sum(axes)
+    return sum(axes) + (math.ceil(_largest_score(arguments) ** 2) if op == "attention" else 0)
+
+
+def _largest_score(given: dict) -> float:
+    scores = given["q"].double() @ given["k"].double().mT * given["scale"]
+    return scores.abs().max().item() if scores.numel() else 0.0
 
 
 _OF_TOKENS = ("dx", "dhidden")  # gradients of activations
