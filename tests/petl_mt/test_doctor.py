@@ -18,6 +18,12 @@ from petl_kernels import backends, parity
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True)
+def no_interpreter(monkeypatch):
+    """Tests of Triton's kernels set it for the whole process, and it takes minutes to check them so."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
 @pytest.fixture
 def quick(monkeypatch):
     """Checks that find nothing wrong, at once; the kernels that were asked for."""
