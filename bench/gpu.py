@@ -41,7 +41,7 @@ BENCH = ("-m", "petl_mt.cli", "bench")
 
 @dataclass(frozen=True)
 class Part:
-    """``python words`` in at most ``limit`` seconds."""
+    """Stands for ``python words`` in at most ``limit`` seconds."""
 
     name: str
     limit: float
@@ -50,7 +50,7 @@ class Part:
 
 @dataclass
 class Done:
-    """What became of a part: "passed", "failed" or "cut"; in a few words what its log says of it."""
+    """Says what became of a part: "passed", "failed" or "cut"; in a few words what its log says of it."""
 
     name: str
     state: str
@@ -62,7 +62,7 @@ class Done:
 
 
 def parts(text: Sequence[str] = ()) -> list[Part]:
-    """Of `make gpu`; 350 s in all. text: flags of bench/product.py."""
+    """Returns the parts of `make gpu`, 350 s in all. text: flags of bench/product.py."""
     workers, tests = _workers(), ("-m", "pytest", "-v", "--tb=short")
     product = ("bench/product.py", *text)
     compiled = (*tests, "--benchmark-disable", "-o", "python_files=bench_*.py", "--device", "cuda", *workers)
@@ -81,7 +81,7 @@ def parts(text: Sequence[str] = ()) -> list[Part]:
 
 
 def more_parts() -> list[Part]:
-    """Of `make gpu-more`: what a card is for once the parts of `make gpu` pass."""
+    """Returns the parts of `make gpu-more`: what a card is for once the parts of `make gpu` pass."""
     tests, budget = ("-m", "pytest", "-v", "--tb=short", *_workers()), "bench/budget.py"
     return [
         Part("slow-tests", 300, (*tests, "-m", "gpu and slow", "tests")),
@@ -156,7 +156,7 @@ def _environment() -> dict[str, str]:
 
 
 def _said(log: Path) -> str:
-    """How many tests passed and failed; a run that was killed has no summary, but its lines."""
+    """Returns how many tests passed and failed; a run that was killed has no summary, but its lines."""
     words = "PASSED|FAILED|ERROR"  # before their percentage, or with xdist behind it
     found = ["".join(pair) for pair in re.findall(rf"%\] ({words}) |:.* ({words}) +\[ *\d+%", _text(log))]
     counts = {word.lower(): found.count(word) for word in ("PASSED", "FAILED", "ERROR")}
@@ -177,13 +177,13 @@ def _tail(log: Path) -> str:
 
 
 def _write(path: Path, done: Sequence[Done], times: Sequence[dict]) -> None:
-    content = {"commit": _commit(), "parts": [asdict(one) for one in done], "times": list(times)}
+    content = {"commit": commit(), "parts": [asdict(one) for one in done], "times": list(times)}
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, path)
 
 
-def _commit() -> str:
+def commit() -> str:
     command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
     return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
@@ -192,10 +192,10 @@ def _commit() -> str:
 
 
 def times_of(folder: Path, began: float) -> list[dict]:
-    """Of each of ours that was timed: seconds by device and wall, over the limit, and over the one to stand beside.
+    """Returns for each of ours that was timed: seconds by device and wall, over the limit and over its peer.
 
-    That is PEFT with adapters in bf16 where it was timed, else the fastest of the others. began: seconds since 1970; a
-    result file that is older is of another run.
+    The peer is PEFT with adapters in bf16 where it was timed, else the fastest other. began: seconds since 1970;
+    a result file that is older is of another run.
     """
     files = [place / f"{name}.json" for name in ("step", "layers", "ops") for place in (folder, folder.parent)]
     fresh = [path for path in files if path.exists() and path.stat().st_mtime >= began]
@@ -219,13 +219,13 @@ def times_of(folder: Path, began: float) -> list[dict]:
 
 
 def _over(one, other, name: str) -> dict[str, float | None]:
-    """Ratios to ``other``, of the device's times and of the wall's."""
+    """Returns ratios to ``other``, of the device's times and of the wall's."""
     device = one.median / other.median if other else None
     return {f"/ {name}": device, f"wall / {name}": one.wall / other.wall if other and one.wall and other.wall else None}
 
 
 def page(done: Sequence[Done], times: Sequence[dict], folder: Path) -> str:
-    """What became of the parts, what the product did, and ours beside the others, by device and by wall."""
+    """Returns what became of the parts, what the product did, and ours beside the others, by device and by wall."""
     lines = ["", "---- parts", *(f"{one.name:14s} {_sentence(one)}" for one in done)]
     for one in done:
         if one.name in ("product", "nllb-600m"):

@@ -21,7 +21,6 @@ import shlex
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,6 +31,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from gpu import commit, device_name
 from petl_mt.demo.make_parent import parent_folder
 from random_model import write_checkpoint
 from shapes import MODELS, m2m_config
@@ -47,7 +47,7 @@ NEAR = 1e-3  # relative: losses of the same updates before and after a kill; the
 
 @dataclass(frozen=True)
 class Text:
-    """Files of lines that belong together; name: what they are."""
+    """Holds files of lines that belong together; name: what they are."""
 
     name: str
     languages: tuple[str, str]
@@ -61,7 +61,7 @@ class Text:
 
 @dataclass
 class Run:
-    """One run of the program, and what it must have done. wrong: what it did not, in one line.
+    """Describes one run of the program, and what it must have done. wrong: what it did not, in one line.
 
     code: the exit code, negative for a signal, None where it was ended after its limit. peak: the most bytes in
     tensors, taken: those that the allocator held for them, both with CUDA's own, which a plan counts, too; on the CPU
@@ -94,7 +94,7 @@ class Program:
         given: Path | None = None,
         until: Callable[[], bool] | None = None,
     ) -> Run:
-        """``petl-mt words``, killed as soon as ``until()``.
+        """Runs ``petl-mt words``, killed as soon as ``until()``.
 
         check: what is wrong with a run that ended with ``code``. given: the file that it gets as standard input.
         """
@@ -109,12 +109,12 @@ class Program:
         return run
 
     def said(self, index: int = -1) -> str:
-        """Standard error of a run."""
+        """Returns the standard error of a run."""
         number = range(len(self.runs))[index]
         return (self.folder / f"{number}.err").read_text(encoding="utf-8", errors="replace")
 
     def printed(self) -> bytes:
-        """Standard output of the last run."""
+        """Returns the standard output of the last run."""
         return (self.folder / f"{len(self.runs) - 1}.out").read_bytes()
 
     def save(self) -> None:
@@ -126,7 +126,7 @@ class Program:
     def _in_a_process(
         self, words: list[str], given: Path | None, until: Callable[[], bool] | None
     ) -> tuple[int | None, int, int]:
-        """(exit code, bytes in tensors, bytes taken)"""
+        """Returns (exit code, bytes in tensors, bytes taken)."""
         receiver, sender = context().Pipe(duplex=False)
         files = [
             str(given or os.devnull),
@@ -169,7 +169,7 @@ class Program:
 
 @functools.cache
 def context():
-    """Processes fork from one that has imported what is slow to import, and has not touched CUDA."""
+    """Returns the context of processes: they fork from one that has made the slow imports and not touched CUDA."""
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # or asking for a card would initialise CUDA there
     made = multiprocessing.get_context("forkserver")
     model = [f"transformers.models.m2m_100.{name}_m2m_100" for name in ("modeling", "tokenization")]
@@ -178,7 +178,7 @@ def context():
 
 
 def _petl_mt(words: list[str], files: list[str], sender) -> None:
-    """The program with its three streams in files; sends its exit code and the bytes that it took."""
+    """Runs the program with its three streams in files; sends its exit code and the bytes that it took."""
     for number, (path, flags) in enumerate(zip(files, (os.O_RDONLY, *[os.O_WRONLY | os.O_CREAT] * 2), strict=True)):
         os.dup2(os.open(path, flags, 0o644), number)
     sys.stdin, sys.stdout, sys.stderr = (open(n, mode) for n, mode in enumerate(("r", "w", "w")))
@@ -242,7 +242,7 @@ def _far_enough(out: Path, step: int) -> bool:
 
 
 def losses(out: Path) -> dict[int, float]:
-    """By step, as far as the run has written them down."""
+    """Returns the losses by step, as far as the run has written them down."""
     return {line["step"]: line["loss"] for line in metrics(out) if "loss" in line}
 
 
@@ -255,7 +255,7 @@ def metrics(out: Path) -> list[dict]:
 
 
 def _resumed(out: Path, before: dict[int, float], steps: int, run: Run) -> str:
-    """The updates that were lost with the killed run are the same when they are done again, and all are done."""
+    """Checks that the updates that were lost with the killed run are the same when done again, and all are done."""
     after, result = losses(out), json.loads((out / "result.json").read_text(encoding="utf-8"))
     run.figures |= figures_of(out) | {"updates done again": max(before) - _first_new(out, before)}
     if sorted(after) != list(range(1, steps + 1)) or result["steps"] != steps:
@@ -267,7 +267,7 @@ def _resumed(out: Path, before: dict[int, float], steps: int, run: Run) -> str:
 
 
 def _first_new(out: Path, before: dict[int, float]) -> int:
-    """The last update before the kill that the checkpoint had."""
+    """Returns the last update before the kill that the checkpoint had."""
     saved = [line["step"] for line in metrics(out) if "valid_loss" in line]
     return max((step for step in saved if step <= max(before)), default=0)
 
@@ -288,7 +288,7 @@ def _scored(run: Run, printed: str, hypotheses: Path, sources: list[str]) -> str
 
 
 def _merged(folder: Path, model: Path) -> str:
-    """Names of tensors as the base has them, other values in some, and none that is no number."""
+    """Checks names of tensors as the base has them, other values in some, and none that is no number."""
     from safetensors.torch import load_file
 
     base, found = (
@@ -309,7 +309,7 @@ def _merged(folder: Path, model: Path) -> str:
 def under_budgets(
     program: Program, model: Path, text: Text, budgets: Sequence[str], graphs: Sequence[bool], flags: Sequence[str]
 ) -> None:
-    """LoRA under each budget, with and without CUDA graphs: seconds an update, the peak against the plan's."""
+    """Trains LoRA under each budget, with and without CUDA graphs: seconds an update, the peak against the plan's."""
     for memory in budgets:
         for captured in graphs:
             out = program.folder / f"{memory}{'-graphs' if captured else ''}"
@@ -331,7 +331,7 @@ def _budgeted(program: Program, run: Run, out: Path) -> str:
 
 
 def figures_of(out: Path) -> dict:
-    """Of a finished run: seconds an update, those that its plan expected, bytes that it planned with and took."""
+    """Returns a finished run's seconds an update, those that its plan expected, and bytes that it planned with."""
     plan = json.loads((out / "plan.json").read_text(encoding="utf-8"))
     result = json.loads((out / "result.json").read_text(encoding="utf-8"))
     seconds = [0.0] + [line["seconds"] for line in metrics(out) if "loss" in line]
@@ -358,7 +358,7 @@ def _inside(run: Run, out: Path) -> str:
 
 
 def make_text(folder: Path, files: Sequence[str] | None, languages: str, count: int, tests: int) -> Text:
-    """``count`` lines to train on and ``tests`` others: of ``files`` (the last for the tests), or made."""
+    """Returns ``count`` lines to train on and ``tests`` others: of ``files`` (the last for the tests), or made."""
     source, _, target = languages.partition("-")
     if files:
         sides = [Path(path).read_text(encoding="utf-8").splitlines() for path in files]
@@ -386,7 +386,7 @@ def _written(
 
 
 def _drawn(count: int) -> list[list[str]]:
-    """Two sides of as many words in each line: log-normal around 14, at most 40."""
+    """Draws two sides of as many words in each line: log-normal around 14, at most 40."""
     vocabulary = json.loads((parent_folder() / "vocab.json").read_text(encoding="utf-8"))
     words = sorted(piece[1:] for piece in vocabulary if piece.startswith("▁") and piece[1:].isalpha())
     draw = np.random.default_rng(0)
@@ -398,7 +398,7 @@ def _drawn(count: int) -> list[list[str]]:
 
 
 def checkpoint(folder: Path, shape: tuple[int, int, int, int, int], device: str) -> Path:
-    """A model of ``shape`` with random weights and the tokenizer of the demo's parent, whose words are its first."""
+    """Writes a model of ``shape`` with random weights, and the demo parent's tokenizer, whose words are its first."""
     write_checkpoint(m2m_config(*shape), folder, device)
     for name in TOKENIZER:
         shutil.copy(parent_folder() / name, folder)
@@ -406,7 +406,7 @@ def checkpoint(folder: Path, shape: tuple[int, int, int, int, int], device: str)
 
 
 def line_of(run: dict) -> str:
-    """A run in a line: its name, seconds, figures, and what is wrong with it."""
+    """Returns a run in a line: its name, seconds, figures, and what is wrong with it."""
     figures = dict(run["figures"])
     words = [f"{run['name']:22s} {run['seconds']:6.1f} s "]
     if (update := figures.get("seconds an update")) is not None:
@@ -429,7 +429,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     # not torch.cuda.get_device_name: this process must leave the card to the runs
     cuda = torch.cuda.device_count() > 0
-    name = card_name() if cuda else "cpu"
+    name = device_name() if cuda else "cpu"
     with tempfile.TemporaryDirectory(prefix="petl-product-") as folder:
         text = make_text(Path(folder), arguments.text, arguments.languages, 4000, 40)
         about = {"device": name, "commit": commit(), "torch": torch.__version__, "text": text.name}
@@ -447,25 +447,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def made_in_a_process(folder: Path, shape: tuple[int, int, int, int, int], device: str) -> Path:
-    """``checkpoint``, in a process that gives the card back."""
+    """Calls ``checkpoint`` in a process that gives the card back."""
     process = context().Process(target=checkpoint, args=(folder, shape, device))
     process.start()
     process.join()
     if process.exitcode:
         raise RuntimeError(f"{folder}: the process that makes the checkpoint ended with code {process.exitcode}")
     return folder
-
-
-def card_name() -> str:
-    """Of the first card, as PyTorch has it, without a context on it."""
-    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    return lines[0].strip().replace(" ", "-").lower()
-
-
-def commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
 
 if __name__ == "__main__":

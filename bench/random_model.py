@@ -16,13 +16,13 @@ DRAWN = 1_000_003
 
 
 def random_weights(config, device: str) -> dict[str, Tensor]:
-    """A value for each parameter of the model of ``config``, tied ones once, made on ``device``."""
+    """Makes a value for each parameter of the model of ``config``, tied ones once, made on ``device``."""
     noise = _noise(device)
     return {name: _values(name, parameter.shape, noise) for name, parameter in skeleton(config).named_parameters()}
 
 
 def frozen_model(config, weights: dict[str, Tensor]) -> nn.Module:
-    """A frozen model of ``config`` in the dtype of ``weights``, which it shares with all that are made from them."""
+    """Returns a frozen model of ``config`` in the dtype of ``weights``, shared with all that are made from them."""
     model = skeleton(config)
     made = {id(p): nn.Parameter(weights[name], requires_grad=False) for name, p in model.named_parameters()}
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
@@ -33,7 +33,7 @@ def frozen_model(config, weights: dict[str, Tensor]) -> nn.Module:
 
 
 def write_checkpoint(config, folder: Path, device: str = "cpu") -> None:
-    """The same weights in ``folder`` with their config, a file for each layer: no machine has to hold them all."""
+    """Writes such weights to ``folder`` with their config, a file for each layer: no machine holds them all."""
     noise = _noise(device)
     files: dict[str, dict[str, nn.Parameter]] = {}
     for name, parameter in skeleton(config).named_parameters():

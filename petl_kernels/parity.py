@@ -5,6 +5,7 @@ itself makes in the dtype at hand, plus some units in the last place of the larg
 
     2           for values in 16 bits, whose own rounding outweighs all else, and for ops that add nothing up
     max(2, √n)  for values in fp32 and wider at the end of n additions
+                (n is counted for each value by its axes; in attention a score of 15 counts as 15² more)
 
 A kernel may add up in any order, and how far the reference is off depends on the order of a library. With u = 2^-24,
 an addition rounds its result S by u|S| at most, evenly distributed. In no order are the partial sums of random terms,

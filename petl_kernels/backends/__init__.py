@@ -140,7 +140,7 @@ def _family(op: str) -> str:
 
 
 class TurnedDown(NamedTuple):
-    """A backend that computes something else than the reference here, and so does not serve by default."""
+    """Names a backend that computes something else than the reference here, and so does not serve by default."""
 
     op: str
     backend: str
@@ -154,7 +154,7 @@ class TurnedDown(NamedTuple):
 
 
 def turned_down() -> list[TurnedDown]:
-    """What the checks of this process have turned down, in their order."""
+    """Returns what the checks of this process have turned down, in their order."""
     return [TurnedDown(*key, error) for key, error in list(_parity_errors.items()) if error]
 
 
@@ -176,12 +176,12 @@ def dispatch(op: str, device: torch.device, backend: str, dtype: torch.dtype) ->
 
 
 def default_order(op: str, device: torch.device) -> tuple[str, ...]:
-    """The backends that may serve ``op`` when nobody asks for one by name, first choice first."""
+    """Returns the backends that may serve ``op`` when none is named, first choice first."""
     return DEFAULT_ORDER_OF.get((_family(op), device.type), DEFAULT_ORDER.get(device.type, ("reference",)))
 
 
 def _choose(op: str, device: torch.device, backend: str, dtype: torch.dtype) -> tuple[str, bool]:
-    """The backend that serves ``op``, and whether it will at the next call too."""
+    """Returns the backend that serves ``op``, and whether it will at the next call too."""
     if backend and kernel_of(op, backend) is not None:
         if not _serves(backend, device):
             raise InputError(f"backend {backend!r} does not run on device {str(device)!r}")
