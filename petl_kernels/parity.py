@@ -159,7 +159,9 @@ def most_additions(op: str, value: str, arguments: dict) -> int:
     axes, tensors = set(), [tensor for tensor in _tensors(arguments) if tensor.dim()]
     for tensor in tensors:
         *leading, last = tensor.shape
-        axes |= {math.prod(leading[-1:] if op == "attention" else leading), last}
+        axes.add(last)
+        if leading:
+            axes.add(leading[-1] if op == "attention" else math.prod(leading))
     if op != "attention" and (not value.startswith("d") or value in _OF_TOKENS):
         axes.discard(math.prod(tensors[0].shape[:-1]))  # the activation comes first
     return sum(axes) + (math.ceil(_largest_score(arguments) ** 2) if op == "attention" else 0)

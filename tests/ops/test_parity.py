@@ -235,3 +235,8 @@ def test_what_is_computed_for_each_token_adds_nothing_up_over_tokens():
     found = {name: parity.most_additions("lora_linear", name, given) for name in ("y0", "s", "dx", "da0", "dbias0")}
     features = 40 + 72 + 4
     assert found == {"y0": features, "s": features, "dx": features, "da0": features + 129, "dbias0": features + 129}
+
+
+def test_one_token_alone_has_its_features():
+    given = {"x": torch.zeros(72), "weight": torch.ones(72), "bias": torch.zeros(72), "eps": 1e-5}
+    assert parity.most_additions("layer_norm", "y", given) == 72
