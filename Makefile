@@ -9,13 +9,14 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 BENCHES := $(foreach what,ops layers step,$(if $(wildcard bench/$(what)/bench_*.py),$(what)))
 SOURCES := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
-.PHONY: demo test test-newest test-oldest test-oldest-quick bench gpu gpu-more lint memory-table clean
+.PHONY: demo test test-all test-newest test-oldest test-oldest-quick bench gpu gpu-more lint memory-table clean
 
 demo: $(VENV)/.package
 	$(BIN)/petl-mt demo
 
-test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+# test-all has the repeats as well: more cases of what other tests show.
+test test-all: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(if $(filter test,$@),-m "not repeat")
 
 # The parts of the suite that touch other libraries, with the newest and the oldest versions of those that pyproject.toml
 # allows, each in an environment of its own, on a copy of the sources with its own build of the extension. TORCH=2.13.0

@@ -49,7 +49,7 @@ def held(name: str, computed: torch.Tensor, rows: torch.Tensor, dense, bias=None
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 3, 17, 129])
+@pytest.mark.parametrize("rows", [1, *(pytest.param(rows, marks=pytest.mark.repeat) for rows in (3, 17)), 129])
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
 def test_products(shape, storage, rows, dtype):

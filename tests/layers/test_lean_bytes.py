@@ -19,7 +19,7 @@ from petl_kernels.memory.saved import saved_bytes
 from petl_kernels.memory.work import linear_flops
 
 D, FFN, HEADS = 1024, 4096, 16
-ROWS, LENGTH = 2, 128
+ROWS, LENGTH = 2, 32
 TOKENS = ROWS * LENGTH
 
 

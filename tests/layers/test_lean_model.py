@@ -224,7 +224,7 @@ def test_wrong_tiers(tier, message):
 # ---- PyTorch around it ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tiers", [(1, 3, 1, 3), (4, 4, 4, 4)])
+@pytest.mark.parametrize("tiers", [(1, 3, 1, 3), pytest.param((4, 4, 4, 4), marks=pytest.mark.repeat)])
 def test_compiled(tiers):
     model = pk.lean(adapted("m2m100", "lora", dtype=torch.float32), tiers)
     inputs = ragged(model)

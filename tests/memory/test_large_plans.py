@@ -36,7 +36,7 @@ def madlad():
     return model
 
 
-@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("device", ["cuda", pytest.param("cpu", marks=pytest.mark.repeat)])
 def test_10b_under_6_gib(madlad, device, monkeypatch):
     monkeypatch.setattr(planning, "measure_rates", lambda *_: ASSUMED)
     monkeypatch.setattr(planning.Planner, "_more", lambda *_: ())  # what larger budgets would bring

@@ -28,6 +28,7 @@ _C = pytest.importorskip("petl_kernels._C")
 CPU = torch.device("cpu")
 MIB = 2**20
 WIDE = {"vocab_size": 4000, "d_model": 256, "encoder_ffn_dim": 1024, "decoder_ffn_dim": 1024, "encoder_layers": 3}
+ROWS, LENGTH = 4, 96  # few rows: products in bf16 take long on a CPU without instructions for them
 WIDE |= {"max_position_embeddings": 512, "dropout": 0.1}
 
 # family, method, tiers of 5 layers, dtype of the frozen weights, autocast, and where they are not dense or in fp32: the
@@ -66,6 +67,11 @@ CASES = {
     ),
     "t5, LoRA, tier 1": ("t5", pk.LoRA(rank=8, targets=("q", "v")), (1,) * 5, torch.float32, None),
 }  # fmt: skip
+FIRST = (
+    *("m2m100, LoRA, tier 1", "mbart, prefix, tier 4", "marian, BitFit, tier 2", "t5, LoRA, tier 1"),
+    *("m2m100, sub-layer adapters, autocast", "m2m100, LoRA, int8 layers, NF4 tables"),
+    *("m2m100, wide adapters, bf16 gradients", "m2m100, parallel, inside the network"),
+)
 
 
 def made(family: str, method, dtype: torch.dtype, storage: str = "dense", tables: str | None = None):
@@ -121,14 +127,14 @@ def measured_peak(
 def test_the_predicted_peak_with_8_bit_moments():
     """Large adapters, so that moments matter: most of them rounded, biases and norms in fp32."""
     bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (extra 8bit)")
-    family, method, tiers, rows, length = "m2m100", pk.Adapter(bottleneck=1024), (2,) * 5, 12, 96
+    family, method, tiers = "m2m100", pk.Adapter(bottleneck=1024), (2,) * 5
     with torch.device("meta"):
         model = made(family, method, torch.bfloat16)
     found = {}
     for name, make in {"adamw": fused_adamw, "adamw8bit": bitsandbytes.optim.AdamW8bit}.items():
-        planner = Planner(model, rows * length, length, name, (), CPU, None)
-        predicted = sum(planner.parts(Setting("dense", name, 0, 32 * MIB), rows, tiers).values())
-        measured = measured_peak(lambda: made(family, method, torch.bfloat16), tiers, rows, length, None, make)
+        planner = Planner(model, ROWS * LENGTH, LENGTH, name, (), CPU, None)
+        predicted = sum(planner.parts(Setting("dense", name, 0, 32 * MIB), ROWS, tiers).values())
+        measured = measured_peak(lambda: made(family, method, torch.bfloat16), tiers, ROWS, LENGTH, None, make)
         print(name, predicted / measured)
         # A CPU without instructions for bf16 takes some scratch for its products that no plan counts: 2.03% seen.
         assert 0.97 * measured <= predicted <= 1.05 * measured, (predicted / MIB, measured / MIB)
@@ -136,18 +142,19 @@ def test_the_predicted_peak_with_8_bit_moments():
     assert found["adamw8bit"] < 0.85 * found["adamw"]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [case if case in FIRST else pytest.param(case, marks=pytest.mark.repeat) for case in CASES]
+)
 def test_the_predicted_peak_is_the_measured_one(case):
     family, method, tiers, dtype, autocast, *levers = CASES[case]
     storage, tables, gradients = [*levers, *("dense", None, "float32")[len(levers) :]]
-    rows, length = 12, 96
     with torch.device("meta"):
         model = made(family, method, dtype)
-    planner = Planner(model, rows * length, length, "adamw", (), CPU, autocast)
+    planner = Planner(model, ROWS * LENGTH, LENGTH, "adamw", (), CPU, autocast)
     setting = Setting(storage, "adamw", 0, 32 * MIB, tables, gradients)
-    predicted = sum(planner.parts(setting, rows, tiers).values())
+    predicted = sum(planner.parts(setting, ROWS, tiers).values())
     make = functools.partial(made, family, method, dtype, storage, tables)
-    measured = measured_peak(make, tiers, rows, length, autocast, dtype=gradients)
+    measured = measured_peak(make, tiers, ROWS, LENGTH, autocast, dtype=gradients)
     print(case, predicted / measured)
     assert 0.98 * measured <= predicted <= 1.05 * measured, (predicted / MIB, measured / MIB)
 

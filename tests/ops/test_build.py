@@ -73,7 +73,7 @@ def test_the_toolkit_is_where_the_headers_are(tmp_path):
 
 @needs_sources
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-@pytest.mark.parametrize("architecture", ["80", "90", "100"])
+@pytest.mark.parametrize("architecture", ["90", *(pytest.param(sm, marks=pytest.mark.repeat) for sm in ("80", "100"))])
 def test_cuda_sources_compile_without_pytorch(tmp_path, architecture):
     """Without its headers, but with the flags that it adds to those of setup.py."""
     for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):

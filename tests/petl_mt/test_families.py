@@ -67,7 +67,7 @@ def test_the_loss_is_that_of_the_family(checkpoint, pair):
     assert found == pytest.approx(total / tokens, rel=1e-4)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.repeat)])
 def test_lora_from_text_to_a_merged_folder(checkpoint, pair, tmp_path, precision):
     config = TrainConfig(
         model=str(checkpoint[0]), out=str(tmp_path / "run"), train=[pair], valid=[pair], method="lora",
