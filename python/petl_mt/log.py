@@ -9,20 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from petl_kernels.errors import InputError
-from petl_kernels.memory.size import format_size
-
-
-def memory_in_use(device: torch.device) -> int:
-    """Peak bytes: of the allocator on a CUDA device, of the process elsewhere."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 class RunLog:
@@ -54,10 +41,11 @@ class RunLog:
                 if isinstance(value, (int, float)):
                     self._board.add_scalar(name, value, step)
 
-    def progress(self, step: int, loss: float, tokens_per_second: float, memory: int) -> None:
+    def progress(self, step: int, loss: float, tokens_per_second: float, memory: str) -> None:
+        """memory: what the run takes, as ``petl_mt.memory`` words it."""
         if self.quiet:
             return
-        figures = f"loss {loss:.3f}  {tokens_per_second:,.0f} target tokens/s  {format_size(memory)}"
+        figures = f"loss {loss:.3f}  {tokens_per_second:,.0f} target tokens/s  {memory}"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, figures=figures)
             return
