@@ -48,6 +48,7 @@ from .prepare import (
     make_optimizer,
 )
 from .runs import RunFolder, absolute, folder_for_layers, hush
+from .progress import Watch
 from .schedule import lr_factor
 from .update import Update
 
@@ -138,8 +139,12 @@ class _Training:
         self, config: TrainConfig, run: RunFolder, resuming: bool, quiet: bool, limits: ExitStack | None = None
     ) -> None:
         self.folder, self.quiet = run, quiet
-        train_text = [(pair, *read_pair(pair)) for pair in config.train]
-        self.valid_text = [(pair, *read_pair(pair)) for pair in config.valid]
+        with Watch("reading text", 2 * len([*config.train, *config.valid]), "files", quiet) as reading:
+            text = []
+            for pair in [*config.train, *config.valid]:
+                text.append((pair, *read_pair(pair)))
+                reading.at(2 * len(text))
+        train_text, self.valid_text = text[: len(config.train)], text[len(config.train) :]
         for pair in config.valid:
             bleu_metric(pair.tgt_lang, config.bleu_tokenize)  # refused now, not after hours of training
         if config.memory is not None:
@@ -158,7 +163,9 @@ class _Training:
         pairs = {pair.name: pair for pair in [*config.train, *config.valid]}
         self.languages = {name: language_pair(self.model, self.tokenizer, pair) for name, pair in pairs.items()}
         self.start = decoder_start(self.model, next(iter(self.languages.values())))
-        corpus, self.counts = encode_pairs(train_text, self.languages, config.max_length, "train")
+        with Watch("tokenising", sum(len(source) for _, source, _ in train_text), "lines", quiet) as encoding:
+            given = train_text, self.languages, config.max_length, "train", encoding.at
+            corpus, self.counts = encode_pairs(*given)
         self.valid, self.valid_counts = None, []
         if config.valid:
             self.valid, self.valid_counts = encode_pairs(self.valid_text, self.languages, config.max_length, "valid")
@@ -488,17 +495,19 @@ class _Training:
         """Beam search on the validation text; hypotheses in valid.best.hyp, or valid.best.<pair>.hyp for several."""
         scores = {}
         for pair, source, target in self.valid_text:
-            lines, cut = self._evaluated(
-                lambda limit, source=source, language=self.languages[pair.name]: translate(
-                    self.model,
-                    language,
-                    source,
-                    self.config.beam,
-                    self.config.max_length,
-                    limit,
-                    self.accelerator.autocast,
+            with self.log.searching(f"search {pair.name}", len(source)) as searching:
+                lines, cut = self._evaluated(
+                    lambda limit, source=source, language=self.languages[pair.name], told=searching.at: translate(
+                        self.model,
+                        language,
+                        source,
+                        self.config.beam,
+                        self.config.max_length,
+                        limit,
+                        self.accelerator.autocast,
+                        told,
+                    )
                 )
-            )
             if cut:
                 self.log.say(f"{pair.name}: {cut} validation sources cut to {self.config.max_length} tokens")
             scores[pair.name] = result = score_lines(lines, target, pair.tgt_lang, self.config.bleu_tokenize)
