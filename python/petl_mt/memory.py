@@ -1,4 +1,4 @@
-"""What a run takes, in two figures that are never mixed. Bar, log, README, result and tables have them under these words:
+"""What a run takes, in two figures that are never mixed. Bar, log, README, result and tables name them so:
 
 memory    the most of what ``--memory`` counts. On the CPU: tensors (weights, gradients, the optimiser's state, what is
           kept for backward) and the pages of streamed layers. On CUDA: what PyTorch's allocator holds of the card, and
@@ -40,7 +40,7 @@ class MemoryMeter:
         cap.reset_peak(self.device)
 
     def since_restart(self) -> int | None:
-        """``memory`` in bytes since the last ``restart``; None where nothing counts it (a CPU without the extension)."""
+        """``memory`` in bytes since the last ``restart``; None where nothing counts it (a CPU without extension)."""
         if self._earlier is None:
             return None
         return max(0, cap.held_peak(self.device) - self._earlier) + self._pages()

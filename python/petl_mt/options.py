@@ -1,6 +1,6 @@
-"""What the options of ``petl-mt`` are called, take and mean: one place for all commands, and for one test that reads it.
+"""What the options of ``petl-mt`` are called, take and mean, for all commands that have them.
 
-An option of ``TrainConfig`` that is not given is None, so that a value from a file stays; its default stands in its help.
+An option of ``TrainConfig`` that is not given is None, so that a value from a file stays; its default is in its help.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is written for the user: refused before the work where it cannot be written, and lines that go out as they come."""
+"""What is written for the user: refused before the work where it cannot be, and lines that go out as they come."""
 
 from __future__ import annotations
 

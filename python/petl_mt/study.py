@@ -1,8 +1,8 @@
 """Methods against parameter budgets, on one parent and one language pair (after arXiv 2205.11277).
 
 Every entry of the grid is one run of ``train`` in ``OUT/rows/<entry>``; the adapter it leaves is loaded again and
-scored on the test text. A row that is finished is not run again, one that was interrupted goes on. Each row has a process
-of its own, so that what it took is no other row's, and trains and translates inside the budget where there is one.
+scored on the test text. A row that is finished is not run again, one that was interrupted goes on. Each row has a
+process of its own, so that what it took is no other row's, and keeps the budget where there is one.
 
     OUT/study.md     the table, with signatures, machine and versions
     OUT/study.json   the same for programs
@@ -321,14 +321,13 @@ COLUMNS: dict[str, tuple[Callable[[Row], str], bool]] = {
     "share": (lambda row: _share(row.trained_share), True),
     "BLEU": (lambda row: _number(row.scores.bleu, ".1f"), True),
     "chrF": (lambda row: _number(row.scores.chrf, ".1f"), True),
-    "s/step": (lambda row: _number(row.seconds_per_step, ".3f"), True),
-    "kept B/token": (lambda row: _number(row.saved_bytes_per_token, ",.0f"), True),
+    "s/step": (lambda row: _number(row.seconds_per_step, ".3g"), True),
+    "B/token": (lambda row: _number(row.saved_bytes_per_token, ",.0f"), True),
     "memory": (lambda row: _size(row.peak_memory_bytes), True),
     "process": (lambda row: _size(row.peak_process_bytes), True),
-    "lr": (lambda row: _number(row.lr, "g"), False),
+    "lr": (lambda row: _number(row.lr, ".2g"), True),
 }
-# what the two columns of bytes are
-WORDS = "memory: of what --memory counts; process: host memory with Python and its libraries; each the row's own"
+WORDS = "memory: what --memory counts; process: host memory, Python included"
 NARROW = tuple(name for name, (_, shown) in COLUMNS.items() if shown)
 WIDTH = 80
 
@@ -336,8 +335,13 @@ WIDTH = 80
 def cells(row: Row, columns: Sequence[str] = tuple(COLUMNS)) -> tuple[str, ...]:
     """The row as text, one string a column."""
     if row.status != "done":
-        return (row.name, row.status, *[""] * (len(columns) - 2))
+        return (row.name, *["-"] * (len(columns) - 1))  # ``notes`` has why
     return tuple(COLUMNS[name][0](row) for name in columns)
+
+
+def facts(rows: Sequence[Row]) -> list[str]:
+    """What stands below the table."""
+    return [*notes(rows), WORDS, *signatures(rows)]
 
 
 def notes(rows: Sequence[Row]) -> list[str]:
@@ -367,11 +371,7 @@ def signatures(rows: Sequence[Row]) -> list[str]:
 def markdown(rows: Sequence[Row], heading: str, about: Mapping[str, Any]) -> str:
     lines = [f"# {heading}", "", f"| {' | '.join(COLUMNS)} |", "| --- |" + " ---: |" * (len(COLUMNS) - 1)]
     lines += [f"| {' | '.join(cells(row))} |" for row in rows]
-    lines += [
-        "",
-        *(f"- {line}" for line in [*notes(rows), WORDS, *signatures(rows)]),
-        f"- {', '.join(f'{k} {v}' for k, v in about.items())}",
-    ]
+    lines += ["", *(f"- {line}" for line in [*facts(rows), ", ".join(f"{k} {v}" for k, v in about.items())])]
     return "\n".join(lines) + "\n"
 
 
@@ -380,15 +380,19 @@ def table(rows: Sequence[Row], heading: str):
     from rich.box import SIMPLE
     from rich.table import Table
 
-    told = "\n".join([*notes(rows), WORDS, *signatures(rows)])
-    result = Table(
-        title=heading, caption=told, caption_justify="left", box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0)
-    )
+    result = Table(title=heading, box=SIMPLE, show_edge=False, pad_edge=False, padding=0)
     for column in NARROW:
         result.add_column(column, justify="left" if column == "method" else "right")
     for row in rows:
         result.add_row(*cells(row, NARROW), style=None if row.status == "done" else "dim")
     return result
+
+
+def print_table(console, rows: Sequence[Row], heading: str) -> None:
+    """The table, and below it what is missing, what its bytes are, and the scores' signatures."""
+    console.print(table(rows, heading))
+    for line in facts(rows):
+        console.print(line, soft_wrap=len(line) <= WIDTH, markup=False)
 
 
 def table_console():
@@ -510,12 +514,14 @@ def add_parser(commands) -> None:
 
 def _main(arguments: argparse.Namespace) -> int:
     config = study_config(arguments)
-    rows = run_study(
-        config, on_row=lambda row: print("  ".join(filter(None, cells(row))), *notes([row]), file=sys.stderr)
-    )
-    table_console().print(table(rows, title(config)))
+    rows = run_study(config, on_row=_say)
+    print_table(table_console(), rows, title(config))
     print(f"written: {config.base.out}/study.md, study.json, study.png")
     return 0
+
+
+def _say(row: Row) -> None:
+    print(*notes([row]) or ["  ".join(filter(None, cells(row)))], file=sys.stderr)
 
 
 def study_config(arguments: argparse.Namespace) -> StudyConfig:

@@ -47,8 +47,8 @@ from .prepare import (
     make_accelerator,
     make_optimizer,
 )
-from .runs import RunFolder, absolute, folder_for_layers, hush
 from .progress import Watch
+from .runs import RunFolder, absolute, folder_for_layers, hush
 from .schedule import lr_factor
 from .update import Update
 

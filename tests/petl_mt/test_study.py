@@ -15,6 +15,8 @@ from petl_mt.study import Entry, Row, StudyConfig, parse_grid, run_study
 
 from petl_kernels.errors import InputError
 
+pytestmark = pytest.mark.usefixtures("in_this_process")
+
 
 @pytest.fixture(scope="module")
 def parent(tmp_path_factory):
@@ -70,7 +72,7 @@ def test_rows_and_files(config, tmp_path):
     assert [Row.from_dict(row) for row in stored["rows"]] == rows
     assert stored["seed"] == 1 and {"processor", "torch", "sacrebleu"} <= set(stored["machine"])
     table = (out / "study.md").read_text()
-    assert "| lora 0.0001% | unreachable: the nearest it can is" in table and lora.scores.bleu_signature in table
+    assert "- lora 0.0001%: unreachable: the nearest it can is" in table and lora.scores.bleu_signature in table
     assert (out / "study.png").read_bytes()[:4] == b"\x89PNG"
 
 

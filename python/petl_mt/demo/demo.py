@@ -22,7 +22,7 @@ from ..evaluate import Scores, score_lines, translate
 from ..output import check_new_folder
 from ..progress import time_left
 from ..runs import hush
-from ..study import PARENT, Row, StudyConfig, cells, run_study, table, table_console, title
+from ..study import PARENT, Row, StudyConfig, cells, print_table, run_study, table_console, title
 from ..train import train
 from .make_parent import parent_folder
 from .text import parallel_lines, write_pair
@@ -97,7 +97,7 @@ def run_demo(out: str | Path, pairs: Sequence[str] = PAIRS, minutes: float = 5.0
         results[pair] = run_study(study, quiet=True, on_row=lambda row, pair=pair: say(pair, row))
     for pair, study in studies.items():
         console.print()
-        console.print(table(results[pair], title(study)))
+        print_table(console, results[pair], title(study))
         _print_examples(console, study, results[pair], plan.examples)
     console.print(f"\nwritten: {', '.join(str(out / pair / 'study.{md,json,png}') for pair in pairs)}")
     console.print(f"{time.perf_counter() - began:.0f} seconds")
