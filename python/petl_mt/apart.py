@@ -23,7 +23,7 @@ def apart(function: Callable[..., Any], *arguments: Any) -> Any:
     methods = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
     if "forkserver" in methods:
-        context.set_forkserver_preload([function.__module__])
+        context.set_forkserver_preload([__name__, function.__module__])
     try:
         with ProcessPoolExecutor(
             1, context, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),)

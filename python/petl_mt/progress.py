@@ -47,7 +47,7 @@ class Watch:
         """``done`` of the total are done; figures: what else there is to say."""
         if self._bar is not None:
             self._bar.update(self._task, completed=done, figures=f"{self.unit} {figures}".strip())
-        elif not self.quiet and time.monotonic() - self._said >= EVERY and done != self._told:
+        elif not self.quiet and time.monotonic() - self._said >= EVERY and done not in (self._told, self.total):
             self._said, self._told = time.monotonic(), done
             self.say(self.line(done, figures))
 
