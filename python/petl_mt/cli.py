@@ -18,7 +18,7 @@ except ImportError as error:  # PyTorch or numpy is missing, or too old
     raise SystemExit(2) from None
 
 from .options import FILES, PAIR, TrainingOptions, languages
-from .output import check_file, check_folder, drop_unread
+from .output import check_file, check_new_folder, drop_unread
 
 TRAIN_EXAMPLE = """examples:
   petl-mt train --model facebook/nllb-200-distilled-600M --train train.en train.sw --valid dev.en dev.sw \\
@@ -216,7 +216,7 @@ def _add_merge(commands) -> None:
     parser.set_defaults(run=_merge)
     run = parser.add_argument_group("run")
     run.add_argument("--run", required=True, dest="run_folder", metavar="DIR", help="the --out of a training run")
-    run.add_argument("--out", required=True, metavar="DIR", help="folder to write, which must not be there yet")
+    run.add_argument("--out", required=True, metavar="DIR", help="folder to write, new or empty")
     run.add_argument(
         "--into",
         choices=("original", "quantised"),
@@ -318,7 +318,7 @@ def _score(arguments: argparse.Namespace) -> int:
             print(line, flush=True)
         _report_cut(translator)
         if failed is not None:
-            raise OSError(failed.errno, failed.strerror, arguments.hypotheses)
+            raise failed
     return 0
 
 
@@ -347,7 +347,7 @@ def _merge(arguments: argparse.Namespace) -> int:
     from .runs import hush, load_run, quantise_as_trained, run_storages
 
     check_free(arguments.out)  # before anything is read
-    check_folder("out", arguments.out, Path(arguments.out).absolute().parent)
+    check_new_folder("out", arguments.out)
     said = ""
     with hush():
         model, tokenizer, config = load_run(arguments.run_folder)

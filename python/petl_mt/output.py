@@ -72,8 +72,13 @@ class LineSink:
         return self
 
     def write(self, lines: list[str]) -> None:
-        self._file.write("".join(line + "\n" for line in lines).encode())
-        self._file.flush()
+        try:
+            self._file.write("".join(line + "\n" for line in lines).encode())
+            self._file.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self._part or self.path) from None
         self.lines += len(lines)
 
     def __exit__(self, kind, error, trace) -> None:
@@ -81,6 +86,9 @@ class LineSink:
             return
         try:
             self._file.close()
+        except OSError:
+            if kind is None:
+                raise
         finally:
             if self._part is not None:
                 self._settle(kind is None)

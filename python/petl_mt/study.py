@@ -44,6 +44,7 @@ from .evaluate import Scores, score_lines
 from .memory import MemoryMeter, process_bytes
 from .options import FILES, TrainingOptions, languages
 from .output import check_new_folder
+from .progress import Watch
 from .runs import RunFolder, Translator, hush
 from .train import TrainingStopped, train
 
@@ -167,7 +168,7 @@ def run_study(config: StudyConfig, quiet: bool = False, on_row: Callable[[Row], 
         model, _ = load_skeleton(config.base.model)  # the sizes of methods need no weights
         problems = {entry: _unreachable(model, entry) for entry in entries}
     check_new_folder("out", config.base.out)
-    add(_finished(config, None) or apart(_parent_row, config, text))
+    add(_finished(config, None) or apart(_parent_row, config, text, quiet))
     for entry in entries:
         if problems[entry]:
             add(Row(entry.method, entry.params, "unreachable", problems[entry]))
@@ -186,9 +187,9 @@ def _unreachable(model, entry: Entry) -> str:
     return ""
 
 
-def _parent_row(config: StudyConfig, text: tuple) -> Row:
+def _parent_row(config: StudyConfig, text: tuple, quiet: bool) -> Row:
     began = time.perf_counter()
-    scores, memory = _score(config, None, text)
+    scores, memory = _score(config, None, text, quiet)
     row = Row(
         PARENT,
         scores=scores,
@@ -212,7 +213,7 @@ def _run(config: StudyConfig, entry: Entry, text: tuple, quiet: bool) -> Row:
         result = train(run, resume=True, quiet=quiet)
     except TrainingStopped as error:
         return Row(entry.method, entry.params, "stopped", str(error), seed=run.seed, config=_fingerprint(config, entry))
-    scores, memory = _score(config, entry, text)
+    scores, memory = _score(config, entry, text, quiet)
     row = Row(
         entry.method,
         entry.params,
@@ -236,7 +237,7 @@ def _run(config: StudyConfig, entry: Entry, text: tuple, quiet: bool) -> Row:
     return row
 
 
-def _score(config: StudyConfig, entry: Entry | None, text: tuple) -> tuple[Scores, int | None]:
+def _score(config: StudyConfig, entry: Entry | None, text: tuple, quiet: bool) -> tuple[Scores, int | None]:
     """BLEU and chrF of the test text, and the memory that its search took, inside the budget where there is one.
 
     The translations go to test.hyp in the entry's folder.
@@ -248,7 +249,8 @@ def _score(config: StudyConfig, entry: Entry | None, text: tuple) -> tuple[Score
         run = folder if entry is not None else dataclasses.replace(config.base, out=str(folder))
         translator = Translator(run, pair.src_lang, pair.tgt_lang, limits=limits)
         meter.watch(translator.model)
-        lines = list(translator.stream(text[0]))
+        with Watch(f"score {folder.name}", len(text[0]), "lines", quiet) as watch:
+            lines = list(translator.stream(text[0], told=watch.at))
         memory = meter.memory()
     with atomic_write(folder / "test.hyp") as file:
         file.write("".join(line + "\n" for line in lines))
