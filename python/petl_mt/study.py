@@ -442,7 +442,7 @@ def machine() -> dict[str, Any]:
     import psutil
 
     about: dict[str, Any] = {"processor": _processor(), "threads": torch.get_num_threads()}
-    about["memory"] = format_size(psutil.virtual_memory().total)
+    about["host memory"] = format_size(psutil.virtual_memory().total)
     if torch.cuda.is_available():
         about["device"] = torch.cuda.get_device_name()
     about["python"] = platform.python_version()
