@@ -75,12 +75,13 @@ def new_bar(transient: bool = False):
     """A rich progress bar on standard error; each task brings ``figures``."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.table import Column
 
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=20),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[figures]}"),
+        TextColumn("{task.fields[figures]}", table_column=Column(no_wrap=False)),  # a narrow terminal has all of them
         TimeRemainingColumn(),
     )
     # what goes to standard output stays there: it may be a file

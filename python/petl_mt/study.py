@@ -148,6 +148,7 @@ def run_study(config: StudyConfig, quiet: bool = False, on_row: Callable[[Row], 
     """Run what is not finished yet and write the three files; returns the rows, the parent's own first.
 
     ``on_row`` hears of each row as it is there. Raises InputError for what a user can mend, before the first run.
+    Rows run in processes of their own, so a script calls this under ``if __name__ == "__main__"``.
     """
     entries = config.entries()
     for method in config.lr:
