@@ -59,6 +59,31 @@ def peak(device: torch.device) -> int:
     return 0 if extension is None else extension.cpu_peak()
 
 
+def count(device: torch.device) -> int | None:
+    """Count from here on what the allocator of ``device`` gives, with or without a limit.
+
+    Returns what has to be taken off ``held_peak`` for the bytes that a budget counts: on the CPU those of tensors that
+    live already; on CUDA nothing but, with its sign turned, CUDA's context. None where nothing counts.
+    """
+    device = resolve(device)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        reset_peak(device)
+        return -context_bytes(device)
+    extension = find_extension()
+    if extension is None:
+        return None
+    extension.install_cpu_allocator()
+    reset_peak(device)
+    return extension.cpu_bytes()
+
+
+def held_peak(device: torch.device) -> int:
+    """The most that the allocator held since ``reset_peak``, which is what ``capped`` limits: on CUDA its free blocks
+    are part of it."""
+    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else peak(device)
+
+
 def context_bytes(device: torch.device) -> int:
     """What CUDA takes for itself: used on the card and not by the allocator. Whatever runs beside us counts too."""
     free, total = torch.cuda.mem_get_info(device)

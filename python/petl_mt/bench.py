@@ -30,11 +30,15 @@ def add_parser(commands) -> None:
         "bench", help="benchmarks", epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.set_defaults(run=_command)
-    parser.add_argument("words", nargs="*", default=["ops"], metavar="ops|layers|step|report|compare")
-    parser.add_argument("--peers", action="store_true", help="peers side by side")
-    parser.add_argument("--device", metavar="cpu|cuda")
-    parser.add_argument("--only", metavar="NAMES", help="those whose names match, as pytest's -k has it")
-    parser.add_argument("--threshold", metavar="N%", help="of compare: smaller changes do not count (default: 5%%)")
+    what = parser.add_argument_group("what")
+    told = "folders of bench/ to time, or report [DIR], or compare A.json B.json (default: ops)"
+    what.add_argument("words", nargs="*", default=["ops"], metavar="ops|layers|step|report|compare", help=told)
+    what.add_argument("--only", metavar="NAMES", help="those whose names match, as pytest's -k has it (default: all)")
+    how = parser.add_argument_group("how")
+    how.add_argument("--peers", action="store_true", help="time other packages beside ours, too (default: off)")
+    how.add_argument("--device", metavar="cpu|cuda", help="where to time (default: cuda where there is one)")
+    told = "of compare: changes in percent of the time that do not count yet (default: 5%%)"
+    how.add_argument("--threshold", metavar="N%", help=told)
 
 
 def _command(arguments: argparse.Namespace) -> int:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from petl_kernels.interop.files import atomic_write
-from petl_kernels.memory.size import format_size
 
 from .config import TrainConfig
+from .memory import memory_text
 from .runs import RunFolder
 
 # Methods that no weight of the model can hold.
@@ -79,7 +79,8 @@ def card(config: TrainConfig, result) -> str:
         f"{result.steps:,} updates of {config.accumulate} × {config.batch_tokens:,} padded tokens, learning rate "
         f"{config.lr:g} ({config.schedule}, {config.warmup:,} warm-up), label smoothing {config.label_smoothing:g}, "
         f"{config.precision}, seed {config.seed}. {result.seconds_per_step:.3f} s an update, "
-        f"{result.target_tokens_per_second:,.0f} target tokens/s, peak memory {format_size(result.peak_memory_bytes)}"
+        f"{result.target_tokens_per_second:,.0f} target tokens/s, "
+        f"{memory_text(result.peak_memory_bytes, result.peak_process_bytes)}"
         + (
             f", {result.saved_bytes_per_token:,.0f} bytes a token kept for the backward pass."
             if result.saved_bytes_per_token

@@ -17,6 +17,9 @@ except ImportError as error:  # PyTorch or numpy is missing, or too old
     print(f"petl-mt: {error}", file=sys.stderr)
     raise SystemExit(2) from None
 
+from .options import FILES, PAIR, TrainingOptions, languages
+from .output import check_file, check_new_folder, drop_unread
+
 TRAIN_EXAMPLE = """examples:
   petl-mt train --model facebook/nllb-200-distilled-600M --train train.en train.sw --valid dev.en dev.sw \\
       --src-lang en --tgt-lang sw --method adapter --params 10% --out runs/en-sw
@@ -30,6 +33,7 @@ ELSEWHERE = {
     "demo": ("petl_mt.demo.demo", "the main job on text the package makes itself, no download"),
     "bench": ("petl_mt.bench", "benchmarks, their report, and what changed between two runs"),
     "study": ("petl_mt.study", "several methods and budgets on one pair: a table and a plot"),
+    "methods": ("petl_mt.methods", "each method: what it trains, its settings with defaults and types"),
 }
 
 
@@ -38,14 +42,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     command = argv[0] if argv else ""
     try:
-        arguments = _parser(command).parse_args(_tie_negative_values(argv))
-        return arguments.run(arguments) or 0
+        try:
+            arguments = _parser(command).parse_args(_tie_negative_values(argv))
+            return arguments.run(arguments) or 0
+        finally:  # what --help has printed, too: a reader that has gone is met here, and not when Python ends
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except InputError as error:
         message = str(error)
     except BrokenPipeError:
+        drop_unread()
         return 141
     except OSError as error:
         message = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
+        drop_unread()
     except KeyboardInterrupt:
         return 130
     except RuntimeError as error:
@@ -117,128 +127,101 @@ def _add_plan(commands) -> None:
     parser = commands.add_parser(
         "plan",
         help="how training would fit into --memory, and how fast; reads no weights",
-        description="Takes the flags of train. --model may be a config's JSON file alone; no text is needed.",
+        description="Takes the options of train. --model may be a config's JSON file alone; no text is needed.",
     )
     parser.set_defaults(run=_plan)
     _add_training_flags(parser)
-    parser.add_argument("--device", metavar="cpu|cuda", help="plan for this; else for what is here")
-    parser.add_argument("--json", metavar="FILE", help="write the plan there, for train --plan; - for standard output")
+    planning = parser.add_argument_group("plan")
+    planning.add_argument("--device", metavar="cpu|cuda", help="plan for this one (default: what is here)")
+    told = "write the plan there, for train --plan; - for standard output (default: the table alone)"
+    planning.add_argument("--json", metavar="FILE", help=told)
 
 
 def _add_training_flags(parser: argparse.ArgumentParser) -> None:
-    flag = _Flags(parser)
-    parser.add_argument("--config", metavar="FILE.yaml", help="options from a file; flags go on top")
-    flag("--model", metavar="DIR|ID|new", help="checkpoint folder, hub id, or new: train from scratch")
-    flag("--out", metavar="DIR", help="folder for the run")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    add = TrainingOptions()
+    run = parser.add_argument_group("run")
+    run.add_argument("--config", metavar="FILE.yaml", help="options from a file; flags go on top (default: none)")
+    add(run, "--model", "--out")
+    run.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out (default: off)")
 
     text = parser.add_argument_group("text")
-    flag("--train", nargs=2, metavar=("SRC", "TGT"), group=text)
-    flag("--valid", nargs=2, metavar=("SRC", "TGT"), group=text)
-    text.add_argument("--src-lang", metavar="CODE")
-    text.add_argument("--tgt-lang", metavar="CODE")
-    for name in ("--pair", "--valid-pair"):
-        text.add_argument(
-            name,
-            nargs=3,
-            action="append",
-            metavar=("SRC-TGT", "SRC", "TGT"),
-            help="languages such as en-de and two files; again for each further pair",
-        )
-    flag("--max-length", type=int, metavar="N", group=text, help="longer pairs (in tokens) are left out, and counted")
-    flag("--bleu-tokenize", metavar="NAME", group=text, help="sacreBLEU tokenizer; else by target language")
+    add(text, "--train", "--valid")
+    languages(text)
+    for name, what in (("--pair", "--train"), ("--valid-pair", "--valid")):
+        told = f"{what} of one of several pairs: languages such as en-de, two files; again for each (default: none)"
+        text.add_argument(name, help=told, **PAIR)
+    add(text, "--max-length", "--bleu-tokenize")
 
-    new = parser.add_argument_group("--model new")
-    flag("--vocab-size", type=int, metavar="N", group=new)
-    flag("--vocab-text", nargs="+", metavar="FILE", group=new, help="more text for the vocabulary only")
-    flag("--character-coverage", type=float, metavar="SHARE", group=new)
-    for name in ("--d-model", "--layers", "--ffn", "--heads"):
-        flag(name, type=int, metavar="N", group=new)
+    new = parser.add_argument_group("a model from scratch (--model new)")
+    add(new, "--vocab-size", "--vocab-text", "--character-coverage", "--d-model", "--layers", "--ffn", "--heads")
 
     method = parser.add_argument_group("method")
-    flag("--method", metavar="NAME", group=method, help="adapter, lora, prefix, bitfit, cross-attention, full, ...")
-    flag("--params", metavar="BUDGET", group=method, help="trained parameters: 10%% of the model's, or 2M")
-    method.add_argument("--method-arg", action="append", metavar="KEY=VALUE", help="a setting such as rank=16")
+    add(method, "--method", "--params")
+    told = "a setting of the method such as rank=16, again for each; petl-mt methods has them (default: none)"
+    method.add_argument("--method-arg", action="append", metavar="KEY=VALUE", help=told)
 
     loop = parser.add_argument_group("training")
-    for name in (
-        "--steps",
-        "--batch-tokens",
-        "--accumulate",
-        "--warmup",
-        "--seed",
-        "--eval-every",
-        "--patience",
-        "--beam",
-    ):
-        flag(name, type=int, metavar="N", group=loop)
-    for name in ("--lr", "--label-smoothing", "--dropout", "--attention-dropout", "--clip", "--weight-decay"):
-        flag(name, type=float, metavar="X", group=loop)
-    flag("--schedule", metavar="inverse-sqrt|linear|polynomial", group=loop)
-    flag("--betas", nargs=2, type=float, metavar=("B1", "B2"), group=loop)
-    flag("--optimizer", metavar="adamw|adamw8bit", group=loop)
-    flag("--precision", metavar="fp32|bf16", group=loop)
-    flag("--memory", metavar="SIZE", group=loop, help="all that training may take, such as 8GiB: see petl-mt plan")
-    approximations = "quantised (frozen weights in 8 or 4 bits), 8bit-optimizer, bf16-gradients"
-    flag("--allow", metavar="NAMES", type=_names, group=loop, help=f"what a plan may round: {approximations}")
-    flag("--plan", metavar="FILE", group=loop, help="a plan that petl-mt plan has written, in place of one made now")
-    flag("--tier", type=int, metavar="N", group=loop, help="memory tier of the layers, 1 to 5; 0: the model's own")
-    graphs = "capture a step once for each shape of its batches, and replay it (CUDA; for small models)"
-    flag("--cuda-graphs", action="store_true", group=loop, help=graphs)
-    flag("--tensorboard", action="store_true", group=loop)
+    add(loop, "--steps", "--batch-tokens", "--accumulate", "--lr", "--schedule", "--warmup", "--label-smoothing")
+    add(loop, "--dropout", "--attention-dropout", "--clip", "--optimizer", "--betas", "--weight-decay", "--seed")
+    add(loop, "--eval-every", "--patience", "--beam", "--tensorboard")
+
+    memory = parser.add_argument_group("memory and speed")
+    add(memory, "--memory", "--allow", "--plan", "--tier", "--precision", "--cuda-graphs")
 
 
-class _Flags:
-    """Adds flags of TrainConfig. One that is not given is None, so that a value from a file stays."""
-
-    def __init__(self, parser: argparse.ArgumentParser) -> None:
-        from .config import TrainConfig
-
-        self.parser, self.defaults = parser, vars(TrainConfig())
-
-    def __call__(self, name: str, group=None, **options) -> None:
-        default = self.defaults[name[2:].replace("-", "_")]
-        if default not in (None, "", False, []):
-            shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
-            options["help"] = f"{options.get('help', '')} (default: {shown})".strip()
-        (group or self.parser).add_argument(name, default=None, **options)
-
-
-def _add_run(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--run", required=True, dest="run_folder", metavar="DIR", help="the --out of a training run")
-    parser.add_argument("--src-lang", metavar="CODE")
-    parser.add_argument("--tgt-lang", metavar="CODE")
-    parser.add_argument("--beam", type=int, metavar="N")
-    parser.add_argument("--max-length", type=int, metavar="N", help="longer sources are cut, and counted")
-    parser.add_argument("--batch-tokens", type=int, metavar="N")
-    parser.add_argument("--memory", metavar="SIZE", help="all that it may take; else what the run was trained under")
+def _add_run(parser: argparse.ArgumentParser):
+    """A finished run and how it searches; returns the group of text."""
+    run = parser.add_argument_group("run")
+    run.add_argument("--run", required=True, dest="run_folder", metavar="DIR", help="the --out of a training run")
+    text = parser.add_argument_group("text")
+    languages(text, "that of the run, where it has one pair")
+    search = parser.add_argument_group("search")
+    told = "beams; more are slower (default: the run's --beam)"
+    search.add_argument("--beam", type=int, metavar="N", help=told)
+    told = "longest source and translation, in tokens; longer sources are cut, and counted (default: the run's)"
+    search.add_argument("--max-length", type=int, metavar="N", help=told)
+    told = "tokens of a batch, padding and beams included (default: the run's)"
+    search.add_argument("--batch-tokens", type=int, metavar="N", help=told)
+    told = "bytes that all of it may take, such as 8GiB (default: the run's)"
+    search.add_argument("--memory", metavar="SIZE", help=told)
+    return text
 
 
 def _add_translate(commands) -> None:
-    parser = commands.add_parser("translate", help="lines from standard input to standard output")
+    parser = commands.add_parser(
+        "translate",
+        help="one line out for each line in, in order, as they come",
+        description="Lines come out while others still come in: the first after 16, later ones in windows of up to "
+        "--batch-tokens / 32 lines (128 at least), and at once where the input pauses for a tenth of a second.",
+    )
     parser.set_defaults(run=_translate)
-    _add_run(parser)
+    text = _add_run(parser)
+    text.add_argument("--in", dest="source", metavar="FILE", help="UTF-8 text to read (default: standard input)")
+    told = "file to write; FILE.part until the last line is there (default: standard output)"
+    text.add_argument("--out", dest="target", metavar="FILE", help=told)
 
 
 def _add_score(commands) -> None:
-    parser = commands.add_parser("score", help="BLEU and chrF on a test text")
+    parser = commands.add_parser("score", help="BLEU and chrF on a test text, each with its signature")
     parser.set_defaults(run=_score)
-    _add_run(parser)
-    parser.add_argument("--test", nargs=2, required=True, metavar=("SRC", "TGT"))
-    parser.add_argument("--hypotheses", metavar="FILE", help="write the translations there")
-    parser.add_argument("--bleu-tokenize", metavar="NAME")
+    text = _add_run(parser)
+    text.add_argument("--test", required=True, help="two text files, aligned; gzip too", **FILES)
+    text.add_argument("--hypotheses", metavar="FILE", help="write the translations there (default: nowhere)")
+    told = "sacreBLEU's tokenizer (default: the run's, else by target language)"
+    text.add_argument("--bleu-tokenize", metavar="NAME", help=told)
 
 
 def _add_merge(commands) -> None:
     parser = commands.add_parser("merge", help="a folder that transformers loads, the adapter inside the weights")
     parser.set_defaults(run=_merge)
-    parser.add_argument("--run", required=True, dest="run_folder", metavar="DIR", help="the --out of a training run")
-    parser.add_argument("--out", required=True, metavar="DIR")
-    parser.add_argument(
+    run = parser.add_argument_group("run")
+    run.add_argument("--run", required=True, dest="run_folder", metavar="DIR", help="the --out of a training run")
+    run.add_argument("--out", required=True, metavar="DIR", help="folder to write, new or empty")
+    run.add_argument(
         "--into",
         choices=("original", "quantised"),
         default="original",
-        help="weights of a run that trained beside quantised ones: those of the checkpoint, or as it had them, rounded",
+        help="weights of a run that trained beside rounded ones: the checkpoint's, or rounded (default: original)",
     )
 
 
@@ -253,6 +236,8 @@ def _train(arguments: argparse.Namespace) -> int:
 def _plan(arguments: argparse.Namespace) -> int:
     from .plan import plan, show
 
+    if arguments.json not in (None, "-"):
+        check_file("json", arguments.json)
     show(plan(train_config(arguments), arguments.device), arguments.json)
     return 0
 
@@ -284,41 +269,65 @@ def train_config(arguments: argparse.Namespace):
 
 
 def _translate(arguments: argparse.Namespace) -> int:
-    from .data import decode_lines
+    from .output import LineSink
+    from .progress import Watch, on_terminal
     from .runs import Translator
+    from .stream import LineWindows, check_other
 
-    with ExitStack() as limits:
+    check_other(arguments.source, arguments.target)
+    lines = LineWindows(arguments.source)
+    with LineSink("--out", arguments.target, lines.size) as sink, ExitStack() as limits:
         translator = Translator(arguments.run_folder, **_search(arguments), limits=limits)
-        lines = decode_lines(sys.stdin.buffer.read(), "standard input")
-        for text in translator.stream(lines):
-            sys.stdout.buffer.write(text.encode("utf-8") + b"\n")
-            sys.stdout.buffer.flush()
+        # on a terminal that shows the lines themselves, a bar would stand between them
+        seen = arguments.target is None and on_terminal() and sys.stdout.isatty()
+        with Watch("translate", lines.total, "lines", quiet=seen) as watch:
+            for window in lines.windows(translator.window):
+                before = sink.lines
+                sink.write(list(translator.stream(window, told=lambda done, before=before: watch.at(before + done))))
+                watch.at(sink.lines)
     _report_cut(translator)
     return 0
 
 
 def _score(arguments: argparse.Namespace) -> int:
-    from petl_kernels.interop.files import atomic_write
-
     from .config import Pair
     from .data import read_pair
     from .evaluate import bleu_metric, score_lines
+    from .output import LineSink
+    from .progress import Watch
     from .runs import Translator
+    from .stream import check_other
 
+    for path in arguments.test:
+        check_other(path, arguments.hypotheses, "--hypotheses")
     source, target = read_pair(Pair("", "", *arguments.test))
     if arguments.bleu_tokenize:
         bleu_metric("", arguments.bleu_tokenize)
+    failed = None  # to write translations; they are scored all the same
     with ExitStack() as limits:
+        sink = arguments.hypotheses and limits.enter_context(LineSink("--hypotheses", arguments.hypotheses))
         translator = Translator(arguments.run_folder, **_search(arguments), limits=limits)
-        hypotheses = list(translator.stream(source))
-    if arguments.hypotheses:
-        with atomic_write(arguments.hypotheses) as file:
-            file.write("".join(line + "\n" for line in hypotheses))
-    tokenize = arguments.bleu_tokenize or translator.config.bleu_tokenize
-    for line in score_lines(hypotheses, target, translator.tgt_lang, tokenize).lines():
-        print(line)
-    _report_cut(translator)
+        hypotheses = []
+        with Watch("score", len(source), "lines") as watch:
+            for line in translator.stream(source, told=watch.at):
+                hypotheses.append(line)
+                if sink and failed is None:
+                    failed = _written(sink, line)
+        tokenize = arguments.bleu_tokenize or translator.config.bleu_tokenize
+        for line in score_lines(hypotheses, target, translator.tgt_lang, tokenize).lines():
+            print(line, flush=True)
+        _report_cut(translator)
+        if failed is not None:
+            raise failed
     return 0
+
+
+def _written(sink, line: str) -> OSError | None:
+    try:
+        sink.write([line])
+    except OSError as error:
+        return error
+    return None
 
 
 def _search(arguments: argparse.Namespace) -> dict:
@@ -338,6 +347,7 @@ def _merge(arguments: argparse.Namespace) -> int:
     from .runs import hush, load_run, quantise_as_trained, run_storages
 
     check_free(arguments.out)  # before anything is read
+    check_new_folder("out", arguments.out)
     said = ""
     with hush():
         model, tokenizer, config = load_run(arguments.run_folder)
@@ -367,10 +377,6 @@ def _pair(languages: str, source: str, target: str) -> dict[str, str]:
     if len(codes) != 2 or not all(codes):
         raise InputError(f"pair {languages!r}: expected two language codes such as en-de")
     return {"src_lang": codes[0], "tgt_lang": codes[1], "source": source, "target": target}
-
-
-def _names(text: str) -> list[str]:
-    return [name for name in text.split(",") if name]
 
 
 def _setting(text: str) -> tuple[str, object]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import zlib
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -41,14 +41,14 @@ def read_lines(path: str | Path) -> list[str]:
     return decode_lines(data, str(path))
 
 
-def decode_lines(data: bytes, name: str) -> list[str]:
-    """The lines of UTF-8 text; ``name`` is what an error calls it."""
+def decode_lines(data: bytes, name: str, first: int = 1) -> list[str]:
+    """The lines of UTF-8 text; ``name`` is what an error calls it, ``first`` the number of its first line there."""
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
+        line = data.count(b"\n", 0, error.start) + first
         raise InputError(f"{name}: line {line} is not UTF-8 (byte 0x{data[error.start]:02x})") from None
-    lines = text.removeprefix("\ufeff").split("\n")
+    lines = (text.removeprefix("\ufeff") if first == 1 else text).split("\n")
     if lines[-1] == "":
         lines.pop()
     return [line.rstrip("\r") for line in lines]
@@ -240,11 +240,17 @@ class TrainBatches:
 Text = tuple[Pair, list[str], list[str]]
 
 
-def encode_pairs(texts: list[Text], languages: dict, max_length: int, use: str = "") -> tuple[Corpus, list[Counts]]:
+def encode_pairs(
+    texts: list[Text],
+    languages: dict,
+    max_length: int,
+    use: str = "",
+    told: Callable[[int], None] = lambda lines: None,
+) -> tuple[Corpus, list[Counts]]:
     """One corpus of all pairs; empty and over-long pairs are left out and counted.
 
     ``languages`` maps a pair's name to its ``petl_kernels.interop.languages.LanguagePair``; ``use`` ("train",
-    "valid") goes before the pair's name in the counts.
+    "valid") goes before the pair's name in the counts; ``told`` hears how many pairs of lines are done.
     """
     sources, targets, counts, pad = Ragged(), Ragged(), [], 0
     for pair, source, target in texts:
@@ -263,6 +269,7 @@ def encode_pairs(texts: list[Text], languages: dict, max_length: int, use: str =
                 sources.append(s)
                 targets.append(t)
                 count.tokens += len(t)
+            told(sum(c.lines for c in counts) + first + len(some))
         counts.append(count)
     if not len(sources):
         raise InputError("no sentence pair is left: " + "; ".join(c.line() for c in counts))

@@ -127,10 +127,12 @@ def translate(
     max_length: int = 256,
     limit: BatchLimit | int = 4096,
     autocast: Autocast = nullcontext,
+    told: Callable[[int], None] = lambda done: None,
 ) -> tuple[list[str], int]:
     """Translations by beam search, in the order of ``texts``, and how many sources were cut to ``max_length`` tokens.
 
     A line without text gives an empty line. Searched in batches of like length; limit: of a batch, or its tokens.
+    told: hears after each batch how many of ``texts`` are done.
     """
     device = next(model.parameters()).device
     filled = [i for i, text in enumerate(texts) if text.strip()]
@@ -143,6 +145,7 @@ def translate(
         return results, 0
     rows = Ragged(encoded)
     corpus = Corpus(rows, rows, language.pad_token_id)
+    done = len(texts) - len(filled)
     for indices in _batches(corpus, limit if isinstance(limit, BatchLimit) else BatchLimit(limit), beam, max_length):
         width = int(corpus.lengths[indices].max())
         source = corpus.sources.padded(indices, corpus.pad, width).to(device)
@@ -159,6 +162,8 @@ def translate(
             )
         for index, text in zip(indices, language.decode(output), strict=True):
             results[filled[index]] = " ".join(text.split())  # one line in, one line out
+        done += len(indices)
+        told(done)
     return results, cut
 
 

@@ -9,20 +9,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from petl_kernels.errors import InputError
-from petl_kernels.memory.size import format_size
 
-
-def memory_in_use(device: torch.device) -> int:
-    """Peak bytes: of the allocator on a CUDA device, of the process elsewhere."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+from .progress import Watch, new_bar, on_terminal
 
 
 class RunLog:
@@ -38,8 +27,8 @@ class RunLog:
         self._file = open(path, "a", encoding="utf-8", buffering=1)
         self._board = _board(folder / "tensorboard", start) if tensorboard else None
         self._bar = self._task = None
-        if not quiet and sys.stderr.isatty():
-            self._bar = _bar()
+        if not quiet and on_terminal():
+            self._bar = new_bar()
             self._task = self._bar.add_task("", total=steps, completed=start, figures="")
             self._bar.start()
 
@@ -54,10 +43,11 @@ class RunLog:
                 if isinstance(value, (int, float)):
                     self._board.add_scalar(name, value, step)
 
-    def progress(self, step: int, loss: float, tokens_per_second: float, memory: int) -> None:
+    def progress(self, step: int, loss: float, tokens_per_second: float, memory: str) -> None:
+        """memory: what the run takes, as ``petl_mt.memory`` words it."""
         if self.quiet:
             return
-        figures = f"loss {loss:.3f}  {tokens_per_second:,.0f} target tokens/s  {format_size(memory)}"
+        figures = f"loss {loss:.3f}  {tokens_per_second:,.0f} target tokens/s  {memory}"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, figures=figures)
             return
@@ -77,13 +67,22 @@ class RunLog:
         else:
             print(text, file=sys.stderr, flush=True)
 
+    def searching(self, what: str, lines: int) -> Watch:
+        """The progress of a search over ``lines``, which takes the place of the bar of steps."""
+        self._stop_bar()
+        return Watch(what, lines, "lines", self.quiet)
+
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self._stop_bar()
         if self._board is not None:
             self._board.close()
         with contextlib.suppress(OSError):  # what could not be written has been reported
             self._file.close()
+
+    def _stop_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
 
 
 def _drop_after(path: Path, step: int) -> None:
@@ -101,19 +100,6 @@ def _drop_after(path: Path, step: int) -> None:
             continue
     with atomic_write(path) as file:
         file.write("".join(line + "\n" for line in kept))
-
-
-def _bar():
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[figures]}"),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=Console(stderr=True), refresh_per_second=2)
 
 
 def _board(folder: Path, start: int):

@@ -7,7 +7,7 @@ import copy
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -81,11 +81,14 @@ class RunFolder:
             yaml.safe_dump(config.to_dict(), file, sort_keys=False, allow_unicode=True)
 
 
-def load_run(path: str | Path):
-    """(model, tokenizer, config) of a finished run, the best of it, ready to translate."""
+def load_run(path: str | Path | TrainConfig):
+    """(model, tokenizer, config) of a finished run, the best of it, ready to translate; of a configuration its model as
+    it is before training."""
     import petl_kernels as pk
     from petl_kernels.interop.hf import load_pretrained
 
+    if isinstance(path, TrainConfig):
+        return *load_pretrained(path.model), path
     run = RunFolder(Path(path))
     config = run.read_config()
     if run.model.is_dir():
@@ -97,7 +100,7 @@ def load_run(path: str | Path):
 
 
 def load_run_within(
-    path: str | Path,
+    path: str | Path | TrainConfig,
     memory: int,
     limits: ExitStack | None,
     beam: int | None = None,
@@ -122,12 +125,15 @@ def load_run_within(
 
     from .plan import prepared
 
-    run = RunFolder(Path(path))
-    config = run.read_config()
-    whole = run.model.is_dir()
-    if not whole and not run.adapter.is_dir():
-        raise InputError(f"run {path}: neither adapter/ nor model/ in it; it has not finished, --resume it")
-    source = run.model if whole else config.model
+    if isinstance(path, TrainConfig):  # its model as it is before training
+        run, config, whole, source = RunFolder(Path(path.out)), path, True, path.model
+    else:
+        run = RunFolder(Path(path))
+        config = run.read_config()
+        whole = run.model.is_dir()
+        if not whole and not run.adapter.is_dir():
+            raise InputError(f"run {path}: neither adapter/ nor model/ in it; it has not finished, --resume it")
+        source = run.model if whole else config.model
     model, tokenizer = load_skeleton(source)
     like = copy.deepcopy(model).to("meta")
     like = like.requires_grad_(False) if whole else prepared(like, config)
@@ -155,10 +161,13 @@ def load_run_within(
     return model.requires_grad_(False).to(device), tokenizer, config, plan
 
 
-def run_memory(path: str | Path) -> int | None:
+def run_memory(path: str | Path | TrainConfig) -> int | None:
     """The budget in bytes that the run was trained under, if it was."""
     from petl_kernels.memory.plan import Plan
+    from petl_kernels.memory.size import parse_size
 
+    if isinstance(path, TrainConfig):
+        return None if path.memory is None else parse_size(path.memory)
     plan = RunFolder(Path(path)).plan
     return Plan.load(plan).memory if plan.exists() else None
 
@@ -193,7 +202,7 @@ class Translator:
 
     def __init__(
         self,
-        run: str | Path,
+        run: str | Path | TrainConfig,
         src_lang: str | None = None,
         tgt_lang: str | None = None,
         beam: int | None = None,
@@ -202,7 +211,9 @@ class Translator:
         memory: str | int | None = None,
         limits: ExitStack | None = None,
     ) -> None:
-        """memory: the budget, of the run itself when not given, kept until ``limits`` ends; without them it only
+        """run: its folder; a configuration stands for its model before training.
+
+        memory: the budget, of the run itself when not given, kept until ``limits`` ends; without them it only
         decides how weights are loaded and how large batches are."""
         from petl_kernels.interop.languages import LanguagePair
         from petl_kernels.memory.size import format_size, parse_size
@@ -228,19 +239,25 @@ class Translator:
         self.beam = self.config.beam if beam is None else beam
         self.max_length = self.config.max_length if max_length is None else max_length
         self.limit = BatchLimit(self.config.batch_tokens if batch_tokens is None else batch_tokens, search)
+        self.window = max(128, self.limit.tokens // 32)  # lines that fill some batches, where lines come one by one
         self.cut = 0  # sources that were longer than max_length
 
-    def stream(self, lines: list[str], at_once: int = 1024) -> Iterator[str]:
-        """One translation for each line, in order; ``at_once`` lines are sorted by length and searched together."""
+    def stream(
+        self, lines: list[str], at_once: int = 1024, told: Callable[[int], None] = lambda done: None
+    ) -> Iterator[str]:
+        """One translation for each line, in order; ``at_once`` lines are sorted by length and searched together.
+
+        told: hears after each batch how many lines are done.
+        """
         with hush():
             for i in range(0, len(lines), at_once):
-                results, cut = self._translate(lines[i : i + at_once])
+                results, cut = self._translate(lines[i : i + at_once], lambda done, first=i: told(first + done))
                 self.cut += cut
                 yield from results
 
-    def _translate(self, lines: list[str]) -> tuple[list[str], int]:
+    def _translate(self, lines: list[str], told: Callable[[int], None]) -> tuple[list[str], int]:
         def run(limit: BatchLimit) -> tuple[list[str], int]:
-            return translate(self.model, self.language, lines, self.beam, self.max_length, limit, self.autocast)
+            return translate(self.model, self.language, lines, self.beam, self.max_length, limit, self.autocast, told)
 
         if self.memory is None:
             return run(self.limit)

@@ -1,7 +1,8 @@
 """Methods against parameter budgets, on one parent and one language pair (after arXiv 2205.11277).
 
 Every entry of the grid is one run of ``train`` in ``OUT/rows/<entry>``; the adapter it leaves is loaded again and
-scored on the test text. A row that is finished is not run again, one that was interrupted goes on.
+scored on the test text. A row that is finished is not run again, one that was interrupted goes on. Each row has a
+process of its own, so that what it took is no other row's, and keeps the budget where there is one.
 
     OUT/study.md     the table, with signatures, machine and versions
     OUT/study.json   the same for programs
@@ -22,23 +23,29 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from petl_kernels.device import resolve
 from petl_kernels.errors import InputError
 from petl_kernels.interop.files import atomic_path, atomic_write
-from petl_kernels.interop.hf import load_pretrained
-from petl_kernels.interop.languages import LanguagePair
+from petl_kernels.interop.hf import load_skeleton
 from petl_kernels.memory.size import format_size
 from petl_kernels.methods import METHODS, parse_budget
 
+from .apart import apart
 from .config import Pair, TrainConfig, check_keys, load_yaml
 from .data import read_pair
-from .evaluate import Scores, score_lines, translate
-from .runs import RunFolder, hush, load_run
+from .evaluate import Scores, score_lines
+from .memory import MemoryMeter, process_bytes
+from .options import FILES, TrainingOptions, languages
+from .output import check_new_folder
+from .progress import Watch
+from .runs import RunFolder, Translator, hush
 from .train import TrainingStopped, train
 
 GRID = ("full", "adapter=10%,1%,0.1%", "lora=10%,1%,0.1%", "bitfit", "cross-attention", "prefix=1%")
@@ -101,7 +108,8 @@ class Row:
     seconds: float | None = None  # the whole run, scoring included
     seconds_per_step: float | None = None
     saved_bytes_per_token: float | None = None  # kept for backward
-    peak_memory_bytes: int | None = None
+    peak_memory_bytes: int | None = None  # of what a budget counts, training and scoring; petl_mt/memory.py
+    peak_process_bytes: int | None = None  # host memory of the row's process
     seed: int | None = None
     config: dict[str, Any] | None = None
 
@@ -140,6 +148,7 @@ def run_study(config: StudyConfig, quiet: bool = False, on_row: Callable[[Row], 
     """Run what is not finished yet and write the three files; returns the rows, the parent's own first.
 
     ``on_row`` hears of each row as it is there. Raises InputError for what a user can mend, before the first run.
+    Rows run in processes of their own, so a script calls this under ``if __name__ == "__main__"``.
     """
     entries = config.entries()
     for method in config.lr:
@@ -157,15 +166,15 @@ def run_study(config: StudyConfig, quiet: bool = False, on_row: Callable[[Row], 
             on_row(row)
 
     with hush():
-        model, tokenizer = load_pretrained(config.base.model)
+        model, _ = load_skeleton(config.base.model)  # the sizes of methods need no weights
         problems = {entry: _unreachable(model, entry) for entry in entries}
-        add(_finished(config, None) or _parent_row(config, model, tokenizer, text))
-        del model, tokenizer
-        for entry in entries:
-            if problems[entry]:
-                add(Row(entry.method, entry.params, "unreachable", problems[entry]))
-            else:
-                add(_finished(config, entry) or _run(config, entry, text, quiet))
+    check_new_folder("out", config.base.out)
+    add(_finished(config, None) or apart(_parent_row, config, text, quiet))
+    for entry in entries:
+        if problems[entry]:
+            add(Row(entry.method, entry.params, "unreachable", problems[entry]))
+        else:
+            add(_finished(config, entry) or apart(_run, config, entry, text, quiet))
     return rows
 
 
@@ -179,9 +188,9 @@ def _unreachable(model, entry: Entry) -> str:
     return ""
 
 
-def _parent_row(config: StudyConfig, model, tokenizer, text: tuple) -> Row:
+def _parent_row(config: StudyConfig, text: tuple, quiet: bool) -> Row:
     began = time.perf_counter()
-    scores = _score(config, None, model, tokenizer, text)
+    scores, memory = _score(config, None, text, quiet)
     row = Row(
         PARENT,
         scores=scores,
@@ -189,6 +198,8 @@ def _parent_row(config: StudyConfig, model, tokenizer, text: tuple) -> Row:
         trained_share=0.0,
         steps=0,
         seconds=time.perf_counter() - began,
+        peak_memory_bytes=memory,
+        peak_process_bytes=process_bytes(),
         config=_fingerprint(config, None),
     )
     _write_json(config.folder(None) / "row.json", row.to_dict())
@@ -199,14 +210,11 @@ def _run(config: StudyConfig, entry: Entry, text: tuple, quiet: bool) -> Row:
     run = config.for_entry(entry)
     folder = RunFolder(config.folder(entry))
     began = time.perf_counter()
-    resettable = _reset_peak_memory()
     try:
         result = train(run, resume=True, quiet=quiet)
     except TrainingStopped as error:
         return Row(entry.method, entry.params, "stopped", str(error), seed=run.seed, config=_fingerprint(config, entry))
-    with hush():
-        model, tokenizer, _ = load_run(folder.path)
-        scores = _score(config, entry, model, tokenizer, text)
+    scores, memory = _score(config, entry, text, quiet)
     row = Row(
         entry.method,
         entry.params,
@@ -220,7 +228,8 @@ def _run(config: StudyConfig, entry: Entry, text: tuple, quiet: bool) -> Row:
         seconds=time.perf_counter() - began,
         seconds_per_step=result.seconds_per_step,
         saved_bytes_per_token=result.saved_bytes_per_token,
-        peak_memory_bytes=result.peak_memory_bytes if resettable else None,
+        peak_memory_bytes=None if memory is None else max(memory, result.peak_memory_bytes),
+        peak_process_bytes=process_bytes(),
         seed=run.seed,
         config=_fingerprint(config, entry),
     )
@@ -229,17 +238,24 @@ def _run(config: StudyConfig, entry: Entry, text: tuple, quiet: bool) -> Row:
     return row
 
 
-def _score(config: StudyConfig, entry: Entry | None, model, tokenizer, text: tuple) -> Scores:
-    """BLEU and chrF of the test text, whose translations go to test.hyp in the entry's folder."""
-    base, pair, folder = config.base, config.test, config.folder(entry)
-    if torch.cuda.is_available():
-        model.cuda()
-    language = LanguagePair(model, tokenizer, pair.src_lang, pair.tgt_lang)
-    lines, _ = translate(model.eval(), language, text[0], base.beam, base.max_length, base.batch_tokens)
+def _score(config: StudyConfig, entry: Entry | None, text: tuple, quiet: bool) -> tuple[Scores, int | None]:
+    """BLEU and chrF of the test text, and the memory that its search took, inside the budget where there is one.
+
+    The translations go to test.hyp in the entry's folder.
+    """
+    pair, folder = config.test, config.folder(entry)
     folder.mkdir(parents=True, exist_ok=True)
+    meter = MemoryMeter(resolve())
+    with ExitStack() as limits:
+        run = folder if entry is not None else dataclasses.replace(config.base, out=str(folder))
+        translator = Translator(run, pair.src_lang, pair.tgt_lang, limits=limits)
+        meter.watch(translator.model)
+        with Watch(f"score {folder.name}", len(text[0]), "lines", quiet) as watch:
+            lines = list(translator.stream(text[0], told=watch.at))
+        memory = meter.memory()
     with atomic_write(folder / "test.hyp") as file:
         file.write("".join(line + "\n" for line in lines))
-    return score_lines(lines, text[1], pair.tgt_lang, base.bleu_tokenize)
+    return score_lines(lines, text[1], pair.tgt_lang, config.base.bleu_tokenize), memory
 
 
 def _fingerprint(config: StudyConfig, entry: Entry | None) -> dict[str, Any]:
@@ -269,18 +285,6 @@ def _finished(config: StudyConfig, entry: Entry | None) -> Row | None:
         shown = ", ".join(f"{key} ({row.config.get(key)} -> {wanted[key]})" for key in differing)
         raise InputError(f"out {path.parent}: holds a row of another study: {shown}; expected another --out")
     return row
-
-
-def _reset_peak_memory() -> bool:
-    """Start measuring the peak anew; False where the system cannot (the peak then covers all rows so far)."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        return True
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak of resident memory becomes the present one
-        return True
-    except OSError:
-        return False
 
 
 # ---- what is written ------------------------------------------------------------------------------------------------
@@ -313,28 +317,47 @@ def title(config: StudyConfig) -> str:
     return f"{config.test.name}, {base.steps:,} steps of {base.batch_tokens:,} tokens, seed {base.seed}"
 
 
-COLUMNS = ("method", "trained", "share", "BLEU", "chrF", "s/step", "saved B/token", "peak memory", "lr")
+# name -> the cell of a row, and whether it stands in the terminal's table, which has 80 columns
+COLUMNS: dict[str, tuple[Callable[[Row], str], bool]] = {
+    "method": (lambda row: row.name, True),
+    "trained": (lambda row: _number(row.trained_parameters, ","), False),
+    "share": (lambda row: _share(row.trained_share), True),
+    "BLEU": (lambda row: _number(row.scores.bleu, ".1f"), True),
+    "chrF": (lambda row: _number(row.scores.chrf, ".1f"), True),
+    "s/step": (lambda row: _number(row.seconds_per_step, ".3g"), True),
+    "B/token": (lambda row: _number(row.saved_bytes_per_token, ",.0f"), True),
+    "memory": (lambda row: _size(row.peak_memory_bytes), True),
+    "process": (lambda row: _size(row.peak_process_bytes), True),
+    "lr": (lambda row: _number(row.lr, ".2g"), True),
+}
+WORDS = "memory: what --memory counts; process: host memory, Python included"
+NARROW = tuple(name for name, (_, shown) in COLUMNS.items() if shown)
+WIDTH = 80
 
 
-def cells(row: Row) -> tuple[str, ...]:
+def cells(row: Row, columns: Sequence[str] = tuple(COLUMNS)) -> tuple[str, ...]:
     """The row as text, one string a column."""
     if row.status != "done":
-        return (row.name, f"{row.status}: {row.note}", *[""] * (len(COLUMNS) - 2))
+        return (row.name, *["-"] * (len(columns) - 1))  # ``notes`` has why
+    return tuple(COLUMNS[name][0](row) for name in columns)
 
-    def number(value, form: str) -> str:
-        return "" if value is None else format(value, form)
 
-    return (
-        row.name,
-        number(row.trained_parameters, ","),
-        _share(row.trained_share),
-        number(row.scores.bleu, ".1f"),
-        number(row.scores.chrf, ".1f"),
-        number(row.seconds_per_step, ".3f"),
-        number(row.saved_bytes_per_token, ",.0f"),
-        "" if row.peak_memory_bytes is None else format_size(row.peak_memory_bytes),
-        number(row.lr, "g"),
-    )
+def facts(rows: Sequence[Row]) -> list[str]:
+    """What stands below the table."""
+    return [*notes(rows), WORDS, *signatures(rows)]
+
+
+def notes(rows: Sequence[Row]) -> list[str]:
+    """Why the rows that are not there are not."""
+    return [f"{row.name}: {row.status}: {row.note}" for row in rows if row.status != "done"]
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _size(value: int | None) -> str:
+    return "" if value is None else format_size(value)
 
 
 def _share(share: float | None) -> str:
@@ -351,20 +374,35 @@ def signatures(rows: Sequence[Row]) -> list[str]:
 def markdown(rows: Sequence[Row], heading: str, about: Mapping[str, Any]) -> str:
     lines = [f"# {heading}", "", f"| {' | '.join(COLUMNS)} |", "| --- |" + " ---: |" * (len(COLUMNS) - 1)]
     lines += [f"| {' | '.join(cells(row))} |" for row in rows]
-    lines += ["", *(f"- {line}" for line in signatures(rows)), f"- {', '.join(f'{k} {v}' for k, v in about.items())}"]
+    lines += ["", *(f"- {line}" for line in [*facts(rows), ", ".join(f"{k} {v}" for k, v in about.items())])]
     return "\n".join(lines) + "\n"
 
 
 def table(rows: Sequence[Row], heading: str):
-    """The rows as a rich table."""
+    """The rows as a rich table of at most ``WIDTH`` columns."""
+    from rich.box import SIMPLE
     from rich.table import Table
 
-    result = Table(title=heading, caption="\n".join(signatures(rows)), caption_justify="left")
-    for column in COLUMNS:
-        result.add_column(column, justify="left" if column == "method" else "right", max_width=28)
+    result = Table(title=heading, box=SIMPLE, show_edge=False, pad_edge=False, padding=0)
+    for column in NARROW:
+        result.add_column(column, justify="left" if column == "method" else "right")
     for row in rows:
-        result.add_row(*cells(row), style=None if row.status == "done" else "dim")
+        result.add_row(*cells(row, NARROW), style=None if row.status == "done" else "dim")
     return result
+
+
+def print_table(console, rows: Sequence[Row], heading: str) -> None:
+    """The table, and below it what is missing, what its bytes are, and the scores' signatures."""
+    console.print(table(rows, heading))
+    for line in facts(rows):
+        console.print(line, soft_wrap=len(line) <= WIDTH, markup=False)
+
+
+def table_console():
+    """Where ``table`` is printed: the terminal, or ``WIDTH`` columns of a file."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
 
 
 def plot(rows: Sequence[Row], path: str | os.PathLike, heading: str) -> None:
@@ -405,7 +443,7 @@ def machine() -> dict[str, Any]:
     import psutil
 
     about: dict[str, Any] = {"processor": _processor(), "threads": torch.get_num_threads()}
-    about["memory"] = format_size(psutil.virtual_memory().total)
+    about["host memory"] = format_size(psutil.virtual_memory().total)
     if torch.cuda.is_available():
         about["device"] = torch.cuda.get_device_name()
     about["python"] = platform.python_version()
@@ -454,43 +492,39 @@ def add_parser(commands) -> None:
     """``petl-mt study``: adds the command to the subparsers of ``petl-mt``."""
     parser = commands.add_parser("study", help="the methods over parameter budgets on your text")
     parser.set_defaults(run=_main)
-    parser.add_argument("--config", metavar="FILE.yaml", help="the options of petl-mt train, and grid, test, lr")
-    parser.add_argument("--model", metavar="DIR|ID")
-    parser.add_argument("--out", metavar="DIR", help="folder of the study; finished rows in it are not run again")
-    for name in ("--train", "--valid", "--test"):
-        parser.add_argument(name, nargs=2, metavar=("SRC", "TGT"))
-    parser.add_argument("--src-lang", metavar="CODE")
-    parser.add_argument("--tgt-lang", metavar="CODE")
+    add = TrainingOptions()
+    study = parser.add_argument_group("study")
+    told = "the options of petl-mt train, and grid, test, lr; flags go on top (default: none)"
+    study.add_argument("--config", metavar="FILE.yaml", help=told)
+    study.add_argument("--model", metavar="DIR|ID", help="checkpoint folder or hub id: the parent of all rows")
+    study.add_argument("--out", metavar="DIR", help="folder of the study; finished rows in it are not run again")
     default = " ".join(GRID).replace("%", "%%")
-    parser.add_argument("--grid", nargs="+", metavar="METHOD[=BUDGET,...]", help=f"default: {default}")
-    parser.add_argument("--lr", nargs="+", metavar="METHOD=RATE", help="peak learning rates other than the defaults")
-    for name in (
-        "--steps",
-        "--batch-tokens",
-        "--accumulate",
-        "--max-length",
-        "--warmup",
-        "--eval-every",
-        "--patience",
-        "--beam",
-        "--tier",
-        "--seed",
-    ):
-        parser.add_argument(name, type=int, metavar="N")
-    for name in ("--dropout", "--label-smoothing", "--clip"):
-        parser.add_argument(name, type=float, metavar="X")
-    for name in ("--schedule", "--precision", "--memory", "--bleu-tokenize"):
-        parser.add_argument(name)
+    told = f"methods, each with the budgets of its rows (default: {default})"
+    study.add_argument("--grid", nargs="+", metavar="METHOD[=BUDGET,...]", help=told)
+    told = "highest learning rates of some methods, such as adapter=2e-3 (default: by method and width)"
+    study.add_argument("--lr", nargs="+", metavar="METHOD=RATE", help=told)
+
+    text = parser.add_argument_group("text")
+    add(text, "--train", "--valid")
+    text.add_argument("--test", help="two text files that every row is scored on", **FILES)
+    languages(text)
+    add(text, "--max-length", "--bleu-tokenize")
+
+    loop = parser.add_argument_group("training of each row")
+    add(loop, "--steps", "--batch-tokens", "--accumulate", "--schedule", "--warmup", "--label-smoothing", "--dropout")
+    add(loop, "--clip", "--seed", "--eval-every", "--patience", "--beam", "--memory", "--tier", "--precision")
 
 
 def _main(arguments: argparse.Namespace) -> int:
-    from rich.console import Console
-
     config = study_config(arguments)
-    rows = run_study(config, on_row=lambda row: print("  ".join(filter(None, cells(row))), file=sys.stderr))
-    Console(width=None if sys.stdout.isatty() else 140).print(table(rows, title(config)))
+    rows = run_study(config, on_row=_say)
+    print_table(table_console(), rows, title(config))
     print(f"written: {config.base.out}/study.md, study.json, study.png")
     return 0
+
+
+def _say(row: Row) -> None:
+    print(*notes([row]) or ["  ".join(filter(None, cells(row)))], file=sys.stderr)
 
 
 def study_config(arguments: argparse.Namespace) -> StudyConfig:

@@ -37,7 +37,8 @@ from .config import Pair, TrainConfig
 from .data import Batch, Position, TrainBatches, encode_pairs, read_pair
 from .evaluate import BatchLimit, Scores, bleu_metric, score_lines, translate, until_it_fits, validation_loss
 from .late import LateReader
-from .log import RunLog, memory_in_use
+from .log import RunLog
+from .memory import MemoryMeter, process_bytes
 from .plan import plan_for, prepared, widened, width_multiple
 from .prepare import (
     decoder_start,
@@ -46,6 +47,7 @@ from .prepare import (
     make_accelerator,
     make_optimizer,
 )
+from .progress import Watch
 from .runs import RunFolder, absolute, folder_for_layers, hush
 from .schedule import lr_factor
 from .update import Update
@@ -90,7 +92,8 @@ class RunResult:
     target_tokens_per_second: float
     saved_bytes_per_token: float | None  # kept for backward, per padded token of source and target
     plain_saved_bytes_per_token: float | None  # what it would be with the model's own layers and loss
-    peak_memory_bytes: int
+    peak_memory_bytes: int | None  # of what a budget counts; None where nothing counts it
+    peak_process_bytes: int  # host memory of the process: Python and its libraries too
     data: list[dict[str, Any]] = field(default_factory=list)
     losses: list[float] = field(default_factory=list, repr=False)
 
@@ -136,8 +139,12 @@ class _Training:
         self, config: TrainConfig, run: RunFolder, resuming: bool, quiet: bool, limits: ExitStack | None = None
     ) -> None:
         self.folder, self.quiet = run, quiet
-        train_text = [(pair, *read_pair(pair)) for pair in config.train]
-        self.valid_text = [(pair, *read_pair(pair)) for pair in config.valid]
+        with Watch("reading text", 2 * len([*config.train, *config.valid]), "files", quiet) as reading:
+            text = []
+            for pair in [*config.train, *config.valid]:
+                text.append((pair, *read_pair(pair)))
+                reading.at(2 * len(text))
+        train_text, self.valid_text = text[: len(config.train)], text[len(config.train) :]
         for pair in config.valid:
             bleu_metric(pair.tgt_lang, config.bleu_tokenize)  # refused now, not after hours of training
         if config.memory is not None:
@@ -148,6 +155,7 @@ class _Training:
             check_device(self.device)
         torch.manual_seed(config.seed)
 
+        self.meter = MemoryMeter(self.device)  # before weights are read
         self.model, self.tokenizer = load_model(config, run, train_text, resuming)
         self.config = config = config.resolve(self.model.config.d_model)
         if resuming:
@@ -155,7 +163,9 @@ class _Training:
         pairs = {pair.name: pair for pair in [*config.train, *config.valid]}
         self.languages = {name: language_pair(self.model, self.tokenizer, pair) for name, pair in pairs.items()}
         self.start = decoder_start(self.model, next(iter(self.languages.values())))
-        corpus, self.counts = encode_pairs(train_text, self.languages, config.max_length, "train")
+        with Watch("tokenising", sum(len(source) for _, source, _ in train_text), "lines", quiet) as encoding:
+            given = train_text, self.languages, config.max_length, "train", encoding.at
+            corpus, self.counts = encode_pairs(*given)
         self.valid, self.valid_counts = None, []
         if config.valid:
             self.valid, self.valid_counts = encode_pairs(self.valid_text, self.languages, config.max_length, "valid")
@@ -168,7 +178,9 @@ class _Training:
         self.plan = self._make_plan(like, longest) if like is not None else None
         if limits is not None and config.memory is not None:
             limits.enter_context(cap.capped(parse_size(config.memory), self.device))
+            self.meter = MemoryMeter(self.device)  # what a budget counts begins here
         self._load(config, like)
+        self.meter.watch(self.model)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         if config.method != "full":
             self.stored_parameters = pk.report(self.model).stored
@@ -280,7 +292,7 @@ class _Training:
         config, progress = self.config, self.progress
         self.model.train()
         if self.plan:
-            self.update.try_worst_batch(self.tokenizer.eos_token_id)
+            self.update.try_worst_batch(self.tokenizer.eos_token_id, self.meter)
         if progress.saved_bytes_per_token is None:
             self._measure_saved()
         while progress.step < config.steps and not self._out_of_patience():
@@ -358,7 +370,6 @@ class _Training:
             return
         recent = self.losses[-every:]
         speed = progress.target_tokens / progress.seconds
-        memory = memory_in_use(self.device)
         self.log.metrics(
             progress.step,
             loss=round(sum(recent) / len(recent), 6),
@@ -367,10 +378,11 @@ class _Training:
             target_tokens=progress.target_tokens,
             target_tokens_per_second=round(speed, 1),
             epoch=progress.epoch,
-            memory_bytes=memory,
+            memory_bytes=self.meter.memory(),
+            process_bytes=process_bytes(),
             seconds=round(progress.seconds, 3),
         )
-        self.log.progress(progress.step, sum(recent) / len(recent), speed, memory)
+        self.log.progress(progress.step, sum(recent) / len(recent), speed, self.meter.text())
 
     def _check_finite(self, loss: float, norm: float, step: int) -> None:
         if math.isfinite(loss) and math.isfinite(norm):
@@ -452,7 +464,8 @@ class _Training:
             target_tokens_per_second=progress.target_tokens / progress.seconds if progress.seconds else 0.0,
             saved_bytes_per_token=progress.saved_bytes_per_token,
             plain_saved_bytes_per_token=progress.plain_saved_bytes_per_token,
-            peak_memory_bytes=memory_in_use(self.device),
+            peak_memory_bytes=self.meter.memory(),
+            peak_process_bytes=process_bytes(),
             data=[dataclasses.asdict(count) for count in [*self.counts, *self.valid_counts]],
             losses=self.losses,
         )
@@ -482,17 +495,19 @@ class _Training:
         """Beam search on the validation text; hypotheses in valid.best.hyp, or valid.best.<pair>.hyp for several."""
         scores = {}
         for pair, source, target in self.valid_text:
-            lines, cut = self._evaluated(
-                lambda limit, source=source, language=self.languages[pair.name]: translate(
-                    self.model,
-                    language,
-                    source,
-                    self.config.beam,
-                    self.config.max_length,
-                    limit,
-                    self.accelerator.autocast,
+            with self.log.searching(f"search {pair.name}", len(source)) as searching:
+                lines, cut = self._evaluated(
+                    lambda limit, source=source, language=self.languages[pair.name], told=searching.at: translate(
+                        self.model,
+                        language,
+                        source,
+                        self.config.beam,
+                        self.config.max_length,
+                        limit,
+                        self.accelerator.autocast,
+                        told,
+                    )
                 )
-            )
             if cut:
                 self.log.say(f"{pair.name}: {cut} validation sources cut to {self.config.max_length} tokens")
             scores[pair.name] = result = score_lines(lines, target, pair.tgt_lang, self.config.bleu_tokenize)

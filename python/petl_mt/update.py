@@ -17,13 +17,13 @@ from torch import Tensor, nn
 import petl_kernels as pk
 from petl_kernels.device import resolve
 from petl_kernels.graphs import CudaGraphs, GraphedStep
-from petl_kernels.memory import cap
 from petl_kernels.memory.plan import Plan
 from petl_kernels.memory.size import format_size
 
 from .config import TrainConfig
 from .data import Batch
 from .loss import sequence_loss
+from .memory import MemoryMeter
 
 
 class Update:
@@ -85,11 +85,11 @@ class Update:
         """This part's share of the mean loss over ``tokens``."""
         return self._sum_of_losses(batch) / tokens
 
-    def try_worst_batch(self, token: int) -> None:
+    def try_worst_batch(self, token: int, meter: MemoryMeter) -> None:
         """The largest micro-batch of the longest sentences, before anything else: a plan that is wrong shows now."""
         rows, longest = self.plan.rows, self.plan.longest
         self.model.train()
-        cap.reset_peak(self.device)
+        meter.restart()
         ids = torch.full((rows, longest), token)
         batch = Batch.of(ids, ids.clone(), np.arange(rows), self.pad)
         with torch.random.fork_rng():
@@ -97,7 +97,7 @@ class Update:
         self.zero_gradients()
         self.say(
             f"memory {self.config.memory}: planned {format_size(self.plan.peak)}, "
-            f"the largest micro-batch took {format_size(self._peak())}"
+            f"the largest micro-batch took {format_size(meter.since_restart() or 0)}"
         )
 
     def release(self) -> None:
@@ -178,9 +178,3 @@ class Update:
                 torch.cuda.set_rng_state(generators[1])
                 torch.cuda.empty_cache()
             self.tighten(plan)
-
-    def _peak(self) -> int:
-        """Of the allocator; on the CPU the pages of streamed layers are beside what it counts."""
-        streamed = getattr(self.model, "petl_streamed", None)
-        pages = streamed.resident_bytes() if streamed is not None and self.device.type == "cpu" else 0
-        return cap.peak(self.device) + pages

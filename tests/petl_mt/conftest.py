@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from petl_mt import plan
+from petl_mt import plan, study
 from petl_mt.config import Pair, TrainConfig
 from petl_mt.train import train
 
@@ -43,6 +43,12 @@ def plans_made_once():
     plan.make_plan = once
     yield
     plan.make_plan = make
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Rows of a study as calls: a process each costs seconds, and one test has them."""
+    monkeypatch.setattr(study, "apart", lambda function, *arguments: function(*arguments))
 
 
 def toy_lines(count: int, seed: int) -> tuple[list[str], list[str]]:

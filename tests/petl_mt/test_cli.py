@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import sys
 
@@ -75,6 +76,48 @@ def test_translate_nothing(lora_run, monkeypatch, data):
     out = feed(monkeypatch, data)
     assert main(["translate", "--run", str(lora_run)]) == 0
     assert out.getvalue() == data
+
+
+def test_a_line_comes_out_before_the_next_goes_in(lora_run, monkeypatch):
+    read, write = os.pipe()
+    waiting = [b"river\n", b"big house\none\n"]
+
+    class Reader(io.BytesIO):
+        """Gives the next input when a translation has arrived, and the end after the last."""
+
+        def write(self, data: bytes) -> int:
+            os.write(write, waiting.pop(0)) if waiting else os.close(write)
+            return super().write(data)
+
+    out = Reader()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(open(read, "rb")))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, write_through=True))
+    os.write(write, b"one two\n")
+    assert main(["translate", "--run", str(lora_run), "--beam", "1", "--max-length", "12"]) == 0
+    assert out.getvalue().count(b"\n") == 4 and not waiting
+
+
+def test_translate_into_a_file(lora_run, tmp_path, capsys):
+    text, out = tmp_path / "text", tmp_path / "out"
+    text.write_text("one two\nriver\n")
+    flags = ["translate", "--run", str(lora_run), "--beam", "1", "--in", str(text)]
+    assert main([*flags, "--out", str(out)]) == 0
+    assert out.read_text().count("\n") == 2 and sorted(os.listdir(tmp_path)) == ["out", "text"]
+    for where, message in (("no/out", "there is no such folder"), ("text", "is what is read")):
+        assert main([*flags, "--out", str(tmp_path / where)]) == 2
+        assert message in capsys.readouterr().err
+    assert main([*flags[:-1], str(tmp_path / "nothing")]) == 2
+    assert capsys.readouterr().err == f"petl-mt translate: {tmp_path / 'nothing'}: No such file or directory\n"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no full disk to write to")
+def test_scores_are_said_where_translations_cannot_be_written(lora_run, text, capsys):
+    test = text["test"]
+    flags = ["score", "--run", str(lora_run), "--test", test.source, test.target, "--beam", "1"]
+    assert main([*flags, "--hypotheses", "/dev/full"]) == 2
+    shown = capsys.readouterr()
+    assert shown.out.startswith("BLEU ") and "chrF" in shown.out
+    assert shown.err == "petl-mt score: /dev/full: No space left on device\n"
 
 
 def test_translate_says_what_it_cut(lora_run, monkeypatch, capsys):

@@ -16,6 +16,8 @@ from petl_mt.new_model import make_model, train_vocabulary
 from petl_kernels.errors import InputError
 from petl_kernels.interop.hf import load_pretrained
 
+pytestmark = pytest.mark.usefixtures("in_this_process")
+
 
 @pytest.fixture(scope="module")
 def parent(tmp_path_factory):

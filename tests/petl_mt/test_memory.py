@@ -297,7 +297,7 @@ def test_the_cap_module_says_what_was_taken(settings, tmp_path):
         config = TrainConfig(**{**settings, "out": str(tmp_path / "run"), "memory": "2MiB"})
         loop = _Training(config, RunFolder(tmp_path / "run"), False, True, limits)
         before = _C.cpu_bytes()
-        loop.update.try_worst_batch(loop.tokenizer.eos_token_id)
+        loop.update.try_worst_batch(loop.tokenizer.eos_token_id, loop.meter)
         assert 0.5 * loop.plan.peak < cap.peak(CPU) - before + sum(p.nbytes for p in loop.model.parameters()) <= 2**21
 
 

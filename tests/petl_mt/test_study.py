@@ -14,6 +14,9 @@ from petl_mt.new_model import make_model, train_vocabulary
 from petl_mt.study import Entry, Row, StudyConfig, parse_grid, run_study
 
 from petl_kernels.errors import InputError
+from petl_kernels.memory.size import parse_size
+
+pytestmark = pytest.mark.usefixtures("in_this_process")
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +73,21 @@ def test_rows_and_files(config, tmp_path):
     assert [Row.from_dict(row) for row in stored["rows"]] == rows
     assert stored["seed"] == 1 and {"processor", "torch", "sacrebleu"} <= set(stored["machine"])
     table = (out / "study.md").read_text()
-    assert "| lora 0.0001% | unreachable: the nearest it can is" in table and lora.scores.bleu_signature in table
+    assert "- lora 0.0001%: unreachable: the nearest it can is" in table and lora.scores.bleu_signature in table
     assert (out / "study.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_row_has_its_own_memory_and_keeps_the_budget(config):
+    """Training and scoring, the parent's own row too; what came before leaves nothing in the figures."""
+    config.grid = ["full", "bitfit"]
+    config.base = dataclasses.replace(config.base, memory="1MiB")
+    parent, full, bitfit = run_study(config, quiet=True)
+    budget = parse_size(config.base.memory)
+    weights = 4 * full.trained_parameters
+    assert weights < parent.peak_memory_bytes <= budget
+    assert 4 * weights < full.peak_memory_bytes <= budget  # and gradients, and AdamW's moments
+    assert weights < bitfit.peak_memory_bytes < full.peak_memory_bytes
+    assert all(row.peak_process_bytes > 50 << 20 for row in (parent, full, bitfit))
 
 
 def test_finished_rows_are_not_run_again_and_interrupted_ones_go_on(config, monkeypatch):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -20,8 +19,10 @@ from petl_kernels.interop.languages import LanguagePair
 
 from ..config import Pair, TrainConfig
 from ..evaluate import Scores, score_lines, translate
+from ..output import check_new_folder
+from ..progress import time_left
 from ..runs import hush
-from ..study import PARENT, Row, StudyConfig, cells, run_study, table, title
+from ..study import PARENT, Row, StudyConfig, cells, print_table, run_study, table_console, title
 from ..train import train
 from .make_parent import parent_folder
 from .text import parallel_lines, write_pair
@@ -68,13 +69,12 @@ class Plan:
 def run_demo(out: str | Path, pairs: Sequence[str] = PAIRS, minutes: float = 5.0, plan: Plan | None = None,
              model: str | Path | None = None) -> dict[str, list[Row]]:  # fmt: skip
     """Run the demo into the folder ``out``; returns the rows of each pair. Finished rows there are not run again."""
-    from rich.console import Console
-
     began = time.perf_counter()
     plan = plan or Plan()
     plan.grids = {pair: plan.grids[pair] for pair in pairs}
     model, out = str(model or parent_folder()), Path(out)
-    console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
+    check_new_folder("out", out)
+    console = table_console()
     studies = {pair: _study(plan, pair, model, out) for pair in pairs}
     text = studies[pairs[0]].base
     console.print(
@@ -91,13 +91,13 @@ def run_demo(out: str | Path, pairs: Sequence[str] = PAIRS, minutes: float = 5.0
             f"{steps} steps instead of {plan.steps}, to fit {minutes:g} minutes on this machine: expect lower "
             "BLEU than in the documentation"
         )
-    results = {}
+    results, say = {}, _Rows(console, plan.rows)
     for pair, study in studies.items():
         study.base.steps, study.base.eval_every = steps, steps
-        results[pair] = run_study(study, quiet=True, on_row=lambda row, pair=pair: _say(console, pair, row))
+        results[pair] = run_study(study, quiet=True, on_row=lambda row, pair=pair: say(pair, row))
     for pair, study in studies.items():
         console.print()
-        console.print(table(results[pair], title(study)))
+        print_table(console, results[pair], title(study))
         _print_examples(console, study, results[pair], plan.examples)
     console.print(f"\nwritten: {', '.join(str(out / pair / 'study.{md,json,png}') for pair in pairs)}")
     console.print(f"{time.perf_counter() - began:.0f} seconds")
@@ -145,12 +145,21 @@ def _first_line(path: str) -> str:
         return file.readline().strip()
 
 
-def _say(console, pair: str, row: Row) -> None:
-    if row.status == "done":
-        took = f"{row.seconds:.0f} s" if row.seconds else ""
-        console.print(f"{pair}  {row.name:<24} {cells(row)[2]:>7} trained  BLEU {row.scores.bleu:5.1f}  {took}")
-    else:
-        console.print(f"{pair}  {row.name:<24} {row.status}: {row.note}")
+class _Rows:
+    """Says each row as it is there, and how long the others will take."""
+
+    def __init__(self, console, rows: int) -> None:
+        self.console, self.rows, self.done, self.began = console, rows, 0, time.perf_counter()
+
+    def __call__(self, pair: str, row: Row) -> None:
+        self.done += 1
+        left = time_left(time.perf_counter() - self.began, self.done, self.rows)
+        place = f"{self.done} of {self.rows}" + (f", {left}" if left else "")
+        if row.status != "done":
+            self.console.print(f"{pair} {row.name:<16} {row.status}: {row.note}  ({place})")
+            return
+        share, took = cells(row, ("share",))[0], f"{row.seconds:.0f} s" if row.seconds else ""
+        self.console.print(f"{pair} {row.name:<16}{share:>7} trained  BLEU {row.scores.bleu:4.1f} {took:>5}  ({place})")
 
 
 def _print_examples(console, study: StudyConfig, rows: Sequence[Row], count: int) -> None:
@@ -173,7 +182,7 @@ def _print_examples(console, study: StudyConfig, rows: Sequence[Row], count: int
     console.print(grid)
 
 
-def shorten(line: str, longest: int = 120) -> str:
+def shorten(line: str, longest: int = 60) -> str:
     return line if len(line) <= longest else line[: longest - 1] + "…"
 
 
@@ -181,11 +190,12 @@ def add_parser(commands) -> None:
     """``petl-mt demo``: adds the command to the subparsers of ``petl-mt``."""
     parser = commands.add_parser("demo", help="the main job on text the package makes itself, no download")
     parser.set_defaults(run=_main)
-    parser.add_argument("--out", metavar="DIR", default="runs/demo", help="default: runs/demo")
-    parser.add_argument("--pair", choices=(*PAIRS, "both"), default="both")
-    parser.add_argument(
-        "--minutes", type=float, default=5.0, help="on a slow machine fewer steps are made (default: 5)"
-    )
+    demo = parser.add_argument_group("demo")
+    told = "folder to write; finished rows in it are not run again (default: runs/demo)"
+    demo.add_argument("--out", metavar="DIR", default="runs/demo", help=told)
+    demo.add_argument("--pair", choices=(*PAIRS, "both"), default="both", help="languages to adapt to (default: both)")
+    told = "minutes it may take; on a slow machine fewer steps are made (default: 5)"
+    demo.add_argument("--minutes", type=float, metavar="X", default=5.0, help=told)
 
 
 def _main(arguments: argparse.Namespace) -> int:

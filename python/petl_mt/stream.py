@@ -1,0 +1,106 @@
+"""Lines of a file or a pipe, in windows that are translated together.
+
+A window is closed when it is full, or when the input pauses: a lone line of ``tail -f`` does not wait for others. The
+first window is small, so that the first lines are out soon, and each full one doubles the next. A file never pauses, so
+its windows, and with them its translations, are the same each time.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import select
+import stat
+import sys
+from collections.abc import Iterator
+from typing import BinaryIO
+
+from petl_kernels.errors import InputError
+
+from .data import decode_lines
+
+FIRST = 16  # lines of the first window
+PAUSE = 0.1  # seconds without input that close a window
+CHUNK = 1 << 16
+
+
+class LineWindows:
+    """The lines of a UTF-8 text, by ``path``, or of standard input when it is None.
+
+    total: lines in all of a regular file, None of anything else. size: its bytes, 0 of anything else.
+    """
+
+    def __init__(self, path: str | None) -> None:
+        self.name = path or "standard input"
+        self._file = _opened(path)
+        self._fd = _number(self._file)
+        self.total, self.size = _measured(self._fd)
+
+    def windows(self, most: int) -> Iterator[list[str]]:
+        """Lists of at most ``most`` lines. Raises InputError for a line that is not UTF-8, after those before it."""
+        first, wanted, waiting = 1, min(FIRST, most), []
+        for piece in self._pieces():
+            waiting += piece
+            while len(waiting) >= wanted or (waiting and not piece):  # full, or the input pauses
+                window, waiting = waiting[:wanted], waiting[wanted:]
+                if len(window) == wanted:
+                    wanted = min(2 * wanted, most)
+                yield self._decoded(window, first)
+                first += len(window)
+        if waiting:
+            yield self._decoded(waiting, first)
+
+    def _pieces(self) -> Iterator[list[bytes]]:
+        """Lines as they arrive, without their ends; an empty list for a pause."""
+        rest = b""
+        while chunk := self._read():
+            lines = (rest + chunk).split(b"\n")
+            rest = lines.pop()
+            if lines:
+                yield lines
+            if self._pauses():
+                yield []
+        if rest:
+            yield [rest]
+
+    def _read(self) -> bytes:
+        return self._file.read(CHUNK) if self._fd is None else os.read(self._fd, CHUNK)
+
+    def _pauses(self) -> bool:
+        return self._fd is not None and not select.select([self._fd], [], [], PAUSE)[0]
+
+    def _decoded(self, window: list[bytes], first: int) -> list[str]:
+        return decode_lines(b"\n".join(window) + b"\n", self.name, first)
+
+
+def check_other(source: str | None, target: str | None, option: str = "--out") -> None:
+    """Raise InputError where what is read would be written over."""
+    if source is not None and target is not None and os.path.exists(target) and os.path.samefile(source, target):
+        raise InputError(f"{option} {target}: is what is read; expected another file")
+
+
+def _opened(path: str | None) -> BinaryIO:
+    if path is not None:
+        return open(path, "rb", buffering=0)
+    if sys.stdin is None:
+        raise InputError("standard input: is closed; expected text, or --in FILE")
+    return sys.stdin.buffer
+
+
+def _number(file: BinaryIO) -> int | None:
+    try:
+        return file.fileno()
+    except io.UnsupportedOperation:  # in memory
+        return None
+
+
+def _measured(fd: int | None) -> tuple[int | None, int]:
+    """(lines, bytes) of a regular file from where it stands."""
+    if fd is None or not stat.S_ISREG(os.fstat(fd).st_mode):
+        return None, 0
+    place = start = os.lseek(fd, 0, os.SEEK_CUR)
+    lines, last = 0, b"\n"
+    while chunk := os.pread(fd, 1 << 20, place):
+        place += len(chunk)
+        lines, last = lines + chunk.count(b"\n"), chunk[-1:]
+    return lines + (last != b"\n"), place - start

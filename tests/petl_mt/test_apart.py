@@ -1,0 +1,46 @@
+"""Work in a process of its own: its memory, its errors, its end."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from petl_mt.apart import apart
+from petl_mt.memory import process_bytes
+
+from petl_kernels.errors import InputError
+
+
+def take(megabytes: int) -> tuple[int, int, int]:
+    """(the process, its highest resident set, its threads) after it has written so many megabytes."""
+    held = np.ones(megabytes << 20, dtype=np.uint8)
+    return os.getpid(), process_bytes() + 0 * int(held[-1]), torch.get_num_threads()
+
+
+class Stopped(InputError):
+    """An error of its own kind."""
+
+
+def stop() -> None:
+    raise Stopped("loss is nan")
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_has_its_own_memory():
+    """What one has taken is not seen by the next, whatever it leaves behind."""
+    (one, much, threads), (other, little, _) = apart(take, 300), apart(take, 1)
+    assert len({one, other, os.getpid()}) == 3 and threads == torch.get_num_threads()
+    assert much - little > 250 << 20
+
+
+def test_errors_come_back_as_they_are():
+    with pytest.raises(Stopped, match="loss is nan"):
+        apart(stop)
+    with pytest.raises(InputError, match="the process of die was killed"):
+        apart(die)
