@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import importlib
 
-from petl_kernels import versions
+from petl_kernels import integrations, versions
 
 for _library in ("torch", "numpy"):
     versions.check(_library)
+integrations.install()
 
 __version__ = "0.1.0"
 

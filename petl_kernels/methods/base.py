@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -50,6 +51,10 @@ class Piece(nn.Module):
 
     def state(self) -> dict[str, Tensor]:
         """What is stored: suffix -> tensor."""
+        return {}
+
+    def training_state(self) -> dict[str, Tensor]:
+        """What is trained in place of ``state``: suffix -> parameter; empty where ``state`` is the parameters."""
         return {}
 
     def fold(self) -> None:
@@ -222,6 +227,8 @@ def add_record(model: nn.Module, config: Method, name: str) -> None:
     record.base = {key: host_copy(parameter) for key, parameter in trained.items()}
     record.added = {key: nn.Parameter(value) for key, value in config.added_tensors(model).items()}
     model.petl_adapters = {**records(model), name: record}
+    if _say_what_was_left not in model._load_state_dict_post_hooks.values():
+        model.register_load_state_dict_post_hook(_say_what_was_left)
     _keep_out_of_checkpoints(model)
 
 
@@ -256,9 +263,27 @@ def _keep_out_of_checkpoints(model: nn.Module) -> None:
     """``save_pretrained`` writes the plain model: adapters have files of their own."""
     if not hasattr(model, "_keys_to_ignore_on_save"):
         return
+    model._keys_to_ignore_on_save = {*(model._keys_to_ignore_on_save or ()), *adapter_parameters(model)}
+
+
+def _say_what_was_left(model: nn.Module, incompatible) -> None:
+    """A hook of ``load_state_dict``: with ``strict=False`` an adapter would keep its values without a word."""
+    own = adapter_parameters(model)
+    left = [key for key in incompatible.missing_keys if key in own]
+    if getattr(model, "petl_base_only", False):
+        incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if key not in own]
+    elif left:
+        warnings.warn(
+            f"load_state_dict: no values for {left[0]!r} and {len(left) - 1} more of adapters, which stay as they are",
+            stacklevel=3,
+        )
+
+
+def adapter_parameters(model: nn.Module) -> set[str]:
+    """Names of the parameters in ``model`` that the plain model has not."""
     places = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, Named))
-    added = {name for name, _ in model.named_parameters(remove_duplicate=False) if name.startswith(places)}
-    model._keys_to_ignore_on_save = {*(model._keys_to_ignore_on_save or ()), *added}
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False) if name.startswith(places)}
+    return names.union(*(record.added for record in records(model).values()))
 
 
 def host_copy(tensor: Tensor) -> Tensor:
@@ -345,6 +370,20 @@ def load_adapter_state(model: nn.Module, name: str, state: dict[str, Tensor]) ->
     with torch.no_grad():
         for key, tensor in adapter_state(model, name).items():
             tensor.copy_(state[key])
+
+
+def training_state(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """What training the adapter ``name`` goes on from, where that is another form than ``adapter_state``; else empty."""
+    return {f"{path}.{suffix}": t for path, piece in pieces(model, name) for suffix, t in piece.training_state().items()}
+
+
+def load_training_state(model: nn.Module, name: str, state: dict[str, Tensor]) -> None:
+    """Put what ``training_state`` gave back. Raises InputError as ``load_adapter_state`` does."""
+    expected = training_state(model, name)
+    _check_state(name, state, expected)
+    with torch.no_grad():
+        for key, parameter in expected.items():
+            parameter.copy_(state[key])
 
 
 def _check_state(name: str, state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
