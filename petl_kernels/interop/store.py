@@ -60,7 +60,8 @@ def write_adapter(config_path: Path, config: dict, weights_path: Path, tensors: 
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with atomic_write(config_path) as file, atomic_path(weights_path) as temporary:
-            file.write(json.dumps(config, indent=2, sort_keys=True) + "\n")
+            # settings are sorted; inside of one the order may mean something: the first pattern that matches counts
+            file.write(json.dumps(dict(sorted(config.items())), indent=2) + "\n")
             write_tensors(temporary, tensors)
     except BaseException:
         if created:
