@@ -114,20 +114,22 @@ def _checked(original: Callable) -> Callable:
 def _obstacle(model: nn.Module, rows: int) -> str:
     """Why tables of ``rows`` tokens cannot be resized; empty where they can."""
     tables = dict(_tables(model, rows))
+    tensors = {f"{path}.{kind}" for path in tables for kind in ("weight", "bias")}
     for path, table in tables.items():
         if isinstance(table.weight, QuantisedTensor):
             return f"{path!r} is quantised ({table.weight.storage}): resize the model before it is quantised"
+    for name, record in records(model).items():
+        merged = sorted(tensors.intersection(record.unmerged or ()))
+        if merged:
+            return f"adapter {name!r} is merged into {merged[0]!r}: save_pretrained, load that folder and resize it"
+    for path, table in tables.items():
         names = [name for module in table.children() if isinstance(module, Named) for name in module]
         if names:
             return f"adapter {names[0]!r} is on {path!r}: resize the model before pk.adapt"
-    tensors = {f"{path}.{kind}" for path in tables for kind in ("weight", "bias")}
     for name, record in records(model).items():
-        if not tensors.isdisjoint(record.unmerged or ()):
-            changed = sorted(tensors & set(record.unmerged))[0]
-            return f"adapter {name!r} is merged into {changed!r}: save_pretrained, load that folder and resize it"
-        trained = _aliases(model, (*record.base, *record.added)) & tensors
+        trained = sorted(tensors & _aliases(model, (*record.base, *record.added)))
         if trained:
-            return f"adapter {name!r} trains {sorted(trained)[0]!r}: resize the model before pk.adapt"
+            return f"adapter {name!r} trains {trained[0]!r}: resize the model before pk.adapt"
     return ""
 
 

@@ -28,8 +28,10 @@ from petl_kernels.methods.base import (
     records,
     training_state,
 )
+from petl_kernels.methods.foreign import check_adaptable, check_no_peft, check_unwrapped
 from petl_kernels.methods.ia3 import IA3
 from petl_kernels.methods.lora import LoRA
+from petl_kernels.methods.state_dicts import ASIDE
 from petl_kernels.ops.quantised import QuantisedTensor
 
 _FORMATS = (peft_format, native_format)
@@ -48,6 +50,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, name: str | None =
     Raises: InputError for an unknown name or a folder that holds an adapter of the other format; OSError that names
     the file when the disk is full.
     """
+    check_unwrapped(model)
     name = _pick_name(model, name)
     folder = Path(folder)
     # beside a model, transformers takes adapter files for PEFT's and puts them into the model that it loads
@@ -72,6 +75,7 @@ def write_adapters(model: nn.Module, folder: str | os.PathLike) -> None:
 
 
 def _write(model: nn.Module, name: str, home: Path) -> Path:
+    check_no_peft(model)
     config = find_record(model, name).config
     writer = peft_format if peft_format.can_write(config) else native_format
     for other in _FORMATS:
@@ -92,6 +96,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, name: str | None =
     type or setting that is not supported, tensors that are missing, surplus or of the wrong shape, a base model of
     another class or size (our format), a name that the model has already.
     """
+    check_adaptable(model)
     home, name = _find(Path(folder), name)
     config, state = _read(model, home)
     _check_fit(model, home, config, name, state)
@@ -177,7 +182,7 @@ def plain_state(model: nn.Module, state: dict[str, torch.Tensor] | None = None) 
         if parameter is not None and tensor.shape != parameter.shape:
             shapes = f"shape {tuple(tensor.shape)}, the model's has {tuple(parameter.shape)}"
             raise InputError(f"state_dict: {key!r} has {shapes}; adapters are saved from a whole model")
-        if key not in own:
+        if key not in own and not key.startswith(ASIDE):
             found[key] = other[id(parameter)].to(tensor.dtype) if id(parameter) in other else tensor.detach()
     return found
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from petl_kernels.errors import InputError, shown
+from petl_kernels.methods.state_dicts import watch
 from petl_kernels.ops.quantised import QuantisedTensor, quantise_like
 
 
@@ -227,8 +227,7 @@ def add_record(model: nn.Module, config: Method, name: str) -> None:
     record.base = {key: host_copy(parameter) for key, parameter in trained.items()}
     record.added = {key: nn.Parameter(value) for key, value in config.added_tensors(model).items()}
     model.petl_adapters = {**records(model), name: record}
-    if _say_what_was_left not in model._load_state_dict_post_hooks.values():
-        model.register_load_state_dict_post_hook(_say_what_was_left)
+    watch(model)
     _keep_out_of_checkpoints(model)
 
 
@@ -266,19 +265,6 @@ def _keep_out_of_checkpoints(model: nn.Module) -> None:
     model._keys_to_ignore_on_save = {*(model._keys_to_ignore_on_save or ()), *adapter_parameters(model)}
 
 
-def _say_what_was_left(model: nn.Module, incompatible) -> None:
-    """A hook of ``load_state_dict``: with ``strict=False`` an adapter would keep its values without a word."""
-    own = adapter_parameters(model)
-    left = [key for key in incompatible.missing_keys if key in own]
-    if getattr(model, "petl_base_only", False):
-        incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if key not in own]
-    elif left:
-        warnings.warn(
-            f"load_state_dict: no values for {left[0]!r} and {len(left) - 1} more of adapters, which stay as they are",
-            stacklevel=3,
-        )
-
-
 def adapter_parameters(model: nn.Module) -> set[str]:
     """Names of the parameters in ``model`` that the plain model has not."""
     places = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, Named))
@@ -308,9 +294,16 @@ def activate(model: nn.Module, name: str | None) -> None:
     record = records(model)[name]
     exchange(model, record)
     for key, parameter in record.added.items():
+        _follow(parameter, model.get_submodule(key.rpartition(".")[0]).weight)
         set_parameter(model, key, parameter)
     for parameter in trained(model, name):
         parameter.requires_grad_(True)
+
+
+def _follow(added: nn.Parameter, weight: Tensor) -> None:
+    """Device and dtype of the module's weight: ``model.to`` does not reach what is not in the model."""
+    if (added.device, added.dtype) != (weight.device, weight.dtype):
+        added.data = added.data.to(weight.device, weight.dtype)
 
 
 def run_pieces(model: nn.Module, name: str | None) -> None:
