@@ -11,7 +11,6 @@ from petl_kernels import integrations, versions
 
 for _library in ("torch", "numpy"):
     versions.check(_library)
-integrations.install()
 
 __version__ = "0.1.0"
 
@@ -53,3 +52,6 @@ def __getattr__(name: str):
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
+
+
+integrations.install()

@@ -191,8 +191,8 @@ def drop_no_layer(model: nn.Module) -> None:
 def resized_embeddings(cls: type) -> str | None:
     """The method of ``PreTrainedModel`` that makes every table of another size, by its name.
 
-    If it is gone, returns None: ``resize_token_embeddings`` is checked alone, and Marian's method for a decoder table of
-    its own leaves an adapter there behind.
+    If it is gone, returns None: ``resize_token_embeddings`` is checked alone, and Marian's method for a decoder's own
+    table leaves an adapter on it behind.
     """
     return "_get_resized_embeddings" if hasattr(cls, "_get_resized_embeddings") else None
 

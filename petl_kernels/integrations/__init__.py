@@ -16,7 +16,9 @@ from types import ModuleType
 def install() -> None:
     """Wraps, once, what saves, resizes and resumes a model of transformers."""
     if not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterImport({"transformers.modeling_utils": _models, "transformers.trainer": _trainer}))
+        sys.meta_path.insert(
+            0, _AfterImport({"transformers.modeling_utils": _models, "transformers.trainer": _trainer})
+        )
 
 
 def _models(module: ModuleType) -> None:

@@ -14,6 +14,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from types import ModuleType
 
 from torch import nn
@@ -51,32 +52,40 @@ def _saving(original: Callable) -> Callable:
     def save_pretrained(self, *args, **kwargs):
         if not records(self):
             return original(self, *args, **kwargs)
-        from petl_kernels.interop.adapters import plain_state, write_adapters  # which import this module
+        from petl_kernels.interop.adapters import plain_state, without_adapters, write_adapters
 
         arguments = signature.bind(self, *args, **kwargs).arguments
-        if arguments.get("push_to_hub"):
-            raise InputError(
-                "save_pretrained push_to_hub True: it would leave the adapters out; save first, then push the folder"
-            )
         extra = arguments.pop("kwargs", {})
         del arguments["self"]
+        _check_saving(self, arguments)
+        merged = _is_merged(self)
         arguments["state_dict"] = plain_state(self, arguments.get("state_dict"))
-        result = original(self, **arguments, **extra)
-        if arguments.get("is_main_process", True):
-            _write(self, arguments["save_directory"], write_adapters)
+        # a quantiser of transformers makes a state of its own from the model
+        with without_adapters(self) if getattr(self, "hf_quantizer", None) and not merged else nullcontext():
+            result = original(self, **arguments, **extra)
+        if not merged and arguments.get("is_main_process", True):
+            write_adapters(self, arguments["save_directory"])
         return result
 
     return save_pretrained
 
 
-def _write(model: nn.Module, folder, write_adapters: Callable) -> None:
+def _check_saving(model: nn.Module, arguments: dict) -> None:
+    for option in ("push_to_hub", "distributed_checkpoint"):
+        if arguments.get(option):
+            raise InputError(f"save_pretrained {option} True: it would leave the adapters out; save without it first")
+    if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+        raise InputError("save_pretrained: the model is spread over devices, expected a whole one to save adapters of")
+
+
+def _is_merged(model: nn.Module) -> bool:
+    """Whether the active adapter is in the weights; other adapters would stand on another base then, and are named."""
     name = active_name(model)
-    if name is None or not records(model)[name].merged:
-        write_adapters(model, folder)
-        return
+    merged = name is not None and records(model)[name].merged
     others = [other for other in records(model) if other != name]
-    if others:
-        warnings.warn(f"save_pretrained: {name!r} is merged and saved, {', '.join(others)} not: unmerge", stacklevel=3)
+    if merged and others:
+        warnings.warn(f"save_pretrained: {name!r} is merged and saved, {', '.join(others)} not: unmerge", stacklevel=4)
+    return merged
 
 
 # -- resize_token_embeddings ----------------------------------------------------------------------------------------
@@ -85,10 +94,10 @@ def _write(model: nn.Module, folder, write_adapters: Callable) -> None:
 def _resizing(original: Callable) -> Callable:
     @functools.wraps(original)
     def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, *args, **kwargs):
-        table = self.get_input_embeddings()
-        obstacle = _obstacle(self, table.weight.shape[0])
+        obstacle = _concerns(self) and _obstacle(self, self.get_input_embeddings().weight.shape[0])
         if not obstacle:
             return original(self, new_num_tokens, pad_to_multiple_of, *args, **kwargs)
+        table = self.get_input_embeddings()
         wanted = table.weight.shape[0] if new_num_tokens is None else new_num_tokens
         if pad_to_multiple_of:
             wanted = -(-wanted // pad_to_multiple_of) * pad_to_multiple_of
@@ -103,12 +112,16 @@ def _checked(original: Callable) -> Callable:
     @functools.wraps(original)
     def get_resized_embeddings(self, old_embeddings, new_num_tokens=None, *args, **kwargs):
         rows = old_embeddings.weight.shape[0]
-        obstacle = _obstacle(self, rows)
+        obstacle = _concerns(self) and _obstacle(self, rows)
         if obstacle and new_num_tokens not in (None, rows):
             raise InputError(f"resizing embeddings to {new_num_tokens}: {obstacle}")
         return original(self, old_embeddings, new_num_tokens, *args, **kwargs)
 
     return get_resized_embeddings
+
+
+def _concerns(model: nn.Module) -> bool:
+    return bool(records(model)) or any(isinstance(parameter, QuantisedTensor) for parameter in model.parameters())
 
 
 def _obstacle(model: nn.Module, rows: int) -> str:

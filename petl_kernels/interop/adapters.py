@@ -59,8 +59,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, name: str | None =
 
 
 def write_adapters(model: nn.Module, folder: str | os.PathLike) -> None:
-    """Write every adapter of `model` into a subfolder of its name, as ``save_pretrained`` and Trainer's checkpoints have
-    it: the files of ``save_adapter``, and what training goes on from where that is another form (prefix-tuning).
+    """Write every adapter of `model` into a subfolder of its name, as in ``save_pretrained`` and Trainer's checkpoints:
+    the files of ``save_adapter``, and what training goes on from where that is another form (prefix-tuning).
 
     Raises as ``save_adapter`` does.
     """
@@ -144,8 +144,8 @@ def held_adapters(folder: str | os.PathLike) -> list[str]:
 
 @contextlib.contextmanager
 def without_adapters(model: nn.Module) -> Iterator[None]:
-    """Inside, ``model`` has the plain model's tensors, and tensors of its adapters are not missed when others are
-    loaded. Afterwards the same adapter is active and the same parameters require grad.
+    """Inside, ``model`` has the plain model's tensors and state, and tensors of its adapters are not missed when others
+    are loaded. Afterwards the same adapter is active and the same parameters require grad.
 
     Raises InputError where the active adapter is merged.
     """
@@ -166,7 +166,7 @@ def plain_state(model: nn.Module, state: dict[str, torch.Tensor] | None = None) 
     """``state`` (the model's own tensors by name, when not given) without adapters: the base's values also where the
     active adapter trains base tensors, unless it is merged. Quantised tensors are dense, tied ones still one.
 
-    Raises InputError for a state of other shapes than the model's, such as parts of a model that is spread over devices.
+    Raises InputError for a state of other shapes than the model's, such as parts of a model on several devices.
     """
     name = active_name(model)
     record = None if name is None else records(model)[name]

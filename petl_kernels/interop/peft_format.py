@@ -50,7 +50,7 @@ _UNSUPPORTED = {
     "IA3": ("fan_in_fan_out", "modules_to_save"),
     "LN_TUNING": ("modules_to_save",),
 }
-# Settings that are read, and those that change nothing of what a trained adapter computes: starts, and where it was made.
+# Settings that are read, and those that change nothing of what a trained adapter computes: its start and its origin.
 _READ = {
     "LORA": (
         "alpha_pattern",
@@ -70,7 +70,15 @@ _READ = {
     "LN_TUNING": ("exclude_modules", "target_modules"),
 }
 _WITHOUT_EFFECT = {
-    "": ("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision", "task_type"),
+    "": (
+        "auto_mapping",
+        "base_model_name_or_path",
+        "inference_mode",
+        "peft_type",
+        "peft_version",
+        "revision",
+        "task_type",
+    ),
     "LORA": ("corda_config", "eva_config", "loftq_config", "lora_ga_config", "megatron_core", "qalora_group_size"),
     "IA3": ("init_ia3_weights",),
     "LN_TUNING": (),

@@ -366,8 +366,10 @@ def load_adapter_state(model: nn.Module, name: str, state: dict[str, Tensor]) ->
 
 
 def training_state(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """What training the adapter ``name`` goes on from, where that is another form than ``adapter_state``; else empty."""
-    return {f"{path}.{suffix}": t for path, piece in pieces(model, name) for suffix, t in piece.training_state().items()}
+    """What training ``name`` goes on from, where that is another form than ``adapter_state``; else empty."""
+    return {
+        f"{path}.{suffix}": t for path, piece in pieces(model, name) for suffix, t in piece.training_state().items()
+    }
 
 
 def load_training_state(model: nn.Module, name: str, state: dict[str, Tensor]) -> None:

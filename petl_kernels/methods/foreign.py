@@ -1,4 +1,4 @@
-"""Models that something else has changed, so that an adapter's paths or values would not be those of the plain model."""
+"""Models that something else has changed, so that an adapter's paths and values would not be the plain model's."""
 
 from __future__ import annotations
 
@@ -38,11 +38,15 @@ def check_adaptable(model: object) -> None:
             raise InputError(f"{where} has parametrizations: remove them (parametrize.remove_parametrizations) before")
         if isinstance(module, Named) and module.keys() - records(model).keys():
             name = sorted(module.keys() - records(model).keys())[0]
-            raise InputError(f"{where} has an adapter {name!r} that is not this model's: is the module in another, too?")
+            raise InputError(
+                f"{where} has an adapter {name!r} that is not this model's: is the module in another, too?"
+            )
 
 
 def check_no_peft(model: nn.Module) -> None:
     """Refuse to read or write adapters of a model that PEFT has changed since: it has moved their modules."""
     for path, module in model.named_modules():
         if type(module).__module__.startswith("peft."):
-            raise InputError(f"model {type(model).__name__}: {path!r} is PEFT's {type(module).__name__}: unload() it first")
+            raise InputError(
+                f"model {type(model).__name__}: {path!r} is PEFT's {type(module).__name__}: unload() it first"
+            )

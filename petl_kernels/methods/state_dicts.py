@@ -37,6 +37,10 @@ def _aside(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _put_aside(model: nn.Module, state: dict, prefix: str, metadata: dict) -> None:
+    if getattr(model, "petl_base_only", False):
+        for key in _own(model):
+            state.pop(prefix + key, None)
+        return
     metadata[_ACTIVE] = model.petl_active
     state.update({prefix + key: tensor.detach() for key, tensor in _aside(model).items()})
 
@@ -54,6 +58,12 @@ def _take_aside(model, state, prefix, metadata, strict, missing, unexpected, err
                 tensor.copy_(value)
 
 
+def _own(model: nn.Module) -> set[str]:
+    from petl_kernels.methods.base import adapter_parameters  # which imports this module
+
+    return adapter_parameters(model)
+
+
 def _check_active(model: nn.Module, metadata: dict) -> None:
     saved, here = metadata.get(_ACTIVE), model.petl_active
     if _ACTIVE not in metadata or saved == here:
@@ -69,9 +79,7 @@ def _check_active(model: nn.Module, metadata: dict) -> None:
 
 def _say_what_was_left(model: nn.Module, incompatible) -> None:
     """With ``strict=False`` adapters would keep their values without a word."""
-    from petl_kernels.methods.base import adapter_parameters  # which imports this module
-
-    own = adapter_parameters(model)
+    own = _own(model)
     left = [key for key in incompatible.missing_keys if key in own or key.startswith(ASIDE)]
     if getattr(model, "petl_base_only", False):  # they come from elsewhere
         incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if key not in left]

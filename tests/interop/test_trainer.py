@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import logging
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 import petl_kernels as pk
 from petl_kernels import InputError
+from petl_kernels.integrations import _AfterImport
 from petl_kernels.memory.quantise_model import quantise_model
 from petl_kernels.methods import METHODS
 
@@ -111,6 +115,33 @@ def test_all_named_adapters_are_in_a_checkpoint():
     assert again.petl_active == "one"
     for name in ("one", "two", "three", None):
         assert torch.equal(logits(pk.use_adapter(again, name).eval()), logits(pk.use_adapter(model, name).eval()))
+
+
+def test_a_checkpoint_in_several_files(caplog):
+    model = pk.adapt(build("m2m100"), pk.BitFit())
+    train_a_little(model)
+    model.save_pretrained("sharded", max_shard_size="20KB")
+    again = pk.adapt(build("m2m100"), pk.BitFit())
+    with caplog.at_level(logging.WARNING, logger="transformers"):
+        trainer_of(again, 2)._load_from_checkpoint("sharded")
+    same(values(again), values(model))
+
+
+def test_modules_are_wrapped_after_they_are_imported(monkeypatch):
+    Path("petl_imported_later.py").write_text("import os\nassert 'PETL_FAIL' not in os.environ\nvalue = 1\n")
+    seen = []
+    monkeypatch.syspath_prepend(".")
+    monkeypatch.setattr(sys, "meta_path", [_AfterImport({"petl_imported_later": seen.append}), *sys.meta_path])
+    monkeypatch.setenv("PETL_FAIL", "1")
+    with pytest.raises(AssertionError):
+        importlib.import_module("petl_imported_later")
+    monkeypatch.delenv("PETL_FAIL")
+    module = importlib.import_module("petl_imported_later")
+    assert seen == [module] and module.value == 1
+    again = []
+    _AfterImport({"petl_imported_later": again.append})  # when it is there already
+    assert again == [module]
+    del sys.modules["petl_imported_later"]
 
 
 def test_checkpoints_that_do_not_fit_are_refused():

@@ -119,7 +119,9 @@ def test_tables_under_an_adapter_are_not_resized(case, tied):
     for active in ("one", "two"):
         pk.use_adapter(model, active)
         for size in (WORDS + 5, WORDS - 5):
-            refused(lambda size=size: model.resize_token_embeddings(size), f"to {size}: adapter 'one'", "before pk.adapt")
+            refused(
+                lambda size=size: model.resize_token_embeddings(size), f"to {size}: adapter 'one'", "before pk.adapt"
+            )
     pk.use_adapter(model, "one")
     for arguments in ((None,), (WORDS,), (None, 9), (WORDS - 4, 9)):  # of that size already
         assert model.resize_token_embeddings(*arguments) is model.get_input_embeddings()
