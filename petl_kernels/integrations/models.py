@@ -36,12 +36,6 @@ def wrap(modeling_utils: ModuleType) -> None:
         setattr(cls, name, _checked(getattr(cls, name)))
 
 
-def plain_save_pretrained(model: nn.Module) -> Callable:
-    """``save_pretrained`` of ``model`` as transformers has it."""
-    method = type(model).save_pretrained
-    return functools.partial(getattr(method, "__wrapped__", method), model)
-
-
 # -- save_pretrained ------------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,6 @@ from torch import nn
 
 from petl_kernels.api import adapt, merge, unmerge, use_adapter
 from petl_kernels.errors import InputError
-from petl_kernels.integrations.models import plain_save_pretrained
 from petl_kernels.interop import native_format, peft_format
 from petl_kernels.interop.files import atomic_dir, atomic_path
 from petl_kernels.interop.store import read_tensors, write_tensors
@@ -87,6 +86,8 @@ def _write(model: nn.Module, name: str, home: Path) -> Path:
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike, name: str | None = None) -> nn.Module:
     """Put the adapter of `folder` (PEFT's format or ours) into `model`, make it the active one, return the model.
+
+    `folder` is what ``save_adapter``, PEFT, ``model.save_pretrained`` of an adapted model or a Trainer's checkpoint is.
 
     The modules are created from the files; the model may be plain or have other adapters. `name`: which adapter of the
     folder, and its name in the model; by default that of the only subfolder with an adapter, or "default" for files
@@ -209,7 +210,8 @@ def write_merged(model: nn.Module, tokenizer, folder: str | os.PathLike) -> Path
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with atomic_dir(folder) as temporary:
-            plain_save_pretrained(model)(temporary, state_dict=plain_state(model))
+            save = type(model).save_pretrained  # transformers' own: ours writes adapters, too
+            getattr(save, "__wrapped__", save)(model, temporary, state_dict=plain_state(model))
             tokenizer.save_pretrained(temporary)
     finally:
         if not was_merged:
