@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 
-from petl_kernels import versions
+from petl_kernels import integrations, versions
 
 for _library in ("torch", "numpy"):
     versions.check(_library)
@@ -52,3 +52,6 @@ def __getattr__(name: str):
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
+
+
+integrations.install()

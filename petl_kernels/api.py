@@ -33,6 +33,7 @@ from petl_kernels.methods.base import (
     set_parameter,
     stored_as,
 )
+from petl_kernels.methods.foreign import check_adaptable, check_unwrapped
 from petl_kernels.methods.structure import check_model, total_parameters
 from petl_kernels.ops.quantised import QuantisedTensor
 
@@ -45,9 +46,10 @@ def adapt(model: nn.Module, config: Method, name: str = "default") -> nn.Module:
     The model is changed in place; its modules keep their paths and its parameters their names. Several adapters can be
     on one model under different names: one of them is active at a time (``use_adapter``).
     Raises InputError, with the model as it was: a name that is taken or no name, targets that match nothing, a rank
-    larger than a layer, a model of another family than the method knows.
+    larger than a layer, a model of another family than the method knows, one that is wrapped (DataParallel, compiled)
+    or that PEFT or a parametrization has changed.
     """
-    check_model(model)
+    check_adaptable(model)
     if not isinstance(config, Method):
         raise InputError(f"config {shown(config)}: expected a method's config, such as LoRA(rank=16)")
     _check_new_name(model, name)
@@ -72,7 +74,7 @@ def use_adapter(model: nn.Module, name: str | None) -> nn.Module:
 
     Base tensors that an adapter has trained are swapped in and out exactly.
     """
-    check_model(model)
+    check_unwrapped(model)
     if name is not None:
         find_record(model, name)
     if name != active_name(model):
@@ -134,7 +136,7 @@ def merge(model: nn.Module) -> nn.Module:
     ``unmerge``. Methods that train base tensors have nothing to merge.
     Raises InputError for methods that no weight can hold (bottleneck adapters, prefixes, BitFit on T5).
     """
-    check_model(model)
+    check_unwrapped(model)
     name = active_name(model)
     if name is None:
         raise InputError("merge: no adapter of the model is active")
@@ -178,7 +180,7 @@ def _untied(model: nn.Module, record: Record, new: dict[str, torch.Tensor]) -> d
 
 def unmerge(model: nn.Module) -> nn.Module:
     """Undo ``merge``: the weights of before, bit for bit, with their ties, and the adapter beside them again."""
-    check_model(model)
+    check_unwrapped(model)
     name = active_name(model)
     if name is None or not records(model)[name].merged:
         raise InputError("unmerge: no adapter of the model is merged")
@@ -324,7 +326,7 @@ def _streamed_layers(model: nn.Module) -> int:
 
 def report(model: nn.Module) -> Report:
     """What trains in ``model``: method, numbers of parameters, where they are, and which backend serves them."""
-    check_model(model)
+    check_unwrapped(model)
     name = active_name(model)
     total = total_parameters(model)
     others = tuple(other for other in records(model) if other != name)

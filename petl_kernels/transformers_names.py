@@ -188,6 +188,26 @@ def drop_no_layer(model: nn.Module) -> None:
             module.layerdrop = _Never()
 
 
+def resized_embeddings(cls: type) -> str | None:
+    """The method of ``PreTrainedModel`` that makes every table of another size, by its name.
+
+    If it is gone, returns None: ``resize_token_embeddings`` is checked alone, and Marian's method for a decoder's own
+    table leaves an adapter on it behind.
+    """
+    return "_get_resized_embeddings" if hasattr(cls, "_get_resized_embeddings") else None
+
+
+def loads_checkpoints(cls: type) -> tuple[str, str]:
+    """The methods of ``Trainer`` that load a checkpoint: to go on from, and the best one at the end.
+
+    If they are gone, raises InputError: a Trainer would go on from a fresh adapter.
+    """
+    for name in ("_load_from_checkpoint", "_load_best_model"):
+        if not hasattr(cls, name):
+            raise gone(f"Trainer.{name}", "bringing an adapter back from a Trainer's checkpoint")
+    return "_load_from_checkpoint", "_load_best_model"
+
+
 # ---- tokenizers -----------------------------------------------------------------------------------------------------
 
 

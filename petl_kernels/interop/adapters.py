@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from petl_kernels.api import adapt, merge, unmerge
+from petl_kernels.api import adapt, merge, unmerge, use_adapter
 from petl_kernels.errors import InputError
 from petl_kernels.interop import native_format, peft_format
-from petl_kernels.interop.files import atomic_dir
-from petl_kernels.methods.base import active_name, adapter_state, find_record, load_adapter_state, records
+from petl_kernels.interop.files import atomic_dir, atomic_path
+from petl_kernels.interop.store import read_tensors, write_tensors
+from petl_kernels.methods.base import (
+    Method,
+    active_name,
+    adapter_parameters,
+    adapter_state,
+    find_record,
+    load_adapter_state,
+    load_training_state,
+    records,
+    training_state,
+)
+from petl_kernels.methods.foreign import check_adaptable, check_no_peft, check_unwrapped
+from petl_kernels.methods.ia3 import IA3
+from petl_kernels.methods.lora import LoRA
+from petl_kernels.methods.state_dicts import ASIDE
 from petl_kernels.ops.quantised import QuantisedTensor
 
 _FORMATS = (peft_format, native_format)
+_TRAINING = "petl_training.safetensors"  # what training has in another form than is stored
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike, name: str | None = None) -> Path:
@@ -24,15 +42,40 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, name: str | None =
 
     LoRA, (IA)^3 and LayerNorm tuning are written as Hugging Face PEFT reads them (`adapter_config.json`,
     `adapter_model.safetensors`), the other methods in our own format (`petl_adapter.json`, `petl_adapter.safetensors`).
-    As in PEFT, an adapter that is not named "default" goes into a subfolder of its name. The same adapter gives the
-    same bytes; an older adapter in the folder is replaced whole or, on any error, left as it was.
+    As in PEFT, an adapter that is not named "default" goes into a subfolder of its name; beside a saved model "default"
+    does, too. The same adapter gives the same bytes; an older adapter in the folder is replaced whole or, on any error,
+    left as it was.
 
     Raises: InputError for an unknown name or a folder that holds an adapter of the other format; OSError that names
     the file when the disk is full.
     """
+    check_unwrapped(model)
     name = _pick_name(model, name)
+    folder = Path(folder)
+    # beside a model, transformers takes adapter files for PEFT's and puts them into the model that it loads
+    home = folder if name == "default" and not (folder / "config.json").is_file() else folder / name
+    return _write(model, name, home)
+
+
+def write_adapters(model: nn.Module, folder: str | os.PathLike) -> None:
+    """Write every adapter of `model` into a subfolder of its name, as in ``save_pretrained`` and Trainer's checkpoints:
+    the files of ``save_adapter``, and what training goes on from where that is another form (prefix-tuning).
+
+    Raises as ``save_adapter`` does.
+    """
+    for name in records(model):
+        home = _write(model, name, Path(folder) / name)
+        tensors = training_state(model, name)
+        if tensors:
+            with atomic_path(home / _TRAINING) as temporary:
+                write_tensors(temporary, tensors)
+        else:
+            (home / _TRAINING).unlink(missing_ok=True)
+
+
+def _write(model: nn.Module, name: str, home: Path) -> Path:
+    check_no_peft(model)
     config = find_record(model, name).config
-    home = Path(folder) if name == "default" else Path(folder) / name
     writer = peft_format if peft_format.can_write(config) else native_format
     for other in _FORMATS:
         if other is not writer and (home / other.CONFIG).exists():
@@ -44,6 +87,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, name: str | None =
 def load_adapter(model: nn.Module, folder: str | os.PathLike, name: str | None = None) -> nn.Module:
     """Put the adapter of `folder` (PEFT's format or ours) into `model`, make it the active one, return the model.
 
+    `folder` is what ``save_adapter``, PEFT, ``model.save_pretrained`` of an adapted model or a Trainer's checkpoint is.
+
     The modules are created from the files; the model may be plain or have other adapters. `name`: which adapter of the
     folder, and its name in the model; by default that of the only subfolder with an adapter, or "default" for files
     that stand in the folder itself.
@@ -52,9 +97,9 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, name: str | None =
     type or setting that is not supported, tensors that are missing, surplus or of the wrong shape, a base model of
     another class or size (our format), a name that the model has already.
     """
+    check_adaptable(model)
     home, name = _find(Path(folder), name)
-    reader = next(reader for reader in _FORMATS if (home / reader.CONFIG).is_file())
-    config, state = reader.read(home, model)
+    config, state = _read(model, home)
     _check_fit(model, home, config, name, state)
     adapt(model, config, name)
     load_adapter_state(model, name, state)
@@ -67,9 +112,80 @@ def fill_adapter(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
     Raises InputError as ``load_adapter`` does.
     """
     home, name = _find(Path(folder), None)
-    reader = next(reader for reader in _FORMATS if (home / reader.CONFIG).is_file())
-    load_adapter_state(model, name, reader.read(home, model)[1])
+    load_adapter_state(model, name, _read(model, home)[1])
     return model
+
+
+def fill_adapters(model: nn.Module, folder: str | os.PathLike) -> None:
+    """Give every adapter of ``model`` the values that ``write_adapters`` has put into ``folder``, bit for bit.
+
+    Raises InputError for an adapter that is not there, or that computes something else there (another alpha, say).
+    """
+    folder, held = Path(folder), held_adapters(folder)
+    for name, record in records(model).items():
+        if name not in held:
+            there = ", ".join(map(repr, held)) or "none"
+            raise InputError(f"{folder} holds no adapter {name!r}, which this model has; there: {there}")
+        config, state = _read(model, folder / name)
+        _check_same(model, folder / name, record.config, config)
+        training = folder / name / _TRAINING
+        if training.is_file() and training_state(model, name):
+            load_training_state(model, name, read_tensors(training))
+        else:
+            load_adapter_state(model, name, state)
+
+
+def held_adapters(folder: str | os.PathLike) -> list[str]:
+    """Names of the adapters in subfolders of ``folder``, sorted."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        return []
+    return sorted(child.name for child in folder.iterdir() if child.is_dir() and _holds_adapter(child))
+
+
+@contextlib.contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """Inside, ``model`` has the plain model's tensors and state, and tensors of its adapters are not missed when others
+    are loaded. Afterwards the same adapter is active and the same parameters require grad.
+
+    Raises InputError where the active adapter is merged.
+    """
+    name, trained = active_name(model), {parameter for parameter in model.parameters() if parameter.requires_grad}
+    use_adapter(model, None)
+    model.petl_base_only = True
+    try:
+        yield
+    finally:
+        del model.petl_base_only
+        use_adapter(model, name)
+        for parameter in model.parameters():
+            if parameter.requires_grad != (parameter in trained):
+                parameter.requires_grad_(parameter in trained)
+
+
+def plain_state(model: nn.Module, state: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    """``state`` (the model's own tensors by name, when not given) without adapters: the base's values also where the
+    active adapter trains base tensors, unless it is merged. Quantised tensors are dense, tied ones still one.
+
+    Raises InputError for a state of other shapes than the model's, such as parts of a model on several devices.
+    """
+    name = active_name(model)
+    record = None if name is None else records(model)[name]
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    other = _dense(model)
+    if record is not None and not record.merged:
+        other |= {id(parameters[key]): kept for key, kept in record.base.items()}
+    own = adapter_parameters(model)
+    given = model.state_dict(keep_vars=True) if state is None else state
+    found = {}
+    for key, tensor in given.items():
+        parameter = parameters.get(key)
+        if parameter is not None and tensor.shape != parameter.shape:
+            shapes = f"shape {tuple(tensor.shape)}, the model's has {tuple(parameter.shape)}"
+            raise InputError(f"state_dict: {key!r} has {shapes}; adapters are saved from a whole model")
+        if key not in own and not key.startswith(ASIDE):
+            found[key] = other[id(parameter)].to(tensor.dtype) if id(parameter) in other else tensor.detach()
+    return found
 
 
 def save_merged(model: nn.Module, tokenizer, folder: str | os.PathLike) -> Path:
@@ -80,8 +196,13 @@ def save_merged(model: nn.Module, tokenizer, folder: str | os.PathLike) -> Path:
     cannot be merged (adapters and prefixes add layers) or the folder exists and is not empty; OSError that names the
     folder when the disk is full.
     """
-    folder = Path(folder)
     check_free(folder)
+    return write_merged(model, tokenizer, folder)
+
+
+def write_merged(model: nn.Module, tokenizer, folder: str | os.PathLike) -> Path:
+    """``save_merged`` into a folder that may exist: it is replaced as a whole."""
+    folder = Path(folder)
     name = active_name(model)
     was_merged = name is None or find_record(model, name).merged
     if not was_merged:
@@ -89,7 +210,8 @@ def save_merged(model: nn.Module, tokenizer, folder: str | os.PathLike) -> Path:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with atomic_dir(folder) as temporary:
-            model.save_pretrained(temporary, state_dict=_dense_state(model))
+            save = type(model).save_pretrained  # transformers' own: ours writes adapters, too
+            getattr(save, "__wrapped__", save)(model, temporary, state_dict=plain_state(model))
             tokenizer.save_pretrained(temporary)
     finally:
         if not was_merged:
@@ -104,14 +226,10 @@ def check_free(folder: str | os.PathLike) -> None:
         raise InputError(f"output {str(folder)!r} exists and is not empty")
 
 
-def _dense_state(model: nn.Module) -> dict[str, torch.Tensor] | None:
-    """The model's tensors with quantised ones dense, tied ones still one; None where none is quantised."""
-    dense: dict[int, torch.Tensor] = {}
-    for parameter in model.parameters():
-        if isinstance(parameter, QuantisedTensor):
-            dense[id(parameter)] = parameter.dequantise().cpu()
-    state = model.state_dict(keep_vars=True)
-    return {key: dense.get(id(tensor), tensor.detach()) for key, tensor in state.items()} if dense else None
+def _dense(model: nn.Module) -> dict[int, torch.Tensor]:
+    """id of each quantised parameter -> its values, on the CPU."""
+    quantised = (parameter for parameter in model.parameters() if isinstance(parameter, QuantisedTensor))
+    return {id(parameter): parameter.dequantise().cpu() for parameter in quantised}
 
 
 def _pick_name(model: nn.Module, name: str | None) -> str:
@@ -124,6 +242,29 @@ def _pick_name(model: nn.Module, name: str | None) -> str:
         return known[0]
     which = f"name one of {', '.join(known)}" if known else "the model has no adapter"
     raise InputError(f"no adapter is active: {which}")
+
+
+def _read(model: nn.Module, home: Path) -> tuple[Method, dict[str, torch.Tensor]]:
+    reader = next(reader for reader in _FORMATS if (home / reader.CONFIG).is_file())
+    return reader.read(home, model)
+
+
+def _check_same(model: nn.Module, home: Path, here: Method, there: Method) -> None:
+    """Refuse an adapter in ``home`` that computes something else with the same tensors."""
+    ours, theirs = _computes(model, here), _computes(model, there)
+    for what in {**ours, **theirs}:
+        if ours.get(what) != theirs.get(what):
+            raise InputError(f"{home}: {what} {theirs.get(what)!r}, and this model's adapter has {ours.get(what)!r}")
+
+
+def _computes(model: nn.Module, config: Method) -> dict[str, object]:
+    """Everything that a method computes with beside its tensors: what -> value. Dropout is for training to choose."""
+    if isinstance(config, LoRA):
+        plan = config.resolve(model)
+        return {f"(rank, scale) of {path!r}": values for path, values in plan.items()} | {"bias": config.bias}
+    if isinstance(config, IA3):
+        return {f"input scaled of {path!r}": value for path, value in config.places(model).items()}
+    return {"method": config.label} if peft_format.can_write(config) else config.to_dict()
 
 
 def _holds_adapter(folder: Path) -> bool:

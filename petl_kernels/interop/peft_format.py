@@ -21,7 +21,7 @@ from petl_kernels.methods.base import Method
 from petl_kernels.methods.ia3 import IA3
 from petl_kernels.methods.ln_tuning import LayerNormTuning
 from petl_kernels.methods.lora import LoRA
-from petl_kernels.methods.structure import base_modules, describe
+from petl_kernels.methods.structure import base_modules
 from petl_kernels.ops.quantised import QuantisedTensor, quantise
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -50,6 +50,41 @@ _UNSUPPORTED = {
     "IA3": ("fan_in_fan_out", "modules_to_save"),
     "LN_TUNING": ("modules_to_save",),
 }
+# Settings that are read, and those that change nothing of what a trained adapter computes: its start and its origin.
+_READ = {
+    "LORA": (
+        "alpha_pattern",
+        "bias",
+        "exclude_modules",
+        "init_lora_weights",
+        "layers_pattern",
+        "layers_to_transform",
+        "lora_alpha",
+        "lora_dropout",
+        "r",
+        "rank_pattern",
+        "target_modules",
+        "use_rslora",
+    ),
+    "IA3": ("exclude_modules", "feedforward_modules", "target_modules"),
+    "LN_TUNING": ("exclude_modules", "target_modules"),
+}
+_WITHOUT_EFFECT = {
+    "": (
+        "auto_mapping",
+        "base_model_name_or_path",
+        "inference_mode",
+        "peft_type",
+        "peft_version",
+        "revision",
+        "task_type",
+    ),
+    "LORA": ("corda_config", "eva_config", "loftq_config", "lora_ga_config", "megatron_core", "qalora_group_size"),
+    "IA3": ("init_ia3_weights",),
+    "LN_TUNING": (),
+}
+# Initialisations that leave the base and the formula as they are.
+_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 # Initialisations after which the base model is not the plain one any more, so that A and B alone mean nothing.
 _CHANGES_BASE = ("corda", "loftq", "lora_ga", "olora", "pissa")
 
@@ -84,16 +119,24 @@ def read(folder: Path, model: nn.Module) -> tuple[Method, dict[str, Tensor]]:
     if kind is None:
         raise InputError(f"{path} has no peft_type: not a PEFT adapter")
     readers = {"LORA": _read_lora, "IA3": _read_ia3, "LN_TUNING": _read_ln}
-    if kind not in readers:
+    if not isinstance(kind, str) or kind not in readers:
         raise InputError(f"{path}: peft_type {kind!r} is not supported, only {', '.join(readers)}")
-    for key in _UNSUPPORTED[kind]:
-        if content.get(key):
-            raise InputError(f"{path}: {key} = {content[key]!r} is not supported")
+    _check_settings(path, kind, content)
     tensors = _strip_prefix(folder / WEIGHTS, read_tensors(folder / WEIGHTS))
     try:
-        return readers[kind](content, tensors, model)
+        return readers[kind](content, _without_base(model, tensors), model)
     except (InputError, TypeError, ValueError, re.error) as error:
         raise InputError(f"{path}: {error}") from error
+
+
+def _check_settings(path: Path, kind: str, content: dict) -> None:
+    known = {*_READ[kind], *_WITHOUT_EFFECT[""], *_WITHOUT_EFFECT[kind]}
+    for key in sorted(content.keys() - known):
+        if content[key] and key in _UNSUPPORTED[kind]:
+            raise InputError(f"{path}: {key} = {content[key]!r} is not supported")
+        if content[key]:  # what is off does nothing
+            written = f", written by PEFT {content['peft_version']}" if content.get("peft_version") else ""
+            raise InputError(f"{path}: {key} = {content[key]!r} is a setting that {kind} is not known to have{written}")
 
 
 # -- LORA -----------------------------------------------------------------------------------------------------------
@@ -126,15 +169,17 @@ def _lora_key(key: str) -> str:
 
 def _read_lora(content: dict, tensors: dict[str, Tensor], model: nn.Module) -> tuple[LoRA, dict[str, Tensor]]:
     start = content.get("init_lora_weights")
-    if isinstance(start, str) and start.startswith(_CHANGES_BASE):
+    if start not in _PLAIN_STARTS and not str(start).lower().startswith(_CHANGES_BASE):
+        raise InputError(f"init_lora_weights = {start!r} is not supported")
+    if start not in _PLAIN_STARTS:
         raise InputError(
             f"init_lora_weights = {start!r} is not supported: it changes the base model; "
             "convert the adapter with PEFT's path_initial_model_for_weight_conversion"
         )
     config = LoRA(
         rank=content.get("r", 8),
-        alpha=float(content.get("lora_alpha", 8)),
-        dropout=float(content.get("lora_dropout") or 0.0),
+        alpha=_number(content, "lora_alpha", 8),
+        dropout=_number(content, "lora_dropout", 0.0),
         targets=_read_targets(model, content),
         rank_pattern=_patterns(content, "rank_pattern", int),
         alpha_pattern=_patterns(content, "alpha_pattern", (int, float)),
@@ -148,8 +193,6 @@ def _read_lora(content: dict, tensors: dict[str, Tensor], model: nn.Module) -> t
             state[path] = tensor
         elif path.endswith(".base_layer") and last == "bias":
             state[f"{path.removesuffix('.base_layer')}.bias"] = tensor
-        elif path.endswith(".base_layer") and last == "weight":
-            _check_same_base(model, f"{path.removesuffix('.base_layer')}.weight", tensor)
         elif last in ("lora_embedding_A", "lora_embedding_B"):
             state[key] = tensor
         else:
@@ -166,9 +209,32 @@ def _patterns(content: dict, key: str, kind) -> dict:
     return patterns
 
 
-def _check_same_base(model: nn.Module, name: str, tensor: Tensor) -> None:
-    """PEFT stores a targeted output projection's base weight too; it says nothing new unless it was trained."""
-    here = dict(model.named_parameters(remove_duplicate=False)).get(name)
+def _number(content: dict, key: str, default: float) -> float:
+    value = content.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise InputError(f"{key} {value!r}: expected a number")
+    return float(value)
+
+
+# -- base weights ---------------------------------------------------------------------------------------------------
+
+
+def _without_base(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``tensors`` without the weights of the base model that PEFT stores too: the output projection's where it is a
+    target, and those of tables that had been resized. They say nothing new unless they were trained."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    rest = {}
+    for key, tensor in tensors.items():
+        path, _, last = key.rpartition(".")
+        name = f"{path.removesuffix('.base_layer')}.{last}"
+        if last == "weight" and (path.endswith(".base_layer") or key in parameters):
+            _check_same_base(parameters.get(name), name, tensor)
+        else:
+            rest[key] = tensor
+    return rest
+
+
+def _check_same_base(here: Tensor | None, name: str, tensor: Tensor) -> None:
     if here is None or here.shape != tensor.shape:
         raise InputError(f"{WEIGHTS} brings a base weight {name!r} that this model has not or in another shape")
     here = here.detach().cpu()
@@ -269,27 +335,38 @@ def _read_targets(model: nn.Module, content: dict) -> tuple[str, ...] | str:
     targets = content.get("target_modules")
     if not targets or not isinstance(targets, (str, list)):
         raise InputError(f"target_modules {targets!r}: expected a list of names or a regular expression")
-    excluded, layers = content.get("exclude_modules"), content.get("layers_to_transform")
+    excluded, layers, patterns = (content.get(k) for k in ("exclude_modules", "layers_to_transform", "layers_pattern"))
+    for key, value in (("layers_to_transform", layers), ("layers_pattern", patterns)):
+        if value is not None and isinstance(targets, str):
+            raise InputError(f"{key} {value!r}: expected none beside target_modules {targets!r}, which is no list")
+    if patterns and layers is None:
+        raise InputError(f"layers_pattern {patterns!r}: expected layers_to_transform beside it")
     paths = [path for path, _ in base_modules(model) if path]
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        targets = _all_linear(model)
+        if not excluded:
+            return tuple(targets)
     if isinstance(targets, list):  # PEFT is content when one of the names matches, we want each to
         targets = [name for name in targets if any(_matches([name], path) for path in paths)] or targets
     if not excluded and layers in (None, []):
         return targets if isinstance(targets, str) else tuple(sorted(targets))
-    if targets == "all-linear":
-        paths, targets = list(describe(model).linears), paths
-    patterns = content.get("layers_pattern") or []
-    patterns = [patterns] if isinstance(patterns, str) else patterns
-    layers = layers if isinstance(layers, list) else None if layers is None else [layers]
+    numbers = [layers] if isinstance(layers, int) else layers
     left = [
         path
         for path in paths
         if _matches(targets, path)
         and not (excluded and _matches(excluded, path))
-        and (not layers or _layer_index(path, patterns) in layers)
+        and (not numbers or path in targets or _layer_index(path, patterns or []) in numbers)
     ]
     if not left:
         raise InputError("target_modules with exclude_modules or layers_to_transform leave no module of this model")
     return tuple(left)
+
+
+def _all_linear(model: nn.Module) -> list[str]:
+    """Paths of every linear layer but the output projection."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return [path for path, module in base_modules(model) if isinstance(module, nn.Linear) and module is not head]
 
 
 def _matches(targets: list[str] | str, path: str) -> bool:
@@ -298,8 +375,9 @@ def _matches(targets: list[str] | str, path: str) -> bool:
     return any(path == name or path.endswith(f".{name}") for name in targets)
 
 
-def _layer_index(path: str, patterns: list[str]) -> int | None:
+def _layer_index(path: str, patterns: list[str] | str) -> int | None:
     """The number of the layer that `path` is in: the first number in it, or the first after one of `patterns`."""
+    patterns = [patterns] if isinstance(patterns, str) else patterns
     expressions = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in patterns] or [r".*?\.[^.]*\.(\d+)\."]
     match = next(filter(None, (re.match(expression, path) for expression in expressions)), None)
     return int(match.group(1)) if match else None

@@ -44,6 +44,12 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write a safetensors file; tensors on any device."""
+    tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+
+
 def write_adapter(config_path: Path, config: dict, weights_path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Write both files, or neither: the same config and tensors give the same bytes.
 
@@ -52,11 +58,11 @@ def write_adapter(config_path: Path, config: dict, weights_path: Path, tensors: 
     folder = config_path.parent
     created = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     try:
         with atomic_write(config_path) as file, atomic_path(weights_path) as temporary:
-            file.write(json.dumps(config, indent=2, sort_keys=True) + "\n")
-            safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt"})
+            # settings are sorted; inside of one the order may mean something: the first pattern that matches counts
+            file.write(json.dumps(dict(sorted(config.items())), indent=2) + "\n")
+            write_tensors(temporary, tensors)
     except BaseException:
         if created:
             with contextlib.suppress(OSError):

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from petl_kernels.errors import InputError, shown
+from petl_kernels.methods.state_dicts import watch
 from petl_kernels.ops.quantised import QuantisedTensor, quantise_like
 
 
@@ -50,6 +51,10 @@ class Piece(nn.Module):
 
     def state(self) -> dict[str, Tensor]:
         """What is stored: suffix -> tensor."""
+        return {}
+
+    def training_state(self) -> dict[str, Tensor]:
+        """What is trained in place of ``state``: suffix -> parameter; empty where ``state`` is the parameters."""
         return {}
 
     def fold(self) -> None:
@@ -222,6 +227,7 @@ def add_record(model: nn.Module, config: Method, name: str) -> None:
     record.base = {key: host_copy(parameter) for key, parameter in trained.items()}
     record.added = {key: nn.Parameter(value) for key, value in config.added_tensors(model).items()}
     model.petl_adapters = {**records(model), name: record}
+    watch(model)
     _keep_out_of_checkpoints(model)
 
 
@@ -256,9 +262,14 @@ def _keep_out_of_checkpoints(model: nn.Module) -> None:
     """``save_pretrained`` writes the plain model: adapters have files of their own."""
     if not hasattr(model, "_keys_to_ignore_on_save"):
         return
+    model._keys_to_ignore_on_save = {*(model._keys_to_ignore_on_save or ()), *adapter_parameters(model)}
+
+
+def adapter_parameters(model: nn.Module) -> set[str]:
+    """Names of the parameters in ``model`` that the plain model has not."""
     places = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, Named))
-    added = {name for name, _ in model.named_parameters(remove_duplicate=False) if name.startswith(places)}
-    model._keys_to_ignore_on_save = {*(model._keys_to_ignore_on_save or ()), *added}
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False) if name.startswith(places)}
+    return names.union(*(record.added for record in records(model).values()))
 
 
 def host_copy(tensor: Tensor) -> Tensor:
@@ -283,9 +294,16 @@ def activate(model: nn.Module, name: str | None) -> None:
     record = records(model)[name]
     exchange(model, record)
     for key, parameter in record.added.items():
+        _follow(parameter, model.get_submodule(key.rpartition(".")[0]).weight)
         set_parameter(model, key, parameter)
     for parameter in trained(model, name):
         parameter.requires_grad_(True)
+
+
+def _follow(added: nn.Parameter, weight: Tensor) -> None:
+    """Device and dtype of the module's weight: ``model.to`` does not reach what is not in the model."""
+    if (added.device, added.dtype) != (weight.device, weight.dtype):
+        added.data = added.data.to(weight.device, weight.dtype)
 
 
 def run_pieces(model: nn.Module, name: str | None) -> None:
@@ -345,6 +363,22 @@ def load_adapter_state(model: nn.Module, name: str, state: dict[str, Tensor]) ->
     with torch.no_grad():
         for key, tensor in adapter_state(model, name).items():
             tensor.copy_(state[key])
+
+
+def training_state(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """What training ``name`` goes on from, where that is another form than ``adapter_state``; else empty."""
+    return {
+        f"{path}.{suffix}": t for path, piece in pieces(model, name) for suffix, t in piece.training_state().items()
+    }
+
+
+def load_training_state(model: nn.Module, name: str, state: dict[str, Tensor]) -> None:
+    """Put what ``training_state`` gave back. Raises InputError as ``load_adapter_state`` does."""
+    expected = training_state(model, name)
+    _check_state(name, state, expected)
+    with torch.no_grad():
+        for key, parameter in expected.items():
+            parameter.copy_(state[key])
 
 
 def _check_state(name: str, state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -35,20 +35,30 @@ class LowRank(Piece):
     def __init__(self, linear: nn.Linear, rank: int, scale: float, dropout: float):
         super().__init__()
         place = {"device": linear.weight.device, "dtype": piece_dtype(linear.weight)}
-        self.scale, self.dropout = scale, dropout
+        self.stored_scale, self.rate = scale, dropout
         self.A = nn.Parameter(torch.empty(rank, linear.in_features, **place))
         self.B = nn.Parameter(torch.zeros(linear.out_features, rank, **place))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+
+    # Ops take rates below 1. A rate of 1 drops all of x in training, which a scale of 0 gives without dividing by 0.
+
+    @property
+    def scale(self) -> float:
+        return 0.0 if self.training and self.rate == 1 else self.stored_scale
+
+    @property
+    def dropout(self) -> float:
+        return 0.0 if self.rate == 1 else self.rate
 
     def state(self) -> dict[str, Tensor]:
         return {"lora_A": self.A, "lora_B": self.B}
 
     def delta(self, rows: slice = slice(None)) -> Tensor:
         """``rows`` of scale · B A, (out, in)."""
-        return self.scale * (self.B[rows] @ self.A)
+        return self.stored_scale * (self.B[rows] @ self.A)
 
     def extra_repr(self) -> str:
-        return f"rank={self.A.shape[0]}, scale={self.scale}, dropout={self.dropout}"
+        return f"rank={self.A.shape[0]}, scale={self.stored_scale}, dropout={self.rate}"
 
 
 class LoRALinear(nn.Linear):
@@ -82,7 +92,7 @@ class LoRALinear(nn.Linear):
     def add(self, name: str, rank: int, scale: float, dropout: float = 0.0) -> None:
         """A new adapter, not active. Raises InputError for a rank that is no size or larger than the layer."""
         check_rank(f"{self.out_features} x {self.in_features} linear", rank, self.in_features, self.out_features)
-        self.lora[name] = LowRank(self, rank, scale, dropout)
+        self.lora[name] = LowRank(self, rank, scale, dropout).train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
         piece = self.lora.current()
@@ -194,8 +204,8 @@ class LoRA(Method):
 
     def __post_init__(self):
         check_size("lora", "rank", self.rank)
-        if not 0 <= self.dropout < 1:
-            raise InputError(f"lora dropout {self.dropout!r}: expected a number in [0, 1)")
+        if not 0 <= self.dropout <= 1:
+            raise InputError(f"lora dropout {self.dropout!r}: expected a number from 0 to 1")
         for alpha in (self.alpha, *self.alpha_pattern.values()):
             if not alpha > 0:
                 raise InputError(f"lora alpha {alpha!r}: expected a number above 0")

@@ -61,6 +61,9 @@ class Prefix(Piece):
         key, value = self.folded()
         return {"prefix.key": key, "prefix.value": value}
 
+    def training_state(self) -> dict[str, Tensor]:
+        return {} if self.mlp is None else {"prefix.key": self.key, "prefix.value": self.value}
+
     def folded(self) -> tuple[Tensor, Tensor]:
         if self.mlp is None:
             return self.key, self.value
@@ -100,6 +103,9 @@ class PrefixMLPs(Piece):
                 for kind, width in widths.items()
             }
         )
+
+    def training_state(self) -> dict[str, Tensor]:
+        return {f"prefix.{name}": parameter for name, parameter in self.named_parameters()}
 
     def fold(self) -> None:
         self.by_kind = nn.ModuleDict()

@@ -25,6 +25,7 @@ from petl_kernels.backends import turned_down
 from petl_kernels.device import resolve
 from petl_kernels.errors import InputError
 from petl_kernels.graphs import check_device
+from petl_kernels.interop.adapters import write_merged
 from petl_kernels.interop.files import atomic_dir, atomic_write
 from petl_kernels.interop.planned import load_planned
 from petl_kernels.memory import cap
@@ -485,9 +486,7 @@ class _Training:
 
     def _write_weights(self) -> None:
         if self.config.method == "full":
-            with atomic_dir(self.folder.model) as temporary:
-                self.model.save_pretrained(temporary)
-                self.tokenizer.save_pretrained(temporary)
+            write_merged(self.model, self.tokenizer, self.folder.model)
             return
         pk.save_adapter(self.model, self.folder.adapter)
 

@@ -204,6 +204,27 @@ def test_lora_on_a_linear_that_carries_another_adapter(model, family):
     assert torch.equal(logits(model), lora) and not torch.allclose(lora, houlsby, atol=1e-2)
 
 
+def test_dropout_of_one_drops_all_of_it():
+    """As nn.Dropout(1.0) does: in training the plain layer with gradients of 0, in evaluation the whole adapter."""
+    x = torch.randn(5, 64, requires_grad=True)
+    linear = nn.Linear(64, 9).eval()
+    lora = pk.nn.LoRALinear.from_linear(linear, rank=3, dropout=1.0)
+    nn.init.normal_(lora.lora["default"].B)
+    (whole,) = pk.nn.GroupedLoRALinear([lora])(x)
+    assert (whole - linear(x)).abs().max() > 1e-2  # it came in evaluation mode
+    for layer in (lora, pk.nn.GroupedLoRALinear([lora])):
+        layer.train()
+        y = layer(x)
+        y = y if isinstance(y, torch.Tensor) else y[0]
+        torch.testing.assert_close(y, linear(x))
+        lora.zero_grad()
+        dx, dy = torch.autograd.grad(linear(x).sum(), x)[0], torch.ones_like(y)
+        torch.testing.assert_close(torch.autograd.grad(y, x, dy, retain_graph=True)[0], dx)
+        y.backward(dy)
+        assert all(not parameter.grad.any() for parameter in lora.lora.parameters())
+    torch.testing.assert_close(lora.eval()(x), whole)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -213,7 +234,7 @@ def test_lora_on_a_linear_that_carries_another_adapter(model, family):
         ({"alpha": 0}, "lora alpha 0: expected a number above 0"),
         ({"alpha_pattern": {"q_proj": -1.0}}, "lora alpha -1.0: expected a number above 0"),
         ({"bias": "all"}, "lora bias 'all': expected 'none' or 'lora_only'"),
-        ({"dropout": 1.0}, r"lora dropout 1.0: expected a number in \[0, 1\)"),
+        ({"dropout": 1.1}, "lora dropout 1.1: expected a number from 0 to 1"),
         ({"targets": ()}, r"lora targets \(\): expected at least one"),
         ({"targets": ("qproj",)}, "lora target 'qproj': matches no module of M2M100.*near: q_proj"),
         ({"targets": ("shared",)}, "lora target 'model.shared': .* expected 'embed_tokens'"),

@@ -1,0 +1,71 @@
+"""Adapters in the checkpoints of transformers' ``Trainer``: no callback is needed.
+
+A checkpoint holds what ``save_pretrained`` writes, the plain model and each adapter in a subfolder of its name.
+``resume_from_checkpoint`` and ``load_best_model_at_end`` give the model's adapters the values from there, bit for bit.
+A checkpoint without one of them is refused, and so is one with adapters for a model that has none.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from types import ModuleType
+
+from torch import nn
+
+from petl_kernels.errors import InputError
+from petl_kernels.methods.base import records
+from petl_kernels.transformers_names import loads_checkpoints
+
+
+def wrap(trainer: ModuleType) -> None:
+    """Wraps the methods of ``Trainer``, in place. Warns in one line where they are gone."""
+    cls = trainer.Trainer
+    try:
+        resume, best = loads_checkpoints(cls)
+    except InputError as error:
+        warnings.warn(f"{error}; use pk.load_adapter(model, checkpoint)", stacklevel=2)
+        return
+    setattr(cls, resume, _resuming(getattr(cls, resume)))
+    setattr(cls, best, _loading_best(getattr(cls, best)))
+
+
+def _resuming(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        arguments = (resume_from_checkpoint,) if model is None else (resume_from_checkpoint, model)
+        _load(self, resume_from_checkpoint, lambda: original(self, *arguments))
+
+    return load_from_checkpoint
+
+
+def _loading_best(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def load_best_model(self):
+        _load(self, self.state.best_model_checkpoint, lambda: original(self))
+
+    return load_best_model
+
+
+def _load(trainer, folder: str, load: Callable[[], None]) -> None:
+    """``load()`` of the plain model, and its adapters from ``folder``."""
+    from transformers import PreTrainedModel
+
+    from petl_kernels.interop.adapters import fill_adapters, held_adapters, without_adapters
+
+    model: nn.Module = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    # a model of another kind, and sharded ones, are saved and loaded with all of their tensors
+    if not isinstance(model, PreTrainedModel) or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        return load()
+    if not records(model):
+        held = held_adapters(folder)
+        if held:
+            raise InputError(
+                f"{folder} holds the adapter {held[0]!r} and this model has none: "
+                "adapt the model as it was (pk.adapt, pk.load_adapter) before resuming"
+            )
+        return load()
+    with without_adapters(model):
+        load()
+    fill_adapters(model, folder)

@@ -1,0 +1,90 @@
+"""``state_dict`` and ``load_state_dict`` of an adapted model.
+
+A state has the pieces of all adapters, and the values that base tensors have with the active one. What the other
+adapters train of the base stands beside, as "petl_aside.<adapter>.<tensor>"; the name of the active one in the state's
+metadata. So a state that was saved with another adapter active is refused where its values would be taken for others.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+from petl_kernels.errors import InputError
+
+ASIDE = "petl_aside."
+_ACTIVE = "petl_active"
+
+
+def watch(model: nn.Module) -> None:
+    """Let an adapted ``model``'s states hold all of its adapters; once a model."""
+    if _say_what_was_left not in model._load_state_dict_post_hooks.values():
+        model.register_state_dict_post_hook(_put_aside)
+        model.register_load_state_dict_pre_hook(_take_aside)
+        model.register_load_state_dict_post_hook(_say_what_was_left)
+
+
+def _aside(model: nn.Module) -> dict[str, Tensor]:
+    """The values, by key, of what adapters that are not active train of the base."""
+    found = {}
+    for name, record in model.petl_adapters.items():
+        if name != model.petl_active:
+            kept = {**record.base, **record.added}
+            found |= {f"{ASIDE}{name}.{key}": tensor for key, tensor in kept.items()}
+    return found
+
+
+def _put_aside(model: nn.Module, state: dict, prefix: str, metadata: dict) -> None:
+    if getattr(model, "petl_base_only", False):
+        for key in _own(model):
+            state.pop(prefix + key, None)
+        return
+    metadata[_ACTIVE] = model.petl_active
+    state.update({prefix + key: tensor.detach() for key, tensor in _aside(model).items()})
+
+
+def _take_aside(model, state, prefix, metadata, strict, missing, unexpected, errors) -> None:
+    _check_active(model, metadata)
+    with torch.no_grad():
+        for key, tensor in _aside(model).items():
+            value = state.pop(prefix + key, None)
+            if value is None:
+                missing.append(prefix + key)
+            elif value.shape != tensor.shape:
+                errors.append(f"{key}: shape {tuple(value.shape)}, expected {tuple(tensor.shape)}")
+            else:
+                tensor.copy_(value)
+
+
+def _own(model: nn.Module) -> set[str]:
+    from petl_kernels.methods.base import adapter_parameters  # which imports this module
+
+    return adapter_parameters(model)
+
+
+def _check_active(model: nn.Module, metadata: dict) -> None:
+    saved, here = metadata.get(_ACTIVE), model.petl_active
+    if _ACTIVE not in metadata or saved == here:
+        return
+    for name in (saved, here):
+        record = model.petl_adapters.get(name)
+        if record is not None and (record.base or record.added):
+            raise InputError(
+                f"load_state_dict: saved with adapter {saved!r} active, and {here!r} is: "
+                f"pk.use_adapter(model, {saved!r}) before loading"
+            )
+
+
+def _say_what_was_left(model: nn.Module, incompatible) -> None:
+    """With ``strict=False`` adapters would keep their values without a word."""
+    own = _own(model)
+    left = [key for key in incompatible.missing_keys if key in own or key.startswith(ASIDE)]
+    if getattr(model, "petl_base_only", False):  # they come from elsewhere
+        incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if key not in left]
+    elif left:
+        warnings.warn(
+            f"load_state_dict: no values for {left[0]!r} and {len(left) - 1} more of adapters, which stay as they are",
+            stacklevel=3,
+        )
