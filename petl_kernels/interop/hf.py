@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from petl_kernels import versions
 from petl_kernels.errors import InputError
 from petl_kernels.methods.base import set_parameter
-from petl_kernels.transformers_names import has_own_head
+from petl_kernels.transformers_names import has_own_head, language_ids, target_ids
 
 # config.model_type -> class; NLLB is an m2m_100, mBART-50 an mbart, MADLAD-400 a t5
 SUPPORTED = {
@@ -295,9 +295,16 @@ def _model_class(config):
 
 
 def _check_vocabulary(name: str, model, tokenizer) -> None:
+    """Refuse a tokenizer that has an id without a row in the model's tables, of words or of a language."""
+    known = {**tokenizer.get_vocab(), **(language_ids(tokenizer) or {})}
     rows = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > rows:
-        raise InputError(f"model {name!r}: the tokenizer has {len(tokenizer)} tokens, the model only {rows}")
+    if max(known.values()) >= rows:
+        count, last = max(len(tokenizer), 1 + max(known.values())), max(known, key=lambda word: known[word])
+        raise InputError(f"model {name!r}: the tokenizer has {count} tokens, {last!r} the last, the model only {rows}")
+    targets, rows = target_ids(tokenizer), model.get_output_embeddings().weight.shape[0]
+    if targets is not None and max(targets.values()) >= rows:
+        count = 1 + max(targets.values())
+        raise InputError(f"model {name!r}: the tokenizer has {count} tokens of the target, the model only {rows}")
 
 
 def _folder(name: str) -> Path | None:
