@@ -336,6 +336,14 @@ def _load_tokenizer(name: str, folder: Path | None):
         return _attempt(f"tokenizer of {name!r}", AutoTokenizer.from_pretrained, name)
 
 
+def positions(config) -> int | None:
+    """How many tokens a side of a model can have; None where its table of positions grows, or it has none.
+
+    M2M-100 and NLLB make more positions as they are needed; T5's family counts distances.
+    """
+    return config.max_position_embeddings if config.model_type in ("mbart", "marian") else None
+
+
 def no_layerdrop(config) -> None:
     for key in ("encoder_layerdrop", "decoder_layerdrop", "layerdrop"):
         if hasattr(config, key):

@@ -64,7 +64,19 @@ _ALIASES = dict(
 )
 _ALIASES |= {flores.split("_")[0]: short for short, flores in _FLORES.items()}
 _SCRIPTS = {short: flores.split("_")[1] for short, flores in _FLORES.items()}
-_REGION_SCRIPTS = {("zh", "cn"): "hans", ("zh", "sg"): "hans", ("zh", "tw"): "hant", ("zh", "hk"): "hant"}
+# Of languages that no model here has a code for, or that have no short one; written without spaces, all of them.
+_MORE_SCRIPTS = dict(
+    entry.split(":")
+    for entry in """
+    yue:Hant nan:Hant hak:Hant lzh:Hant och:Hant ltc:Hant wuu:Hans gan:Hans hsn:Hans cjy:Hans cdo:Hans mnp:Hans
+    cpx:Hans czh:Hans czo:Hans csp:Hans ryu:Jpan ain:Jpan nod:Lana shn:Mymr mnw:Mymr ksw:Mymr rki:Mymr kht:Mymr
+    khb:Talu tts:Thai sou:Thai adx:Tibt lbj:Tibt khg:Tibt sip:Tibt
+    """.split()
+)
+_REGION_SCRIPTS = {
+    **{("zh", region): "hans" for region in ("cn", "sg", "my")},
+    **{("zh", region): "hant" for region in ("tw", "hk", "mo")},
+}
 
 _TAG_FORMS = {  # how each family writes a language as one token
     "m2m100": re.compile(r"__([a-z]{2,3}(?:[-_][A-Za-z]+)*)__"),
@@ -302,6 +314,19 @@ def _canonical(code: str) -> tuple[str, str | None]:
 def _script(code: str) -> str:
     language, script = _canonical(code)
     return script or _SCRIPTS.get(language, "").lower()
+
+
+def script_of(code: str) -> str:
+    """The script that a language's code names, or else the usual one of its language: "Latn"; "" when unknown.
+
+    All forms of codes: "zh", "zho_Hans", "zh-TW", "chi", "__zh__", "<2zh_Latn>", "zh-yue".
+    """
+    parts = re.split(r"[-_]", _bare(code))
+    if len(parts) > 1 and parts[1].lower() in _MORE_SCRIPTS:  # a language under its macrolanguage
+        parts = parts[1:]
+    found = _canonical("_".join(part for part in parts if not part.isdigit()))
+    script = found[1] or _SCRIPTS.get(found[0]) or _MORE_SCRIPTS.get(found[0]) or ""
+    return script.title()
 
 
 def _near(code: str, names: Iterable[str]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -14,14 +13,21 @@ from sacrebleu.metrics import BLEU, CHRF
 
 from petl_kernels import versions
 from petl_kernels.errors import InputError
+from petl_kernels.interop.hf import positions
+from petl_kernels.interop.languages import script_of
 from petl_kernels.memory.generation import SearchBytes, output_length
 
-from .data import Corpus, Ragged
+from .data import Corpus, Ragged, has_text
 from .loss import sequence_loss
 
-# sacreBLEU splits at spaces and punctuation; these languages write without spaces.
-_TOKENIZE = {"zh": "zh", "ja": "char", "th": "char", "km": "char", "lo": "char", "my": "char"}
-_THREE_LETTERS = {"zho": "zh", "cmn": "zh", "jpn": "ja", "tha": "th", "khm": "km", "lao": "lo", "mya": "my"}
+# Scripts that put no spaces between words, where 13a would take a sentence for one word. sacreBLEU has a tokenizer for
+# Chinese; its others for such scripts are models that have to be downloaded, or packages that have to be installed, and
+# characters need neither. Korean has spaces, and 13a.
+_TOKENIZE = {script: "zh" for script in ("Hans", "Hant", "Hani", "Bopo")}
+_TOKENIZE |= {
+    script: "char"
+    for script in ("Jpan", "Hira", "Kana", "Hrkt", "Thai", "Laoo", "Khmr", "Mymr", "Tibt", "Lana", "Talu", "Tale", "Tavt")
+}
 
 versions.check("sacrebleu")
 
@@ -80,9 +86,10 @@ def until_it_fits(
 
 
 def bleu_tokenizer(tgt_lang: str) -> str:
-    """The tokenizer that BLEU is computed with when none is named: 13a, except where words have no spaces."""
-    code = re.split(r"[-_]", re.sub(r"[^A-Za-z_-]", "", tgt_lang).strip("_").lower())[0]
-    return _TOKENIZE.get(_THREE_LETTERS.get(code, code), "13a")
+    """The tokenizer that BLEU is computed with when none is named: zh for Chinese characters, char for other scripts
+    without spaces between words (Japanese, Thai, Lao, Khmer, Burmese, Tibetan), else 13a. Any code of a language goes.
+    """
+    return _TOKENIZE.get(script_of(tgt_lang), "13a")
 
 
 def bleu_metric(tgt_lang: str, tokenize: str | None = None) -> BLEU:
@@ -128,13 +135,18 @@ def translate(
     limit: BatchLimit | int = 4096,
     autocast: Autocast = nullcontext,
 ) -> tuple[list[str], int]:
-    """Translations by beam search, in the order of ``texts``, and how many sources were cut to ``max_length`` tokens.
+    """Translations by beam search, in the order of ``texts``, and how many sources were cut to ``max_length`` tokens,
+    or to the positions of a model that has fewer.
 
-    A line without text gives an empty line. Searched in batches of like length; limit: of a batch, or its tokens.
+    A line without text gives an empty line, one of characters that nobody sees too. Searched in batches of like length; limit: of a batch, or its tokens.
     """
     device = next(model.parameters()).device
-    filled = [i for i, text in enumerate(texts) if text.strip()]
+    max_length = fitting_length(model, max_length)
+    (nothing,) = language.encode_source([""])
+    filled = [i for i, text in enumerate(texts) if has_text(text)]
     encoded = language.encode_source([texts[i] for i in filled])
+    filled = [i for i, ids in zip(filled, encoded, strict=True) if ids != nothing]
+    encoded = [ids for ids in encoded if ids != nothing]
     cut = sum(len(ids) > max_length for ids in encoded)
     # The end-of-sentence mark and a language tag behind it stay when a source is cut.
     encoded = [ids if len(ids) <= max_length else ids[: max_length - 2] + ids[-2:] for ids in encoded]
@@ -160,6 +172,11 @@ def translate(
         for index, text in zip(indices, language.decode(output), strict=True):
             results[filled[index]] = " ".join(text.split())  # one line in, one line out
     return results, cut
+
+
+def fitting_length(model, max_length: int) -> int:
+    """``max_length``, or the number of positions of a model that has fewer."""
+    return min(max_length, positions(model.config) or max_length)
 
 
 @contextmanager

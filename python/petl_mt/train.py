@@ -40,6 +40,7 @@ from .late import LateReader
 from .log import RunLog, memory_in_use
 from .plan import plan_for, prepared, widened, width_multiple
 from .prepare import (
+    check_positions,
     decoder_start,
     language_pair,
     load_model,
@@ -149,6 +150,7 @@ class _Training:
         torch.manual_seed(config.seed)
 
         self.model, self.tokenizer = load_model(config, run, train_text, resuming)
+        check_positions(self.model, config.max_length)
         self.config = config = config.resolve(self.model.config.d_model)
         if resuming:
             run.check_same(config)
