@@ -322,7 +322,7 @@ def script_of(code: str) -> str:
     All forms of codes: "zh", "zho_Hans", "zh-TW", "chi", "__zh__", "<2zh_Latn>", "zh-yue".
     """
     parts = re.split(r"[-_]", _bare(code))
-    if len(parts) > 1 and parts[1].lower() in _MORE_SCRIPTS:  # a language under its macrolanguage
+    if len(parts) > 1 and len(parts[1]) == 3 and parts[1].isalpha():  # a language under its macrolanguage
         parts = parts[1:]
     found = _canonical("_".join(part for part in parts if not part.isdigit()))
     script = found[1] or _SCRIPTS.get(found[0]) or _MORE_SCRIPTS.get(found[0]) or ""

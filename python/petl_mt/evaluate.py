@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -92,6 +93,21 @@ def bleu_tokenizer(tgt_lang: str) -> str:
     return _TOKENIZE.get(script_of(tgt_lang), "13a")
 
 
+_HAN = "\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+_OTHERS = "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff"  # Thai, Lao, Tibetan; Burmese; Khmer; kana
+
+
+def _tokenizer_for(tgt_lang: str, references: Sequence[str]) -> str:
+    """Of the language, or of most characters in ``references`` where its code says nothing (some models take any)."""
+    if script_of(tgt_lang):
+        return bleu_tokenizer(tgt_lang)
+    text = "".join("".join(references).split())
+    others = len(re.findall(f"[{_OTHERS}]", text))
+    if 2 * (others + len(re.findall(f"[{_HAN}]", text))) <= len(text):
+        return "13a"
+    return "char" if others else "zh"
+
+
 def bleu_metric(tgt_lang: str, tokenize: str | None = None) -> BLEU:
     """sacreBLEU for a target language. InputError for a tokenizer that is unknown or cannot run here."""
     try:
@@ -106,7 +122,7 @@ def score_lines(
     hypotheses: Sequence[str], references: Sequence[str], tgt_lang: str, tokenize: str | None = None
 ) -> Scores:
     """BLEU and chrF2 of ``hypotheses`` against one reference each."""
-    bleu, chrf = bleu_metric(tgt_lang, tokenize), CHRF()
+    bleu, chrf = bleu_metric(tgt_lang, tokenize or _tokenizer_for(tgt_lang, references)), CHRF()
     b, c = (metric.corpus_score(list(hypotheses), [list(references)]) for metric in (bleu, chrf))
     signatures = str(bleu.get_signature()), str(chrf.get_signature())
     return Scores(round(b.score, 4), signatures[0], round(c.score, 4), signatures[1], len(hypotheses))
