@@ -32,8 +32,8 @@ class AddedWords:
         for word, i in self.ids.items():
             if taken.get(i, word) != word:
                 raise InputError(
-                    f"tokenizer: the added word {word!r} has the id {i}, which {taken[i]!r} has; expected one of its own "
-                    "(M2M-100's languages have to be named as extra special tokens before words are added)"
+                    f"tokenizer: the added word {word!r} has the id {i}, which {taken[i]!r} has; expected one of "
+                    "its own (M2M-100's languages have to be named as extra special tokens before words are added)"
                 )
         longest_first = sorted(self.ids, key=len, reverse=True)
         self._pattern = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if self.ids else None
@@ -56,7 +56,11 @@ class AddedWords:
             return encode(texts)
         split = [self._split(text) if self._pattern.search(text) else [text] for text in texts]
         between = iter(encode([part for parts in split for part in parts if part not in self.ids]))
-        return [[i for part in parts for i in ([self.ids[part]] if part in self.ids else next(between))] for parts in split]
+
+        def ids(part: str) -> list[int]:
+            return [self.ids[part]] if part in self.ids else next(between)
+
+        return [[i for part in parts for i in ids(part)] for parts in split]
 
     def _split(self, text: str) -> list[str]:
         """``text`` cut at words as transformers' tokenizers in Python do: the leftmost, longest word, and then each

@@ -120,7 +120,9 @@ def checkpoint_dtype(path_or_id: str | os.PathLike) -> torch.dtype:
 
 
 def _from_pretrained(name: str, config, files: str | None, **options) -> nn.Module:
-    """transformers' own loader, of ``files`` or of the state dict among the options; InputError for tensors that are missing or of another shape than the config's."""
+    """transformers' own loader, of ``files`` or of the state dict among the options.
+
+    Raises InputError for tensors that are missing, or of another shape than the config's."""
     model, info = _attempt(
         f"model {name!r}",
         _model_class(config).from_pretrained,
@@ -161,7 +163,9 @@ def _laid_out(name: str, config) -> nn.Module:
         if tensor.untyped_storage().nbytes() == tensor.element_size() and mark in named:
             return named[mark]
         if tensor.numel() and tensor.detach().min().item() <= _MARK:
-            raise InputError(f"model {name!r}: transformers changes {key} as it loads it; expected it to read it as it is")
+            raise InputError(
+                f"model {name!r}: transformers makes {key} of other tensors; expected it as it is in the file"
+            )
         return tensor.detach()  # which transformers makes, such as Marian's positions
 
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -179,7 +183,7 @@ def _laid_out(name: str, config) -> nn.Module:
 
 
 def _marks(tensors: dict[str, _Stored], config) -> dict[str, float]:
-    """A number for each tensor; tables of words that have the same values have the same one, as transformers compares."""
+    """A number for each tensor, one for tables of words that have the same values: transformers compares those."""
     rows = {config.vocab_size, getattr(config, "decoder_vocab_size", None)}
     marks: dict[str, float] = {}
     tables: list[str] = []

@@ -19,6 +19,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 from petl_kernels.errors import InputError
 from petl_kernels.interop.added_words import AddedWords
@@ -144,17 +145,18 @@ class LanguagePair:
     def _use_separate_vocabularies(self, model) -> None:
         """Marian with a vocabulary for each side: labels and what is generated are ids of the target's.
 
-        Refused where the model does not end with the target's end of sentence, or has one table of words."""
+        Raises InputError where the model ends with another id than the target's end of sentence, or has one table.
+        """
         name, config = type(self.tokenizer).__name__, model.config
         if self._words:
             raise InputError(
-                f"tokenizer {name}: words were added, {next(iter(self._words.ids))!r} first, and it has a vocabulary for "
-                "each side; expected none, since their ids are of one side"
+                f"tokenizer {name}: words were added, {next(iter(self._words.ids))!r} first, and it has a vocabulary "
+                "for each side; expected none, since their ids are of one side"
             )
         if getattr(config, "share_encoder_decoder_embeddings", True):
             raise InputError(
-                f"tokenizer {name}: has a vocabulary for each side; expected a model with share_encoder_decoder_embeddings "
-                "false"
+                f"tokenizer {name}: has a vocabulary for each side; expected a model with "
+                "share_encoder_decoder_embeddings false"
             )
         special = {str(token) for token in self.tokenizer.all_special_tokens}
         end = self._targets.get(self.tokenizer.eos_token)
@@ -187,7 +189,7 @@ class LanguagePair:
         rows = [[token for token in row if token >= 0 and token not in self._skip] for row in rows]
         if self._targets is not None:
             return self._decode_targets(rows)
-        return self._words.decode(rows, lambda some: self.tokenizer.batch_decode(some, clean_up_tokenization_spaces=False))
+        return self._words.decode(rows, partial(self.tokenizer.batch_decode, clean_up_tokenization_spaces=False))
 
     def _sentence(self, row: list[int]) -> list[int]:
         """What stands between start and end: the id of padding may be that of a piece of the target's vocabulary."""

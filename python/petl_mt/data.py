@@ -34,7 +34,9 @@ _MAGIC = {
     b"\xfe\xff": "UTF-16",
 }
 # Characters that show nothing although Unicode counts them as letters, marks or symbols: fillers, joiners, selectors.
-_UNSEEN = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
+_UNSEEN = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
+)
 _UNSEEN_CATEGORIES = {"Cc", "Cf", "Zs", "Zl", "Zp"}  # control, format, spaces
 
 
@@ -46,8 +48,8 @@ def has_text(line: str) -> bool:
 def read_lines(path: str | Path) -> list[str]:
     """The lines of a UTF-8 text file, plain or gzip (by its first bytes), without their ends.
 
-    A line ends at "\\n" or "\\r\\n" only: other separators of Unicode stand inside sentences. Raises InputError that names
-    the file, and the line: unreadable, empty, not UTF-8, another kind of file.
+    A line ends at "\\n" or "\\r\\n" only: other separators of Unicode stand inside sentences. Raises InputError that
+    names the file, and the line where there is one: unreadable, empty, not UTF-8, another kind of file.
     """
     path = Path(path)
     try:
@@ -72,9 +74,9 @@ def decode_lines(data: bytes, name: str) -> list[str]:
     except UnicodeDecodeError as error:
         at = error.start
     if at >= 0:
-        line, kind = data.count(b"\n", 0, at) + 1, next((k for first, k in _MAGIC.items() if data.startswith(first)), "")
-        named = f"is {kind}; expected UTF-8 text: " if kind else ""
-        raise InputError(f"{name}: {named}line {line} is not UTF-8 (byte 0x{data[at]:02x})")
+        kinds = (f"is {kind}; expected UTF-8 text: " for first, kind in _MAGIC.items() if data.startswith(first))
+        line = data.count(b"\n", 0, at) + 1
+        raise InputError(f"{name}: {next(kinds, '')}line {line} is not UTF-8 (byte 0x{data[at]:02x})")
     if "\r" in text.strip() and "\n" not in text:
         raise InputError(f"{name}: its lines end with carriage returns alone; expected line feeds")
     lines = text.removeprefix("\ufeff").split("\n")

@@ -24,11 +24,8 @@ from .loss import sequence_loss
 # Scripts that put no spaces between words, where 13a would take a sentence for one word. sacreBLEU has a tokenizer for
 # Chinese; its others for such scripts are models that have to be downloaded, or packages that have to be installed, and
 # characters need neither. Korean has spaces, and 13a.
-_TOKENIZE = {script: "zh" for script in ("Hans", "Hant", "Hani", "Bopo")}
-_TOKENIZE |= {
-    script: "char"
-    for script in ("Jpan", "Hira", "Kana", "Hrkt", "Thai", "Laoo", "Khmr", "Mymr", "Tibt", "Lana", "Talu", "Tale", "Tavt")
-}
+_TOKENIZE = dict.fromkeys("Hans Hant Hani Bopo".split(), "zh")
+_TOKENIZE |= dict.fromkeys("Jpan Hira Kana Hrkt Thai Laoo Khmr Mymr Tibt Lana Talu Tale Tavt".split(), "char")
 
 versions.check("sacrebleu")
 
@@ -154,7 +151,8 @@ def translate(
     """Translations by beam search, in the order of ``texts``, and how many sources were cut to ``max_length`` tokens,
     or to the positions of a model that has fewer.
 
-    A line without text gives an empty line, one of characters that nobody sees too. Searched in batches of like length; limit: of a batch, or its tokens.
+    A line without text gives an empty line, and so does one of characters that nobody sees. Searched in batches of like
+    length; limit: of a batch, or its tokens.
     """
     device = next(model.parameters()).device
     max_length = fitting_length(model, max_length)

@@ -79,7 +79,7 @@ def test_added_words_are_the_tokenizers_own_ids(extended, family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_added_words_come_back_with_their_spaces(extended, family):
     pair = pair_of(family, extended(family))
-    texts = ["house ZZTERM tree", "ZZTERM", "dog Lstr tree", "the QQ", "ZZTERM ZZTERMINAL", "the big dog", "", "cat 鱼 sun"]
+    texts = ["house ZZTERM tree", "ZZTERM", "dog Lstr tree", "the QQ", "ZZTERM ZZTERMINAL", "the dog", "", "cat 鱼 sun"]
     rows = pair.encode_target(texts)
     assert pair.decode(rows) == texts
     assert pair.decode(torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, -100)) == texts

@@ -1,4 +1,4 @@
-"""Every layout of a checkpoint's files gives one model, read whole or tensor by tensor: transformers' own loader decides."""
+"""Each layout of a checkpoint's files gives one model, read whole or tensor by tensor: transformers' loader decides."""
 
 from __future__ import annotations
 
