@@ -213,7 +213,7 @@ def _tensors(name: str, config) -> dict[str, _Stored]:
         from huggingface_hub import snapshot_download
 
         folder = Path(snapshot_download(name, allow_patterns=[*_WEIGHTS[:2]]))
-        if not _has(folder, _WEIGHTS[:1]):
+        if not _has(folder, _WEIGHT_FILES[:2]):
             folder = Path(snapshot_download(name, allow_patterns=[*_WEIGHTS[2:]]))
     found: dict[str, _Stored] = {}
     for path in _weight_files(folder, config):
