@@ -226,6 +226,14 @@ def pieces_of(tokenizer: Any, target: bool) -> tuple[Any, dict[str, int]] | None
     return None
 
 
+def target_ids(tokenizer: Any) -> dict[str, int] | None:
+    """Pieces and ids of the target's vocabulary where a tokenizer has one for each side (Marian's may), else None.
+
+    If the names are gone, returns None, and the tokenizer itself is called.
+    """
+    return getattr(tokenizer, "target_encoder", None) if getattr(tokenizer, "separate_vocabs", False) else None
+
+
 def language_ids(tokenizer: Any) -> dict[str, int] | None:
     """M2M-100's language tokens, with their ids. If they are gone, returns None, and the
     vocabulary is searched.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -188,30 +189,54 @@ def plain_state(model: nn.Module, state: dict[str, torch.Tensor] | None = None) 
     return found
 
 
-def save_merged(model: nn.Module, tokenizer, folder: str | os.PathLike) -> Path:
+def save_merged(
+    model: nn.Module,
+    tokenizer,
+    folder: str | os.PathLike,
+    dtype: torch.dtype | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Path:
     """Write model, active adapter merged in, and tokenizer as a plain checkpoint that `transformers` loads unchanged.
 
+    dtype: of all weights in the files; None: of each as the model has it. say: is called with a line on what rounding
+    to `dtype` costs, where it costs anything.
     The model itself is the same afterwards. Quantised weights are merged into (see ``merge``) and written dense, with
-    the values that they stand for: all of them are in host memory for that. Raises InputError when the active adapter
-    cannot be merged (adapters and prefixes add layers) or the folder exists and is not empty; OSError that names the
-    folder when the disk is full.
+    the values that they stand for: all of them are in host memory for that, as are those in another `dtype`. Raises
+    InputError when the active adapter cannot be merged (adapters and prefixes add layers), the folder exists and is not
+    empty, or a weight is beyond the range of `dtype`; OSError that names the folder when the disk is full.
     """
     check_free(folder)
-    return write_merged(model, tokenizer, folder)
+    return write_merged(model, tokenizer, folder, dtype, say)
 
 
-def write_merged(model: nn.Module, tokenizer, folder: str | os.PathLike) -> Path:
+def write_merged(
+    model: nn.Module,
+    tokenizer,
+    folder: str | os.PathLike,
+    dtype: torch.dtype | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Path:
     """``save_merged`` into a folder that may exist: it is replaced as a whole."""
     folder = Path(folder)
+    if dtype is not None and not dtype.is_floating_point:
+        raise InputError(f"dtype {dtype}: expected a floating-point type")
     name = active_name(model)
     was_merged = name is None or find_record(model, name).merged
     if not was_merged:
         merge(model)
     try:
+        state = plain_state(model)
+        if dtype is not None:
+            before = (find_record(model, name).unmerged or {}) if name is not None else {}
+            state, cost = _rounded(state, dtype, before)
+            if say is not None and cost:
+                say(cost)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with atomic_dir(folder) as temporary:
             save = type(model).save_pretrained  # transformers' own: ours writes adapters, too
-            getattr(save, "__wrapped__", save)(model, temporary, state_dict=plain_state(model))
+            getattr(save, "__wrapped__", save)(model, temporary, state_dict=state)
+            if dtype is not None:
+                _write_dtype(temporary / "config.json", dtype)
             tokenizer.save_pretrained(temporary)
     finally:
         if not was_merged:
@@ -230,6 +255,46 @@ def _dense(model: nn.Module) -> dict[int, torch.Tensor]:
     """id of each quantised parameter -> its values, on the CPU."""
     quantised = (parameter for parameter in model.parameters() if isinstance(parameter, QuantisedTensor))
     return {id(parameter): parameter.dequantise().cpu() for parameter in quantised}
+
+
+def _rounded(
+    state: dict[str, torch.Tensor], dtype: torch.dtype, before: dict[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], str]:
+    """``state`` in ``dtype``, tied tensors still one, and a line on what that costs; empty when all stays as it was.
+
+    before: the weights of ``state`` that a merge has changed, as they were. Raises InputError for what does not fit."""
+    rounded: dict[tuple, torch.Tensor] = {}
+    worst, lost, changed = 0.0, 0.0, 0.0
+    for key, tensor in state.items():
+        place = _place(tensor)
+        if place in rounded or not tensor.is_floating_point():
+            continue
+        values = tensor.detach().cpu()
+        new = rounded[place] = values.to(dtype)
+        if values.isfinite().all() and not new.isfinite().all():
+            largest, limit = values.abs().max().item(), torch.finfo(dtype).max
+            raise InputError(f"dtype {dtype}: {key} has a value of {largest:.4g}, expected at most {limit:.4g}")
+        size, error = values.float().norm().item(), (new.float() - values.float()).norm().item()
+        worst = max(worst, error / size if size else 0.0)
+        if key in before and before[key].shape == values.shape:
+            old = before[key].dequantise() if isinstance(before[key], QuantisedTensor) else before[key]
+            lost, changed = lost + error**2, changed + (values.float() - old.detach().cpu().float()).norm().item() ** 2
+    line = f"rounded to {str(dtype).removeprefix('torch.')}: a relative error of at most {worst:.2g} in a weight"
+    if changed:
+        line += f", {(lost / changed) ** 0.5:.2%} of what the adapter changes"
+    return {key: rounded.get(_place(tensor), tensor.detach()) for key, tensor in state.items()}, line if worst else ""
+
+
+def _place(tensor: torch.Tensor) -> tuple:
+    """Returns the same for tied tensors, and for no others."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride()
+
+
+def _write_dtype(path: Path, dtype: torch.dtype) -> None:
+    """Let a config that ``save_pretrained`` has written name the dtype of the files."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _pick_name(model: nn.Module, name: str | None) -> str:

@@ -2,6 +2,7 @@
 
 Everything is written under a temporary name beside its target, flushed to the disk, and then renamed. A run that is
 killed, or a disk that is full, leaves the old content as it was and no half-written file under the target's name.
+What is written may be read by whom the umask says: safetensors makes its files for their owner alone.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     temporary = _beside(path)
     try:
         with _errors_name(path, temporary):
+            mode = _mode_of_new_file(temporary)
             yield temporary
+            temporary.chmod(mode)
             _flush(temporary)
             os.replace(temporary, path)
             _flush(path.parent)
@@ -64,9 +67,11 @@ def atomic_dir(path: str | os.PathLike) -> Iterator[Path]:
             if path.exists() and not path.is_dir():
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
             temporary.mkdir()
+            mode = _mode_of_new_file(temporary / "mode")
             yield temporary
             for folder, _, names in os.walk(temporary):
                 for name in names:
+                    Path(folder, name).chmod(mode)
                     _flush(Path(folder, name))
                 _flush(Path(folder))
             _rename_folder(temporary, path)
@@ -77,6 +82,14 @@ def atomic_dir(path: str | os.PathLike) -> Iterator[Path]:
 
 def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
+
+
+def _mode_of_new_file(path: Path) -> int:
+    """The mode that the umask gives a file there. A process can read its umask only by setting it, in all threads."""
+    path.touch(exist_ok=False)
+    mode = path.stat().st_mode & 0o777
+    path.unlink()
+    return mode
 
 
 def _flush(path: Path) -> None:

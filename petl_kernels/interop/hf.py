@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from zipfile import is_zipfile
 
 import safetensors
 import torch
@@ -15,7 +17,8 @@ from torch import Tensor, nn
 
 from petl_kernels import versions
 from petl_kernels.errors import InputError
-from petl_kernels.transformers_names import has_own_head
+from petl_kernels.methods.base import set_parameter
+from petl_kernels.transformers_names import has_own_head, language_ids, target_ids
 
 # config.model_type -> class; NLLB is an m2m_100, mBART-50 an mbart, MADLAD-400 a t5
 SUPPORTED = {
@@ -26,6 +29,13 @@ SUPPORTED = {
     "mt5": "MT5ForConditionalGeneration",
 }
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
+# What transformers looks for, in this order: the first that is there is the checkpoint, alone.
+_WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 _TOKENIZER_FILES = ("tokenizer.json", "*.model", "*.spm", "vocab.json")
 
 
@@ -40,36 +50,28 @@ def load_pretrained(path_or_id: str | os.PathLike, dtype: torch.dtype = torch.fl
     """
     name, folder, config = _checked(path_or_id)
     tokenizer = _load_tokenizer(name, folder)
-    model, info = _attempt(
-        f"model {name!r}",
-        _model_class(config).from_pretrained,
-        name,
-        config=config,
-        dtype=dtype,
-        output_loading_info=True,
-    )
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise InputError(f"model {name!r}: {len(missing)} tensors are missing from the weights, {missing[0]!r} first")
+    model = _from_pretrained(name, config, name, dtype=dtype)
     _check_vocabulary(name, model, tokenizer)
     return model.eval(), tokenizer
 
 
 def load_skeleton(path_or_id: str | os.PathLike):
-    """(model, tokenizer) as ``load_pretrained``, with parameters on the meta device, in fp32: no weight is read.
+    """(model, tokenizer) as ``load_pretrained``, with parameters on the meta device, in fp32.
 
-    Raises InputError as it does, but for what only the weights can show.
+    Of the weights, names and shapes are read, and the values of tables that may be tied or not. ``petl_sources`` of the
+    model says where each parameter and buffer comes from: the name of a tensor in the files, or the tensor itself where
+    transformers makes it. Raises InputError as ``load_pretrained`` does.
     """
     name, folder, config = _checked(path_or_id)
     tokenizer = _load_tokenizer(name, folder)
-    model = skeleton(config, untied=_head_apart(name))
+    model = _laid_out(name, config)
     _load_generation_config(name, model)
     _check_vocabulary(name, model, tokenizer)
-    return model, tokenizer
+    return model.eval(), tokenizer
 
 
 def _load_generation_config(name: str, model: nn.Module) -> None:
-    """As ``from_pretrained`` does: words that are never chosen, a forced end."""
+    """As ``from_pretrained`` does of a folder: words that are never chosen, a forced end."""
     from transformers import GenerationConfig
 
     with contextlib.suppress(OSError):  # a checkpoint without one: transformers makes it from the model's config
@@ -84,50 +86,156 @@ def load_weights(path_or_id: str | os.PathLike, model: nn.Module, place: Callabl
     ``load_pretrained`` does.
     """
     name = os.fspath(path_or_id)
-    names = dict(model.named_parameters(remove_duplicate=False))
-    buffers = dict(model.named_buffers())
-    made: dict[int, nn.Parameter] = {}
-    for key, read in _attempt(f"model {name!r}", _tensors, name):
-        if key in names and id(names[key]) not in made:
-            tensor = _attempt(f"model {name!r}", read)
-            if tensor.shape != names[key].shape:
-                raise InputError(
-                    f"model {name!r}: {key} has shape {tuple(tensor.shape)}, expected {tuple(names[key].shape)}"
-                )
-            made[id(names[key])] = nn.Parameter(place(key, tensor), requires_grad=False)
-        elif key in buffers:
-            buffers[key].copy_(_attempt(f"model {name!r}", read))
-    if len(made) < len({id(parameter) for parameter in names.values()}):
-        # names that only transformers knows how to map, or tensors that it makes itself: all of it at once, then
-        whole = dict(load_pretrained(path_or_id)[0].named_parameters(remove_duplicate=False))
-        made = {}
-        for key, parameter in names.items():
-            if id(parameter) not in made:
-                made[id(parameter)] = nn.Parameter(place(key, whole.pop(key).detach()), requires_grad=False)
-    for key, parameter in names.items():
-        owner, _, attribute = key.rpartition(".")
-        setattr(model.get_submodule(owner), attribute, made[id(parameter)])
+    tensors = _attempt(f"model {name!r}", _tensors, name, model.config)
+
+    sources = getattr(model, "petl_sources", None) or _laid_out(name, model.config).petl_sources
+
+    def read(key: str) -> Tensor:
+        source = sources[key]
+        return source if isinstance(source, Tensor) else _attempt(f"model {name!r}", tensors[source][1])
+
+    made: dict[nn.Parameter, tuple[str, nn.Parameter]] = {}
+    for key, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if parameter not in made:
+            made[parameter] = key, nn.Parameter(place(key, read(key)), requires_grad=False)
+        first, weight = made[parameter]
+        if sources[first] is not sources[key] and sources[first] != sources[key]:
+            raise InputError(f"model {name!r}: {first} and {key} are tied in the model, and differ in the weights")
+        set_parameter(model, key, weight)
+    for key, buffer in model.named_buffers():
+        if key in sources:
+            buffer.copy_(read(key))
     return model
 
 
-def _tensors(name: str) -> list[tuple[str, Callable[[], Tensor]]]:
-    """The tensors of a checkpoint's files by name, and how to read each; nothing is read yet."""
+def checkpoint_dtype(path_or_id: str | os.PathLike) -> torch.dtype:
+    """The floating-point type that most bytes of a checkpoint's weights are in. Raises InputError."""
+    name, _, config = _checked(path_or_id)
+    sizes: dict[torch.dtype, int] = {}
+    for shape, read in _attempt(f"model {name!r}", _tensors, name, config).values():
+        dtype = read().dtype
+        if dtype.is_floating_point:
+            sizes[dtype] = sizes.get(dtype, 0) + shape.numel() * dtype.itemsize
+    return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
+
+
+def _from_pretrained(name: str, config, files: str | None, **options) -> nn.Module:
+    """transformers' own loader, of ``files`` or of the state dict among the options.
+
+    Raises InputError for tensors that are missing, or of another shape than the config's."""
+    model, info = _attempt(
+        f"model {name!r}",
+        _model_class(config).from_pretrained,
+        files,
+        config=config,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # named below
+        **options,
+    )
+    for key, found, expected in sorted(info["mismatched_keys"])[:1]:
+        raise InputError(f"model {name!r}: {key} has shape {tuple(found)}, expected {tuple(expected)} by its config")
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise InputError(f"model {name!r}: {len(missing)} tensors are missing from the weights, {missing[0]!r} first")
+    return model
+
+
+# A number for a tensor of the files is subtracted from this: no weight that a model starts with is as low, and 24 bits
+# of fp32's mantissa hold it exactly.
+_MARK = -(2.0**22)
+
+
+def _laid_out(name: str, config) -> nn.Module:
+    """The model on the meta device, with ``petl_sources``.
+
+    Which tensor of the files goes where, and what is tied to what, is the decision of transformers' own loader: it
+    gets tensors of the files' shapes that take no memory, and hold in the place of values which tensor they stand for.
+    """
+    tensors = _attempt(f"model {name!r}", _tensors, name, config)
+    marks = _attempt(f"model {name!r}", _marks, tensors, config)
+    shaped = {key: torch.full((), mark).expand(tensors[key][0]) for key, mark in marks.items()}
+    model = _from_pretrained(name, config, None, dtype=torch.float32, state_dict=shaped)
+    model.config.name_or_path = name
+    named = {mark: key for key, mark in marks.items()}
+
+    def source(key: str, tensor: Tensor) -> str | Tensor:
+        mark = tensor.detach().flatten()[:1].sum().item()
+        if tensor.untyped_storage().nbytes() == tensor.element_size() and mark in named:
+            return named[mark]
+        if tensor.numel() and tensor.detach().min().item() <= _MARK:
+            raise InputError(
+                f"model {name!r}: transformers makes {key} of other tensors; expected it as it is in the file"
+            )
+        return tensor.detach()  # which transformers makes, such as Marian's positions
+
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    buffers = model.state_dict(keep_vars=True).keys() & dict(model.named_buffers()).keys()
+    model.petl_sources = {key: source(key, tensor) for key, tensor in parameters.items()}
+    empty = {p: nn.Parameter(torch.empty(p.shape, device="meta"), p.requires_grad) for p in set(parameters.values())}
+    for key, parameter in parameters.items():
+        set_parameter(model, key, empty[parameter])
+    for key in buffers:
+        owner, _, attribute = key.rpartition(".")
+        found = model.get_buffer(key)
+        model.petl_sources[key] = source(key, found)
+        model.get_submodule(owner)._buffers[attribute] = torch.zeros(found.shape)
+    return model
+
+
+def _marks(tensors: dict[str, _Stored], config) -> dict[str, float]:
+    """A number for each tensor, one for tables of words that have the same values: transformers compares those."""
+    rows = {config.vocab_size, getattr(config, "decoder_vocab_size", None)}
+    marks: dict[str, float] = {}
+    tables: list[str] = []
+    for i, (key, (shape, read)) in enumerate(tensors.items()):
+        marks[key] = _MARK - i
+        if len(shape) == 2 and shape[0] in rows:
+            same = (other for other in tables if tensors[other][0] == shape and _same(tensors[other][1](), read()))
+            marks[key] = marks[next(same, key)]
+            tables.append(key)
+    return marks
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether they hold the same values in fp32, some rows at a time."""
+    if one.data_ptr() == other.data_ptr() and one.stride() == other.stride() and one.dtype == other.dtype:
+        return True
+    return all(torch.equal(a.float(), b.float()) for a, b in zip(one.split(4096), other.split(4096), strict=True))
+
+
+_Stored = tuple[torch.Size, Callable[[], Tensor]]  # the shape of a tensor in a file, and how to read it
+
+
+def _tensors(name: str, config) -> dict[str, _Stored]:
+    """The tensors of a checkpoint's files by name; nothing is read yet."""
     folder = Path(name)
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
         folder = Path(snapshot_download(name, allow_patterns=[*_WEIGHTS[:2]]))
-        if not _has(folder, _WEIGHTS[:1]):
+        if not _has(folder, _WEIGHT_FILES[:2]):
             folder = Path(snapshot_download(name, allow_patterns=[*_WEIGHTS[2:]]))
-    found = []
-    files = sorted(folder.glob("*.safetensors"))
-    for path in files:
-        opened = safetensors.safe_open(path, framework="pt")
-        found += [(key, partial(opened.get_tensor, key)) for key in opened.keys()]  # noqa: SIM118  not a mapping
-    for path in sorted(folder.glob("pytorch_model*.bin")) if not files else ():
-        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        found += [(key, partial(state.__getitem__, key)) for key in list(state)]
+    found: dict[str, _Stored] = {}
+    for path in _weight_files(folder, config):
+        if path.suffix == ".safetensors":
+            opened = safetensors.safe_open(path, framework="pt")
+            for key in opened.keys():  # noqa: SIM118  not a mapping
+                found[key] = torch.Size(opened.get_slice(key).get_shape()), partial(opened.get_tensor, key)
+        else:  # files of PyTorch 1.5 and older cannot be mapped
+            state = torch.load(path, map_location="cpu", mmap=is_zipfile(path), weights_only=True)
+            found |= {key: (tensor.shape, partial(state.__getitem__, key)) for key, tensor in state.items()}
     return found
+
+
+def _weight_files(folder: Path, config) -> list[Path]:
+    """The files that transformers reads, all that an index names."""
+    own = getattr(config, "transformers_weights", None)
+    first = next((folder / name for name in ([own] if own else _WEIGHT_FILES) if (folder / name).is_file()), None)
+    if first is None:
+        raise FileNotFoundError(f"none of {', '.join([own] if own else _WEIGHT_FILES)} is there")
+    if first.suffix != ".json":
+        return [first]
+    return [folder / name for name in sorted(set(json.loads(first.read_text())["weight_map"].values()))]
 
 
 def load_config(path_or_id: str | os.PathLike):
@@ -144,10 +252,10 @@ def load_config(path_or_id: str | os.PathLike):
     return _supported(str(path), config)
 
 
-def skeleton(config, untied: bool | None = None):
+def skeleton(config):
     """The model of a config on the meta device, in fp32 and in eval mode; its buffers are real.
 
-    untied: whether the output projection has a weight of its own; None is what the config says.
+    Whether its output projection has a weight of its own is what the config says; ``load_skeleton`` sees the weights.
     """
     versions.check("accelerate")
     from accelerate import init_empty_weights
@@ -155,20 +263,10 @@ def skeleton(config, untied: bool | None = None):
     with init_empty_weights(include_buffers=False):
         model = _model_class(config)(config)
     model.tie_weights()
-    if untied is None:
-        untied = has_own_head(config)
-    if untied and model.lm_head.weight is model.get_input_embeddings().weight:
+    if has_own_head(config) and model.lm_head.weight is model.get_input_embeddings().weight:
         model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
         model.config.tie_word_embeddings = False
     return model.eval()
-
-
-def _head_apart(name: str) -> bool:
-    """Whether a checkpoint's output projection has other values than its embeddings, as transformers asks, too."""
-    tensors = dict(_attempt(f"model {name!r}", _tensors, name))
-    embeddings = next((tensors[key] for key in ("shared.weight", "model.shared.weight") if key in tensors), None)
-    head = tensors.get("lm_head.weight")
-    return None not in (embeddings, head) and not torch.equal(embeddings(), head())
 
 
 def _checked(path_or_id: str | os.PathLike, weights: bool = True):
@@ -201,9 +299,16 @@ def _model_class(config):
 
 
 def _check_vocabulary(name: str, model, tokenizer) -> None:
+    """Refuse a tokenizer that has an id without a row in the model's tables, of words or of a language."""
+    known = {**tokenizer.get_vocab(), **(language_ids(tokenizer) or {})}
     rows = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > rows:
-        raise InputError(f"model {name!r}: the tokenizer has {len(tokenizer)} tokens, the model only {rows}")
+    if max(known.values()) >= rows:
+        count, last = max(len(tokenizer), 1 + max(known.values())), max(known, key=lambda word: known[word])
+        raise InputError(f"model {name!r}: the tokenizer has {count} tokens, {last!r} the last, the model only {rows}")
+    targets, rows = target_ids(tokenizer), model.get_output_embeddings().weight.shape[0]
+    if targets is not None and max(targets.values()) >= rows:
+        count = 1 + max(targets.values())
+        raise InputError(f"model {name!r}: the tokenizer has {count} tokens of the target, the model only {rows}")
 
 
 def _folder(name: str) -> Path | None:
@@ -233,6 +338,14 @@ def _load_tokenizer(name: str, folder: Path | None):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Recommended: pip install sacremoses")  # unused by MarianTokenizer
         return _attempt(f"tokenizer of {name!r}", AutoTokenizer.from_pretrained, name)
+
+
+def positions(config) -> int | None:
+    """How many tokens a side of a model can have; None where its table of positions grows, or it has none.
+
+    M2M-100 and NLLB make more positions as they are needed; T5's family counts distances.
+    """
+    return config.max_position_embeddings if config.model_type in ("mbart", "marian") else None
 
 
 def no_layerdrop(config) -> None:

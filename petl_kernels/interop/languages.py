@@ -10,7 +10,8 @@
 | T5, mT5, MADLAD    | [<2xx>] X eos  | X eos          | -                             |
 
 X is the sentence in pieces. Text never becomes a special token: a sentence that holds the characters "</s>" has those
-characters as its pieces, or <unk> where the tokenizer has no way to spell them.
+characters as its pieces, or <unk> where the tokenizer has no way to spell them. Words that ``add_tokens`` added are
+text, with the tokenizer's own ids. A language token that was added to a vocabulary is one like the others.
 """
 
 from __future__ import annotations
@@ -18,9 +19,17 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 from petl_kernels.errors import InputError
-from petl_kernels.transformers_names import ends_with_language, has_pieces_apart, language_ids, pieces_of
+from petl_kernels.interop.added_words import AddedWords
+from petl_kernels.transformers_names import (
+    ends_with_language,
+    has_pieces_apart,
+    language_ids,
+    pieces_of,
+    target_ids,
+)
 
 # ISO 639-1 code and FLORES-200 code (ISO 639-3 and the script that is usual for the language).
 _FLORES = dict(
@@ -56,15 +65,28 @@ _ALIASES = dict(
 )
 _ALIASES |= {flores.split("_")[0]: short for short, flores in _FLORES.items()}
 _SCRIPTS = {short: flores.split("_")[1] for short, flores in _FLORES.items()}
-_REGION_SCRIPTS = {("zh", "cn"): "hans", ("zh", "sg"): "hans", ("zh", "tw"): "hant", ("zh", "hk"): "hant"}
+# Of languages that no model here has a code for, or that have no short one; written without spaces, all of them.
+_MORE_SCRIPTS = dict(
+    entry.split(":")
+    for entry in """
+    yue:Hant nan:Hant hak:Hant lzh:Hant och:Hant ltc:Hant wuu:Hans gan:Hans hsn:Hans cjy:Hans cdo:Hans mnp:Hans
+    cpx:Hans czh:Hans czo:Hans csp:Hans ryu:Jpan ain:Jpan nod:Lana shn:Mymr mnw:Mymr ksw:Mymr rki:Mymr kht:Mymr
+    khb:Talu tts:Thai sou:Thai adx:Tibt lbj:Tibt khg:Tibt sip:Tibt
+    """.split()
+)
+_REGION_SCRIPTS = {
+    **{("zh", region): "hans" for region in ("cn", "sg", "my")},
+    **{("zh", region): "hant" for region in ("tw", "hk", "mo")},
+}
 
 _TAG_FORMS = {  # how each family writes a language as one token
-    "m2m100": re.compile(r"__([a-z]{2,3})__"),
+    "m2m100": re.compile(r"__([a-z]{2,3}(?:[-_][A-Za-z]+)*)__"),
     "nllb": re.compile(r"([a-z]{3}_[A-Z][a-z]{3})"),
     "mbart": re.compile(r"([a-z]{2}_[A-Z]{2})"),
     "marian": re.compile(r">>([^<>\s]+)<<"),
     "t5": re.compile(r"<2([a-z]{2,3}(?:[-_][A-Za-z_-]+)?)>"),
 }
+_ADDED_FORMS = _TAG_FORMS | {"mbart": re.compile(r"([a-z]{2,3}_[A-Z]{2})")}  # of languages that somebody has added
 
 
 class LanguagePair:
@@ -92,6 +114,13 @@ class LanguagePair:
 
         tags = language_tokens(tokenizer)
         self._skip = set(tokenizer.all_special_ids) | set(tags.values())
+        self._words = AddedWords(tokenizer, tags)
+        if self._words:
+            self._words.learn_spaces(lambda texts: self._pieces(texts, target=False))
+        self._start_token_id: int | None = None
+        self._targets = target_ids(tokenizer)
+        if self._targets is not None:
+            self._use_separate_vocabularies(model)
         if model.config.model_type in ("m2m_100", "mbart"):
             self._tag_both_sides(tags, src_lang, tgt_lang)
         elif tags:
@@ -113,6 +142,32 @@ class LanguagePair:
             self._target_head = [target]
             self.forced_bos_token_id = target
 
+    def _use_separate_vocabularies(self, model) -> None:
+        """Marian with a vocabulary for each side: labels and what is generated are ids of the target's.
+
+        Raises InputError where the model ends with another id than the target's end of sentence, or has one table.
+        """
+        name, config = type(self.tokenizer).__name__, model.config
+        if self._words:
+            raise InputError(
+                f"tokenizer {name}: words were added, {next(iter(self._words.ids))!r} first, and it has a vocabulary "
+                "for each side; expected none, since their ids are of one side"
+            )
+        if getattr(config, "share_encoder_decoder_embeddings", True):
+            raise InputError(
+                f"tokenizer {name}: has a vocabulary for each side; expected a model with "
+                "share_encoder_decoder_embeddings false"
+            )
+        special = {str(token) for token in self.tokenizer.all_special_tokens}
+        end = self._targets.get(self.tokenizer.eos_token)
+        if end is None or end != config.eos_token_id:
+            raise InputError(
+                f"tokenizer {name}: the target's end of sentence has the id {end}; expected the model's "
+                f"{config.eos_token_id} (eos_token_id)"
+            )
+        self._skip = {i for piece, i in self._targets.items() if piece in special}
+        self._target_tail, self._start_token_id = [end], config.decoder_start_token_id
+
     def _prefix(self, token: str, tags: dict[str, int]) -> list[int]:
         if has_pieces_apart(self.tokenizer):
             return [tags[token]]
@@ -129,8 +184,23 @@ class LanguagePair:
     def decode(self, sequences: Iterable) -> list[str]:
         """Text of each sequence of ids (lists or a 2-d tensor), without language, padding and other special tokens."""
         rows = [row.tolist() if hasattr(row, "tolist") else row for row in sequences]
+        if self._targets is not None:
+            rows = [self._sentence(list(row)) for row in rows]
         rows = [[token for token in row if token >= 0 and token not in self._skip] for row in rows]
-        return self.tokenizer.batch_decode(rows, clean_up_tokenization_spaces=False)
+        if self._targets is not None:
+            return self._decode_targets(rows)
+        return self._words.decode(rows, partial(self.tokenizer.batch_decode, clean_up_tokenization_spaces=False))
+
+    def _sentence(self, row: list[int]) -> list[int]:
+        """What stands between start and end: the id of padding may be that of a piece of the target's vocabulary."""
+        row = row[1:] if row[:1] == [self._start_token_id] else row
+        end = self._target_tail[0]
+        return row[: row.index(end)] if end in row else row
+
+    def _decode_targets(self, rows: list[list[int]]) -> list[str]:
+        model, _ = pieces_of(self.tokenizer, target=True)
+        names = {i: piece for piece, i in self._targets.items()}
+        return [model.decode_pieces([names[i] for i in row if i in names]) for row in rows]
 
     def generate_kwargs(self) -> dict[str, int]:
         """What `model.generate` needs to begin in the target language."""
@@ -146,7 +216,9 @@ class LanguagePair:
             return []
         pieces = pieces_of(tokenizer, target)
         if pieces is not None:  # SentencePiece takes all sentences at once
-            return _by_sentencepiece(*pieces, tokenizer.unk_token, texts)
+            model, encoder = pieces
+            encoder = {**encoder, **self._words.ids} if self._words else encoder
+            return self._words.encode(texts, lambda some: _by_sentencepiece(model, encoder, tokenizer.unk_token, some))
         rows = tokenizer(
             texts,
             add_special_tokens=False,
@@ -170,9 +242,10 @@ def _by_sentencepiece(model, encoder: dict[str, int], unk_token: str, texts: lis
 
 def language_tokens(tokenizer) -> dict[str, int]:
     """The language tokens that this tokenizer has, with their ids; empty for models that know no languages."""
+    added = {str(token): i for i, token in tokenizer.added_tokens_decoder.items()}
     known = language_ids(tokenizer)
     if known is not None:
-        return known
+        return known | {token: i for token, i in added.items() if _ADDED_FORMS["m2m100"].fullmatch(token)}
     vocabulary = tokenizer.get_vocab()
     name = type(tokenizer).__name__
     if name.startswith("Marian"):
@@ -186,7 +259,7 @@ def language_tokens(tokenizer) -> dict[str, int]:
     for form in forms:
         found = {token: i for token, i in vocabulary.items() if _TAG_FORMS[form].fullmatch(token)}
         if found:
-            return found
+            return found | {token: i for token, i in added.items() if _ADDED_FORMS[form].fullmatch(token)}
     return {}
 
 
@@ -243,6 +316,19 @@ def _canonical(code: str) -> tuple[str, str | None]:
 def _script(code: str) -> str:
     language, script = _canonical(code)
     return script or _SCRIPTS.get(language, "").lower()
+
+
+def script_of(code: str) -> str:
+    """The script that a language's code names, or else the usual one of its language: "Latn"; "" when unknown.
+
+    All forms of codes: "zh", "zho_Hans", "zh-TW", "chi", "__zh__", "<2zh_Latn>", "zh-yue".
+    """
+    parts = re.split(r"[-_]", _bare(code))
+    if len(parts) > 1 and len(parts[1]) == 3 and parts[1].isalpha():  # a language under its macrolanguage
+        parts = parts[1:]
+    found = _canonical("_".join(part for part in parts if not part.isdigit()))
+    script = found[1] or _SCRIPTS.get(found[0]) or _MORE_SCRIPTS.get(found[0]) or ""
+    return script.title()
 
 
 def _near(code: str, names: Iterable[str]) -> list[str]:

@@ -218,6 +218,11 @@ def _add_merge(commands) -> None:
     run.add_argument("--run", required=True, dest="run_folder", metavar="DIR", help="the --out of a training run")
     run.add_argument("--out", required=True, metavar="DIR", help="folder to write, new or empty")
     run.add_argument(
+        "--dtype",
+        choices=("fp32", "bf16", "fp16"),
+        help="type of the weights that are written; default: that of the checkpoint which the run began with",
+    )
+    run.add_argument(
         "--into",
         choices=("original", "quantised"),
         default="original",
@@ -344,7 +349,7 @@ def _merge(arguments: argparse.Namespace) -> int:
     import petl_kernels as pk
     from petl_kernels.interop.adapters import check_free
 
-    from .runs import hush, load_run, quantise_as_trained, run_storages
+    from .runs import hush, load_run, merged_dtype, quantise_as_trained, run_storages
 
     check_free(arguments.out)  # before anything is read
     check_new_folder("out", arguments.out)
@@ -360,8 +365,10 @@ def _merge(arguments: argparse.Namespace) -> int:
             said = f"merged into {named} weights with a relative error of at most {error:.3%}\n"
         elif named:
             said = f"the adapter was trained beside {named} weights; merged into the original ones\n"
-        pk.save_merged(model, tokenizer, arguments.out)
-    print(said, end="", file=sys.stderr)
+        rounding: list[str] = []
+        dtype = merged_dtype(arguments.run_folder, arguments.dtype)
+        pk.save_merged(model, tokenizer, arguments.out, dtype, rounding.append)
+    print(said, *(f"{line}\n" for line in rounding), sep="", end="", file=sys.stderr)
     print(f"written: {arguments.out}", file=sys.stderr)
     return 0
 

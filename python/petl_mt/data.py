@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import re
+import unicodedata
 import zlib
 from array import array
 from collections.abc import Callable, Iterable, Sequence
@@ -21,11 +23,33 @@ from .config import Pair
 IGNORE = -100  # label of a padded position
 ENCODE_AT_ONCE = 50_000  # lines; their ids are Python lists for a moment
 
+# First bytes of what is no UTF-8 text, and how an error names it. gzip is read in files.
+_MAGIC = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\x00": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"PK\x03\x04": "zip",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
+# Characters that show nothing although Unicode counts them as letters, marks or symbols: fillers, joiners, selectors.
+_UNSEEN = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
+)
+_UNSEEN_CATEGORIES = {"Cc", "Cf", "Zs", "Zl", "Zp"}  # control, format, spaces
+
+
+def has_text(line: str) -> bool:
+    """Whether anything of ``line`` can be seen: not so of spaces, controls, zero-width and joining characters alone."""
+    return any(unicodedata.category(c) not in _UNSEEN_CATEGORIES and not _UNSEEN.match(c) for c in line)
+
 
 def read_lines(path: str | Path) -> list[str]:
     """The lines of a UTF-8 text file, plain or gzip (by its first bytes), without their ends.
 
-    A line ends at "\\n" only: other separators of Unicode stand inside sentences.
+    A line ends at "\\n" or "\\r\\n" only: other separators of Unicode stand inside sentences. Raises InputError that
+    names the file, and the line where there is one: unreadable, empty, not UTF-8, another kind of file.
     """
     path = Path(path)
     try:
@@ -36,18 +60,28 @@ def read_lines(path: str | Path) -> list[str]:
         raise InputError(f"{path}: damaged gzip file: {error}") from None
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}; expected a text file") from None
-    if not data.strip():
+    lines = decode_lines(data, str(path))
+    if not any(map(has_text, lines)):
         raise InputError(f"{path}: empty; expected one sentence a line")
-    return decode_lines(data, str(path))
+    return lines
 
 
 def decode_lines(data: bytes, name: str, first: int = 1) -> list[str]:
-    """The lines of UTF-8 text; ``name`` is what an error calls it, ``first`` the number of its first line there."""
+    """The lines of UTF-8 text; ``name`` is what an error calls it, ``first`` the number of its first line there.
+
+    Raises InputError as ``read_lines`` does.
+    """
     try:
         text = data.decode("utf-8")
+        at = data.find(b"\x00")
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + first
-        raise InputError(f"{name}: line {line} is not UTF-8 (byte 0x{data[error.start]:02x})") from None
+        at = error.start
+    if at >= 0:
+        kinds = (f"is {kind}; expected UTF-8 text: " for start, kind in _MAGIC.items() if data.startswith(start))
+        line = data.count(b"\n", 0, at) + first
+        raise InputError(f"{name}: {next(kinds, '')}line {line} is not UTF-8 (byte 0x{data[at]:02x})")
+    if "\r" in text.strip() and "\n" not in text:
+        raise InputError(f"{name}: its lines end with carriage returns alone; expected line feeds")
     lines = (text.removeprefix("\ufeff") if first == 1 else text).split("\n")
     if lines[-1] == "":
         lines.pop()
@@ -256,13 +290,17 @@ def encode_pairs(
     for pair, source, target in texts:
         language = languages[pair.name]
         pad = language.pad_token_id
-        filled = [i for i in range(len(source)) if source[i].strip() and target[i].strip()]
+        (no_source,), (no_target,) = language.encode_source([""]), language.encode_target([""])
+        filled = [i for i in range(len(source)) if has_text(source[i]) and has_text(target[i])]
         count = Counts(f"{use} {pair.name}".strip(), len(source), len(source) - len(filled), 0)
         for first in range(0, len(filled), ENCODE_AT_ONCE):
             some = filled[first : first + ENCODE_AT_ONCE]
             source_ids = language.encode_source([source[i] for i in some])
             target_ids = language.encode_target([target[i] for i in some])
             for s, t in zip(source_ids, target_ids, strict=True):
+                if s == no_source or t == no_target:  # the tokenizer's normalisation has left nothing
+                    count.empty += 1
+                    continue
                 if len(s) > max_length or len(t) > max_length:
                     count.too_long += 1
                     continue

@@ -14,14 +14,18 @@ from sacrebleu.metrics import BLEU, CHRF
 
 from petl_kernels import versions
 from petl_kernels.errors import InputError
+from petl_kernels.interop.hf import positions
+from petl_kernels.interop.languages import script_of
 from petl_kernels.memory.generation import SearchBytes, output_length
 
-from .data import Corpus, Ragged
+from .data import Corpus, Ragged, has_text
 from .loss import sequence_loss
 
-# sacreBLEU splits at spaces and punctuation; these languages write without spaces.
-_TOKENIZE = {"zh": "zh", "ja": "char", "th": "char", "km": "char", "lo": "char", "my": "char"}
-_THREE_LETTERS = {"zho": "zh", "cmn": "zh", "jpn": "ja", "tha": "th", "khm": "km", "lao": "lo", "mya": "my"}
+# Scripts that put no spaces between words, where 13a would take a sentence for one word. sacreBLEU has a tokenizer for
+# Chinese; its others for such scripts are models that have to be downloaded, or packages that have to be installed, and
+# characters need neither. Korean has spaces, and 13a.
+_TOKENIZE = dict.fromkeys("Hans Hant Hani Bopo".split(), "zh")
+_TOKENIZE |= dict.fromkeys("Jpan Hira Kana Hrkt Thai Laoo Khmr Mymr Tibt Lana Talu Tale Tavt".split(), "char")
 
 versions.check("sacrebleu")
 
@@ -80,9 +84,25 @@ def until_it_fits(
 
 
 def bleu_tokenizer(tgt_lang: str) -> str:
-    """The tokenizer that BLEU is computed with when none is named: 13a, except where words have no spaces."""
-    code = re.split(r"[-_]", re.sub(r"[^A-Za-z_-]", "", tgt_lang).strip("_").lower())[0]
-    return _TOKENIZE.get(_THREE_LETTERS.get(code, code), "13a")
+    """The tokenizer that BLEU is computed with when none is named: zh for Chinese characters, char for other scripts
+    without spaces between words (Japanese, Thai, Lao, Khmer, Burmese, Tibetan), else 13a. Any code of a language goes.
+    """
+    return _TOKENIZE.get(script_of(tgt_lang), "13a")
+
+
+_HAN = "\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+_OTHERS = "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff"  # Thai, Lao, Tibetan; Burmese; Khmer; kana
+
+
+def _tokenizer_for(tgt_lang: str, references: Sequence[str]) -> str:
+    """Of the language, or of most characters in ``references`` where its code says nothing (some models take any)."""
+    if script_of(tgt_lang):
+        return bleu_tokenizer(tgt_lang)
+    text = "".join("".join(references).split())
+    others = len(re.findall(f"[{_OTHERS}]", text))
+    if 2 * (others + len(re.findall(f"[{_HAN}]", text))) <= len(text):
+        return "13a"
+    return "char" if others else "zh"
 
 
 def bleu_metric(tgt_lang: str, tokenize: str | None = None) -> BLEU:
@@ -99,7 +119,7 @@ def score_lines(
     hypotheses: Sequence[str], references: Sequence[str], tgt_lang: str, tokenize: str | None = None
 ) -> Scores:
     """BLEU and chrF2 of ``hypotheses`` against one reference each."""
-    bleu, chrf = bleu_metric(tgt_lang, tokenize), CHRF()
+    bleu, chrf = bleu_metric(tgt_lang, tokenize or _tokenizer_for(tgt_lang, references)), CHRF()
     b, c = (metric.corpus_score(list(hypotheses), [list(references)]) for metric in (bleu, chrf))
     signatures = str(bleu.get_signature()), str(chrf.get_signature())
     return Scores(round(b.score, 4), signatures[0], round(c.score, 4), signatures[1], len(hypotheses))
@@ -129,14 +149,19 @@ def translate(
     autocast: Autocast = nullcontext,
     told: Callable[[int], None] = lambda done: None,
 ) -> tuple[list[str], int]:
-    """Translations by beam search, in the order of ``texts``, and how many sources were cut to ``max_length`` tokens.
+    """Translations by beam search, in the order of ``texts``, and how many sources were cut to ``max_length`` tokens,
+    or to the positions of a model that has fewer.
 
-    A line without text gives an empty line. Searched in batches of like length; limit: of a batch, or its tokens.
-    told: hears after each batch how many of ``texts`` are done.
+    A line without text gives an empty line, and so does one of characters that nobody sees. Searched in batches of like
+    length; limit: of a batch, or its tokens. told: hears after each batch how many of ``texts`` are done.
     """
     device = next(model.parameters()).device
-    filled = [i for i, text in enumerate(texts) if text.strip()]
+    max_length = fitting_length(model, max_length)
+    (nothing,) = language.encode_source([""])
+    filled = [i for i, text in enumerate(texts) if has_text(text)]
     encoded = language.encode_source([texts[i] for i in filled])
+    filled = [i for i, ids in zip(filled, encoded, strict=True) if ids != nothing]
+    encoded = [ids for ids in encoded if ids != nothing]
     cut = sum(len(ids) > max_length for ids in encoded)
     # The end-of-sentence mark and a language tag behind it stay when a source is cut.
     encoded = [ids if len(ids) <= max_length else ids[: max_length - 2] + ids[-2:] for ids in encoded]
@@ -165,6 +190,11 @@ def translate(
         done += len(indices)
         told(done)
     return results, cut
+
+
+def fitting_length(model, max_length: int) -> int:
+    """``max_length``, or the number of positions of a model that has fewer."""
+    return min(max_length, positions(model.config) or max_length)
 
 
 @contextmanager

@@ -24,7 +24,8 @@ def sequence_loss(model, batch: Batch, start: int, pad: int, label_smoothing: fl
     inputs = {
         "input_ids": batch.source,
         "attention_mask": (batch.source != pad).long() if batch.padded else None,
-        "decoder_input_ids": shift_right(batch.labels, start, pad),
+        # filled up with what follows no label: the source's padding may be no word of the target
+        "decoder_input_ids": shift_right(batch.labels, start, start),
         "use_cache": False,
     }
     if isinstance(model, LeanLoss):

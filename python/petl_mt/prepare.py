@@ -57,6 +57,15 @@ def language_pair(model, tokenizer, pair: Pair):
     return LanguagePair(model, tokenizer, pair.src_lang, pair.tgt_lang)
 
 
+def check_positions(model, max_length: int) -> None:
+    """Refuse sentences that may be longer than what the model has positions for."""
+    from petl_kernels.interop.hf import positions
+
+    limit = positions(model.config)
+    if limit is not None and max_length > limit:
+        raise InputError(f"max_length {max_length}: the model has {limit} positions; expected at most as many")
+
+
 def decoder_start(model, language) -> int:
     """The id that the decoder begins with: of the language for mBART-25, else of the model."""
     for start in (language.decoder_start_token_id, model.config.decoder_start_token_id):

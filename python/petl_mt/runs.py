@@ -21,7 +21,7 @@ from petl_kernels.errors import InputError
 from petl_kernels.interop.files import atomic_write
 
 from .config import TrainConfig, load_yaml
-from .evaluate import BatchLimit, translate, until_it_fits
+from .evaluate import BatchLimit, fitting_length, translate, until_it_fits
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def load_run_within(
         memory,
         ("dense", "dense") if whole else run_storages(path),
         config.beam if beam is None else beam,
-        config.max_length if max_length is None else max_length,
+        fitting_length(model, config.max_length if max_length is None else max_length),
         device,
         torch.bfloat16 if config.precision == "bf16" else None,
         refuse,
@@ -182,6 +182,18 @@ def run_storages(path: str | Path) -> tuple[str, str]:
         return "dense", "dense"
     found = Plan.load(plan)
     return found.storage, found.tables
+
+
+def merged_dtype(path: str | Path, name: str | None = None) -> torch.dtype:
+    """What a merged run is written in: "fp32", "bf16" or "fp16", else as the checkpoint that it began with."""
+    from petl_kernels.interop.hf import checkpoint_dtype
+
+    names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if name is not None:
+        return names[name]
+    run = RunFolder(Path(path))
+    found = checkpoint_dtype(run.model if run.model.is_dir() else run.read_config().model)
+    return found if found in names.values() else torch.float32
 
 
 def quantise_as_trained(model, config: TrainConfig, storages: tuple[str, str]) -> None:
@@ -237,10 +249,10 @@ class Translator:
         src_lang, self.tgt_lang = _languages(self.config, src_lang, tgt_lang)
         self.language = LanguagePair(self.model, tokenizer, src_lang, self.tgt_lang)
         self.beam = self.config.beam if beam is None else beam
-        self.max_length = self.config.max_length if max_length is None else max_length
+        self.max_length = fitting_length(self.model, self.config.max_length if max_length is None else max_length)
         self.limit = BatchLimit(self.config.batch_tokens if batch_tokens is None else batch_tokens, search)
         self.window = max(128, self.limit.tokens // 32)  # lines that fill some batches, where lines come one by one
-        self.cut = 0  # sources that were longer than max_length
+        self.cut = 0  # sources that were longer than max_length, or than the model's positions
 
     def stream(
         self, lines: list[str], at_once: int = 1024, told: Callable[[int], None] = lambda done: None

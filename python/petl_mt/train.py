@@ -42,6 +42,7 @@ from .log import RunLog
 from .memory import MemoryMeter, process_bytes
 from .plan import plan_for, prepared, widened, width_multiple
 from .prepare import (
+    check_positions,
     decoder_start,
     language_pair,
     load_model,
@@ -158,6 +159,7 @@ class _Training:
 
         self.meter = MemoryMeter(self.device)  # before weights are read
         self.model, self.tokenizer = load_model(config, run, train_text, resuming)
+        check_positions(self.model, config.max_length)
         self.config = config = config.resolve(self.model.config.d_model)
         if resuming:
             run.check_same(config)

@@ -60,6 +60,14 @@ def make_tokenizer(family: str, folder: Path):
         train_pieces(folder / "sentencepiece.bpe.model")
         name = "MBart50Tokenizer" if family == "mbart50" else "MBartTokenizer"
         return getattr(transformers, name).from_pretrained(folder)
+    if family == "marian-separate":
+        source = train_pieces(folder / "source.spm")
+        target = train_pieces(folder / "target.spm", model_type="bpe", vocab_size=60)
+        for name, model in (("vocab.json", source), ("target_vocab.json", target)):
+            words = ["</s>", "<unk>", *pieces_of(model)[3:], "<pad>"]
+            (folder / name).write_text(json.dumps({word: i for i, word in enumerate(words)}))
+        files = (folder / "vocab.json", folder / "target_vocab.json")
+        return transformers.MarianTokenizer(str(source), str(target), *map(str, files), separate_vocabs=True)
     if family in ("marian", "marian-many"):
         source = train_pieces(folder / "source.spm")
         target = train_pieces(folder / "target.spm", model_type="bpe")
@@ -95,6 +103,10 @@ def make_model(family: str, vocab_size: int, layers: int = 1, seed: int = 0):
         model = transformers.M2M100ForConditionalGeneration(transformers.M2M100Config(**bart))
     elif family.startswith("mbart"):
         model = transformers.MBartForConditionalGeneration(transformers.MBartConfig(**bart))
+    elif family == "marian-separate":  # 60 pieces of the target's; padding is the last of those
+        ids = {"pad_token_id": 59, "decoder_start_token_id": 59, "eos_token_id": 0, "decoder_vocab_size": 60}
+        ids |= {"share_encoder_decoder_embeddings": False}
+        model = transformers.MarianMTModel(transformers.MarianConfig(**bart | ids))
     elif family.startswith("marian"):
         ids = {"pad_token_id": vocab_size - 1, "decoder_start_token_id": vocab_size - 1, "eos_token_id": 0}
         model = transformers.MarianMTModel(transformers.MarianConfig(**bart | ids))

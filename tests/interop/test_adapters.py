@@ -14,7 +14,7 @@ import transformers
 
 import petl_kernels as pk
 from petl_kernels.errors import InputError
-from petl_kernels.interop.hf import load_pretrained
+from petl_kernels.interop.hf import checkpoint_dtype, load_pretrained
 from petl_kernels.memory.quantise_model import quantise_model
 
 from .conftest import FAMILIES, T5, batch, logits
@@ -139,6 +139,39 @@ def test_merged_folder_is_a_plain_checkpoint(make, tmp_path, family, case):
     text = "the big dog"
     assert transformers.AutoTokenizer.from_pretrained(out)(text)["input_ids"] == tokenizer(text)["input_ids"]
     assert not any("petl" in path.read_text(errors="ignore") for path in out.glob("*.json"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["m2m100", "t5-tied", "marian"])
+def test_a_merged_folder_in_another_dtype(make, tmp_path, family, dtype):
+    model, tokenizer = make(family)
+    fill_ours(pk.adapt(model, pk.LoRA(rank=2), name="x"))
+    said = []
+    pk.save_merged(model, tokenizer, tmp_path / "out", dtype, said.append)
+    stored = safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {dtype} and checkpoint_dtype(tmp_path / "out") == dtype
+    loaded = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out")
+    assert loaded.dtype == dtype and loaded.config.dtype == dtype
+    merged = dict(pk.merge(model).named_parameters())
+    for name, parameter in loaded.named_parameters():
+        assert torch.equal(parameter, merged[name].to(dtype).to(parameter.dtype)), name
+    worst = max(((p.to(dtype).float() - p).norm() / p.norm()).item() for p in merged.values() if p.norm())
+    (line,) = said
+    assert f"a relative error of at most {worst:.2g} in a weight" in line and "of what the adapter changes" in line
+    assert not said.clear() and pk.save_merged(model, tokenizer, tmp_path / "same", torch.float32, said.append)
+    assert said == []  # nothing is rounded
+
+
+def test_a_weight_beyond_the_range_of_a_dtype_is_refused(make, tmp_path):
+    model, tokenizer = make("m2m100")
+    with torch.no_grad():
+        model.model.encoder.layers[0].fc1.weight[0, 0] = 1e5
+    with pytest.raises(InputError, match=r"layers.0.fc1.weight has a value of 1e\+05, expected at most 6.55e\+04"):
+        pk.save_merged(model, tokenizer, tmp_path / "out", torch.float16)
+    assert not (tmp_path / "out").exists()
+    pk.save_merged(model, tokenizer, tmp_path / "out", torch.bfloat16)
+    with pytest.raises(InputError, match="dtype torch.int8: expected a floating-point type"):
+        pk.save_merged(model, tokenizer, tmp_path / "other", torch.int8)
 
 
 def test_other_adapters_leave_no_trace_in_a_merged_folder(make, tmp_path):

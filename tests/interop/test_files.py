@@ -97,3 +97,23 @@ def test_folder_is_replaced_as_a_whole(tmp_path, monkeypatch, exchange):
         raise OSError(errno.ENOSPC, "No space left on device", str(folder / "three"))
     assert error.value.filename == str(path)
     assert (path / "deep" / "two").read_text() == "two" and os.listdir(tmp_path) == ["run"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_modes_follow_the_umask(tmp_path, umask):
+    """safetensors makes its files 0600, so that a team could not read a run that one of it has made."""
+    before = os.umask(umask)
+    try:
+        with atomic_path(tmp_path / "a.safetensors") as temporary:
+            safetensors.torch.save_file({"w": torch.zeros(3)}, temporary)
+        with atomic_dir(tmp_path / "folder") as folder:
+            (folder / "deep").mkdir()
+            safetensors.torch.save_file({"w": torch.zeros(3)}, folder / "deep" / "b.safetensors")
+        with atomic_write(tmp_path / "c.txt") as file:
+            file.write("x")
+    finally:
+        os.umask(before)
+    found = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    files, folders = 0o666 & ~umask, 0o777 & ~umask
+    wanted = {"a.safetensors": files, "folder": folders, "deep": folders, "b.safetensors": files, "c.txt": files}
+    assert found == wanted

@@ -6,10 +6,12 @@ import io
 import json
 import os
 import re
+import shutil
 import sys
 
 import pytest
 import torch
+import yaml
 from petl_mt.cli import main
 from petl_mt.config import TrainConfig
 from petl_mt.runs import quantise_as_trained
@@ -155,6 +157,24 @@ def test_merge_gives_a_folder_for_transformers(lora_run, parent, tmp_path):
     adapted = pk.load_adapter(base, lora_run / "adapter").eval()(**inputs).logits
     torch.testing.assert_close(merged(**inputs).logits, adapted, rtol=1e-5, atol=1e-5)
     assert (adapted - plain).abs().max() > 1e-2
+
+
+def test_merge_keeps_the_dtype_of_the_checkpoint(lora_run, parent, tmp_path, capsys):
+    """Or takes another, and says what rounding costs."""
+    flags = ["merge", "--run", str(lora_run), "--out"]
+    assert main([*flags, str(tmp_path / "half"), "--dtype", "fp16"]) == 0
+    assert re.search(r"^rounded to float16: a relative error of at most [\de.-]+ in a weight, [\d.]+% of what",
+                     capsys.readouterr().err, re.M)  # fmt: skip
+    assert {p.dtype for p in merged_weights(tmp_path / "half").values()} == {torch.float16}
+    shutil.copytree(lora_run, tmp_path / "run")
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    shutil.copytree(parent / "model", tmp_path / "parent")
+    model = AutoModelForSeq2SeqLM.from_pretrained(parent / "model").to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "parent")  # a run that began with 16 bits
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config | {"model": str(tmp_path / "parent")}))
+    assert main(["merge", "--run", str(tmp_path / "run"), "--out", str(tmp_path / "as-it-was")]) == 0
+    assert "rounded to bfloat16" in capsys.readouterr().err
+    assert {p.dtype for p in merged_weights(tmp_path / "as-it-was").values()} == {torch.bfloat16}
 
 
 @pytest.fixture

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
+import lzma
 
 import numpy as np
 import pytest
 from petl_mt.config import Pair
-from petl_mt.data import IGNORE, Corpus, Position, Ragged, TrainBatches, encode_pairs, read_lines, read_pair
+from petl_mt.data import (
+    IGNORE,
+    Corpus,
+    Position,
+    Ragged,
+    TrainBatches,
+    decode_lines,
+    encode_pairs,
+    has_text,
+    read_lines,
+    read_pair,
+)
 
 from petl_kernels.errors import InputError
 
@@ -27,6 +40,24 @@ def test_gzip_is_known_by_its_content(tmp_path):
         read_lines(path)
 
 
+def test_line_ends_change_no_count(tmp_path):
+    """Windows' line ends on one side, a lone carriage return or other separators inside a line, no end at the end."""
+    (tmp_path / "a").write_bytes("one\r\n\r\nt\u2028w\ro\u0085 \x0b\x0c\x1cx\r\nthree".encode())
+    (tmp_path / "b").write_bytes(b"eins\n\nzwei\ndrei\n")
+    source, target = read_pair(Pair("en", "de", str(tmp_path / "a"), str(tmp_path / "b")))
+    assert len(source) == len(target) == 4 and source[0] == "one" and source[1] == "" and source[3] == "three"
+    with pytest.raises(InputError, match="standard input: is gzip; expected UTF-8 text"):
+        decode_lines(gzip.compress(b"one\n"), "standard input")
+    assert decode_lines(b"", "standard input") == []
+
+
+@pytest.mark.parametrize("code", [0x200B, 0xFEFF, 0xA0, 0xAD, 0x200E, 0x202E, 0x2060, 0x3000, 0x7F, 1, 0x115F, 0xFE0F,
+                                  0x180E, 0x3164, 0x2800, 0xE0100, 0x2028, 0x85])  # fmt: skip
+def test_what_nobody_sees_is_no_text(code):
+    assert not has_text(chr(code)) and not has_text(f" {chr(code)}\t{chr(code)}")
+    assert has_text(f"{chr(code)}a") and has_text("。") and has_text("\u0301") and not has_text("")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -34,6 +65,13 @@ def test_gzip_is_known_by_its_content(tmp_path):
         (b"\n \n", "a.txt: empty"),
         (b"good\nalso good\nb\xe4d\n", r"a.txt: line 3 is not UTF-8 \(byte 0xe4\)"),
         (b"cut off \xc3", r"a.txt: line 1 is not UTF-8 \(byte 0xc3\)"),
+        (b"\xef\xbb\xbf", "a.txt: empty"),
+        ("\u200b\n\u00a0\u00ad\n".encode(), "a.txt: empty"),
+        ("one\ntwo\n".encode("utf-16"), r"a.txt: is UTF-16; .*line 1 is not UTF-8 \(byte 0xff\)"),
+        ("one\ntwo\n".encode("utf-16-le"), r"a.txt: line 1 is not UTF-8 \(byte 0x00\)"),
+        (lzma.compress(b"one\ntwo\n"), "a.txt: is xz; expected UTF-8 text"),
+        (bz2.compress(b"one\ntwo\n"), "a.txt: is bzip2; expected UTF-8 text"),
+        (b"one\rtwo\rthree\r", "a.txt: its lines end with carriage returns alone; expected line feeds"),
     ],
 )
 def test_unreadable_text_is_refused(tmp_path, content, message):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import sacrebleu
 import torch
+from petl_mt.config import Pair
 from petl_mt.data import encode_pairs, read_pair
 from petl_mt.evaluate import bleu_tokenizer, score_lines, translate, validation_loss
 
@@ -93,6 +94,41 @@ def test_long_sources_are_cut_and_counted(loaded, language, monkeypatch):
     )
 
 
+def test_lines_that_nobody_sees_are_empty(loaded, language):
+    """Their order and number stay. Some are letters to Unicode."""
+    lines = ["one two", "\u200b", "tree", "\ufeff\u00a0", "\u00ad", "three", "\u3164", "\x7f", "\u202a\u202c"]
+    results, cut = translate(loaded[0], language, lines, beam=1, max_length=20)
+    seen = [0, 2, 5]
+    assert cut == 0 and [i for i, line in enumerate(results) if line] == seen
+    assert [results[i] for i in seen] == translate(loaded[0], language, [lines[i] for i in seen], 1, 20)[0]
+
+
+def test_what_normalisation_removes_is_counted_as_empty():
+    class Letters:
+        pad_token_id = 1
+
+        def encode_source(self, texts):  # whose normalisation takes q away
+            return [[ord(c) for c in text if c != "q"] + [2] for text in texts]
+
+        encode_target = encode_source
+
+    texts = [(Pair("en", "de", "s", "t"), ["ab", "qq", "c", "\u200b", "d"], ["x", "y", "q", "z", "w"])]
+    corpus, (count,) = encode_pairs(texts, {"en-de": Letters()}, max_length=5)
+    assert (len(corpus), count.empty, count.too_long, count.kept, count.tokens) == (2, 3, 0, 2, 4)
+
+
+def test_sources_longer_than_the_positions_are_cut(loaded, language, monkeypatch):
+    """An mBART or Marian reads no more tokens than it has positions for; this M2M-100 stands in for one."""
+    model, _ = loaded
+    seen, generate = [], model.generate
+    monkeypatch.setattr(model, "generate", lambda **given: seen.append(given) or generate(**given))
+    monkeypatch.setattr("petl_mt.evaluate.positions", lambda config: 9)
+    lines, cut = translate(model, language, ["one " * 50, "two"], beam=1, max_length=400)
+    assert cut == 1 and all(lines)
+    assert max(given["input_ids"].shape[1] for given in seen) == 9
+    assert max(given["max_new_tokens"] for given in seen) == 9
+
+
 def test_scores_are_sacrebleus():
     hypotheses, references = (
         ["the cat sat on a mat", "hello there world"],
@@ -107,16 +143,38 @@ def test_scores_are_sacrebleus():
     assert scores.lines()[0] == f"BLEU {scores.bleu:.2f} {scores.bleu_signature}"
 
 
+CODES = {
+    "zh": "zh zho chi cmn yue lzh wuu nan zho_Hans zho_Hant zh_CN zh-TW zh-HK zh-Hant-TW ZH zh-yue zh-cmn-Hans "
+    "yue_Hant __zh__ <2zh> >>cmn_Hans<< >>zho<<",
+    "char": "ja jpn jpn_Jpan ja_XX __ja__ th tha tha_Thai th_TH <2th> lo lao lao_Laoo km khm khm_Khmr my bur mya "
+    "mya_Mymr my_MM bo tib bod bod_Tibt dz dzo dzo_Tibt shn_Mymr",
+    "13a": "de ger deu eng_Latn ko kor kor_Hang ko_KR vi ar id jv zh_Latn <2zh_Latn> nan_Latn ja_Latn sr_Latn tlx xx",
+}
+
+
+@pytest.mark.parametrize("tokenizer", CODES)
+def test_languages_without_spaces_have_their_tokenizer(tokenizer):
+    assert {code: bleu_tokenizer(code) for code in CODES[tokenizer].split()} == dict.fromkeys(
+        CODES[tokenizer].split(), tokenizer
+    )
+
+
 @pytest.mark.parametrize(
-    ("language", "tokenizer"),
-    [("de", "13a"), ("eng_Latn", "13a"), ("ja", "char"), ("jpn_Jpan", "char"), ("ja_XX", "char"), ("__ja__", "char"),
-     ("zh", "zh"), ("zho_Hans", "zh"), ("zh_CN", "zh"), ("<2th>", "char")],
-)  # fmt: skip
-def test_languages_without_spaces_have_their_tokenizer(language, tokenizer):
-    assert bleu_tokenizer(language) == tokenizer
-    if tokenizer == "char":
-        scores = score_lines(["今日は良い天気です"], ["今日は良い天気でした"], language)
-        assert 0 < scores.bleu < 100 and "tok:char" in scores.bleu_signature
+    ("language", "line", "tokenizer"),
+    [
+        ("ja", "今日は良い天気です", "char"),
+        ("chi", "今天天气很好", "zh"),
+        ("Chinese", "今天天气很好, OK", "zh"),  # no code: the text says it
+        ("xx", "今日は良い天気です", "char"),
+        ("thai", "สวัสดีครับ", "char"),
+        ("xx", "two words, and 天", "13a"),
+        ("en", "今天天气很好", "13a"),
+    ],
+)
+def test_the_signature_says_the_tokenizer(language, line, tokenizer):
+    scores = score_lines([line + "了"], [line], language)
+    assert f"tok:{tokenizer}|" in scores.bleu_signature
+    assert tokenizer == "13a" or 0 < scores.bleu < 100
 
 
 @pytest.mark.parametrize("name", ["13b", "ja-mecab"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from pathlib import Path
 
@@ -11,11 +12,13 @@ from conftest import write
 from petl_mt.cli import main
 from petl_mt.config import Pair, TrainConfig
 from petl_mt.data import IGNORE, encode_pairs
-from petl_mt.evaluate import validation_loss
-from petl_mt.prepare import decoder_start, set_dropout
+from petl_mt.evaluate import fitting_length, validation_loss
+from petl_mt.plan import plan
+from petl_mt.prepare import check_positions, decoder_start, set_dropout
 from petl_mt.train import train
 from transformers import AutoModelForSeq2SeqLM
 
+from petl_kernels.errors import InputError
 from petl_kernels.interop.hf import load_pretrained
 from petl_kernels.interop.languages import LanguagePair
 
@@ -26,7 +29,7 @@ _spec.loader.exec_module(families)
 LANGUAGES = {"nllb": ("eng_Latn", "swh_Latn"), "mbart50": ("en_XX", "de_DE"), "mbart25": ("en_XX", "de_DE")}
 
 
-@pytest.fixture(scope="module", params=["nllb", "mbart50", "mbart25", "marian", "t5", "t5-tied"])
+@pytest.fixture(scope="module", params=["nllb", "mbart50", "mbart25", "marian", "marian-separate", "t5", "t5-tied"])
 def checkpoint(request, tmp_path_factory):
     """(folder, source language, target language) of a random checkpoint."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -65,6 +68,27 @@ def test_the_loss_is_that_of_the_family(checkpoint, pair):
         tokens += count
     found = validation_loss(model, corpus, 100, start)
     assert found == pytest.approx(total / tokens, rel=1e-4)
+
+
+def test_sentences_longer_than_the_positions_are_refused_before_training(checkpoint, pair, tmp_path):
+    """64 here. M2M-100 and NLLB make more as they need them, T5 has none."""
+    model, _, start = read(checkpoint, pair, 1)
+    if model.config.model_type not in ("mbart", "marian"):
+        check_positions(model, 400)
+        ids = torch.full((1, 80), 5)
+        assert torch.isfinite(model(input_ids=ids, decoder_input_ids=ids).logits).all()
+        return
+    config = TrainConfig(
+        model=str(checkpoint[0]), out=str(tmp_path / "run"), train=[pair], method="lora", max_length=65
+    )  # fmt: skip
+    with pytest.raises(InputError, match="max_length 65: the model has 64 positions; expected at most as many"):
+        train(config, quiet=True)
+    with pytest.raises(InputError, match="max_length 65: the model has 64 positions"):
+        plan(dataclasses.replace(config, memory="1GiB"))
+    assert not (tmp_path / "run").exists()
+    ids = torch.full((1, 64), 5)
+    assert torch.isfinite(model(input_ids=ids, decoder_input_ids=ids).logits).all()
+    assert fitting_length(model, 400) == 64 and fitting_length(model, 40) == 40
 
 
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.repeat)])
