@@ -569,9 +569,10 @@ def plan_search(
         leanest = SearchPlan(*storages, streamed, device.type, dataclasses.replace(search, memory=room))
     if not refuse:
         return leanest
+    least = min(needs)
     raise InputError(
-        f"memory {format_below(memory, min(needs))}: to translate one sentence of {longest} tokens with {beam} beams needs "
-        f"{format_least(min(needs))}; expected at least that, or a smaller --beam or --max-length"
+        f"memory {format_below(memory, least)}: to translate one sentence of {longest} tokens with {beam} beams needs "
+        f"{format_least(least)}; expected at least that, or a smaller --beam or --max-length"
     )
 
 

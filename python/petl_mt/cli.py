@@ -82,6 +82,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_train(commands)
+    _add_finish(commands)
     _add_plan(commands)
     _add_translate(commands)
     _add_score(commands)
@@ -111,6 +112,12 @@ def _add_train(commands) -> None:
     )
     parser.set_defaults(run=_train)
     _add_training_flags(parser)
+
+
+def _add_finish(commands) -> None:
+    parser = commands.add_parser("finish", help="end a stopped run where it stands: scores, and the adapter or model")
+    parser.set_defaults(run=_finish)
+    parser.add_argument("run_folder", metavar="RUN", help="the --out of a training run")
 
 
 def _add_plan(commands) -> None:
@@ -250,9 +257,19 @@ def _train(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _finish(arguments: argparse.Namespace) -> int:
+    from .train import finish
+
+    finish(arguments.run_folder)
+    return 0
+
+
 def _plan(arguments: argparse.Namespace) -> int:
+    from .checks import check_file
     from .plan import plan, show
 
+    if arguments.json and arguments.json != "-":
+        check_file("json", arguments.json)
     show(plan(train_config(arguments), arguments.device), arguments.json)
     return 0
 
@@ -300,11 +317,15 @@ def _translate(arguments: argparse.Namespace) -> int:
 def _score(arguments: argparse.Namespace) -> int:
     from petl_kernels.interop.files import atomic_write
 
+    from .checks import check_file, check_two_files
     from .config import Pair
     from .data import read_pair
     from .evaluate import bleu_metric, score_lines
     from .runs import Translator
 
+    check_two_files(Pair("", "", *arguments.test))
+    if arguments.hypotheses:
+        check_file("hypotheses", arguments.hypotheses)
     source, target = read_pair(Pair("", "", *arguments.test))
     if arguments.bleu_tokenize:
         bleu_metric("", arguments.bleu_tokenize)
@@ -335,12 +356,15 @@ def _merge(arguments: argparse.Namespace) -> int:
     import petl_kernels as pk
     from petl_kernels.interop.adapters import check_free
 
+    from .checks import check_folder, check_space
     from .runs import hush, load_run, quantise_as_trained, run_storages
 
     check_free(arguments.out)  # before anything is read
+    check_folder("out", arguments.out)
     said = ""
     with hush():
         model, tokenizer, config = load_run(arguments.run_folder)
+        check_space("out", arguments.out, sum(p.nbytes for p in model.parameters()), "the merged model")
         storages = run_storages(arguments.run_folder)
         named = " and ".join(kind for kind in dict.fromkeys(storages) if kind != "dense")
         if arguments.into == "quantised":
