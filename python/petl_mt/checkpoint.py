@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -141,7 +142,7 @@ def damage(path: Path) -> str:
     if missing:
         return f"damaged, {missing[0] if path.is_dir() else 'the folder'} is missing"
     if not (path / SUMS).is_file():  # written by an earlier version
-        return ""
+        return _unreadable(path)
     try:
         sums = json.loads((path / SUMS).read_text(encoding="utf-8"))
         expected = {name: (sums[name]["bytes"], sums[name]["sha256"]) for name in MEMBERS}
@@ -152,6 +153,20 @@ def damage(path: Path) -> str:
             return f"damaged, {name} has {found:,} of {size:,} bytes"
         if file_sum(path / name)["sha256"] != checksum:
             return f"damaged, {name} is not what was written (checksum)"
+    return ""
+
+
+def _unreadable(path: Path) -> str:
+    """As ``damage``, by what can be seen without checksums: files that are cut, or not of their format."""
+    for name in MEMBERS:
+        try:
+            if name.endswith(".json"):
+                read_progress(path)
+                continue
+            with safe_open(path / name, "pt"):
+                pass
+        except Exception as error:  # of safetensors, of the disk, of JSON
+            return f"damaged, {name} cannot be read ({error})"
     return ""
 
 

@@ -342,8 +342,8 @@ class _Training:
             raise InputError(f"steps {steps}: the run has done {done}; expected at least that, or petl-mt finish")
         if steps != before.steps:
             self.to_say.append(
-                f"steps {before.steps} -> {steps}: from step {done + 1} on, learning rates are those of a run of {steps} "
-                f"steps ({self.config.schedule}, warmup {self.config.warmup})"
+                f"steps {before.steps} -> {steps}: from step {done + 1} on, learning rates are those of a run of "
+                f"{steps} steps ({self.config.schedule}, warmup {self.config.warmup})"
             )
         return latest
 
@@ -382,8 +382,8 @@ class _Training:
         text = (
             f"interrupted again: stopped at once; {safe}, go on with --resume"
             if again
-            else f"interrupted: stops after this update{last} or evaluation, and writes a checkpoint; once more to stop at "
-            f"once: {safe}"
+            else f"interrupted: stops after this update{last} or evaluation, and writes a checkpoint; once more to "
+            f"stop at once: {safe}"
         )
         if not self.quiet:
             os.write(2, f"\n{text}\n".encode())
