@@ -49,6 +49,20 @@ def check_files(config: TrainConfig) -> list[str]:
     return lines
 
 
+def little_effect(config: TrainConfig) -> list[str]:
+    """Lines on options of which a run of so many steps sees little; ``config`` is resolved."""
+    lines = []
+    if config.warmup >= config.steps > 1:
+        lines.append(
+            f"warmup {config.warmup}: the run of {config.steps} steps ends before the rate is at lr {config.lr:g}"
+        )
+    if config.valid and config.eval_every > config.steps:
+        lines.append(f"eval_every {config.eval_every}: the run of {config.steps} steps is evaluated once, at its end")
+        if config.patience is not None:
+            lines.append(f"patience {config.patience}: no effect, since there is one evaluation")
+    return lines
+
+
 def check_two_files(pair: Pair) -> None:
     if _same(pair.source, pair.target):
         raise InputError(f"{pair.source}: given as source and as target; expected two files")
@@ -62,7 +76,7 @@ def _both_same(one: Pair, other: Pair) -> bool:
     return one.name == other.name and all(_same(*side) for side in _sides(one, other))
 
 
-def _same(one: str, other: str) -> bool:
+def _same(one: str | Path, other: str | Path) -> bool:
     try:
         return os.path.samefile(one, other)
     except OSError:  # reading it says what is wrong
@@ -126,9 +140,11 @@ def check_folder(name: str, folder: str | Path) -> None:
     _try_to_write(name, folder, place)
 
 
-def check_file(name: str, path: str | Path) -> None:
-    """Refuse a file that cannot be written."""
+def check_file(name: str, path: str | Path, inputs: Sequence[str | Path] = ()) -> None:
+    """Refuse a file that cannot be written, or that is one of ``inputs``."""
     path = Path(path)
+    if any(_same(path, other) for other in inputs):
+        raise InputError(f"{name} {path}: is read, too, and would be written over; expected another file")
     if path.is_dir():
         raise InputError(f"{name} {path}: is a folder; expected a file's name")
     if not path.parent.is_dir():

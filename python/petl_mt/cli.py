@@ -269,7 +269,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     from .plan import plan, show
 
     if arguments.json and arguments.json != "-":
-        check_file("json", arguments.json)
+        check_file("json", arguments.json, [path for path in (arguments.model, arguments.config) if path])
     show(plan(train_config(arguments), arguments.device), arguments.json)
     return 0
 
@@ -325,7 +325,7 @@ def _score(arguments: argparse.Namespace) -> int:
 
     check_two_files(Pair("", "", *arguments.test))
     if arguments.hypotheses:
-        check_file("hypotheses", arguments.hypotheses)
+        check_file("hypotheses", arguments.hypotheses, arguments.test)
     source, target = read_pair(Pair("", "", *arguments.test))
     if arguments.bleu_tokenize:
         bleu_metric("", arguments.bleu_tokenize)

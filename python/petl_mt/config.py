@@ -126,6 +126,10 @@ class TrainConfig:
         self.check_settings()
         if self.optimizer == "adamw8bit":
             require_bitsandbytes("optimizer adamw8bit")
+        _need(
+            not self.tensorboard or importlib.util.find_spec("tensorboard") is not None,
+            "tensorboard: not installed; pip install tensorboard, or leave --tensorboard out",
+        )
         if "8bit-optimizer" in self.allow:
             require_bitsandbytes("allow 8bit-optimizer")
 

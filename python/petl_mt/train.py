@@ -9,6 +9,7 @@ import math
 import os
 import signal
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from petl_kernels.graphs import check_device
 from petl_kernels.interop.files import atomic_dir, atomic_write
 from petl_kernels.interop.planned import load_planned
 from petl_kernels.memory import cap
+from petl_kernels.memory.generation import output_length
 from petl_kernels.memory.plan import Plan
 from petl_kernels.memory.resident import OPTIMIZER_BYTES
 from petl_kernels.memory.saved import saved_bytes
@@ -40,6 +42,7 @@ from .checks import (
     check_one_process,
     check_same_text,
     check_space,
+    little_effect,
     names_of,
     text_sums,
     write_text_sums,
@@ -143,6 +146,8 @@ def train(config: TrainConfig, resume: bool = False, quiet: bool = False) -> Run
     if not resuming:
         run.check_free()
     check_folder("out", run.path)
+    if resume and not resuming and not quiet:
+        print(f"out {run.path}: no run to resume; a new one begins", file=sys.stderr)
     with hush(), ExitStack() as limits:
         if resuming:
             limits.enter_context(locked(run.path))
@@ -173,6 +178,8 @@ class _Training:
         self, config: TrainConfig, run: RunFolder, resuming: bool, quiet: bool, limits: ExitStack | None = None
     ) -> None:
         self.folder, self.quiet, self.limits = run, quiet, limits
+        if config.plan is not None:
+            Plan.load(config.plan)  # refused now, not after the text has been read
         self.to_say = check_files(config)
         self.text_sums = text_sums(config)
         if resuming:
@@ -198,6 +205,7 @@ class _Training:
         if before is not None:
             run.check_same(config)
         check_beam(config.beam, self.model)
+        self.to_say += little_effect(config)
         pairs = {pair.name: pair for pair in [*config.train, *config.valid]}
         self.languages = {name: language_pair(self.model, self.tokenizer, pair) for name, pair in pairs.items()}
         self.start = decoder_start(self.model, next(iter(self.languages.values())))
@@ -330,6 +338,16 @@ class _Training:
             self.plan.save(self.folder.plan)
             for line in str(self.plan).splitlines():
                 self.log.say(line)
+            search, longest = self.plan.search, self.plan.longest
+            if (
+                self.config.valid
+                and search
+                and not search.rows(longest, output_length(longest, self.config.max_length))
+            ):
+                self.log.say(
+                    f"the search with {self.config.beam} beams has no room for a sentence of {longest} tokens; where "
+                    "validation text has one, the run ends without scores (a smaller --beam takes less)"
+                )
         if self.progress.step:
             self.log.say(f"resumed after step {self.progress.step}")
 

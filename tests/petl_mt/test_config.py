@@ -106,7 +106,9 @@ def test_configurations_that_cannot_run_are_refused(change, message):
     assert message in str(refusal.value) and "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("change", [{"optimizer": "adamw8bit"}, {"allow": ["quantised", "8bit-optimizer"], "memory": "1GiB"}])
+@pytest.mark.parametrize(
+    "change", [{"optimizer": "adamw8bit"}, {"allow": ["quantised", "8bit-optimizer"], "memory": "1GiB"}]
+)
 def test_8_bits_need_their_library(change, monkeypatch):
     config = TrainConfig(model="m", out="o", train=[Pair("en", "de", "a", "b")], **change)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -83,6 +83,14 @@ def test_a_stopped_run_translates_as_it_does_once_it_is_ended(settings, monkeypa
         finish(out, quiet=True)
 
 
+def test_a_stopped_new_model_translates(settings, monkeypatch):
+    new = {"model": "new", "method": None, "method_args": {}, "vocab_size": 60, "d_model": 16, "layers": 1, "heads": 2}
+    out = stopped(settings, monkeypatch, **new)
+    before = list(Translator(out).stream(LINES))
+    finish(out, quiet=True)
+    assert list(Translator(out).stream(LINES)) == before
+
+
 def test_a_stopped_run_inside_a_budget(settings, monkeypatch, capsys):
     out = stopped(settings, monkeypatch, memory="20MiB")
     before = list(Translator(out, memory="20MiB").stream(LINES))
@@ -358,6 +366,7 @@ def test_places_that_cannot_be_written(settings, text, tmp_path, capsys):
     score = ["score", "--run", "no-run", "--test", test.source, test.target, "--hypotheses"]
     assert "no such folder" in _refused([*score, str(tmp_path / "none" / "hyp")], capsys)
     assert "is a folder" in _refused([*score, str(tmp_path)], capsys)
+    assert "is read, too" in _refused([*score, test.target], capsys)
     assert "/proc/hyp" in _refused([*score, "/proc/hyp"], capsys)
     assert "is a file" in _refused(["merge", "--run", "no-run", "--out", str(file / "merged")], capsys)
     assert "/proc/m" in _refused(["merge", "--run", "no-run", "--out", "/proc/m"], capsys)
@@ -365,6 +374,18 @@ def test_places_that_cannot_be_written(settings, text, tmp_path, capsys):
     assert "no such folder" in _refused([*plan, str(tmp_path / "none" / "plan.json")], capsys)
     with pytest.raises(InputError, match="is a file; expected a folder"):
         train(TrainConfig(**{**settings, "out": str(file / "run")}), quiet=True)
+
+
+def test_what_a_short_run_sees_little_of(settings, capsys):
+    train(TrainConfig(**{**settings, "steps": 2, "warmup": 2, "eval_every": 3, "patience": 1}), resume=True)
+    said = capsys.readouterr().err
+    for line in (
+        "no run to resume; a new one begins",
+        "warmup 2: the run of 2 steps ends before the rate is at lr 0.01",
+        "eval_every 3: the run of 2 steps is evaluated once, at its end",
+        "patience 1: no effect",
+    ):
+        assert line in said
 
 
 def test_a_disk_without_room_is_refused_before_work(settings, monkeypatch, tmp_path, capsys):
