@@ -489,32 +489,41 @@ class Planner:
 
     @functools.cache  # noqa: B019
     def _leanest(self, allow: tuple[str, ...]) -> tuple[int, Setting, tuple[int, ...]]:
-        """(peak without the context, setting, tiers) of the plan that takes least: one sentence pair at a time."""
+        """(peak without the context, setting, tiers) of the plan that takes least: one sentence pair at a time.
+
+        Every way to round is counted with the highest tier; the best of them, and the one that rounds nothing, with the
+        tiers that take least for it.
+        """
+        settings = sorted(self._settings(CHUNKS[-1], allow), key=self._always)
         found: tuple[int, Setting, tuple[int, ...]] | None = None
-        for setting in sorted(self._settings(CHUNKS[-1], allow), key=self._always):
+        for setting in settings:
             if found is not None and self._always(setting) >= found[0]:
                 break
-            for tiers in self._lean_mixtures(setting.kind):
-                peak = sum(self.parts(setting, 1, tiers).values()) - self._context()
-                if found is None or peak < found[0]:
-                    found = peak, setting, tiers
+            found = self._leaner(found, setting, (self.tiers[-1],) * len(self.sides))
+        kinds = {EXACT, found[1].kind}
+        for setting in settings:
+            if setting.kind in kinds and self._always(setting) < found[0]:
+                found = self._leaner(found, setting, self._lean_tiers(setting.kind))
         return found
 
-    @functools.cache  # noqa: B019
-    def _lean_mixtures(self, kind: tuple[str, str, str]) -> list[tuple[int, ...]]:
-        """Tiers that may take least for one sentence pair: all of the highest tier, and what takes least for ``kind``.
+    def _leaner(self, found, setting: Setting, tiers: tuple[int, ...]) -> tuple[int, Setting, tuple[int, ...]]:
+        """``found`` of ``_leanest``, or the given plan, where that takes less."""
+        peak = sum(self.parts(setting, 1, tiers).values()) - self._context()
+        return found if found is not None and found[0] <= peak else (peak, setting, tiers)
 
-        Where something is rounded, only the tiers that take least where nothing is are counted.
+    @functools.cache  # noqa: B019
+    def _lean_tiers(self, kind: tuple[str, str, str]) -> tuple[int, ...]:
+        """Those with which one sentence pair takes least: leaner ones in front, of two that follow each other.
+
+        Where something is rounded, of the two that take least where nothing is.
         """
-        highest = (self.tiers[-1],) * len(self.sides)
-        used = self.tiers if kind == EXACT else sorted({*self._lean_mixtures(EXACT)[-1], *highest})
+        used = self.tiers if kind == EXACT else sorted(set(self._lean_tiers(EXACT)))
         slopes = {tier: self._measured(tier, 1, CHUNKS[-1], kind) for tier in used}
-        mixtures = [highest]
+        mixtures = []
         for tier in used:
             for leaner in range(len(self.sides) + 1 if tier + 1 in used else 1):
-                rest = len(self.sides) - leaner
-                mixtures.append((tier + 1,) * leaner + (tier,) * rest)
-        return [highest, min(mixtures, key=lambda tiers: sum(self._kept_and_rest(tiers, slopes)))]
+                mixtures.append((tier + 1,) * leaner + (tier,) * (len(self.sides) - leaner))
+        return min(mixtures, key=lambda tiers: sum(self._kept_and_rest(tiers, slopes)))
 
     def _more(self, plan: Plan) -> tuple[tuple[int, float, str], ...]:
         """What each further GiB would buy, until nothing more."""
