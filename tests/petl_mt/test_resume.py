@@ -210,5 +210,4 @@ def test_a_checkpoint_of_another_run_is_refused(settings, whole, tmp_path):
     with pytest.raises(InputError, match="does not fit the model"):
         train(TrainConfig(**{**settings, "out": whole}), resume=True, quiet=True)
     (latest / "trained.safetensors").write_bytes(b"damaged")
-    with pytest.raises(InputError, match=r"damaged, trained.safetensors cannot be read"):
-        train(TrainConfig(**{**settings, "out": whole}), resume=True, quiet=True)
+    assert checkpoint.damage(latest.resolve()).startswith("damaged, trained.safetensors cannot be read")
