@@ -43,13 +43,14 @@ from petl_kernels.memory.resident import (
     FrozenWeights,
 )
 from petl_kernels.memory.simulate import Batch, Phases
-from petl_kernels.memory.size import format_least, format_size, parse_size
+from petl_kernels.memory.size import format_below, format_least, format_size, parse_size
 from petl_kernels.memory.stream import copies_hide
 from petl_kernels.methods.structure import Structure, check_model, describe
 from petl_kernels.ops.quantised import parts_of
 
 GIB = 2**30
 AUTOCAST = (None, torch.bfloat16, torch.float16)
+EXACT = ("dense", "dense", "float32")  # storage, tables and gradients of a plan that rounds nothing
 
 
 def plan(
@@ -164,6 +165,11 @@ class Setting:
     def __post_init__(self) -> None:
         object.__setattr__(self, "tables", self.tables or self.storage)
 
+    @property
+    def kind(self) -> tuple[str, str, str]:
+        """What decides the bytes of a step beside its batch and its tiers."""
+        return self.storage, self.tables, self.gradients
+
 
 @dataclass(frozen=True)
 class _Slopes:
@@ -196,6 +202,7 @@ class Planner:
         self.trained = [p for p in model.parameters() if p.requires_grad]
         if not self.trained:
             raise InputError(f"model {type(model).__name__}: trains nothing; expected one with an adapter (pk.adapt)")
+        self._slopes: dict[tuple, _Slopes] = {}
         self._shallow: dict[tuple[tuple[int, int], str, str], nn.Module] = {}
         self.mode = simulate.fake_mode()
         self._counted: SearchBytes | None = None
@@ -213,8 +220,13 @@ class Planner:
         for chunk_bytes in _chunks(memory):  # a smaller one only where nothing fits with a larger
             found = self._fastest(memory, chunk_bytes)
             if found is not None:
-                return dataclasses.replace(found, more=self._more(found))
-        raise InputError(self._refusal(memory))
+                break
+        else:  # the search chooses by estimates, so that it may pass over what fits; the leanest plan decides
+            if memory < self._least(self.allow):
+                raise InputError(self._refusal(memory))
+            _, setting, tiers = self._leanest(self.allow)
+            found = self._plan(memory, setting, self.rows, tiers)
+        return dataclasses.replace(found, more=self._more(found))
 
     def tiers_in_place(self, memory: int) -> tuple[tuple[int, ...], int]:
         """(tiers, loss chunk) for a batch as a whole, with weights stored and placed as they are."""
@@ -224,10 +236,10 @@ class Planner:
             if tiers is not None:
                 return tiers, chunk_bytes
         least = min(self._peak((tier,) * len(self.sides), self.rows, chunk_bytes) for tier in self.tiers)
-        need = math.ceil((self._always(setting) + least + self._context()) / (1 - SLACK[self.device.type]))
+        need = smallest_budget(self._always(setting) + least, self.device.type)
         raise InputError(
             f"tier 'auto': a batch of {self.batch_tokens:,} tokens needs {format_least(need)}, and there are "
-            f"{format_size(memory)}; expected a smaller batch_tokens, or pk.plan, which has more levers"
+            f"{format_below(memory, need)}; expected a smaller batch_tokens, or pk.plan, which has more levers"
         )
 
     def _fastest(self, memory: int, chunk_bytes: int) -> Plan | None:
@@ -252,15 +264,17 @@ class Planner:
         """(seconds of an update, setting, micro-batches, tiers) of all that fit."""
         for setting in self._settings(chunk_bytes, self.allow):
             room = usable - self._always(setting)
-            if room <= self._step(setting):
+            if room < self._step(setting):
                 continue
+            enough = 0
             for micro_batches in _divisions(self.rows):
                 rows = -(-self.rows // micro_batches)
                 tiers = self._tiers(rows, setting.chunk_bytes, room - self._graph_bytes(rows))
                 if tiers is not None:
                     yield self._seconds(setting, micro_batches, rows, tiers), setting, micro_batches, tiers
-                    if set(tiers) == {self.tiers[0]}:
-                        break  # smaller micro-batches only cost
+                    enough += set(tiers) == {self.tiers[0]}
+                    if enough == 2:
+                        break  # smaller micro-batches only cost; one more, where the first was estimated too low
 
     def _settings(self, chunk_bytes: int, allow: tuple[str, ...]) -> Iterator[Setting]:
         storages = STORAGES if "quantised" in allow and self.weights.can_round else STORAGES[:1]
@@ -304,10 +318,10 @@ class Planner:
     # ---- bytes
 
     def _usable(self, memory: int) -> int:
-        return int(memory * (1 - SLACK[self.device.type])) - self._context()
+        return usable(memory, self.device.type)
 
     def _context(self) -> int:
-        return CONTEXT if self.device.type == "cuda" else 0
+        return _context(self.device.type)
 
     @functools.cache  # noqa: B019  a planner lives for one call of plan()
     def _always(self, setting: Setting) -> int:
@@ -352,17 +366,22 @@ class Planner:
 
     @functools.cache  # noqa: B019
     def _between(self, tier: int, rows: int, chunk_bytes: int) -> _Slopes:
-        """At ``rows``, on the line through two batch sizes that were measured."""
+        """At ``rows``, on the line through two batch sizes that were measured: the next above and below."""
         few = -(-self.rows // 8)
-        low, high = (self._measured(tier, anchor, chunk_bytes) for anchor in (few, self.rows))
-        share = (rows - few) / max(1, self.rows - few)
+        first, last = (1, few) if rows < few else (few, self.rows)
+        low, high = (self._measured(tier, anchor, chunk_bytes) for anchor in (first, last))
+        share = (rows - first) / max(1, last - first)
         values = zip(dataclasses.astuple(low), dataclasses.astuple(high), strict=True)
         return _Slopes(*(a + share * (b - a) for a, b in values))
 
-    @functools.cache  # noqa: B019
-    def _measured(self, tier: int, rows: int, chunk_bytes: int, *kind: str) -> _Slopes:
+    def _measured(self, tier: int, rows: int, chunk_bytes: int, kind: tuple[str, str, str] = EXACT) -> _Slopes:
         """kind: storage, tables and gradients; by default nothing is rounded."""
-        kind = kind or ("dense", "dense", "float32")
+        key = tier, rows, chunk_bytes, kind
+        if key not in self._slopes:
+            self._slopes[key] = self._simulated(*key)
+        return self._slopes[key]
+
+    def _simulated(self, tier: int, rows: int, chunk_bytes: int, kind: tuple[str, str, str]) -> _Slopes:
         one, two, both = (self._phases(depth, tier, rows, chunk_bytes, *kind) for depth in ((1, 1), (2, 1), (2, 2)))
         encoder, decoder = two.kept - one.kept, both.kept - two.kept
         layers = 2 * (encoder + decoder)
@@ -390,8 +409,7 @@ class Planner:
 
     def parts(self, setting: Setting, rows: int, tiers: tuple[int, ...]) -> dict[str, int]:
         """Bytes by purpose at the worst moment of a step, which add up to its peak."""
-        kind = setting.storage, setting.tables, setting.gradients
-        slopes = {tier: self._measured(tier, rows, setting.chunk_bytes, *kind) for tier in set(tiers)}
+        slopes = {tier: self._measured(tier, rows, setting.chunk_bytes, setting.kind) for tier in set(tiers)}
         kept, rest = self._kept_and_rest(tiers, slopes)
         moment = {"kept for backward": round(kept), "at the worst moment": round(rest)}
         if self._step(setting) > kept + rest:
@@ -455,7 +473,8 @@ class Planner:
 
     def _refusal(self, memory: int) -> str:
         allowed, any_ = self._least(self.allow), self._least(tuple(APPROXIMATIONS))
-        line = f"memory {format_size(memory)}: one sentence pair of {self.longest} tokens needs {format_least(allowed)}"
+        shown_memory = format_below(memory, allowed)
+        line = f"memory {shown_memory}: one sentence pair of {self.longest} tokens needs {format_least(allowed)}"
         if any_ < allowed:
             line += f", or {format_least(any_)} with --allow {','.join(APPROXIMATIONS)}"
         if self.graphs:
@@ -466,13 +485,45 @@ class Planner:
 
     def _least(self, allow: tuple[str, ...]) -> int:
         """The smallest budget that works."""
-        tiers = (self.tiers[-1],) * len(self.sides)
-        need = math.inf
-        for setting in sorted(self._settings(CHUNKS[-1], allow), key=self._always):
-            if self._always(setting) >= need:
+        return smallest_budget(self._leanest(allow)[0], self.device.type)
+
+    @functools.cache  # noqa: B019
+    def _leanest(self, allow: tuple[str, ...]) -> tuple[int, Setting, tuple[int, ...]]:
+        """(peak without the context, setting, tiers) of the plan that takes least: one sentence pair at a time.
+
+        Every way to round is counted with the highest tier; the best of them, and the one that rounds nothing, with the
+        tiers that take least for it.
+        """
+        settings = sorted(self._settings(CHUNKS[-1], allow), key=self._always)
+        found: tuple[int, Setting, tuple[int, ...]] | None = None
+        for setting in settings:
+            if found is not None and self._always(setting) >= found[0]:
                 break
-            need = min(need, sum(self.parts(setting, 1, tiers).values()))
-        return math.ceil(need / (1 - SLACK[self.device.type]))
+            found = self._leaner(found, setting, (self.tiers[-1],) * len(self.sides))
+        kinds = {EXACT, found[1].kind}
+        for setting in settings:
+            if setting.kind in kinds and self._always(setting) < found[0]:
+                found = self._leaner(found, setting, self._lean_tiers(setting.kind))
+        return found
+
+    def _leaner(self, found, setting: Setting, tiers: tuple[int, ...]) -> tuple[int, Setting, tuple[int, ...]]:
+        """``found`` of ``_leanest``, or the given plan, where that takes less."""
+        peak = sum(self.parts(setting, 1, tiers).values()) - self._context()
+        return found if found is not None and found[0] <= peak else (peak, setting, tiers)
+
+    @functools.cache  # noqa: B019
+    def _lean_tiers(self, kind: tuple[str, str, str]) -> tuple[int, ...]:
+        """Those with which one sentence pair takes least: leaner ones in front, of two that follow each other.
+
+        Where something is rounded, of the two that take least where nothing is.
+        """
+        used = self.tiers if kind == EXACT else sorted(set(self._lean_tiers(EXACT)))
+        slopes = {tier: self._measured(tier, 1, CHUNKS[-1], kind) for tier in used}
+        mixtures = []
+        for tier in used:
+            for leaner in range(len(self.sides) + 1 if tier + 1 in used else 1):
+                mixtures.append((tier + 1,) * leaner + (tier,) * (len(self.sides) - leaner))
+        return min(mixtures, key=lambda tiers: sum(self._kept_and_rest(tiers, slopes)))
 
     def _more(self, plan: Plan) -> tuple[tuple[int, float, str], ...]:
         """What each further GiB would buy, until nothing more."""
@@ -516,23 +567,41 @@ def plan_search(
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     search = Search(model, beam, 1, autocast).bytes(0, longest)
     one = search.always + search.of(longest, output_length(longest, longest))
-    context = CONTEXT if device.type == "cuda" else 0
-    free = 1 - SLACK[device.type]
     can_stream = weights.can_stream and (storages[0] == "dense" or device.type == "cuda")
     needs = []
     for streamed in dict.fromkeys(count * share // 4 for share in range(5)) if can_stream else (0,):
         always = weights.resident(*storages, streamed) + trained
-        room = int(memory * free) - context - always
+        room = usable(memory, device.type) - always
         if room >= one:
             return SearchPlan(*storages, streamed, device.type, dataclasses.replace(search, memory=room))
-        needs.append(math.ceil((always + one + context) / free))
+        needs.append(smallest_budget(always + one, device.type))
         leanest = SearchPlan(*storages, streamed, device.type, dataclasses.replace(search, memory=room))
     if not refuse:
         return leanest
+    least = min(needs)
     raise InputError(
-        f"memory {format_size(memory)}: to translate one sentence of {longest} tokens with {beam} beams needs "
-        f"{format_least(min(needs))}; expected at least that, or a smaller --beam or --max-length"
+        f"memory {format_below(memory, least)}: to translate one sentence of {longest} tokens with {beam} beams needs "
+        f"{format_least(least)}; expected at least that, or a smaller --beam or --max-length"
     )
+
+
+def usable(memory: int, device: str) -> int:
+    """What a budget leaves for weights and for a step: without slack, and on CUDA without the context."""
+    return int(memory * (1 - SLACK[device])) - _context(device)
+
+
+def smallest_budget(need: float, device: str) -> int:
+    """The smallest budget of which ``usable`` leaves ``need`` bytes."""
+    budget = math.ceil((need + _context(device)) / (1 - SLACK[device]))
+    while usable(budget, device) < need:
+        budget += 1
+    while usable(budget - 1, device) >= need:
+        budget -= 1
+    return budget
+
+
+def _context(device: str) -> int:
+    return CONTEXT if device == "cuda" else 0
 
 
 def _chunks(memory: int) -> Sequence[int]:

@@ -35,12 +35,18 @@ def parse_size(text: str | int) -> int:
 
 
 def format_least(size: int) -> str:
-    """``format_size`` of a size that is not rounded down, so that what it says is enough."""
-    text = format_size(size)
+    """``format_size`` of the next size that it can say exactly enough: what it says suffices, a step less does not."""
+    text, larger = format_size(size), size
     while parse_size(text) < size:
-        size += max(1, size // 1000)
-        text = format_size(size)
+        larger += max(1, larger // 4096)  # less than any step between two texts
+        text = format_size(larger)
     return text
+
+
+def format_below(size: int, least: int) -> str:
+    """``format_size`` of a size below ``least``; in bytes where it would read like ``format_least`` of that."""
+    text = format_size(size)
+    return text if parse_size(text) < parse_size(format_least(least)) else f"{size:,} bytes"
 
 
 def format_size(size: int) -> str:

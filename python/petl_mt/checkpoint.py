@@ -1,9 +1,9 @@
 """Checkpoints: what training changed, the optimiser, the generators and where the data stood.
 
 checkpoints/step-N/ holds trained.safetensors (the trained tensors only: a frozen base is not copied),
-optimizer.safetensors, random.safetensors and progress.json; no file that could run code when it is read. `latest` and
-`best` are links to such folders. Learning rates and the order of the data follow from the step, the epoch and the
-configuration.
+optimizer.safetensors, random.safetensors and progress.json; no file that could run code when it is read. checksums.json
+has the size and SHA-256 of each, so that a damaged one is found before it is used. `latest` and `best` are links to
+such folders. Learning rates and the order of the data follow from the step, the epoch and the configuration.
 """
 
 from __future__ import annotations
@@ -15,12 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from petl_kernels.errors import InputError
 from petl_kernels.interop.files import atomic_dir
 
+from .checks import file_sum
+
+MEMBERS = ("trained.safetensors", "optimizer.safetensors", "random.safetensors", "progress.json")
+SUMS = "checksums.json"
 TABLES = ("qmap1", "qmap2")  # of bitsandbytes: the values that 8 bits stand for, the same ones for all parameters
 
 
@@ -45,6 +50,8 @@ class Checkpoints:
             save_file(_optimizer_tensors(optimizer), temporary / "optimizer.safetensors")
             save_file(_generators(), temporary / "random.safetensors")
             (temporary / "progress.json").write_text(json.dumps(progress, indent=1) + "\n", encoding="utf-8")
+            sums = {name: file_sum(temporary / name) for name in MEMBERS}
+            (temporary / SUMS).write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
         if best:
             self._link("best", path.name)
         self._link("latest", path.name)
@@ -55,6 +62,32 @@ class Checkpoints:
         """The folder that ``latest`` or ``best`` means, or None."""
         path = self.folder / which
         return path.resolve() if path.exists() else None
+
+    def whole(self, *links: str) -> tuple[Path | None, list[str]]:
+        """(the first whole checkpoint, lines on damaged ones before it): of ``links``, then the newest.
+
+        (None, []) where there is none at all. InputError where all that there are are damaged.
+        """
+        lines, damaged = [], {}
+        for path in dict.fromkeys([*map(self._target, links), *self._newest_first()]):
+            if path is None:
+                continue
+            if not (problem := damage(path)):
+                return path, [f"{line}; {path.name} is used, the newest that is whole" for line in lines]
+            damaged[path] = problem
+            lines.append(f"checkpoint {path}: {problem}")
+        if lines:
+            raise InputError(f"{lines[0]}; no other is whole, expected a new run, or a copy of these files")
+        return None, []
+
+    def _target(self, link: str) -> Path | None:
+        """Where ``link`` points, whether or not something is there."""
+        path = self.folder / link
+        return self.folder.resolve() / os.readlink(path) if path.is_symlink() else self.path(link)
+
+    def _newest_first(self) -> list[Path]:
+        steps = [path for path in self.folder.resolve().glob("step-*") if path.name[5:].isdigit()]
+        return sorted(steps, key=lambda path: -int(path.name[5:]))
 
     def load_trained(self, path: Path, model: nn.Module) -> None:
         """Put the tensors of a checkpoint into ``model``; refused unless names and shapes are the same."""
@@ -71,11 +104,14 @@ class Checkpoints:
                 tensor.copy_(saved[name])
 
     def load(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """Restore everything; returns the progress that was saved."""
+        """Restore everything; returns the progress that was saved. InputError for what cannot be read."""
         self.load_trained(path, model)
-        _load_optimizer(optimizer, load_file(path / "optimizer.safetensors"))
-        _set_generators(load_file(path / "random.safetensors"))
-        return json.loads((path / "progress.json").read_text(encoding="utf-8"))
+        try:
+            _load_optimizer(optimizer, load_file(path / "optimizer.safetensors"))
+            _set_generators(load_file(path / "random.safetensors"))
+        except Exception as error:  # of safetensors, PyTorch or Python, by what is wrong
+            raise InputError(f"checkpoint {path}: unreadable: {error}") from None
+        return read_progress(path)
 
     def _link(self, name: str, target: str) -> None:
         temporary = self.folder / f".{name}.{os.getpid()}.tmp"
@@ -88,6 +124,50 @@ class Checkpoints:
         for path in [*self.folder.glob("step-*"), *self.folder.glob(".step-*.tmp")]:  # .tmp: of a killed run
             if path.name not in kept:
                 shutil.rmtree(path)
+
+
+def read_progress(path: Path) -> dict[str, Any]:
+    """The progress that a checkpoint has saved."""
+    try:
+        values = json.loads((path / "progress.json").read_text(encoding="utf-8"))
+        values["step"] + 0
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"checkpoint {path}: unreadable: progress.json: {error}") from None
+    return values
+
+
+def damage(path: Path) -> str:
+    """What is wrong with the files of a checkpoint; empty when nothing is."""
+    missing = [name for name in MEMBERS if not (path / name).is_file()]
+    if missing:
+        return f"damaged, {missing[0] if path.is_dir() else 'the folder'} is missing"
+    if not (path / SUMS).is_file():  # written by an earlier version
+        return _unreadable(path)
+    try:
+        sums = json.loads((path / SUMS).read_text(encoding="utf-8"))
+        expected = {name: (sums[name]["bytes"], sums[name]["sha256"]) for name in MEMBERS}
+    except (ValueError, KeyError, TypeError):
+        return f"damaged, {SUMS} cannot be read"
+    for name, (size, checksum) in expected.items():
+        if (found := (path / name).stat().st_size) != size:
+            return f"damaged, {name} has {found:,} of {size:,} bytes"
+        if file_sum(path / name)["sha256"] != checksum:
+            return f"damaged, {name} is not what was written (checksum)"
+    return ""
+
+
+def _unreadable(path: Path) -> str:
+    """As ``damage``, by what can be seen without checksums: files that are cut, or not of their format."""
+    for name in MEMBERS:
+        try:
+            if name.endswith(".json"):
+                read_progress(path)
+                continue
+            with safe_open(path / name, "pt"):
+                pass
+        except Exception as error:  # of safetensors, of the disk, of JSON
+            return f"damaged, {name} cannot be read ({error})"
+    return ""
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

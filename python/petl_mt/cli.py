@@ -17,8 +17,9 @@ except ImportError as error:  # PyTorch or numpy is missing, or too old
     print(f"petl-mt: {error}", file=sys.stderr)
     raise SystemExit(2) from None
 
+from .checks import check_file, check_folder, check_space, check_two_files
 from .options import FILES, PAIR, TrainingOptions, languages
-from .output import check_file, check_new_folder, drop_unread
+from .output import drop_unread
 
 TRAIN_EXAMPLE = """examples:
   petl-mt train --model facebook/nllb-200-distilled-600M --train train.en train.sw --valid dev.en dev.sw \\
@@ -92,6 +93,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_train(commands)
+    _add_finish(commands)
     _add_plan(commands)
     _add_translate(commands)
     _add_score(commands)
@@ -121,6 +123,12 @@ def _add_train(commands) -> None:
     )
     parser.set_defaults(run=_train)
     _add_training_flags(parser)
+
+
+def _add_finish(commands) -> None:
+    parser = commands.add_parser("finish", help="end a stopped run where it stands: scores, and the adapter or model")
+    parser.set_defaults(run=_finish)
+    parser.add_argument("run_folder", metavar="RUN", help="the --out of a training run")
 
 
 def _add_plan(commands) -> None:
@@ -238,11 +246,18 @@ def _train(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _finish(arguments: argparse.Namespace) -> int:
+    from .train import finish
+
+    finish(arguments.run_folder)
+    return 0
+
+
 def _plan(arguments: argparse.Namespace) -> int:
     from .plan import plan, show
 
-    if arguments.json not in (None, "-"):
-        check_file("json", arguments.json)
+    if arguments.json and arguments.json != "-":
+        check_file("json", arguments.json, [path for path in (arguments.model, arguments.config) if path])
     show(plan(train_config(arguments), arguments.device), arguments.json)
     return 0
 
@@ -301,10 +316,10 @@ def _score(arguments: argparse.Namespace) -> int:
     from .output import LineSink
     from .progress import Watch
     from .runs import Translator
-    from .stream import check_other
 
-    for path in arguments.test:
-        check_other(path, arguments.hypotheses, "--hypotheses")
+    check_two_files(Pair("", "", *arguments.test))
+    if arguments.hypotheses:
+        check_file("hypotheses", arguments.hypotheses, arguments.test)
     source, target = read_pair(Pair("", "", *arguments.test))
     if arguments.bleu_tokenize:
         bleu_metric("", arguments.bleu_tokenize)
@@ -352,10 +367,11 @@ def _merge(arguments: argparse.Namespace) -> int:
     from .runs import hush, load_run, merged_dtype, quantise_as_trained, run_storages
 
     check_free(arguments.out)  # before anything is read
-    check_new_folder("out", arguments.out)
+    check_folder("out", arguments.out)
     said = ""
     with hush():
         model, tokenizer, config = load_run(arguments.run_folder)
+        check_space("out", arguments.out, sum(p.nbytes for p in model.parameters()), "the merged model")
         storages = run_storages(arguments.run_folder)
         named = " and ".join(kind for kind in dict.fromkeys(storages) if kind != "dense")
         if arguments.into == "quantised":

@@ -16,6 +16,7 @@ import yaml
 from petl_kernels import versions
 from petl_kernels.errors import InputError
 
+OF_A_NEW_MODEL = ("vocab_size", "vocab_text", "character_coverage", "d_model", "layers", "ffn", "heads")
 SCHEDULES = ("inverse-sqrt", "linear", "polynomial")
 PRECISIONS = ("fp32", "bf16")
 OPTIMIZERS = ("adamw", "adamw8bit")
@@ -125,6 +126,10 @@ class TrainConfig:
         self.check_settings()
         if self.optimizer == "adamw8bit":
             require_bitsandbytes("optimizer adamw8bit")
+        _need(
+            not self.tensorboard or importlib.util.find_spec("tensorboard") is not None,
+            "tensorboard: not installed; pip install tensorboard, or leave --tensorboard out",
+        )
         if "8bit-optimizer" in self.allow:
             require_bitsandbytes("allow 8bit-optimizer")
 
@@ -134,6 +139,7 @@ class TrainConfig:
             not (self.is_new and self.method not in (None, "full")),
             f"method {self.method!r}: a new model is trained in full, leave --method out",
         )
+        self._refuse_without_effect()
         for name in ("steps", "batch_tokens", "accumulate", "max_length", "beam", "d_model", "layers", "vocab_size"):
             _need(getattr(self, name) >= 1, f"{name} {getattr(self, name)}: expected at least 1")
         for name in ("ffn", "heads", "eval_every", "patience"):
@@ -178,6 +184,19 @@ class TrainConfig:
             from petl_kernels.memory.plan import check_allow
 
             check_allow(self.allow)
+
+    def _refuse_without_effect(self) -> None:
+        """Options that nothing would look at."""
+        defaults = TrainConfig()
+        for name in OF_A_NEW_MODEL if self.model and not self.is_new else ():
+            _need(
+                getattr(self, name) == getattr(defaults, name),
+                f"{name} {getattr(self, name)!r}: no effect on a model that exists; expected it with --model new only",
+            )
+        _need(not self.allow or self.memory is not None, "allow: no effect without a budget; expected --memory with it")
+        _need(self.tier is None or self.plan is None, f"tier {self.tier}: no effect, since the plan has its own tiers")
+        full = self.method == "full" or (self.is_new and self.method is None)
+        _need(not full or self.params is None, f"params {self.params}: no effect, since all of the model is trained")
 
     def resolve(self, d_model: int) -> TrainConfig:
         """The same configuration with every default of the method and of the model's width filled in."""
@@ -230,18 +249,41 @@ def check_keys(values: Mapping[str, Any], where: str) -> dict[str, Any]:
             hint = f"; did you mean {' or '.join(near)}?" if near else f"; known: {', '.join(fields)}"
             raise InputError(f"{where}: unknown option {key!r}{hint}")
         result[name] = _typed(name, str(fields[name].type), value, where)
+    if len(result) + sum(str(key).replace("-", "_") in _EXTRA_KEYS for key in values) < len(values):
+        twice = next(key for key in values if "-" in str(key) and str(key).replace("-", "_") in values)
+        raise InputError(f"{where}: {twice} and {twice.replace('-', '_')}: one option, given twice")
     languages = [values.get(key, values.get(key.replace("_", "-"))) for key in _EXTRA_KEYS]
+    short = [name for name in ("train", "valid") if _is_short(result.get(name, ()))]
+    for key, language in zip(_EXTRA_KEYS, languages, strict=True):
+        _code(key, language, where)
+        if language is not None and not short and (result.get("train") or result.get("valid")):
+            raise InputError(f"{where}: {key} {language!r}: no effect, since every pair names its own languages")
     for name in ("train", "valid"):
         if name in result:
             result[name] = _pairs(result[name], languages, name, where)
     return result
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML as it is meant here: no key twice, and a language's code as it is written (no is Norwegian)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen: set[str] = set()
+        for key, value in node.value:
+            name = str(key.value).replace("-", "_")
+            if name in seen:
+                raise yaml.constructor.ConstructorError(problem=f"key {key.value!r} twice", problem_mark=key.start_mark)
+            seen.add(name)
+            if name in _EXTRA_KEYS and isinstance(value, yaml.ScalarNode) and value.tag != "tag:yaml.org,2002:null":
+                value.tag = "tag:yaml.org,2002:str"
+        return super().construct_mapping(node, deep)
+
+
 def load_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file."""
     try:
         with open(path, encoding="utf-8") as stream:
-            values = yaml.safe_load(stream)
+            values = yaml.load(stream, _Loader)
     except OSError as error:
         raise InputError(f"config {path}: {error.strerror or error}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -288,7 +330,7 @@ def _typed(name: str, annotation: str, value: Any, where: str) -> Any:
 
 def _pairs(items: list, languages: list[str | None], name: str, where: str) -> list[Pair]:
     """``[SRC, TGT]`` with the languages beside it, or a list of mappings or pairs."""
-    if len(items) == 2 and all(isinstance(item, str) for item in items):
+    if _is_short(items):
         if None in languages:
             raise InputError(f"{where}: {name} is given as two files; src_lang and tgt_lang are needed with it")
         return [Pair(str(languages[0]), str(languages[1]), *items)]
@@ -299,7 +341,19 @@ def _pairs(items: list, languages: list[str | None], name: str, where: str) -> l
                 f"{where}: {name}: expected two files, or a list of mappings with src_lang, tgt_lang, "
                 f"source and target; found {item!r}"
             )
+        for key in _EXTRA_KEYS if isinstance(item, Mapping) else ():
+            _code(f"{name}: {key}", item[key], where)
     return [item if isinstance(item, Pair) else Pair(**{k: str(v) for k, v in item.items()}) for item in items]
+
+
+def _is_short(items) -> bool:
+    """Whether a pair is given as two files, with its languages elsewhere."""
+    return len(items) == 2 and all(isinstance(item, str) for item in items)
+
+
+def _code(name: str, value: Any, where: str) -> None:
+    if value is not None and not isinstance(value, str):
+        raise InputError(f"{where}: {name} {value!r}: expected a language's code, in quotes ('no' for Norwegian)")
 
 
 def _pair(item: Any, config: TrainConfig, name: str) -> Pair:

@@ -1,51 +1,13 @@
-"""What is written for the user: refused before the work where it cannot be, and lines that go out as they come."""
+"""Where translations go, line by line."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import sys
-import tempfile
-from pathlib import Path
 
 from petl_kernels.errors import InputError
-from petl_kernels.memory.size import format_size
 
-
-def check_file(option: str, path: str | Path, size: int = 0) -> None:
-    """Raise InputError unless the file ``path`` can be written: its folder is there, open to us, with room for
-    ``size`` bytes. ``option``: what the user calls it."""
-    path = Path(path)
-    if path.is_dir():
-        raise InputError(f"{option} {path}: is a folder; expected a file to write")
-    if path.exists() and not path.is_file():
-        return  # a device or a pipe
-    check_folder(option, path, path.parent, size)
-
-
-def check_folder(option: str, path: str | Path, folder: str | Path, size: int = 0) -> None:
-    """Raise InputError unless something named ``path`` can be made in ``folder``."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        what = "is no folder" if folder.exists() else "there is no such folder"
-        raise InputError(f"{option} {path}: {folder}: {what}; expected one that is there")
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise InputError(f"{option} {path}: cannot be written ({error.strerror or error})") from None
-    free = shutil.disk_usage(folder).free
-    if free < size:
-        raise InputError(
-            f"{option} {path}: the disk has {format_size(free)} left; expected {format_size(size)} at least"
-        )
-
-
-def check_new_folder(option: str, path: str | Path) -> None:
-    """Raise InputError unless the folder ``path`` can be made or written into, with all that is missing above it."""
-    path = Path(path)
-    nearest = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-    check_folder(option, path, nearest)
+from .checks import check_file
 
 
 class LineSink:
@@ -63,7 +25,7 @@ class LineSink:
                 raise InputError(f"standard output: is closed; expected it open, or {option} FILE")
             self._file = sys.stdout.buffer
             return
-        check_file(option, path, size)
+        check_file(option, path, size=size)
         special = os.path.exists(path) and not os.path.isfile(path)
         self._part = None if special else f"{path}.part"
         self._file = open(self._part or path, "wb")  # noqa: SIM115  closed by __exit__

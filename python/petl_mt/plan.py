@@ -16,7 +16,7 @@ from petl_kernels.memory.plan import Plan
 from petl_kernels.memory.planner import plan as make_plan
 
 from .config import TrainConfig
-from .prepare import adapt, cast_frozen_matrices, check_positions, set_dropout
+from .prepare import adapt, cast_frozen_matrices, check_beam, check_positions, set_dropout
 
 
 def plan(config: TrainConfig, device: str | None = None) -> Plan:
@@ -33,6 +33,7 @@ def plan(config: TrainConfig, device: str | None = None) -> Plan:
     device = resolve(device)
     model = skeleton(load_config(config.model))
     check_positions(model, config.max_length)
+    check_beam(config.beam, model)
     config = config.resolve(model.config.d_model)
     return plan_for(prepared(model, config), config, widened(config.max_length, config, device), device)
 

@@ -74,6 +74,12 @@ def decoder_start(model, language) -> int:
     raise InputError("model: its config has no decoder_start_token_id; expected one (mBART-50 has 2)")
 
 
+def check_beam(beam: int, model) -> None:
+    """A search keeps its beams among the words that may come first."""
+    if not 1 <= beam <= model.config.vocab_size:
+        raise InputError(f"beam {beam}: expected 1 to {model.config.vocab_size}, the words of the model")
+
+
 def adapt(model, config: TrainConfig):
     """The model with what ``config.method`` trains; everything else frozen."""
     from petl_kernels.methods import METHODS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import os
 import sys
 import tempfile
@@ -20,13 +21,17 @@ from petl_kernels.device import resolve
 from petl_kernels.errors import InputError
 from petl_kernels.interop.files import atomic_write
 
+from . import lock
+from .checkpoint import Checkpoints, read_progress
+from .checks import check_one_process
 from .config import TrainConfig, load_yaml
 from .evaluate import BatchLimit, fitting_length, translate, until_it_fits
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """config.yaml, metrics.jsonl, result.json, README.md, valid.best.hyp, checkpoints/, and adapter/ or model/."""
+    """config.yaml, text.json, metrics.jsonl, checkpoints/, and of one that has finished result.json, README.md,
+    valid.best.hyp, and adapter/ or model/."""
 
     path: Path
 
@@ -51,8 +56,21 @@ class RunFolder:
         return self.path / "plan.json"
 
     @property
+    def text(self) -> Path:  # sizes and checksums of the files that the run reads
+        return self.path / "text.json"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    def finished_step(self) -> int | None:
+        """The step at which the run has ended, with what is taken away from it; None where it has not."""
+        if not (self.adapter.is_dir() or self.model.is_dir()):
+            return None
+        try:
+            return int(json.loads((self.path / "result.json").read_text(encoding="utf-8"))["steps"])
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
 
     def check_free(self) -> None:
         """Refuse a folder that holds anything, another run above all."""
@@ -60,13 +78,13 @@ class RunFolder:
             raise InputError(f"out {self.path}: is a file; expected a folder for the run")
         if self.config.exists():
             raise InputError(f"out {self.path}: holds another run; expected an empty folder, or --resume")
-        if self.path.is_dir() and any(self.path.iterdir()):
+        if self.path.is_dir() and any(path.name != lock.NAME for path in self.path.iterdir()):
             raise InputError(f"out {self.path}: is not empty; expected an empty folder")
 
     def check_same(self, config: TrainConfig) -> None:
-        """Refuse to resume under another configuration, naming the keys that differ."""
+        """Refuse to resume under another configuration, naming the keys that differ; when to end may be changed."""
         old, new = self.read_config().to_dict(), config.to_dict()
-        differing = [key for key in new if key != "out" and old[key] != new[key]]
+        differing = [key for key in new if key not in ("out", "steps", "patience") and old[key] != new[key]]
         if differing:
             shown = ", ".join(f"{key} ({_short(old[key])} -> {_short(new[key])})" for key in differing)
             raise InputError(f"out {self.path}: cannot resume with another configuration: {shown}")
@@ -82,8 +100,8 @@ class RunFolder:
 
 
 def load_run(path: str | Path | TrainConfig):
-    """(model, tokenizer, config) of a finished run, the best of it, ready to translate; of a configuration its model as
-    it is before training."""
+    """(model, tokenizer, config) of a run, the best of it, ready to translate; of a configuration its model as it is
+    before training."""
     import petl_kernels as pk
     from petl_kernels.interop.hf import load_pretrained
 
@@ -91,12 +109,77 @@ def load_run(path: str | Path | TrainConfig):
         return *load_pretrained(path.model), path
     run = RunFolder(Path(path))
     config = run.read_config()
-    if run.model.is_dir():
-        return *load_pretrained(run.model), config
-    if not run.adapter.is_dir():
-        raise InputError(f"run {path}: neither adapter/ nor model/ in it; it has not finished, --resume it")
-    model, tokenizer = load_pretrained(config.model)
-    return pk.load_adapter(model, run.adapter).eval(), tokenizer, config
+    with trained_weights(run, config) as weights:
+        if weights.name == run.model.name:
+            return *load_pretrained(weights), config
+        model, tokenizer = load_pretrained(config.model)
+        return pk.load_adapter(model, weights).eval(), tokenizer, config
+
+
+@contextlib.contextmanager
+def trained_weights(run: RunFolder, config: TrainConfig) -> Iterator[Path]:
+    """The run's adapter/ or model/; of one that has not finished a temporary one, from the best checkpoint so far.
+
+    A line on stderr says which it is where it is not the end of the run. InputError where there is none.
+    """
+    say = partial(print, file=sys.stderr, flush=True)
+    checkpoints = Checkpoints(run.checkpoints)
+    if run.model.is_dir() or run.adapter.is_dir():
+        latest = checkpoints.path("latest")
+        ended, done = run.finished_step(), latest and latest.name.removeprefix("step-")
+        if ended is not None and done is not None and str(ended) != done:
+            say(f"run {run.path}: its end at step {ended} is used; it is at step {done} since then (petl-mt finish)")
+        yield run.model if run.model.is_dir() else run.adapter
+        return
+    checkpoint, damaged = checkpoints.whole("best")
+    if checkpoint is None:
+        raise InputError(f"run {run.path}: has not finished, and has no checkpoint yet; expected train --resume")
+    for line in damaged:
+        say(line)
+    progress = read_progress(checkpoint)
+    best = "the best so far" if progress["best_step"] == progress["step"] else "the newest"
+    say(
+        f"run {run.path}: has not finished; step {progress['step']} of {config.steps}, {best}, is used "
+        "(petl-mt finish ends the run)"
+    )
+    with tempfile.TemporaryDirectory(prefix="petl-mt-") as folder:
+        yield _write_weights(run, config, checkpoint, Path(folder))
+
+
+def _write_weights(run: RunFolder, config: TrainConfig, checkpoint: Path, folder: Path) -> Path:
+    """What the run would have written at ``checkpoint``, into ``folder``; of an adapter without the model's weights."""
+    import petl_kernels as pk
+    from petl_kernels.interop.hf import load_pretrained, load_skeleton
+
+    from .new_model import load_vocabulary, make_model
+    from .prepare import adapt
+
+    full = config.method == "full"
+    if config.is_new:
+        tokenizer = load_vocabulary(run.vocabulary)
+        model = make_model(config, tokenizer)
+    else:
+        model, tokenizer = load_pretrained(config.model) if full else load_skeleton(config.model)
+    model = adapt(model if full else model.to("meta"), config)
+    if not full:
+        _make_trained(model)
+    Checkpoints(run.checkpoints).load_trained(checkpoint, model)
+    if not full:
+        pk.save_adapter(model, folder / run.adapter.name)
+        return folder / run.adapter.name
+    model.save_pretrained(folder / run.model.name)
+    tokenizer.save_pretrained(folder / run.model.name)
+    return folder / run.model.name
+
+
+def _make_trained(model) -> None:
+    """Give the trained parameters of a model on the meta device memory."""
+    made: dict[int, torch.nn.Parameter] = {}
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if parameter.requires_grad:
+            new = made.setdefault(id(parameter), torch.nn.Parameter(torch.zeros_like(parameter, device="cpu")))
+            owner, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, new)
 
 
 def load_run_within(
@@ -107,12 +190,30 @@ def load_run_within(
     max_length: int | None = None,
     refuse: bool = True,
 ):
-    """(model, tokenizer, config, plan) of a finished run that translates inside ``memory`` bytes, which are enforced
+    """(model, tokenizer, config, plan) of a run that translates inside ``memory`` bytes, which are enforced
     until ``limits`` ends.
 
     Weights are as training had them: dtypes, storage and lean layers; layers are streamed where nothing else fits.
     InputError where not even one of ``max_length`` tokens does and ``refuse`` says so.
     """
+    if isinstance(path, TrainConfig):  # its model as it is before training
+        return _load_within(RunFolder(Path(path.out)), path, None, memory, limits, beam, max_length, refuse)
+    run = RunFolder(Path(path))
+    config = run.read_config()
+    with trained_weights(run, config) as weights:
+        return _load_within(run, config, weights, memory, limits, beam, max_length, refuse)
+
+
+def _load_within(
+    run: RunFolder,
+    config: TrainConfig,
+    weights: Path | None,
+    memory: int,
+    limits: ExitStack | None,
+    beam: int | None,
+    max_length: int | None,
+    refuse: bool,
+):
     import petl_kernels as pk
     from petl_kernels.interop.adapters import fill_adapter
     from petl_kernels.interop.hf import load_skeleton
@@ -125,15 +226,8 @@ def load_run_within(
 
     from .plan import prepared
 
-    if isinstance(path, TrainConfig):  # its model as it is before training
-        run, config, whole, source = RunFolder(Path(path.out)), path, True, path.model
-    else:
-        run = RunFolder(Path(path))
-        config = run.read_config()
-        whole = run.model.is_dir()
-        if not whole and not run.adapter.is_dir():
-            raise InputError(f"run {path}: neither adapter/ nor model/ in it; it has not finished, --resume it")
-        source = run.model if whole else config.model
+    whole = weights is None or weights.name == run.model.name
+    source = config.model if weights is None else weights if whole else config.model
     model, tokenizer = load_skeleton(source)
     like = copy.deepcopy(model).to("meta")
     like = like.requires_grad_(False) if whole else prepared(like, config)
@@ -141,7 +235,7 @@ def load_run_within(
     plan = plan_search(
         like,
         memory,
-        ("dense", "dense") if whole else run_storages(path),
+        ("dense", "dense") if whole else run_storages(run.path),
         config.beam if beam is None else beam,
         fitting_length(model, config.max_length if max_length is None else max_length),
         device,
@@ -153,7 +247,7 @@ def load_run_within(
     with folder_for_layers(plan, run.path) as folder:
         model = load_planned(source, model, like, plan, folder)
         if not whole:
-            model = fill_adapter(prepared(model, config), run.adapter)
+            model = fill_adapter(prepared(model, config), weights)
         if plan.streamed:
             paths = [layer.path for layer in describe(model).layers[: plan.streamed]]
             stream_layers(model, paths, SLOTS, folder, sorted(folder.glob("*.safetensors")) if folder else (), device)
@@ -210,7 +304,7 @@ def quantise_as_trained(model, config: TrainConfig, storages: tuple[str, str]) -
 
 
 class Translator:
-    """A finished run that translates one of its language pairs."""
+    """A run that translates one of its language pairs; where it has not finished, with the best of it so far."""
 
     def __init__(
         self,
@@ -230,6 +324,9 @@ class Translator:
         from petl_kernels.interop.languages import LanguagePair
         from petl_kernels.memory.size import format_size, parse_size
 
+        from .prepare import check_beam
+
+        check_one_process()
         for name, value in (("beam", beam), ("max_length", max_length), ("batch_tokens", batch_tokens)):
             if value is not None and value < 1:
                 raise InputError(f"{name} {value}: expected at least 1")
@@ -249,6 +346,7 @@ class Translator:
         src_lang, self.tgt_lang = _languages(self.config, src_lang, tgt_lang)
         self.language = LanguagePair(self.model, tokenizer, src_lang, self.tgt_lang)
         self.beam = self.config.beam if beam is None else beam
+        check_beam(self.beam, self.model)
         self.max_length = fitting_length(self.model, self.config.max_length if max_length is None else max_length)
         self.limit = BatchLimit(self.config.batch_tokens if batch_tokens is None else batch_tokens, search)
         self.window = max(128, self.limit.tokens // 32)  # lines that fill some batches, where lines come one by one

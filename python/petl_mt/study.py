@@ -38,12 +38,12 @@ from petl_kernels.memory.size import format_size
 from petl_kernels.methods import METHODS, parse_budget
 
 from .apart import apart
+from .checks import check_folder
 from .config import Pair, TrainConfig, check_keys, load_yaml
 from .data import read_pair
 from .evaluate import Scores, score_lines
 from .memory import MemoryMeter, process_bytes
 from .options import FILES, TrainingOptions, languages
-from .output import check_new_folder
 from .progress import Watch
 from .runs import RunFolder, Translator, hush
 from .train import TrainingStopped, train
@@ -168,7 +168,7 @@ def run_study(config: StudyConfig, quiet: bool = False, on_row: Callable[[Row], 
     with hush():
         model, _ = load_skeleton(config.base.model)  # the sizes of methods need no weights
         problems = {entry: _unreachable(model, entry) for entry in entries}
-    check_new_folder("out", config.base.out)
+    check_folder("out", config.base.out)
     add(_finished(config, None) or apart(_parent_row, config, text, quiet))
     for entry in entries:
         if problems[entry]:

@@ -9,6 +9,7 @@ import math
 import os
 import signal
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -29,19 +30,34 @@ from petl_kernels.interop.adapters import write_merged
 from petl_kernels.interop.files import atomic_dir, atomic_write
 from petl_kernels.interop.planned import load_planned
 from petl_kernels.memory import cap
+from petl_kernels.memory.generation import output_length
 from petl_kernels.memory.plan import Plan
+from petl_kernels.memory.resident import OPTIMIZER_BYTES
 from petl_kernels.memory.saved import saved_bytes
 from petl_kernels.memory.size import format_size, parse_size
 
-from .checkpoint import Checkpoints
+from .checkpoint import Checkpoints, read_progress
+from .checks import (
+    check_files,
+    check_folder,
+    check_one_process,
+    check_same_text,
+    check_space,
+    little_effect,
+    names_of,
+    text_sums,
+    write_text_sums,
+)
 from .config import Pair, TrainConfig
 from .data import Batch, Position, TrainBatches, encode_pairs, read_pair
 from .evaluate import BatchLimit, Scores, bleu_metric, score_lines, translate, until_it_fits, validation_loss
 from .late import LateReader
+from .lock import locked
 from .log import RunLog
 from .memory import MemoryMeter, process_bytes
 from .plan import plan_for, prepared, widened, width_multiple
 from .prepare import (
+    check_beam,
     check_positions,
     decoder_start,
     language_pair,
@@ -122,25 +138,57 @@ class RunResult:
 def train(config: TrainConfig, resume: bool = False, quiet: bool = False) -> RunResult:
     """Train as ``config`` says, into the folder ``config.out``.
 
-    ``resume`` goes on from the last checkpoint there, with the same data order and generators. Nothing is written
-    before every input has been read and found right. Raises InputError for what a user can mend, TrainingStopped
-    when the loss is no longer a number.
+    ``resume`` goes on from the last checkpoint there, with the same data order and generators; ``steps`` may be others
+    than before, and the learning rates that are left are those of a run of so many. Nothing is written before every
+    input has been read and found right. Raises InputError for what a user can mend, TrainingStopped when the loss is no
+    longer a number.
     """
     config.check()
+    check_one_process()
     config = _absolute_paths(config)
     run = RunFolder(Path(config.out))
     resuming = resume and run.config.exists()
     if not resuming:
         run.check_free()
+    check_folder("out", run.path)
+    if resume and not resuming and not quiet:
+        print(f"out {run.path}: no run to resume; a new one begins", file=sys.stderr)
     with hush(), ExitStack() as limits:
+        if resuming:
+            limits.enter_context(locked(run.path))
         return _Training(config, run, resuming, quiet, limits).run()
+
+
+def finish(folder: str | Path, quiet: bool = False) -> RunResult:
+    """End the stopped run in ``folder`` where it stands: its last evaluation, scores, and what a user takes away.
+
+    Raises InputError for a run that has finished, and for one without a checkpoint.
+    """
+    check_one_process()
+    run = RunFolder(Path(absolute(str(folder))))
+    config = dataclasses.replace(run.read_config(), out=str(run.path))
+    check_folder("run", run.path)
+    with hush(), ExitStack() as limits:
+        limits.enter_context(locked(run.path))
+        latest, _ = Checkpoints(run.checkpoints).whole("latest")
+        if latest is None:
+            raise InputError(f"run {run.path}: no checkpoint in it yet; expected train --resume")
+        if run.finished_step() == read_progress(latest)["step"]:
+            raise InputError(f"run {run.path}: has finished, at step {run.finished_step()}")
+        return _Training(config, run, True, quiet, limits).finish()
 
 
 class _Training:
     def __init__(
         self, config: TrainConfig, run: RunFolder, resuming: bool, quiet: bool, limits: ExitStack | None = None
     ) -> None:
-        self.folder, self.quiet = run, quiet
+        self.folder, self.quiet, self.limits = run, quiet, limits
+        if config.plan is not None:
+            Plan.load(config.plan)  # refused now, not after the text has been read
+        self.to_say = check_files(config)
+        self.text_sums = text_sums(config)
+        if resuming:
+            check_same_text(run.text, self.text_sums)
         with Watch("reading text", 2 * len([*config.train, *config.valid]), "files", quiet) as reading:
             text = []
             for pair in [*config.train, *config.valid]:
@@ -160,9 +208,15 @@ class _Training:
         self.meter = MemoryMeter(self.device)  # before weights are read
         self.model, self.tokenizer = load_model(config, run, train_text, resuming)
         check_positions(self.model, config.max_length)
+        before = run.read_config() if resuming else None
+        if before is not None:  # what followed from the number of steps then still holds
+            kept = {name: getattr(before, name) for name in ("warmup", "eval_every") if getattr(config, name) is None}
+            config = dataclasses.replace(config, **kept)
         self.config = config = config.resolve(self.model.config.d_model)
-        if resuming:
+        if before is not None:
             run.check_same(config)
+        check_beam(config.beam, self.model)
+        self.to_say += little_effect(config)
         pairs = {pair.name: pair for pair in [*config.train, *config.valid]}
         self.languages = {name: language_pair(self.model, self.tokenizer, pair) for name, pair in pairs.items()}
         self.start = decoder_start(self.model, next(iter(self.languages.values())))
@@ -172,6 +226,8 @@ class _Training:
         self.valid, self.valid_counts = None, []
         if config.valid:
             self.valid, self.valid_counts = encode_pairs(self.valid_text, self.languages, config.max_length, "valid")
+            for count, name in zip(self.valid_counts, names_of(config.valid), strict=True):
+                count.name = f"valid {name}"
         self.multiple = width_multiple(config, self.device)
         self.batches = TrainBatches(corpus, config.batch_tokens, config.seed, self.multiple)
 
@@ -193,12 +249,13 @@ class _Training:
         if self.plan:
             self.limit = BatchLimit(self.plan.evaluation_tokens, self.plan.search)
 
+        self._check_space(optimizer)
         self.progress = Progress()
         self.checkpoints = Checkpoints(run.checkpoints)
         self.durations: list[float] = []
         self.losses: list[float] = []
         self.told = 0  # of what has been turned down
-        self._prepare_folder(resuming)
+        self._prepare_folder(before)
         pad = self.tokenizer.pad_token_id
         given = (self.model, self.optimizer, self.accelerator, config, self.plan, self.start, pad, self.log.say)
         self.update = Update(*given)
@@ -257,17 +314,33 @@ class _Training:
             raise InputError(f"plan {given}: for sentences of {plan.longest} tokens; the text has some of {longest}")
         return plan
 
-    def _prepare_folder(self, resuming: bool) -> None:
+    def _check_space(self, optimizer: str) -> None:
+        """For the latest checkpoint, the best, one that is being written, and what is written at the end."""
+        trained = sum(p.nbytes for p in self.parameters)
+        state = sum(map(OPTIMIZER_BYTES[optimizer], self.parameters))
+        need = 3 * (trained + state) + trained
+        there = sum(path.stat().st_size for path in self.folder.checkpoints.glob("*/*") if not path.parent.is_symlink())
+        check_space("out", self.folder.path, max(0, need - there), "checkpoints and the result")
+
+    def _prepare_folder(self, before: TrainConfig | None) -> None:
+        """before: the configuration that the run had when it is resumed."""
+        latest = self._resume(before) if before is not None else None
         self.folder.path.mkdir(parents=True, exist_ok=True)
-        if not resuming:
+        if before is None:
+            if self.limits is not None:
+                self.limits.enter_context(locked(self.folder.path))
+                self.folder.check_free()  # once more: another process may have begun here meanwhile
+            write_text_sums(self.folder.text, self.text_sums)
+        if before != self.config:
             self.folder.write_config(self.config)
         if self.config.is_new and not self.folder.vocabulary.exists():
             with atomic_dir(self.folder.vocabulary) as temporary:
                 self.tokenizer.save_pretrained(temporary)
-        latest = self.checkpoints.path("latest")
-        if resuming and latest is not None:
+        if latest is not None:
             self.progress = Progress(**self.checkpoints.load(latest, self.model, self.optimizer))
         self.log = RunLog(self.folder.path, self.config.steps, self.progress.step, self.config.tensorboard, self.quiet)
+        for line in self.to_say:
+            self.log.say(line)
         for count in [*self.counts, *self.valid_counts]:
             self.log.say(count.line())
         share = self.stored_parameters / self.total_parameters
@@ -280,16 +353,73 @@ class _Training:
             self.plan.save(self.folder.plan)
             for line in str(self.plan).splitlines():
                 self.log.say(line)
+            search, longest = self.plan.search, self.plan.longest
+            if (
+                self.config.valid
+                and search
+                and not search.rows(longest, output_length(longest, self.config.max_length))
+            ):
+                self.log.say(
+                    f"the search with {self.config.beam} beams has no room for a sentence of {longest} tokens; where "
+                    "validation text has one, the run ends without scores (a smaller --beam takes less)"
+                )
         if self.progress.step:
             self.log.say(f"resumed after step {self.progress.step}")
 
+    def _resume(self, before: TrainConfig) -> Path | None:
+        """The checkpoint to go on from; notes what differs from ``before``."""
+        latest, damaged = self.checkpoints.whole("latest")
+        self.to_say += damaged
+        done, steps = (read_progress(latest)["step"] if latest else 0), self.config.steps
+        if steps < done:
+            raise InputError(f"steps {steps}: the run has done {done}; expected at least that, or petl-mt finish")
+        if steps != before.steps:
+            self.to_say.append(
+                f"steps {before.steps} -> {steps}: from step {done + 1} on, learning rates are those of a run of "
+                f"{steps} steps ({self.config.schedule}, warmup {self.config.warmup})"
+            )
+        return latest
+
     def run(self) -> RunResult:
         try:
-            with _interrupts() as interrupted:
+            with _interrupts(self._tell_interrupt) as interrupted:
                 self._loop(interrupted)
-            return self._finish()
+            return self._finish_or_tell()
         finally:
             self.log.close()
+
+    def finish(self) -> RunResult:
+        """End the run after the updates that it has done."""
+        evaluated = self.progress.step % self.config.eval_every == 0 or self.progress.step == self.config.steps
+        try:
+            if not evaluated:
+                self._evaluate_and_save()
+            return self._finish_or_tell()
+        finally:
+            self.log.close()
+
+    def _finish_or_tell(self) -> RunResult:
+        try:
+            return self._finish()
+        except KeyboardInterrupt:
+            self.log.say(
+                f"interrupted; step {self.progress.step} is saved, petl-mt finish {self.config.out} ends the run"
+            )
+            raise
+
+    def _tell_interrupt(self, again: bool) -> None:
+        """From inside a signal's handler, where a print may be under way: to the file itself."""
+        latest = self.checkpoints.path("latest")
+        safe = f"step {latest.name.removeprefix('step-')} is on disk" if latest else "no step is on disk yet"
+        last = f" (the last one took {self.durations[-1]:.2g} s)" if self.durations else ""
+        text = (
+            f"interrupted again: stopped at once; {safe}, go on with --resume"
+            if again
+            else f"interrupted: stops after this update{last} or evaluation, and writes a checkpoint; once more to "
+            f"stop at once: {safe}"
+        )
+        if not self.quiet:
+            os.write(2, f"\n{text}\n".encode())
 
     def _loop(self, interrupted: Callable[[], bool]) -> None:
         config, progress = self.config, self.progress
@@ -305,8 +435,13 @@ class _Training:
             elif interrupted():
                 self._save(best=False)
             if interrupted():
-                self.log.say(f"interrupted; step {progress.step} is saved, go on with --resume")
+                self.log.say(f"interrupted; step {progress.step} is saved, go on with --resume, or petl-mt finish")
                 raise KeyboardInterrupt
+        if progress.step < config.steps:
+            self.log.say(
+                f"stopped at step {progress.step} of {config.steps}: {progress.evaluations_since_best} evaluations "
+                f"without a better loss (patience {config.patience})"
+            )
 
     def _measure_saved(self) -> None:
         """What a forward pass keeps of each token, and what it would keep with the model's own layers."""
@@ -444,12 +579,14 @@ class _Training:
         from .card import write_card
 
         config, progress = self.config, self.progress
-        best = self.checkpoints.path("best")
+        best, damaged = self.checkpoints.whole("best")
+        for line in damaged:
+            self.log.say(line)
         if best is not None:
             self.checkpoints.load_trained(best, self.model)
         self.model.eval()
         self._write_weights()
-        scores = self._score()
+        scores = self._scores_or_why_not()
         self._tell_turned_down()
         trained = sum(p.numel() for p in self.parameters)
         steady = self.durations[min(5, len(self.durations) // 2) :] or [progress.seconds / max(1, progress.step)]
@@ -492,11 +629,19 @@ class _Training:
             return
         pk.save_adapter(self.model, self.folder.adapter)
 
+    def _scores_or_why_not(self) -> dict[str, Scores]:
+        """The weights are written: what the scores lack is no reason to lose the end of the run."""
+        try:
+            return self._score()
+        except InputError as error:
+            self.log.say(f"the run ends without scores: {error}")
+            return {}
+
     def _score(self) -> dict[str, Scores]:
         """Beam search on the validation text; hypotheses in valid.best.hyp, or valid.best.<pair>.hyp for several."""
         scores = {}
-        for pair, source, target in self.valid_text:
-            with self.log.searching(f"search {pair.name}", len(source)) as searching:
+        for name, (pair, source, target) in zip(names_of(self.config.valid), self.valid_text, strict=True):
+            with self.log.searching(f"search {name}", len(source)) as searching:
                 lines, cut = self._evaluated(
                     lambda limit, source=source, language=self.languages[pair.name], told=searching.at: translate(
                         self.model,
@@ -510,13 +655,13 @@ class _Training:
                     )
                 )
             if cut:
-                self.log.say(f"{pair.name}: {cut} validation sources cut to {self.config.max_length} tokens")
-            scores[pair.name] = result = score_lines(lines, target, pair.tgt_lang, self.config.bleu_tokenize)
+                self.log.say(f"{name}: {cut} validation sources cut to {self.config.max_length} tokens")
+            scores[name] = result = score_lines(lines, target, pair.tgt_lang, self.config.bleu_tokenize)
             for line in result.lines():
-                self.log.say(f"{pair.name}: {line}")
-            self.log.metrics(self.progress.step, pair=pair.name, bleu=result.bleu, chrf=result.chrf)
-            name = "valid.best.hyp" if len(self.valid_text) == 1 else f"valid.best.{pair.name}.hyp"
-            with atomic_write(self.folder.path / name) as file:
+                self.log.say(f"{name}: {line}")
+            self.log.metrics(self.progress.step, pair=name, bleu=result.bleu, chrf=result.chrf)
+            hypotheses = "valid.best.hyp" if len(self.valid_text) == 1 else f"valid.best.{name}.hyp"
+            with atomic_write(self.folder.path / hypotheses) as file:
                 file.write("".join(line + "\n" for line in lines))
         return scores
 
@@ -537,14 +682,18 @@ def _absolute_paths(config: TrainConfig) -> TrainConfig:
 
 
 @contextmanager
-def _interrupts():
-    """Turn the first SIGINT or SIGTERM into a question the loop asks after each update; the second ends at once."""
+def _interrupts(tell: Callable[[bool], None]):
+    """Turn the first SIGINT or SIGTERM into a question the loop asks after each update; the second ends at once.
+
+    tell(again): says what happens now.
+    """
     caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
 
     def handle(number: int, frame) -> None:
+        tell(bool(caught))
         if caught:
             raise KeyboardInterrupt
         caught.append(number)

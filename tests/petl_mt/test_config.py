@@ -106,7 +106,9 @@ def test_configurations_that_cannot_run_are_refused(change, message):
     assert message in str(refusal.value) and "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("change", [{"optimizer": "adamw8bit"}, {"allow": ["quantised", "8bit-optimizer"]}])
+@pytest.mark.parametrize(
+    "change", [{"optimizer": "adamw8bit"}, {"allow": ["quantised", "8bit-optimizer"], "memory": "1GiB"}]
+)
 def test_8_bits_need_their_library(change, monkeypatch):
     config = TrainConfig(model="m", out="o", train=[Pair("en", "de", "a", "b")], **change)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -126,3 +128,54 @@ def test_defaults_follow_method_and_width():
     assert (new.method, new.schedule, new.warmup, new.lr) == ("full", "inverse-sqrt", 4000, 5e-4)
     kept = TrainConfig(model="m", lr=0.5, warmup=0, eval_every=7, schedule="polynomial", method="ln").resolve(1024)
     assert (kept.lr, kept.warmup, kept.eval_every, kept.schedule, kept.method) == (0.5, 0, 7, "polynomial", "ln")
+
+
+def test_the_code_of_norwegian_is_a_word(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("model: m\ntrain: [a, b]\nsrc_lang: no\ntgt-lang: on\ntensorboard: no\n")
+    config = TrainConfig.from_dict(load_yaml(path))
+    assert config.train[0].name == "no-on" and config.tensorboard is False
+    path.write_text("train:\n- {src_lang: en, tgt_lang: no, source: a, target: b}\n")
+    assert TrainConfig.from_dict(load_yaml(path)).train[0].name == "en-no"
+    for values in (
+        {"train": ["a", "b"], "src_lang": False, "tgt_lang": "de"},
+        {"train": [{"src_lang": False, "tgt_lang": "de", "source": "a", "target": "b"}]},
+    ):
+        with pytest.raises(InputError, match="src_lang False: expected a language's code, in quotes"):
+            TrainConfig.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["steps: 1\nsteps: 2\n", "batch-tokens: 1\nbatch_tokens: 2\n", "method_args: {rank: 1, rank: 2}\n"],
+)
+def test_a_key_that_stands_twice_is_refused(tmp_path, content):
+    path = tmp_path / "run.yaml"
+    path.write_text(content)
+    with pytest.raises(InputError, match="key '[a-z_]+' twice") as error:
+        load_yaml(path)
+    assert "\n" not in str(error.value) and str(path) in str(error.value)
+    with pytest.raises(InputError, match="batch-tokens and batch_tokens: one option, given twice"):
+        TrainConfig.from_dict({"batch-tokens": 1, "batch_tokens": 2})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"vocab_size": 4000}, "vocab_size 4000: no effect on a model that exists"),
+        ({"heads": 4}, "heads 4: no effect on a model that exists"),
+        ({"vocab_text": ["a"]}, "vocab_text .* no effect on a model that exists"),
+        ({"allow": ["quantised"]}, "allow: no effect without a budget"),
+        ({"tier": 2, "plan": "p", "memory": "1GiB"}, "tier 2: no effect, since the plan has its own tiers"),
+        ({"method": "full", "params": "10%"}, "params 10%: no effect, since all of the model is trained"),
+        ({"model": "new", "params": "10%"}, "params 10%: no effect"),
+    ],
+)
+def test_options_without_effect_are_refused(values, message):
+    with pytest.raises(InputError, match=message):
+        TrainConfig(**{"model": "some/model", **values}).check_settings()
+
+
+def test_languages_beside_pairs_that_have_theirs():
+    with pytest.raises(InputError, match="src_lang 'fr': no effect, since every pair names its own"):
+        from_flags("--pair", "en-de", "a", "b", "--src-lang", "fr")

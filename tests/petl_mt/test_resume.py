@@ -206,8 +206,8 @@ def test_a_checkpoint_of_another_run_is_refused(settings, whole, tmp_path):
     train(TrainConfig(**{**other, "out": settings["out"]}), quiet=True)
     latest = Path(whole) / "checkpoints" / "latest"
     os.replace(Path(settings["out"]) / "checkpoints" / "latest" / "trained.safetensors", latest / "trained.safetensors")
+    (latest / "checksums.json").unlink()  # as a checkpoint of an earlier version, which had none
     with pytest.raises(InputError, match="does not fit the model"):
         train(TrainConfig(**{**settings, "out": whole}), resume=True, quiet=True)
     (latest / "trained.safetensors").write_bytes(b"damaged")
-    with pytest.raises(InputError, match="unreadable"):
-        train(TrainConfig(**{**settings, "out": whole}), resume=True, quiet=True)
+    assert checkpoint.damage(latest.resolve()).startswith("damaged, trained.safetensors cannot be read")

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from petl_mt.output import LineSink, check_new_folder
+from petl_mt.checks import check_folder
+from petl_mt.output import LineSink
 from petl_mt.progress import EVERY, Watch, time_left
 from petl_mt.stream import FIRST, LineWindows, check_other
 
@@ -101,10 +102,10 @@ def test_what_cannot_be_written_is_refused_at_once(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="file: is no folder"):
         LineSink("--out", str(tmp_path / "file" / "out"))
     with pytest.raises(InputError, match="is no folder"):
-        check_new_folder("out", tmp_path / "file" / "a" / "b")
-    check_new_folder("out", tmp_path / "a" / "b")
+        check_folder("out", tmp_path / "file" / "a" / "b")
+    check_folder("out", tmp_path / "a" / "b")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
-    with pytest.raises(InputError, match="the disk has 1 B left; expected 2 B"):
+    with pytest.raises(InputError, match="1 B are free on its disk; expected 2 B"):
         LineSink("--out", str(tmp_path / "out"), 2)
     monkeypatch.setattr(sys, "stdout", None)
     with pytest.raises(InputError, match="standard output: is closed"):

@@ -110,7 +110,8 @@ def test_what_a_run_folder_holds(settings, parent):
     run = RunFolder(Path(settings["out"]))
     names = {path.name for path in run.path.iterdir()}
     assert names == {
-        "config.yaml", "metrics.jsonl", "adapter", "checkpoints", "result.json", "README.md", "valid.best.hyp"
+        "config.yaml", "text.json", "metrics.jsonl", "adapter", "checkpoints", "result.json", "README.md",
+        "valid.best.hyp",
     }  # fmt: skip
     assert yaml.safe_load(run.config.read_text())["lr"] == 0.01
     lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
@@ -128,7 +129,7 @@ def test_what_a_run_folder_holds(settings, parent):
     links = {name: (run.checkpoints / name).readlink().name for name in ("latest", "best")}
     assert links["latest"] == "step-8" and set(steps) == set(links.values())
     assert sorted(p.name for p in (run.checkpoints / "latest").iterdir()) == [
-        "optimizer.safetensors", "progress.json", "random.safetensors", "trained.safetensors"
+        "checksums.json", "optimizer.safetensors", "progress.json", "random.safetensors", "trained.safetensors"
     ]  # fmt: skip
 
 

@@ -140,6 +140,7 @@ def test_runs_that_are_none(refusal, tmp_path, settings):
     assert "no config.yaml" in refusal("merge", "--run", str(tmp_path / "nowhere"), "--out", str(tmp_path / "m"))
     train(TrainConfig(**{**settings, "steps": 1, "valid": []}), quiet=True)
     shutil.rmtree(Path(settings["out"]) / "adapter")
+    shutil.rmtree(Path(settings["out"]) / "checkpoints")
     assert "has not finished" in refusal("translate", "--run", settings["out"])
 
 

@@ -17,9 +17,9 @@ from petl_kernels.errors import InputError
 from petl_kernels.interop.hf import load_pretrained
 from petl_kernels.interop.languages import LanguagePair
 
+from ..checks import check_folder
 from ..config import Pair, TrainConfig
 from ..evaluate import Scores, score_lines, translate
-from ..output import check_new_folder
 from ..progress import time_left
 from ..runs import hush
 from ..study import PARENT, Row, StudyConfig, cells, print_table, run_study, table_console, title
@@ -73,7 +73,7 @@ def run_demo(out: str | Path, pairs: Sequence[str] = PAIRS, minutes: float = 5.0
     plan = plan or Plan()
     plan.grids = {pair: plan.grids[pair] for pair in pairs}
     model, out = str(model or parent_folder()), Path(out)
-    check_new_folder("out", out)
+    check_folder("out", out)
     console = table_console()
     studies = {pair: _study(plan, pair, model, out) for pair in pairs}
     text = studies[pairs[0]].base

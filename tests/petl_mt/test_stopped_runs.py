@@ -1,0 +1,415 @@
+"""A run that was stopped can be used, ended, lengthened; and nothing damaged or changed is taken for what it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from petl_mt import checks
+from petl_mt.checkpoint import Checkpoints, damage
+from petl_mt.cli import main
+from petl_mt.config import Pair, TrainConfig
+from petl_mt.lock import locked
+from petl_mt.runs import RunFolder, Translator, load_run
+from petl_mt.train import _interrupts, _Training, finish, train
+from safetensors.torch import load_file
+
+from petl_kernels.errors import InputError
+
+LINES = ["one two", "red house tree", "blue river"]
+
+
+class Killed(BaseException):
+    pass
+
+
+def stop_after(monkeypatch, step: int) -> None:
+    """Let a run die before update ``step`` + 1."""
+    update = _Training._update
+
+    def die(self):
+        if self.progress.step == step:
+            raise Killed
+        update(self)
+
+    monkeypatch.setattr(_Training, "_update", die)
+
+
+def stopped(settings: dict, monkeypatch, step: int = 7, **changes) -> str:
+    with monkeypatch.context() as patch:
+        stop_after(patch, step)
+        with pytest.raises(Killed):
+            train(TrainConfig(**{**settings, **changes}), quiet=True)
+    return settings["out"]
+
+
+def step_of(out: str, link: str = "latest") -> int:
+    return json.loads((Path(out) / "checkpoints" / link / "progress.json").read_text())["step"]
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+# ---- used and ended
+
+
+@pytest.mark.parametrize("method", ["lora", "prefix", "bitfit", "cross-attention", "adapter", "ln", "ia3", "full"])
+def test_a_stopped_run_translates_as_it_does_once_it_is_ended(settings, monkeypatch, capsys, method):
+    out = stopped(settings, monkeypatch, method=method, method_args={}, lr=None)
+    before = list(Translator(out).stream(LINES))
+    said = capsys.readouterr().err.splitlines()
+    best = step_of(out, "best")
+    assert said == [
+        f"run {out}: has not finished; step {best} of 8, the best so far, is used (petl-mt finish ends the run)"
+    ]
+    weights = {name: p.clone() for name, p in load_run(out)[0].named_parameters()}
+    result = finish(out, quiet=True)
+    assert result.steps == step_of(out) == 6 and result.best_step == best and result.bleu is not None
+    assert RunFolder(Path(out)).finished_step() == 6
+    capsys.readouterr()
+    assert list(Translator(out).stream(LINES)) == before and capsys.readouterr().err == ""
+    ended = dict(load_run(out)[0].named_parameters())
+    assert all(torch.equal(weights[name], ended[name]) for name in ended)
+    with pytest.raises(InputError, match="has finished, at step 6"):
+        finish(out, quiet=True)
+
+
+def test_a_stopped_new_model_translates(settings, monkeypatch):
+    new = {"model": "new", "method": None, "method_args": {}, "vocab_size": 60, "d_model": 16, "layers": 1, "heads": 2}
+    out = stopped(settings, monkeypatch, **new)
+    before = list(Translator(out).stream(LINES))
+    finish(out, quiet=True)
+    assert list(Translator(out).stream(LINES)) == before
+
+
+def test_a_stopped_run_inside_a_budget(settings, monkeypatch, capsys):
+    out = stopped(settings, monkeypatch, memory="20MiB")
+    before = list(Translator(out, memory="20MiB").stream(LINES))
+    assert "has not finished" in capsys.readouterr().err
+    finish(out, quiet=True)
+    assert list(Translator(out, memory="20MiB").stream(LINES)) == before
+
+
+def test_a_stopped_run_merges_and_scores(settings, text, monkeypatch, tmp_path, capsys):
+    out = stopped(settings, monkeypatch)
+    test = text["test"]
+    assert main(["merge", "--run", out, "--out", str(tmp_path / "merged")]) == 0
+    assert main(["score", "--run", out, "--test", test.source, test.target]) == 0
+    assert capsys.readouterr().err.count("has not finished; step") == 2
+    assert main(["finish", out]) == 0
+    assert main(["finish", out]) == 2
+
+
+def test_what_was_not_evaluated_is_at_the_end(settings, monkeypatch):
+    """Stopped by Ctrl-C after step 4, of which nothing says how good it is."""
+    update = _Training._update
+
+    def interrupt(self):
+        update(self)
+        if self.progress.step == 4:
+            os.kill(os.getpid(), 2)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_Training, "_update", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train(TrainConfig(**settings), quiet=True)
+    out = settings["out"]
+    assert step_of(out) == 4 and step_of(out, "best") == 3
+    result = finish(out, quiet=True)
+    assert result.steps == 4 and result.best_step == step_of(out, "best")
+    losses = [json.loads(line).get("valid_loss") for line in open(Path(out) / "metrics.jsonl")]
+    assert sum(loss is not None for loss in losses) == 2
+
+
+def test_without_a_checkpoint_there_is_nothing_to_use(settings, monkeypatch):
+    out = stopped(settings, monkeypatch, step=1)
+    for use in (Translator, finish):
+        with pytest.raises(InputError, match="no checkpoint .*yet; expected train --resume"):
+            use(out)
+
+
+def test_what_a_signal_is_answered(settings, capfd):
+    said = []
+    with pytest.raises(KeyboardInterrupt), _interrupts(said.append) as interrupted:
+        os.kill(os.getpid(), 2)
+        assert interrupted() and said == [False]
+        os.kill(os.getpid(), 2)
+    assert said == [False, True]
+    loop = _Training(TrainConfig(**settings), RunFolder(Path(settings["out"])), False, False)
+    capfd.readouterr()
+    loop._tell_interrupt(again=False)
+    error = capfd.readouterr().err
+    assert "stops after this update or evaluation" in error and "no step is on disk yet" in error
+    loop._save(best=True)
+    loop._tell_interrupt(again=True)
+    assert "stopped at once; step 0 is on disk, go on with --resume" in capfd.readouterr().err
+    loop.log.close()
+
+
+# ---- longer and shorter
+
+
+def test_longer_is_the_longer_run(settings, tmp_path):
+    """With rates that do not depend on the end, bit by bit; 5 steps, then 8."""
+    settings |= {"schedule": "inverse-sqrt", "warmup": 2, "eval_every": 8}
+    train(TrainConfig(**{**settings, "out": str(tmp_path / "whole")}), quiet=True)
+    out = settings["out"]
+    train(TrainConfig(**{**settings, "steps": 5}), quiet=True)
+    train(TrainConfig(**settings), resume=True, quiet=True)
+    assert files_of(Path(out, "checkpoints", "latest")) == files_of(tmp_path / "whole" / "checkpoints" / "latest")
+    assert RunFolder(Path(out)).read_config().steps == 8 and RunFolder(Path(out)).finished_step() == 8
+
+
+def test_rates_follow_the_new_end_and_warmup_stays(settings, capsys):
+    settings |= {"steps": 4}
+    train(TrainConfig(**settings), quiet=True)
+    out = settings["out"]
+    assert main(["train", "--resume", "--out", out, "--steps", "6"]) == 0
+    assert "steps 4 -> 6: from step 5 on, learning rates are those of a run of 6 steps (linear, warmup 0)" in (
+        capsys.readouterr().err
+    )
+    rates = [json.loads(line).get("lr") for line in open(Path(out) / "metrics.jsonl")]
+    assert [rate for rate in rates if rate is not None] == pytest.approx(
+        [0.01 * left for left in (4 / 5, 3 / 5, 2 / 5, 1 / 5, 2 / 7, 1 / 7)], rel=1e-6
+    )
+    with pytest.raises(InputError, match="steps 5: the run has done 6; expected at least that, or petl-mt finish"):
+        train(TrainConfig(**{**settings, "steps": 5}), resume=True, quiet=True)
+
+
+def test_shorter_ends_where_it_says(settings, monkeypatch):
+    stopped(settings, monkeypatch)
+    assert train(TrainConfig(**{**settings, "steps": 7}), resume=True, quiet=True).steps == 7
+
+
+def test_the_end_of_a_run_that_has_gone_on_is_named(settings, monkeypatch, capsys):
+    train(TrainConfig(**{**settings, "steps": 3}), quiet=True)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 7)
+        with pytest.raises(Killed):
+            train(TrainConfig(**{**settings, "steps": 9}), resume=True, quiet=True)
+    load_run(settings["out"])
+    assert "its end at step 3 is used; it is at step 6 since then" in capsys.readouterr().err
+
+
+# ---- locked
+
+
+def test_one_at_a_time(settings, tmp_path, capsys):
+    train(TrainConfig(**settings), quiet=True)
+    with locked(Path(settings["out"])):
+        for use in (lambda: train(TrainConfig(**settings), resume=True, quiet=True), lambda: finish(settings["out"])):
+            with pytest.raises(InputError, match=rf"process {os.getpid()} on \S+ works in it") as error:
+                use()
+            assert "\n" not in str(error.value)
+    assert not (Path(settings["out"]) / ".lock").exists()
+
+
+def test_a_lock_ends_with_its_process_however_that_ends(tmp_path):
+    code = f"from petl_mt.lock import locked; import os, pathlib\nwith locked(pathlib.Path({str(tmp_path)!r})): os.kill(os.getpid(), 9)"  # noqa: E501
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -9
+    assert (tmp_path / ".lock").read_text().startswith("process ")
+    RunFolder(tmp_path).check_free()
+    with locked(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("name", checks.COUNTS)
+def test_one_process(settings, monkeypatch, name):
+    monkeypatch.setenv(name, "2")
+    for use in (lambda: train(TrainConfig(**settings)), lambda: finish("x"), lambda: Translator("x")):
+        with pytest.raises(InputError, match=f"{name} 2: petl-mt works in one process"):
+            use()
+    monkeypatch.setenv(name, "1")
+    checks.check_one_process()
+
+
+# ---- changed text, damaged checkpoints
+
+
+def copied(text: dict, folder: Path) -> list[Pair]:
+    pairs = []
+    for name in ("train", "valid"):
+        files = [shutil.copy(path, folder) for path in (text[name].source, text[name].target)]
+        pairs.append(Pair("en", "de", *files))
+    return pairs
+
+
+def test_changed_text_is_noticed(settings, text, tmp_path, monkeypatch):
+    settings["train"], settings["valid"] = ([pair] for pair in copied(text, tmp_path))
+    stopped(settings, monkeypatch)
+    for path in (settings["train"][0].target, settings["valid"][0].source):
+        good = Path(path).read_bytes()
+        for changed, why in ((good + b"x\n", "bytes then, "), (good.replace(b"e", b"o", 1), "other content")):
+            Path(path).write_bytes(changed)
+            with pytest.raises(InputError, match=f"^{path}: has changed since the run began .*{why}"):
+                train(TrainConfig(**settings), resume=True, quiet=True)
+        Path(path).write_bytes(good)
+    assert train(TrainConfig(**settings), resume=True, quiet=True).steps == 8
+
+
+def spoil_cut(folder: Path) -> None:
+    path = folder / "optimizer.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def spoil_bit(folder: Path) -> None:
+    path = folder / "trained.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 4
+    path.write_bytes(data)
+
+
+def spoil_progress(folder: Path) -> None:
+    path = folder / "progress.json"
+    path.write_text(path.read_text().replace("6", "7", 1))
+
+
+DAMAGES = {
+    "cut": (spoil_cut, "optimizer.safetensors has"),
+    "bit": (spoil_bit, r"trained.safetensors is not what was written \(checksum\)"),
+    "progress": (spoil_progress, "progress.json is not what was written"),
+    "member": (lambda folder: (folder / "random.safetensors").unlink(), "random.safetensors is missing"),
+    "empty": (lambda folder: [path.unlink() for path in folder.iterdir()], "trained.safetensors is missing"),
+    "gone": (shutil.rmtree, "the folder is missing"),
+    "sums": (lambda folder: (folder / "checksums.json").write_text("{"), "checksums.json cannot be read"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over_with_a_word(settings, monkeypatch, capsys, tmp_path, kind):
+    spoil, message = DAMAGES[kind]
+    losses = iter([1.0, 2.0, 3.0])  # the best is the first
+    with monkeypatch.context() as patch:
+        patch.setattr("petl_mt.train.validation_loss", lambda *_: next(losses))
+        out = stopped(settings, patch)
+    assert (step_of(out, "best"), step_of(out)) == (3, 6)
+    folder = Path(out) / "checkpoints"
+    spoil((folder / "latest").resolve())
+    train(TrainConfig(**settings), resume=True)
+    said = capsys.readouterr().err
+    assert [line for line in said.splitlines() if "damaged" in line] and "resumed after step 3" in said
+    whole, lines = Checkpoints(folder).whole("latest")
+    assert whole.name == "step-8" and not lines
+    for path in folder.glob("step-*"):
+        spoil_bit(path)
+    for use in (lambda: train(TrainConfig(**settings), resume=True, quiet=True), lambda: finish(out)):
+        with pytest.raises(InputError, match="damaged, .*no other is whole") as error:
+            use()
+        assert "\n" not in str(error.value)
+    assert not damage(folder) or message
+
+
+def test_a_damaged_best_gives_way_to_the_newest(settings, monkeypatch, capsys):
+    losses = iter([1.0, 2.0])
+    with monkeypatch.context() as patch:
+        patch.setattr("petl_mt.train.validation_loss", lambda *_: next(losses))
+        out = stopped(settings, patch)
+    spoil_bit(Path(out) / "checkpoints" / "best")
+    Translator(out)
+    first, second = capsys.readouterr().err.splitlines()
+    assert "step-3: damaged, trained.safetensors is not what was written" in first and "step-6 is used" in first
+    assert "step 6 of 8, the newest, is used" in second
+
+
+def test_each_damage_has_its_words(settings, monkeypatch, tmp_path):
+    out = stopped(settings, monkeypatch)
+    for kind, (spoil, message) in DAMAGES.items():
+        folder = shutil.copytree((Path(out) / "checkpoints" / "latest").resolve(), tmp_path / kind)
+        assert damage(folder) == ""
+        spoil(folder)
+        assert re.search(message, damage(folder)), kind
+
+
+# ---- before any work
+
+
+def test_one_file_twice(settings, text, tmp_path, capsys):
+    pair = settings["train"][0]
+    link = tmp_path / "link"
+    link.symlink_to(pair.source)
+    with pytest.raises(InputError, match="given as source and as target; expected two files"):
+        train(TrainConfig(**{**settings, "train": [replace(pair, target=str(link))]}), quiet=True)
+    assert not Path(settings["out"]).exists()
+    assert "expected two files" in _refused(["score", "--run", "x", "--test", pair.source, pair.source], capsys)
+    train(TrainConfig(**{**settings, "valid": [pair], "train": [pair, pair], "steps": 1}))
+    said = capsys.readouterr().err
+    assert "valid en-de: " in said and "is trained on, too" in said and "are given twice, and count twice" in said
+
+
+def _refused(flags: list[str], capsys) -> str:
+    assert main(flags) == 2
+    return capsys.readouterr().err
+
+
+def test_validation_sets_of_one_pair_have_names_of_their_own(settings, text):
+    settings |= {"valid": [text["valid"], text["test"]], "steps": 1}
+    result = train(TrainConfig(**settings), quiet=True)
+    assert {name: scores.sentences for name, scores in result.scores.items()} == {"en-de.1": 17, "en-de.2": 11}
+    files = sorted(Path(settings["out"]).glob("valid.best.*.hyp"))
+    assert [len(path.read_text().splitlines()) for path in files] == [17, 11]
+    assert [count["name"] for count in result.data[1:]] == ["valid en-de.1", "valid en-de.2"]
+
+
+def test_places_that_cannot_be_written(settings, text, tmp_path, capsys):
+    test = text["test"]
+    file = tmp_path / "file"
+    file.write_text("x")
+    score = ["score", "--run", "no-run", "--test", test.source, test.target, "--hypotheses"]
+    assert "no such folder" in _refused([*score, str(tmp_path / "none" / "hyp")], capsys)
+    assert "is a folder" in _refused([*score, str(tmp_path)], capsys)
+    assert "is read, too" in _refused([*score, test.target], capsys)
+    assert "/proc/hyp" in _refused([*score, "/proc/hyp"], capsys)
+    assert "is a file" in _refused(["merge", "--run", "no-run", "--out", str(file / "merged")], capsys)
+    assert "/proc/m" in _refused(["merge", "--run", "no-run", "--out", "/proc/m"], capsys)
+    plan = ["plan", "--model", settings["model"], "--memory", "1GiB", "--json"]
+    assert "no such folder" in _refused([*plan, str(tmp_path / "none" / "plan.json")], capsys)
+    with pytest.raises(InputError, match="is a file; expected a folder"):
+        train(TrainConfig(**{**settings, "out": str(file / "run")}), quiet=True)
+
+
+def test_what_a_short_run_sees_little_of(settings, capsys):
+    train(TrainConfig(**{**settings, "steps": 2, "warmup": 2, "eval_every": 3, "patience": 1}), resume=True)
+    said = capsys.readouterr().err
+    for line in (
+        "no run to resume; a new one begins",
+        "warmup 2: the run of 2 steps ends before the rate is at lr 0.01",
+        "eval_every 3: the run of 2 steps is evaluated once, at its end",
+        "patience 1: no effect",
+    ):
+        assert line in said
+
+
+def test_a_disk_without_room_is_refused_before_work(settings, monkeypatch, tmp_path, capsys):
+    room = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: room._replace(free=1000))
+    with pytest.raises(InputError, match=r"1000 B are free on its disk; expected [\d.]+ KiB for checkpoints"):
+        train(TrainConfig(**settings), quiet=True)
+    assert not Path(settings["out"]).exists()
+
+
+def test_more_beams_than_words(settings, monkeypatch):
+    with pytest.raises(InputError, match="beam 100000: expected 1 to "):
+        train(TrainConfig(**{**settings, "beam": 100_000}), quiet=True)
+    out = stopped(settings, monkeypatch)
+    with pytest.raises(InputError, match="beam 100000: expected 1 to "):
+        Translator(out, beam=100_000)
+
+
+def test_scores_that_fail_do_not_lose_the_run(settings, monkeypatch, capsys):
+    def too_large(*_):
+        raise InputError("memory 8MiB: evaluation of one sentence does not fit")
+
+    monkeypatch.setattr("petl_mt.train.translate", too_large)
+    result = train(TrainConfig(**settings))
+    assert result.scores == {} and RunFolder(Path(settings["out"])).finished_step() == 8
+    assert "the run ends without scores: memory 8MiB" in capsys.readouterr().err
+    assert load_file(Path(settings["out"]) / "adapter" / "adapter_model.safetensors")
