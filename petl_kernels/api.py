@@ -14,7 +14,7 @@ from torch import nn
 from petl_kernels import ops
 from petl_kernels.backends import turned_down
 from petl_kernels.errors import InputError, shown
-from petl_kernels.interop.lean_loss import LeanLoss, lean_loss, lean_loss_obstacle, plain_loss
+from petl_kernels.interop.lean_loss import lean_loss, loss_states, plain_loss
 from petl_kernels.layers.lean import LayerState, layer_states, lean_layers, widen
 from petl_kernels.memory.size import format_size
 from petl_kernels.methods.base import (
@@ -302,10 +302,15 @@ def _lean_lines(layers: tuple[LayerState, ...]) -> list[str]:
 
 
 def _loss_line(model: nn.Module) -> str:
-    if not isinstance(model, LeanLoss):
+    states = loss_states(model)
+    if not states:
         return "loss: the model's own, from logits"
-    obstacle = lean_loss_obstacle(model)
-    return f"loss: from logits ({obstacle})" if obstacle else "loss: without logits"
+    lines = []
+    for module, lean, reason in states:
+        line = "without logits" if lean else "the model's own, from logits"
+        where = "" if module is model or len(states) == 1 else f" in {type(module).__name__}"
+        lines.append(line + where + (f" ({reason})" if reason else ""))
+    return "loss: " + "; ".join(dict.fromkeys(lines))
 
 
 def _storage_line(model: nn.Module) -> str:
