@@ -203,9 +203,14 @@ def knows_loss(cls: type) -> bool:
     return function.__qualname__ == f"{owner.__name__}.forward" and function.__code__.co_filename == file
 
 
+def has_cache_beside_loss(model: nn.Module) -> bool:
+    """What ``LOSSES`` says of the class of ``model``, or of the first one above it that is there."""
+    return next(LOSSES[cls.__name__] for cls in type(model).__mro__ if cls.__name__ in LOSSES)
+
+
 def returns_cache(model: nn.Module) -> bool:
     """Whether a model of ``LOSSES`` returns a cache beside a loss when it is told nothing of one."""
-    if not LOSSES[forward_owner(type(model)).__name__]:
+    if not has_cache_beside_loss(model):
         return False
     decoder = model.get_decoder()
     checkpointed = getattr(decoder, "gradient_checkpointing", False) and decoder.training
@@ -226,7 +231,8 @@ def decoder_inputs(model: nn.Module, labels: Tensor) -> Tensor:
 
 
 def _shift_function(model: nn.Module) -> Callable:
-    for cls in type(model).__mro__:
+    # a subclass may stand in a file that has imported the function of another family
+    for cls in sorted(type(model).__mro__, key=lambda cls: not cls.__module__.startswith("transformers.")):
         function = getattr(sys.modules.get(cls.__module__), "shift_tokens_right", None)
         if function is not None:
             return function

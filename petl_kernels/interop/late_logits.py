@@ -96,6 +96,7 @@ class LateLogits(Tensor):
     petl_made: Tensor | None = None
 
     @staticmethod
+    @torch.compiler.disable
     def of(projection: Projection) -> LateLogits:
         return _Project.apply(projection, projection.hidden, projection.weight, projection.bias)
 
@@ -117,6 +118,7 @@ class LateLogits(Tensor):
     __hash__ = object.__hash__
 
     @classmethod
+    @torch.compiler.disable
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if function in _ABOUT:
@@ -130,6 +132,7 @@ class LateLogits(Tensor):
         return function(*args, **kwargs)
 
     @classmethod
+    @torch.compiler.disable
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
         """Serves what calls operators without Python's functions: autograd's rules for them are above this."""
         args, kwargs = tree_map_only(LateLogits, _unrecorded, (args, kwargs or {}))

@@ -26,9 +26,10 @@ from petl_kernels.errors import InputError
 from petl_kernels.interop.device_masks import without_waiting
 from petl_kernels.interop.late_cache import late_cache, leaves_out_cache, with_cache
 from petl_kernels.interop.late_logits import ForwardPass, LateLogits, Projection
-from petl_kernels.transformers_names import cache_of, decoder_inputs, forward_owner, knows_loss
+from petl_kernels.transformers_names import cache_of, decoder_inputs, forward_owner, has_cache_beside_loss, knows_loss
 
 _OPTIONS = ("label_smoothing", "reduction", "counted")
+_NOT_WHOLE = "after pk.lean a model's loss is not part of compiled graphs: fullgraph=True is not supported"
 # A model whose forward pass runs in this thread, and what stands for its output projection.
 _heads: ContextVar[tuple[nn.Module | None, Callable | None]] = ContextVar("petl_heads", default=(None, None))
 
@@ -42,9 +43,9 @@ class LeanLoss:
     @property
     def lm_head(self) -> nn.Module | Callable[[Tensor], LateLogits]:
         """The output projection, or what stands for it in a forward pass of this thread."""
-        model, head = _heads.get()
-        return head if model is self else self._modules["lm_head"]
+        return _head(self)
 
+    @torch.compiler.disable(recursive=False, reason=_NOT_WHOLE)  # what the model calls is compiled
     def forward(self, *args, **kwargs):
         kwargs = {**_named(self, args, kwargs), **kwargs}
         options = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
@@ -53,6 +54,8 @@ class LeanLoss:
             if options:
                 raise InputError(f"{', '.join(options)}: expected labels beside it")
             return super().forward(**kwargs)
+        if torch.compiler.is_exporting():
+            raise InputError("torch.export of a lean model with labels is not supported: expected pk.lean(model, 0) first")
         kwargs = without_waiting(self, kwargs)
         if not leaves_out_cache(self, kwargs.get("use_cache")):
             return self._loss(kwargs, options)
@@ -69,8 +72,7 @@ class LeanLoss:
 
     def _without_logits(self, kwargs: dict, options: dict) -> Any:
         forward = ForwardPass(partial(_cross_entropy, self, options, kwargs["labels"].shape))
-        weight = self.lm_head.weight
-        before = _heads.set((self, lambda hidden: LateLogits.of(Projection(hidden, weight, forward))))
+        before = _heads.set((self, partial(_late_logits, self.lm_head.weight, forward)))
         try:
             return super().forward(**kwargs)
         finally:
@@ -83,6 +85,8 @@ class LeanLoss:
         kwargs = {**kwargs, "labels": None, "return_dict": True}
         if kwargs.get("decoder_input_ids") is None and kwargs.get("decoder_inputs_embeds") is None:
             kwargs["decoder_input_ids"] = decoder_inputs(self, labels)
+        if not has_cache_beside_loss(self):
+            kwargs["use_cache"] = False
         output = super().forward(**kwargs)
         options = {name: value for name, value in options.items() if name != "counted"}
         output = type(output)(**{**output, "loss": loss_of_logits(output.logits, labels, **options)})
@@ -90,6 +94,11 @@ class LeanLoss:
 
     def __reduce_ex__(self, protocol):
         return _bare, type(self).petl_bases, self.__dict__
+
+
+@torch.compiler.disable
+def _late_logits(weight: Tensor, forward: ForwardPass, hidden: Tensor) -> LateLogits:
+    return LateLogits.of(Projection(hidden, weight, forward))
 
 
 def _cross_entropy(
@@ -115,6 +124,12 @@ def loss_of_logits(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0,
     return loss.view(labels.shape) if reduction == "none" else loss
 
 
+@torch.compiler.disable
+def _head(model: nn.Module) -> nn.Module | Callable[[Tensor], LateLogits]:
+    running, head = _heads.get()
+    return head if running is model else model._modules["lm_head"]
+
+
 def _named(model: nn.Module, args: tuple, kwargs: dict) -> dict:
     """Positional arguments of a forward by their names."""
     names = list(inspect.signature(type(model).forward).parameters)[1 : len(args) + 1]
@@ -130,6 +145,12 @@ def lean_loss(model: nn.Module) -> nn.Module:
         if not isinstance(module, LeanLoss) and not _class_obstacle(module):
             module.__class__ = _lean_class(type(module))
     return model
+
+
+def set_chunk_bytes(model: nn.Module, chunk_bytes: int) -> None:
+    """Bound the logits of some rows that the loss holds at a time, in ``model`` and in the models that it wraps."""
+    for module in (model, *(module for module in model.modules() if isinstance(module, LeanLoss))):
+        module.petl_chunk_bytes = chunk_bytes
 
 
 def plain_loss(model: nn.Module) -> nn.Module:
