@@ -1,7 +1,7 @@
 """The cache of keys and values that a model returns beside a loss, made when somebody looks at it.
 
-M2M-100's and T5's forwards make one by default (``config.use_cache``), with labels too. Lean layers could not run beside
-it, and hardly anyone reads it in training. So where gradients are recorded and ``use_cache`` is not given,
+M2M-100's and T5's forwards make one by default (``config.use_cache``), with labels too. Lean layers could not run
+beside it, and hardly anyone reads it in training. So where gradients are recorded and ``use_cache`` is not given,
 the model runs without one, and this stands in its place.
 """
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map_only
 
+
 class ForwardPass:
     """A model's forward pass as far as its logits go.
 
@@ -43,7 +44,9 @@ class Projection:
         self.forward = forward
         self.autocast = autocast_now(hidden.device.type)
         self.inference = torch.is_inference_mode_enabled()
-        self._seen = [(name, tensor, _state(tensor)) for name, tensor in (("hidden states", hidden), ("weight", weight))]
+        self._seen = [
+            (name, tensor, _state(tensor)) for name, tensor in (("hidden states", hidden), ("weight", weight))
+        ]
 
     def with_bias(self, bias: Tensor) -> Projection:
         """The same and ``bias``."""

@@ -55,7 +55,9 @@ class LeanLoss:
                 raise InputError(f"{', '.join(options)}: expected labels beside it")
             return super().forward(**kwargs)
         if torch.compiler.is_exporting():
-            raise InputError("torch.export of a lean model with labels is not supported: expected pk.lean(model, 0) first")
+            raise InputError(
+                "torch.export of a lean model with labels is not supported: expected pk.lean(model, 0) first"
+            )
         kwargs = without_waiting(self, kwargs)
         if not leaves_out_cache(self, kwargs.get("use_cache")):
             return self._loss(kwargs, options)
@@ -193,16 +195,18 @@ def replaced_forward(model: nn.Module) -> str:
     return f"forward of the {type(model).__name__} is replaced by {getattr(own, '__qualname__', type(own).__name__)}"
 
 
-def _leads_to(function: Any, target: Callable, depth: int = 8) -> bool:
+def _leads_to(function: Any, target: Callable) -> bool:
     """Whether ``function`` wraps ``target``, as decorators, bound methods, partial calls and closures do."""
-    if function is target:
-        return True
-    if depth == 0 or not callable(function):
-        return False
-    cells = getattr(function, "__closure__", None) or ()
-    inner = [getattr(function, name, None) for name in ("__wrapped__", "__func__", "func", "model_forward")]
-    inner += [cell.cell_contents for cell in cells if cell.cell_contents is not None]
-    return any(_leads_to(each, target, depth - 1) for each in inner if inspect.isroutine(each) or callable(each))
+    waiting, seen = [function], set()
+    while waiting:
+        function = waiting.pop()
+        if function is target:
+            return True
+        if callable(function) and id(function) not in seen:
+            seen.add(id(function))
+            waiting += [getattr(function, name, None) for name in ("__wrapped__", "__func__", "func")]
+            waiting += inspect.getclosurevars(function).nonlocals.values() if inspect.isfunction(function) else ()
+    return False
 
 
 def head_obstacle(model: nn.Module) -> str:

@@ -282,7 +282,9 @@ def test_hooks_on_the_model_see_what_they_saw():
     lean, plain = lean_and_plain(MBART)
     seen = []
     for model in (lean, plain):
-        model.register_forward_pre_hook(lambda module, args, kwargs: (args, {**kwargs, "attention_mask": None}), with_kwargs=True)
+        model.register_forward_pre_hook(
+            lambda module, args, kwargs: (args, {**kwargs, "attention_mask": None}), with_kwargs=True
+        )
         model.register_forward_hook(lambda module, args, output: seen.append(output["logits"].sum().item()))
     assert_equal_outputs(lean(**labelled()), plain(**labelled()))
     assert seen[0] == pytest.approx(seen[1], rel=1e-12)
@@ -343,7 +345,9 @@ def test_a_cache_is_where_the_model_puts_it(name, use_cache):
 
 def test_a_cache_that_would_be_another_is_refused():
     model = pk.lean(tiny(M2M), 1)
-    with pytest.raises(RuntimeError, match=r"cache \(past_key_values\) after pk.lean, in training mode: expected use_c"):
+    with pytest.raises(
+        RuntimeError, match=r"cache \(past_key_values\) after pk.lean, in training mode: expected use_c"
+    ):
         keys_of(model(**labelled())[2])
     model.eval()
     output = model(**labelled())
@@ -371,5 +375,7 @@ def test_a_compiled_model():
     assert frames[2] == frames[1]
     with pytest.raises(torch._dynamo.exc.Unsupported, match="fullgraph=True is not supported"):
         torch.compile(model, backend="eager", fullgraph=True)(**labelled())
-    with pytest.raises(InputError, match=r"torch.export of a lean model with labels is not supported: expected pk.lean"):
+    with pytest.raises(
+        InputError, match=r"torch.export of a lean model with labels is not supported: expected pk.lean"
+    ):
         torch.export.export(model, (), labelled(), strict=False)
