@@ -157,8 +157,8 @@ def model_of(cls: type, config: Any, dtype: torch.dtype) -> nn.Module:
     return cls(config).to(dtype) if make is None else make(config, dtype=dtype)
 
 
-# Classes whose forward, read line by line, takes the cross-entropy of its logits and labels, ``CrossEntropyLoss()``, and
-# nothing else of either, with the logits from ``lm_head`` and perhaps ``final_logits_bias``. True: with labels, it
+# Classes whose forward, read line by line, takes the cross-entropy of its logits and labels, ``CrossEntropyLoss()``,
+# and nothing else of either, with the logits from ``lm_head`` and perhaps ``final_logits_bias``. True: with labels, it
 # returns a cache where the config says so. A class that is not here computes its loss in its own way.
 LOSSES = {
     "BartForConditionalGeneration": False,

@@ -1,4 +1,4 @@
-"""The loss of a lean model: the plain model's, in the plain model's output, or left to the model where it has its own."""
+"""The loss of a lean model: the plain model's, in its output, or left to the model where it has its own."""
 
 from __future__ import annotations
 
@@ -281,10 +281,12 @@ def test_hooks_of_accelerate_on_the_output_projection():
 def test_hooks_on_the_model_see_what_they_saw():
     lean, plain = lean_and_plain(MBART)
     seen = []
+
+    def without_mask(module, args, kwargs):
+        return args, {**kwargs, "attention_mask": None}
+
     for model in (lean, plain):
-        model.register_forward_pre_hook(
-            lambda module, args, kwargs: (args, {**kwargs, "attention_mask": None}), with_kwargs=True
-        )
+        model.register_forward_pre_hook(without_mask, with_kwargs=True)
         model.register_forward_hook(lambda module, args, output: seen.append(output["logits"].sum().item()))
     assert_equal_outputs(lean(**labelled()), plain(**labelled()))
     assert seen[0] == pytest.approx(seen[1], rel=1e-12)
@@ -345,9 +347,7 @@ def test_a_cache_is_where_the_model_puts_it(name, use_cache):
 
 def test_a_cache_that_would_be_another_is_refused():
     model = pk.lean(tiny(M2M), 1)
-    with pytest.raises(
-        RuntimeError, match=r"cache \(past_key_values\) after pk.lean, in training mode: expected use_c"
-    ):
+    with pytest.raises(RuntimeError, match=r"cache \(past_key_values\) after pk.lean, in training mode: expected"):
         keys_of(model(**labelled())[2])
     model.eval()
     output = model(**labelled())
@@ -367,15 +367,13 @@ def test_a_compiled_model():
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager", dynamic=True)
     frames = []
-    for rows in (2, 3, 4):
+    for rows in (2, 3, 4, 5):
         found, expected = compiled(**labelled(rows)), plain(**labelled(rows))
         assert_equal_outputs(found, expected)
         frames.append(torch._dynamo.utils.counters["frames"]["total"])
     assert_same_gradients(gradients(model, found.loss), gradients(plain, expected.loss))
-    assert frames[2] == frames[1]
+    assert frames[3] == frames[2]
     with pytest.raises(torch._dynamo.exc.Unsupported, match="fullgraph=True is not supported"):
         torch.compile(model, backend="eager", fullgraph=True)(**labelled())
-    with pytest.raises(
-        InputError, match=r"torch.export of a lean model with labels is not supported: expected pk.lean"
-    ):
+    with pytest.raises(InputError, match=r"torch.export of a lean model with labels is not supported"):
         torch.export.export(model, (), labelled(), strict=False)
