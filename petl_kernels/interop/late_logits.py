@@ -44,9 +44,7 @@ class Projection:
         self.forward = forward
         self.autocast = autocast_now(hidden.device.type)
         self.inference = torch.is_inference_mode_enabled()
-        self._seen = [
-            (name, tensor, _state(tensor)) for name, tensor in (("hidden states", hidden), ("weight", weight))
-        ]
+        self._seen = [("hidden states", hidden, _state(hidden)), ("weight", weight, _state(weight))]
 
     def with_bias(self, bias: Tensor) -> Projection:
         """The same and ``bias``."""

@@ -28,7 +28,7 @@ def models():
 
 
 class Wide(TorchDispatchMode):
-    """Counts tensors as wide as the vocabulary that operators make."""
+    """Notes which operators make tensors as wide as the vocabulary, of more than one row."""
 
     def __init__(self):
         super().__init__()
@@ -37,7 +37,7 @@ class Wide(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for value in pytree.tree_leaves(result):
-            if isinstance(value, torch.Tensor) and value.dim() and value.shape[-1] == WORDS:
+            if isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape[-1] == WORDS:
                 self.made.append(function)
         return result
 
