@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from petl_kernels.interop.late_logits import autocast_now
-from petl_kernels.transformers_names import cache_field, returns_cache
+from petl_kernels.transformers_names import cache_field, cache_in, returns_cache
 
 
 def late_cache(model: nn.Module, make: Callable[[], object]) -> object:
@@ -23,7 +23,8 @@ def late_cache(model: nn.Module, make: Callable[[], object]) -> object:
     Reading it raises RuntimeError where that would be another one: ``model`` was in training mode, or its mode or
     parameters have changed since.
     """
-    trained, before, autocast = model.training, _versions(model), autocast_now(model.device.type)
+    trained, autocast = model.training, autocast_now(model.device.type)
+    before = None if trained else _versions(model)
 
     def checked() -> object:
         if trained:
@@ -39,9 +40,9 @@ def late_cache(model: nn.Module, make: Callable[[], object]) -> object:
     return _class()(checked)
 
 
-def leaves_out_cache(model: nn.Module, given: object) -> bool:
-    """Whether ``model`` is to run without the cache that it would return; ``given`` is its argument ``use_cache``."""
-    if given is not None or not torch.is_grad_enabled():
+def leaves_out_cache(model: nn.Module, kwargs: dict) -> bool:
+    """Whether ``model`` is to run without the cache that it would return, as nothing in ``kwargs`` says of one."""
+    if kwargs.get("use_cache") is not None or cache_in(kwargs) is not None or not torch.is_grad_enabled():
         return False
     return returns_cache(model)
 

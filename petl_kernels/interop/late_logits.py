@@ -104,10 +104,8 @@ class LateLogits(Tensor):
     def made(self) -> Tensor:
         """The logits as a plain tensor, always the same one, with gradients where the forward pass had them."""
         if self.petl_made is None:
-            inference = self.projection.inference
-            with torch._C.DisableTorchFunctionSubclass(), torch.inference_mode(inference):
-                with torch.set_grad_enabled(self.requires_grad):
-                    self.petl_made = _Made.apply(self)
+            with torch.inference_mode(self.projection.inference), torch.set_grad_enabled(self.requires_grad):
+                self.petl_made = _Made.apply(self)
         return self.petl_made
 
     def values(self) -> Tensor:
@@ -125,8 +123,7 @@ class LateLogits(Tensor):
         if function in _ABOUT:
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*args, **kwargs)
-        with torch._C.DisableTorchFunctionSubclass():
-            late = _LATE[function](*args, **kwargs) if function in _LATE else NotImplemented
+        late = _LATE[function](*args, **kwargs) if function in _LATE else NotImplemented
         if late is not NotImplemented:
             return late
         args, kwargs = tree_map_only(LateLogits, LateLogits.made, (args, kwargs))

@@ -47,7 +47,8 @@ class LeanLoss:
 
     @torch.compiler.disable(recursive=False, reason=_NOT_WHOLE)  # what the model calls is compiled
     def forward(self, *args, **kwargs):
-        kwargs = {**_named(self, args, kwargs), **kwargs}
+        if args:
+            kwargs = {**_named(self, args, kwargs), **kwargs}
         options = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
         options = {name: value for name, value in options.items() if value is not None}
         if kwargs.get("labels") is None:
@@ -59,7 +60,7 @@ class LeanLoss:
                 "torch.export of a lean model with labels is not supported: expected pk.lean(model, 0) first"
             )
         kwargs = without_waiting(self, kwargs)
-        if not leaves_out_cache(self, kwargs.get("use_cache")):
+        if not leaves_out_cache(self, kwargs):
             return self._loss(kwargs, options)
         output = self._loss({**kwargs, "use_cache": False}, options)
         if getattr(self, "_is_replica", False):  # DataParallel would read the cache

@@ -345,6 +345,17 @@ def test_a_cache_is_where_the_model_puts_it(name, use_cache):
             torch.testing.assert_close(keys_of(found[2]), keys_of(expected[2]))
 
 
+def test_a_cache_that_is_given_is_read():
+    """As PEFT's prefix-tuning gives one."""
+    outputs = []
+    for model in lean_and_plain(M2M):
+        with torch.no_grad():
+            cache = model(**labelled()).to_tuple()[2]
+        outputs.append(model(**labelled(), past_key_values=cache))
+    assert_equal_outputs(*outputs)
+    assert len(outputs[0].logits) == 2 and outputs[0].loss != tiny(M2M)(**labelled()).loss
+
+
 def test_a_cache_that_would_be_another_is_refused():
     model = pk.lean(tiny(M2M), 1)
     with pytest.raises(RuntimeError, match=r"cache \(past_key_values\) after pk.lean, in training mode: expected"):
