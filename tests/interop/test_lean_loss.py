@@ -372,6 +372,7 @@ def test_a_cache_that_would_be_another_is_refused():
 # ---- compiled --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_compiled_model():
     """Without lean layers: what of the model itself is compiled, and that no batch compiles it again."""
     model, plain = lean_loss(tiny(MBART)), tiny(MBART)
