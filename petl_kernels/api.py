@@ -14,7 +14,7 @@ from torch import nn
 from petl_kernels import ops
 from petl_kernels.backends import turned_down
 from petl_kernels.errors import InputError, shown
-from petl_kernels.interop.lean_loss import LeanLoss, lean_loss, lean_loss_obstacle, plain_loss
+from petl_kernels.interop.lean_loss import lean_loss, loss_states, plain_loss, set_chunk_bytes
 from petl_kernels.layers.lean import LayerState, layer_states, lean_layers, widen
 from petl_kernels.memory.size import format_size
 from petl_kernels.methods.base import (
@@ -106,7 +106,9 @@ def lean(
     is free, when not given) with AdamW on batches of ``batch_tokens`` padded tokens of the longer side, in sentences of
     up to ``max_length``, under torch.autocast in the dtype ``autocast``, if any. It sets tiers and the loss' chunk;
     weights stay as and where they are. ``plan`` has more levers. The keyword arguments are for "auto" alone.
-    ``model(labels=...)`` then computes the loss without logits, which are still there when asked for.
+    ``model(labels=...)`` then computes the loss without logits, in models whose own loss is known to be the
+    cross-entropy of logits. They stand in the output as before and are made when they are read, which raises
+    RuntimeError where weights have changed since.
     Layers and models that cannot be lean stay as they are; ``report`` names them and says why.
     Raises InputError for a tier that does not exist, for a list of another length, and with "auto" for what does not
     fit (with the bytes it needs), for a memory that is no size and for a model of another family.
@@ -115,8 +117,11 @@ def lean(
     if isinstance(tier, str) and tier == "auto":
         from petl_kernels.memory.planner import tiers_in_place  # which stands above this module
 
-        tier, model.petl_chunk_bytes = tiers_in_place(model, memory, batch_tokens, max_length, autocast)
-    elif memory is not None:
+        tier, chunk_bytes = tiers_in_place(model, memory, batch_tokens, max_length, autocast)
+        lean_layers(model, tier)
+        set_chunk_bytes(lean_loss(model), chunk_bytes)
+        return model
+    if memory is not None:
         raise InputError(f"memory {shown(memory)}: expected with tier 'auto' only, and tier is {shown(tier)}")
     lean_layers(model, tier)
     return plain_loss(model) if tier == 0 else lean_loss(model)
@@ -304,10 +309,15 @@ def _lean_lines(layers: tuple[LayerState, ...]) -> list[str]:
 
 
 def _loss_line(model: nn.Module) -> str:
-    if not isinstance(model, LeanLoss):
+    states = loss_states(model)
+    if not states:
         return "loss: the model's own, from logits"
-    obstacle = lean_loss_obstacle(model)
-    return f"loss: from logits ({obstacle})" if obstacle else "loss: without logits"
+    lines = []
+    for module, lean, reason in states:
+        line = "without logits" if lean else "the model's own, from logits"
+        where = "" if module is model else f" in {type(module).__name__}"
+        lines.append(line + where + (f" ({reason})" if reason else ""))
+    return "loss: " + "; ".join(dict.fromkeys(lines))
 
 
 def _storage_line(model: nn.Module) -> str:

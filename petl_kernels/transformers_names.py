@@ -129,6 +129,22 @@ def self_attention_caches(cache: Any) -> list[Any]:
         raise gone(f"{error.name} of {type(cache).__name__}", "counting the bytes of beam search (--memory)") from error
 
 
+def cache_field(output: type) -> str:
+    """The name of the cache in a model's output: ``past_key_values`` up to transformers 5.23, ``cache`` since.
+
+    If it is gone, raises InputError.
+    """
+    for name in ("cache", "past_key_values"):
+        if name in getattr(output, "__dataclass_fields__", ()):
+            return name
+    raise gone(f"cache in {output.__name__}", "a loss without logits")
+
+
+def cache_of(output: Any) -> Any:
+    """The cache in a model's output."""
+    return output[cache_field(type(output))]
+
+
 # ---- models ---------------------------------------------------------------------------------------------------------
 
 
@@ -139,6 +155,66 @@ def model_of(cls: type, config: Any, dtype: torch.dtype) -> nn.Module:
     """
     make = getattr(cls, "_from_config", None)
     return cls(config).to(dtype) if make is None else make(config, dtype=dtype)
+
+
+# Classes whose forward, read line by line, takes the cross-entropy of its logits and labels, ``CrossEntropyLoss()``,
+# and nothing else of either, with the logits from ``lm_head`` and perhaps ``final_logits_bias``. True: with labels, it
+# returns a cache where the config says so. A class that is not here computes its loss in its own way.
+LOSSES = {
+    "BartForConditionalGeneration": False,
+    "BigBirdPegasusForConditionalGeneration": False,
+    "BlenderbotForConditionalGeneration": False,
+    "BlenderbotSmallForConditionalGeneration": False,
+    "LEDForConditionalGeneration": False,
+    "LongT5ForConditionalGeneration": True,
+    "M2M100ForConditionalGeneration": True,
+    "MBartForConditionalGeneration": False,
+    "MT5ForConditionalGeneration": True,
+    "MarianMTModel": False,
+    "MvpForConditionalGeneration": False,
+    "PLBartForConditionalGeneration": True,
+    "PegasusForConditionalGeneration": False,
+    "PegasusXForConditionalGeneration": False,
+    "T5ForConditionalGeneration": True,
+    "UMT5ForConditionalGeneration": True,
+}
+
+
+def forward_owner(cls: type) -> type:
+    """The class that ``cls`` has its forward from."""
+    return next(base for base in cls.__mro__ if "forward" in vars(base))
+
+
+def knows_loss(cls: type) -> bool:
+    """Whether ``cls`` runs the forward of a class in ``LOSSES``, as transformers' file of that class has it.
+
+    A subclass with a forward of its own does not, nor one whose forward somebody has replaced.
+    """
+    owner = forward_owner(cls)
+    if owner.__name__ not in LOSSES or not owner.__module__.startswith("transformers.models."):
+        return False
+    file = sys.modules[owner.__module__].__file__
+    package = sys.modules["transformers"].__path__[0]
+    function = vars(owner)["forward"]
+    while hasattr(function, "__wrapped__"):
+        if not function.__code__.co_filename.startswith(package):
+            return False
+        function = function.__wrapped__
+    return function.__qualname__ == f"{owner.__name__}.forward" and function.__code__.co_filename == file
+
+
+def has_cache_beside_loss(model: nn.Module) -> bool:
+    """What ``LOSSES`` says of the class of ``model``, or of the first one above it that is there."""
+    return next(LOSSES[cls.__name__] for cls in type(model).__mro__ if cls.__name__ in LOSSES)
+
+
+def returns_cache(model: nn.Module) -> bool:
+    """Whether a model of ``LOSSES`` returns a cache beside a loss when it is told nothing of one."""
+    if not has_cache_beside_loss(model):
+        return False
+    decoder = model.get_decoder()
+    checkpointed = getattr(decoder, "gradient_checkpointing", False) and decoder.training
+    return bool(decoder.config.use_cache) and not checkpointed
 
 
 def decoder_inputs(model: nn.Module, labels: Tensor) -> Tensor:
@@ -155,7 +231,8 @@ def decoder_inputs(model: nn.Module, labels: Tensor) -> Tensor:
 
 
 def _shift_function(model: nn.Module) -> Callable:
-    for cls in type(model).__mro__:
+    # a subclass may stand in a file that has imported the function of another family
+    for cls in sorted(type(model).__mro__, key=lambda cls: not cls.__module__.startswith("transformers.")):
         function = getattr(sys.modules.get(cls.__module__), "shift_tokens_right", None)
         if function is not None:
             return function

@@ -160,8 +160,28 @@ def test_without_a_rule_for_decoder_inputs_they_are_expected(monkeypatch):
     labels = inputs.pop("decoder_input_ids")
     assert model(**inputs, labels=labels).loss > 0
     monkeypatch.delattr(transformers.models.m2m_100.modeling_m2m_100, "shift_tokens_right")
+    model.lm_head.register_forward_hook(lambda *_: None)  # so that smoothing needs logits without labels
     with pytest.raises(InputError, match="no rule to make decoder inputs from labels; expected decoder_input_ids"):
-        model(**inputs, labels=labels)
+        model(**inputs, labels=labels, label_smoothing=0.1)
+
+
+def test_a_subclass_in_a_file_that_has_another_familys_rule(monkeypatch):
+    from transformers.models.bart.modeling_bart import shift_tokens_right
+
+    monkeypatch.setitem(globals(), "shift_tokens_right", shift_tokens_right)
+
+    class Own(transformers.MBartForConditionalGeneration):
+        pass
+
+    model = Own(build("mbart").config)
+    labels = batch(model)["decoder_input_ids"]
+    assert torch.equal(names.decoder_inputs(model, labels), names.decoder_inputs(build("mbart"), labels))
+    assert names.decoder_inputs(model, labels)[0, 0] == labels[0, -1]
+
+
+def test_without_a_cache_in_the_output_a_loss_is_refused():
+    with pytest.raises(InputError, match="has no cache in int: a loss without logits cannot work with it"):
+        names.cache_field(int)
 
 
 def test_layers_are_dropped_by_no_number():

@@ -22,6 +22,8 @@ def without_waiting(model: nn.Module, inputs: dict) -> dict:
     under ``torch.compile``.
     """
     ids = inputs.get("decoder_input_ids")
+    if ids is None and inputs.get("decoder_inputs_embeds") is None:
+        ids = inputs.get("labels")  # which the model makes them of
     if ids is None or ids.device.type not in WAITED_FOR or torch.compiler.is_compiling():
         return inputs
     if cache_in(inputs) is not None:  # which makes the decoder's masks longer

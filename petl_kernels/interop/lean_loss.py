@@ -1,25 +1,37 @@
 """``model(labels=...)`` of a Hugging Face sequence-to-sequence model without logits.
 
-The model's own forward runs up to its output projection, whose input goes to ``ops.linear_cross_entropy`` with the
-projection's weight and ``final_logits_bias``. The result is the model's own output class; its ``logits`` are computed
-when they are asked for.
+The model's own forward runs, with its rules for decoder inputs and caches. Its output projection gives logits that have
+no values yet (``late_logits.py``), and the cross-entropy of those goes to ``ops.linear_cross_entropy``. They are in the
+output, where the model puts them, and get values when somebody reads them.
+
+This is for classes whose forward is known to take nothing else of logits and labels than their cross-entropy
+(``transformers_names.LOSSES``). Any other computes its own loss in its own way, and ``pk.report`` says so.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
+import inspect
+from collections.abc import Callable
+from contextvars import ContextVar
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from petl_kernels import ops
+from petl_kernels.errors import InputError
 from petl_kernels.interop.device_masks import without_waiting
-from petl_kernels.transformers_names import decoder_inputs
+from petl_kernels.interop.late_cache import late_cache, leaves_out_cache, with_cache
+from petl_kernels.interop.late_logits import ForwardPass, LateLogits, Projection
+from petl_kernels.transformers_names import cache_of, decoder_inputs, forward_owner, has_cache_beside_loss, knows_loss
 
-_OPTIONS = ("label_smoothing", "reduction")
+_OPTIONS = ("label_smoothing", "reduction", "counted")
+_NOT_WHOLE = "after pk.lean a model's loss is not part of compiled graphs: fullgraph=True is not supported"
+# A model whose forward pass runs in this thread, and what stands for its output projection.
+_heads: ContextVar[tuple[nn.Module | None, Callable | None]] = ContextVar("petl_heads", default=(None, None))
 
 
 class LeanLoss:
@@ -28,37 +40,78 @@ class LeanLoss:
     Where the output projection is not a plain linear layer (LoRA on it, say), the loss comes from logits.
     """
 
-    @torch.compiler.disable(recursive=False)  # what it calls is compiled; the exchange of the projection is not
+    @property
+    def lm_head(self) -> nn.Module | Callable[[Tensor], LateLogits]:
+        """The output projection, or what stands for it in a forward pass of this thread."""
+        return _head(self)
+
+    @torch.compiler.disable(recursive=False, reason=_NOT_WHOLE)  # what the model calls is compiled
     def forward(self, *args, **kwargs):
-        labels = kwargs.pop("labels", None)
-        if labels is None:
-            return super().forward(*args, **kwargs)
+        if args:
+            kwargs = {**_named(self, args, kwargs), **kwargs}
         options = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
-        counted = kwargs.pop("counted", None)
-        as_tuple = kwargs.pop("return_dict", None) is False
-        if kwargs.get("use_cache") is None:
-            kwargs["use_cache"] = False
-        if kwargs.get("decoder_input_ids") is None and kwargs.get("decoder_inputs_embeds") is None and len(args) < 3:
-            kwargs["decoder_input_ids"] = decoder_inputs(self, labels)
+        options = {name: value for name, value in options.items() if value is not None}
+        if kwargs.get("labels") is None:
+            if options:
+                raise InputError(f"{', '.join(options)}: expected labels beside it")
+            return super().forward(**kwargs)
+        if torch.compiler.is_exporting():
+            raise InputError(
+                "torch.export of a lean model with labels is not supported: expected pk.lean(model, 0) first"
+            )
         kwargs = without_waiting(self, kwargs)
-        if lean_loss_obstacle(self):
-            result = super().forward(*args, **kwargs)
-            result["loss"] = loss_of_logits(result.logits, labels, **options)
-        else:
-            with _captured(self.lm_head) as captured:
-                output = super().forward(*args, **kwargs)
-            (hidden,) = captured
-            bias = getattr(self, "final_logits_bias", None)
-            if hasattr(self, "petl_chunk_bytes"):  # of a plan, or of tier "auto"
-                options["chunk_bytes"] = self.petl_chunk_bytes
-            options["counted"] = counted
-            loss = ops.linear_cross_entropy(hidden, self.lm_head.weight, labels.to(hidden.device), bias, **options)
-            result = _output_class(type(output))(**{**output, "loss": loss, "logits": None})
-            result.__dict__["petl_logits"] = functools.partial(_logits, self, hidden)
-        return result.to_tuple() if as_tuple else result
+        if not leaves_out_cache(self, kwargs):
+            return self._loss(kwargs, options)
+        output = self._loss({**kwargs, "use_cache": False}, options)
+        if getattr(self, "_is_replica", False):  # DataParallel would read the cache
+            return output
+        again = {**kwargs, "use_cache": True, "return_dict": True}
+        return with_cache(output, late_cache(self, lambda: cache_of(self._loss(again, options))))
+
+    def _loss(self, kwargs: dict, options: dict) -> Any:
+        if not head_obstacle(self):
+            return self._without_logits(kwargs, options)
+        return self._from_logits(kwargs, options) if options else super().forward(**kwargs)
+
+    def _without_logits(self, kwargs: dict, options: dict) -> Any:
+        forward = ForwardPass(partial(_cross_entropy, self, options, kwargs["labels"].shape))
+        before = _heads.set((self, partial(_late_logits, self.lm_head.weight, forward)))
+        try:
+            return super().forward(**kwargs)
+        finally:
+            _heads.reset(before)
+            forward.end()
+
+    def _from_logits(self, kwargs: dict, options: dict) -> Any:
+        """With ``options``, which the model's own loss has not, of logits that its output projection has to make."""
+        labels, as_tuple = kwargs["labels"], kwargs.get("return_dict", self.config.return_dict) is False
+        kwargs = {**kwargs, "labels": None, "return_dict": True}
+        if kwargs.get("decoder_input_ids") is None and kwargs.get("decoder_inputs_embeds") is None:
+            kwargs["decoder_input_ids"] = decoder_inputs(self, labels)
+        if not has_cache_beside_loss(self):
+            kwargs["use_cache"] = False
+        output = super().forward(**kwargs)
+        options = {name: value for name, value in options.items() if name != "counted"}
+        output = type(output)(**{**output, "loss": loss_of_logits(output.logits, labels, **options)})
+        return output.to_tuple() if as_tuple else output
 
     def __reduce_ex__(self, protocol):
         return _bare, type(self).petl_bases, self.__dict__
+
+
+@torch.compiler.disable
+def _late_logits(weight: Tensor, forward: ForwardPass, hidden: Tensor) -> LateLogits:
+    return LateLogits.of(Projection(hidden, weight, forward))
+
+
+def _cross_entropy(
+    model: nn.Module, options: dict, shape: torch.Size, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor
+) -> Tensor:
+    """The loss of a forward pass; ``labels`` (rows,), and of ``shape`` as the model got them."""
+    if hasattr(model, "petl_chunk_bytes"):  # of a plan, or of tier "auto"
+        options = {**options, "chunk_bytes": model.petl_chunk_bytes}
+    loss = ops.linear_cross_entropy(hidden, weight, labels, bias, **options)
+    return loss.view(shape) if options.get("reduction") == "none" else loss
 
 
 def loss_of_logits(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0, reduction: str = "mean") -> Tensor:
@@ -74,52 +127,106 @@ def loss_of_logits(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0,
     return loss.view(labels.shape) if reduction == "none" else loss
 
 
+@torch.compiler.disable
+def _head(model: nn.Module) -> nn.Module | Callable[[Tensor], LateLogits]:
+    running, head = _heads.get()
+    return head if running is model else model._modules["lm_head"]
+
+
+def _named(model: nn.Module, args: tuple, kwargs: dict) -> dict:
+    """Positional arguments of a forward by their names."""
+    names = list(inspect.signature(type(model).forward).parameters)[1 : len(args) + 1]
+    for name in names:
+        if name in kwargs:
+            raise TypeError(f"{type(model).__name__}.forward got multiple values for argument {name!r}")
+    return dict(zip(names, args, strict=True))
+
+
 def lean_loss(model: nn.Module) -> nn.Module:
-    """Give ``model`` the loss without logits, in place; a model without an output projection is left as it is."""
-    if getattr(model, "lm_head", None) is not None and not isinstance(model, LeanLoss):
-        model.__class__ = _lean_class(type(model))
+    """Give the loss without logits to ``model``, or to the models that it wraps, in place, where it is known how."""
+    for module in list(model.modules()):
+        if not isinstance(module, LeanLoss) and not _class_obstacle(module):
+            module.__class__ = _lean_class(type(module))
     return model
+
+
+def set_chunk_bytes(model: nn.Module, chunk_bytes: int) -> None:
+    """Bound the logits of some rows that the loss holds at a time, in ``model`` and in the models that it wraps."""
+    for module in (model, *(module for module in model.modules() if isinstance(module, LeanLoss))):
+        module.petl_chunk_bytes = chunk_bytes
 
 
 def plain_loss(model: nn.Module) -> nn.Module:
     """Undo ``lean_loss``."""
-    if isinstance(model, LeanLoss):
-        (model.__class__,) = type(model).petl_bases
+    for module in list(model.modules()):
+        if isinstance(module, LeanLoss):
+            (module.__class__,) = type(module).petl_bases
     return model
 
 
-def lean_loss_obstacle(model: nn.Module) -> str:
-    """Why the loss needs logits; empty when it does not."""
-    head = getattr(model, "lm_head", None)
-    if head is None:
+# ---- what has its loss from logits ----------------------------------------------------------------------------------
+
+
+def loss_states(model: nn.Module) -> list[tuple[nn.Module, bool, str]]:
+    """(module, whether its loss is made without logits now, why it is not) of each model with labels in ``model``.
+
+    Empty reasons are those of models that have not been made lean.
+    """
+    states = []
+    for module in model.modules():
+        if isinstance(module, LeanLoss):
+            reason = replaced_forward(module) or head_obstacle(module)
+            states.append((module, not reason, reason))
+        elif "lm_head" in module._modules:
+            states.append((module, False, _class_obstacle(module)))
+    return states
+
+
+def _class_obstacle(module: nn.Module) -> str:
+    if "lm_head" not in module._modules:  # a wrapper may pass on its model's
         return "no lm_head"
+    return "" if knows_loss(type(module)) else f"{forward_owner(type(module)).__name__} has a forward of its own"
+
+
+def replaced_forward(model: nn.Module) -> str:
+    """A reason, where ``model`` has a forward of its own that does not lead to its class's."""
+    own = vars(model).get("forward")
+    if own is None or _leads_to(own, type(model).forward):
+        return ""
+    return f"forward of the {type(model).__name__} is replaced by {getattr(own, '__qualname__', type(own).__name__)}"
+
+
+def _leads_to(function: Any, target: Callable) -> bool:
+    """Whether ``function`` wraps ``target``, as decorators, bound methods, partial calls and closures do."""
+    waiting, seen = [function], set()
+    while waiting:
+        function = waiting.pop()
+        if function is target:
+            return True
+        if callable(function) and id(function) not in seen:
+            seen.add(id(function))
+            waiting += [getattr(function, name, None) for name in ("__wrapped__", "__func__", "func")]
+            waiting += inspect.getclosurevars(function).nonlocals.values() if inspect.isfunction(function) else ()
+    return False
+
+
+def head_obstacle(model: nn.Module) -> str:
+    """Why the loss needs logits; empty when it does not."""
+    head = model._modules["lm_head"]
     if type(head) is not nn.Linear or head.bias is not None:
         return f"lm_head is a {type(head).__name__}{' with a bias' if type(head) is nn.Linear else ''}"
-    if head._forward_hooks or head._forward_pre_hooks:
+    if "forward" in vars(head):
+        return "the forward of lm_head is replaced"
+    if any(getattr(head, name) for name in _HOOKS) or any(getattr(nn.modules.module, name) for name in _GLOBAL_HOOKS):
         return "a hook on lm_head"
     return ""
 
 
-@contextmanager
-def _captured(head: nn.Linear) -> Iterator[list[Tensor]]:
-    """Inside, ``head`` hands its input over and gives logits of no rows."""
-    captured: list[Tensor] = []
-
-    def forward(x: Tensor) -> Tensor:
-        captured.append(x)
-        return x.new_empty(0, 1)
-
-    head.forward = forward
-    try:
-        yield captured
-    finally:
-        del head.forward
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
 
 
-def _logits(model: nn.Module, hidden: Tensor) -> Tensor:
-    logits = model.lm_head(hidden)
-    bias = getattr(model, "final_logits_bias", None)
-    return logits if bias is None else logits + bias.to(logits.device)
+# ---- classes --------------------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -135,25 +242,3 @@ def _lean_class(original: type) -> type:
 def _bare(original: type) -> nn.Module:
     cls = _lean_class(original)
     return cls.__new__(cls)
-
-
-@functools.cache
-def _output_class(original: type) -> type:
-    """``original`` with logits that are computed when somebody asks."""
-
-    def get(self, name: str):
-        value = original.__getattribute__(self, name)
-        if name != "logits" or value is not None:
-            return value
-        make = original.__getattribute__(self, "__dict__").get("petl_logits")
-        if make is not None:
-            self["logits"] = value = make()
-        return value
-
-    def get_item(self, key):
-        if key == "logits":
-            return self.logits
-        return original.__getitem__(self, key)
-
-    members = {"__getattribute__": get, "__getitem__": get_item, "__module__": original.__module__}
-    return type(original.__name__, (original,), members)

@@ -88,6 +88,7 @@ class Plan:
         """
         self.check(model)
         from petl_kernels.api import lean
+        from petl_kernels.interop.lean_loss import set_chunk_bytes
 
         if (self.storage, self.tables) != ("dense", "dense"):
             quantise_model(model, self.storage, self.tables)
@@ -96,7 +97,7 @@ class Plan:
             with tempfile.TemporaryDirectory() as own:  # its file is mapped, and needs no name after that
                 stream_layers(model, paths, SLOTS, folder or own, files, device=self.device)
         lean(model, list(self.tiers))  # after streaming: it moves weights that stay
-        model.petl_chunk_bytes = self.chunk_bytes
+        set_chunk_bytes(model, self.chunk_bytes)
         if (before := getattr(model, "petl_gradients", None)) is not None:  # of an earlier plan
             before.close()
             model.petl_gradients = None

@@ -90,7 +90,7 @@ def linear_cross_entropy(
     the call. There a wrong label, or a number that is too small, is an assertion of the device and no InputError.
 
     Raises InputError: shapes that do not fit, devices that differ, labels that are neither words nor ``ignore_index``,
-    a label smoothing outside [0, 1), an unknown reduction or smoothing, fewer ``counted`` than there are.
+    a label smoothing outside [0, 1], an unknown reduction or smoothing, fewer ``counted`` than there are.
     """
     words = weight.shape[0] if weight.dim() == 2 else None
     if bias is not None and tuple(bias.shape) == (1, words):
@@ -125,8 +125,8 @@ def _check(hidden, weight, labels, bias, label_smoothing, reduction, smoothing) 
     if labels.dtype != torch.int64:
         raise InputError(f"{OP}: labels has dtype {labels.dtype}: expected torch.int64")
     check_device(OP, "labels", labels, hidden)
-    if not 0 <= label_smoothing < 1:
-        raise InputError(f"{OP}: label_smoothing is {label_smoothing}: expected 0 <= label_smoothing < 1")
+    if not 0 <= label_smoothing <= 1:
+        raise InputError(f"{OP}: label_smoothing is {label_smoothing}: expected 0 <= label_smoothing <= 1")
     if reduction not in REDUCTIONS:
         raise InputError(f"{OP}: reduction is {reduction!r}: expected one of {', '.join(REDUCTIONS)}")
     if smoothing not in SMOOTHINGS:

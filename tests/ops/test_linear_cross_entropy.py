@@ -441,7 +441,7 @@ def test_refuses_labels_outside_the_vocabulary(backend):
         ({"counted": 3.0}, "counted is 3.0: expected how many labels count"),
         ({"counted": True}, "counted is True: expected how many labels count"),
         ({"counted": 2}, "counted is 2: expected at least the 3 labels that count"),
-        ({"label_smoothing": 1.0}, "label_smoothing is 1.0: expected 0 <= label_smoothing < 1"),
+        ({"label_smoothing": 1.5}, "label_smoothing is 1.5: expected 0 <= label_smoothing <= 1"),
         ({"label_smoothing": -0.1}, "label_smoothing is -0.1"),
         ({"label_smoothing": float("nan")}, "label_smoothing is nan"),
         ({"reduction": "max"}, "reduction is 'max': expected one of mean, sum, none"),
