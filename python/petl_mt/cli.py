@@ -128,7 +128,8 @@ def _add_train(commands) -> None:
 def _add_finish(commands) -> None:
     parser = commands.add_parser("finish", help="end a stopped run where it stands: scores, and the adapter or model")
     parser.set_defaults(run=_finish)
-    parser.add_argument("run_folder", metavar="RUN", help="the --out of a training run")
+    run = parser.add_argument_group("run")
+    run.add_argument("run_folder", metavar="RUN", help="the --out of a training run")
 
 
 def _add_plan(commands) -> None:
@@ -228,7 +229,7 @@ def _add_merge(commands) -> None:
     run.add_argument(
         "--dtype",
         choices=("fp32", "bf16", "fp16"),
-        help="type of the weights that are written; default: that of the checkpoint which the run began with",
+        help="type of the weights that are written (default: that of the checkpoint which the run began with)",
     )
     run.add_argument(
         "--into",

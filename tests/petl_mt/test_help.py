@@ -13,9 +13,9 @@ from petl_mt.config import TrainConfig
 
 from petl_kernels.methods import METHODS
 
-COMMANDS = ("train", "plan", "translate", "score", "merge", "methods", "demo", "bench", "study", "doctor")
+COMMANDS = ("train", "finish", "plan", "translate", "score", "merge", "methods", "demo", "bench", "study", "doctor")
 # What has no default: it has to be given, or goes with something that has.
-GIVEN = {"--model", "--out", "--train", "--test", "--run", "--src-lang", "--tgt-lang"}
+GIVEN = {"--model", "--out", "--train", "--test", "--run", "run_folder", "--src-lang", "--tgt-lang"}
 
 
 def parser_of(command: str) -> argparse.ArgumentParser:
