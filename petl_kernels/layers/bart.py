@@ -89,7 +89,7 @@ class LeanBartLayer:
             dropout=attention.dropout if attention.training else 0.0,
             residual_dropout=self.dropout if self.training else 0.0,
             pre_norm=self.petl_pre_norm,
-            blind_sees_all=False,
+            adds_bias=False,
         )
 
     def _feed_forward(self) -> FeedForwardBlock:

@@ -29,7 +29,7 @@ from petl_kernels.methods.adapter import ParallelAdapter, ReadInput
 from petl_kernels.methods.base import Piece
 from petl_kernels.methods.lora import LoRALinear
 from petl_kernels.methods.prefix import Prefix
-from petl_kernels.transformers_names import activation_name
+from petl_kernels.transformers_names import activation_name, attention_implementation
 
 if TYPE_CHECKING:
     from petl_kernels.layers.wide_ffn import WideFFN
@@ -42,7 +42,7 @@ NORMS, PRODUCTS, SUMS = 1, 2, 3
 class AttentionBlock:
     """The parts of one attention and how they are joined; ``dropout`` acts on its probabilities.
 
-    blind_sees_all: a query that a boolean mask lets see nothing attends to every key alike, else it gets 0.
+    adds_bias: the attention has a position bias, into which transformers puts the mask (T5's family).
     """
 
     host: nn.Module  # the attention itself, which holds prefixes
@@ -57,7 +57,7 @@ class AttentionBlock:
     dropout: float
     residual_dropout: float
     pre_norm: bool
-    blind_sees_all: bool
+    adds_bias: bool
 
 
 @dataclass(frozen=True)
@@ -219,10 +219,10 @@ def _attend(
         mask = None  # the op knows a shorter way
     q, k, v = (_heads(y, block.heads) for y in _projections(block, u, source, tier))
     keys += k, v
-    if block.blind_sees_all and mask is not None and mask.dtype == torch.bool:
-        mask, bias = _additive(mask, bias, q.dtype)
-    prefix_k, prefix_v = _prefix(block, q)
     causal = block.causal and mask is None and q.shape[2] > 1
+    if mask is not None:
+        mask, bias = _as_added(block, mask, bias, q.dtype)
+    prefix_k, prefix_v = _prefix(block, q)
     o = ops.attention(q, k, v, mask, bias, causal, block.scale, block.dropout, None, prefix_k, prefix_v)
     return o.transpose(1, 2).reshape(*u.shape[:-1], -1)
 
@@ -245,21 +245,49 @@ def _projections(block: AttentionBlock, u: Tensor, source: Tensor, tier: int) ->
     return [linear(block.q, u, again), *linears((block.k, block.v), source, again)]
 
 
-def _additive(mask: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-    """A boolean mask and the bias, as T5's attention adds them: finfo.min of ``dtype`` in the place of hidden keys.
+def _as_added(
+    block: AttentionBlock, mask: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """Mask and bias that give the numbers of transformers' attention function, also to a query that sees nothing.
 
-    It leaves nothing of the scores beside it, so that a query that sees nothing attends to every key alike. In fp16,
-    where scores are left, it replaces the bias too.
+    Its eager function adds a mask as it is, and finfo.min leaves nothing of the scores beside it: such a query attends
+    to every key alike. With a position bias sdpa's does so too, with finfo.min in the place of hidden keys' bias; in
+    fp16, whose finfo.min leaves the scores, without that bias. Else sdpa gives 0 where a boolean mask shows no key.
     """
+    eager = str(attention_implementation(block.host.config)).endswith("eager")
+    if eager:
+        return _shared(mask, _added_by_eager, dtype), bias
+    if not block.adds_bias:
+        return mask, bias
     if dtype == torch.float16 and bias is not None:
-        return None, torch.where(mask, bias, torch.finfo(dtype).min)
-    known = getattr(mask, "petl_additive", None)  # on the mask, so that all layers share it
-    if known is not None and known.dtype == dtype:
-        return known, bias
-    additive = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
-    if not torch.is_inference_mode_enabled() and not torch.compiler.is_compiling():
-        mask.petl_additive = additive
-    return additive, bias
+        return None, torch.where(mask, bias, torch.finfo(dtype).min) if mask.dtype == torch.bool else bias + mask
+    return _shared(mask, _added_by_sdpa, dtype), bias
+
+
+def _shared(mask: Tensor, make: Callable[[Tensor, torch.dtype], Tensor], dtype: torch.dtype) -> Tensor:
+    """``make(mask, dtype)``, one for all layers."""
+    if mask.is_inference() or torch.is_inference_mode_enabled() or torch.compiler.is_compiling():
+        return make(mask, dtype)
+    key = make, dtype, mask._version
+    known, made = getattr(mask, "petl_added", (None, None))  # on the mask, so that it goes when the mask goes
+    if known == key:
+        return made
+    made = make(mask, dtype)
+    if made is not mask:
+        mask.petl_added = key, made
+    return made
+
+
+def _added_by_eager(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    if mask.dtype == torch.float16:
+        return mask.float().masked_fill(mask == torch.finfo(mask.dtype).min, torch.finfo(torch.float32).min)
+    return mask.to(dtype) if mask.dtype == torch.bool else mask
+
+
+def _added_by_sdpa(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 def _project_and_add(block: AttentionBlock, o: Tensor, x: Tensor) -> Tensor:

@@ -102,7 +102,7 @@ def lean_layers(model: nn.Module, tier: int | Sequence[int]) -> None:
         return
     for layer, chosen in zip(structure.layers, _tiers(tier, len(structure.layers)), strict=True):
         module = model.get_submodule(layer.path)
-        original = getattr(type(module), "petl_bases", (None, type(module)))[1]
+        original = _original(type(module))
         if chosen == 0 or _reason(model, structure, layer):
             narrow(module)
             module.__class__ = original
@@ -170,6 +170,11 @@ def _tiers(tier: int | Sequence[int], layers: int) -> list[int]:
     return tiers
 
 
+def _original(cls: type) -> type:
+    """The class that a layer had before it was lean."""
+    return getattr(cls, "petl_bases", (None, cls))[1]
+
+
 @functools.cache
 def _lean_class(mixin: type, original: type) -> type:
     # the name stays: transformers and accelerate know layers by the names of their classes
@@ -189,7 +194,7 @@ def _reason(model: nn.Module, structure: Structure, layer: Layer) -> str:
     """Why this layer of a known family cannot be lean, from how it is built."""
     module = model.get_submodule(layer.path)
     family = FAMILIES[structure.family]
-    return family.uncovered(module) or _unknown(family, type(module))
+    return family.uncovered(module) or _unknown(family, _original(type(module)))
 
 
 def _unknown(family: type, cls: type) -> str:
@@ -217,7 +222,7 @@ def _replaced(layer: LeanLayer) -> str:
     if "forward" not in layer.__dict__:
         return ""
     wrapped = getattr(layer, "_old_forward", None)  # accelerate's hooks: they came after, and call it
-    return "" if getattr(wrapped, "__func__", None) is type(layer).forward else "another forward in its place"
+    return "" if getattr(wrapped, "__func__", None) is type(layer).forward else "another forward is in its place"
 
 
 def _changed_part(family: type, layer: LeanLayer) -> str:

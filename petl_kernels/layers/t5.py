@@ -109,7 +109,7 @@ class LeanT5Layer:
             dropout=attention.dropout if attention.training else 0.0,
             residual_dropout=_rate(part.dropout),
             pre_norm=True,
-            blind_sees_all=True,
+            adds_bias=True,
         )
 
     def _feed_forward(self) -> FeedForwardBlock:
