@@ -166,7 +166,7 @@ def cache_in(arguments: dict[str, Any]) -> Any:
 
 
 def takes_first_tokens(cache: Any, index: int) -> bool:
-    """Whether ``cache`` is one of growing tensors that holds nothing of layer ``index`` yet: ``fill_cache`` can fill it.
+    """Whether ``fill_cache`` can fill ``cache``: it is one of growing tensors, with nothing of layer ``index`` yet.
 
     If a name is gone, returns False: layers with a cache then run as they are.
     """

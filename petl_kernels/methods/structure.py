@@ -19,7 +19,6 @@ from petl_kernels.errors import InputError, shown
 from petl_kernels.methods.base import Named
 from petl_kernels.transformers_names import heads_of
 
-
 _EXPECTED = (
     "expected an encoder-decoder of the BART family (M2M-100, NLLB, mBART, Marian) "
     "or of the T5 family (T5, mT5, MADLAD-400)"

@@ -112,6 +112,8 @@ SETTINGS = {
     "whisper": {**_SOUND, "max_source_positions": SOURCE},
 }  # fmt: skip
 
+SINGLE = {"fsmt", "prophetnet"}  # their masks are fp32's
+
 # Classes with no model here, and why. They are other kinds: ``pk.lean`` finds no layers in them, as in a decoder alone.
 _SPEECH = "hears, with an encoder of sound and no encoder-decoder of text"
 UNTRIED = {
@@ -146,7 +148,7 @@ def build(model_type: str) -> nn.Module:
     config = transformers.AutoConfig.for_model(model_type, **SETTINGS[model_type])
     torch.manual_seed(3)
     model = getattr(transformers, classes()[model_type])(config)
-    if model_type != "fsmt":  # whose masks are fp32's
+    if model_type not in SINGLE:
         model.double()
     shake(model)
     return model.train()
@@ -173,4 +175,6 @@ def inputs_of(model: nn.Module) -> dict[str, Tensor]:
     source = torch.randint(3, WORDS, (ROWS, SOURCE), generator=generator)
     mask = torch.ones_like(source)
     mask[1, -3:] = 0
+    if model.config.model_type == "fsmt":  # which makes decoder inputs of the source
+        return {"input_ids": source, "attention_mask": mask, "labels": labels, "decoder_input_ids": labels.clamp(min=3)}
     return {"input_ids": source, "attention_mask": mask, "labels": labels}

@@ -1,4 +1,4 @@
-"""Every sequence-to-sequence class of transformers after ``pk.lean``: the plain model's loss and gradients, lean or not.
+"""Every sequence-to-sequence class of transformers after ``pk.lean``: its own loss and gradients, lean or not.
 
 A class that transformers adds fails ``test_every_class_has_a_model``, until it has its line in ``every_model.py``.
 """
