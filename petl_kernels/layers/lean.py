@@ -80,7 +80,8 @@ class LeanLayer:
         cache = cache_in(kwargs)
         if cache is not None and not (torch.is_grad_enabled() and takes_first_tokens(cache, self.layer_index())):
             return True
-        return bool(kwargs.get("output_attentions")) or bool(_obstacle(self))
+        obstacle = _obstacle_of_graph if torch.compiler.is_compiling() else _obstacle
+        return bool(kwargs.get("output_attentions")) or bool(obstacle(self))
 
     def __reduce_ex__(self, protocol):
         mixin, original = type(self).petl_bases
@@ -215,6 +216,12 @@ def _obstacle(layer: LeanLayer) -> str:
         or _watched(layer)
         or next((f"dropout {rate}, expected less than 1" for rate in family.rates(layer) if rate >= 1), "")
     )
+
+
+@torch.compiler.assume_constant_result
+def _obstacle_of_graph(layer: LeanLayer) -> str:
+    """The obstacle when a graph is made: as for PyTorch's own calls, what is hooked later is not in it."""
+    return _obstacle(layer)
 
 
 def _replaced(layer: LeanLayer) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from petl_kernels.methods.base import Named
 
@@ -75,7 +75,7 @@ def _state(module: nn.Module) -> dict[str, Any]:
         del settings["training"]
     for name, parameter in module._parameters.items():
         if parameter is not None:
-            settings[name] = id(parameter), parameter._version, _storage(parameter)
+            settings[name] = id(parameter), parameter._version
     return settings
 
 
@@ -91,7 +91,3 @@ def _heeds_mode(module: nn.Module, settings: dict[str, Any]) -> bool:
     if any(isinstance(rate, float) and rate > 0 for rate in rates) or module._buffers:
         return True
     return not type(module).__module__.startswith(_LIBRARIES)
-
-
-def _storage(parameter: Tensor) -> int:
-    return 0 if hasattr(parameter, "parts") else parameter.untyped_storage()._cdata
