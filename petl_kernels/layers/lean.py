@@ -64,15 +64,15 @@ class LeanLayer:
         """The layer's output; a cache among ``kwargs`` gets what the layer's own forward puts there."""
         cache = cache_in(kwargs)
         tier = self.petl_tier if torch.is_grad_enabled() else 0
-        if tier < 4:
-            y, *keys = self.body(x, *inputs, tier)
+        if tier == 0:
+            y, *keys = self.body(x, *inputs, 0)
+        elif tier < 4:
+            y, *keys = _recomputing(self, x, *inputs, tier)
         else:
             whole = partial(_whole, self, cache is not None)
             y, *keys = checkpointed(self, whole, x, *inputs, offload=tier == 5)
         if cache is not None:
             fill_cache(cache, self.layer_index(), *keys)
-        del keys
-        forget()
         return y
 
     def steps_aside(self, kwargs: dict) -> bool:
@@ -86,6 +86,13 @@ class LeanLayer:
     def __reduce_ex__(self, protocol):
         mixin, original = type(self).petl_bases
         return _bare, (mixin, original), self.__dict__
+
+
+@torch.compiler.disable  # recipes are no part of a graph: it breaks here, once a layer, and is not made anew
+def _recomputing(layer: LeanLayer, *inputs) -> tuple[Tensor, ...]:
+    outputs = layer.body(*inputs)
+    forget()
+    return outputs
 
 
 def _whole(layer: LeanLayer, cached: bool, x: Tensor, *inputs) -> tuple[Tensor, ...]:
