@@ -8,10 +8,13 @@ is called.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Iterable
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,12 +35,57 @@ ACTIVATIONS = {
     "SiLUActivation": "silu",
 }
 
+# Prefixes of the classes whose ``forward`` lean layers have been compared with, formula by formula: "Bart" stands for
+# BartEncoderLayer, BartDecoderLayer and BartAttention. A layer that runs another ``forward`` stays plain, and
+# ``pk.report`` says which.
+BART_NAMES = (
+    "Bart", "Blenderbot", "BlenderbotSmall", "M2M100", "MBart", "Marian", "PLBart", "Pegasus", "PegasusX",
+    "Speech2Text", "Whisper",
+)  # fmt: skip
+T5_NAMES = ("MT5", "T5")
+
 # What lean layers read of a layer and of its attentions beside modules with parameters. A layer without one of these
 # stays plain, and ``pk.report`` names it (``lacking``).
 BART_LAYER = ("dropout", "activation_fn", "activation_dropout")
 BART_ATTENTION = ("scaling", "is_causal", "dropout")
 T5_ATTENTION = ("is_causal", "dropout", "has_relative_attention_bias", "compute_bias")
 T5_FEED_FORWARD = ("act", "dropout")
+
+
+def of(prefixes: Iterable[str], *endings: str) -> frozenset[str]:
+    """The names of classes that begin with one of ``prefixes`` and end with one of ``endings``."""
+    return frozenset(prefix + ending for prefix in prefixes for ending in endings)
+
+
+def activation_name(module: nn.Module) -> str:
+    """The ops' name for an activation; empty for one that they do not have."""
+    name = type(module).__name__
+    if name == "GELU" and module.approximate != "none":
+        name = "GELUTanh"
+    return ACTIVATIONS.get(name, "")
+
+
+def class_that_runs(module: nn.Module) -> str:
+    """The class whose ``forward`` a call of ``module`` runs, as PyTorch or transformers have written it.
+
+    Empty where somebody has put another function there, in the module, its class or a subclass.
+    """
+    return "" if "forward" in module.__dict__ else class_of(type(module).forward)
+
+
+@functools.cache
+def class_of(forward: Callable) -> str:
+    """The class in which PyTorch or transformers define ``forward``; empty for code of others."""
+    code = getattr(forward, "__code__", None)
+    if code is None or not code.co_filename.startswith(_roots()):
+        return ""
+    return forward.__qualname__.rpartition(".")[0]
+
+
+@functools.cache
+def _roots() -> tuple[str, ...]:
+    files = (importlib.util.find_spec(name).origin for name in ("torch", "transformers"))
+    return tuple(str(Path(file).parent) for file in files)
 
 
 def gone(name: str, what: str) -> InputError:
@@ -115,6 +163,34 @@ def cache_in(arguments: dict[str, Any]) -> Any:
     transformers 5.23, ``cache`` since.
     """
     return next((value for value in arguments.values() if not isinstance(value, _PLAIN)), None)
+
+
+def takes_first_tokens(cache: Any, index: int) -> bool:
+    """Whether ``fill_cache`` can fill ``cache``: it is one of growing tensors, with nothing of layer ``index`` yet.
+
+    If a name is gone, returns False: layers with a cache then run as they are.
+    """
+    try:
+        from transformers import DynamicCache, EncoderDecoderCache
+
+        if not isinstance(cache, EncoderDecoderCache):
+            return type(cache) is DynamicCache and cache.get_seq_length(index) == 0
+        parts = cache.self_attention_cache, cache.cross_attention_cache
+        return all(takes_first_tokens(part, index) for part in parts) and not cache.is_updated.get(index)
+    except (AttributeError, ImportError):
+        return False
+
+
+def fill_cache(cache: Any, index: int, key: Tensor, value: Tensor, *cross: Tensor) -> None:
+    """Put the first keys and values (rows, heads, tokens, head_dim) of layer ``index`` into ``cache``: those of the
+    self-attention, then those of the cross-attention."""
+    if not hasattr(cache, "self_attention_cache"):
+        cache.update(key, value, index)
+        return
+    cache.self_attention_cache.update(key, value, index)
+    if cross:
+        cache.cross_attention_cache.update(*cross, index)
+        cache.is_updated[index] = True
 
 
 def self_attention_caches(cache: Any) -> list[Any]:

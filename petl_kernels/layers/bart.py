@@ -8,6 +8,8 @@ with a cross-attention between them in the decoder. The classes are mixed in bef
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -19,7 +21,17 @@ from petl_kernels.layers.blocks import (
     shared_for_products,
 )
 from petl_kernels.layers.recompute import context
-from petl_kernels.transformers_names import ACTIVATIONS, BART_ATTENTION, BART_LAYER, lacking
+from petl_kernels.transformers_names import (
+    ACTIVATIONS,
+    BART_ATTENTION,
+    BART_LAYER,
+    BART_NAMES,
+    activation_name,
+    lacking,
+    of,
+)
+
+ATTENTIONS, NORMS = of(BART_NAMES, "Attention"), frozenset(["LayerNorm"])
 
 
 class LeanBartLayer:
@@ -27,6 +39,7 @@ class LeanBartLayer:
 
     petl_tier: int
     petl_pre_norm: bool
+    known = of(BART_NAMES, "EncoderLayer", "DecoderLayer")
 
     def forward(
         self,
@@ -47,15 +60,19 @@ class LeanBartLayer:
                 **kwargs,
             )
         source = shared_for_products(encoder_hidden_states)
-        return self.run(hidden_states, attention_mask, source, encoder_attention_mask)
+        return self.run(kwargs, hidden_states, attention_mask, source, encoder_attention_mask)
 
-    def body(self, x: Tensor, mask: Tensor | None, source: Tensor | None, source_mask: Tensor | None, tier: int):
-        with context(tier > 0):
-            x = attention_block(self._attention("self_attn"), x, None, mask, None, tier)
+    def body(
+        self, x: Tensor, mask: Tensor | None, source: Tensor | None, source_mask: Tensor | None, tier: int
+    ) -> tuple[Tensor, ...]:
+        """(output, k and v of the self-attention, those of the cross-attention)"""
+        keys: list[Tensor] = []
+        with context(tier > 0, self):
+            x = attention_block(self._attention("self_attn"), x, None, mask, None, tier, keys)
             if source is not None and hasattr(self, "encoder_attn"):
-                x = attention_block(self._attention("encoder_attn"), x, source, source_mask, None, tier)
+                x = attention_block(self._attention("encoder_attn"), x, source, source_mask, None, tier, keys)
             x = feed_forward_block(self._feed_forward(), x, tier)
-            return x if hasattr(self, "encoder_attn") else _finite(x)
+            return x if hasattr(self, "encoder_attn") else _finite(x), *keys
 
     def _attention(self, name: str) -> AttentionBlock:
         attention = getattr(self, name)
@@ -69,9 +86,10 @@ class LeanBartLayer:
             heads=attention.num_heads,
             scale=attention.scaling,
             causal=bool(attention.is_causal),
-            dropout=attention.dropout if self.training else 0.0,
+            dropout=attention.dropout if attention.training else 0.0,
             residual_dropout=self.dropout if self.training else 0.0,
             pre_norm=self.petl_pre_norm,
+            adds_bias=False,
         )
 
     def _feed_forward(self) -> FeedForwardBlock:
@@ -79,18 +97,42 @@ class LeanBartLayer:
             inputs=(self.fc1,),
             out=self.fc2,
             norm=self.final_layer_norm,
-            activation=ACTIVATIONS[type(self.activation_fn).__name__],
+            activation=activation_name(self.activation_fn),
             dropout=self.activation_dropout if self.training else 0.0,
             residual_dropout=self.dropout if self.training else 0.0,
             pre_norm=self.petl_pre_norm,
             wide=self.petl_wide,
         )
 
+    def layer_index(self) -> int:
+        return self.self_attn.layer_idx
+
+    @staticmethod
+    def parts(layer: nn.Module) -> Iterator[tuple[str, nn.Module, frozenset[str]]]:
+        """(name, module, classes whose ``forward`` it may have) of what the lean forward reads and does not call."""
+        for name in ("self_attn", "encoder_attn"):
+            if hasattr(layer, name):
+                norm = f"{name}_layer_norm"
+                yield name, getattr(layer, name), ATTENTIONS
+                yield norm, getattr(layer, norm), NORMS
+        yield "final_layer_norm", layer.final_layer_norm, NORMS
+        yield "activation_fn", layer.activation_fn, frozenset(ACTIVATIONS)
+
+    @staticmethod
+    def rates(layer: nn.Module) -> list[float]:
+        """The rates of dropout that are in effect."""
+        attentions = [getattr(layer, name) for name in ("self_attn", "encoder_attn") if hasattr(layer, name)]
+        own = [layer.dropout, layer.activation_dropout] if layer.training else []
+        return own + [attention.dropout for attention in attentions if attention.training]
+
     @staticmethod
     def uncovered(layer: nn.Module) -> str:
         """Why a layer cannot be lean; empty when it can."""
-        reason = lacking(layer, BART_LAYER) or lacking(layer.self_attn, BART_ATTENTION)
-        if not reason and type(layer.activation_fn).__name__ not in ACTIVATIONS:
+        reason = lacking(layer, BART_LAYER)
+        for name in ("self_attn", "encoder_attn"):
+            if hasattr(layer, name):
+                reason = reason or lacking(getattr(layer, name), BART_ATTENTION)
+        if not reason and not activation_name(layer.activation_fn):
             return f"activation {type(layer.activation_fn).__name__}"
         return reason
 

@@ -29,7 +29,7 @@ from petl_kernels.methods.adapter import ParallelAdapter, ReadInput
 from petl_kernels.methods.base import Piece
 from petl_kernels.methods.lora import LoRALinear
 from petl_kernels.methods.prefix import Prefix
-from petl_kernels.transformers_names import ACTIVATIONS
+from petl_kernels.transformers_names import activation_name, attention_implementation
 
 if TYPE_CHECKING:
     from petl_kernels.layers.wide_ffn import WideFFN
@@ -40,7 +40,10 @@ NORMS, PRODUCTS, SUMS = 1, 2, 3
 
 @dataclass(frozen=True)
 class AttentionBlock:
-    """The parts of one attention and how they are joined; ``dropout`` acts on its probabilities."""
+    """The parts of one attention and how they are joined; ``dropout`` acts on its probabilities.
+
+    adds_bias: the attention has a position bias, into which transformers puts the mask (T5's family).
+    """
 
     host: nn.Module  # the attention itself, which holds prefixes
     q: nn.Module
@@ -54,6 +57,7 @@ class AttentionBlock:
     dropout: float
     residual_dropout: float
     pre_norm: bool
+    adds_bias: bool
 
 
 @dataclass(frozen=True)
@@ -71,25 +75,32 @@ class FeedForwardBlock:
 def activation_of(layer: nn.Module) -> str:
     """The ops' name for the activation of an encoder or decoder layer; empty for one that they do not have."""
     function = getattr(layer, "activation_fn", None) or layer.layer[-1].DenseReluDense.act
-    return ACTIVATIONS.get(type(function).__name__, "")
+    return activation_name(function)
 
 
 def attention_block(
-    block: AttentionBlock, x: Tensor, source: Tensor | None, mask: Tensor | None, bias: Tensor | None, tier: int
+    block: AttentionBlock,
+    x: Tensor,
+    source: Tensor | None,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    tier: int,
+    keys: list[Tensor],
 ) -> Tensor:
     """x (batch, tokens, d) -> the same, with what it attends to added.
 
     ``source`` (batch, source tokens, d) is None for self-attention, else what ``shared_for_products`` returned.
+    ``keys`` gets k and v (batch, heads, tokens, head_dim), for a cache.
     """
     u = _read(block, x, tier)
     seen = u if source is None else source
-    o = _before(block.out, _attend(block, u, seen, mask, bias, tier))
+    o = _before(block.out, _attend(block, u, seen, mask, bias, tier, keys))
     piece = _changes_output(block.out)
     if piece is None and _is_plain(block.out):
-        total = maybe(tier >= SUMS, partial(_project_and_add, block), o, x)
+        total = maybe(tier >= SUMS, partial(_project_and_add, block), o, x, reads=(block.out,))
     else:
-        read = maybe(tier >= SUMS and _is_plain(block.out), _forward(block.out), o)
-        total = maybe(tier >= PRODUCTS, partial(_adapt_and_add, block, piece), read, x)
+        read = maybe(tier >= SUMS and _is_plain(block.out), _forward(block.out), o, reads=(block.out,))
+        total = maybe(tier >= PRODUCTS, partial(_adapt_and_add, block, piece), read, x, reads=_pieces(block.out))
     return total if block.pre_norm else _normed(block.norm, total, tier)
 
 
@@ -114,7 +125,7 @@ def shared_for_products(source: Tensor | None) -> Tensor | None:
     """
     if source is None or _cast(source) is source:
         return source
-    if source.is_inference() or torch.compiler.is_compiling():
+    if source.is_inference() or torch.is_inference_mode_enabled() or torch.compiler.is_compiling():
         return _cast(source)
     key = source._version, torch.get_autocast_dtype(source.device.type)
     known, cast = getattr(source, "petl_cast", (None, None))  # on the tensor, so that it goes when the tensor goes
@@ -173,27 +184,45 @@ def _cast(x: Tensor) -> Tensor:
 
 
 def _norm(norm: nn.Module, x: Tensor, tier: int, then: Callable[[Tensor], Tensor] = lambda y: y) -> Tensor:
-    """then(norm(x)); made again from x and the statistics that the norm's own rule keeps."""
+    """then(norm(x)); made again from x and the statistics that the norm's own rule keeps.
+
+    An RMSNorm of 16 bits returns 16 bits, also for a wider x.
+    """
     if isinstance(norm, nn.LayerNorm):
         y, *statistics = ops.layer_norm_with_statistics(x, norm.weight, norm.bias, norm.eps)
         again = partial(ops.layer_norm_from_statistics, weight=norm.weight, bias=norm.bias)
     else:
         y, *statistics = ops.rms_norm_with_statistics(x, norm.weight, norm.variance_epsilon)
         again = partial(ops.rms_norm_from_statistics, weight=norm.weight)
+        if norm.weight.dtype.itemsize == 2 and norm.weight.dtype != x.dtype:
+            then = partial(_narrowed, norm.weight.dtype, then)
     if tier < NORMS:
         return then(y)
-    return remade_by(lambda x, *statistics: then(again(x, *statistics)), then(y), x, *statistics)
+    return remade_by(lambda x, *statistics: then(again(x, *statistics)), then(y), x, *statistics, reads=(norm,))
+
+
+def _narrowed(dtype: torch.dtype, then: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
+    return then(y.to(dtype))
 
 
 def _attend(
-    block: AttentionBlock, u: Tensor, source: Tensor, mask: Tensor | None, bias: Tensor | None, tier: int
+    block: AttentionBlock,
+    u: Tensor,
+    source: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    tier: int,
+    keys: list[Tensor],
 ) -> Tensor:
     """(batch, tokens, heads · head_dim)"""
     if getattr(mask, "petl_causal", False):
         mask = None  # the op knows a shorter way
     q, k, v = (_heads(y, block.heads) for y in _projections(block, u, source, tier))
-    prefix_k, prefix_v = _prefix(block, q)
+    keys += k, v
     causal = block.causal and mask is None and q.shape[2] > 1
+    if mask is not None:
+        mask, bias = _as_added(block, mask, bias, q.dtype)
+    prefix_k, prefix_v = _prefix(block, q)
     o = ops.attention(q, k, v, mask, bias, causal, block.scale, block.dropout, None, prefix_k, prefix_v)
     return o.transpose(1, 2).reshape(*u.shape[:-1], -1)
 
@@ -216,6 +245,51 @@ def _projections(block: AttentionBlock, u: Tensor, source: Tensor, tier: int) ->
     return [linear(block.q, u, again), *linears((block.k, block.v), source, again)]
 
 
+def _as_added(
+    block: AttentionBlock, mask: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """Mask and bias that give the numbers of transformers' attention function, also to a query that sees nothing.
+
+    Its eager function adds a mask as it is, and finfo.min leaves nothing of the scores beside it: such a query attends
+    to every key alike. With a position bias sdpa's does so too, with finfo.min in the place of hidden keys' bias; in
+    fp16, whose finfo.min leaves the scores, without that bias. Else sdpa gives 0 where a boolean mask shows no key.
+    """
+    eager = str(attention_implementation(block.host.config)).endswith("eager")
+    if eager:
+        return _shared(mask, _added_by_eager, dtype), bias
+    if not block.adds_bias:
+        return mask, bias
+    if dtype == torch.float16 and bias is not None:
+        return None, torch.where(mask, bias, torch.finfo(dtype).min) if mask.dtype == torch.bool else bias + mask
+    return _shared(mask, _added_by_sdpa, dtype), bias
+
+
+def _shared(mask: Tensor, make: Callable[[Tensor, torch.dtype], Tensor], dtype: torch.dtype) -> Tensor:
+    """``make(mask, dtype)``, one for all layers."""
+    if mask.is_inference() or torch.is_inference_mode_enabled() or torch.compiler.is_compiling():
+        return make(mask, dtype)
+    key = make, dtype, mask._version
+    known, made = getattr(mask, "petl_added", (None, None))  # on the mask, so that it goes when the mask goes
+    if known == key:
+        return made
+    made = make(mask, dtype)
+    if made is not mask:
+        mask.petl_added = key, made
+    return made
+
+
+def _added_by_eager(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    if mask.dtype == torch.float16:
+        return mask.float().masked_fill(mask == torch.finfo(mask.dtype).min, torch.finfo(torch.float32).min)
+    return mask.to(dtype) if mask.dtype == torch.bool else mask
+
+
+def _added_by_sdpa(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+
+
 def _project_and_add(block: AttentionBlock, o: Tensor, x: Tensor) -> Tensor:
     return ops.dropout_add(block.out.forward(o), x, block.residual_dropout)
 
@@ -229,8 +303,10 @@ def _activate(block: FeedForwardBlock, z: Tensor, *gate: Tensor) -> Tensor:
     activation = ops.gated_activation if gate else ops.activation
     a = activation(z, *gate, block.activation, block.dropout)
     # T5 keeps its last projection in fp32 beside 16-bit ones
-    weight = block.out.weight
-    return a.to(weight.dtype) if weight.is_floating_point() and not torch.is_autocast_enabled(a.device.type) else a
+    weight = getattr(block.out, "weight", None)
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or torch.is_autocast_enabled(a.device.type):
+        return a
+    return a.to(weight.dtype)
 
 
 def _frozen_ffn(block: FeedForwardBlock, u: Tensor, tier: int) -> Tensor:
@@ -290,7 +366,7 @@ def linear(module: nn.Module, x: Tensor, again: bool = False) -> Tensor:
     """``module(x)``; ``again``: made again in backward."""
     if not _is_plain(module):
         return module(x)
-    return _after(module, maybe(again, module.forward, _before(module, x)), again)
+    return _after(module, maybe(again, module.forward, _before(module, x), reads=(module,)), again)
 
 
 def linears(modules: Sequence[nn.Module], x: Tensor, again: bool) -> list[Tensor]:
@@ -298,7 +374,8 @@ def linears(modules: Sequence[nn.Module], x: Tensor, again: bool) -> list[Tensor
     grouped = [module for module in modules if _has_lora(module)]
     if len(grouped) < 2 or len({_lora_dropout(module) for module in grouped}) > 1:
         return [linear(module, x, again) for module in modules]
-    found = dict(zip(grouped, maybe(again, partial(_grouped_lora, grouped), x), strict=True))
+    ys = maybe(again, partial(_grouped_lora, grouped), x, reads=tuple(grouped))
+    found = dict(zip(grouped, ys, strict=True))
     return [_after(module, found[module], again) if module in found else linear(module, x, again) for module in modules]
 
 
@@ -338,11 +415,15 @@ def _before(module: nn.Module, x: Tensor) -> Tensor:
 
 def _after(module: nn.Module, y: Tensor, again: bool) -> Tensor:
     piece = _changes_output(module)
-    return y if piece is None else maybe(again, partial(piece.after, module, ()), y)
+    return y if piece is None else maybe(again, partial(piece.after, module, ()), y, reads=_pieces(module))
 
 
 def _current(module: nn.Module) -> Piece | None:
     return module.petl.current() if hasattr(module, "petl") else None
+
+
+def _pieces(module: nn.Module) -> tuple[nn.Module, ...]:
+    return (module.petl,) if hasattr(module, "petl") else ()
 
 
 def _changes_output(module: nn.Module) -> Piece | None:

@@ -13,8 +13,9 @@ of copies, in its order, so a buffer can be used again at once.
 
 from __future__ import annotations
 
-import functools
+import threading
 import weakref
+from collections import deque
 from collections.abc import Callable
 
 import torch
@@ -92,10 +93,11 @@ class TravellingCopy:
 
 
 class Travels:
-    """The copies of one device, and the pinned buffers that they share from step to step."""
+    """The copies of one device and thread, and the pinned buffers that they share from step to step."""
 
     def __init__(self, copies: InputCopies):
         self.copies = copies
+        self._back: deque[Tensor] = deque()  # filled by whichever thread lets go of a copy
         self._free: list[Tensor] = []
         self._last: Callable[[], TravellingCopy | None] = lambda: None
 
@@ -108,10 +110,12 @@ class Travels:
         return held
 
     def put(self, buffer: Tensor) -> None:
-        self._free.append(buffer)
+        self._back.append(buffer)
 
     def _take(self, size: int) -> Tensor:
         """The smallest free buffer that is large enough, or a new one in the place of one that is too small."""
+        while self._back:
+            self._free.append(self._back.popleft())
         self._free.sort(key=lambda buffer: buffer.nbytes)
         for k, buffer in enumerate(self._free):
             if buffer.nbytes >= size:
@@ -148,6 +152,16 @@ class InputCopies:
         torch.cuda.current_stream(self._device).wait_event(event)
 
 
-@functools.cache
+class _OfThread(threading.local):
+    def __init__(self):
+        self.travels: dict[torch.device, Travels] = {}
+
+
+_of_thread = _OfThread()
+
+
 def _travels(device: torch.device) -> Travels:
-    return Travels(InputCopies(device))
+    known = _of_thread.travels
+    if device not in known:
+        known[device] = Travels(InputCopies(device))
+    return known[device]

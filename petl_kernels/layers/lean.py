@@ -1,13 +1,14 @@
 """Lean layers in the place of a model's own: which ones, in which tier, and why some are not.
 
 A layer keeps its module, parameters, hooks and paths. Only its class changes: to one of the same name with a lean
-``forward`` before the layer's own, which still runs for generation with a cache and wherever else the lean one cannot.
+``forward`` before the layer's own, which still runs for generation with a cache and wherever else the lean one cannot:
+where somebody wants to see or has changed what the lean one passes over. ``layer_states`` says what runs now.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,7 +22,14 @@ from petl_kernels.layers.recompute import checkpointed, forget
 from petl_kernels.layers.t5 import LeanT5Layer
 from petl_kernels.layers.wide_ffn import WideFFN, bottleneck_beside
 from petl_kernels.methods.structure import Layer, Structure, describe
-from petl_kernels.transformers_names import attention_implementation, cache_in
+from petl_kernels.transformers_names import (
+    attention_implementation,
+    cache_in,
+    class_of,
+    class_that_runs,
+    fill_cache,
+    takes_first_tokens,
+)
 
 TIERS = (1, 2, 3, 4, 5)
 FAMILIES = {"bart": LeanBartLayer, "t5": LeanT5Layer}
@@ -42,6 +50,7 @@ class LeanLayer:
     """What the lean layers of both families share."""
 
     petl_tier: int
+    petl_path: str
     petl_wide: WideFFN | None = None
 
     def _apply(self, fn, recurse=True):
@@ -51,26 +60,44 @@ class LeanLayer:
             self.petl_wide = self.petl_wide.moved()
         return self
 
-    def run(self, x: Tensor, *inputs) -> Tensor:
+    def run(self, kwargs: dict, x: Tensor, *inputs) -> Tensor:
+        """The layer's output; a cache among ``kwargs`` gets what the layer's own forward puts there."""
+        cache = cache_in(kwargs)
         tier = self.petl_tier if torch.is_grad_enabled() else 0
-        if tier < 4:
-            y = self.body(x, *inputs, tier)
+        if tier == 0:
+            y, *keys = self.body(x, *inputs, 0)
+        elif tier < 4:
+            y, *keys = _recomputing(self, x, *inputs, tier)
         else:
-            y = checkpointed(partial(_whole, self), x, *inputs, offload=tier == 5)
-        forget()
+            whole = partial(_whole, self, cache is not None)
+            y, *keys = checkpointed(self, whole, x, *inputs, offload=tier == 5)
+        if cache is not None:
+            fill_cache(cache, self.layer_index(), *keys)
         return y
 
     def steps_aside(self, kwargs: dict) -> bool:
-        """Whether the layer's own forward runs: with a cache, or when something wants to see what a lean one skips."""
-        return cache_in(kwargs) is not None or bool(kwargs.get("output_attentions")) or bool(_obstacle(self))
+        """Whether the layer's own forward runs: to generate with a cache, or when a lean one cannot stand for it."""
+        cache = cache_in(kwargs)
+        if cache is not None and not (torch.is_grad_enabled() and takes_first_tokens(cache, self.layer_index())):
+            return True
+        obstacle = _obstacle_of_graph if torch.compiler.is_compiling() else _obstacle
+        return bool(kwargs.get("output_attentions")) or bool(obstacle(self))
 
     def __reduce_ex__(self, protocol):
         mixin, original = type(self).petl_bases
         return _bare, (mixin, original), self.__dict__
 
 
-def _whole(layer: LeanLayer, x: Tensor, *inputs) -> Tensor:
-    return layer.body(x, *inputs, 0)
+@torch.compiler.disable  # recipes are no part of a graph: it breaks here, once a layer, and is not made anew
+def _recomputing(layer: LeanLayer, *inputs) -> tuple[Tensor, ...]:
+    outputs = layer.body(*inputs)
+    forget()
+    return outputs
+
+
+def _whole(layer: LeanLayer, cached: bool, x: Tensor, *inputs) -> tuple[Tensor, ...]:
+    outputs = layer.body(x, *inputs, 0)
+    return outputs if cached else outputs[:1]
 
 
 def lean_layers(model: nn.Module, tier: int | Sequence[int]) -> None:
@@ -83,13 +110,13 @@ def lean_layers(model: nn.Module, tier: int | Sequence[int]) -> None:
         return
     for layer, chosen in zip(structure.layers, _tiers(tier, len(structure.layers)), strict=True):
         module = model.get_submodule(layer.path)
-        original = getattr(type(module), "petl_bases", (None, type(module)))[1]
+        original = _original(type(module))
         if chosen == 0 or _reason(model, structure, layer):
             narrow(module)
             module.__class__ = original
             continue
         module.__class__ = _lean_class(FAMILIES[structure.family], original)
-        module.petl_tier, module.petl_pre_norm = chosen, structure.pre_norm
+        module.petl_tier, module.petl_pre_norm, module.petl_path = chosen, structure.pre_norm, layer.path
     widen(model)
 
 
@@ -123,11 +150,12 @@ def narrow(layer: nn.Module) -> None:
 
 
 def layer_states(model: nn.Module) -> list[LayerState]:
-    """One entry a layer, encoder first; empty for a model of another kind."""
+    """One entry a layer, encoder first; one for the whole model where it is of another kind."""
     try:
         structure = describe(model)
-    except InputError:
-        return []
+    except InputError as error:
+        name = type(model).__name__
+        return [LayerState(name, 0, str(error).removeprefix(f"model {name}: "))]
     return [_state(model, structure, layer) for layer in structure.layers]
 
 
@@ -135,7 +163,7 @@ def _state(model: nn.Module, structure: Structure, layer: Layer) -> LayerState:
     module = model.get_submodule(layer.path)
     if not isinstance(module, LeanLayer):
         return LayerState(layer.path, 0, _reason(model, structure, layer))
-    obstacle = _obstacle(module)
+    obstacle = _replaced(module) or _obstacle(module)
     return LayerState(layer.path, 0 if obstacle else module.petl_tier, obstacle)
 
 
@@ -148,6 +176,11 @@ def _tiers(tier: int | Sequence[int], layers: int) -> list[int]:
     if layers and len(tiers) != layers:
         raise InputError(f"tier: {len(tiers)} of them, expected one for each of the {layers} layers, encoder first")
     return tiers
+
+
+def _original(cls: type) -> type:
+    """The class that a layer had before it was lean."""
+    return getattr(cls, "petl_bases", (None, cls))[1]
 
 
 @functools.cache
@@ -168,36 +201,81 @@ def _bare(mixin: type, original: type) -> nn.Module:
 def _reason(model: nn.Module, structure: Structure, layer: Layer) -> str:
     """Why this layer of a known family cannot be lean, from how it is built."""
     module = model.get_submodule(layer.path)
-    for path in (*(attention.norm for attention in layer.attentions), layer.ffn.norm):
-        norm = model.get_submodule(path)
-        if not isinstance(norm, nn.LayerNorm) and not hasattr(norm, "variance_epsilon"):
-            return f"norm {type(norm).__name__}, expected a LayerNorm or RMSNorm"
-    return FAMILIES[structure.family].uncovered(module)
+    family = FAMILIES[structure.family]
+    return family.uncovered(module) or _unknown(family, _original(type(module)))
+
+
+def _unknown(family: type, cls: type) -> str:
+    """Why no lean layer of ``family`` stands for the ``forward`` of ``cls``; empty when one does."""
+    if class_of(cls.forward) in family.known:
+        return ""
+    return f"{cls.__name__} has a forward of its own, which no lean layer stands for"
 
 
 def _obstacle(layer: LeanLayer) -> str:
     """What about the layer now lets its own forward run; empty when nothing does."""
-    for name, module in _skipped(layer):
-        config = getattr(module, "config", None)
+    family, original = type(layer).petl_bases
+    if any(_GLOBAL_HOOKS):
+        return "a hook on all modules"
+    return (
+        _unknown(family, original)
+        or _changed_part(family, layer)
+        or _watched(layer)
+        or next((f"dropout {rate}, expected less than 1" for rate in family.rates(layer) if rate >= 1), "")
+    )
+
+
+@torch.compiler.assume_constant_result
+def _obstacle_of_graph(layer: LeanLayer) -> str:
+    """The obstacle when a graph is made: as for PyTorch's own calls, what is hooked later is not in it."""
+    return _obstacle(layer)
+
+
+def _replaced(layer: LeanLayer) -> str:
+    """Why a call of the layer does not reach its lean forward; empty when it does."""
+    if "forward" not in layer.__dict__:
+        return ""
+    wrapped = getattr(layer, "_old_forward", None)  # accelerate's hooks: they came after, and call it
+    return "" if getattr(wrapped, "__func__", None) is type(layer).forward else "another forward is in its place"
+
+
+def _changed_part(family: type, layer: LeanLayer) -> str:
+    """A part that is read and not called, and is not what the lean forward takes it for; empty when all are."""
+    for name, part, classes in family.parts(layer):
+        if class_that_runs(part) not in classes:
+            what = type(part).__name__
+            return f"{name} is a {what}{' with another forward' if what in classes else ''}"
+        if hasattr(part, "weight") and part._parameters.get("weight") is None:
+            return f"{name} has no weight of its own"
+        config = getattr(part, "config", None)
         if config is not None and attention_implementation(config) not in ATTENTIONS:
             return f"attention implementation {attention_implementation(config)!r}, expected eager or sdpa"
-        if _foreign_hooks(module):
-            return f"a hook on {name}"
     return ""
 
 
-def _skipped(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The parts that a lean layer reads, but does not call."""
-    for name, module in layer.named_children():
-        if isinstance(module, nn.ModuleList):  # T5
-            for part in module:
-                yield type(part).__name__, part
-                yield from part.named_children()
-        elif not isinstance(module, nn.Linear) and name != "petl":
-            yield name, module
+def _watched(module: nn.Module, path: str = "") -> str:
+    """A hook, another forward or a parametrization on something inside of ``module``; empty when there is none."""
+    for name, part in module._modules.items():
+        if part is None:
+            continue
+        own = part.__dict__
+        if any(own[hooks] for hooks in _HOOKS) and _foreign_hooks(part):
+            return f"a hook on {path}{name}"
+        if "forward" in own:
+            return f"{path}{name} is a {type(part).__name__} with another forward"
+        if "parametrizations" in part._modules:
+            return f"a parametrization of {path}{name}"
+        found = _watched(part, f"{path}{name}.") if part._modules else ""
+        if found:
+            return found
+    return ""
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = [getattr(nn.modules.module, f"_global{hooks}") for hooks in _HOOKS]
 
 
 def _foreign_hooks(module: nn.Module) -> bool:
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     known = ("petl_kernels.", "transformers.")  # transformers': they record attentions, when asked to
+    hooks = (hook for name in _HOOKS for hook in getattr(module, name).values())
     return any(not getattr(hook, "__module__", "").startswith(known) for hook in hooks)

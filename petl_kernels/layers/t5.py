@@ -8,6 +8,8 @@ and a cross-attention without a bias between them in the decoder. The class is m
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -19,13 +21,26 @@ from petl_kernels.layers.blocks import (
     shared_for_products,
 )
 from petl_kernels.layers.recompute import context
-from petl_kernels.transformers_names import ACTIVATIONS, T5_ATTENTION, T5_FEED_FORWARD, lacking
+from petl_kernels.transformers_names import (
+    ACTIVATIONS,
+    T5_ATTENTION,
+    T5_FEED_FORWARD,
+    T5_NAMES,
+    activation_name,
+    lacking,
+    of,
+)
+
+WRAPPERS = of(T5_NAMES, "LayerSelfAttention", "LayerCrossAttention", "LayerFF")
+ATTENTIONS, NORMS = of(T5_NAMES, "Attention"), of(T5_NAMES, "LayerNorm")
+FEED_FORWARDS, DROPOUTS = of(T5_NAMES, "DenseActDense", "DenseGatedActDense"), frozenset(["Dropout"])
 
 
 class LeanT5Layer:
     """Before a block class of the family. ``petl_tier`` is set when it is mixed in."""
 
     petl_tier: int
+    known = of(T5_NAMES, "Block")
 
     def forward(
         self,
@@ -51,7 +66,7 @@ class LeanT5Layer:
         if position_bias is None:
             position_bias = self._position_bias(hidden_states)
         source = shared_for_products(encoder_hidden_states)
-        y = self.run(hidden_states, attention_mask, position_bias, source, encoder_attention_mask)
+        y = self.run(kwargs, hidden_states, attention_mask, position_bias, source, encoder_attention_mask)
         return y, position_bias, encoder_decoder_position_bias
 
     def body(
@@ -62,13 +77,15 @@ class LeanT5Layer:
         source: Tensor | None,
         source_mask: Tensor | None,
         tier: int,
-    ) -> Tensor:
-        with context(tier > 0):
-            x = _finite(attention_block(self._attention(0, "SelfAttention"), x, None, mask, bias, tier))
+    ) -> tuple[Tensor, ...]:
+        """(output, k and v of the self-attention, those of the cross-attention)"""
+        keys: list[Tensor] = []
+        with context(tier > 0, self):
+            x = _finite(attention_block(self._attention(0, "SelfAttention"), x, None, mask, bias, tier, keys))
             if source is not None and len(self.layer) == 3:
                 cross = self._attention(1, "EncDecAttention")
-                x = _finite(attention_block(cross, x, source, source_mask, None, tier))
-            return _finite(feed_forward_block(self._feed_forward(), x, tier))
+                x = _finite(attention_block(cross, x, source, source_mask, None, tier, keys))
+            return _finite(feed_forward_block(self._feed_forward(), x, tier)), *keys
 
     def _position_bias(self, x: Tensor) -> Tensor | None:
         attention = self.layer[0].SelfAttention
@@ -89,9 +106,10 @@ class LeanT5Layer:
             heads=attention.n_heads,
             scale=1.0,
             causal=bool(attention.is_causal),
-            dropout=attention.dropout if self.training else 0.0,
-            residual_dropout=part.dropout.p if self.training else 0.0,
+            dropout=attention.dropout if attention.training else 0.0,
+            residual_dropout=_rate(part.dropout),
             pre_norm=True,
+            adds_bias=True,
         )
 
     def _feed_forward(self) -> FeedForwardBlock:
@@ -101,21 +119,51 @@ class LeanT5Layer:
             inputs=(ffn.wi_0, ffn.wi_1) if hasattr(ffn, "wi_0") else (ffn.wi,),
             out=ffn.wo,
             norm=part.layer_norm,
-            activation=ACTIVATIONS[type(ffn.act).__name__],
-            dropout=ffn.dropout.p if self.training else 0.0,
-            residual_dropout=part.dropout.p if self.training else 0.0,
+            activation=activation_name(ffn.act),
+            dropout=_rate(ffn.dropout),
+            residual_dropout=_rate(part.dropout),
             pre_norm=True,
             wide=self.petl_wide,
         )
 
+    def layer_index(self) -> int:
+        return self.layer[0].SelfAttention.layer_idx
+
+    @staticmethod
+    def parts(layer: nn.Module) -> Iterator[tuple[str, nn.Module, frozenset[str]]]:
+        """(path, module, classes whose ``forward`` it may have) of what the lean forward reads and does not call."""
+        for i, part in enumerate(layer.layer):
+            at = f"layer.{i}"
+            yield at, part, WRAPPERS
+            yield f"{at}.layer_norm", part.layer_norm, NORMS
+            yield f"{at}.dropout", part.dropout, DROPOUTS
+        yield "layer.0.SelfAttention", layer.layer[0].SelfAttention, ATTENTIONS
+        if len(layer.layer) == 3:
+            yield "layer.1.EncDecAttention", layer.layer[1].EncDecAttention, ATTENTIONS
+        ffn = part.DenseReluDense
+        yield f"{at}.DenseReluDense", ffn, FEED_FORWARDS
+        yield f"{at}.DenseReluDense.dropout", ffn.dropout, DROPOUTS
+        yield f"{at}.DenseReluDense.act", ffn.act, frozenset(ACTIVATIONS)
+
+    @staticmethod
+    def rates(layer: nn.Module) -> list[float]:
+        """The rates of dropout that are in effect."""
+        attentions = [layer.layer[0].SelfAttention, *(part.EncDecAttention for part in layer.layer[1:-1])]
+        dropouts = [*(part.dropout for part in layer.layer), layer.layer[-1].DenseReluDense.dropout]
+        return [*map(_rate, dropouts), *(attention.dropout for attention in attentions if attention.training)]
+
     @staticmethod
     def uncovered(layer: nn.Module) -> str:
         """Why a block cannot be lean; empty when it can."""
-        attention, ffn = layer.layer[0].SelfAttention, layer.layer[-1].DenseReluDense
-        reason = lacking(attention, T5_ATTENTION) or lacking(ffn, T5_FEED_FORWARD)
-        if not reason and type(ffn.act).__name__ not in ACTIVATIONS:
+        ffn = layer.layer[-1].DenseReluDense
+        reason = lacking(layer.layer[0].SelfAttention, T5_ATTENTION) or lacking(ffn, T5_FEED_FORWARD)
+        if not reason and not activation_name(ffn.act):
             return f"activation {type(ffn.act).__name__}"
         return reason
+
+
+def _rate(dropout: nn.Dropout) -> float:
+    return dropout.p if dropout.training else 0.0
 
 
 def _finite(x: Tensor) -> Tensor:

@@ -20,9 +20,11 @@ U starts from N(0, 1e-5), so training starts from the base model.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -119,11 +121,19 @@ class ParallelAdapter(BottleneckAdapter):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, norm=False, **kwargs)
-        self.x: Tensor | None = None
 
     def after(self, host: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        x, self.x = self.x, None
-        return self(x.to(output.dtype), residual=output)
+        return self(_handed.inputs.pop(self).to(output.dtype), residual=output)
+
+
+class _Handed(threading.local):
+    """The inputs of blocks that this thread has begun, by the adapter that will read them."""
+
+    def __init__(self):
+        self.inputs: WeakKeyDictionary[ParallelAdapter, Tensor] = WeakKeyDictionary()
+
+
+_handed = _Handed()
 
 
 class ReadInput(Piece):
@@ -134,7 +144,7 @@ class ReadInput(Piece):
         self.adapter = (adapter,)  # in a tuple: the adapter is a submodule of its own place
 
     def before(self, host: nn.Module, args: tuple) -> None:
-        self.adapter[0].x = args[0]
+        _handed.inputs[self.adapter[0]] = args[0]
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,11 @@ from petl_kernels.errors import InputError, shown
 from petl_kernels.methods.base import Named
 from petl_kernels.transformers_names import heads_of
 
+_EXPECTED = (
+    "expected an encoder-decoder of the BART family (M2M-100, NLLB, mBART, Marian) "
+    "or of the T5 family (T5, mT5, MADLAD-400)"
+)
+
 
 @dataclass(frozen=True)
 class Attention:
@@ -92,18 +97,19 @@ def describe(model: nn.Module) -> Structure:
         sides = {side: _find_stack(model, side, stack_name) for side in ("encoder", "decoder")}
         if None in sides.values():
             continue
-        layers = tuple(
-            layer(model, side, f"{path}.{stack_name}.{i}")
-            for side, path in sides.items()
-            for i in range(len(getattr(model.get_submodule(path), stack_name)))
-        )
+        try:
+            layers = tuple(
+                layer(model, side, f"{path}.{stack_name}.{i}")
+                for side, path in sides.items()
+                for i in range(len(getattr(model.get_submodule(path), stack_name)))
+            )
+        except AttributeError as error:
+            part = type(error.obj).__name__
+            raise InputError(f"model {type(model).__name__}: its {part} has no {error.name}, {_EXPECTED}") from None
         pre_norm = family == "t5" or hasattr(model.get_submodule(sides["encoder"]), "layer_norm")
         d_model = _out_features(model, layers[0].ffn.out)
         return Structure(family, d_model, pre_norm, layers)
-    raise InputError(
-        f"model {type(model).__name__}: expected an encoder-decoder of the BART family "
-        "(M2M-100, NLLB, mBART, Marian) or of the T5 family (T5, mT5, MADLAD-400)"
-    )
+    raise InputError(f"model {type(model).__name__}: {_EXPECTED}")
 
 
 def _find_stack(model: nn.Module, side: str, stack_name: str) -> str | None:

@@ -51,6 +51,7 @@ def differentiate(name: str, save: Callable, backward: Callable) -> None:
     ``save(ctx, inputs, output)`` keeps what backward needs. ``backward(ctx, needs, *grads)`` returns one gradient per
     input; ``needs``, the inputs, the outputs and the gradients have the nesting of the schema (lists stay lists).
 
+    Gradients cannot be differentiated: with ``create_graph=True`` backward raises InputError.
     ``torch.library.register_autograd`` does the same, at 30 µs a call and 200 µs for an op with lists: more than the
     kernels of a small layer take on a GPU.
     """
@@ -73,6 +74,7 @@ def differentiate(name: str, save: Callable, backward: Callable) -> None:
 
         @staticmethod
         def backward(ctx, *grads):
+            _refuse_second_derivatives(name)
             needs = _nest(ctx.needs_input_grad[2:], ctx.sizes)
             return None, None, *_flatten(backward(ctx, needs, *_nest(grads, ctx.output_sizes)), ctx.sizes)
 
@@ -86,6 +88,14 @@ def differentiate(name: str, save: Callable, backward: Callable) -> None:
         return output if isinstance(output, Tensor) else tuple(_nest(output, output_sizes))
 
     torch.library.impl(f"petl::{name}", "Autograd")(kernel)
+
+
+def _refuse_second_derivatives(name: str) -> None:
+    # The kernels of gradients have no rule of their own: what depends on them would get zeros, without a word.
+    if torch.is_grad_enabled():
+        raise InputError(
+            f"{name}: its gradient cannot be differentiated again (create_graph=True): expected first derivatives only"
+        )
 
 
 def _flatten(values: Sequence, sizes: Sequence[int | None]) -> list:
