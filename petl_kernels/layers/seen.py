@@ -87,7 +87,7 @@ def _plain(value: Any) -> Any:
 
 def _heeds_mode(module: nn.Module, settings: dict[str, Any]) -> bool:
     """Whether train and eval may differ: for what drops something, has running statistics, or is not known here."""
-    rates = (value for key, value in settings.items() if key in ("p", "rate") or "dropout" in key)
+    rates = (value for key, value in settings.items() if key == "p" or "dropout" in key)
     if any(isinstance(rate, float) and rate > 0 for rate in rates) or module._buffers:
         return True
     return not type(module).__module__.startswith(_LIBRARIES)

@@ -179,7 +179,7 @@ def _set_rates(like: nn.Module, model: nn.Module) -> None:
     modules = dict(model.named_modules())
     for path, module in like.named_modules():
         known = modules.get(path, modules.get(_LAYER.sub(r"\1.0.", path + ".")[:-1]))
-        for rate in ("p", "rate", "dropout", "activation_dropout"):
+        for rate in ("p", "dropout", "stored_dropout", "activation_dropout"):
             value = getattr(known, rate, None)
             if isinstance(value, float) and isinstance(vars(module).get(rate), float):
                 setattr(module, rate, value)

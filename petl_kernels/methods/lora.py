@@ -35,7 +35,7 @@ class LowRank(Piece):
     def __init__(self, linear: nn.Linear, rank: int, scale: float, dropout: float):
         super().__init__()
         place = {"device": linear.weight.device, "dtype": piece_dtype(linear.weight)}
-        self.stored_scale, self.rate = scale, dropout
+        self.stored_scale, self.stored_dropout = scale, dropout
         self.A = nn.Parameter(torch.empty(rank, linear.in_features, **place))
         self.B = nn.Parameter(torch.zeros(linear.out_features, rank, **place))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
@@ -44,11 +44,15 @@ class LowRank(Piece):
 
     @property
     def scale(self) -> float:
-        return 0.0 if self.training and self.rate == 1 else self.stored_scale
+        return 0.0 if self.training and self.stored_dropout == 1 else self.stored_scale
 
     @property
     def dropout(self) -> float:
-        return 0.0 if self.rate == 1 else self.rate
+        return 0.0 if self.stored_dropout == 1 else self.stored_dropout
+
+    @dropout.setter
+    def dropout(self, rate: float) -> None:
+        self.stored_dropout = rate
 
     def state(self) -> dict[str, Tensor]:
         return {"lora_A": self.A, "lora_B": self.B}
@@ -58,7 +62,7 @@ class LowRank(Piece):
         return self.stored_scale * (self.B[rows] @ self.A)
 
     def extra_repr(self) -> str:
-        return f"rank={self.A.shape[0]}, scale={self.stored_scale}, dropout={self.rate}"
+        return f"rank={self.A.shape[0]}, scale={self.stored_scale}, dropout={self.stored_dropout}"
 
 
 class LoRALinear(nn.Linear):
