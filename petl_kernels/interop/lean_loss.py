@@ -55,10 +55,6 @@ class LeanLoss:
             if options:
                 raise InputError(f"{', '.join(options)}: expected labels beside it")
             return super().forward(**kwargs)
-        if torch.compiler.is_exporting():
-            raise InputError(
-                "torch.export of a lean model with labels is not supported: expected pk.lean(model, 0) first"
-            )
         kwargs = without_waiting(self, kwargs)
         if not leaves_out_cache(self, kwargs):
             return self._loss(kwargs, options)
@@ -234,8 +230,14 @@ def _lean_class(original: type) -> type:
     # the name stays: save_pretrained writes it into the config
     members = {"__module__": original.__module__, "__qualname__": original.__qualname__, "petl_bases": (original,)}
     cls = type(original.__name__, (LeanLoss, original), members)
-    forward = functools.wraps(original.forward)(lambda self, *args, **kwargs: LeanLoss.forward(self, *args, **kwargs))
-    cls.forward = forward  # with the signature of the original, which trainers look at
+
+    @functools.wraps(original.forward)  # with the signature of the original, which trainers look at
+    def forward(self, *args, **kwargs):
+        if torch.compiler.is_exporting():
+            raise InputError("torch.export of a lean model is not supported: expected pk.lean(model, 0) first")
+        return LeanLoss.forward(self, *args, **kwargs)
+
+    cls.forward = forward
     return cls
 
 
