@@ -33,10 +33,14 @@ def check_one_process() -> None:
 
 
 def check_files(config: TrainConfig) -> list[str]:
-    """Refuse a pair whose two sides are one file; returns lines on files that are given twice."""
-    for pair in [*config.train, *config.valid]:
+    """Refuse a training pair whose two sides are one file; returns lines on other files that are given twice."""
+    for pair in config.train:
         check_two_files(pair)
-    lines = []
+    lines = [
+        f"valid {pair.name}: {pair.source} is its source and its target; the scores say nothing of translation"
+        for pair in config.valid
+        if _same(pair.source, pair.target)
+    ]
     for i, pair in enumerate(config.train):
         if any(_both_same(pair, other) for other in config.train[:i]):
             lines.append(f"train {pair.name}: {pair.source} and {pair.target} are given twice, and count twice")

@@ -340,8 +340,10 @@ def test_one_file_twice(settings, text, tmp_path, capsys):
         train(TrainConfig(**{**settings, "train": [replace(pair, target=str(link))]}), quiet=True)
     assert not Path(settings["out"]).exists()
     assert "expected two files" in _refused(["score", "--run", "x", "--test", pair.source, pair.source], capsys)
-    train(TrainConfig(**{**settings, "valid": [pair], "train": [pair, pair], "steps": 1}))
+    valid = [pair, replace(pair, target=str(link))]
+    train(TrainConfig(**{**settings, "valid": valid, "train": [pair, pair], "steps": 1}))
     said = capsys.readouterr().err
+    assert f"valid en-de: {pair.source} is its source and its target" in said
     assert "valid en-de: " in said and "is trained on, too" in said and "are given twice, and count twice" in said
 
 
