@@ -370,11 +370,11 @@ def test_places_that_cannot_be_written(settings, text, tmp_path, capsys):
     assert "is a folder" in _refused([*score, str(tmp_path)], capsys)
     assert "is read, too" in _refused([*score, test.target], capsys)
     assert "/proc/hyp" in _refused([*score, "/proc/hyp"], capsys)
-    assert "is a file" in _refused(["merge", "--run", "no-run", "--out", str(file / "merged")], capsys)
+    assert "is no folder" in _refused(["merge", "--run", "no-run", "--out", str(file / "merged")], capsys)
     assert "/proc/m" in _refused(["merge", "--run", "no-run", "--out", "/proc/m"], capsys)
     plan = ["plan", "--model", settings["model"], "--memory", "1GiB", "--json"]
     assert "no such folder" in _refused([*plan, str(tmp_path / "none" / "plan.json")], capsys)
-    with pytest.raises(InputError, match="is a file; expected a folder"):
+    with pytest.raises(InputError, match="is no folder; expected one"):
         train(TrainConfig(**{**settings, "out": str(file / "run")}), quiet=True)
 
 
