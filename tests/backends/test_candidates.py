@@ -31,7 +31,9 @@ WITH_TMA = {"_product_kernel"}
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="contest.py checks them on a CUDA device")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.repeat)], ids=["fp32", "fp16"]
+)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", NAMES)
 def test_values_and_gradients(name, case, dtype):

@@ -66,7 +66,7 @@ def planned(path, **levers):
     return skeleton, like, dataclasses.replace(PLANS[key], **levers)
 
 
-@pytest.mark.parametrize("storage", ["int8", "nf4"])
+@pytest.mark.parametrize("storage", ["int8", pytest.param("nf4", marks=pytest.mark.repeat)])
 def test_weights_are_rounded_as_they_are_read(saved, tmp_path, storage):
     model, path = saved
     skeleton, like, plan = planned(path, storage=storage)

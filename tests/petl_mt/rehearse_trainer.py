@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import re
 import shutil
@@ -88,6 +89,7 @@ def settings(lines, small, tmp_path) -> dict:
 
 def run(settings: dict, out: Path, quiet: bool = True, **changes) -> dict[str, torch.Tensor]:
     """Trains as a user does; returns what was trained, of the last step."""
+    gc.collect()  # of an earlier run, whose end would hide the bytes of this one
     before = card.allocated()
     train(TrainConfig(**{**settings, "out": str(out), **changes}), quiet=quiet)
     assert card.peak() > before, "nothing was computed on the card"

@@ -100,7 +100,16 @@ def test_a_tightened_plan_stays(settings, tmp_path):
     assert [layer.tier for layer in pk.report(loop.model).layers] == [4, 3]
 
 
-@pytest.mark.parametrize(("storage", "tables"), [("int8", "int8"), ("nf4", "nf4"), ("int8", "nf4"), ("dense", "nf4")])
+@pytest.mark.parametrize(
+    ("storage", "tables"),
+    [
+        ("int8", "nf4"),
+        *(
+            pytest.param(*kinds, marks=pytest.mark.repeat)
+            for kinds in (("int8", "int8"), ("nf4", "nf4"), ("dense", "nf4"))
+        ),
+    ],
+)
 def test_quantised_weights_train_and_translate(settings, tmp_path, storage, tables):
     path = saved_plan(
         settings,

@@ -62,7 +62,12 @@ def files_of(folder: Path) -> dict[str, bytes]:
 # ---- used and ended
 
 
-@pytest.mark.parametrize("method", ["lora", "prefix", "bitfit", "cross-attention", "adapter", "ln", "ia3", "full"])
+OTHERS = ("prefix", "cross-attention", "adapter", "ln", "ia3")
+
+
+@pytest.mark.parametrize(
+    "method", ["lora", "bitfit", "full", *(pytest.param(other, marks=pytest.mark.repeat) for other in OTHERS)]
+)
 def test_a_stopped_run_translates_as_it_does_once_it_is_ended(settings, monkeypatch, capsys, method):
     out = stopped(settings, monkeypatch, method=method, method_args={}, lr=None)
     before = list(Translator(out).stream(LINES))
