@@ -289,7 +289,10 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("kind", DAMAGES)
+FIRST, *MORE = DAMAGES
+
+
+@pytest.mark.parametrize("kind", [FIRST, *(pytest.param(kind, marks=pytest.mark.repeat) for kind in MORE)])
 def test_a_damaged_checkpoint_is_passed_over_with_a_word(settings, monkeypatch, capsys, tmp_path, kind):
     spoil, message = DAMAGES[kind]
     losses = iter([1.0, 2.0, 3.0])  # the best is the first

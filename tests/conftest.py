@@ -1,0 +1,8 @@
+"""What concerns the whole suite."""
+
+from __future__ import annotations
+
+
+def pytest_collection_modifyitems(items: list) -> None:
+    """Puts the longest tests, which are processes of their own, first: at the end one worker would wait for them."""
+    items.sort(key=lambda item: "test_rehearsal.py" not in item.nodeid)
