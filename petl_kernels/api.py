@@ -46,7 +46,7 @@ def adapt(model: nn.Module, config: Method, name: str = "default") -> nn.Module:
     The model is changed in place; its modules keep their paths and its parameters their names. Several adapters can be
     on one model under different names: one of them is active at a time (``use_adapter``).
     Raises InputError, with the model as it was: a name that is taken or no name, targets that match nothing, a rank
-    larger than a layer, a model of another family than the method knows, one that is wrapped (DataParallel, compiled)
+    larger than a layer, a model of a family that it does not cover, one that is wrapped (DataParallel, compiled)
     or that PEFT or a parametrization has changed.
     """
     check_adaptable(model)
@@ -128,7 +128,7 @@ def lean(
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """What an optimiser gets: the parameters of ``model`` that require grad, shared ones once."""
+    """Returns the parameters of ``model`` that require grad, shared ones once, for an optimiser."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 

@@ -285,7 +285,7 @@ def has_cache_beside_loss(model: nn.Module) -> bool:
 
 
 def returns_cache(model: nn.Module) -> bool:
-    """Whether a model of ``LOSSES`` returns a cache beside a loss when it is told nothing of one."""
+    """Whether a model of ``LOSSES`` returns a cache beside a loss when ``use_cache`` is not given."""
     if not has_cache_beside_loss(model):
         return False
     decoder = model.get_decoder()

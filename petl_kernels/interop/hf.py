@@ -71,7 +71,7 @@ def load_skeleton(path_or_id: str | os.PathLike):
 
 
 def _load_generation_config(name: str, model: nn.Module) -> None:
-    """As ``from_pretrained`` does of a folder: words that are never chosen, a forced end."""
+    """Sets what ``from_pretrained`` sets for a folder: words that are never chosen, a forced end."""
     from transformers import GenerationConfig
 
     with contextlib.suppress(OSError):  # a checkpoint without one: transformers makes it from the model's config
@@ -197,7 +197,7 @@ def _marks(tensors: dict[str, _Stored], config) -> dict[str, float]:
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    """Whether they hold the same values in fp32, some rows at a time."""
+    """Returns whether they hold the same values in fp32, compared some rows at a time."""
     if one.data_ptr() == other.data_ptr() and one.stride() == other.stride() and one.dtype == other.dtype:
         return True
     return all(torch.equal(a.float(), b.float()) for a, b in zip(one.split(4096), other.split(4096), strict=True))

@@ -47,7 +47,7 @@ class Projection:
         self._seen = [("hidden states", hidden, _state(hidden)), ("weight", weight, _state(weight))]
 
     def with_bias(self, bias: Tensor) -> Projection:
-        """The same and ``bias``."""
+        """Returns the same projection with ``bias`` added."""
         other = Projection.__new__(Projection)
         other.__dict__.update(self.__dict__, bias=bias, _seen=[*self._seen, ("bias", bias, _state(bias))])
         return other
@@ -78,13 +78,13 @@ class Projection:
 
 
 def autocast_now(device: str) -> functools.partial:
-    """What makes the autocast of this moment, for a later one."""
+    """Returns what makes the autocast of this moment again at a later one."""
     options = {"dtype": torch.get_autocast_dtype(device), "enabled": torch.is_autocast_enabled(device)}
     return functools.partial(torch.autocast, device, **options, cache_enabled=False)
 
 
 def _state(tensor: Tensor) -> tuple:
-    """What changes when a tensor is written to, or gets other memory."""
+    """Returns what changes when a tensor is written to, or gets other memory."""
     version = 0 if tensor.is_inference() else tensor._version
     address = tensor.data_ptr() if type(tensor) in (Tensor, torch.nn.Parameter) else 0
     return version, address, tensor.device
@@ -172,7 +172,7 @@ class _Project(torch.autograd.Function):
 
 
 class _Made(torch.autograd.Function):
-    """From logits without values to the same with values."""
+    """Gives logits without values their values."""
 
     @staticmethod
     def forward(ctx, late: LateLogits) -> Tensor:

@@ -79,7 +79,7 @@ class LeanLoss:
             forward.end()
 
     def _from_logits(self, kwargs: dict, options: dict) -> Any:
-        """With ``options``, which the model's own loss has not, of logits that its output projection has to make."""
+        """Computes the loss from logits, with ``options`` that the model's own loss lacks."""
         labels, as_tuple = kwargs["labels"], kwargs.get("return_dict", self.config.return_dict) is False
         kwargs = {**kwargs, "labels": None, "return_dict": True}
         if kwargs.get("decoder_input_ids") is None and kwargs.get("decoder_inputs_embeds") is None:

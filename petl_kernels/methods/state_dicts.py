@@ -78,7 +78,7 @@ def _check_active(model: nn.Module, metadata: dict) -> None:
 
 
 def _say_what_was_left(model: nn.Module, incompatible) -> None:
-    """With ``strict=False`` adapters would keep their values without a word."""
+    """Warns of adapters that keep their values, which ``strict=False`` would let pass without a word."""
     own = _own(model)
     left = [key for key in incompatible.missing_keys if key in own or key.startswith(ASIDE)]
     if getattr(model, "petl_base_only", False):  # they come from elsewhere

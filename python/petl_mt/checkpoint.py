@@ -137,7 +137,7 @@ def read_progress(path: Path) -> dict[str, Any]:
 
 
 def damage(path: Path) -> str:
-    """What is wrong with the files of a checkpoint; empty when nothing is."""
+    """Returns what is wrong with the files of a checkpoint; empty when nothing is."""
     missing = [name for name in MEMBERS if not (path / name).is_file()]
     if missing:
         return f"damaged, {missing[0] if path.is_dir() else 'the folder'} is missing"
@@ -157,7 +157,7 @@ def damage(path: Path) -> str:
 
 
 def _unreadable(path: Path) -> str:
-    """As ``damage``, by what can be seen without checksums: files that are cut, or not of their format."""
+    """Returns what ``damage`` finds without checksums: files that are cut, or not of their format."""
     for name in MEMBERS:
         try:
             if name.endswith(".json"):

@@ -174,7 +174,7 @@ def _existing(path: Path) -> Path:
 
 
 def _try_to_write(name: str, path: str | Path, folder: Path) -> None:
-    """By a file without a name, which nobody sees and nothing leaves behind."""
+    """Writes to a file without a name, of which nothing is left behind."""
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"x")

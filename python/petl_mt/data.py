@@ -284,7 +284,8 @@ def encode_pairs(
     """One corpus of all pairs; empty and over-long pairs are left out and counted.
 
     ``languages`` maps a pair's name to its ``petl_kernels.interop.languages.LanguagePair``; ``use`` ("train",
-    "valid") goes before the pair's name in the counts; ``told`` hears how many pairs of lines are done.
+    "valid") goes before the pair's name in the counts; ``told`` is called with the number of
+    pairs of lines that are done.
     """
     sources, targets, counts, pad = Ragged(), Ragged(), [], 0
     for pair, source, target in texts:

@@ -95,7 +95,7 @@ _OTHERS = "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff"  # Thai, Lao, T
 
 
 def _tokenizer_for(tgt_lang: str, references: Sequence[str]) -> str:
-    """Of the language, or of most characters in ``references`` where its code says nothing (some models take any)."""
+    """Returns the tokenizer of the language, or of most characters in ``references`` where its code says nothing."""
     if script_of(tgt_lang):
         return bleu_tokenizer(tgt_lang)
     text = "".join("".join(references).split())
@@ -153,7 +153,8 @@ def translate(
     or to the positions of a model that has fewer.
 
     A line without text gives an empty line, and so does one of characters that nobody sees. Searched in batches of like
-    length; limit: of a batch, or its tokens. told: hears after each batch how many of ``texts`` are done.
+    length; limit: of a batch, or its tokens. told: is called after each batch with the
+    number of ``texts`` that are done.
     """
     device = next(model.parameters()).device
     max_length = fitting_length(model, max_length)

@@ -93,7 +93,7 @@ def _default(variant: Variant, field: dataclasses.Field) -> Any:
 
 
 def _word(value: Any) -> str:
-    """As it is written for ``--method-arg``, which is read as YAML."""
+    """Returns the value as ``--method-arg`` takes it, which is read as YAML."""
     return value if isinstance(value, str) else json.dumps(value)
 
 

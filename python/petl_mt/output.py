@@ -1,4 +1,4 @@
-"""Where translations go, line by line."""
+"""Writes translations, line by line."""
 
 from __future__ import annotations
 

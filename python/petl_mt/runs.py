@@ -357,7 +357,7 @@ class Translator:
     ) -> Iterator[str]:
         """One translation for each line, in order; ``at_once`` lines are sorted by length and searched together.
 
-        told: hears after each batch how many lines are done.
+        told: is called after each batch with the number of lines that are done.
         """
         with hush():
             for i in range(0, len(lines), at_once):
