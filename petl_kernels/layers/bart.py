@@ -60,10 +60,27 @@ class LeanBartLayer:
                 **kwargs,
             )
         source = shared_for_products(encoder_hidden_states)
-        return self.run(kwargs, hidden_states, attention_mask, source, encoder_attention_mask)
+        return self.run(kwargs, hidden_states, attention_mask, None, source, encoder_attention_mask)
+
+    def blocks(self, crosses: bool) -> tuple[list[AttentionBlock], FeedForwardBlock]:
+        """The layer's blocks in their order, with the attention to the source where the layer ``crosses``."""
+        attentions = [self._attention("self_attn")]
+        if crosses and hasattr(self, "encoder_attn"):
+            attentions.append(self._attention("encoder_attn"))
+        return attentions, self._feed_forward()
+
+    def finished(self, x: Tensor) -> Tensor:
+        """The layer's output, as what follows the last block leaves it."""
+        return x if hasattr(self, "encoder_attn") else _finite(x)
 
     def body(
-        self, x: Tensor, mask: Tensor | None, source: Tensor | None, source_mask: Tensor | None, tier: int
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        bias: Tensor | None,
+        source: Tensor | None,
+        source_mask: Tensor | None,
+        tier: int,
     ) -> tuple[Tensor, ...]:
         """(output, k and v of the self-attention, those of the cross-attention)"""
         keys: list[Tensor] = []

@@ -107,7 +107,7 @@ def attention_block(
 def feed_forward_block(block: FeedForwardBlock, x: Tensor, tier: int) -> Tensor:
     """x (batch, tokens, d) -> x + drop(ffn(x)), with the norm before it or after it."""
     u = _read(block, x, tier)
-    wide = _is_wide(block)  # first: it lets go of weights that are trained by now
+    wide = is_wide(block)  # first: it lets go of weights that are trained by now
     if _is_frozen_ffn(block):
         y = (_parallel_ffn if wide else _frozen_ffn)(block, u, tier)
     else:
@@ -221,7 +221,7 @@ def _attend(
     keys += k, v
     causal = block.causal and mask is None and q.shape[2] > 1
     if mask is not None:
-        mask, bias = _as_added(block, mask, bias, q.dtype)
+        mask, bias = as_added(block, mask, bias, q.dtype)
     prefix_k, prefix_v = _prefix(block, q)
     o = ops.attention(q, k, v, mask, bias, causal, block.scale, block.dropout, None, prefix_k, prefix_v)
     return o.transpose(1, 2).reshape(*u.shape[:-1], -1)
@@ -245,7 +245,7 @@ def _projections(block: AttentionBlock, u: Tensor, source: Tensor, tier: int) ->
     return [linear(block.q, u, again), *linears((block.k, block.v), source, again)]
 
 
-def _as_added(
+def as_added(
     block: AttentionBlock, mask: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor | None]:
     """Mask and bias that give the numbers of transformers' attention function, also to a query that sees nothing.
@@ -330,7 +330,7 @@ def _parallel_ffn(block: FeedForwardBlock, u: Tensor, tier: int) -> Tensor:
     return ops.parallel_ffn(u, *frozen, *trained, block.activation, adapter.scale, _again(block, tier))
 
 
-def _is_wide(block: FeedForwardBlock) -> bool:
+def is_wide(block: FeedForwardBlock) -> bool:
     """Whether the network runs with its adapter inside; not in compiled graphs, which cannot ask where weights are."""
     if block.wide is None or torch.compiler.is_compiling():
         return False

@@ -19,6 +19,7 @@ from petl_kernels import versions
 from petl_kernels.errors import InputError, shown
 from petl_kernels.layers.bart import LeanBartLayer
 from petl_kernels.layers.recompute import checkpointed, forget
+from petl_kernels.layers.rule import Call, Rule, Unknown
 from petl_kernels.layers.t5 import LeanT5Layer
 from petl_kernels.layers.wide_ffn import WideFFN, bottleneck_beside
 from petl_kernels.methods.structure import Layer, Structure, describe
@@ -64,7 +65,11 @@ class LeanLayer:
         """The layer's output; a cache among ``kwargs`` gets what the layer's own forward puts there."""
         cache = cache_in(kwargs)
         tier = self.petl_tier if torch.is_grad_enabled() else 0
-        if tier == 0:
+        rule = self._rule(x, crosses=inputs[2] is not None)
+        if rule is not None:
+            y, *keys = rule(Call(tier, x), x, *inputs, with_keys=cache is not None)
+            y = self.finished(y)
+        elif tier == 0:
             y, *keys = self.body(x, *inputs, 0)
         elif tier < 4:
             y, *keys = _recomputing(self, x, *inputs, tier)
@@ -74,6 +79,15 @@ class LeanLayer:
         if cache is not None:
             fill_cache(cache, self.layer_index(), *keys)
         return y
+
+    def _rule(self, x: Tensor, crosses: bool) -> Rule | None:
+        """The autograd rule of the layer as it is now; None where it runs composed from ops."""
+        if torch.compiler.is_compiling():  # a graph has rules of its own
+            return None
+        try:
+            return Rule(self, *self.blocks(crosses), x)
+        except Unknown:
+            return None
 
     def steps_aside(self, kwargs: dict) -> bool:
         """Whether the layer's own forward runs: to generate with a cache, or when a lean one cannot stand for it."""

@@ -69,6 +69,17 @@ class LeanT5Layer:
         y = self.run(kwargs, hidden_states, attention_mask, position_bias, source, encoder_attention_mask)
         return y, position_bias, encoder_decoder_position_bias
 
+    def blocks(self, crosses: bool) -> tuple[list[AttentionBlock], FeedForwardBlock]:
+        """The layer's blocks in their order, with the attention to the source where the layer ``crosses``."""
+        attentions = [self._attention(0, "SelfAttention")]
+        if crosses and len(self.layer) == 3:
+            attentions.append(self._attention(1, "EncDecAttention"))
+        return attentions, self._feed_forward()
+
+    def finished(self, x: Tensor) -> Tensor:
+        """The layer's output, as what follows the last block leaves it."""
+        return x
+
     def body(
         self,
         x: Tensor,

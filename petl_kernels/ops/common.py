@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -10,6 +11,8 @@ from torch import Tensor
 from petl_kernels.errors import InputError
 
 _AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
+# Name of an op -> its kernel for every device, as it was registered.
+_kernels: dict[str, Callable] = {}
 
 
 def define(name: str, schema: str, kernel: Callable, fake: Callable, autocast: tuple[int, ...] = ()) -> None:
@@ -25,6 +28,27 @@ def define(name: str, schema: str, kernel: Callable, fake: Callable, autocast: t
     overload = getattr(torch.ops.petl, name).default
     for device, key in _AUTOCAST_KEYS.items():
         torch.library.impl(qualname, key)(_autocast_kernel(overload, device, key, autocast))
+    _kernels[name] = kernel
+
+
+def run(name: str, *args):
+    """Returns what ``petl::name`` returns, for a rule that has checked its arguments and has a gradient of its own.
+
+    The kernel is called without the dispatcher, which takes longer than the kernels of a small layer. Only where a
+    dispatch mode is on (fake tensors, counters of bytes or operations) does the call go where the mode sees it.
+    To be called inside ``below_autograd``.
+    """
+    if torch._C._len_torch_dispatch_stack():
+        return getattr(torch.ops.petl, name).default(*args)
+    return _kernels[name](*args)
+
+
+@contextmanager
+def below_autograd(device: str) -> Iterator[None]:
+    """A block in which autograd records nothing and autocast on ``device`` casts nothing."""
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _AUTOCAST_KEYS.get(device, "AutocastCPU")))
+    with torch._C._AutoDispatchBelowAutograd(), torch._C._ExcludeDispatchKeyGuard(keys):
+        yield
 
 
 def _autocast_kernel(overload: Callable, device: str, key: str, positions: tuple[int, ...]) -> Callable:

@@ -83,7 +83,7 @@ def parallel_ffn(
     that requires grad, a quantised weight, an unknown activation.
     """
     _check(x, w1, c1, w2, c2, down, down_bias, up, up_bias, activation)
-    c2 = _fill(w1, c1, w2, c2, down, down_bias, up, up_bias, scale)
+    c2 = fill(w1, c1, w2, c2, down, down_bias, up, up_bias, scale)
     trained = (down, down_bias, up, up_bias)
     keeps = "nothing"
     if torch.is_grad_enabled() and x.requires_grad:
@@ -122,7 +122,7 @@ def _check(x, w1, c1, w2, c2, down, down_bias, up, up_bias, activation) -> None:
 
 
 @torch.no_grad()
-def _fill(w1, c1, w2, c2, down, down_bias, up, up_bias, scale) -> Tensor | None:
+def fill(w1, c1, w2, c2, down, down_bias, up, up_bias, scale) -> Tensor | None:
     """Put the adapter into the room; returns c2 + scale · u.
 
     Through ``.data``: the values of a step do not change between forward and backward, and a second forward pass before

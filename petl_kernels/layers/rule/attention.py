@@ -1,0 +1,239 @@
+"""The attention block: h = x + drop(out(attention(q, k, v))), with a norm before it or after it.
+
+    pre-norm     u = LN(x)      q, k, v of u (k and v of the source)      y = x + drop(P(out(o)))
+    post-norm    u = x                                                    y = LN(x + drop(P(out(o))))
+
+P is the adapter on the output projection, where there is one.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from petl_kernels.layers.blocks import AttentionBlock, as_added
+from petl_kernels.layers.rule.bottleneck import Bottleneck
+from petl_kernels.layers.rule.call import Call, Gradients, summed
+from petl_kernels.layers.rule.linears import Linears, Unknown, current
+from petl_kernels.layers.rule.norm import Norm
+from petl_kernels.methods.adapter import BottleneckAdapter
+from petl_kernels.methods.prefix import Prefix
+from petl_kernels.ops.common import run
+
+
+class Attention:
+    """One attention as the rule reads it; ``block`` names it among what is kept."""
+
+    def __init__(self, block: str, parts: AttentionBlock, cross: bool):
+        self.block, self.cross, self.parts = block, cross, parts
+        self.heads, self.scale = parts.heads, float(parts.scale)
+        self.dropout, self.residual_dropout = float(parts.dropout), float(parts.residual_dropout)
+        self.pre_norm, self.norm = parts.pre_norm, Norm(block, parts.norm)
+        if current(parts.norm) is not None:
+            raise Unknown("an adapter on the norm of an attention")
+        if cross:
+            self.linears = [Linears(f"{block}.q", {"q": parts.q}), Linears(f"{block}.kv", {"k": parts.k, "v": parts.v})]
+        else:
+            self.linears = [Linears(f"{block}.qkv", {"q": parts.q, "k": parts.k, "v": parts.v})]
+        self.named = [linear for group in self.linears for linear in group.all]
+        self.out = Linears(f"{block}.out", {"out": parts.out})
+        self.adapter = _adapter(self.out.all[0].piece)
+        if any(linear.piece is not None for linear in self.named):
+            raise Unknown("an adapter on q, k or v")
+        self.reads_u = any(group.reads_input for group in self.linears)
+        self.prefix = prefix_of(parts)
+        parts = (self.norm, *self.linears, self.out, *([self.adapter] if self.adapter else []))
+        self.bound = [tensor for part in parts for tensor in part.bound]
+        self.trains_norm = any(tensor.requires_grad for tensor in self.norm.bound)
+
+    def see(self, call: Call, mask: Tensor | None, bias: Tensor | None, x: Tensor) -> None:
+        """Puts into ``call`` what queries may see: the mask and the bias as the kernels read them, and the prefix."""
+        if getattr(mask, "petl_causal", False):
+            mask = None  # the kernels have a shorter way
+        call.causal[self.block] = self.parts.causal and mask is None and x.shape[1] > 1
+        dtype = call.dtype or x.dtype
+        if mask is not None:
+            mask, bias = as_added(self.parts, mask, bias, dtype)
+        call.masks[self.block], call.biases[self.block] = mask, bias
+        if self.prefix is not None:
+            head_dim = self.prefix.head_dim
+            own = (tensor.to(dtype).view(-1, self.heads, head_dim) for tensor in self.prefix.folded())
+            call.prefixes[self.block] = tuple(own)
+
+    # ---- forward ----------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, source: Tensor | None, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the block's output (batch, tokens, d), and k and v (batch, heads, tokens, head_dim)."""
+        u = call.cast(self.norm.forward(x, call) if self.pre_norm else x)
+        raw = self._project(u, u if source is None else source, call)
+        for linear, y in zip(self.named, raw, strict=True):
+            call.keep(self.block, linear.name, y)
+        q, k, v = self._heads(raw)
+        o, lse = self._attend(q, k, v, call)
+        call.keep(self.block, "o", o)
+        call.keep(self.block, "lse", lse)
+        h = self._sum(self._read(o, call), x, call)
+        call.keep(self.block, "adapted_sum" if self.adapter else "sum", h)
+        return h if self.pre_norm else self.norm.forward(h, call), k, v
+
+    def again(self, x: Tensor, call: Call) -> Tensor:
+        """Returns the block's output once more, from what is kept."""
+        h = self._sum_again(x, call)
+        return h if self.pre_norm else self.norm.again(h, call)
+
+    def _project(self, u: Tensor, source: Tensor, call: Call) -> list[Tensor]:
+        if not self.cross:
+            return self.linears[0].forward(u, call)
+        return [*self.linears[0].forward(u, call), *self.linears[1].forward(source, call)]
+
+    def _heads(self, raw: list[Tensor]) -> list[Tensor]:
+        scaled = (linear.scaled(y) for linear, y in zip(self.named, raw, strict=True))
+        return [y.view(*y.shape[:-1], self.heads, -1).transpose(1, 2) for y in scaled]
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        return run("attention", q, k, v, *self._attention_inputs(call), call.backend)
+
+    def _attention_inputs(self, call: Call) -> tuple:
+        prefix_k, prefix_v = call.prefixes.get(self.block, (None, None))
+        return (
+            call.masks.get(self.block),
+            call.biases.get(self.block),
+            prefix_k,
+            prefix_v,
+            call.causal[self.block],
+            self.scale,
+            self.dropout,
+            call.seed(f"{self.block}.attention", self.dropout),
+        )
+
+    def _read(self, o: Tensor, call: Call) -> Tensor:
+        """Returns the output projection, which an adapter on it reads."""
+        (raw,) = self.out.forward(_rows(o), call)
+        read = self.out.all[0].scaled(raw)
+        if self.adapter:
+            call.keep(self.block, "read", read)
+        elif self.out.all[0].after is not None:
+            call.keep(self.block, "read", raw)
+        return read
+
+    def _sum(self, read: Tensor, x: Tensor, call: Call) -> Tensor:
+        y = self.adapter.forward(read, None, call) if self.adapter else read
+        if self.residual_dropout == 0:
+            return x + y
+        seed = call.seed(f"{self.block}.residual", self.residual_dropout)
+        return run("dropout_add", y, x, self.residual_dropout, seed, call.backend)
+
+    def _sum_again(self, x: Tensor, call: Call) -> Tensor:
+        name = f"{self.block}.{'adapted_sum' if self.adapter else 'sum'}"
+        h = call.kept.get(name)
+        if h is None:
+            h = self._sum(self._read_again(call), x, call)
+            if not self.pre_norm:
+                call.kept[name] = h  # the norm's backward reads it again
+        return h
+
+    def _read_again(self, call: Call) -> Tensor:
+        read = call.get(self.block, "read")
+        if read is None:
+            return self._read(call.kept[f"{self.block}.o"], call)
+        return read if self.adapter else self.out.all[0].scaled(read)
+
+    # ---- backward ---------------------------------------------------------------------------------------------------
+
+    def backward(
+        self,
+        dy: Tensor,
+        dk_more: Tensor | None,
+        dv_more: Tensor | None,
+        x: Tensor,
+        source: Tensor | None,
+        call: Call,
+        gradients: Gradients,
+        need_dx: bool,
+        need_dsource: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Returns dx and dsource where they are needed. ``dk_more``, ``dv_more``: gradients of the k and v that the
+        forward pass has returned."""
+        dh = dy if self.pre_norm else self.norm.backward(dy, self._sum_again(x, call), call, gradients, True)
+        do = self._out_backward(dh, call, gradients)
+        u = self._u_again(x, call)
+        seen = u if source is None else source
+        raw = [call.get(self.block, linear.name) for linear in self.named]
+        if any(y is None for y in raw):
+            raw = self._project(u, seen, call)
+        q, k, v = self._heads(raw)
+        dq, dk, dv = self._attention_backward(do, q, k, v, call, gradients)
+        del do, q, k, v
+        dk, dv = summed(dk, dk_more), summed(dv, dv_more)
+        dys = [_rows(grad) for grad in (dq, dk, dv)]
+        need_du = need_dx or (self.pre_norm and self.trains_norm)
+        dsource = None
+        if self.cross:
+            du = self.linears[0].backward(dys[:1], u, raw[:1], call, gradients, need_du)
+            dsource = self.linears[1].backward(dys[1:], seen, raw[1:], call, gradients, need_dsource)
+        else:
+            du = self.linears[0].backward(dys, u, raw, call, gradients, need_du)
+        if self.pre_norm:
+            du = None if du is None else self.norm.backward(du, x, call, gradients, need_dx)
+        if not need_dx:
+            return None, dsource
+        return du.to(x.dtype).add_(dh) if du.dtype != x.dtype else du.add_(dh), dsource
+
+    def _u_again(self, x: Tensor, call: Call) -> Tensor | None:
+        """Returns what the products have read, where backward reads it or makes the products again."""
+        needed = self.reads_u or any(call.get(self.block, linear.name) is None for linear in self.named)
+        if not needed:
+            return None
+        return call.cast(self.norm.again(x, call) if self.pre_norm else x)
+
+    def _out_backward(self, dh: Tensor, call: Call, gradients: Gradients) -> Tensor:
+        """Returns the gradient of o (batch, tokens, heads · head_dim)."""
+        o = _rows(call.kept[f"{self.block}.o"])
+        dy = dh.to(o.dtype)
+        if self.residual_dropout:
+            seed = call.seeds[f"{self.block}.residual"]
+            dy = run("dropout_add_backward", dh, o.dtype, self.residual_dropout, seed, call.backend)
+        raw = None
+        if self.adapter:
+            dy = self.adapter.backward(dy, self._read_again(call), True, call, gradients, True)
+        elif self.out.all[0].after is not None:
+            raw = call.get(self.block, "read")
+            if raw is None:
+                (raw,) = self.out.forward(o, call)
+        return self.out.backward([dy], o, [raw], call, gradients, True)
+
+    def _attention_backward(self, do: Tensor, q, k, v, call: Call, gradients: Gradients) -> tuple[Tensor, ...]:
+        kept = call.kept
+        o, lse = kept[f"{self.block}.o"], kept[f"{self.block}.lse"]
+        do = do.view(*do.shape[:-1], self.heads, -1).transpose(1, 2)
+        bias, prefix = call.biases.get(self.block), call.prefixes.get(self.block)
+        need_dbias = gradients.wants(bias)
+        mask, bias, *rest = self._attention_inputs(call)
+        dq, dk, dv, dbias, *dprefix = run(
+            "attention_backward", do, q, k, v, o, lse, mask, bias, *rest, need_dbias, call.backend
+        )
+        if need_dbias:
+            gradients.add(bias, dbias)
+        if prefix is not None:
+            for own, gradient in zip(prefix, dprefix, strict=True):
+                gradients.add(own, gradient)
+        return dq, dk, dv
+
+
+def prefix_of(parts: AttentionBlock) -> Prefix | None:
+    piece = current(parts.host)
+    if piece is not None and not isinstance(piece, Prefix):
+        raise Unknown(f"a {type(piece).__name__} on an attention")
+    return piece
+
+
+def _adapter(piece) -> Bottleneck | None:
+    if piece is None:
+        return None
+    if type(piece) is not BottleneckAdapter:
+        raise Unknown(f"a {type(piece).__name__} on an output projection")
+    return Bottleneck(piece)
+
+
+def _rows(o: Tensor) -> Tensor:
+    """(batch, heads, tokens, head_dim) as (batch, tokens, heads · head_dim)."""
+    return o.transpose(1, 2).reshape(o.shape[0], o.shape[2], -1)

@@ -1,0 +1,51 @@
+"""Bottleneck adapters inside of a layer: y = residual + scale · A(x), with A as ``ops.bottleneck_adapter`` has it."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from petl_kernels.layers.rule.call import Call, Gradients
+from petl_kernels.methods.adapter import BottleneckAdapter
+from petl_kernels.ops.common import run
+
+
+class Bottleneck:
+    """One adapter as the rule reads it."""
+
+    def __init__(self, piece: BottleneckAdapter):
+        norm = piece.norm
+        self.norm = (None, None) if norm is None else (norm.weight, norm.bias)
+        self.eps = 1e-5 if norm is None else norm.eps
+        self.down, self.up = piece.down, piece.up
+        self.activation, self.scale = piece.activation, float(piece.scale)
+        self.parameters = (*self.norm, self.down.weight, self.down.bias, self.up.weight, self.up.bias)
+        self.bound = [tensor for tensor in self.parameters if tensor is not None]
+
+    def forward(self, x: Tensor, residual: Tensor | None, call: Call) -> Tensor:
+        """``residual`` is x itself when None."""
+        return run(
+            "bottleneck_adapter", x, residual, *self.parameters, self.eps, self.activation, self.scale, call.backend
+        )
+
+    def backward(
+        self, dy: Tensor, x: Tensor, residual_is_x: bool, call: Call, gradients: Gradients, need_dx: bool
+    ) -> Tensor | None:
+        """Returns dx, with dy in it where x is the residual."""
+        *inner, up_bias = self.parameters
+        dx, *found = run(
+            "bottleneck_adapter_backward",
+            dy,
+            x,
+            residual_is_x,
+            *inner,
+            self.eps,
+            self.activation,
+            self.scale,
+            need_dx,
+            up_bias is not None,
+            call.backend,
+        )
+        for parameter, gradient in zip(self.parameters, found, strict=True):
+            if gradients.wants(parameter):
+                gradients.add(parameter, gradient)
+        return dx if need_dx else None

@@ -1,0 +1,293 @@
+"""The feed-forward block: y = x + drop(ffn(x)), with a norm before it or after it.
+
+Three ways, by what adapters do to its linears:
+
+    frozen    ``ops.frozen_ffn``: kept are the bits of a ReLU, or z (and the gate)
+    wide      ``ops.parallel_ffn``: the same, with a parallel adapter as more hidden units
+    open      linears, activation, linear, each with what adapters put on it
+
+An adapter on the last linear reads its output; a parallel one that is not among the hidden units reads the block's
+input.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from petl_kernels.layers.blocks import FeedForwardBlock, is_wide
+from petl_kernels.layers.rule.bottleneck import Bottleneck
+from petl_kernels.layers.rule.call import Call, Gradients, summed
+from petl_kernels.layers.rule.linears import Linear, Linears, Unknown, current
+from petl_kernels.layers.rule.norm import Norm
+from petl_kernels.methods.adapter import BottleneckAdapter, ParallelAdapter, ReadInput
+from petl_kernels.ops.common import run
+from petl_kernels.ops.parallel_ffn import fill
+from petl_kernels.ops.quantised import parts_of
+
+BLOCK = "ffn"
+
+
+class FeedForward:
+    """The feed-forward block as the rule reads it."""
+
+    def __init__(self, parts: FeedForwardBlock):
+        wide = is_wide(parts)  # first: it lets go of weights that are trained by now
+        self.pre_norm, self.norm = parts.pre_norm, Norm(BLOCK, parts.norm)
+        self.residual_dropout = float(parts.residual_dropout)
+        if current(parts.norm) is not None:
+            raise Unknown("an adapter on the norm of the feed-forward block")
+        named = {str(i): module for i, module in enumerate((*parts.inputs, parts.out))}
+        self.linears = Linears(BLOCK, named).all
+        self.inner = Wide(parts) if wide else Frozen(parts) if _is_frozen(parts, self.linears) else Open(parts)
+        self.after, self.beside = _adapters(parts, wide)
+        self.reads_u = self.inner.reads_u or self.beside is not None
+        adapters = [adapter for adapter in (self.after, self.beside) if adapter is not None]
+        self.bound = [tensor for part in (self.norm, self.inner, *adapters) for tensor in part.bound]
+        self.trains_norm = any(tensor.requires_grad for tensor in self.norm.bound)
+
+    def forward(self, x: Tensor, call: Call) -> Tensor:
+        u = call.cast(self.norm.forward(x, call) if self.pre_norm else x)
+        y = self.inner.forward(u, call)
+        if self.beside:
+            y = self.beside.forward(u.to(y.dtype), y, call)
+        if self.after:
+            call.keep(BLOCK, "adapted_read", y)
+            y = self.after.forward(y, None, call)
+        h = self._sum(y, x, call)
+        if self.pre_norm:
+            return h
+        call.keep(BLOCK, "end", h)
+        return self.norm.forward(h, call)
+
+    def _sum(self, y: Tensor, x: Tensor, call: Call) -> Tensor:
+        if self.residual_dropout == 0:
+            return x + y
+        seed = call.seed(f"{BLOCK}.residual", self.residual_dropout)
+        return run("dropout_add", y, x, self.residual_dropout, seed, call.backend)
+
+    def backward(self, dy: Tensor, x: Tensor, call: Call, gradients: Gradients, need_dx: bool) -> Tensor | None:
+        dh = dy if self.pre_norm else self.norm.backward(dy, call.kept[f"{BLOCK}.end"], call, gradients, True)
+        dtype = call.dtype or x.dtype
+        e = dh.to(dtype)
+        if self.residual_dropout:
+            seed = call.seeds[f"{BLOCK}.residual"]
+            e = run("dropout_add_backward", dh, dtype, self.residual_dropout, seed, call.backend)
+        if self.after:
+            e = self.after.backward(e, call.kept[f"{BLOCK}.adapted_read"], True, call, gradients, True)
+        need_du = need_dx or (self.pre_norm and self.trains_norm)
+        u = None
+        if self.reads_u or self.inner.makes_again(call):
+            u = call.cast(self.norm.again(x, call) if self.pre_norm else x)
+        du = self.inner.backward(e, u, call, gradients, need_du)
+        if self.beside:
+            du = summed(du, self.beside.backward(e, u, False, call, gradients, need_du))
+        if self.pre_norm:
+            du = None if du is None else self.norm.backward(du, x, call, gradients, need_dx)
+        if not need_dx:
+            return None
+        return du.to(x.dtype).add_(dh) if du.dtype != x.dtype else du.add_(dh)
+
+
+class Frozen:
+    """A network whose weights are frozen, by the op that goes through the tokens in chunks."""
+
+    def __init__(self, parts: FeedForwardBlock):
+        first, out = parts.inputs[0], parts.out
+        self.w1, self.c1, self.w2, self.c2 = parts_of(first.weight), first.bias, parts_of(out.weight), out.bias
+        self.gate = parts_of(parts.inputs[1].weight) if len(parts.inputs) > 1 else []
+        self.activation, self.bits = parts.activation, parts.activation == "relu" and not self.gate
+        own = *self.w1, self.c1, *self.w2, self.c2, *self.gate
+        self.bound = [tensor for tensor in own if tensor is not None]
+        self.reads_u = False
+
+    def makes_again(self, call: Call) -> bool:
+        return self._keeps(call) == "x"
+
+    def _keeps(self, call: Call) -> str:
+        """What the op keeps: "bits", "z" (with the gate) or "x", from which it makes z again."""
+        if self.bits:
+            return "bits"
+        return "z" if call.tier == 1 else "x"
+
+    def forward(self, u: Tensor, call: Call) -> Tensor:
+        keeps = self._keeps(call) if call.keeps_some else "nothing"
+        weights = self.w1, self.c1, self.w2, self.c2, self.gate
+        y, z, gate = run("frozen_ffn", u, *weights, self.activation, keeps, call.backend)
+        call.keep(BLOCK, "bits" if self.bits else "z", z)
+        if self.gate:
+            call.keep(BLOCK, "gate", gate)
+        return y
+
+    def backward(self, dy: Tensor, u: Tensor | None, call: Call, gradients: Gradients, need_du: bool) -> Tensor | None:
+        keeps, nothing = self._keeps(call), dy.new_empty(0)
+        z = call.get(BLOCK, "bits" if self.bits else "z")
+        gate = call.get(BLOCK, "gate")
+        need_dc1, need_dc2 = gradients.wants(self.c1), gradients.wants(self.c2)
+        du, dc1, dc2 = run(
+            "frozen_ffn_backward",
+            dy,
+            u if keeps == "x" else None,
+            nothing if z is None else z,
+            nothing if gate is None else gate,
+            self.w1,
+            self.c1,
+            self.w2,
+            self.gate,
+            self.activation,
+            keeps,
+            need_du,
+            need_dc1,
+            need_dc2,
+            call.backend,
+        )
+        if need_dc1:
+            gradients.add(self.c1, dc1)
+        if need_dc2:
+            gradients.add(self.c2, dc2)
+        return du if need_du else None
+
+
+class Wide:
+    """A frozen network with a parallel adapter among its hidden units."""
+
+    def __init__(self, parts: FeedForwardBlock):
+        wide, adapter = parts.wide, Bottleneck(current(parts.out))
+        self.w1, self.c1, self.w2, self.c2 = wide.w1, wide.c1, wide.w2, parts.out.bias
+        self.adapter, self.inner = adapter, adapter.parameters[2:]
+        self.activation, self.bits = parts.activation, parts.activation == "relu"
+        self.bound = adapter.bound if self.c2 is None else [*adapter.bound, self.c2]
+        self.trains = any(tensor.requires_grad for tensor in adapter.bound)
+        self.reads_u = self.trains
+
+    def makes_again(self, call: Call) -> bool:
+        return not self.bits and call.tier > 1
+
+    def _keeps(self, call: Call) -> str:
+        if self.bits:
+            return "bits"
+        return "z" if call.tier == 1 else "x"
+
+    def _filled(self) -> Tensor | None:
+        """Writes the adapter into the network's room, and returns the bias of both."""
+        return fill(self.w1, self.c1, self.w2, self.c2, *self.inner, self.adapter.scale)
+
+    def forward(self, u: Tensor, call: Call) -> Tensor:
+        c2 = self._filled()
+        keeps = self._keeps(call) if call.keeps_some else "nothing"
+        own = *self.inner, self.activation, self.adapter.scale, keeps, call.backend
+        y, z = run("parallel_ffn", u, self.w1, self.c1, self.w2, c2, *own)
+        call.keep(BLOCK, "bits" if self.bits else "z", z)
+        return y
+
+    def backward(self, dy: Tensor, u: Tensor | None, call: Call, gradients: Gradients, need_du: bool) -> Tensor | None:
+        self._filled()  # another adapter may have been in the room since
+        z = call.get(BLOCK, "bits" if self.bits else "z")
+        *inner, up_bias = self.inner
+        du, *found = run(
+            "parallel_ffn_backward",
+            dy,
+            u,
+            dy.new_empty(0) if z is None else z,
+            self.w1,
+            self.c1,
+            self.w2,
+            *inner,
+            self.activation,
+            self.adapter.scale,
+            self._keeps(call),
+            need_du,
+            self.trains,
+            up_bias is not None,
+            call.backend,
+        )
+        for parameter, gradient in zip(self.inner, found, strict=True):
+            if gradients.wants(parameter):
+                gradients.add(parameter, gradient)
+        return du if need_du else None
+
+
+class Open:
+    """Linears, activation and linear, one after the other."""
+
+    def __init__(self, parts: FeedForwardBlock):
+        names = ("z", "gate")[: len(parts.inputs)]
+        self.inputs = Linears(f"{BLOCK}.in", dict(zip(names, parts.inputs, strict=True)))
+        self.out = Linears(f"{BLOCK}.out", {"out": parts.out})
+        self.activation, self.dropout = parts.activation, float(parts.dropout)
+        self.gated = len(parts.inputs) > 1
+        self.bits = self.activation == "relu" and not self.gated
+        self.bound = [*self.inputs.bound, *self.out.bound]
+        self.reads_u = self.inputs.reads_input
+        self.scales = any(linear.after is not None for linear in self.inputs.all)
+
+    def makes_again(self, call: Call) -> bool:
+        hidden = self.out.reads_input and call.get(BLOCK, "hidden") is None
+        return hidden or ((self.scales or not self.bits) and call.get(BLOCK, "z") is None)
+
+    def forward(self, u: Tensor, call: Call) -> Tensor:
+        raw = self.inputs.forward(u, call)
+        if self.scales or not self.bits:
+            for linear, z in zip(self.inputs.all, raw, strict=True):
+                call.keep(BLOCK, linear.name, z)
+        hidden = self._activate(raw, call)
+        if self.out.reads_input:
+            call.keep(BLOCK, "hidden", hidden)
+        (y,) = self.out.forward(hidden, call)
+        if self.out.all[0].after is not None:
+            call.keep(BLOCK, "read", y)
+        return self.out.all[0].scaled(y)
+
+    def _activate(self, raw: list[Tensor], call: Call) -> Tensor:
+        zs = self._scaled(raw)
+        seed = call.seed(f"{BLOCK}.hidden", self.dropout)
+        if self.gated:
+            return run("gated_activation", *zs, self.activation, self.dropout, seed, call.backend)
+        hidden, bits = run("activation", *zs, self.activation, self.dropout, seed, call.backend)
+        if self.bits:
+            call.keep(BLOCK, "bits", bits)
+        return hidden
+
+    def _scaled(self, raw: list[Tensor]) -> list[Tensor]:
+        return [linear.scaled(y) for linear, y in zip(self.inputs.all, raw, strict=True)]
+
+    def backward(self, dy: Tensor, u: Tensor | None, call: Call, gradients: Gradients, need_du: bool) -> Tensor | None:
+        raw = [call.get(BLOCK, linear.name) for linear in self.inputs.all]
+        hidden = call.get(BLOCK, "hidden")
+        if self.makes_again(call):
+            raw = self.inputs.forward(u, call)
+        if self.out.reads_input and hidden is None:
+            hidden = self._activate(raw, call)
+        read = call.get(BLOCK, "read")
+        if self.out.all[0].after is not None and read is None:
+            (read,) = self.out.forward(self._activate(raw, call) if hidden is None else hidden, call)
+        dhidden = self.out.backward([dy], hidden, [read], call, gradients, True)
+        seed = call.seeds.get(f"{BLOCK}.hidden")
+        if self.gated:
+            zs = self._scaled(raw)
+            dzs = run("gated_activation_backward", dhidden, *zs, self.activation, self.dropout, seed, call.backend)
+        else:
+            saved = call.kept[f"{BLOCK}.bits"] if self.bits else self._scaled(raw)[0]
+            dzs = [run("activation_backward", dhidden, saved, self.activation, self.dropout, seed, call.backend)]
+        return self.inputs.backward(list(dzs), u, raw, call, gradients, need_du)
+
+
+def _is_frozen(parts: FeedForwardBlock, linears: list[Linear]) -> bool:
+    plain = all(not linear.reads_input and linear.after is None for linear in linears)
+    gate_biased = len(parts.inputs) > 1 and any(linear.bias is not None for linear in linears)
+    return plain and parts.dropout == 0 and not gate_biased
+
+
+def _adapters(parts: FeedForwardBlock, wide: bool) -> tuple[Bottleneck | None, Bottleneck | None]:
+    """Returns the adapter that reads the last linear's output, and the one that reads the block's input."""
+    piece = current(parts.out)
+    for module in parts.inputs:
+        own = current(module)
+        if own is not None and not isinstance(own, ReadInput) and type(own).__name__ != "Scale":
+            raise Unknown(f"a {type(own).__name__} on the first linear of the feed-forward block")
+    if piece is None or wide or type(piece).__name__ == "Scale":
+        return None, None
+    if type(piece) is ParallelAdapter:
+        return None, Bottleneck(piece)
+    if type(piece) is BottleneckAdapter:
+        return Bottleneck(piece), None
+    raise Unknown(f"a {type(piece).__name__} on the last linear of the feed-forward block")

@@ -1,0 +1,172 @@
+"""The blocks of one layer in their order, as one autograd function."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from petl_kernels.errors import InputError
+from petl_kernels.layers.blocks import AttentionBlock, FeedForwardBlock
+from petl_kernels.layers.host_copy import host_copy
+from petl_kernels.layers.rule.attention import Attention
+from petl_kernels.layers.rule.call import Call, Gradients
+from petl_kernels.layers.rule.feed_forward import FeedForward
+from petl_kernels.layers.rule.linears import Linear, Unknown
+from petl_kernels.ops.common import below_autograd
+
+# Tiers from this one on keep the layer's input alone, and run as this tier says while backward lasts.
+WHOLE, WITHIN = 4, 1
+
+
+class Rule:
+    """A layer's blocks, bound: what a forward pass and its backward pass read, whatever the modules do in between.
+
+    Raises Unknown, when it is made, for what only ops one by one can do.
+    """
+
+    def __init__(self, layer: nn.Module, attentions: Sequence[AttentionBlock], ffn: FeedForwardBlock, x: Tensor):
+        self.path = getattr(layer, "petl_path", type(layer).__name__)
+        self.attentions = [
+            Attention(name, parts, name == "cross")
+            for name, parts in zip(("self", "cross"), attentions, strict=False)
+        ]
+        self.ffn = FeedForward(ffn)
+        bound = [tensor for block in (*self.attentions, self.ffn) for tensor in block.bound]
+        self.trained = list({id(tensor): tensor for tensor in bound if tensor.requires_grad}.values())
+        self.frozen = [tensor for tensor in bound if not tensor.requires_grad]
+        self._refuse_dtypes(x, attentions[0].adds_bias)
+
+    def _refuse_dtypes(self, x: Tensor, is_t5: bool) -> None:
+        if is_t5 and x.dtype == torch.float16:
+            raise Unknown("T5 in fp16, which clamps between its blocks")
+        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+            return
+        for linear in self._linears():
+            if linear.weight.dtype != x.dtype:
+                raise Unknown(f"a weight in {linear.weight.dtype} beside inputs in {x.dtype}")
+
+    def _linears(self) -> Iterator[Linear]:
+        for attention in self.attentions:
+            yield from (*attention.named, *attention.out.all)
+        yield from self.ffn.linears
+
+    def __call__(
+        self,
+        call: Call,
+        x: Tensor,
+        mask: Tensor | None,
+        bias: Tensor | None,
+        source: Tensor | None,
+        source_mask: Tensor | None,
+        with_keys: bool,
+    ) -> tuple[Tensor, ...]:
+        """Returns y (batch, tokens, d), ``with_keys`` also k and v (batch, heads, tokens, head_dim) of each attention.
+
+        x (batch, tokens, d) and source (batch, source tokens, d); the masks, and the bias of the self-attention, as
+        the model gives them to its layers.
+        """
+        for attention, own, added in zip(self.attentions, (mask, source_mask), (bias, None), strict=False):
+            attention.see(call, own, added, x)
+        outputs = self._run(call, x, source)
+        return outputs if with_keys else outputs[:1]
+
+    def _run(self, call: Call, x: Tensor, source: Tensor | None) -> tuple[Tensor, ...]:
+        more = [bias for bias in call.biases.values() if bias is not None and bias.requires_grad]
+        more += [own for prefix in call.prefixes.values() for own in prefix]
+        wanted = [*self.trained, *more]
+        if not torch.is_grad_enabled():
+            with below_autograd(x.device.type):
+                return self.forward(x, source, call)
+        return _OneNode.apply(self, call, wanted, x, source, *wanted)
+
+    def forward(self, x: Tensor, source: Tensor | None, call: Call) -> tuple[Tensor, ...]:
+        keys = []
+        for attention in self.attentions:
+            x, k, v = attention.forward(x, source if attention.cross else None, call)
+            keys += k, v
+        return self.ffn.forward(x, call), *keys
+
+    def backward(
+        self,
+        dy: Tensor,
+        dkeys: Sequence[Tensor | None],
+        x: Tensor,
+        source: Tensor | None,
+        call: Call,
+        gradients: Gradients,
+        need_dx: bool,
+        need_dsource: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Returns dx and dsource where they are needed; ``dkeys``: gradients of the k and v that forward returned."""
+        inputs = [x]
+        for attention in self.attentions:
+            inputs.append(attention.again(inputs[-1], call))
+        dx = self.ffn.backward(dy, inputs.pop(), call, gradients, True)
+        dsource = None
+        for i in reversed(range(len(self.attentions))):
+            attention = self.attentions[i]
+            given = source if attention.cross else None
+            need = need_dx or i > 0
+            own = dkeys[2 * i], dkeys[2 * i + 1]
+            dx, found = attention.backward(
+                dx, *own, inputs.pop(), given, call, gradients, need, need_dsource and attention.cross
+            )
+            dsource = found if attention.cross else dsource
+        return dx, dsource
+
+
+class _OneNode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rule: Rule, call: Call, wanted: list[Tensor], x: Tensor, source: Tensor | None, *_):
+        ctx.rule, ctx.call, ctx.wanted = rule, call, wanted
+        ctx.set_materialize_grads(False)
+        ctx.stamps = _stamps(rule.frozen)
+        held = host_copy(x) if call.tier == 5 else None
+        with below_autograd(x.device.type):
+            outputs = rule.forward(x, source, call)
+        if held is not None:
+            held.leave()
+        ctx.held, ctx.names = held, list(call.kept)
+        ctx.save_for_backward(None if held is not None else x, source, *wanted, *call.kept.values())
+        call.kept = {}
+        return outputs
+
+    @staticmethod
+    def backward(ctx, dy: Tensor | None, *dkeys: Tensor | None):
+        if torch.is_grad_enabled():
+            raise InputError(
+                f"{ctx.rule.path}: the gradient of a lean layer cannot be differentiated again (create_graph=True): "
+                "expected first derivatives only"
+            )
+        rule, wanted = ctx.rule, ctx.wanted
+        x, source, *saved = ctx.saved_tensors
+        _check_stamps(rule, ctx.stamps)
+        needs_x, needs_source, *needs = ctx.needs_input_grad[3:]
+        gradients = Gradients([tensor for tensor, need in zip(wanted, needs, strict=True) if need])
+        kept = dict(zip(ctx.names, saved[len(wanted) :], strict=True))
+        with torch.no_grad(), below_autograd(ctx.call.device.type):
+            x = ctx.held.get().detach() if ctx.held is not None else x
+            call = ctx.call.again(kept)
+            if call.tier >= WHOLE:
+                call.tier = WITHIN
+                rule.forward(x, source, call)
+            if dy is None:
+                dy = torch.zeros_like(x)
+            dx, dsource = rule.backward(dy, dkeys, x, source, call, gradients, needs_x, needs_source)
+        return None, None, None, dx, dsource, *(gradients.of(tensor) for tensor in wanted)
+
+
+def _stamps(tensors: list[Tensor]) -> list[int]:
+    return [tensor._version for tensor in tensors]
+
+
+def _check_stamps(rule: Rule, before: list[int]) -> None:
+    for tensor, version in zip(rule.frozen, before, strict=True):
+        if tensor._version != version:
+            raise RuntimeError(
+                f"{rule.path}: a weight of shape {tuple(tensor.shape)} was changed in place between the forward pass "
+                f"and its backward pass: it is at version {tensor._version}, expected {version}"
+            )
+

@@ -1,0 +1,178 @@
+"""Linear layers that read one input, with what adapters put on them.
+
+    y = ((x ⊙ l_in) Wᵀ + c + scale · drop(x) Aᵀ Bᵀ) ⊙ l_out
+
+Each part may be absent: LoRA (A, B) beside a frozen W, (IA)³'s l before or after, the bias. W is frozen, dense or
+quantised, or trained. Those with LoRA at one rate of dropout are one product with stacked A.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from petl_kernels.layers.frozen_linear import FrozenLinear
+from petl_kernels.layers.rule.call import Call, Gradients, summed
+from petl_kernels.methods.base import Piece
+from petl_kernels.methods.ia3 import Scale
+from petl_kernels.methods.lora import LoRALinear
+from petl_kernels.ops.common import accumulate_dtype, run
+from petl_kernels.ops.quantised import parts_of
+
+
+class Unknown(Exception):
+    """Something that the rule does not have: its layer runs composed from ops. The text says what."""
+
+
+class Linear:
+    """One linear layer as the rule reads it. ``name`` is what its output is called among what is kept."""
+
+    def __init__(self, name: str, module: nn.Module):
+        own = 1 if hasattr(module, "petl") else 0
+        if type(module) not in (nn.Linear, LoRALinear, FrozenLinear):
+            raise Unknown(f"a {type(module).__name__} in the place of a linear layer")
+        if len(module._forward_hooks) != own or len(module._forward_pre_hooks) != own:
+            raise Unknown("a hook on a linear layer")
+        self.name, self.weight, self.bias = name, module.weight, module.bias
+        self.parts = parts_of(self.weight)
+        self.lora = module.lora.current() if type(module) is LoRALinear else None
+        self.dropout, self.scale = 0.0, 1.0
+        if self.lora is not None:
+            if self.weight.requires_grad:
+                raise Unknown("LoRA on a weight that is trained")
+            self.dropout, self.scale = (self.lora.dropout if module.training else 0.0), float(self.lora.scale)
+        piece = current(module)
+        self.before = piece.scale if isinstance(piece, Scale) and piece.feedforward else None
+        self.after = piece.scale if isinstance(piece, Scale) and not piece.feedforward else None
+        self.piece = None if isinstance(piece, Scale) else piece
+        own = [*self.parts, self.bias, self.before, self.after]
+        if self.lora is not None:
+            own += self.lora.A, self.lora.B
+        self.bound = [tensor for tensor in own if tensor is not None]
+
+    @property
+    def reads_input(self) -> bool:
+        """Whether backward needs the layer's input."""
+        return self.lora is not None or self.before is not None or self.weight.requires_grad
+
+    def scaled(self, y: Tensor) -> Tensor:
+        return y if self.after is None else y * self.after.flatten().to(y.dtype)
+
+
+def current(module: nn.Module) -> Piece | None:
+    return module.petl.current() if hasattr(module, "petl") else None
+
+
+class Linears:
+    """Linear layers that read the same x (..., K)."""
+
+    def __init__(self, block: str, named: dict[str, nn.Module]):
+        self.block = block
+        self.all = [Linear(name, module) for name, module in named.items()]
+        with_lora = [linear for linear in self.all if linear.lora is not None and linear.before is None]
+        self.groups = [
+            [linear for linear in with_lora if linear.dropout == rate]
+            for rate in dict.fromkeys(linear.dropout for linear in with_lora)
+        ]
+        self.groups += [[linear] for linear in self.all if linear.lora is not None and linear.before is not None]
+        self.plain = [linear for linear in self.all if linear.lora is None]
+        self.reads_input = any(linear.reads_input for linear in self.all)
+        self.bound = [tensor for linear in self.all for tensor in linear.bound]
+
+    def forward(self, x: Tensor, call: Call) -> list[Tensor]:
+        """Returns each one's output before ``scaled``, in the order of ``named``."""
+        ys: dict[str, Tensor] = {}
+        for i, group in enumerate(self.groups):
+            first = group[0]
+            seed = call.seed(f"{self.block}.latent{i}", first.dropout)
+            nothing = x.new_empty(0)
+            own, latent = run(
+                "lora_linear",
+                _before(x, first),
+                [part for linear in group for part in linear.parts],
+                [nothing if linear.bias is None else linear.bias for linear in group],
+                [linear.lora.A for linear in group],
+                [linear.lora.B for linear in group],
+                [linear.scale for linear in group],
+                first.dropout,
+                seed,
+                call.backend,
+            )
+            call.keep(self.block, f"latent{i}", latent)
+            ys.update((linear.name, y) for linear, y in zip(group, own, strict=True))
+        for linear in self.plain:
+            ys[linear.name] = run("frozen_linear", _before(x, linear), linear.parts, linear.bias, call.backend)
+        return [ys[linear.name] for linear in self.all]
+
+    def backward(
+        self,
+        dys: list[Tensor],
+        x: Tensor | None,
+        raw: list[Tensor | None],
+        call: Call,
+        gradients: Gradients,
+        need_dx: bool,
+    ) -> Tensor | None:
+        """Returns dx where it is needed. x is None where ``reads_input`` is false; ``raw``: the outputs of forward,
+        which only those with an l after them need."""
+        own = {}
+        for linear, dy, y in zip(self.all, dys, raw, strict=True):
+            own[linear.name] = dy if linear.after is None else _scale_backward(linear.after, dy, y, gradients)
+        dx = None
+        for i, group in enumerate(self.groups):
+            grads = [own[linear.name] for linear in group]
+            dx = summed(dx, self._group_backward(i, group, grads, x, call, gradients, need_dx))
+        for linear in self.plain:
+            dx = summed(dx, _plain_backward(linear, own[linear.name], x, call, gradients, need_dx))
+        return dx
+
+    def _group_backward(self, i, group, dys, x, call, gradients, need_dx) -> Tensor | None:
+        first = group[0]
+        needs_x = need_dx or gradients.wants(first.before)
+        need_dbias = [gradients.wants(linear.bias) for linear in group]
+        dx, da, db, dbias = run(
+            "lora_linear_backward",
+            dys,
+            _before(x, first),
+            call.kept[f"{self.block}.latent{i}"],
+            [part for linear in group for part in linear.parts],
+            [linear.lora.A for linear in group],
+            [linear.lora.B for linear in group],
+            [linear.scale for linear in group],
+            first.dropout,
+            call.seeds.get(f"{self.block}.latent{i}"),
+            needs_x,
+            need_dbias,
+            call.backend,
+        )
+        for linear, a, b, bias, need in zip(group, da, db, dbias, need_dbias, strict=True):
+            gradients.add(linear.lora.A, a)
+            gradients.add(linear.lora.B, b)
+            if need:
+                gradients.add(linear.bias, bias)
+        if first.before is None:
+            return dx if needs_x else None
+        return _scale_backward(first.before, dx, x, gradients) if needs_x else None
+
+
+def _plain_backward(linear: Linear, dy, x, call: Call, gradients: Gradients, need_dx: bool) -> Tensor | None:
+    needs_x, need_dbias = need_dx or gradients.wants(linear.before), gradients.wants(linear.bias)
+    dx, dbias = run("frozen_linear_backward", dy, linear.parts, needs_x, need_dbias, call.backend)
+    if need_dbias:
+        gradients.add(linear.bias, dbias)
+    if gradients.wants(linear.weight):
+        rows = dy.reshape(-1, dy.shape[-1])
+        gradients.add(linear.weight, rows.T @ _before(x, linear).reshape(-1, x.shape[-1]))
+    if linear.before is None:
+        return dx if needs_x else None
+    return _scale_backward(linear.before, dx, x, gradients) if needs_x else None
+
+
+def _before(x: Tensor, linear: Linear) -> Tensor:
+    return x if linear.before is None else x * linear.before.flatten().to(x.dtype)
+
+
+def _scale_backward(scale: Tensor, dy: Tensor, x: Tensor, gradients: Gradients) -> Tensor:
+    """Returns dx of y = x ⊙ l, and adds dl."""
+    if gradients.wants(scale):
+        gradients.add(scale, (dy * x).reshape(-1, x.shape[-1]).sum(0, dtype=accumulate_dtype(x.dtype)))
+    return dy * scale.flatten().to(dy.dtype)
