@@ -305,6 +305,11 @@ def _lean_lines(layers: tuple[LayerState, ...]) -> list[str]:
         if layer.reason:
             reasons.setdefault(layer.reason, []).append(layer.path)
     plain = [f"not lean: {paths[0]} and {len(paths) - 1} more: {why}" for why, paths in reasons.items()]
+    composed: dict[str, list[str]] = {}
+    for layer in layers:
+        if layer.composed:
+            composed.setdefault(layer.composed, []).append(layer.path)
+    plain += [f"lean op by op: {paths[0]} and {len(paths) - 1} more: {why}" for why, paths in composed.items()]
     return [*(lean or ["lean: no layer"]), *(line.replace(" and 0 more", "") for line in plain)]
 
 

@@ -19,7 +19,7 @@ from petl_kernels import versions
 from petl_kernels.errors import InputError, shown
 from petl_kernels.layers.bart import LeanBartLayer
 from petl_kernels.layers.recompute import checkpointed, forget
-from petl_kernels.layers.rule import Call, Rule, Unknown
+from petl_kernels.layers.rule import Call, Rule, Unknown, Watch
 from petl_kernels.layers.t5 import LeanT5Layer
 from petl_kernels.layers.wide_ffn import WideFFN, bottleneck_beside
 from petl_kernels.methods.structure import Layer, Structure, describe
@@ -40,11 +40,15 @@ ATTENTIONS = ("eager", "sdpa", "petl_prefix_eager", "petl_prefix_sdpa")
 
 @dataclass(frozen=True)
 class LayerState:
-    """``tier`` is 0 for a layer that is as it was; ``reason`` says why, where it cannot be lean."""
+    """``tier`` is 0 for a layer that is as it was; ``reason`` says why, where it cannot be lean.
+
+    ``composed`` says why a lean layer runs op by op, where it has no rule of its own; empty where it has.
+    """
 
     path: str
     tier: int
     reason: str
+    composed: str = ""
 
 
 class LeanLayer:
@@ -53,9 +57,11 @@ class LeanLayer:
     petl_tier: int
     petl_path: str
     petl_wide: WideFFN | None = None
+    petl_bound: list[_Bound | None]
 
     def _apply(self, fn, recurse=True):
         """``to``, ``half`` and the like take each parameter apart from the others."""
+        self.petl_bound[0] = None
         super()._apply(fn, recurse)
         if self.petl_wide is not None:
             self.petl_wide = self.petl_wide.moved()
@@ -80,26 +86,57 @@ class LeanLayer:
             fill_cache(cache, self.layer_index(), *keys)
         return y
 
+    def bound(self) -> _Bound:
+        """What has been found out about the layer as it is now."""
+        found = self.petl_bound[0]
+        if found is None or not found.watch.holds():
+            self.petl_bound[0] = found = _Bound(self)
+        return found
+
     def _rule(self, x: Tensor, crosses: bool) -> Rule | None:
         """The autograd rule of the layer as it is now; None where it runs composed from ops."""
         if torch.compiler.is_compiling():  # a graph has rules of its own
             return None
-        try:
-            return Rule(self, *self.blocks(crosses), x)
-        except Unknown:
-            return None
+        return self.petl_bound[0].rule(self, x, crosses)
 
     def steps_aside(self, kwargs: dict) -> bool:
         """Whether the layer's own forward runs: to generate with a cache, or when a lean one cannot stand for it."""
         cache = cache_in(kwargs)
         if cache is not None and not (torch.is_grad_enabled() and takes_first_tokens(cache, self.layer_index())):
             return True
-        obstacle = _obstacle_of_graph if torch.compiler.is_compiling() else _obstacle
-        return bool(kwargs.get("output_attentions")) or bool(obstacle(self))
+        obstacle = _obstacle_of_graph(self) if torch.compiler.is_compiling() else self.bound().obstacle
+        return bool(kwargs.get("output_attentions")) or bool(obstacle) or any(_GLOBAL_HOOKS)
 
     def __reduce_ex__(self, protocol):
         mixin, original = type(self).petl_bases
-        return _bare, (mixin, original), self.__dict__
+        return _bare, (mixin, original), {**self.__dict__, "petl_bound": [None]}
+
+
+class _Bound:
+    """What a lean layer needs to find out only when something about it has changed: see ``Watch``."""
+
+    def __init__(self, layer: LeanLayer):
+        self.watch, self.obstacle = Watch(layer), _obstacle(layer)
+        self._rules: dict[tuple, Rule | str] = {}
+
+    def rule(self, layer: LeanLayer, x: Tensor, crosses: bool) -> Rule | None:
+        found = self.found(layer, x, crosses)
+        return None if isinstance(found, str) else found
+
+    def found(self, layer: LeanLayer, x: Tensor, crosses: bool) -> Rule | str:
+        """Returns the rule for inputs like x, or why there is none."""
+        device = x.device.type
+        key = x.dtype, torch.is_autocast_enabled(device), crosses
+        found = self._rules.get(key)
+        if found is None or not (isinstance(found, str) or found.holds()):
+            self._rules[key] = found = self._made(layer, x, crosses)
+        return found
+
+    def _made(self, layer: LeanLayer, x: Tensor, crosses: bool) -> Rule | str:
+        try:
+            return Rule(layer, *layer.blocks(crosses), x)
+        except Unknown as reason:
+            return str(reason)
 
 
 @torch.compiler.disable  # recipes are no part of a graph: it breaks here, once a layer, and is not made anew
@@ -131,6 +168,7 @@ def lean_layers(model: nn.Module, tier: int | Sequence[int]) -> None:
             continue
         module.__class__ = _lean_class(FAMILIES[structure.family], original)
         module.petl_tier, module.petl_pre_norm, module.petl_path = chosen, structure.pre_norm, layer.path
+        module.petl_bound = [None]  # in a list: what changes in it is no change of the layer
     widen(model)
 
 
@@ -159,6 +197,7 @@ def widen(model: nn.Module) -> None:
 def narrow(layer: nn.Module) -> None:
     """Undo ``widen`` for one layer."""
     if getattr(layer, "petl_wide", None) is not None:
+        layer.petl_bound[0] = None
         layer.petl_wide.undo()
         layer.petl_wide = None
 
@@ -178,7 +217,11 @@ def _state(model: nn.Module, structure: Structure, layer: Layer) -> LayerState:
     if not isinstance(module, LeanLayer):
         return LayerState(layer.path, 0, _reason(model, structure, layer))
     obstacle = _replaced(module) or _obstacle(module)
-    return LayerState(layer.path, 0 if obstacle else module.petl_tier, obstacle)
+    if obstacle:
+        return LayerState(layer.path, 0, obstacle)
+    weight = model.get_submodule(layer.attentions[0].q).weight
+    rule = module.bound().found(module, torch.empty(0, dtype=weight.dtype), len(layer.attentions) > 1)
+    return LayerState(layer.path, module.petl_tier, "", rule if isinstance(rule, str) else "")
 
 
 def _tiers(tier: int | Sequence[int], layers: int) -> list[int]:

@@ -310,6 +310,8 @@ def split_parts(flat: list[Tensor]) -> list[list[Tensor]]:
 
 def parts_in(flat: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """``flat`` with dense weights cast to ``dtype``; quantised ones are cast tile by tile."""
+    if all(part.dtype == dtype for part in flat):
+        return flat
     return [part.to(dtype) if len(parts) == 1 else part for parts in split_parts(flat) for part in parts]
 
 

@@ -12,9 +12,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 import petl_kernels as pk
 from petl_kernels.layers import recompute
 from petl_kernels.layers.host_copy import Travels
+from petl_kernels.layers.rule import layer as one_node
 from petl_kernels.methods import METHODS
 
 from .lean_cases import DROPOUT, adapted, ragged, step
+
+
+HOLDERS = recompute, one_node  # what keeps a layer's input in host memory
 
 
 class Copies:
@@ -49,7 +53,8 @@ class Copies:
 def copies(monkeypatch) -> Copies:
     copies = Copies()
     travels = Travels(copies)
-    monkeypatch.setattr(recompute, "host_copy", travels.out)
+    for module in HOLDERS:
+        monkeypatch.setattr(module, "host_copy", travels.out)
     return copies
 
 
@@ -88,7 +93,7 @@ def test_buffers_grow_with_the_batch_and_are_never_more_than_the_layers(copies):
 def test_one_input_is_on_the_device_beside_the_running_layers(copies):
     model = pk.lean(adapted("m2m100", "lora", dtype=torch.float32), 5)
     inputs = ragged(model)
-    held, out = [], recompute.host_copy
+    held, out = [], one_node.host_copy
 
     def counted(x):
         made = out(x)
@@ -96,7 +101,7 @@ def test_one_input_is_on_the_device_beside_the_running_layers(copies):
         assert [own._x is not None for own in held] == [False] * (len(held) - 1) + [True]
         return made
 
-    recompute.host_copy = counted  # the fixture puts the real one back
+    one_node.host_copy = counted  # the fixture puts the real one back
     loss = model(**inputs).loss
     get = type(held[0]).get
 

@@ -27,6 +27,7 @@ every tier keeps the seeds of its dropout, 8 bytes each.
     bottleneck.py    bottleneck adapters on an output projection or beside the feed-forward block
     attention.py     the attention block
     feed_forward.py  the feed-forward block
+    watch.py         whether a layer is still what its rule was made from
     layer.py         the blocks of a layer in their order, as one autograd function
 
 Everything that backward reads is bound when forward runs: weights, adapters, scales, rates, seeds, the dtype of
@@ -39,5 +40,6 @@ from __future__ import annotations
 from petl_kernels.layers.rule.call import Call
 from petl_kernels.layers.rule.layer import Rule
 from petl_kernels.layers.rule.linears import Unknown
+from petl_kernels.layers.rule.watch import Watch
 
-__all__ = ["Call", "Rule", "Unknown"]
+__all__ = ["Call", "Rule", "Unknown", "Watch"]

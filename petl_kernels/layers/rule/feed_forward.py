@@ -19,7 +19,9 @@ from petl_kernels.layers.rule.bottleneck import Bottleneck
 from petl_kernels.layers.rule.call import Call, Gradients, summed
 from petl_kernels.layers.rule.linears import Linear, Linears, Unknown, current
 from petl_kernels.layers.rule.norm import Norm
-from petl_kernels.methods.adapter import BottleneckAdapter, ParallelAdapter, ReadInput
+from petl_kernels.methods.adapter import BottleneckAdapter, ParallelAdapter, PostNormPfeiffer, ReadInput
+from petl_kernels.methods.base import Piece
+from petl_kernels.methods.ia3 import Scale
 from petl_kernels.ops.common import run
 from petl_kernels.ops.parallel_ffn import fill
 from petl_kernels.ops.quantised import parts_of
@@ -31,19 +33,25 @@ class FeedForward:
     """The feed-forward block as the rule reads it."""
 
     def __init__(self, parts: FeedForwardBlock):
-        wide = is_wide(parts)  # first: it lets go of weights that are trained by now
-        self.pre_norm, self.norm = parts.pre_norm, Norm(BLOCK, parts.norm)
+        wide = is_wide(parts)  # in any case: it lets go of weights that are trained by now
+        self.parts, self.pre_norm, self.norm = parts, parts.pre_norm, Norm(BLOCK, parts.norm)
         self.residual_dropout = float(parts.residual_dropout)
-        if current(parts.norm) is not None:
-            raise Unknown("an adapter on the norm of the feed-forward block")
         named = {str(i): module for i, module in enumerate((*parts.inputs, parts.out))}
         self.linears = Linears(BLOCK, named).all
-        self.inner = Wide(parts) if wide else Frozen(parts) if _is_frozen(parts, self.linears) else Open(parts)
+        frozen = _is_frozen(parts, self.linears)
+        wide = wide and frozen
+        self.inner = Wide(parts) if wide else Frozen(parts) if frozen else Open(parts)
         self.after, self.beside = _adapters(parts, wide)
+        self.end = None if self.pre_norm else End(self.norm, current(parts.norm))
         self.reads_u = self.inner.reads_u or self.beside is not None
         adapters = [adapter for adapter in (self.after, self.beside) if adapter is not None]
-        self.bound = [tensor for part in (self.norm, self.inner, *adapters) for tensor in part.bound]
+        ends = [] if self.end is None else [self.end]
+        self.bound = [tensor for part in (self.norm, self.inner, *adapters, *ends) for tensor in part.bound]
         self.trains_norm = any(tensor.requires_grad for tensor in self.norm.bound)
+
+    def holds(self) -> bool:
+        """Whether a network with an adapter inside still has its weights there."""
+        return not isinstance(self.inner, Wide) or is_wide(self.parts)
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
         u = call.cast(self.norm.forward(x, call) if self.pre_norm else x)
@@ -54,10 +62,7 @@ class FeedForward:
             call.keep(BLOCK, "adapted_read", y)
             y = self.after.forward(y, None, call)
         h = self._sum(y, x, call)
-        if self.pre_norm:
-            return h
-        call.keep(BLOCK, "end", h)
-        return self.norm.forward(h, call)
+        return h if self.end is None else self.end.forward(h, call)
 
     def _sum(self, y: Tensor, x: Tensor, call: Call) -> Tensor:
         if self.residual_dropout == 0:
@@ -66,7 +71,7 @@ class FeedForward:
         return run("dropout_add", y, x, self.residual_dropout, seed, call.backend)
 
     def backward(self, dy: Tensor, x: Tensor, call: Call, gradients: Gradients, need_dx: bool) -> Tensor | None:
-        dh = dy if self.pre_norm else self.norm.backward(dy, call.kept[f"{BLOCK}.end"], call, gradients, True)
+        dh = dy if self.end is None else self.end.backward(dy, call, gradients)
         dtype = call.dtype or x.dtype
         e = dh.to(dtype)
         if self.residual_dropout:
@@ -86,6 +91,35 @@ class FeedForward:
         if not need_dx:
             return None
         return du.to(x.dtype).add_(dh) if du.dtype != x.dtype else du.add_(dh)
+
+
+class End:
+    """The norm that ends a post-norm layer, with Pfeiffer's adapter on it: y = LN(h + A(LN(h))), or LN(h)."""
+
+    def __init__(self, norm: Norm, piece: Piece | None):
+        if piece is not None and type(piece) is not PostNormPfeiffer:
+            raise Unknown(f"a {type(piece).__name__} on the norm of the feed-forward block")
+        self.norm, self.adapter = norm, None if piece is None else Bottleneck(piece)
+        self.inner = norm if piece is None else norm.named(f"{BLOCK}.inner")
+        self.bound = [] if self.adapter is None else self.adapter.bound
+
+    def forward(self, h: Tensor, call: Call) -> Tensor:
+        call.keep(BLOCK, "end", h)
+        if self.adapter is None:
+            return self.norm.forward(h, call)
+        return self.norm.forward(self._adapted(self.inner.forward(h, call), h, call), call)
+
+    def _adapted(self, u: Tensor, h: Tensor, call: Call) -> Tensor:
+        return self.adapter.forward(call.cast(u), call.cast(h), call)
+
+    def backward(self, dy: Tensor, call: Call, gradients: Gradients) -> Tensor:
+        h = call.kept[f"{BLOCK}.end"]
+        if self.adapter is None:
+            return self.norm.backward(dy, h, call, gradients, True)
+        u = self.inner.again(h, call)
+        dh = self.norm.backward(dy, self._adapted(u, h, call), call, gradients, True)
+        du = self.adapter.backward(dh, call.cast(u), False, call, gradients, True)
+        return self.inner.backward(du, h, call, gradients, True).add_(dh)
 
 
 class Frozen:
@@ -282,9 +316,9 @@ def _adapters(parts: FeedForwardBlock, wide: bool) -> tuple[Bottleneck | None, B
     piece = current(parts.out)
     for module in parts.inputs:
         own = current(module)
-        if own is not None and not isinstance(own, ReadInput) and type(own).__name__ != "Scale":
+        if own is not None and not isinstance(own, ReadInput) and not isinstance(own, Scale):
             raise Unknown(f"a {type(own).__name__} on the first linear of the feed-forward block")
-    if piece is None or wide or type(piece).__name__ == "Scale":
+    if piece is None or wide or isinstance(piece, Scale):
         return None, None
     if type(piece) is ParallelAdapter:
         return None, Bottleneck(piece)

@@ -35,8 +35,13 @@ class Rule:
         self.ffn = FeedForward(ffn)
         bound = [tensor for block in (*self.attentions, self.ffn) for tensor in block.bound]
         self.trained = list({id(tensor): tensor for tensor in bound if tensor.requires_grad}.values())
-        self.frozen = [tensor for tensor in bound if not tensor.requires_grad]
+        self.bound = bound
+        self.names = {id(own): f"{self.path}.{name}" for name, own in layer.named_parameters()}
         self._refuse_dtypes(x, attentions[0].adds_bias)
+
+    def holds(self) -> bool:
+        """Whether the weights are still where the rule has found them, which ``Watch`` does not see."""
+        return self.ffn.holds()
 
     def _refuse_dtypes(self, x: Tensor, is_t5: bool) -> None:
         if is_t5 and x.dtype == torch.float16:
@@ -122,7 +127,7 @@ class _OneNode(torch.autograd.Function):
     def forward(ctx, rule: Rule, call: Call, wanted: list[Tensor], x: Tensor, source: Tensor | None, *_):
         ctx.rule, ctx.call, ctx.wanted = rule, call, wanted
         ctx.set_materialize_grads(False)
-        ctx.stamps = _stamps(rule.frozen)
+        ctx.stamps = _stamps(rule.bound)
         held = host_copy(x) if call.tier == 5 else None
         with below_autograd(x.device.type):
             outputs = rule.forward(x, source, call)
@@ -158,15 +163,22 @@ class _OneNode(torch.autograd.Function):
         return None, None, None, dx, dsource, *(gradients.of(tensor) for tensor in wanted)
 
 
-def _stamps(tensors: list[Tensor]) -> list[int]:
-    return [tensor._version for tensor in tensors]
+def _stamps(tensors: list[Tensor]) -> list[tuple[int, int]]:
+    """Returns what changes when values do: the version, and (by assigning ``data``) the storage.
+
+    The storage and not its address, which changes for a streamed weight whose values do not.
+    """
+    return [(0 if own.is_inference() else own._version, own.untyped_storage()._cdata) for own in tensors]
 
 
-def _check_stamps(rule: Rule, before: list[int]) -> None:
-    for tensor, version in zip(rule.frozen, before, strict=True):
-        if tensor._version != version:
-            raise RuntimeError(
-                f"{rule.path}: a weight of shape {tuple(tensor.shape)} was changed in place between the forward pass "
-                f"and its backward pass: it is at version {tensor._version}, expected {version}"
-            )
+def _check_stamps(rule: Rule, before: list[tuple[int, int]]) -> None:
+    now = _stamps(rule.bound)
+    if now == before:
+        return
+    tensor = next(own for own, one, two in zip(rule.bound, now, before, strict=True) if one != two)
+    name = rule.names.get(id(tensor), f"a weight of shape {tuple(tensor.shape)}")
+    raise RuntimeError(
+        f"{name}: changed since the forward pass, and backward reads it; expected no change between a forward pass "
+        "and its backward pass"
+    )
 

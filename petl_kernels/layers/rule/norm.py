@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +19,12 @@ class Norm:
         self.bias = norm.bias if self.centred else None
         self.eps = norm.eps if self.centred else norm.variance_epsilon
         self.bound = [tensor for tensor in (self.weight, self.bias) if tensor is not None]
+
+    def named(self, block: str) -> Norm:
+        """Returns the same norm for another place, whose statistics are kept under the name ``block``."""
+        other = copy.copy(self)
+        other.block = block
+        return other
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
         if self.centred:

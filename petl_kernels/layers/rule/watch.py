@@ -1,0 +1,52 @@
+"""Whether a layer is still what its rule was made from.
+
+Compared by identity are all that the layer and its parts hold: settings, parameters, submodules, hooks, and which of
+the parameters are trained in which dtype. That takes microseconds, so it runs at every call, and everything that is
+slower (what the rule has, what it is refused for) only when something has changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain
+from operator import is_
+
+from torch import nn
+
+_DICTS = ("_parameters", "_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class Watch:
+    """The state of ``layer`` when it is made."""
+
+    __slots__ = ("modules", "dicts", "classes", "parameters", "before")
+
+    def __init__(self, layer: nn.Module):
+        self.modules = list(layer.modules())
+        self.dicts = list(_dicts(self.modules))
+        self.classes = list({type(module) for module in self.modules})
+        self.parameters = list(layer.parameters())
+        self.before = self._now()
+
+    def holds(self) -> bool:
+        """Whether nothing has changed since."""
+        now = self._now()
+        return len(now) == len(self.before) and all(map(is_, now, self.before))
+
+    def _now(self) -> list:
+        state = list(chain.from_iterable([own.values() for own in self.dicts]))
+        state += map(type, self.modules)
+        state += [cls.forward for cls in self.classes]
+        for parameter in self.parameters:
+            state += parameter.requires_grad, parameter.dtype
+        return state
+
+
+def _dicts(modules: list[nn.Module]) -> Iterator[dict]:
+    configs = {id(config): config for module in modules if (config := module.__dict__.get("config")) is not None}
+    for module in modules:
+        own = module.__dict__
+        yield own
+        yield from (own[name] for name in _DICTS)
+        yield from (parameter.__dict__ for parameter in module._parameters.values() if hasattr(parameter, "parts"))
+    yield from map(vars, configs.values())
