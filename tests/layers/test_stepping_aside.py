@@ -336,6 +336,7 @@ def test_one_model_in_several_threads(method, tier):
 
 def _switch(model):
     pk.use_adapter(model, None)
+    model.requires_grad_(True)
 
 
 def _eval(model):
@@ -354,7 +355,7 @@ def _step(model):
             parameter.mul_(1.5)
 
 
-CHANGES = {"adapter": _switch, "mode": _eval, "rate": _rate}
+BETWEEN = {"adapter": _switch, "mode": _eval, "rate": _rate}
 
 
 def _with_dropout(family: str, tier: int) -> torch.nn.Module:
@@ -373,14 +374,14 @@ def _gradients(model, inputs, change=lambda model: None) -> dict[str, torch.Tens
     return dict(zip(trained, torch.autograd.grad(loss, trained.values()), strict=True))
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", BETWEEN)
 @pytest.mark.parametrize("family", ["m2m100", "t5"])
 def test_what_changes_before_backward_does_not_count(family, change):
     """Backward reads what its own forward pass has read."""
     for tier in (1, 2, 3, 4, 5):
         expected = _gradients(_with_dropout(family, tier), ragged(_with_dropout(family, tier)))
         model = _with_dropout(family, tier)
-        found = _gradients(model, ragged(model), CHANGES[change])
+        found = _gradients(model, ragged(model), BETWEEN[change])
         assert found.keys() == expected.keys()
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-14, msg=f"{tier} {name}")
