@@ -7,6 +7,7 @@
 #include "host/build_info.h"
 #include "host/cpu_allocator.h"
 #include "host/streaming.h"
+#include "host/watch.h"
 
 TORCH_LIBRARY(petl_cpu, m) {
   m.def("frozen_linear", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::frozen_linear)));
@@ -51,5 +52,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("cpu_peak", &petl::cpu_peak, "The most of cpu_bytes since the installation or the last reset.");
   m.def("reset_cpu_peak", &petl::reset_cpu_peak, "Let cpu_peak start again from what is allocated now.");
   m.def("limit_cpu_bytes", &petl::limit_cpu_bytes, "Let allocations that go over this raise; 0 for no limit.");
+  m.def("values", &petl::values, "The values of dictionaries, one after the other.");
+  m.def("same_values", &petl::same_values, "Whether they are the very objects that `values` has returned.");
   petl::bind_streaming(m);
 }

@@ -17,7 +17,6 @@ from petl_kernels.methods import METHODS
 
 from .lean_cases import DROPOUT, adapted, ragged, step
 
-
 HOLDERS = recompute, one_node  # what keeps a layer's input in host memory
 
 

@@ -39,6 +39,7 @@ class Attention:
         self.adapter = _adapter(self.out.all[0].piece)
         if any(linear.piece is not None for linear in self.named):
             raise Unknown("an adapter on q, k or v")
+        self.scales = any(group.scales for group in self.linears)
         self.reads_u = any(group.reads_input for group in self.linears)
         self.prefix = prefix_of(parts)
         parts = (self.norm, *self.linears, self.out, *([self.adapter] if self.adapter else []))
@@ -86,8 +87,9 @@ class Attention:
         return [*self.linears[0].forward(u, call), *self.linears[1].forward(source, call)]
 
     def _heads(self, raw: list[Tensor]) -> list[Tensor]:
-        scaled = (linear.scaled(y) for linear, y in zip(self.named, raw, strict=True))
-        return [y.view(*y.shape[:-1], self.heads, -1).transpose(1, 2) for y in scaled]
+        if self.scales:
+            raw = [linear.scaled(y) for linear, y in zip(self.named, raw, strict=True)]
+        return [y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in raw]
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         return run("attention", q, k, v, *self._attention_inputs(call), call.backend)

@@ -14,11 +14,11 @@ class Bottleneck:
 
     def __init__(self, piece: BottleneckAdapter):
         norm = piece.norm
-        self.norm = (None, None) if norm is None else (norm.weight, norm.bias)
+        own_norm = (None, None) if norm is None else (norm.weight, norm.bias)
         self.eps = 1e-5 if norm is None else norm.eps
-        self.down, self.up = piece.down, piece.up
         self.activation, self.scale = piece.activation, float(piece.scale)
-        self.parameters = (*self.norm, self.down.weight, self.down.bias, self.up.weight, self.up.bias)
+        down, up = piece.down, piece.up
+        self.parameters = (*own_norm, down.weight, down.bias, up.weight, up.bias)
         self.bound = [tensor for tensor in self.parameters if tensor is not None]
 
     def forward(self, x: Tensor, residual: Tensor | None, call: Call) -> Tensor:

@@ -29,8 +29,7 @@ class Rule:
     def __init__(self, layer: nn.Module, attentions: Sequence[AttentionBlock], ffn: FeedForwardBlock, x: Tensor):
         self.path = getattr(layer, "petl_path", type(layer).__name__)
         self.attentions = [
-            Attention(name, parts, name == "cross")
-            for name, parts in zip(("self", "cross"), attentions, strict=False)
+            Attention(name, parts, name == "cross") for name, parts in zip(("self", "cross"), attentions, strict=False)
         ]
         self.ffn = FeedForward(ffn)
         bound = [tensor for block in (*self.attentions, self.ffn) for tensor in block.bound]
@@ -78,12 +77,12 @@ class Rule:
         return outputs if with_keys else outputs[:1]
 
     def _run(self, call: Call, x: Tensor, source: Tensor | None) -> tuple[Tensor, ...]:
-        more = [bias for bias in call.biases.values() if bias is not None and bias.requires_grad]
-        more += [own for prefix in call.prefixes.values() for own in prefix]
-        wanted = [*self.trained, *more]
         if not torch.is_grad_enabled():
             with below_autograd(x.device.type):
                 return self.forward(x, source, call)
+        more = [bias for bias in call.biases.values() if bias is not None and bias.requires_grad]
+        more += [own for prefix in call.prefixes.values() for own in prefix]
+        wanted = [*self.trained, *more]
         return _OneNode.apply(self, call, wanted, x, source, *wanted)
 
     def forward(self, x: Tensor, source: Tensor | None, call: Call) -> tuple[Tensor, ...]:
@@ -181,4 +180,3 @@ def _check_stamps(rule: Rule, before: list[tuple[int, int]]) -> None:
         f"{name}: changed since the forward pass, and backward reads it; expected no change between a forward pass "
         "and its backward pass"
     )
-

@@ -34,19 +34,20 @@ class Linear:
             raise Unknown("a hook on a linear layer")
         self.name, self.weight, self.bias = name, module.weight, module.bias
         self.parts = parts_of(self.weight)
-        self.lora = module.lora.current() if type(module) is LoRALinear else None
-        self.dropout, self.scale = 0.0, 1.0
-        if self.lora is not None:
+        lora = module.lora.current() if type(module) is LoRALinear else None
+        self.lora, self.dropout, self.scale = None, 0.0, 1.0
+        if lora is not None:
             if self.weight.requires_grad:
                 raise Unknown("LoRA on a weight that is trained")
-            self.dropout, self.scale = (self.lora.dropout if module.training else 0.0), float(self.lora.scale)
+            self.lora, self.scale = (lora.A, lora.B), float(lora.scale)
+            self.dropout = lora.dropout if module.training else 0.0
         piece = current(module)
         self.before = piece.scale if isinstance(piece, Scale) and piece.feedforward else None
         self.after = piece.scale if isinstance(piece, Scale) and not piece.feedforward else None
         self.piece = None if isinstance(piece, Scale) else piece
         own = [*self.parts, self.bias, self.before, self.after]
         if self.lora is not None:
-            own += self.lora.A, self.lora.B
+            own += self.lora
         self.bound = [tensor for tensor in own if tensor is not None]
 
     @property
@@ -62,43 +63,60 @@ def current(module: nn.Module) -> Piece | None:
     return module.petl.current() if hasattr(module, "petl") else None
 
 
+class Group:
+    """Linear layers with LoRA that one product with stacked A serves; ``place`` names it among what is kept."""
+
+    def __init__(self, block: str, i: int, linears: list[Linear]):
+        self.block, self.name, self.place, self.linears = block, f"latent{i}", f"{block}.latent{i}", linears
+        self.dropout, self.before = linears[0].dropout, linears[0].before
+        nothing = linears[0].lora[0].new_empty(0)
+        self.weights = [part for linear in linears for part in linear.parts]
+        self.biases = [nothing if linear.bias is None else linear.bias for linear in linears]
+        self.adapters = [linear.lora[0] for linear in linears], [linear.lora[1] for linear in linears]
+        self.scales = [linear.scale for linear in linears]
+
+    def forward(self, x: Tensor, call: Call) -> list[Tensor]:
+        seed = call.seed(self.place, self.dropout)
+        rest = *self.adapters, self.scales, self.dropout, seed, call.backend
+        ys, latent = run("lora_linear", _before(x, self), self.weights, self.biases, *rest)
+        call.keep(self.block, self.name, latent)
+        return ys
+
+    def backward(self, dys: list[Tensor], x: Tensor, call: Call, gradients: Gradients, need_dx: bool) -> Tensor | None:
+        needs_x = need_dx or gradients.wants(self.before)
+        need_dbias = [gradients.wants(linear.bias) for linear in self.linears]
+        seed, latent = call.seeds.get(self.place), call.kept[self.place]
+        rest = *self.adapters, self.scales, self.dropout, seed, needs_x, need_dbias, call.backend
+        dx, das, dbs, dbiases = run("lora_linear_backward", dys, _before(x, self), latent, self.weights, *rest)
+        for linear, da, db, dbias, need in zip(self.linears, das, dbs, dbiases, need_dbias, strict=True):
+            gradients.add(linear.lora[0], da)
+            gradients.add(linear.lora[1], db)
+            if need:
+                gradients.add(linear.bias, dbias)
+        return _before_backward(self, dx, x, gradients) if needs_x else None
+
+
 class Linears:
     """Linear layers that read the same x (..., K)."""
 
     def __init__(self, block: str, named: dict[str, nn.Module]):
-        self.block = block
         self.all = [Linear(name, module) for name, module in named.items()]
-        with_lora = [linear for linear in self.all if linear.lora is not None and linear.before is None]
-        self.groups = [
-            [linear for linear in with_lora if linear.dropout == rate]
-            for rate in dict.fromkeys(linear.dropout for linear in with_lora)
-        ]
-        self.groups += [[linear] for linear in self.all if linear.lora is not None and linear.before is not None]
+        together: dict[tuple, list[Linear]] = {}
+        for linear in self.all:
+            if linear.lora is not None:
+                together.setdefault((linear.dropout, id(linear.before)), []).append(linear)
+        self.groups = [Group(block, i, linears) for i, linears in enumerate(together.values())]
         self.plain = [linear for linear in self.all if linear.lora is None]
         self.reads_input = any(linear.reads_input for linear in self.all)
+        self.scales = any(linear.after is not None for linear in self.all)
         self.bound = [tensor for linear in self.all for tensor in linear.bound]
 
     def forward(self, x: Tensor, call: Call) -> list[Tensor]:
         """Returns each one's output before ``scaled``, in the order of ``named``."""
         ys: dict[str, Tensor] = {}
-        for i, group in enumerate(self.groups):
-            first = group[0]
-            seed = call.seed(f"{self.block}.latent{i}", first.dropout)
-            nothing = x.new_empty(0)
-            own, latent = run(
-                "lora_linear",
-                _before(x, first),
-                [part for linear in group for part in linear.parts],
-                [nothing if linear.bias is None else linear.bias for linear in group],
-                [linear.lora.A for linear in group],
-                [linear.lora.B for linear in group],
-                [linear.scale for linear in group],
-                first.dropout,
-                seed,
-                call.backend,
-            )
-            call.keep(self.block, f"latent{i}", latent)
-            ys.update((linear.name, y) for linear, y in zip(group, own, strict=True))
+        for group in self.groups:
+            for linear, y in zip(group.linears, group.forward(x, call), strict=True):
+                ys[linear.name] = y
         for linear in self.plain:
             ys[linear.name] = run("frozen_linear", _before(x, linear), linear.parts, linear.bias, call.backend)
         return [ys[linear.name] for linear in self.all]
@@ -118,40 +136,12 @@ class Linears:
         for linear, dy, y in zip(self.all, dys, raw, strict=True):
             own[linear.name] = dy if linear.after is None else _scale_backward(linear.after, dy, y, gradients)
         dx = None
-        for i, group in enumerate(self.groups):
-            grads = [own[linear.name] for linear in group]
-            dx = summed(dx, self._group_backward(i, group, grads, x, call, gradients, need_dx))
+        for group in self.groups:
+            grads = [own[linear.name] for linear in group.linears]
+            dx = summed(dx, group.backward(grads, x, call, gradients, need_dx))
         for linear in self.plain:
             dx = summed(dx, _plain_backward(linear, own[linear.name], x, call, gradients, need_dx))
         return dx
-
-    def _group_backward(self, i, group, dys, x, call, gradients, need_dx) -> Tensor | None:
-        first = group[0]
-        needs_x = need_dx or gradients.wants(first.before)
-        need_dbias = [gradients.wants(linear.bias) for linear in group]
-        dx, da, db, dbias = run(
-            "lora_linear_backward",
-            dys,
-            _before(x, first),
-            call.kept[f"{self.block}.latent{i}"],
-            [part for linear in group for part in linear.parts],
-            [linear.lora.A for linear in group],
-            [linear.lora.B for linear in group],
-            [linear.scale for linear in group],
-            first.dropout,
-            call.seeds.get(f"{self.block}.latent{i}"),
-            needs_x,
-            need_dbias,
-            call.backend,
-        )
-        for linear, a, b, bias, need in zip(group, da, db, dbias, need_dbias, strict=True):
-            gradients.add(linear.lora.A, a)
-            gradients.add(linear.lora.B, b)
-            if need:
-                gradients.add(linear.bias, bias)
-        if first.before is None:
-            return dx if needs_x else None
-        return _scale_backward(first.before, dx, x, gradients) if needs_x else None
 
 
 def _plain_backward(linear: Linear, dy, x, call: Call, gradients: Gradients, need_dx: bool) -> Tensor | None:
@@ -162,13 +152,15 @@ def _plain_backward(linear: Linear, dy, x, call: Call, gradients: Gradients, nee
     if gradients.wants(linear.weight):
         rows = dy.reshape(-1, dy.shape[-1])
         gradients.add(linear.weight, rows.T @ _before(x, linear).reshape(-1, x.shape[-1]))
-    if linear.before is None:
-        return dx if needs_x else None
-    return _scale_backward(linear.before, dx, x, gradients) if needs_x else None
+    return _before_backward(linear, dx, x, gradients) if needs_x else None
 
 
-def _before(x: Tensor, linear: Linear) -> Tensor:
+def _before(x: Tensor, linear: Linear | Group) -> Tensor:
     return x if linear.before is None else x * linear.before.flatten().to(x.dtype)
+
+
+def _before_backward(linear: Linear | Group, dx: Tensor, x: Tensor | None, gradients: Gradients) -> Tensor:
+    return dx if linear.before is None else _scale_backward(linear.before, dx, x, gradients)
 
 
 def _scale_backward(scale: Tensor, dy: Tensor, x: Tensor, gradients: Gradients) -> Tensor:

@@ -13,33 +13,43 @@ from operator import is_
 
 from torch import nn
 
+try:
+    from petl_kernels._C import same_values, values
+except ImportError:  # a machine without a compiler
+
+    def values(dictionaries: list[dict]) -> list:
+        return list(chain.from_iterable([own.values() for own in dictionaries]))
+
+    def same_values(dictionaries: list[dict], before: list) -> bool:
+        now = values(dictionaries)
+        return len(now) == len(before) and all(map(is_, now, before))
+
+
 _DICTS = ("_parameters", "_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Watch:
     """The state of ``layer`` when it is made."""
 
-    __slots__ = ("modules", "dicts", "classes", "parameters", "before")
+    __slots__ = ("modules", "dicts", "classes", "parameters", "before", "kinds")
 
     def __init__(self, layer: nn.Module):
         self.modules = list(layer.modules())
         self.dicts = list(_dicts(self.modules))
         self.classes = list({type(module) for module in self.modules})
         self.parameters = list(layer.parameters())
-        self.before = self._now()
+        self.before, self.kinds = values(self.dicts), self._kinds()
 
     def holds(self) -> bool:
         """Whether nothing has changed since."""
-        now = self._now()
-        return len(now) == len(self.before) and all(map(is_, now, self.before))
+        return same_values(self.dicts, self.before) and self._kinds() == self.kinds
 
-    def _now(self) -> list:
-        state = list(chain.from_iterable([own.values() for own in self.dicts]))
-        state += map(type, self.modules)
-        state += [cls.forward for cls in self.classes]
+    def _kinds(self) -> list:
+        """Returns what no dictionary holds: classes with their forward functions, and the state of parameters."""
+        kinds = [*map(type, self.modules), *[cls.forward for cls in self.classes]]
         for parameter in self.parameters:
-            state += parameter.requires_grad, parameter.dtype
-        return state
+            kinds += parameter.requires_grad, parameter.dtype
+        return kinds
 
 
 def _dicts(modules: list[nn.Module]) -> Iterator[dict]:

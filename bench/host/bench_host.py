@@ -1,0 +1,119 @@
+"""The host's time of a training step on tensors so small that nothing else is left: ours beside PEFT's LoRA.
+
+M2M-100's layers, 6 and 6 of them, d = 64, feed-forward 128, 4 heads, 500 words, 2 sentences of 8 tokens a side, bf16,
+dropout 0.1 as the checkpoints have it. A step is the loss of model(labels=...), and the gradients of what is trained.
+One step of each implementation in turn, so that all meet the same moments of the machine; on a GPU the time is that
+until the host has queued the step. The denominator is PEFT's LoRA on q and v, its adapters in bf16, for every method.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import gc
+import itertools
+import time
+
+import pytest
+import torch
+from counts import Counts
+from measure import Case, record
+
+import petl_kernels as pk
+from petl_kernels.transformers_names import drop_no_layer
+
+ROUNDS, WARM = 40, 8
+PEFT = "PEFT, bf16 adapters"
+METHODS = {
+    "LoRA r=8": lambda: pk.LoRA(rank=8, alpha=16.0),
+    "adapter m=8": lambda: pk.Adapter(bottleneck=8),
+    "sublayer adapter m=8": lambda: pk.Adapter(bottleneck=8, placement="sublayer"),
+    "parallel adapter m=8": lambda: pk.Adapter(bottleneck=8, parallel=True),
+    "prefix 8": lambda: pk.PrefixTuning(length=8),
+    "BitFit": lambda: pk.BitFit(),
+    "(IA)3": lambda: pk.IA3(),
+}
+OURS = {"ours": 1, "ours, tier 2": 2}
+CASES = [("LoRA r=8", PEFT), *itertools.product(METHODS, OURS)]
+
+
+@pytest.mark.parametrize(("method", "implementation"), CASES)
+def test_host(benchmark, device, method, implementation):
+    seconds = samples(device)[method, implementation]
+    case = Case("host", "6+6 layers of 64", 16, "bfloat16", device, method, rounds=len(seconds))
+    benchmark.extra_info["of_peft"] = ratio(seconds, samples(device)["LoRA r=8", PEFT])
+    times = itertools.accumulate(itertools.chain(*([0.0, each] for each in seconds)))
+    benchmark._timer = lambda: next(times)  # the fixture reads it before and after each round, which has run already
+    record(benchmark, Case(**{**vars(case), "device": "cpu"}), implementation, lambda: None, Counts(0, 0, 0))
+
+
+def ratio(seconds: list[float], others: list[float]) -> float:
+    """Returns the median over the rounds of one time over another of the same round."""
+    ratios = sorted(one / two for one, two in zip(seconds, others, strict=True))
+    return ratios[len(ratios) // 2]
+
+
+@functools.cache
+def samples(device: str) -> dict[tuple[str, str], list[float]]:
+    """(method, implementation) -> seconds of each round."""
+    steps = {}
+    for method, implementation in CASES:
+        net = with_peft(model(device)) if implementation == PEFT else ours(method, OURS[implementation], device)
+        steps[method, implementation] = step_of(net.train(), device)
+    found = {key: [] for key in steps}
+    gc.collect()
+    for k in range(WARM + ROUNDS):
+        for key, step in steps.items():
+            _wait(device)
+            began = time.perf_counter()
+            step()
+            if k >= WARM:
+                found[key].append(time.perf_counter() - began)
+    return found
+
+
+def model(device: str) -> torch.nn.Module:
+    from transformers import M2M100Config, M2M100ForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = M2M100Config(
+        vocab_size=500,
+        d_model=64,
+        encoder_layers=6,
+        decoder_layers=6,
+        encoder_ffn_dim=128,
+        decoder_ffn_dim=128,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+    )
+    net = M2M100ForConditionalGeneration(config).to(device, torch.bfloat16)
+    drop_no_layer(net)
+    return net
+
+
+def ours(method: str, tier: int, device: str) -> torch.nn.Module:
+    return pk.lean(pk.adapt(copy.deepcopy(model(device)), METHODS[method]()), tier)
+
+
+def with_peft(net: torch.nn.Module) -> torch.nn.Module:
+    import peft
+
+    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"])
+    return peft.get_peft_model(net, config, autocast_adapter_dtype=False)
+
+
+def step_of(net: torch.nn.Module, device: str):
+    parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    source, labels = (torch.randint(4, 500, (2, 8), device=device) for _ in range(2))
+    mask = torch.ones_like(source)
+
+    def step() -> None:
+        loss = net(input_ids=source, attention_mask=mask, labels=labels, use_cache=False).loss
+        torch.autograd.grad(loss, parameters)
+
+    return step
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()

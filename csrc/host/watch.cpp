@@ -1,0 +1,33 @@
+// What petl_kernels/layers/rule/watch.py does at every call of a layer: some thousand comparisons of addresses.
+#include "watch.h"
+
+namespace py = pybind11;
+
+namespace petl {
+
+py::list values(const py::list& dictionaries) {
+  py::list found;
+  for (py::handle dictionary : dictionaries) {
+    PyObject *key, *value;
+    for (Py_ssize_t at = 0; PyDict_Next(dictionary.ptr(), &at, &key, &value);) {
+      found.append(py::handle(value));
+    }
+  }
+  return found;
+}
+
+bool same_values(const py::list& dictionaries, const py::list& before) {
+  const Py_ssize_t expected = PyList_GET_SIZE(before.ptr());
+  Py_ssize_t i = 0;
+  for (py::handle dictionary : dictionaries) {
+    PyObject *key, *value;
+    for (Py_ssize_t at = 0; PyDict_Next(dictionary.ptr(), &at, &key, &value); ++i) {
+      if (i >= expected || PyList_GET_ITEM(before.ptr(), i) != value) {
+        return false;
+      }
+    }
+  }
+  return i == expected;
+}
+
+} // namespace petl

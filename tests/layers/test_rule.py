@@ -1,0 +1,167 @@
+"""The one rule of a layer: what it keeps, what it binds, and what runs op by op in its place."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from methods.models import build
+from torch import nn
+
+import petl_kernels as pk
+from petl_kernels.layers.rule.call import KEPT
+
+from .lean_cases import adapted, ragged, step, worst
+
+STATISTICS = {"self.mean", "self.rstd", "ffn.mean", "ffn.rstd"}
+ALWAYS = STATISTICS | {"self.o", "self.lse"}
+QKV = {"self.q", "self.k", "self.v"}
+# (family, method) -> tier -> what an encoder layer keeps beside its input.
+TABLE = {
+    ("m2m100", "lora"): {
+        1: ALWAYS | QKV | {"self.qkv.latent0", "self.sum", "ffn.bits"},
+        2: ALWAYS | {"self.qkv.latent0", "self.sum", "ffn.bits"},
+        3: ALWAYS | {"self.qkv.latent0", "ffn.bits"},
+        4: set(),
+        5: set(),
+    },
+    ("m2m100", "adapter-sublayer"): {
+        1: ALWAYS | QKV | {"self.read", "self.adapted_sum", "ffn.bits", "ffn.adapted_read"},
+        2: ALWAYS | {"self.read", "ffn.bits", "ffn.adapted_read"},
+        3: ALWAYS | {"ffn.bits", "ffn.adapted_read"},
+    },
+    ("m2m100", "full"): {
+        1: ALWAYS | QKV | {"self.sum", "ffn.bits", "ffn.hidden"},
+        2: ALWAYS | {"self.sum", "ffn.bits"},
+    },
+    ("marian", "lora"): {
+        1: ALWAYS | QKV | {"self.qkv.latent0", "self.sum", "ffn.end", "ffn.z"},
+        2: ALWAYS | {"self.qkv.latent0", "self.sum", "ffn.end"},
+        3: ALWAYS | {"self.qkv.latent0", "ffn.end"},
+    },
+    ("t5", "ia3"): {
+        1: ALWAYS - {"self.mean", "ffn.mean"} | QKV | {"self.sum", "ffn.z", "ffn.gate", "ffn.hidden"},
+        2: ALWAYS - {"self.mean", "ffn.mean"} | {"self.sum"},
+    },
+}
+
+
+def node_of(y: torch.Tensor):
+    """The autograd node of a layer's rule, which stands right behind its output."""
+    return y.grad_fn
+
+
+def encoder_layer(model: nn.Module) -> nn.Module:
+    encoder = model.get_encoder()
+    return encoder.layers[0] if hasattr(encoder, "layers") else encoder.block[0]
+
+
+def kept(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What the first encoder layer keeps beside its input and what is trained, by name."""
+    d = model.config.d_model
+    x = torch.randn(2, 5, d, dtype=model.dtype, requires_grad=True)
+    y = encoder_layer(model)(x, None)
+    node = node_of(y[0] if isinstance(y, tuple) else y)
+    return dict(zip(node.names, node.saved_tensors[len(node.saved_tensors) - len(node.names) :], strict=True))
+
+
+@pytest.mark.parametrize("case", TABLE, ids=" ".join)
+def test_what_is_kept_is_what_the_table_says(case):
+    model = adapted(*case)
+    for tier, names in TABLE[case].items():
+        assert set(kept(pk.lean(model, tier))) == names, tier
+
+
+def test_every_name_of_the_table_has_a_tier():
+    kept_names = {name for tiers in TABLE.values() for own in tiers.values() for name in own}
+    assert {name.rpartition(".")[2].rstrip("0123456789") for name in kept_names} == set(KEPT)
+
+
+def test_bytes_of_the_table():
+    """In bytes a token, for fp32 and d = 16: the names stand for these sizes."""
+    model = pk.lean(adapted("m2m100", "lora", dtype=torch.float32), 1)
+    d, heads, ffn = model.config.d_model, model.config.encoder_attention_heads, model.config.encoder_ffn_dim
+    sizes = {"q": 4 * d, "k": 4 * d, "v": 4 * d, "o": 4 * d, "sum": 4 * d, "mean": 4, "rstd": 4}
+    sizes |= {"lse": 4 * heads, "latent0": 4 * 2 * 3, "bits": -(-ffn // 8)}
+    for name, tensor in kept(model).items():
+        assert tensor.nbytes / 10 == sizes[name.rpartition(".")[2]], name
+
+
+@pytest.mark.parametrize("tier", [1, 2, 3, 4, 5])
+def test_backward_twice_gives_the_same(tier):
+    model = pk.lean(adapted("m2m100", "lora"), tier)
+    trained = pk.trainable_parameters(model)
+    loss = model(**ragged(model)).loss
+    first = torch.autograd.grad(loss, trained, retain_graph=True)
+    second = torch.autograd.grad(loss, trained)
+    assert all(torch.equal(one, two) for one, two in zip(first, second, strict=True))
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, trained)
+
+
+@pytest.mark.parametrize("tier", [1, 2, 4])
+def test_gradients_through_the_keys_of_a_cache(tier):
+    """k and v that a model returns are differentiable, as those of its own layers are."""
+    model = adapted("m2m100", "lora")
+    inputs = ragged(model)
+
+    def gradients(model):
+        output = model(**inputs, use_cache=True)
+        keys = output.past_key_values
+        total = output.loss + sum(
+            (layer.keys.square().mean() + layer.values.sin().mean())
+            for cache in (keys.self_attention_cache, keys.cross_attention_cache)
+            for layer in cache.layers
+        )
+        names = [name for name, p in model.named_parameters() if p.requires_grad]
+        return dict(zip(names, torch.autograd.grad(total, pk.trainable_parameters(model)), strict=True))
+
+    expected = gradients(pk.lean(model, 0))
+    difference, name = worst(gradients(pk.lean(model, tier)), expected)
+    assert difference < 1e-9, (name, difference)
+
+
+def test_parameters_of_functional_call_are_those_of_the_rule():
+    model = pk.lean(adapted("m2m100", "lora"), 2)
+    inputs = ragged(model)
+    plain = step(model, inputs)
+    other = {name: (2 * p).detach().requires_grad_() for name, p in model.named_parameters() if p.requires_grad}
+    loss = torch.func.functional_call(model, other, kwargs=inputs).loss
+    found = torch.autograd.grad(loss, list(other.values()))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in other:
+                parameter.mul_(2)
+    expected = step(model, inputs)
+    assert abs(expected["loss"] - plain["loss"]) > 1e-6
+    for (name, value), gradient in zip(other.items(), found, strict=True):
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-12, msg=name)
+        assert value.grad is None
+
+
+def test_what_the_rule_does_not_have_runs_op_by_op_and_is_named():
+    model = pk.lean(build("t5").to(torch.float16), 1)
+    states = pk.report(model).layers
+    assert {state.tier for state in states} == {1}
+    assert {state.composed for state in states} == {"T5 in fp16, which clamps between its blocks"}
+    assert "lean op by op" in str(pk.report(model))
+
+
+def test_nothing_wants_a_gradient():
+    """Without anything to train the pass is the same, and no node keeps anything."""
+    model = pk.lean(adapted("m2m100", "lora"), 1)
+    inputs = ragged(model)
+    expected = model(**inputs).loss
+    model.requires_grad_(False)
+    loss = model(**inputs).loss
+    assert loss.grad_fn is None
+    torch.testing.assert_close(loss, expected.detach(), rtol=0, atol=0)
+
+
+def test_frozen_inputs_need_no_gradient():
+    """The first layer forms no gradient of embeddings that are frozen, and the adapters' are what they were."""
+    model = adapted("m2m100", "lora")
+    inputs = ragged(model)
+    plain = step(pk.lean(model, 0), inputs)
+    for tier in (1, 2, 4):
+        difference, name = worst(step(pk.lean(model, tier), inputs), plain)
+        assert difference < 1e-9, (tier, name, difference)
