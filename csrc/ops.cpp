@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include "cpu/kernels.h"
+#include "cpu/product.h"
 #include "host/build_info.h"
 #include "host/cpu_allocator.h"
 #include "host/streaming.h"
@@ -37,6 +38,8 @@ TORCH_LIBRARY(petl_cpu, m) {
   m.def("activation_backward", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::activation_backward)));
   m.def("gated_activation", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::gated_activation)));
   m.def("gated_activation_backward", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::gated_activation_backward)));
+  m.def("product", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::product)));
+  m.def("widens", TORCH_FN(petl::widens));
   m.def("quantise_int8", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::quantise_int8)));
   m.def("quantise_nf4", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::quantise_nf4)));
   m.def("dequantise", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::dequantise)));

@@ -1,17 +1,21 @@
-// The formulas are in petl_kernels/ops/frozen_linear.py. The products are the library's: nothing beats them here.
+// The formulas are in petl_kernels/ops/frozen_linear.py.
 #include "column_sum.h"
 #include "kernels.h"
+#include "weight.h"
 
 namespace petl {
 
 Tensor frozen_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
-  return at::linear(as_rows(x), weight, bias).view(with_features(x, weight.size(0)));
+  return project(as_rows(x), {weight, weight.size(0), weight.size(1)}, bias).view(with_features(x, weight.size(0)));
 }
 
 std::tuple<Tensor, Tensor> frozen_linear_backward(
     const Tensor& dy, const Tensor& weight, bool need_dx, bool need_dbias) {
   const Tensor rows = as_rows(dy);
-  Tensor dx = need_dx ? at::mm(rows, weight).view(with_features(dy, weight.size(1))) : at::empty({0}, dy.options());
+  Tensor dx = at::empty({0}, dy.options());
+  if (need_dx) {
+    dx = project_back(rows, {weight, weight.size(0), weight.size(1)}).view(with_features(dy, weight.size(1)));
+  }
   Tensor dbias = need_dbias ? column_sum(rows) : at::empty({0}, dy.options());
   return {dx, dbias};
 }

@@ -1,11 +1,11 @@
 // The formulas are in petl_kernels/ops/lora_linear.py.
 //
-// The products with W are the library's. The adapters' products accumulate into their results, so no product of the
-// full size is written twice. With dropout, the mask lives for one block of rows: drop(x) is formed in cache,
-// multiplied, and forgotten.
+// The adapters' products accumulate into their results, so no product of the full size is written twice. With dropout,
+// the mask lives for one block of rows: drop(x) is formed in cache, multiplied, and forgotten.
 #include "column_sum.h"
 #include "kernels.h"
 #include "philox.h"
+#include "product.h"
 #include "weight.h"
 
 namespace petl {
@@ -31,13 +31,21 @@ constexpr int64_t kFewRows = 512;
 // the result: up to kFewRows rows of x, which are still in a cache (measured: bench/NOTES.md).
 void skinny_product_out(Tensor out, const Tensor& x, const Tensor& m, double scale) {
   const int64_t element = x.element_size();
-  if (x.size(0) <= kFewRows && x.size(1) * element % 2048 == 0 && m.size(0) * element <= 32) {
+  const bool alias = x.size(0) <= kFewRows && x.size(1) * element % 2048 == 0 && m.size(0) * element <= 32;
+  if (alias && !widens(x.scalar_type())) {
     Tensor transposed = at::empty({m.size(0), x.size(0)}, x.options());
     at::addmm_out(transposed, transposed, m, x.t(), /*beta=*/0, scale);
     out.copy_(transposed.t());
   } else {
-    at::addmm_out(out, out, x, m.t(), /*beta=*/0, scale);
+    product_out(out, x, m.t(), /*add=*/false, scale);
   }
+}
+
+// scale · leftᵀ right, a sum over tokens, in the dtype of sums
+Tensor sum_over_tokens(const Tensor& left, const Tensor& right, double scale) {
+  Tensor sum = at::empty({left.size(1), right.size(1)}, left.options().dtype(compute_type(left)));
+  product_out(sum, left.t(), right, /*add=*/false, scale);
+  return sum;
 }
 
 // values ⊙= x, both (count, features)
@@ -147,7 +155,7 @@ std::tuple<std::vector<Tensor>, Tensor> lora_linear(
   for (size_t g = 0; g < weights.size(); ++g) {
     const int64_t rank = a[g].size(0);
     Tensor y = project(rows, weights[g], biases.get(g));
-    y.addmm_(s.narrow(1, first, rank), b[g].to(x.scalar_type()).t(), 1, scales[g]);
+    product_out(y, s.narrow(1, first, rank), b[g].to(x.scalar_type()).t(), /*add=*/true, scales[g]);
     ys.push_back(y.view(with_features(x, weights[g].out)));
     first += rank;
   }
@@ -181,8 +189,8 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>
     const Tensor dy = as_rows(dys[g]);
     skinny_product_out(ds.narrow(1, first, rank), dy, b[g].to(dtype).t().contiguous(), scales[g]);
     // (sᵀ dy)ᵀ and not dyᵀ s: the libraries run the wide result faster than the narrow one.
-    const Tensor db_transposed = at::mm(s.narrow(1, first, rank).t(), dy);
-    db.push_back((db_transposed.t() * scales[g]).to(b[g].scalar_type()).contiguous());
+    const Tensor db_transposed = sum_over_tokens(s.narrow(1, first, rank), dy, scales[g]);
+    db.push_back(db_transposed.t().to(b[g].scalar_type()).contiguous());
     dbias.push_back(need_dbias.get(g) ? column_sum(dy) : at::empty({0}, x.options()));
     if (need_dx) {
       project_back_out(dx, dy, weights[g], /*add=*/g > 0);
@@ -195,9 +203,9 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>
   if (drop) {
     stacked_da = dropped_gradients(ds, rows, stacked_a, drop, need_dx ? OptionalTensor(dx) : std::nullopt);
   } else {
-    stacked_da = at::mm(ds.t(), rows);
+    stacked_da = sum_over_tokens(ds, rows, 1);
     if (need_dx) {
-      dx.addmm_(ds, stacked_a);
+      product_out(dx, ds, stacked_a, /*add=*/true);
     }
   }
   first = 0;

@@ -1,12 +1,12 @@
 // The formulas, the layout of the parts and the constants' meaning are in petl_kernels/ops/quantised.py.
 //
-// The products are the library's, over tiles of the weight that are made in scratch memory and stay in the second
-// cache. A block of NF4 has 16 values: they are scaled and rounded once, and its 64 numbers are looked up among them.
+// The products go over tiles of the weight that are made in scratch memory and stay in the second cache. A block of NF4 has 16 values: they are scaled and rounded once, and its 64 numbers are looked up among them.
 #include <ATen/Functions.h>
 
 #include <cmath>
 
 #include "kernels.h"
+#include "product.h"
 #include "weight.h"
 
 #ifdef CPU_CAPABILITY_AVX2
@@ -248,27 +248,24 @@ void multiply_columns(Tensor out, const Tensor& dy, const Weight& weight, bool a
     const int64_t count = std::min(size, weight.in - first);
     const Tensor tile = scratch.narrow(0, 0, weight.out * count).view({weight.out, count});
     dequantise_into(tile, weight.parts, weight.in, 0, first);
-    Tensor columns = out.narrow(1, first, count);
-    add ? at::addmm_out(columns, columns, dy, tile) : at::mm_out(columns, dy, tile);
+    product_out(out.narrow(1, first, count), dy, tile, add);
   }
 }
 
 // out (rows, in) = or += dy (rows, out) Ŵ where sums over the tiles are as wide as out.
 void add_tiles(Tensor out, const Tensor& dy, const Weight& weight, bool add) {
   for_each_tile(weight, dy.options(), [&](int64_t first, const Tensor& tile) {
-    const Tensor part = dy.narrow(1, first, tile.size(0));
-    add || first > 0 ? at::addmm_out(out, out, part, tile) : at::mm_out(out, part, tile);
+    product_out(out, dy.narrow(1, first, tile.size(0)), tile, add || first > 0);
   });
 }
 
 // The same for 16-bit numbers, with fp32 sums over the tiles.
 void add_tiles_wide(Tensor out, const Tensor& dy, const Weight& weight, bool add) {
-  Tensor product = at::empty({dy.size(0), weight.in}, dy.options());
-  Tensor total = add ? out.to(at::kFloat) : at::zeros({dy.size(0), weight.in}, dy.options().dtype(at::kFloat));
-  for_each_tile(weight, dy.options(), [&](int64_t first, const Tensor& tile) {
-    at::mm_out(product, dy.narrow(1, first, tile.size(0)), tile);
-    total.add_(product);
-  });
+  const Tensor total = at::empty({dy.size(0), weight.in}, dy.options().dtype(at::kFloat));
+  if (add) {
+    total.copy_(out);
+  }
+  add_tiles(total, dy, weight, add);
   out.copy_(total);
 }
 
@@ -296,7 +293,7 @@ std::vector<Weight> weights_with_in(at::TensorList flat, int64_t in) {
 }
 
 Tensor project(const Tensor& x, const Weight& weight, const OptionalTensor& bias) {
-  if (weight.dense()) {
+  if (weight.dense() && !widens(x.scalar_type())) {
     return at::linear(x, weight.parts[0], bias);
   }
   Tensor y = at::empty({x.size(0), weight.out}, x.options());
@@ -305,23 +302,17 @@ Tensor project(const Tensor& x, const Weight& weight, const OptionalTensor& bias
 }
 
 void project_out(Tensor out, const Tensor& x, const Weight& weight, const OptionalTensor& bias) {
-  const auto multiply = [&](Tensor columns, const Tensor& rows, const OptionalTensor& added) {
-    added ? at::addmm_out(columns, *added, x, rows.t()) : at::mm_out(columns, x, rows.t());
-  };
   if (weight.dense()) {
-    return multiply(out, weight.parts[0], bias);
+    return product_out(out, x, weight.parts[0].t(), /*add=*/false, /*scale=*/1, bias);
   }
   for_each_tile(weight, x.options(), [&](int64_t first, const Tensor& tile) {
     const int64_t count = tile.size(0);
     const OptionalTensor added = bias ? OptionalTensor(bias->narrow(0, first, count)) : std::nullopt;
-    multiply(out.narrow(1, first, count), tile, added);
+    product_out(out.narrow(1, first, count), x, tile.t(), /*add=*/false, /*scale=*/1, added);
   });
 }
 
 Tensor project_back(const Tensor& dy, const Weight& weight) {
-  if (weight.dense()) {
-    return at::mm(dy, weight.parts[0]);
-  }
   Tensor dx = at::empty({dy.size(0), weight.in}, dy.options());
   project_back_out(dx, dy, weight);
   return dx;
@@ -329,7 +320,7 @@ Tensor project_back(const Tensor& dy, const Weight& weight) {
 
 void project_back_out(Tensor out, const Tensor& dy, const Weight& weight, bool add) {
   if (weight.dense()) {
-    add ? at::addmm_out(out, out, dy, weight.parts[0]) : at::mm_out(out, dy, weight.parts[0]);
+    product_out(out, dy, weight.parts[0], add);
   } else if (tile_columns(weight, dy) > 0) {
     multiply_columns(out, dy, weight, add);
   } else if (dy.element_size() > 2) {

@@ -32,6 +32,7 @@ _ALONE = (
     "layer_norm_from_statistics",
     "rms_norm_from_statistics",
     "linear_cross_entropy",
+    "product",
     "quantise_int8",
     "quantise_nf4",
     "dequantise",

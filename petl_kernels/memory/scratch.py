@@ -13,7 +13,8 @@ from torch import Tensor
 from petl_kernels.ops.common import accumulate_dtype
 from petl_kernels.ops.frozen_ffn import chunk_rows
 from petl_kernels.ops.linear_cross_entropy import SCALED_BYTES
-from petl_kernels.ops.quantised import TILE_BYTES, is_quantised, out_features
+from petl_kernels.ops.product import product_bytes
+from petl_kernels.ops.quantised import TILE_BYTES, in_features, is_quantised, out_features, split_parts
 
 _TILES = TILE_BYTES
 
@@ -39,6 +40,7 @@ def _linear_cross_entropy(given: dict) -> int:
     total = size * (words + d) * hidden.itemsize
     sums = size * d * accumulate_dtype(hidden.dtype).itemsize
     block = max(1, min(words, chunk_bytes // 4 // (d * hidden.itemsize)))
+    total += max(_products(size, d, words, hidden.dtype), product_bytes(block, size, d, hidden.dtype))
     if is_quantised(given["weight"]):  # the logits of a block of words, or what it adds to the gradient
         return total + max(size * block * hidden.itemsize, sums + size * d * hidden.itemsize) + _TILES
     if given["weight"][0].dtype != hidden.dtype:  # a block in the dtype of hidden, sums over blocks in a wider one
@@ -46,24 +48,43 @@ def _linear_cross_entropy(given: dict) -> int:
     return total
 
 
+def _products(rows: int, k: int, n: int, dtype: torch.dtype) -> int:
+    """The larger of what x (rows, k) Wᵀ and dy (rows, n) W take for their blocks."""
+    return max(product_bytes(rows, k, n, dtype), product_bytes(rows, n, k, dtype))
+
+
 def _frozen_linear(given: dict) -> int:
-    """A tile of a quantised weight, which may be all of it."""
+    """A tile of a quantised weight, which may be all of it, and the blocks of the product."""
     x = given["x"]
     d = x.shape[-1]
-    whole = out_features(given["weight"], d) * d * x.itemsize
-    return min(_TILES, whole) if is_quantised(given["weight"]) else 0
+    n = out_features(given["weight"], d)
+    tile = min(_TILES, n * d * x.itemsize) if is_quantised(given["weight"]) else 0
+    return tile + product_bytes(x.numel() // max(1, d), d, n, x.dtype)
 
 
 def _frozen_linear_backward(given: dict) -> int:
-    return _back(given["dy"]) if is_quantised(given["weight"]) else 0
+    dy, quantised = given["dy"], is_quantised(given["weight"])
+    if not given["need_dx"]:
+        return 0
+    n = dy.shape[-1]
+    k = in_features(given["weight"], n)
+    return (_back(dy) if quantised else 0) + product_bytes(dy.numel() // max(1, n), n, k, dy.dtype)
 
 
 def _lora_linear(given: dict) -> int:
-    return _TILES if _any_quantised(given["weights"]) else 0
+    return (_TILES if _any_quantised(given["weights"]) else 0) + _lora_products(given)
 
 
 def _lora_linear_backward(given: dict) -> int:
-    return _back(given["x"]) if _any_quantised(given["weights"]) else 0
+    return (_back(given["x"]) if _any_quantised(given["weights"]) else 0) + _lora_products(given)
+
+
+def _lora_products(given: dict) -> int:
+    """The blocks of the largest product, with W or with an adapter."""
+    x = given["x"]
+    d, ranks = x.shape[-1], sum(a.shape[0] for a in given["a"])
+    widths = [out_features(parts, d) for parts in split_parts(given["weights"])]
+    return max(_products(x.numel() // max(1, d), d, n, x.dtype) for n in (ranks, *widths))
 
 
 def _any_quantised(parts: list[Tensor]) -> bool:
@@ -92,8 +113,9 @@ def _frozen_ffn_backward(given: dict) -> int:
 def _ffn_chunks(given: dict, x: Tensor, chunks: int) -> int:
     d = x.shape[-1]
     hidden = out_features(given["w1"], d)
-    products = chunks * chunk_rows(x.numel() // d, hidden, x.itemsize) * hidden * x.itemsize
-    return products + (_back(x) if is_quantised(given["w1"]) else 0)
+    rows = chunk_rows(x.numel() // d, hidden, x.itemsize)
+    values = chunks * rows * hidden * x.itemsize + _products(rows, d, hidden, x.dtype)
+    return values + (_back(x) if is_quantised(given["w1"]) else 0)
 
 
 def _parallel_ffn(given: dict) -> int:

@@ -51,6 +51,7 @@ from petl_kernels.ops.common import (
     empty,
     shape,
 )
+from petl_kernels.ops.product import product_into
 from petl_kernels.ops.quantised import (
     is_quantised,
     out_features,
@@ -185,10 +186,10 @@ def _project(rows: Tensor, parts: list[Tensor], block_bytes: int, logits: Tensor
         return
     (weight,) = parts
     if weight.dtype == rows.dtype:
-        torch.mm(rows, weight.T, out=logits)
+        product_into(logits, rows, weight.T)
         return
     for words in _word_blocks(weight.shape, rows.dtype, block_bytes):
-        torch.mm(rows, weight[words].to(rows.dtype).T, out=logits[:, words])
+        product_into(logits[:, words], rows, weight[words].to(rows.dtype).T)
 
 
 def _project_back(dlogits: Tensor, parts: list[Tensor], rows: Tensor, block_bytes: int) -> Tensor:
@@ -200,17 +201,18 @@ def _project_back(dlogits: Tensor, parts: list[Tensor], rows: Tensor, block_byte
         return total.to(dlogits.dtype)
     (weight,) = parts
     if weight.dtype == dlogits.dtype:
-        return torch.mm(dlogits, weight)
+        product_into(total := torch.empty_like(rows), dlogits, weight)
+        return total
     total = dlogits.new_zeros(dlogits.shape[0], weight.shape[1], dtype=accumulate_dtype(dlogits.dtype))
     for words in _word_blocks(weight.shape, dlogits.dtype, block_bytes):
-        total += torch.mm(dlogits[:, words], weight[words].to(dlogits.dtype))
+        product_into(total, dlogits[:, words], weight[words].to(dlogits.dtype), add=True)
     return total.to(dlogits.dtype)
 
 
 def _add_weight_gradient(dlogits: Tensor, rows: Tensor, block_bytes: int, total: Tensor) -> None:
     """total (V, d) += dlogitsᵀ rows"""
     for words in _word_blocks(total.shape, rows.dtype, block_bytes):
-        total[words] += torch.mm(dlogits[:, words].T, rows)
+        product_into(total[words], dlogits[:, words].T, rows, add=True)
 
 
 def _add_bias_gradient(dlogits: Tensor, block_bytes: int, total: Tensor) -> None:

@@ -135,8 +135,7 @@ def test_the_predicted_peak_with_8_bit_moments():
         predicted = sum(planner.parts(Setting("dense", name, 0, 32 * MIB), ROWS, tiers).values())
         measured = measured_peak(lambda: made(family, method, torch.bfloat16), tiers, ROWS, LENGTH, None, make)
         print(name, predicted / measured)
-        # A CPU without instructions for bf16 takes some scratch for its products that no plan counts: 2.03% seen.
-        assert 0.97 * measured <= predicted <= 1.05 * measured, (predicted / MIB, measured / MIB)
+        assert 0.98 * measured <= predicted <= 1.05 * measured, (predicted / MIB, measured / MIB)
         found[name] = predicted
     assert found["adamw8bit"] < 0.85 * found["adamw"]
 

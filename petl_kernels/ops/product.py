@@ -1,0 +1,62 @@
+"""A product of two matrices into a third, for the drivers that cut one product into many (the vocabulary loss).
+
+    out = left right            left (M, K) and right (K, N) of one dtype, out (M, N) of that dtype or of that of sums
+    out += left right           with ``add``
+
+Sums are fp32 (fp64 for fp64) and rounded once. On a CPU without instructions for a 16-bit dtype, where PyTorch's
+products are many times slower than those of fp32, the C++ kernels widen it block by block (``csrc/cpu/product.cpp``).
+
+Saves: nothing. The product is a part of ops, not an op of its own, and has no gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from petl_kernels.backends import active, dispatch, load_error, register
+
+# What the C++ product cuts by: see csrc/cpu/product.cpp.
+_TILE_ROWS, _TILE_COLUMNS, _DEPTH, _BLOCK, _WORTH_THREADS = 6, 16, 256, 256, 1 << 20
+
+
+def product_into(out: Tensor, left: Tensor, right: Tensor, add: bool = False) -> None:
+    """out (M, N) = left (M, K) right (K, N), or out += of it; the rows of out lie side by side."""
+    dispatch("product", left.device, active(), left.dtype)(out, left, right, add)
+
+
+@register("product", "reference")
+def reference(out: Tensor, left: Tensor, right: Tensor, add: bool) -> None:
+    if out.dtype != left.dtype:
+        product = torch.mm(left, right)
+        out.add_(product) if add else out.copy_(product)
+    elif add:
+        out.addmm_(left, right)
+    else:
+        torch.mm(left, right, out=out)
+
+
+def widens(dtype: torch.dtype) -> bool:
+    """Whether the C++ kernels widen products of ``dtype`` on this CPU, block by block."""
+    return load_error("cpu") is None and torch.ops.petl_cpu.widens(dtype)
+
+
+def product_bytes(rows: int, depth: int, columns: int, dtype: torch.dtype) -> int:
+    """What one product (rows, depth) (depth, columns) takes on the CPU beside its matrices: its blocks in fp32."""
+    if min(rows, columns) == 0 or not widens(dtype):
+        return 0
+    threads = torch.get_num_threads()
+    wanted = threads if rows * columns * depth >= _WORTH_THREADS else 1
+    row_count, column_count = -(-rows // _BLOCK), -(-columns // _BLOCK)
+    if columns >= rows:
+        column_count = _rounded_up(column_count, -(-wanted // row_count))
+    else:
+        row_count = _rounded_up(row_count, -(-wanted // column_count))
+    height = _rounded_up(-(-rows // row_count), _TILE_ROWS)
+    width = _rounded_up(-(-columns // column_count), _TILE_COLUMNS)
+    blocks = (height * (_DEPTH + 16), width * _DEPTH, height * width)
+    return 4 * threads * sum(_rounded_up(block, 64) for block in blocks)
+
+
+def _rounded_up(count: int, unit: int) -> int:
+    return -(-count // unit) * unit
