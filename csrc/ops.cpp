@@ -57,5 +57,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("limit_cpu_bytes", &petl::limit_cpu_bytes, "Let allocations that go over this raise; 0 for no limit.");
   m.def("values", &petl::values, "The values of dictionaries, one after the other.");
   m.def("same_values", &petl::same_values, "Whether they are the very objects that `values` has returned.");
+  m.def("stamps", &petl::stamps, "The versions and storages of tensors, to compare with later ones.");
   petl::bind_streaming(m);
 }

@@ -30,4 +30,15 @@ bool same_values(const py::list& dictionaries, const py::list& before) {
   return i == expected;
 }
 
+py::bytes stamps(const std::vector<at::Tensor>& tensors) {
+  std::vector<uint64_t> found;
+  found.reserve(2 * tensors.size());
+  for (const at::Tensor& tensor : tensors) {
+    found.push_back(tensor.is_inference() ? 0 : tensor._version());
+    // The storage and not its address, which changes for a streamed weight whose values do not.
+    found.push_back(reinterpret_cast<uint64_t>(tensor.storage().unsafeGetStorageImpl()));
+  }
+  return py::bytes(reinterpret_cast<const char*>(found.data()), found.size() * sizeof(uint64_t));
+}
+
 } // namespace petl

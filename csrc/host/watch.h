@@ -1,6 +1,8 @@
 #pragma once
 
-#include <pybind11/pybind11.h>
+#include <torch/extension.h>
+
+#include <vector>
 
 namespace petl {
 
@@ -9,5 +11,8 @@ pybind11::list values(const pybind11::list& dictionaries);
 
 // Whether they are the very objects in `before`, which `values` has returned.
 bool same_values(const pybind11::list& dictionaries, const pybind11::list& before);
+
+// What changes of a tensor when its values do, for each: its version, and (by assigning `data`) its storage.
+pybind11::bytes stamps(const std::vector<at::Tensor>& tensors);
 
 } // namespace petl

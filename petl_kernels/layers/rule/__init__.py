@@ -11,7 +11,7 @@ backward needs is in this table and nowhere else:
     bits                        one a hidden unit, where a ReLU let through     1 2 3
     end                         the sum before a norm that ends the layer       1 2 3
     sum                         x + drop(out(o))                                1 2    (with an adapter on out: 1)
-    read                        what an adapter on an output projection reads   1 2    (of the feed-forward block: 1 2 3)
+    read                        what an adapter on an output projection reads   1 2    (after the last linear: 1 2 3)
     q, k, v                     before (IA)³ scales them                        1
     z, gate                     pre-activations of GELU, SiLU, gated blocks     1
     hidden                      act(z), where the last linear's adapter reads   1

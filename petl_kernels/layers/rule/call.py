@@ -103,7 +103,8 @@ class Gradients:
         key = id(tensor)
         if key not in self.wanted:
             return
-        gradient = gradient.to(tensor.dtype)
+        if gradient.dtype != tensor.dtype:
+            gradient = gradient.to(tensor.dtype)
         if gradient.shape != tensor.shape:
             gradient = gradient.view(tensor.shape)
         before = self.found.get(key)

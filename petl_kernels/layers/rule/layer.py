@@ -14,6 +14,7 @@ from petl_kernels.layers.rule.attention import Attention
 from petl_kernels.layers.rule.call import Call, Gradients
 from petl_kernels.layers.rule.feed_forward import FeedForward
 from petl_kernels.layers.rule.linears import Linear, Unknown
+from petl_kernels.layers.rule.watch import stamps
 from petl_kernels.ops.common import below_autograd
 
 # Tiers from this one on keep the layer's input alone, and run as this tier says while backward lasts.
@@ -126,7 +127,7 @@ class _OneNode(torch.autograd.Function):
     def forward(ctx, rule: Rule, call: Call, wanted: list[Tensor], x: Tensor, source: Tensor | None, *_):
         ctx.rule, ctx.call, ctx.wanted = rule, call, wanted
         ctx.set_materialize_grads(False)
-        ctx.stamps = _stamps(rule.bound)
+        ctx.stamps = stamps(rule.bound)
         held = host_copy(x) if call.tier == 5 else None
         with below_autograd(x.device.type):
             outputs = rule.forward(x, source, call)
@@ -146,7 +147,8 @@ class _OneNode(torch.autograd.Function):
             )
         rule, wanted = ctx.rule, ctx.wanted
         x, source, *saved = ctx.saved_tensors
-        _check_stamps(rule, ctx.stamps)
+        if stamps(rule.bound) != ctx.stamps:
+            raise _changed(rule, ctx.stamps)
         needs_x, needs_source, *needs = ctx.needs_input_grad[3:]
         gradients = Gradients([tensor for tensor, need in zip(wanted, needs, strict=True) if need])
         kept = dict(zip(ctx.names, saved[len(wanted) :], strict=True))
@@ -162,21 +164,13 @@ class _OneNode(torch.autograd.Function):
         return None, None, None, dx, dsource, *(gradients.of(tensor) for tensor in wanted)
 
 
-def _stamps(tensors: list[Tensor]) -> list[tuple[int, int]]:
-    """Returns what changes when values do: the version, and (by assigning ``data``) the storage.
-
-    The storage and not its address, which changes for a streamed weight whose values do not.
-    """
-    return [(0 if own.is_inference() else own._version, own.untyped_storage()._cdata) for own in tensors]
-
-
-def _check_stamps(rule: Rule, before: list[tuple[int, int]]) -> None:
-    now = _stamps(rule.bound)
-    if now == before:
-        return
-    tensor = next(own for own, one, two in zip(rule.bound, now, before, strict=True) if one != two)
+def _changed(rule: Rule, before: bytes | list) -> RuntimeError:
+    """Returns the error that names the first tensor of ``rule`` whose values are no longer those of ``before``."""
+    now, each = stamps(rule.bound), len(before) // len(rule.bound)
+    at = next(i for i in range(len(rule.bound)) if now[i * each : (i + 1) * each] != before[i * each : (i + 1) * each])
+    tensor = rule.bound[at]
     name = rule.names.get(id(tensor), f"a weight of shape {tuple(tensor.shape)}")
-    raise RuntimeError(
-        f"{name}: changed since the forward pass, and backward reads it; expected no change between a forward pass "
-        "and its backward pass"
+    return RuntimeError(
+        f"{name}: changed since the forward pass, and backward reads it; expected no change between a forward pass and "
+        "its backward pass"
     )

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from itertools import chain
 from operator import is_
 
-from torch import nn
+from torch import Tensor, nn
 
 try:
-    from petl_kernels._C import same_values, values
+    from petl_kernels._C import same_values, stamps, values
 except ImportError:  # a machine without a compiler
 
     def values(dictionaries: list[dict]) -> list:
@@ -23,6 +23,10 @@ except ImportError:  # a machine without a compiler
     def same_values(dictionaries: list[dict], before: list) -> bool:
         now = values(dictionaries)
         return len(now) == len(before) and all(map(is_, now, before))
+
+
+    def stamps(tensors: list[Tensor]) -> list[tuple[int, int]]:
+        return [(0 if own.is_inference() else own._version, own.untyped_storage()._cdata) for own in tensors]
 
 
 _DICTS = ("_parameters", "_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
