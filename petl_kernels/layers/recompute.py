@@ -174,6 +174,11 @@ def forget() -> None:
         del recipes[address]
 
 
+def forget_all() -> None:
+    """Drop all of this thread's recipes, with what they hold. Called when a layer has failed."""
+    _made.recipes.clear()
+
+
 def _autocast_state(device: str) -> tuple[str, bool, torch.dtype]:
     return device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 

@@ -126,6 +126,19 @@ def test_recipes_are_forgotten():
     assert not recompute._made.recipes
 
 
+def test_a_layer_that_fails_leaves_no_recipes(monkeypatch):
+    """They would hold the layer's tensors while a trainer tries the step again with less memory."""
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("none is left")
+
+    model = pk.lean(adapted("marian", "lora"), 3)
+    monkeypatch.setattr("petl_kernels.layers.bart.feed_forward_block", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        step(model, ragged(model))
+    assert not recompute._made.recipes and recompute._made.layer is None
+
+
 def test_a_changed_input_is_noticed():
     x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
     with recompute.saving():
