@@ -411,7 +411,7 @@ class _Training:
         """From inside a signal's handler, where a print may be under way: to the file itself."""
         latest = self.checkpoints.path("latest")
         safe = f"step {latest.name.removeprefix('step-')} is on disk" if latest else "no step is on disk yet"
-        last = f" (the last one took {self.durations[-1]:.2g} s)" if self.durations else ""
+        last = f" (the last one took {round(self.durations[-1], 2):g} s)" if self.durations else ""
         text = (
             f"interrupted again: stopped at once; {safe}, go on with --resume"
             if again
