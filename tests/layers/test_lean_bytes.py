@@ -1,4 +1,4 @@
-"""What lean layers keep and compute, against PEFT's defaults: the table of DESIGN, section 6.
+"""What lean layers keep and compute, against PEFT's defaults: the bounds that each tier is to keep.
 
 One encoder and one decoder layer of M2M-100's size, bf16, LoRA of rank 16 on q and v. Bytes are those of the storages
 that live after the forward pass only because of it. Work is that of
