@@ -165,8 +165,7 @@ def translate(
     encoded = [ids for ids in encoded if ids != nothing]
     cut = sum(len(ids) > max_length for ids in encoded)
     # The end-of-sentence mark and a language tag behind it stay when a source is cut.
-    end = min(2, max_length)
-    encoded = [ids if len(ids) <= max_length else ids[: max_length - end] + ids[-end:] for ids in encoded]
+    encoded = [ids if len(ids) <= max_length else ids[: max_length - 2] + ids[-2:] for ids in encoded]
     results = [""] * len(texts)
     if not filled:
         return results, 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 
 EVERY = 10.0  # seconds between two lines
 
@@ -11,19 +12,28 @@ EVERY = 10.0  # seconds between two lines
 class Watch:
     """``with Watch("score", 500, "lines") as progress: ... progress.at(20)``.
 
-    total: None where nobody can say it; then there is no time left to tell. Work that is done within ``EVERY`` seconds
-    leaves no line, and a bar is wiped away when it ends.
+    total: None where nobody can say it; then there is no time left to tell. say: writes a line; standard error when not
+    given. Work that is done within ``EVERY`` seconds leaves no line, and a bar is wiped away when it ends.
     """
 
-    def __init__(self, what: str, total: int | None, unit: str, quiet: bool = False) -> None:
+    def __init__(
+        self,
+        what: str,
+        total: int | None,
+        unit: str,
+        quiet: bool = False,
+        say: Callable[[str], None] | None = None,
+    ) -> None:
         self.what, self.total, self.unit, self.quiet = what, total, unit, quiet
+        self.say = say or (lambda line: print(line, file=sys.stderr, flush=True))
         self._bar = self._task = None
+        self._with_bar = say is None
         self._began = self._said = time.monotonic()
         self._told = 0
 
     def __enter__(self) -> Watch:
         self._began = self._said = time.monotonic()
-        if not self.quiet and on_terminal():
+        if not self.quiet and self._with_bar and on_terminal():
             self._bar = new_bar(transient=True)
             self._task = self._bar.add_task(self.what, total=self.total, figures=self.unit)
             self._bar.start()
@@ -39,7 +49,7 @@ class Watch:
             self._bar.update(self._task, completed=done, figures=f"{self.unit} {figures}".strip())
         elif not self.quiet and time.monotonic() - self._said >= EVERY and done not in (self._told, self.total):
             self._said, self._told = time.monotonic(), done
-            print(self.line(done, figures), file=sys.stderr, flush=True)
+            self.say(self.line(done, figures))
 
     def line(self, done: int, figures: str = "") -> str:
         """Such as ``score: 120 of 500 lines, about 40 s left``."""
