@@ -269,6 +269,18 @@ def skeleton(config):
     return model.eval()
 
 
+def load_outline(path_or_id: str | os.PathLike) -> nn.Module:
+    """The model that a plan is made from, on the meta device, in fp32 and in eval mode; a tokenizer is not needed.
+
+    What is tied to what is as the weights in a folder have it, as in ``load_skeleton``; where they are not all there,
+    for a hub id or a config's JSON file, as the config says. Raises InputError as ``load_skeleton`` does.
+    """
+    config, folder = load_config(path_or_id), Path(path_or_id)
+    if _has(folder, _WEIGHT_FILES) and all(path.is_file() for path in _weight_files(folder, config)):
+        return _laid_out(os.fspath(path_or_id), config).eval()
+    return skeleton(config)
+
+
 def _checked(path_or_id: str | os.PathLike, weights: bool = True):
     """(name, folder or None, config), of what can be loaded as far as names tell."""
     versions.check("transformers")
