@@ -126,15 +126,27 @@ def score_lines(
 
 
 @torch.no_grad()
-def validation_loss(model, corpus: Corpus, batch_tokens: int, start: int, autocast: Autocast = nullcontext) -> float:
-    """Mean negative log-likelihood of a target token, in nats, without label smoothing."""
-    device = next(model.parameters()).device
+def validation_loss(
+    model,
+    corpus: Corpus,
+    batch_tokens: int,
+    start: int,
+    autocast: Autocast = nullcontext,
+    told: Callable[[int], None] = lambda done: None,
+) -> float:
+    """Mean negative log-likelihood of a target token, in nats, without label smoothing.
+
+    told: is called after each batch with the number of sentence pairs that are done.
+    """
+    device, done = next(model.parameters()).device, 0
     total = torch.zeros((), dtype=torch.float64, device=device)
     with _evaluating(model):
         for indices in corpus.plan(batch_tokens):
             batch = corpus.collate(indices).to(device)
             with autocast():
                 total += sequence_loss(model, batch, start, corpus.pad).double()
+            done += len(indices)
+            told(done)
     return total.item() / int(corpus.targets.lengths.sum())
 
 

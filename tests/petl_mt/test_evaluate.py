@@ -33,7 +33,9 @@ def test_validation_loss_is_that_of_transformers(loaded, language, text):
         loss = model(input_ids=torch.tensor([s]), labels=torch.tensor([t])).loss
         total, tokens = total + loss.item() * len(t), tokens + len(t)
     model.train()
-    found = validation_loss(model, corpus, batch_tokens=60, start=2)
+    told = []
+    found = validation_loss(model, corpus, batch_tokens=60, start=2, told=told.append)
+    assert len(told) > 1 and told == sorted(told) and told[-1] == len(corpus)
     assert model.training
     model.eval()
     assert found == pytest.approx(total / tokens, rel=1e-5)
@@ -147,7 +149,7 @@ CODES = {
     "zh": "zh zho chi cmn yue lzh wuu nan zho_Hans zho_Hant zh_CN zh-TW zh-HK zh-Hant-TW ZH zh-yue zh-cmn-Hans "
     "yue_Hant __zh__ <2zh> >>cmn_Hans<< >>zho<<",
     "char": "ja jpn jpn_Jpan ja_XX __ja__ th tha tha_Thai th_TH <2th> lo lao lao_Laoo km khm khm_Khmr my bur mya "
-    "mya_Mymr my_MM bo tib bod bod_Tibt dz dzo dzo_Tibt shn_Mymr",
+    "mya_Mymr my_MM >>jpn_Hani<< bo tib bod bod_Tibt dz dzo dzo_Tibt shn_Mymr",
     "13a": "de ger deu eng_Latn ko kor kor_Hang ko_KR vi ar id jv zh_Latn <2zh_Latn> nan_Latn ja_Latn sr_Latn tlx xx",
 }
 
