@@ -223,6 +223,7 @@ def _tensors(name: str, config) -> dict[str, _Stored]:
                 found[key] = torch.Size(opened.get_slice(key).get_shape()), partial(opened.get_tensor, key)
         else:  # files of PyTorch 1.5 and older cannot be mapped
             state = torch.load(path, map_location="cpu", mmap=is_zipfile(path), weights_only=True)
+            state = {key: tensor for key, tensor in state.items() if isinstance(tensor, Tensor)}
             found |= {key: (tensor.shape, partial(state.__getitem__, key)) for key, tensor in state.items()}
     return found
 
