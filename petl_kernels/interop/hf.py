@@ -46,7 +46,7 @@ def load_pretrained(path_or_id: str | os.PathLike, dtype: torch.dtype = torch.fl
     at random in training (0.05 in M2M-100's configs), is set to 0: adapters must see the same layers in every step.
 
     Raises InputError in one line: no such folder, not a checkpoint, a class that is not supported, weights that are
-    damaged or do not fit the config, no tokenizer, a tokenizer with more tokens than the model.
+    quantised, damaged or do not fit the config, no tokenizer, a tokenizer with more tokens than the model.
     """
     name, folder, config = _checked(path_or_id)
     tokenizer = _load_tokenizer(name, folder)
@@ -300,6 +300,13 @@ def _supported(name: str, config):
     if config.model_type not in SUPPORTED:
         raise InputError(
             f"model {name!r}: type {config.model_type!r} is not supported, only {', '.join(sorted(SUPPORTED))}"
+        )
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is not None:  # dict, or an object of transformers
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
+        raise InputError(
+            f"model {name!r}: its config has a quantization_config ({getattr(method, 'value', method)}); expected a "
+            "checkpoint of plain weights (--allow quantised rounds them where memory needs it)"
         )
     no_layerdrop(config)
     return config

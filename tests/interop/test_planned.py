@@ -149,6 +149,10 @@ def test_a_config_file_alone(make, tmp_path):
     assert load_config(tmp_path / "small.json").model_type == "m2m_100"
     with pytest.raises(InputError, match="no such file"):
         load_config(tmp_path / "none.json")
+    quantised = {"model_type": "t5", "quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}
+    (tmp_path / "small.json").write_text(json.dumps(quantised))
+    with pytest.raises(InputError, match=r"quantization_config \(bitsandbytes\); expected .* plain weights"):
+        load_config(tmp_path / "small.json")
     (tmp_path / "small.json").write_text(json.dumps({"model_type": "bert"}))
     with pytest.raises(InputError, match="type 'bert' is not supported"):
         load_config(tmp_path / "small.json")
