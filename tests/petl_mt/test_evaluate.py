@@ -7,7 +7,7 @@ import sacrebleu
 import torch
 from petl_mt.config import Pair
 from petl_mt.data import encode_pairs, read_pair
-from petl_mt.evaluate import bleu_tokenizer, score_lines, translate, validation_loss
+from petl_mt.evaluate import bleu_tokenizer, score_lines, shortened, translate, validation_loss
 
 from petl_kernels.errors import InputError
 from petl_kernels.interop.hf import load_pretrained
@@ -94,6 +94,11 @@ def test_long_sources_are_cut_and_counted(loaded, language, monkeypatch):
     assert (
         len(longest) == 9 and longest[-1] == language.eos_token_id and longest[0] == language.encode_source(["a"])[0][0]
     )
+
+
+def test_a_source_is_cut_to_any_length():
+    ids = [9, 1, 2, 3, 0]
+    assert [shortened(ids, most) for most in range(1, 7)] == [[0], [3, 0], [9, 3, 0], [9, 1, 3, 0], ids, ids]
 
 
 def test_lines_that_nobody_sees_are_empty(loaded, language):
