@@ -66,6 +66,8 @@ class Checkpoints:
     def whole(self, *links: str) -> tuple[Path | None, list[str]]:
         """(the first whole checkpoint, lines on damaged ones before it): of ``links``, then the newest.
 
+        A line says, too, where only the formats of its files could be looked at, since it has no checksums.
+
         (None, []) where there is none at all. InputError where all that there are are damaged.
         """
         lines, damaged = [], {}
@@ -73,7 +75,8 @@ class Checkpoints:
             if path is None:
                 continue
             if not (problem := damage(path)):
-                return path, [f"{line}; {path.name} is used, the newest that is whole" for line in lines]
+                lines = [f"{line}; {path.name} is used, the newest that is whole" for line in lines]
+                return path, lines if (path / SUMS).is_file() else [*lines, _unproven(path)]
             damaged[path] = problem
             lines.append(f"checkpoint {path}: {problem}")
         if lines:
@@ -154,6 +157,13 @@ def damage(path: Path) -> str:
         if file_sum(path / name)["sha256"] != checksum:
             return f"damaged, {name} is not what was written (checksum)"
     return ""
+
+
+def _unproven(path: Path) -> str:
+    return (
+        f"checkpoint {path}: has no {SUMS}, as those of an earlier version; its files can be read, whether they are "
+        "what was written cannot be told"
+    )
 
 
 def _unreadable(path: Path) -> str:

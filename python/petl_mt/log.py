@@ -72,6 +72,10 @@ class RunLog:
         self._stop_bar()
         return Watch(what, lines, "lines", self.quiet)
 
+    def watching(self, what: str, total: int, unit: str) -> Watch:
+        """The progress of work between two steps: lines, above the bar of steps where there is one."""
+        return Watch(what, total, unit, self.quiet, self.say)
+
     def close(self) -> None:
         self._stop_bar()
         if self._board is not None:

@@ -206,7 +206,7 @@ class _Training:
         torch.manual_seed(config.seed)
 
         self.meter = MemoryMeter(self.device)  # before weights are read
-        self.model, self.tokenizer = load_model(config, run, train_text, resuming)
+        self.model, self.tokenizer = load_model(config, run, train_text, resuming, quiet)
         check_positions(self.model, config.max_length)
         before = run.read_config() if resuming else None
         if before is not None:  # what followed from the number of steps then still holds
@@ -545,16 +545,18 @@ class _Training:
         progress = self.progress
         best = True
         if self.valid is not None:
-            loss = self._evaluated(
-                # without a graph it takes less than a training step of as many tokens
-                lambda limit: validation_loss(
-                    self.model,
-                    self.valid,
-                    min(limit.tokens, self.update.micro_tokens or limit.tokens),
-                    self.start,
-                    self.accelerator.autocast,
+            with self.log.watching(f"step {progress.step}, validation loss", len(self.valid), "pairs") as watch:
+                loss = self._evaluated(
+                    # without a graph it takes less than a training step of as many tokens
+                    lambda limit: validation_loss(
+                        self.model,
+                        self.valid,
+                        min(limit.tokens, self.update.micro_tokens or limit.tokens),
+                        self.start,
+                        self.accelerator.autocast,
+                        watch.at,
+                    )
                 )
-            )
             best = math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss)
             if best:
                 progress.best_loss, progress.evaluations_since_best = loss, 0

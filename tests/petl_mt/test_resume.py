@@ -207,6 +207,8 @@ def test_a_checkpoint_of_another_run_is_refused(settings, whole, tmp_path):
     latest = Path(whole) / "checkpoints" / "latest"
     os.replace(Path(settings["out"]) / "checkpoints" / "latest" / "trained.safetensors", latest / "trained.safetensors")
     (latest / "checksums.json").unlink()  # as a checkpoint of an earlier version, which had none
+    found, (line,) = checkpoint.Checkpoints(latest.parent).whole("latest")
+    assert found == latest.resolve() and "has no checksums.json" in line and "cannot be told" in line
     with pytest.raises(InputError, match="does not fit the model"):
         train(TrainConfig(**{**settings, "out": whole}), resume=True, quiet=True)
     (latest / "trained.safetensors").write_bytes(b"damaged")

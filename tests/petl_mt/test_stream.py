@@ -70,6 +70,15 @@ def test_a_line_that_is_not_text_is_named_by_its_place_in_all(pipe):
         next(windows)
 
 
+def test_carriage_returns_alone_are_refused_as_in_training(tmp_path):
+    path = tmp_path / "text"
+    path.write_bytes(b"one\rtwo")
+    with pytest.raises(InputError, match="its lines end with carriage returns alone"):
+        list(LineWindows(str(path)).windows(64))
+    path.write_bytes(b"one\rtwo\nthree")
+    assert list(LineWindows(str(path)).windows(64)) == [["one\rtwo", "three"]]
+
+
 def test_what_is_read_is_not_written_over(tmp_path):
     path = tmp_path / "text"
     path.write_text("one\n")
