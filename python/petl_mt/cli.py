@@ -22,10 +22,12 @@ from .options import FILES, PAIR, TrainingOptions, languages
 from .output import drop_unread
 
 TRAIN_EXAMPLE = """examples:
-  petl-mt train --model facebook/nllb-200-distilled-600M --train train.en train.sw --valid dev.en dev.sw \\
-      --src-lang en --tgt-lang sw --method adapter --params 10% --out runs/en-sw
-  petl-mt train --model new --pair en-de a.en a.de --pair de-en a.de a.en --valid-pair en-de d.en d.de \\
-      --vocab-size 4000 --d-model 256 --layers 3 --steps 5000 --out runs/parent
+  petl-mt train --model facebook/nllb-200-distilled-600M --train a.en a.sw \\
+      --valid dev.en dev.sw --src-lang en --tgt-lang sw \\
+      --method adapter --params 10% --out runs/en-sw
+  petl-mt train --model new --pair en-de a.en a.de --pair de-en a.de a.en \\
+      --valid-pair en-de dev.en dev.de --vocab-size 4000 --d-model 256 \\
+      --layers 3 --steps 5000 --out runs/parent
 """
 
 
@@ -71,10 +73,42 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """One line for a wrong flag; argparse puts all the flags before it."""
+    """One line for a wrong flag; argparse puts all the flags before it. A flag is given once, unless it adds to a list;
+    argparse would take the last one without a word."""
+
+    def __init__(self, **settings) -> None:
+        super().__init__(**settings)
+        self.given: set[str] = set()
+        self.register("action", None, _Store)
+        self.register("action", "store", _Store)
+        self.register("action", "store_true", _StoreTrue)
+
+    def parse_known_args(self, args=None, namespace=None):
+        self.given = set()
+        return super().parse_known_args(args, namespace)
+
+    def once(self, action: argparse.Action, option: str | None) -> None:
+        """End with a line where the option of ``action`` was there before."""
+        if option is None:  # an argument without a flag
+            return
+        if action.dest in self.given:
+            self.error(f"argument {action.option_strings[-1]}: given twice; expected it once")
+        self.given.add(action.dest)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+class _Store(argparse._StoreAction):
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        parser.once(self, option_string)
+        super().__call__(parser, namespace, values, option_string)
+
+
+class _StoreTrue(argparse._StoreTrueAction):
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        parser.once(self, option_string)
+        super().__call__(parser, namespace, values, option_string)
 
 
 def _tie_negative_values(argv: list[str]) -> list[str]:
@@ -265,7 +299,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 def train_config(arguments: argparse.Namespace):
     """The configuration: of the run when resuming, else of --config, and flags on top of either."""
-    from .config import TrainConfig, load_yaml
+    from .config import TrainConfig, each_once, load_yaml
     from .runs import RunFolder
 
     values, where = {}, "flags"
@@ -285,7 +319,7 @@ def train_config(arguments: argparse.Namespace):
         if pairs:
             values[name] = [_pair(*pair) for pair in pairs]
     if arguments.method_arg:
-        values["method_args"] = dict(_setting(text) for text in arguments.method_arg)
+        values["method_args"] = each_once("method-arg", map(_setting, arguments.method_arg))
     return TrainConfig.from_dict(values, where)
 
 
@@ -406,11 +440,13 @@ def _pair(languages: str, source: str, target: str) -> dict[str, str]:
 def _setting(text: str) -> tuple[str, object]:
     import yaml
 
+    from .config import parse_yaml
+
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise InputError(f"method-arg {text!r}: expected KEY=VALUE")
     try:
-        return key.replace("-", "_"), yaml.safe_load(value)
+        return key.replace("-", "_"), parse_yaml(value)
     except yaml.YAMLError:
         raise InputError(f"method-arg {text!r}: expected KEY=VALUE, with a number, a word or a YAML list") from None
 

@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -39,7 +40,7 @@ from petl_kernels.methods import METHODS, parse_budget
 
 from .apart import apart
 from .checks import check_folder
-from .config import Pair, TrainConfig, check_keys, load_yaml
+from .config import Pair, TrainConfig, check_keys, each_once, load_yaml
 from .data import read_pair
 from .evaluate import Scores, score_lines
 from .memory import MemoryMeter, process_bytes
@@ -528,27 +529,59 @@ def _say(row: Row) -> None:
 
 
 def study_config(arguments: argparse.Namespace) -> StudyConfig:
-    """From --config and flags on top of it."""
+    """From --config and flags on top of it. Raises InputError for what no row would look at, too."""
     values, where = (load_yaml(arguments.config), arguments.config) if arguments.config else ({}, "flags")
     values = {str(key).replace("-", "_"): value for key, value in values.items()}
     flags = {key: value for key, value in vars(arguments).items() if value is not None}
     if "lr" in flags:
-        flags["lr"] = dict(_rate(item) for item in flags["lr"])
+        flags["lr"] = each_once("lr", map(_rate, flags["lr"]))
     values.update({key: value for key, value in flags.items() if key not in ("run", "command", "config")})
+    for key, instead in (("method", "grid"), ("params", "grid: method=budget,..."), ("plan", "memory")):
+        if values.get(key) is not None:
+            raise InputError(f"{where}: {key} {values[key]!r}: no effect on a study; expected {instead}")
     grid, rates, test = values.pop("grid", GRID), values.pop("lr", None) or {}, values.pop("test", None)
-    if not isinstance(rates, Mapping):
-        raise InputError(f"{where}: lr {rates!r}: expected a rate for each method, such as adapter: 2.0e-3")
+    if isinstance(grid, str) or not all(isinstance(item, str) for item in grid or ()):
+        raise InputError(f"{where}: grid {grid!r}: expected a list such as [full, 'adapter=10%,1%']")
+    base = TrainConfig.from_dict(values, where)
+    return StudyConfig(base, _test_pair(test, values, where), grid or (), _rates(rates, parse_grid(grid or ()), where))
+
+
+def _test_pair(test: Any, values: Mapping[str, Any], where: str) -> Pair:
+    """``[SRC, TGT]`` with the languages beside it, or a list of one mapping."""
     if test is None:
         raise InputError("test: not given; expected a source file and a target file")
-    languages = {key: values[key] for key in ("src_lang", "tgt_lang") if key in values}
-    pair = check_keys({"train": test, **languages}, where)["train"][0]
-    base = TrainConfig.from_dict(values, where)
-    return StudyConfig(base, pair, grid, {method: float(rate) for method, rate in rates.items()})
-
-
-def _rate(text: str) -> tuple[str, float]:
-    method, _, rate = text.partition("=")
+    if not isinstance(test, list):
+        raise InputError(f"{where}: test {test!r}: expected two files")
+    short = len(test) == 2 and all(isinstance(item, str) for item in test)
+    languages = {key: values[key] for key in ("src_lang", "tgt_lang") if key in values} if short else {}
     try:
-        return method, float(rate)
-    except ValueError:
-        raise InputError(f"lr {text!r}: expected METHOD=RATE, such as adapter=2e-3") from None
+        pairs = check_keys({"train": test, **languages}, where)["train"]
+    except InputError as error:
+        raise InputError(str(error).replace(f"{where}: train", f"{where}: test")) from None
+    if len(pairs) != 1:
+        raise InputError(f"{where}: test: {len(pairs)} pairs; expected one, which every row is scored on")
+    return pairs[0]
+
+
+def _rates(rates: Any, entries: Sequence[Entry], where: str) -> dict[str, float]:
+    """Rates by method; refused for what is none, and for a method that has no row."""
+    if not isinstance(rates, Mapping):
+        raise InputError(f"{where}: lr {rates!r}: expected a rate for each method, such as adapter: 2.0e-3")
+    result = {}
+    for method, rate in rates.items():
+        try:
+            result[method] = float("nan" if isinstance(rate, bool) else rate)
+        except (TypeError, ValueError):
+            result[method] = math.nan
+        if not 0 < result[method] < math.inf:
+            raise InputError(f"{where}: lr {method}={rate}: expected a rate above 0, such as {method}=2e-3")
+        if method in METHODS and method not in {entry.method for entry in entries}:
+            raise InputError(f"{where}: lr {method}={rate}: no effect, since the grid has no {method}")
+    return result
+
+
+def _rate(text: str) -> tuple[str, str]:
+    method, equals, rate = text.partition("=")
+    if not (method and equals and rate):
+        raise InputError(f"lr {text!r}: expected METHOD=RATE, such as adapter=2e-3")
+    return method, rate

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -154,6 +155,36 @@ def test_grid():
     assert parse_grid(["adapter=10%,0.1%", "full", "full", "lora=2M"]) == [
         Entry("adapter", "10%"), Entry("adapter", "0.1%"), Entry("full"), Entry("lora", "2M"),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("grid: full", "grid 'full': expected a list"),
+        ("grid: [{adapter: 10%}]", "expected a list such as"),
+        ("lr: {adapter: fast}", "lr adapter=fast: expected a rate above 0"),
+        ("lr: {adapter: null}", "lr adapter=None: expected a rate above 0"),
+        ("lr: {adapter: .nan}", "lr adapter=nan: expected a rate above 0"),
+        ("grid: [full]\nlr: {adapter: 1.0e-3}", "lr adapter=0.001: no effect, since the grid has no adapter"),
+        ("test: a", "test 'a': expected two files"),
+        ("test: []", "test: 0 pairs; expected one"),
+        ("test: [a]", "test: expected two files"),
+        ("method: lora", "method 'lora': no effect on a study; expected grid"),
+        ("params: 10%", "params '10%': no effect on a study"),
+    ],
+)
+def test_options_of_a_study_that_cannot_work(tmp_path, line, message):
+    values = "" if line.startswith("test") else "test: [a, b]\n"
+    (tmp_path / "study.yaml").write_text(f"{values}{line}\nsrc_lang: en\ntgt_lang: fi\n")
+    arguments = cli._parser("study").parse_args(["study", "--config", str(tmp_path / "study.yaml")])
+    with pytest.raises(InputError, match=re.escape(message)):
+        study.study_config(arguments)
+
+
+def test_a_rate_that_is_given_twice_is_refused():
+    flags = ["study", "--test", "a", "b", "--src-lang", "en", "--tgt-lang", "fi", "--lr", "full=1e-3", "full=2e-3"]
+    with pytest.raises(InputError, match="lr full: given twice"):
+        study.study_config(cli._parser("study").parse_args(flags))
 
 
 def test_unequal_test_files_are_refused_before_anything_is_written(config, tmp_path):
