@@ -19,7 +19,8 @@ except ImportError as error:  # PyTorch or numpy is missing, or too old
 
 from .checks import check_file, check_folder, check_space, check_two_files
 from .options import FILES, PAIR, TrainingOptions, languages
-from .output import drop_unread
+from .output import drop_unread, hold_closed_descriptors
+from .progress import say
 
 TRAIN_EXAMPLE = """examples:
   petl-mt train --model facebook/nllb-200-distilled-600M --train a.en a.sw \\
@@ -39,13 +40,18 @@ ELSEWHERE = {
     "methods": ("petl_mt.methods", "each method: what it trains, its settings with defaults and types"),
 }
 
+SHOWN = ("score", "plan", "study", "demo", "methods", "bench", "doctor")  # what they find is printed
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 2 for wrong input or a full disk, 130 when interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
     command = argv[0] if argv else ""
+    hold_closed_descriptors()
     try:
         try:
+            if sys.stdout is None and command in SHOWN:
+                raise InputError("standard output: is closed; expected it open, since the result goes there")
             arguments = _parser(command).parse_args(_tie_negative_values(argv))
             return arguments.run(arguments) or 0
         finally:  # what --help has printed, too: a reader that has gone is met here, and not when Python ends
@@ -57,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         drop_unread()
         return 141
     except OSError as error:
-        message = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
+        name = error.filename or ("''" if error.filename == "" else "")
+        message = f"{name}: {error.strerror}" if name else str(error.strerror or error)
         drop_unread()
     except KeyboardInterrupt:
         return 130
@@ -68,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             message = "out of memory; expected a smaller --batch-tokens, or a --memory budget"
         else:
             raise
-    print(f"petl-mt {command}: {' '.join(message.split())}", file=sys.stderr)
+    say(f"petl-mt {command}: {' '.join(message.split())}")
     return 2
 
 
@@ -351,10 +358,13 @@ def _score(arguments: argparse.Namespace) -> int:
     from .output import LineSink
     from .progress import Watch
     from .runs import Translator
+    from .stream import check_other
 
     check_two_files(Pair("", "", *arguments.test))
     if arguments.hypotheses:
         check_file("hypotheses", arguments.hypotheses, arguments.test)
+        for path in arguments.test:
+            check_other(path, arguments.hypotheses, "--hypotheses")
     source, target = read_pair(Pair("", "", *arguments.test))
     if arguments.bleu_tokenize:
         bleu_metric("", arguments.bleu_tokenize)
@@ -392,7 +402,7 @@ def _search(arguments: argparse.Namespace) -> dict:
 
 def _report_cut(translator) -> None:
     if translator.cut:
-        print(f"{translator.cut} sources were longer than {translator.max_length} tokens and were cut", file=sys.stderr)
+        say(f"{translator.cut} sources were longer than {translator.max_length} tokens and were cut")
 
 
 def _merge(arguments: argparse.Namespace) -> int:
@@ -403,7 +413,7 @@ def _merge(arguments: argparse.Namespace) -> int:
 
     check_free(arguments.out)  # before anything is read
     check_folder("out", arguments.out)
-    said = ""
+    said: list[str] = []
     with hush():
         model, tokenizer, config = load_run(arguments.run_folder)
         check_space("out", arguments.out, sum(p.nbytes for p in model.parameters()), "the merged model")
@@ -413,14 +423,14 @@ def _merge(arguments: argparse.Namespace) -> int:
             quantise_as_trained(model, config, storages)
             pk.merge(model)
             error = pk.report(model).merge_error or 0.0
-            said = f"merged into {named} weights with a relative error of at most {error:.3%}\n"
+            said.append(f"merged into {named} weights with a relative error of at most {error:.3%}")
         elif named:
-            said = f"the adapter was trained beside {named} weights; merged into the original ones\n"
+            said.append(f"the adapter was trained beside {named} weights; merged into the original ones")
         rounding: list[str] = []
         dtype = merged_dtype(arguments.run_folder, arguments.dtype)
         pk.save_merged(model, tokenizer, arguments.out, dtype, rounding.append)
-    print(said, *(f"{line}\n" for line in rounding), sep="", end="", file=sys.stderr)
-    print(f"written: {arguments.out}", file=sys.stderr)
+    for line in [*said, *rounding, f"written: {arguments.out}"]:
+        say(line)
     return 0
 
 

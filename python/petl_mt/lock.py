@@ -9,12 +9,13 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from petl_kernels.errors import InputError
+
+from .progress import say
 
 NAME = ".lock"
 
@@ -45,7 +46,7 @@ def _acquire(path: Path) -> int:
             os.close(handle)
             raise InputError(f"run {path.parent}: {holder} works in it; expected another folder, or its end") from None
         except OSError as error:
-            print(f"run {path.parent}: not locked ({error.strerror}); start no second process on it", file=sys.stderr)
+            say(f"run {path.parent}: not locked ({error.strerror}); start no second process on it")
         if _is_still(path, handle):
             os.truncate(handle, 0)
             os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())

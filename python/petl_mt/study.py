@@ -45,7 +45,7 @@ from .data import read_pair
 from .evaluate import Scores, score_lines
 from .memory import MemoryMeter, process_bytes
 from .options import FILES, TrainingOptions, languages
-from .progress import Watch
+from .progress import Watch, say
 from .runs import RunFolder, Translator, hush
 from .train import TrainingStopped, train
 
@@ -93,7 +93,8 @@ class StudyConfig:
 
 @dataclass
 class Row:
-    """One line of the table. ``status``: done, unreachable (the budget) or stopped (the loss was no number)."""
+    """One line of the table. ``status``: done, unreachable (the budget of parameters), stopped (the loss was no number)
+    or failed (the method does not fit into ``--memory``, or its process was killed)."""
 
     method: str
     params: str | None = None
@@ -175,8 +176,16 @@ def run_study(config: StudyConfig, quiet: bool = False, on_row: Callable[[Row], 
         if problems[entry]:
             add(Row(entry.method, entry.params, "unreachable", problems[entry]))
         else:
-            add(_finished(config, entry) or apart(_run, config, entry, text, quiet))
+            add(_finished(config, entry) or _row_or_why_not(config, entry, text, quiet))
     return rows
+
+
+def _row_or_why_not(config: StudyConfig, entry: Entry, text: tuple, quiet: bool) -> Row:
+    """What one method cannot is no reason to leave out those behind it; the row is tried again the next time."""
+    try:
+        return apart(_run, config, entry, text, quiet)
+    except InputError as error:
+        return Row(entry.method, entry.params, "failed", str(error), seed=config.base.seed)
 
 
 def _unreachable(model, entry: Entry) -> str:
@@ -279,11 +288,15 @@ def _finished(config: StudyConfig, entry: Entry | None) -> Row | None:
     path = config.folder(entry) / "row.json"
     if not path.exists():
         return None
-    row = Row.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    try:
+        row = Row.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        before = dict(row.config)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise InputError(f"{path}: damaged; remove it, and the row is made again") from None
     wanted = _fingerprint(config, entry)
-    differing = [key for key in wanted if row.config.get(key) != wanted[key]]
+    differing = [key for key in wanted if before.get(key) != wanted[key]]
     if differing:
-        shown = ", ".join(f"{key} ({row.config.get(key)} -> {wanted[key]})" for key in differing)
+        shown = ", ".join(f"{key} ({before.get(key)} -> {wanted[key]})" for key in differing)
         raise InputError(f"out {path.parent}: holds a row of another study: {shown}; expected another --out")
     return row
 
@@ -521,11 +534,11 @@ def _main(arguments: argparse.Namespace) -> int:
     rows = run_study(config, on_row=_say)
     print_table(table_console(), rows, title(config))
     print(f"written: {config.base.out}/study.md, study.json, study.png")
-    return 0
+    return 2 if any(row.status == "failed" for row in rows) else 0
 
 
 def _say(row: Row) -> None:
-    print(*notes([row]) or ["  ".join(filter(None, cells(row)))], file=sys.stderr)
+    say("\n".join(notes([row])) or "  ".join(filter(None, cells(row))))
 
 
 def study_config(arguments: argparse.Namespace) -> StudyConfig:

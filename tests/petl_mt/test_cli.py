@@ -288,6 +288,13 @@ def test_an_option_given_twice_is_refused(flags, capsys):
     assert end.value.code == 2 and len(error) == 1 and "given twice; expected it once" in error[0]
 
 
+@pytest.mark.parametrize("command", ["score", "plan", "study", "demo", "methods", "bench", "doctor"])
+def test_a_result_that_nobody_could_read_is_not_computed(command, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdout", None)
+    assert main([command]) == 2
+    assert f"petl-mt {command}: standard output: is closed" in capsys.readouterr().err
+
+
 def test_the_same_settings_of_a_method_twice_are_refused(capsys):
     for settings in (["rank=4", "rank=8"], ["rank_pattern={a: 1, a: 2}"]):
         flags = [word for setting in settings for word in ("--method-arg", setting)]

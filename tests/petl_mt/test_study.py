@@ -139,6 +139,31 @@ def test_a_run_that_diverges_is_a_row_and_not_the_end(config):
     assert [row.status for row in rows] == ["done", "stopped", "done"] and "training stopped at step" in rows[1].note
 
 
+@pytest.mark.parametrize("content", ["", '{"method": "bitf', "[]", '{"scores": null}', "5"])
+def test_a_damaged_row_is_one_line(config, content):
+    path = config.folder(Entry("bitfit")) / "row.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    with pytest.raises(InputError, match="row.json: damaged; remove it"):
+        study._finished(config, Entry("bitfit"))
+
+
+def test_a_row_that_fails_is_said_and_the_others_are_run(config, monkeypatch):
+    run = study._run
+
+    def fail(config, entry, *others):
+        if entry.method == "full":
+            raise InputError("memory 1MiB: needs 2 MiB")
+        return run(config, entry, *others)
+
+    monkeypatch.setattr(study, "_run", fail)
+    config.grid = ["full", "bitfit"]
+    rows = run_study(config, quiet=True)
+    assert [row.status for row in rows] == ["done", "failed", "done"] and "needs 2 MiB" in study.notes(rows)[0]
+    monkeypatch.setattr(study, "_run", run)
+    assert [row.status for row in run_study(config, quiet=True)] == ["done"] * 3
+
+
 @pytest.mark.parametrize("grid, message", [
     (["adaptor=10%"], "unknown method 'adaptor', expected one of full, adapter"),
     (["adapter=0%"], "budget '0%': expected a share"),
