@@ -164,8 +164,7 @@ def translate(
     filled = [i for i, ids in zip(filled, encoded, strict=True) if ids != nothing]
     encoded = [ids for ids in encoded if ids != nothing]
     cut = sum(len(ids) > max_length for ids in encoded)
-    # The end-of-sentence mark and a language tag behind it stay when a source is cut.
-    encoded = [ids if len(ids) <= max_length else ids[: max_length - 2] + ids[-2:] for ids in encoded]
+    encoded = [shortened(ids, max_length) for ids in encoded]
     results = [""] * len(texts)
     if not filled:
         return results, 0
@@ -191,6 +190,14 @@ def translate(
         done += len(indices)
         told(done)
     return results, cut
+
+
+def shortened(ids: list[int], max_length: int) -> list[int]:
+    """At most ``max_length`` of the ids; the end-of-sentence mark and a language tag behind it stay where they can."""
+    if len(ids) <= max_length:
+        return ids
+    end = min(2, max_length)
+    return ids[: max_length - end] + ids[-end:]
 
 
 def fitting_length(model, max_length: int) -> int:

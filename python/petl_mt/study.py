@@ -43,6 +43,7 @@ from .checks import check_folder
 from .config import Pair, TrainConfig, check_keys, each_once, load_yaml
 from .data import read_pair
 from .evaluate import Scores, score_lines
+from .lock import locked
 from .memory import MemoryMeter, process_bytes
 from .options import FILES, TrainingOptions, languages
 from .progress import Watch, say
@@ -171,12 +172,14 @@ def run_study(config: StudyConfig, quiet: bool = False, on_row: Callable[[Row], 
         model, _ = load_skeleton(config.base.model)  # the sizes of methods need no weights
         problems = {entry: _unreachable(model, entry) for entry in entries}
     check_folder("out", config.base.out)
-    add(_finished(config, None) or apart(_parent_row, config, text, quiet))
-    for entry in entries:
-        if problems[entry]:
-            add(Row(entry.method, entry.params, "unreachable", problems[entry]))
-        else:
-            add(_finished(config, entry) or _row_or_why_not(config, entry, text, quiet))
+    Path(config.base.out).mkdir(parents=True, exist_ok=True)
+    with locked(Path(config.base.out), "study"):
+        add(_finished(config, None) or apart(_parent_row, config, text, quiet))
+        for entry in entries:
+            if problems[entry]:
+                add(Row(entry.method, entry.params, "unreachable", problems[entry]))
+            else:
+                add(_finished(config, entry) or _row_or_why_not(config, entry, text, quiet))
     return rows
 
 

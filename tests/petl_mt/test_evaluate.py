@@ -7,7 +7,7 @@ import sacrebleu
 import torch
 from petl_mt.config import Pair
 from petl_mt.data import encode_pairs, read_pair
-from petl_mt.evaluate import bleu_tokenizer, score_lines, translate, validation_loss
+from petl_mt.evaluate import bleu_tokenizer, score_lines, shortened, translate, validation_loss
 
 from petl_kernels.errors import InputError
 from petl_kernels.interop.hf import load_pretrained
@@ -181,3 +181,10 @@ def test_the_signature_says_the_tokenizer(language, line, tokenizer):
 def test_tokenizers_that_cannot_run_are_refused(name):
     with pytest.raises(InputError, match=f"bleu_tokenize '{name}'.*: expected one of none, zh, 13a"):
         score_lines(["a"], ["a"], "en", name)
+
+
+def test_a_source_is_cut_to_what_was_said():
+    ids = list(range(9))
+    for length in range(1, 12):
+        assert len(shortened(ids, length)) == min(9, length)
+    assert shortened(ids, 5) == [0, 1, 2, 7, 8] and shortened(ids, 1) == [8]

@@ -11,6 +11,7 @@ import torch
 from petl_mt import cli, study
 from petl_mt.config import Pair, TrainConfig
 from petl_mt.demo.text import parallel_lines, write_pair
+from petl_mt.lock import locked
 from petl_mt.new_model import make_model, train_vocabulary
 from petl_mt.study import Entry, Row, StudyConfig, parse_grid, run_study
 
@@ -146,6 +147,12 @@ def test_a_damaged_row_is_one_line(config, content):
     path.write_text(content)
     with pytest.raises(InputError, match="row.json: damaged; remove it"):
         study._finished(config, Entry("bitfit"))
+
+
+def test_one_study_at_a_time(config, tmp_path):
+    (tmp_path / "out").mkdir()
+    with locked(tmp_path / "out"), pytest.raises(InputError, match="study .*out: process .* works in it"):
+        run_study(config, quiet=True)
 
 
 def test_a_row_that_fails_is_said_and_the_others_are_run(config, monkeypatch):
