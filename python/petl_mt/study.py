@@ -3,6 +3,8 @@
 Every entry of the grid is one run of ``train`` in ``OUT/rows/<entry>``; the adapter it leaves is loaded again and
 scored on the test text. A row that is finished is not run again, one that was interrupted goes on. Each row has a
 process of its own, so that what it took is no other row's, and keeps the budget where there is one.
+A row that fails, such as one whose method does not fit into ``--memory``, is named in the table with the reason, the
+others run, and the exit code is 2; the next call tries it again.
 
     OUT/study.md     the table, with signatures, machine and versions
     OUT/study.json   the same for programs
