@@ -19,7 +19,6 @@ from petl_mt.cli import main
 from petl_mt.config import Pair, TrainConfig
 from petl_mt.lock import locked
 from petl_mt.log import RunLog
-from petl_mt.memory import MemoryMeter
 from petl_mt.runs import RunFolder, Translator, load_run, trained_weights
 from petl_mt.train import _interrupts, _Training, finish, train
 from safetensors.torch import load_file
@@ -109,14 +108,8 @@ def test_a_stopped_run_inside_a_budget(settings, monkeypatch, capsys):
 def test_the_weights_of_a_stopped_full_run_are_not_loaded_outside_of_its_budget(settings, monkeypatch):
     out = RunFolder(Path(stopped(settings, monkeypatch, step=3, method="full", method_args={}, lr=None)))
     checkpoint = Checkpoints(out.checkpoints).path("best")
-    with trained_weights(out, out.read_config()):  # what is made once is made
-        pass
-    meter = MemoryMeter(torch.device("cpu"))
-    meter.restart()
-    if meter.memory() is None:
-        pytest.skip("nothing counts tensors here")
+    monkeypatch.setattr("petl_kernels.interop.hf.load_pretrained", lambda *given, **options: pytest.fail("loaded"))
     with trained_weights(out, out.read_config()) as folder:
-        assert meter.memory() < (checkpoint / "trained.safetensors").stat().st_size / 4
         ours, theirs = load_file(folder / "model.safetensors"), load_file(checkpoint / "trained.safetensors")
         assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
 
