@@ -98,7 +98,8 @@ class LanguagePair:
     take any code or None and use neither.
 
     Attributes: `src_token`, `tgt_token` (the language tokens in use, or None), `forced_bos_token_id`,
-    `decoder_start_token_id` (None: the model's own), `pad_token_id`, `eos_token_id`.
+    `decoder_start_token_id` (None: the model's own), `pad_token_id`, `eos_token_id`, `source_tail` (the marks behind a
+    source: the end of the sentence, and a language tag in models that have it there).
     Raises InputError for a language that the model does not have, naming near ones.
     """
 
@@ -111,7 +112,8 @@ class LanguagePair:
         self.src_token = self.tgt_token = None
         self._source_head: list[int] = []
         self._target_head: list[int] = []
-        self._source_tail = self._target_tail = [self.eos_token_id]
+        self.source_tail: list[int] = [self.eos_token_id]
+        self._target_tail = [self.eos_token_id]
 
         tags = language_tokens(tokenizer)
         self._skip = set(tokenizer.all_special_ids) | set(tags.values())
@@ -134,7 +136,7 @@ class LanguagePair:
         self.tgt_token = find_language(tgt_lang, tags, "target")
         source, target = tags[self.src_token], tags[self.tgt_token]
         if ends_with_language(self.tokenizer):
-            self._source_tail = [self.eos_token_id, source]
+            self.source_tail = [self.eos_token_id, source]
         else:
             self._source_head = [source]
         if type(self.tokenizer).__name__.startswith("MBartTokenizer"):
@@ -177,7 +179,7 @@ class LanguagePair:
 
     def encode_source(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids for the encoder, language and end of sentence included; no padding, no truncation."""
-        return [self._source_head + ids + self._source_tail for ids in self._pieces(texts, target=False)]
+        return [self._source_head + ids + self.source_tail for ids in self._pieces(texts, target=False)]
 
     def encode_target(self, texts: Sequence[str]) -> list[list[int]]:
         """Labels: what the decoder is to produce, language and end of sentence included."""

@@ -94,6 +94,16 @@ class Checkpoints:
 
     def load_trained(self, path: Path, model: nn.Module) -> None:
         """Put the tensors of a checkpoint into ``model``; refused unless names and shapes are the same."""
+        saved = self.read_trained(path, model)
+        with torch.no_grad():
+            for name, tensor in trained_tensors(model).items():
+                tensor.copy_(saved[name])
+
+    def read_trained(self, path: Path, model: nn.Module) -> dict[str, torch.Tensor]:
+        """The trained tensors of a checkpoint by name, as views into its file, so that they take no memory.
+
+        InputError unless names and shapes are those of what ``model`` trains.
+        """
         ours = trained_tensors(model)
         try:
             saved = load_file(path / "trained.safetensors")
@@ -102,9 +112,7 @@ class Checkpoints:
         wrong = sorted(set(ours) ^ set(saved)) or [k for k in ours if ours[k].shape != saved[k].shape]
         if wrong:
             raise InputError(f"checkpoint {path}: {wrong[0]} does not fit the model; it is of another run")
-        with torch.no_grad():
-            for name, tensor in ours.items():
-                tensor.copy_(saved[name])
+        return saved
 
     def load(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Restore everything; returns the progress that was saved. InputError for what cannot be read."""

@@ -176,7 +176,7 @@ def translate(
     filled = [i for i, ids in zip(filled, encoded, strict=True) if ids != nothing]
     encoded = [ids for ids in encoded if ids != nothing]
     cut = sum(len(ids) > max_length for ids in encoded)
-    encoded = [shortened(ids, max_length) for ids in encoded]
+    encoded = [shortened(ids, max_length, len(language.source_tail)) for ids in encoded]
     results = [""] * len(texts)
     if not filled:
         return results, 0
@@ -204,11 +204,11 @@ def translate(
     return results, cut
 
 
-def shortened(ids: list[int], most: int) -> list[int]:
-    """``ids``, at most ``most`` (1 or more) of them: the end-of-sentence mark and a language tag behind it stay."""
+def shortened(ids: list[int], most: int, tail: int) -> list[int]:
+    """``ids``, at most ``most`` (1 or more) of them: the beginning, and the last ``tail`` ids, which are marks."""
     if len(ids) <= most:
         return ids
-    end = ids[-min(2, most) :]
+    end = ids[-min(tail, most) :]
     return ids[: most - len(end)] + end
 
 

@@ -76,9 +76,20 @@ class LineWindows:
 
 
 def check_other(source: str | None, target: str | None, option: str = "--out") -> None:
-    """Raise InputError where what is read would be written over."""
-    if source is not None and target is not None and os.path.exists(target) and os.path.samefile(source, target):
-        raise InputError(f"{option} {target}: is what is read; expected another file")
+    """Raise InputError where what is read would be written over: by ``target`` itself, or by what is there before it.
+
+    source: None for standard input.
+    """
+    if target is None:
+        return
+    for path in (target, f"{target}.part"):
+        try:
+            read = os.stat(source) if source is not None else os.fstat(sys.stdin.fileno())
+            same = stat.S_ISREG(read.st_mode) and os.path.samestat(read, os.stat(path))
+        except (OSError, AttributeError, ValueError):  # not there, or no file
+            continue
+        if same:
+            raise InputError(f"{option} {target}: {path} is what is read; expected another file")
 
 
 def _opened(path: str | None) -> BinaryIO:

@@ -9,11 +9,10 @@ import math
 import os
 import signal
 import statistics
-import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,7 +64,7 @@ from .prepare import (
     make_accelerator,
     make_optimizer,
 )
-from .progress import Watch
+from .progress import Watch, say
 from .runs import RunFolder, absolute, folder_for_layers, hush
 from .schedule import lr_factor
 from .update import Update
@@ -152,7 +151,7 @@ def train(config: TrainConfig, resume: bool = False, quiet: bool = False) -> Run
         run.check_free()
     check_folder("out", run.path)
     if resume and not resuming and not quiet:
-        print(f"out {run.path}: no run to resume; a new one begins", file=sys.stderr)
+        say(f"out {run.path}: no run to resume; a new one begins")
     with hush(), ExitStack() as limits:
         if resuming:
             limits.enter_context(locked(run.path))
@@ -419,7 +418,8 @@ class _Training:
             f"stop at once: {safe}"
         )
         if not self.quiet:
-            os.write(2, f"\n{text}\n".encode())
+            with suppress(OSError):  # Ctrl-C has ended the reader, too
+                os.write(2, f"\n{text}\n".encode())
 
     def _loop(self, interrupted: Callable[[], bool]) -> None:
         config, progress = self.config, self.progress

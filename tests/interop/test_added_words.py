@@ -73,7 +73,7 @@ def test_added_words_are_the_tokenizers_own_ids(extended, family):
     own = tokenizer(TEXTS, add_special_tokens=False)["input_ids"]
     targets = tokenizer(text_target=TEXTS, add_special_tokens=False)["input_ids"]
     assert tokenizer.convert_tokens_to_ids(PLAIN) in own[0]
-    head, tail = pair._source_head, pair._source_tail
+    head, tail = pair._source_head, pair.source_tail
     assert pair.encode_source(TEXTS) == [head + row + tail for row in own]
     assert pair.encode_target(TEXTS) == [pair._target_head + row + pair._target_tail for row in targets]
 

@@ -97,8 +97,10 @@ def test_long_sources_are_cut_and_counted(loaded, language, monkeypatch):
 
 
 def test_a_source_is_cut_to_any_length():
+    """Its beginning stays, with the marks behind it: one, or two where a language stands there."""
     ids = [9, 1, 2, 3, 0]
-    assert [shortened(ids, most) for most in range(1, 7)] == [[0], [3, 0], [9, 3, 0], [9, 1, 3, 0], ids, ids]
+    assert [shortened(ids, most, 1) for most in range(1, 7)] == [[0], [9, 0], [9, 1, 0], [9, 1, 2, 0], ids, ids]
+    assert [shortened(ids, most, 2) for most in range(1, 6)] == [[0], [3, 0], [9, 3, 0], [9, 1, 3, 0], ids]
 
 
 def test_lines_that_nobody_sees_are_empty(loaded, language):
