@@ -44,6 +44,10 @@ BART_NAMES = (
 )  # fmt: skip
 T5_NAMES = ("MT5", "T5")
 
+# Where PEFT puts adapters into a model: module -> classes that get the model first. Without one of them, adapters of
+# both libraries on one model are not refused.
+PEFT_WRAPPERS = {"peft.tuners.tuners_utils": ("BaseTuner",), "peft.peft_model": ("PeftModel",)}
+
 # What lean layers read of a layer and of its attentions beside modules with parameters. A layer without one of these
 # stays plain, and ``pk.report`` names it (``lacking``).
 BART_LAYER = ("dropout", "activation_fn", "activation_dropout")
@@ -149,6 +153,15 @@ def attention_function(name: str, module: nn.Module) -> Callable:
         return ALL_ATTENTION_FUNCTIONS[name]
     except (AttributeError, ImportError, KeyError) as error:
         raise gone(f"{name} attention function for {type(module).__name__}", "prefix-tuning") from error
+
+
+def runs_attention_functions(attention: nn.Module) -> bool:
+    """Whether ``attention`` calls the function that its config names, rather than computing everything itself.
+
+    Known by the table that its ``forward`` looks into. If that is gone, returns False, and a prefix is refused.
+    """
+    code = getattr(inspect.unwrap(type(attention).forward), "__code__", None)
+    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
 
 
 # ---- caches of generation -------------------------------------------------------------------------------------------

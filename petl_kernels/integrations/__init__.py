@@ -12,13 +12,14 @@ import sys
 from collections.abc import Callable
 from types import ModuleType
 
+from petl_kernels.transformers_names import PEFT_WRAPPERS
+
 
 def install() -> None:
-    """Wraps, once, what saves, resizes and resumes a model of transformers."""
+    """Wraps, once, what saves, resizes and resumes a model of transformers, and what puts PEFT's adapters on one."""
     if not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
-        sys.meta_path.insert(
-            0, _AfterImport({"transformers.modeling_utils": _models, "transformers.trainer": _trainer})
-        )
+        waiting = {"transformers.modeling_utils": _models, "transformers.trainer": _trainer}
+        sys.meta_path.insert(0, _AfterImport({**waiting, **dict.fromkeys(PEFT_WRAPPERS, _peft)}))
 
 
 def _models(module: ModuleType) -> None:
@@ -29,6 +30,12 @@ def _models(module: ModuleType) -> None:
 
 def _trainer(module: ModuleType) -> None:
     from petl_kernels.integrations.trainer import wrap
+
+    wrap(module)
+
+
+def _peft(module: ModuleType) -> None:
+    from petl_kernels.integrations.peft import wrap
 
     wrap(module)
 
