@@ -44,10 +44,6 @@ BART_NAMES = (
 )  # fmt: skip
 T5_NAMES = ("MT5", "T5")
 
-# Where PEFT puts adapters into a model: module -> classes that get the model first. Without one of them, adapters of
-# both libraries on one model are not refused.
-PEFT_WRAPPERS = {"peft.tuners.tuners_utils": ("BaseTuner",), "peft.peft_model": ("PeftModel",)}
-
 # What lean layers read of a layer and of its attentions beside modules with parameters. A layer without one of these
 # stays plain, and ``pk.report`` names it (``lacking``).
 BART_LAYER = ("dropout", "activation_fn", "activation_dropout")

@@ -12,14 +12,15 @@ import sys
 from collections.abc import Callable
 from types import ModuleType
 
-from petl_kernels.transformers_names import PEFT_WRAPPERS
+# Modules of PEFT with the classes that integrations/peft.py wraps.
+_PEFT = ("peft.tuners.tuners_utils", "peft.peft_model")
 
 
 def install() -> None:
     """Wraps, once, what saves, resizes and resumes a model of transformers, and what puts PEFT's adapters on one."""
     if not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
         waiting = {"transformers.modeling_utils": _models, "transformers.trainer": _trainer}
-        sys.meta_path.insert(0, _AfterImport({**waiting, **dict.fromkeys(PEFT_WRAPPERS, _peft)}))
+        sys.meta_path.insert(0, _AfterImport({**waiting, **dict.fromkeys(_PEFT, _peft)}))
 
 
 def _models(module: ModuleType) -> None:

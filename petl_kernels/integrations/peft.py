@@ -14,14 +14,16 @@ from torch import nn
 
 from petl_kernels.errors import InputError
 from petl_kernels.methods.base import records
-from petl_kernels.transformers_names import PEFT_WRAPPERS
+
+# What gets a model first, whichever adapter of PEFT it is for. Where PEFT has other names one day, nothing is refused.
+_CLASSES = ("BaseTuner", "PeftModel")
 
 
 def wrap(module: ModuleType) -> None:
-    """Wraps the constructors in one of PEFT's modules through which every adapter comes into a model, in place."""
-    for name in PEFT_WRAPPERS[module.__name__]:
+    """Wraps the constructors that one of PEFT's modules defines, in place."""
+    for name in _CLASSES:
         cls = getattr(module, name, None)
-        if isinstance(cls, type):
+        if isinstance(cls, type) and cls.__module__ == module.__name__:
             cls.__init__ = _checked(cls.__init__)
 
 
