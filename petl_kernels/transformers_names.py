@@ -152,6 +152,15 @@ def attention_function(name: str, module: nn.Module) -> Callable:
         raise gone(f"{name} attention function for {type(module).__name__}", "prefix-tuning") from error
 
 
+def runs_attention_functions(attention: nn.Module) -> bool:
+    """Whether ``attention`` calls the function that its config names, rather than computing everything itself.
+
+    Known by the table that its ``forward`` looks into. If that is gone, returns False, and a prefix is refused.
+    """
+    code = getattr(inspect.unwrap(type(attention).forward), "__code__", None)
+    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+
+
 # ---- caches of generation -------------------------------------------------------------------------------------------
 
 _PLAIN = (Tensor, bool, int, float, str, tuple, list, dict, type(None))

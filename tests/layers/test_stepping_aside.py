@@ -296,6 +296,22 @@ def test_a_source_of_nothing_but_padding(attention, kind):
             assert difference < limit, (family, dtype, difference)
 
 
+def test_a_row_of_nothing_but_minus_infinity():
+    """transformers makes NaN of it where attention is eager; a lean layer makes 0, and leaves other sentences alone."""
+    for family in ("m2m100", "t5"):
+        model = adapted(family, "lora", "eager")
+        inputs = ragged(model)
+        ids = inputs.pop("labels").clamp(min=3)
+        mask = inputs["attention_mask"]
+        mask[1] = 0
+        hidden = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(mask == 0, -torch.inf)
+        inputs["attention_mask"] = hidden[:, None, None]
+        expected = model(**inputs, decoder_input_ids=ids, use_cache=False).logits
+        found = pk.lean(model, 2)(**inputs, decoder_input_ids=ids, use_cache=False).logits
+        assert expected[1].isnan().all() and found.isfinite().all()
+        torch.testing.assert_close(found[[0, 2]], expected[[0, 2]], rtol=1e-9, atol=1e-9)
+
+
 # ---- threads -------------------------------------------------------------------------------------------------------
 
 
@@ -354,11 +370,18 @@ def _step(model):
             parameter.mul_(1.5)
 
 
+def _other_memory(model):
+    for layer in (module for module in model.modules() if isinstance(module, LeanLayer)):
+        for parameter in layer.parameters():
+            parameter.data = parameter.data * 1.5
+
+
 CHANGED = {
     "adapter": (_switch, r"\.(q|v|q_proj|v_proj)\.lora: active was 'default' in the forward pass and is None now"),
     "mode": (_eval, r"training was True in the forward pass and is False now"),
     "rate": (_rate, r"dropout was 0\.3 in the forward pass and is 0\.1 now"),
     "weights": (_step, r"lora\.default\.[AB]: changed since the forward pass"),
+    "data": (_other_memory, r"(weight|[AB]): changed since the forward pass"),
 }
 
 
@@ -376,6 +399,46 @@ def test_what_changes_before_backward(change):
             model.requires_grad_(True)
             with pytest.raises(RuntimeError, match=message):
                 loss.backward()
+
+
+def test_what_tier_1_keeps_may_change():
+    """Its norms, too, are made again from the weights that the forward pass read."""
+    for family in ("m2m100", "t5"):
+        model = pk.lean(adapted(family, "full"), 1)
+        inputs = ragged(model)
+        expected = step(model, inputs)
+        model.zero_grad()
+        loss = model(**inputs).loss
+        _other_memory(model)
+        loss.backward()
+        for name, parameter in model.named_parameters():
+            if name in expected:
+                torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-9, atol=1e-12)
+
+
+def test_other_weights_for_one_call():
+    for family in ("m2m100", "t5"):
+        model = adapted(family, "lora")
+        weights = {name: (1.1 * p).detach().requires_grad_(p.requires_grad) for name, p in model.named_parameters()}
+        wanted = [weight for weight in weights.values() if weight.requires_grad]
+        losses = []
+        for tier in (0, 1):
+            loss = torch.func.functional_call(pk.lean(model, tier), weights, (), ragged(model)).loss
+            losses.append((loss, *torch.autograd.grad(loss, wanted)))
+        torch.testing.assert_close(losses[1], losses[0], rtol=1e-9, atol=1e-12)
+        loss = torch.func.functional_call(pk.lean(model, 2), weights, (), ragged(model)).loss
+        with pytest.raises(RuntimeError, match="changed since the forward pass"):
+            loss.backward()
+
+
+def test_what_requires_grad_changes_before_backward():
+    """Whole layers are made again with their graph."""
+    for tier in (4, 5):
+        model = pk.lean(adapted("m2m100", "full"), tier)
+        loss = model(**ragged(model)).loss
+        model.requires_grad_(False)
+        with pytest.raises(RuntimeError, match="requires_grad of (weight|bias) was True in the forward pass"):
+            loss.backward()
 
 
 def test_what_does_not_count_may_change():
