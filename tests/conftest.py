@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 
+import pytest
+
 
 def pytest_collection_modifyitems(items: list) -> None:
     """Puts the longest tests, which are processes of their own, first: at the end one worker would wait for them."""
@@ -14,3 +16,11 @@ def pytest_collection_finish() -> None:
     """Takes what imports have made, half a million objects, out of the collector's sight: each run collects (0.5 s)."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def bytes_of_steps_counted_once():
+    from counted_once import counted_once
+
+    with counted_once():
+        yield
