@@ -15,6 +15,7 @@ from methods.models import build
 import petl_kernels as pk
 from petl_kernels.errors import InputError
 from petl_kernels.graphs import WORKSPACE
+from petl_kernels.layers import recompute
 from petl_kernels.memory import planner as planning
 from petl_kernels.memory.cost import ASSUMED
 from petl_kernels.memory.gradients import GROUP_BYTES, RoundedGradients
@@ -98,6 +99,7 @@ def measured_peak(
 ) -> int:
     """Of everything that lives because of it: the model, its gradients, its optimiser, two updates."""
     gc.collect()
+    recompute.forget()  # of an earlier step: the next forward pass would free it, and it would not count
     _C.install_cpu_allocator()
     before = _C.cpu_bytes()
     model = pk.lean(make(), list(tiers)).train()
