@@ -144,7 +144,7 @@ def flags(settings: dict, config: Path) -> list[str]:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_signals(settings, tmp_path, number):
     """The real program, killed from outside at whatever step it is in."""
-    settings |= {"steps": 80, "eval_every": 10}
+    settings |= {"steps": 50, "eval_every": 10}
     command = [sys.executable, "-m", "petl_mt.cli", *flags(settings, tmp_path / "run.yaml")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
     latest = Path(settings["out"]) / "checkpoints" / "latest"
@@ -153,7 +153,7 @@ def test_signals(settings, tmp_path, number):
     process.send_signal(number)
     code = process.wait(60)
     stopped = json.loads((latest / "progress.json").read_text())["step"]
-    assert code == (-number if number == signal.SIGKILL else 130) and stopped < 80
+    assert code == (-number if number == signal.SIGKILL else 130) and stopped < 50
     if number == signal.SIGINT:
         assert f"interrupted; step {stopped} is saved" in process.stderr.read().decode()
     process.stderr.close()
