@@ -4,7 +4,8 @@ PYTHON ?= python3
 GPU_PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+# --no-compile: of the thousands of files of torch and transformers few are imported, and Python compiles those then.
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 # Folders of benchmarks that are there.
 BENCHES := $(foreach what,ops layers step,$(if $(wildcard bench/$(what)/bench_*.py),$(what)))
 SOURCES := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
@@ -45,7 +46,7 @@ $(VENV)-%/.made: pyproject.toml $(SOURCES)
 	cd $(VENV)-$*/src && ../bin/pip install $(LATEST) -c ../constraints.txt --no-build-isolation -e '.[dev]'
 	touch $@
 
-LATEST := --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager
+LATEST := --quiet --disable-pip-version-check --no-compile --upgrade --upgrade-strategy eager
 # Without extensions, which belong to the PyTorch of the environment that they were built in.
 copy = rm -rf $(1)/src/tests $(1)/src/bench && mkdir -p $(1)/src && tar -c --exclude='*.so' --exclude=__pycache__ $(COPIED) | tar -x -C $(1)/src
 
@@ -59,7 +60,7 @@ $(VENV)-quick/.made: $(VENV)/.dev pyproject.toml
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 	    > $$(echo $(VENV)-quick/lib/python*/site-packages)/pins.pth
 	$(VENV)-quick/bin/python -c "$(RANGES)" oldest torch triton > $(VENV)-quick/constraints.txt
-	$(VENV)-quick/bin/pip install --quiet --disable-pip-version-check -c $(VENV)-quick/constraints.txt \
+	$(VENV)-quick/bin/pip install --quiet --disable-pip-version-check --no-compile -c $(VENV)-quick/constraints.txt \
 	    numpy transformers accelerate peft bitsandbytes sacrebleu
 	touch $@
 
@@ -93,6 +94,7 @@ $(VENV)/.package: $(VENV)/.torch pyproject.toml $(SOURCES)
 	$(PIP) --no-build-isolation -e '.[mt]'
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.package
+# Not after .package: pip would build the extension a second time.
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml $(SOURCES)
 	$(PIP) --no-build-isolation -e '.[dev]'
-	touch $@
+	touch $(VENV)/.package $@

@@ -304,7 +304,7 @@ def _fill(text: str, name: str, lines: list[tuple[str, ...]], numbers: int) -> s
 
 
 def targets() -> Iterator[tuple[str, ...]]:
-    """DESIGN §7's figures that the model can say something about, on the card that they are set for."""
+    """Returns the targets of docs/PERFORMANCE.md that the model can say something about, on the card of each."""
     h200, t = DEVICES["H200"], TOKENS["cuda"]
     timed = {(*one.key[:3], one.implementation): one.median for one in load(RESULTS / "ops.json").measurements}
 

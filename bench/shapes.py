@@ -41,7 +41,7 @@ T5_MODELS = {
     "madlad-3b": (32, 1024, 8192, 16, 256000, 128),
     "madlad-10b": (32, 2048, 16384, 16, 256000, 256),
 }
-# Of no model: the width of LoRA's third target in DESIGN §7.
+# Of no model: the width of LoRA's third target.
 WIDE = {"wide": (1, 4096, 16384, 32, 256206)}
 # m2m-418m has nllb-600m's layers and half its words: what a CPU's vocabulary loss and training step have time for.
 NAMES = ["nllb-600m", "nllb-1.3b", "nllb-3.3b", "mbart", *T5_MODELS]

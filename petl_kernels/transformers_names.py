@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
+import os
 import sys
 from collections.abc import Callable, Iterable
 from importlib import metadata
@@ -85,7 +86,7 @@ def class_of(forward: Callable) -> str:
 @functools.cache
 def _roots() -> tuple[str, ...]:
     files = (importlib.util.find_spec(name).origin for name in ("torch", "transformers"))
-    return tuple(str(Path(file).parent) for file in files)
+    return tuple(f"{Path(file).parent}{os.sep}" for file in files)
 
 
 def gone(name: str, what: str) -> InputError:
@@ -149,6 +150,15 @@ def attention_function(name: str, module: nn.Module) -> Callable:
         return ALL_ATTENTION_FUNCTIONS[name]
     except (AttributeError, ImportError, KeyError) as error:
         raise gone(f"{name} attention function for {type(module).__name__}", "prefix-tuning") from error
+
+
+def runs_attention_functions(attention: nn.Module) -> bool:
+    """Whether ``attention`` calls the function that its config names, rather than computing everything itself.
+
+    Known by the table that its ``forward`` looks into. If that is gone, returns False, and a prefix is refused.
+    """
+    code = getattr(inspect.unwrap(type(attention).forward), "__code__", None)
+    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
 
 
 # ---- caches of generation -------------------------------------------------------------------------------------------
@@ -270,7 +280,7 @@ def knows_loss(cls: type) -> bool:
     if owner.__name__ not in LOSSES or not owner.__module__.startswith("transformers.models."):
         return False
     file = sys.modules[owner.__module__].__file__
-    package = sys.modules["transformers"].__path__[0]
+    package = sys.modules["transformers"].__path__[0] + os.sep
     function = vars(owner)["forward"]
     while hasattr(function, "__wrapped__"):
         if not function.__code__.co_filename.startswith(package):

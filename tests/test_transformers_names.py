@@ -35,6 +35,14 @@ def translations(model) -> torch.Tensor:
 make, tokenizers = checkpoints.make, checkpoints.tokenizers  # fixtures
 
 
+def test_code_of_a_package_with_a_longer_name_is_not_transformers():
+    for name, path in (("transformers", ""), ("transformers_fork", "_fork")):
+        file = f"{names._roots()[1].rstrip('/')}{path}/modeling.py"
+        made = {}
+        exec(compile("class T5Block:\n    def forward(self):\n        pass", file, "exec"), made)
+        assert names.class_of(made["T5Block"].forward) == ("T5Block" if name == "transformers" else "")
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_lean_layers_let_a_cache_through_under_any_keyword(family):
     """``past_key_values`` up to 5.23, ``cache`` since. Without its cache a layer would take each word for the first."""

@@ -30,7 +30,7 @@ from predict import NAMES, Rates, Shape, predict  # noqa: E402
 from petl_kernels import parity  # noqa: E402
 from petl_kernels.interop.files import atomic_write  # noqa: E402
 
-# Rank by rank the shape that DESIGN names first, then the other widths, numbers of linears and of tokens.
+# Rank by rank the shape of LoRA's first target, then the other widths, numbers of linears and of tokens.
 SHAPES = sorted(
     ((t, d, r, g) for t in (512, 2048, 8192) for d in (1024, 2048, 4096) for r in (8, 16, 64) for g in (1, 3)),
     key=lambda shape: (shape[0] != 8192, shape[2] != 16, shape[0] != 2048, shape[3], shape[1]),

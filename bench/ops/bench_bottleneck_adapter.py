@@ -1,7 +1,7 @@
 """bottleneck_adapter beside passes over its arrays (the limit), and the same modules in eager PyTorch and compiled.
 
 The limit moves what cannot stay: x and y forward (a copy), x, dy and dx backward. Forward at m = 64 is to take at most
-1.5 copies (DESIGN §7).
+1.5 copies.
 """
 
 from __future__ import annotations

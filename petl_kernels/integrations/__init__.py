@@ -12,13 +12,15 @@ import sys
 from collections.abc import Callable
 from types import ModuleType
 
+# Modules of PEFT with the classes that integrations/peft.py wraps.
+_PEFT = ("peft.tuners.tuners_utils", "peft.peft_model")
+
 
 def install() -> None:
-    """Wraps, once, what saves, resizes and resumes a model of transformers."""
+    """Wraps, once, what saves, resizes and resumes a model of transformers, and what puts PEFT's adapters on one."""
     if not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
-        sys.meta_path.insert(
-            0, _AfterImport({"transformers.modeling_utils": _models, "transformers.trainer": _trainer})
-        )
+        waiting = {"transformers.modeling_utils": _models, "transformers.trainer": _trainer}
+        sys.meta_path.insert(0, _AfterImport({**waiting, **dict.fromkeys(_PEFT, _peft)}))
 
 
 def _models(module: ModuleType) -> None:
@@ -29,6 +31,12 @@ def _models(module: ModuleType) -> None:
 
 def _trainer(module: ModuleType) -> None:
     from petl_kernels.integrations.trainer import wrap
+
+    wrap(module)
+
+
+def _peft(module: ModuleType) -> None:
+    from petl_kernels.integrations.peft import wrap
 
     wrap(module)
 

@@ -2,7 +2,8 @@
 
 A checkpoint holds what ``save_pretrained`` writes, the plain model and each adapter in a subfolder of its name.
 ``resume_from_checkpoint`` and ``load_best_model_at_end`` give the model's adapters the values from there, bit for bit.
-A checkpoint without one of them is refused, and so is one with adapters for a model that has none.
+A checkpoint without one of them is refused, and so is one with adapters for a model that has none. FSDP and DeepSpeed,
+which spread a model over devices, are refused for an adapted model before anything is trained.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from petl_kernels.transformers_names import loads_checkpoints
 def wrap(trainer: ModuleType) -> None:
     """Wraps the methods of ``Trainer``, in place. Warns in one line where they are gone."""
     cls = trainer.Trainer
+    cls.__init__ = _constructing(cls.__init__)
     try:
         resume, best = loads_checkpoints(cls)
     except InputError as error:
@@ -29,6 +31,33 @@ def wrap(trainer: ModuleType) -> None:
         return
     setattr(cls, resume, _resuming(getattr(cls, resume)))
     setattr(cls, best, _loading_best(getattr(cls, best)))
+
+
+def _constructing(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def __init__(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        _refuse_spread(self)
+
+    return __init__
+
+
+def _refuse_spread(trainer) -> None:
+    found = next((name for name in _SPREADING if getattr(trainer, f"is_{name.lower()}_enabled", False)), None)
+    name = next((name for module in _modules(trainer) for name in records(module)), None)
+    if found and name:
+        raise InputError(
+            f"Trainer with {found}: the model has the adapter {name!r}, and adapters of a model that is spread over "
+            "devices are not supported: expected a whole model in each process, as DistributedDataParallel has"
+        )
+
+
+_SPREADING = ("FSDP", "DeepSpeed")
+
+
+def _modules(trainer) -> list[nn.Module]:
+    model = getattr(trainer, "model", None)
+    return list(model.modules()) if isinstance(model, nn.Module) else []
 
 
 def _resuming(original: Callable) -> Callable:
@@ -55,9 +84,9 @@ def _load(trainer, folder: str, load: Callable[[], None]) -> None:
     from petl_kernels.interop.adapters import fill_adapters, held_adapters, without_adapters
 
     model: nn.Module = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-    # a model of another kind, and sharded ones, are saved and loaded with all of their tensors
-    if not isinstance(model, PreTrainedModel) or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+    if not isinstance(model, PreTrainedModel):  # saved and loaded with all of its tensors
         return load()
+    _refuse_spread(trainer)
     if not records(model):
         held = held_adapters(folder)
         if held:

@@ -15,19 +15,25 @@ from petl_kernels.errors import InputError
 
 Rows = list[list[int]]
 
+_MARKS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+_RESERVED = re.compile(r"\u2581?<extra_id_\d+>")  # of T5's and mT5's pretraining
+
 
 class AddedWords:
-    """The added words of ``tokenizer`` that are neither special nor among ``others``, its language tokens.
+    """The words that were added to ``tokenizer``, special ones too: all added tokens but the family's own, which mark a
+    sentence or are reserved for pretraining, and ``others``, its language tokens.
 
     Raises InputError for a word whose id is that of a language or of another piece too.
     """
 
     def __init__(self, tokenizer: Any, others: Mapping[str, int]) -> None:
-        special = set(tokenizer.all_special_ids)
-        added = {i: token for i, token in tokenizer.added_tokens_decoder.items() if not token.special}
-        added = {i: token for i, token in added.items() if i not in special and str(token) not in others}
+        own = {getattr(tokenizer, f"{mark}_token", None) for mark in _MARKS} | set(others)
+        added = {i: token for i, token in tokenizer.added_tokens_decoder.items() if str(token) not in own}
+        added = {i: token for i, token in added.items() if not _RESERVED.fullmatch(str(token))}
         self._tokens = {str(token): token for token in added.values()}
         self.ids = {str(token): i for i, token in added.items()}
+        special = set(tokenizer.all_special_ids)
+        self._special = [str(token) for i, token in added.items() if token.special or i in special]
         taken = {i: piece for piece, i in {**getattr(tokenizer, "encoder", {}), **others}.items()}
         for word, i in self.ids.items():
             if taken.get(i, word) != word:
@@ -41,6 +47,10 @@ class AddedWords:
 
     def __bool__(self) -> bool:
         return bool(self.ids)
+
+    def holds_special(self, text: str) -> bool:
+        """Returns whether ``text`` has a word that was added as a special token."""
+        return any(word in text for word in self._special)
 
     def learn_spaces(self, encode: Callable[[list[str]], Rows]) -> None:
         """Find out which words are encoded the same with and without a space before them."""

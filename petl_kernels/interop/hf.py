@@ -46,7 +46,7 @@ def load_pretrained(path_or_id: str | os.PathLike, dtype: torch.dtype = torch.fl
     at random in training (0.05 in M2M-100's configs), is set to 0: adapters must see the same layers in every step.
 
     Raises InputError in one line: no such folder, not a checkpoint, a class that is not supported, weights that are
-    damaged or do not fit the config, no tokenizer, a tokenizer with more tokens than the model.
+    quantised, damaged or do not fit the config, no tokenizer, a tokenizer with more tokens than the model.
     """
     name, folder, config = _checked(path_or_id)
     tokenizer = _load_tokenizer(name, folder)
@@ -223,6 +223,7 @@ def _tensors(name: str, config) -> dict[str, _Stored]:
                 found[key] = torch.Size(opened.get_slice(key).get_shape()), partial(opened.get_tensor, key)
         else:  # files of PyTorch 1.5 and older cannot be mapped
             state = torch.load(path, map_location="cpu", mmap=is_zipfile(path), weights_only=True)
+            state = {key: tensor for key, tensor in state.items() if isinstance(tensor, Tensor)}
             found |= {key: (tensor.shape, partial(state.__getitem__, key)) for key, tensor in state.items()}
     return found
 
@@ -269,6 +270,18 @@ def skeleton(config):
     return model.eval()
 
 
+def load_outline(path_or_id: str | os.PathLike) -> nn.Module:
+    """The model that a plan is made from, on the meta device, in fp32 and in eval mode; a tokenizer is not needed.
+
+    What is tied to what is as the weights in a folder have it, as in ``load_skeleton``; where they are not all there,
+    for a hub id or a config's JSON file, as the config says. Raises InputError as ``load_skeleton`` does.
+    """
+    config, folder = load_config(path_or_id), Path(path_or_id)
+    if _has(folder, _WEIGHT_FILES) and all(path.is_file() for path in _weight_files(folder, config)):
+        return _laid_out(os.fspath(path_or_id), config).eval()
+    return skeleton(config)
+
+
 def _checked(path_or_id: str | os.PathLike, weights: bool = True):
     """(name, folder or None, config), of what can be loaded as far as names tell."""
     versions.check("transformers")
@@ -287,6 +300,13 @@ def _supported(name: str, config):
     if config.model_type not in SUPPORTED:
         raise InputError(
             f"model {name!r}: type {config.model_type!r} is not supported, only {', '.join(sorted(SUPPORTED))}"
+        )
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is not None:  # dict, or an object of transformers
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
+        raise InputError(
+            f"model {name!r}: its config has a quantization_config ({getattr(method, 'value', method)}); expected a "
+            "checkpoint of plain weights (--allow quantised rounds them where memory needs it)"
         )
     no_layerdrop(config)
     return config

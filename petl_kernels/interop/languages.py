@@ -11,7 +11,8 @@
 
 X is the sentence in pieces. Text never becomes a special token: a sentence that holds the characters "</s>" has those
 characters as its pieces, or <unk> where the tokenizer has no way to spell them. Words that ``add_tokens`` added are
-text, with the tokenizer's own ids. A language token that was added to a vocabulary is one like the others.
+text, with the tokenizer's own ids, special ones too; they stay in what is decoded. A language token that was added to a
+vocabulary is one like the others.
 """
 
 from __future__ import annotations
@@ -97,7 +98,8 @@ class LanguagePair:
     take any code or None and use neither.
 
     Attributes: `src_token`, `tgt_token` (the language tokens in use, or None), `forced_bos_token_id`,
-    `decoder_start_token_id` (None: the model's own), `pad_token_id`, `eos_token_id`.
+    `decoder_start_token_id` (None: the model's own), `pad_token_id`, `eos_token_id`, `source_tail` (the marks behind a
+    source: the end of the sentence, and a language tag in models that have it there).
     Raises InputError for a language that the model does not have, naming near ones.
     """
 
@@ -110,11 +112,13 @@ class LanguagePair:
         self.src_token = self.tgt_token = None
         self._source_head: list[int] = []
         self._target_head: list[int] = []
-        self._source_tail = self._target_tail = [self.eos_token_id]
+        self.source_tail: list[int] = [self.eos_token_id]
+        self._target_tail = [self.eos_token_id]
 
         tags = language_tokens(tokenizer)
         self._skip = set(tokenizer.all_special_ids) | set(tags.values())
         self._words = AddedWords(tokenizer, tags)
+        self._skip -= set(self._words.ids.values())
         if self._words:
             self._words.learn_spaces(lambda texts: self._pieces(texts, target=False))
         self._start_token_id: int | None = None
@@ -132,7 +136,7 @@ class LanguagePair:
         self.tgt_token = find_language(tgt_lang, tags, "target")
         source, target = tags[self.src_token], tags[self.tgt_token]
         if ends_with_language(self.tokenizer):
-            self._source_tail = [self.eos_token_id, source]
+            self.source_tail = [self.eos_token_id, source]
         else:
             self._source_head = [source]
         if type(self.tokenizer).__name__.startswith("MBartTokenizer"):
@@ -175,7 +179,7 @@ class LanguagePair:
 
     def encode_source(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids for the encoder, language and end of sentence included; no padding, no truncation."""
-        return [self._source_head + ids + self._source_tail for ids in self._pieces(texts, target=False)]
+        return [self._source_head + ids + self.source_tail for ids in self._pieces(texts, target=False)]
 
     def encode_target(self, texts: Sequence[str]) -> list[list[int]]:
         """Labels: what the decoder is to produce, language and end of sentence included."""
@@ -219,17 +223,25 @@ class LanguagePair:
             model, encoder = pieces
             encoder = {**encoder, **self._words.ids} if self._words else encoder
             return self._words.encode(texts, lambda some: _by_sentencepiece(model, encoder, tokenizer.unk_token, some))
-        rows = tokenizer(
+        rows = self._by_tokenizer(texts, split_special=True)
+        if special := [i for i, text in enumerate(texts) if self._words.holds_special(text)]:
+            for i, row in zip(
+                special, self._by_tokenizer([texts[i] for i in special], split_special=False), strict=True
+            ):
+                rows[i] = row
+        # Unigram vocabularies hold "</s>" as a piece like any other, which splitting does not prevent.
+        return [row if self._skip.isdisjoint(row) else self._without_special(row) for row in rows]
+
+    def _by_tokenizer(self, texts: list[str], split_special: bool) -> list[list[int]]:
+        return self.tokenizer(
             texts,
             add_special_tokens=False,
-            split_special_tokens=True,
+            split_special_tokens=split_special,
             padding=False,
             truncation=False,
             return_attention_mask=False,
             verbose=False,
         )["input_ids"]
-        # Unigram vocabularies hold "</s>" as a piece like any other, which splitting does not prevent.
-        return [row if self._skip.isdisjoint(row) else self._without_special(row) for row in rows]
 
     def _without_special(self, row: list[int]) -> list[int]:
         return [self.tokenizer.unk_token_id if token in self._skip else token for token in row]
@@ -327,6 +339,8 @@ def script_of(code: str) -> str:
     if len(parts) > 1 and len(parts[1]) == 3 and parts[1].isalpha():  # a language under its macrolanguage
         parts = parts[1:]
     found = _canonical("_".join(part for part in parts if not part.isdigit()))
+    if found == ("ja", "hani"):  # Japanese in characters has kana beside them
+        return "Jpan"
     script = found[1] or _SCRIPTS.get(found[0]) or _MORE_SCRIPTS.get(found[0]) or ""
     return script.title()
 

@@ -74,6 +74,12 @@ def _class() -> type:
             self.__dict__.update(made.__dict__)
             return getattr(self, name)
 
+        def __bool__(self) -> bool:
+            return True  # with labels each layer puts something there
+
+        def __repr__(self) -> str:
+            return "LateCache(made when it is read)" if "petl_make" in self.__dict__ else super().__repr__()
+
         def __reduce_ex__(self, protocol):
             len(self)  # makes it
             return EncoderDecoderCache.__new__, (EncoderDecoderCache,), self.__dict__

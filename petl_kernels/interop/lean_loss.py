@@ -131,7 +131,7 @@ def _head(model: nn.Module) -> nn.Module | Callable[[Tensor], LateLogits]:
 
 def _named(model: nn.Module, args: tuple, kwargs: dict) -> dict:
     """Positional arguments of a forward by their names."""
-    names = list(inspect.signature(type(model).forward).parameters)[1 : len(args) + 1]
+    names = list(inspect.signature(type(model).forward).bind_partial(model, *args).arguments)[1:]
     for name in names:
         if name in kwargs:
             raise TypeError(f"{type(model).__name__}.forward got multiple values for argument {name!r}")

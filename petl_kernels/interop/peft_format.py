@@ -20,7 +20,7 @@ from petl_kernels.interop.store import read_json, read_tensors, write_adapter
 from petl_kernels.methods.base import Method
 from petl_kernels.methods.ia3 import IA3
 from petl_kernels.methods.ln_tuning import LayerNormTuning
-from petl_kernels.methods.lora import LoRA
+from petl_kernels.methods.lora import LoRA, largest_rank
 from petl_kernels.methods.structure import base_modules
 from petl_kernels.ops.quantised import QuantisedTensor, quantise
 
@@ -33,7 +33,6 @@ _UNSUPPORTED = {
         "alora_invocation_tokens",
         "arrow_config",
         "ensure_weight_tying",
-        "fan_in_fan_out",
         "kasa_config",
         "layer_replication",
         "lora_bias",
@@ -47,7 +46,7 @@ _UNSUPPORTED = {
         "use_qalora",
         "velora_config",
     ),
-    "IA3": ("fan_in_fan_out", "modules_to_save"),
+    "IA3": ("modules_to_save",),
     "LN_TUNING": ("modules_to_save",),
 }
 # Settings that are read, and those that change nothing of what a trained adapter computes: its start and its origin.
@@ -79,14 +78,25 @@ _WITHOUT_EFFECT = {
         "revision",
         "task_type",
     ),
-    "LORA": ("corda_config", "eva_config", "loftq_config", "lora_ga_config", "megatron_core", "qalora_group_size"),
-    "IA3": ("init_ia3_weights",),
+    # PEFT itself does without fan_in_fan_out where the layer is PyTorch's own Linear or Embedding, as all are here
+    "LORA": (
+        "corda_config",
+        "eva_config",
+        "fan_in_fan_out",
+        "loftq_config",
+        "lora_ga_config",
+        "megatron_core",
+        "qalora_group_size",
+    ),
+    "IA3": ("fan_in_fan_out", "init_ia3_weights"),
     "LN_TUNING": (),
 }
 # Initialisations that leave the base and the formula as they are.
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 # Initialisations after which the base model is not the plain one any more, so that A and B alone mean nothing.
 _CHANGES_BASE = ("corda", "loftq", "lora_ga", "olora", "pissa")
+# What to do with a file of PEFT's that is not read.
+_INSTEAD = "PEFT's merge_and_unload() puts such an adapter into the model, and save_pretrained() of that is read"
 
 
 def can_write(config: Method) -> bool:
@@ -133,7 +143,7 @@ def _check_settings(path: Path, kind: str, content: dict) -> None:
     known = {*_READ[kind], *_WITHOUT_EFFECT[""], *_WITHOUT_EFFECT[kind]}
     for key in sorted(content.keys() - known):
         if content[key] and key in _UNSUPPORTED[kind]:
-            raise InputError(f"{path}: {key} = {content[key]!r} is not supported")
+            raise InputError(f"{path}: {key} = {content[key]!r} is not supported; {_INSTEAD}")
         if content[key]:  # what is off does nothing
             written = f", written by PEFT {content['peft_version']}" if content.get("peft_version") else ""
             raise InputError(f"{path}: {key} = {content[key]!r} is a setting that {kind} is not known to have{written}")
@@ -176,6 +186,9 @@ def _read_lora(content: dict, tensors: dict[str, Tensor], model: nn.Module) -> t
             f"init_lora_weights = {start!r} is not supported: it changes the base model; "
             "convert the adapter with PEFT's path_initial_model_for_weight_conversion"
         )
+    if content.get("bias") not in (None, "none", "lora_only"):
+        raise InputError(f"bias = {content['bias']!r} is not supported, only 'none' and 'lora_only'; {_INSTEAD}")
+    _check_alphas(content)
     config = LoRA(
         rank=content.get("r", 8),
         alpha=_number(content, "lora_alpha", 8),
@@ -186,6 +199,7 @@ def _read_lora(content: dict, tensors: dict[str, Tensor], model: nn.Module) -> t
         rslora=bool(content.get("use_rslora")),
         bias=content.get("bias") or "none",
     )
+    _check_ranks(model, config)
     state = {}
     for key, tensor in tensors.items():
         path, _, last = key.rpartition(".")
@@ -198,6 +212,23 @@ def _read_lora(content: dict, tensors: dict[str, Tensor], model: nn.Module) -> t
         else:
             raise InputError(f"{WEIGHTS} holds {_PREFIX + key!r}, which LoRA does not have")
     return config, state
+
+
+def _check_alphas(content: dict) -> None:
+    for key, alphas in (
+        ("lora_alpha", [_number(content, "lora_alpha", 8)]),
+        ("alpha_pattern", _patterns(content, "alpha_pattern", (int, float)).values()),
+    ):
+        if not all(alpha > 0 for alpha in alphas):
+            raise InputError(f"{key} = {content[key]!r} is not supported, only numbers above 0; {_INSTEAD}")
+
+
+def _check_ranks(model: nn.Module, config: LoRA) -> None:
+    for path in config.target_paths(model):
+        rank, most = config.rank_of(path), largest_rank(model.get_submodule(path))
+        if rank > most:
+            setting = f"r = {rank}" if rank == config.rank else f"rank_pattern = {config.rank_pattern!r}"
+            raise InputError(f"{setting} is not supported: rank {rank} of {path!r}, at most {most}; {_INSTEAD}")
 
 
 def _patterns(content: dict, key: str, kind) -> dict:

@@ -190,15 +190,19 @@ def _norm(norm: nn.Module, x: Tensor, tier: int, then: Callable[[Tensor], Tensor
     """
     if isinstance(norm, nn.LayerNorm):
         y, *statistics = ops.layer_norm_with_statistics(x, norm.weight, norm.bias, norm.eps)
-        again = partial(ops.layer_norm_from_statistics, weight=norm.weight, bias=norm.bias)
+        again, weights = ops.layer_norm_from_statistics, _present(norm.weight, norm.bias)
     else:
         y, *statistics = ops.rms_norm_with_statistics(x, norm.weight, norm.variance_epsilon)
-        again = partial(ops.rms_norm_from_statistics, weight=norm.weight)
+        again, weights = ops.rms_norm_from_statistics, (norm.weight,)
         if norm.weight.dtype.itemsize == 2 and norm.weight.dtype != x.dtype:
             then = partial(_narrowed, norm.weight.dtype, then)
     if tier < NORMS:
         return then(y)
-    return remade_by(lambda x, *statistics: then(again(x, *statistics)), then(y), x, *statistics, reads=(norm,))
+    return remade_by(lambda *tensors: then(again(*tensors)), then(y), x, *statistics, weights=weights)
+
+
+def _present(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+    return tuple(tensor for tensor in tensors if tensor is not None)
 
 
 def _narrowed(dtype: torch.dtype, then: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
@@ -253,6 +257,7 @@ def as_added(
     Its eager function adds a mask as it is, and finfo.min leaves nothing of the scores beside it: such a query attends
     to every key alike. With a position bias sdpa's does so too, with finfo.min in the place of hidden keys' bias; in
     fp16, whose finfo.min leaves the scores, without that bias. Else sdpa gives 0 where a boolean mask shows no key.
+    One exception: a query whose whole row of a mask is -inf gets 0 here in every case, and NaN from the eager function.
     """
     eager = str(attention_implementation(block.host.config)).endswith("eager")
     if eager:

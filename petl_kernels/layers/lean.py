@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from petl_kernels import versions
 from petl_kernels.errors import InputError, shown
 from petl_kernels.layers.bart import LeanBartLayer
-from petl_kernels.layers.recompute import checkpointed, forget
+from petl_kernels.layers.recompute import checkpointed, forget, forget_all
 from petl_kernels.layers.rule import Call, Rule, Unknown, Watch
 from petl_kernels.layers.t5 import LeanT5Layer
 from petl_kernels.layers.wide_ffn import WideFFN, bottleneck_beside
@@ -141,7 +141,11 @@ class _Bound:
 
 @torch.compiler.disable  # recipes are no part of a graph: it breaks here, once a layer, and is not made anew
 def _recomputing(layer: LeanLayer, *inputs) -> tuple[Tensor, ...]:
-    outputs = layer.body(*inputs)
+    try:
+        outputs = layer.body(*inputs)
+    except BaseException:
+        forget_all()  # after too little memory a step is tried again
+        raise
     forget()
     return outputs
 

@@ -78,12 +78,17 @@ class Remade:
 
 
 class Recipe:
-    """How the tensors that ``fn`` returns are made again. ``reads``: the modules that it looks into."""
+    """How the tensors that ``fn`` returns are made again.
+
+    reads: the modules that it looks into. weights: parameters that it gets after its inputs, as they are now.
+    """
 
     __slots__ = ("fn", "inputs", "seen", "seeds", "autocast", "pending", "outputs", "__weakref__")
 
-    def __init__(self, fn: Callable, inputs: tuple[Tensor, ...], reads: tuple[nn.Module, ...]):
-        self.fn, self.inputs = fn, [_capture(tensor) for tensor in inputs]
+    def __init__(
+        self, fn: Callable, inputs: tuple[Tensor, ...], reads: tuple[nn.Module, ...], weights: tuple[Tensor, ...] = ()
+    ):
+        self.fn, self.inputs = fn, [*map(_capture, inputs), *map(Kept, weights)]
         self.seen = Seen(reads, _made.layer)
         self.seeds: list[Tensor] = []
         self.autocast = _autocast_state(inputs[0].device.type)
@@ -125,10 +130,13 @@ def recomputed(fn: Callable, *inputs: Tensor, reads: tuple[nn.Module, ...] = ())
     return outputs
 
 
-def remade_by(fn: Callable, output: Tensor, *inputs: Tensor, reads: tuple[nn.Module, ...] = ()) -> Tensor:
-    """``output``, which ``fn(*inputs)`` makes again where autograd would keep it; bit for bit the same."""
+def remade_by(fn: Callable, output: Tensor, *inputs: Tensor, weights: tuple[Tensor, ...] = ()) -> Tensor:
+    """``output``, which ``fn(*inputs, *weights)`` makes again where autograd would keep it; bit for bit the same.
+
+    weights: parameters, whose memory is there anyway.
+    """
     if torch.is_grad_enabled():
-        _register(output, Recipe(fn, inputs, reads), 0)
+        _register(output, Recipe(fn, inputs, (), weights), 0)
     return output
 
 
@@ -174,6 +182,11 @@ def forget() -> None:
         del recipes[address]
 
 
+def forget_all() -> None:
+    """Drop all of this thread's recipes, with what they hold. Called when a layer has failed."""
+    _made.recipes.clear()
+
+
 def _autocast_state(device: str) -> tuple[str, bool, torch.dtype]:
     return device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
@@ -204,7 +217,7 @@ class _Repeated:
     """``fn``, which may run again as long as ``layer`` is what its first run saw."""
 
     def __init__(self, layer: nn.Module, fn: Callable):
-        self.fn, self.seen, self.ran = fn, Seen((layer,), layer), False
+        self.fn, self.seen, self.ran = fn, Seen((layer,), layer, graph=True), False
 
     def __call__(self, *inputs):
         if self.ran:

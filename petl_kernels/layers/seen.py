@@ -1,7 +1,7 @@
 """What a forward pass saw of modules that backward will read again.
 
-Compared are the parameters (which, and their versions), the adapter in use, and every plain setting: dropout rates,
-scales, the mode of what drops anything.
+Compared are the parameters (which, over which memory, and their versions), the adapter in use, and every plain setting:
+dropout rates, scales, the mode of what drops anything.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from petl_kernels.methods.base import Named
+from petl_kernels.ops.quantised import QuantisedTensor, parts_of
 
 _PLAIN = (bool, int, float, str, type(None))
 _PRIVATE = ("_active_adapter", "_disable_adapters")  # PEFT's
@@ -19,24 +20,27 @@ _LIBRARIES = ("torch.", "transformers.", "peft.", "petl_kernels.")
 
 
 class Seen:
-    """The state of ``modules``, with what they contain; ``layer`` is the lean layer around them, for its path."""
+    """The state of ``modules``, with what they contain; ``layer`` is the lean layer around them, for its path.
 
-    __slots__ = ("modules", "layer", "states")
+    graph: backward makes their autograd graph again, so that the same parameters have to require grad.
+    """
 
-    def __init__(self, modules: tuple[nn.Module, ...], layer: nn.Module | None = None):
-        self.modules, self.layer = modules, layer
-        self.states = [_state(part) for module in modules for _, part in _parts(module)]
+    __slots__ = ("modules", "layer", "graph", "states")
+
+    def __init__(self, modules: tuple[nn.Module, ...], layer: nn.Module | None = None, graph: bool = False):
+        self.modules, self.layer, self.graph = modules, layer, graph
+        self.states = [_state(part, graph) for module in modules for _, part in _parts(module)]
 
     def check(self) -> None:
         """Raises RuntimeError, which names the first change."""
-        if [_state(part) for module in self.modules for _, part in _parts(module)] != self.states:
+        if [_state(part, self.graph) for module in self.modules for _, part in _parts(module)] != self.states:
             raise RuntimeError(
                 f"{self._change()}: from tier 2 on backward computes it again, so nothing of it may change between the "
                 "forward pass and its backward pass (pk.lean(model, 1) keeps more and allows it)"
             )
 
     def _change(self) -> str:
-        now = [(path, _state(part)) for module in self.modules for path, part in self._paths(module)]
+        now = [(path, _state(part, self.graph)) for module in self.modules for path, part in self._paths(module)]
         for (path, state), before in zip(now, self.states, strict=False):
             if state.keys() != before.keys():
                 return f"{path}: other settings or parameters than the forward pass saw"
@@ -69,14 +73,29 @@ def _parts(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]
             yield from _parts(child, f"{path}.{name}" if path else name)
 
 
-def _state(module: nn.Module) -> dict[str, Any]:
+def _state(module: nn.Module, graph: bool) -> dict[str, Any]:
     settings = {key: _plain(value) for key, value in module.__dict__.items() if key[0] != "_" or key in _PRIVATE}
     if not _heeds_mode(module, settings):
         del settings["training"]
     for name, parameter in module._parameters.items():
         if parameter is not None:
-            settings[name] = id(parameter), parameter._version
+            settings[name] = _values(parameter)
+            if graph:
+                settings[f"requires_grad of {name}"] = parameter.requires_grad
     return settings
+
+
+def _values(parameter: Tensor) -> tuple:
+    """Returns what is another when ``parameter`` is, was written to, or has got other memory by ``.data``.
+
+    Storages are compared and not addresses: those of streamed weights change. Their being held here keeps a later one
+    from being taken for the same.
+    """
+    own = id(parameter), parameter._version
+    if not isinstance(parameter, QuantisedTensor) and type(parameter) not in (nn.Parameter, Tensor):
+        return own  # a tensor of others may have no storage
+    places = ((part.untyped_storage(), part.storage_offset(), part.stride()) for part in parts_of(parameter))
+    return *own, *places
 
 
 def _plain(value: Any) -> Any:

@@ -273,7 +273,8 @@ class Planner:
                 if tiers is not None:
                     yield self._seconds(setting, micro_batches, rows, tiers), setting, micro_batches, tiers
                     enough += set(tiers) == {self.tiers[0]}
-                    if enough == 2:
+                    measured = rows == self.rows and setting.kind == EXACT
+                    if enough == 2 or (enough and measured):
                         break  # smaller micro-batches only cost; one more, where the first was estimated too low
 
     def _settings(self, chunk_bytes: int, allow: tuple[str, ...]) -> Iterator[Setting]:
@@ -369,8 +370,10 @@ class Planner:
         """At ``rows``, on the line through two batch sizes that were measured: the next above and below."""
         few = -(-self.rows // 8)
         first, last = (1, few) if rows < few else (few, self.rows)
+        if rows in (first, last):
+            return self._measured(tier, rows, chunk_bytes)
         low, high = (self._measured(tier, anchor, chunk_bytes) for anchor in (first, last))
-        share = (rows - first) / max(1, last - first)
+        share = (rows - first) / (last - first)
         values = zip(dataclasses.astuple(low), dataclasses.astuple(high), strict=True)
         return _Slopes(*(a + share * (b - a) for a, b in values))
 

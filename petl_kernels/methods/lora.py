@@ -236,12 +236,15 @@ class LoRA(Method):
         """Path -> (rank, scale) of every target."""
         plan = {}
         for path in self.target_paths(model):
-            rank = _by_pattern(self.rank_pattern, path, self.rank)
+            rank = self.rank_of(path)
             alpha = _by_pattern(self.alpha_pattern, path, self.alpha)
             _check_plain(path, model.get_submodule(path))
             check_rank(repr(path), rank, *_shape(model.get_submodule(path)))
             plan[path] = (rank, alpha / (math.sqrt(rank) if self.rslora else rank))
         return plan
+
+    def rank_of(self, path: str) -> int:
+        return _by_pattern(self.rank_pattern, path, self.rank)
 
     def target_paths(self, model: nn.Module) -> list[str]:
         if self.targets is None:
@@ -274,7 +277,11 @@ class LoRA(Method):
     @classmethod
     def largest_size(cls, model: nn.Module, **fixed) -> int:
         paths = cls(**{"rank": 1, **fixed}).target_paths(model)
-        return min(min(_shape(model.get_submodule(path))) for path in paths)
+        return min(largest_rank(model.get_submodule(path)) for path in paths)
+
+
+def largest_rank(module: nn.Linear | nn.Embedding) -> int:
+    return min(_shape(module))
 
 
 def check_rank(what: str, rank: int, n_in: int, n_out: int) -> None:

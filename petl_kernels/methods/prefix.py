@@ -26,7 +26,12 @@ from petl_kernels import versions
 from petl_kernels.errors import InputError
 from petl_kernels.methods.base import Method, Named, Piece, attach, check_size, find_record, piece_dtype, pieces
 from petl_kernels.methods.structure import Attention, describe
-from petl_kernels.transformers_names import attention_function, attention_implementation, register_attention
+from petl_kernels.transformers_names import (
+    attention_function,
+    attention_implementation,
+    register_attention,
+    runs_attention_functions,
+)
 
 HIDDEN = 512
 _WRAPPED = ("eager", "sdpa")
@@ -125,6 +130,8 @@ class PrefixTuning(Method):
 
     def inject(self, model: nn.Module, name: str) -> None:
         attentions = describe(model).attentions
+        for attention in attentions:
+            check_attention(attention.path, model.get_submodule(attention.path))
         use_prefix_attention(model)
         weight = model.get_submodule(attentions[0].q).weight
         mlps = PrefixMLPs({attention.kind: attention.heads * attention.head_dim for attention in attentions}, weight)
@@ -152,6 +159,15 @@ def fold(model: nn.Module, name: str) -> None:
         raise InputError(f"adapter {name!r}: not a prefix, there is nothing to fold")
     for _, piece in list(pieces(model, name)):
         piece.fold()
+
+
+def check_attention(path: str, attention: nn.Module) -> None:
+    """Refuse an attention that would pass over a prefix, which would then be trained without an effect."""
+    if not runs_attention_functions(attention):
+        raise InputError(
+            f"prefix: {path!r} is a {type(attention).__name__}, which calls none of transformers' attention functions, "
+            "so that a prefix has no way in: expected another method"
+        )
 
 
 def use_prefix_attention(model: nn.Module) -> None:

@@ -17,10 +17,14 @@ from petl_kernels.errors import InputError
 CHECKOUT = Path(__file__).resolve().parents[2]
 FAILED, INTERRUPTED, WRONG_USAGE, NOTHING_MATCHES = 1, 2, 4, 5  # pytest's exit codes
 EXAMPLES = """examples:
-  petl-mt bench ops layers --peers              into bench/results/<device>/: ops.json, layers.json, report.html
-  petl-mt bench ops --only "lora_linear and bfloat16"   into bench/results/<device>/part/
-  petl-mt bench report [DIR]                    report.html again, from the JSON files in DIR
-  petl-mt bench compare A.json B.json           what became slower; exit code 1 when something of ours did
+  petl-mt bench ops layers --peers
+      into bench/results/<device>/: ops.json, layers.json, report.html
+  petl-mt bench ops --only "lora_linear and bfloat16"
+      into bench/results/<device>/part/
+  petl-mt bench report [DIR]
+      report.html again, from the JSON files in DIR
+  petl-mt bench compare A.json B.json
+      what became slower; exit code 1 when something of ours did
 """
 
 

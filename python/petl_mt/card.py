@@ -63,7 +63,7 @@ def card(config: TrainConfig, result) -> str:
             f"{result.best_step}. Translations: `valid.best*.hyp`.",
         ]
     else:
-        lines += ["No validation text was given."]
+        lines += ["The validation text was not scored." if config.valid else "No validation text was given."]
     lines += [
         "",
         "## Data",

@@ -66,6 +66,8 @@ class Checkpoints:
     def whole(self, *links: str) -> tuple[Path | None, list[str]]:
         """(the first whole checkpoint, lines on damaged ones before it): of ``links``, then the newest.
 
+        A line says, too, where only the formats of its files could be looked at, since it has no checksums.
+
         (None, []) where there is none at all. InputError where all that there are are damaged.
         """
         lines, damaged = [], {}
@@ -73,7 +75,8 @@ class Checkpoints:
             if path is None:
                 continue
             if not (problem := damage(path)):
-                return path, [f"{line}; {path.name} is used, the newest that is whole" for line in lines]
+                lines = [f"{line}; {path.name} is used, the newest that is whole" for line in lines]
+                return path, lines if (path / SUMS).is_file() else [*lines, _unproven(path)]
             damaged[path] = problem
             lines.append(f"checkpoint {path}: {problem}")
         if lines:
@@ -91,6 +94,16 @@ class Checkpoints:
 
     def load_trained(self, path: Path, model: nn.Module) -> None:
         """Put the tensors of a checkpoint into ``model``; refused unless names and shapes are the same."""
+        saved = self.read_trained(path, model)
+        with torch.no_grad():
+            for name, tensor in trained_tensors(model).items():
+                tensor.copy_(saved[name])
+
+    def read_trained(self, path: Path, model: nn.Module) -> dict[str, torch.Tensor]:
+        """The trained tensors of a checkpoint by name, as views into its file, so that they take no memory.
+
+        InputError unless names and shapes are those of what ``model`` trains.
+        """
         ours = trained_tensors(model)
         try:
             saved = load_file(path / "trained.safetensors")
@@ -99,9 +112,7 @@ class Checkpoints:
         wrong = sorted(set(ours) ^ set(saved)) or [k for k in ours if ours[k].shape != saved[k].shape]
         if wrong:
             raise InputError(f"checkpoint {path}: {wrong[0]} does not fit the model; it is of another run")
-        with torch.no_grad():
-            for name, tensor in ours.items():
-                tensor.copy_(saved[name])
+        return saved
 
     def load(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Restore everything; returns the progress that was saved. InputError for what cannot be read."""
@@ -154,6 +165,13 @@ def damage(path: Path) -> str:
         if file_sum(path / name)["sha256"] != checksum:
             return f"damaged, {name} is not what was written (checksum)"
     return ""
+
+
+def _unproven(path: Path) -> str:
+    return (
+        f"checkpoint {path}: has no {SUMS}, as those of an earlier version; its files can be read, whether they are "
+        "what was written cannot be told"
+    )
 
 
 def _unreadable(path: Path) -> str:

@@ -119,9 +119,10 @@ def check_same_text(path: Path, now: dict[str, dict]) -> None:
     """Refuse text other than that of which ``write_text_sums`` has written the sums to ``path``."""
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
+        before = {str(name): {"bytes": sums["bytes"], "sha256": sums["sha256"]} for name, sums in before.items()}
     except FileNotFoundError:  # of a run that an earlier version has begun
         return
-    except ValueError:
+    except (ValueError, TypeError, KeyError, AttributeError):
         raise InputError(f"{path}: damaged; remove it to resume without a look at the text") from None
     for name, sums in now.items():
         if name in before and before[name] != sums:

@@ -19,13 +19,16 @@ except ImportError as error:  # PyTorch or numpy is missing, or too old
 
 from .checks import check_file, check_folder, check_space, check_two_files
 from .options import FILES, PAIR, TrainingOptions, languages
-from .output import drop_unread
+from .output import drop_unread, hold_closed_descriptors
+from .progress import say
 
 TRAIN_EXAMPLE = """examples:
-  petl-mt train --model facebook/nllb-200-distilled-600M --train train.en train.sw --valid dev.en dev.sw \\
-      --src-lang en --tgt-lang sw --method adapter --params 10% --out runs/en-sw
-  petl-mt train --model new --pair en-de a.en a.de --pair de-en a.de a.en --valid-pair en-de d.en d.de \\
-      --vocab-size 4000 --d-model 256 --layers 3 --steps 5000 --out runs/parent
+  petl-mt train --model facebook/nllb-200-distilled-600M --train a.en a.sw \\
+      --valid dev.en dev.sw --src-lang en --tgt-lang sw \\
+      --method adapter --params 10% --out runs/en-sw
+  petl-mt train --model new --pair en-de a.en a.de --pair de-en a.de a.en \\
+      --valid-pair en-de dev.en dev.de --vocab-size 4000 --d-model 256 \\
+      --layers 3 --steps 5000 --out runs/parent
 """
 
 
@@ -37,13 +40,18 @@ ELSEWHERE = {
     "methods": ("petl_mt.methods", "each method: what it trains, its settings with defaults and types"),
 }
 
+SHOWN = ("score", "plan", "study", "demo", "methods", "bench", "doctor")  # what they find is printed
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 2 for wrong input or a full disk, 130 when interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
     command = argv[0] if argv else ""
+    hold_closed_descriptors()
     try:
         try:
+            if sys.stdout is None and command in SHOWN:
+                raise InputError("standard output: is closed; expected it open, since the result goes there")
             arguments = _parser(command).parse_args(_tie_negative_values(argv))
             return arguments.run(arguments) or 0
         finally:  # what --help has printed, too: a reader that has gone is met here, and not when Python ends
@@ -55,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         drop_unread()
         return 141
     except OSError as error:
-        message = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
+        name = error.filename or ("''" if error.filename == "" else "")
+        message = f"{name}: {error.strerror}" if name else str(error.strerror or error)
         drop_unread()
     except KeyboardInterrupt:
         return 130
@@ -66,15 +75,47 @@ def main(argv: Sequence[str] | None = None) -> int:
             message = "out of memory; expected a smaller --batch-tokens, or a --memory budget"
         else:
             raise
-    print(f"petl-mt {command}: {' '.join(message.split())}", file=sys.stderr)
+    say(f"petl-mt {command}: {' '.join(message.split())}")
     return 2
 
 
 class _Parser(argparse.ArgumentParser):
-    """One line for a wrong flag; argparse puts all the flags before it."""
+    """One line for a wrong flag; argparse puts all the flags before it. A flag is given once, unless it adds to a list;
+    argparse would take the last one without a word."""
+
+    def __init__(self, **settings) -> None:
+        super().__init__(**settings)
+        self.given: set[str] = set()
+        self.register("action", None, _Store)
+        self.register("action", "store", _Store)
+        self.register("action", "store_true", _StoreTrue)
+
+    def parse_known_args(self, args=None, namespace=None):
+        self.given = set()
+        return super().parse_known_args(args, namespace)
+
+    def once(self, action: argparse.Action, option: str | None) -> None:
+        """End with a line where the option of ``action`` was there before."""
+        if option is None:  # an argument without a flag
+            return
+        if action.dest in self.given:
+            self.error(f"argument {action.option_strings[-1]}: given twice; expected it once")
+        self.given.add(action.dest)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+class _Store(argparse._StoreAction):
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        parser.once(self, option_string)
+        super().__call__(parser, namespace, values, option_string)
+
+
+class _StoreTrue(argparse._StoreTrueAction):
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        parser.once(self, option_string)
+        super().__call__(parser, namespace, values, option_string)
 
 
 def _tie_negative_values(argv: list[str]) -> list[str]:
@@ -265,7 +306,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 def train_config(arguments: argparse.Namespace):
     """The configuration: of the run when resuming, else of --config, and flags on top of either."""
-    from .config import TrainConfig, load_yaml
+    from .config import TrainConfig, each_once, load_yaml
     from .runs import RunFolder
 
     values, where = {}, "flags"
@@ -285,7 +326,7 @@ def train_config(arguments: argparse.Namespace):
         if pairs:
             values[name] = [_pair(*pair) for pair in pairs]
     if arguments.method_arg:
-        values["method_args"] = dict(_setting(text) for text in arguments.method_arg)
+        values["method_args"] = each_once("method-arg", map(_setting, arguments.method_arg))
     return TrainConfig.from_dict(values, where)
 
 
@@ -317,10 +358,13 @@ def _score(arguments: argparse.Namespace) -> int:
     from .output import LineSink
     from .progress import Watch
     from .runs import Translator
+    from .stream import check_other
 
     check_two_files(Pair("", "", *arguments.test))
     if arguments.hypotheses:
         check_file("hypotheses", arguments.hypotheses, arguments.test)
+        for path in arguments.test:
+            check_other(path, arguments.hypotheses, "--hypotheses")
     source, target = read_pair(Pair("", "", *arguments.test))
     if arguments.bleu_tokenize:
         bleu_metric("", arguments.bleu_tokenize)
@@ -358,7 +402,7 @@ def _search(arguments: argparse.Namespace) -> dict:
 
 def _report_cut(translator) -> None:
     if translator.cut:
-        print(f"{translator.cut} sources were longer than {translator.max_length} tokens and were cut", file=sys.stderr)
+        say(f"{translator.cut} sources were longer than {translator.max_length} tokens and were cut")
 
 
 def _merge(arguments: argparse.Namespace) -> int:
@@ -369,7 +413,7 @@ def _merge(arguments: argparse.Namespace) -> int:
 
     check_free(arguments.out)  # before anything is read
     check_folder("out", arguments.out)
-    said = ""
+    said: list[str] = []
     with hush():
         model, tokenizer, config = load_run(arguments.run_folder)
         check_space("out", arguments.out, sum(p.nbytes for p in model.parameters()), "the merged model")
@@ -379,14 +423,14 @@ def _merge(arguments: argparse.Namespace) -> int:
             quantise_as_trained(model, config, storages)
             pk.merge(model)
             error = pk.report(model).merge_error or 0.0
-            said = f"merged into {named} weights with a relative error of at most {error:.3%}\n"
+            said.append(f"merged into {named} weights with a relative error of at most {error:.3%}")
         elif named:
-            said = f"the adapter was trained beside {named} weights; merged into the original ones\n"
+            said.append(f"the adapter was trained beside {named} weights; merged into the original ones")
         rounding: list[str] = []
         dtype = merged_dtype(arguments.run_folder, arguments.dtype)
         pk.save_merged(model, tokenizer, arguments.out, dtype, rounding.append)
-    print(said, *(f"{line}\n" for line in rounding), sep="", end="", file=sys.stderr)
-    print(f"written: {arguments.out}", file=sys.stderr)
+    for line in [*said, *rounding, f"written: {arguments.out}"]:
+        say(line)
     return 0
 
 
@@ -406,11 +450,13 @@ def _pair(languages: str, source: str, target: str) -> dict[str, str]:
 def _setting(text: str) -> tuple[str, object]:
     import yaml
 
+    from .config import parse_yaml
+
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise InputError(f"method-arg {text!r}: expected KEY=VALUE")
     try:
-        return key.replace("-", "_"), yaml.safe_load(value)
+        return key.replace("-", "_"), parse_yaml(value)
     except yaml.YAMLError:
         raise InputError(f"method-arg {text!r}: expected KEY=VALUE, with a number, a word or a YAML list") from None
 

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import importlib.util
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -279,11 +279,25 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def parse_yaml(text: Any) -> Any:
+    """What a YAML text or an open file holds; a key that stands twice is a YAMLError."""
+    return yaml.load(text, _Loader)
+
+
+def each_once(name: str, settings: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """KEY=VALUE settings as a mapping. Raises InputError for a key that is given twice; ``name`` is the option's."""
+    result: dict[str, Any] = {}
+    for key, value in settings:
+        _need(key not in result, f"{name} {key}: given twice; expected it once")
+        result[key] = value
+    return result
+
+
 def load_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file."""
     try:
         with open(path, encoding="utf-8") as stream:
-            values = yaml.load(stream, _Loader)
+            values = parse_yaml(stream)
     except OSError as error:
         raise InputError(f"config {path}: {error.strerror or error}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -323,9 +337,18 @@ def _typed(name: str, annotation: str, value: Any, where: str) -> Any:
             return int(value)
     if annotation.startswith(("list", "dict", "tuple")):
         wanted = {"l": list, "d": dict, "t": (list, tuple)}[annotation[0]]
-        if isinstance(value, wanted):
+        if isinstance(value, wanted) and _holds(annotation, value):
             return value
     raise InputError(f"{where}: {name} {value!r}: expected {annotation.replace(' | None', '')}")
+
+
+def _holds(annotation: str, values: Any) -> bool:
+    """Whether a list or mapping of the field's type has what that type says."""
+    if annotation.startswith("list[str]"):
+        return all(isinstance(value, str) for value in values)
+    if annotation.startswith("tuple[float"):
+        return all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
+    return not annotation.startswith("dict[str") or all(isinstance(key, str) for key in values)
 
 
 def _pairs(items: list, languages: list[str | None], name: str, where: str) -> list[Pair]:

@@ -30,6 +30,7 @@ _MAGIC = {
     b"\xfd7zXZ\x00": "xz",
     b"\x28\xb5\x2f\xfd": "zstd",
     b"PK\x03\x04": "zip",
+    b"\xff\xfe\x00\x00": "UTF-32",
     b"\xff\xfe": "UTF-16",
     b"\xfe\xff": "UTF-16",
 }
@@ -71,15 +72,16 @@ def decode_lines(data: bytes, name: str, first: int = 1) -> list[str]:
 
     Raises InputError as ``read_lines`` does.
     """
+    problem = "no text"
     try:
         text = data.decode("utf-8")
         at = data.find(b"\x00")
     except UnicodeDecodeError as error:
-        at = error.start
+        at, problem = error.start, "not UTF-8"
     if at >= 0:
         kinds = (f"is {kind}; expected UTF-8 text: " for start, kind in _MAGIC.items() if data.startswith(start))
         line = data.count(b"\n", 0, at) + first
-        raise InputError(f"{name}: {next(kinds, '')}line {line} is not UTF-8 (byte 0x{data[at]:02x})")
+        raise InputError(f"{name}: {next(kinds, '')}line {line} is {problem} (byte 0x{data[at]:02x})")
     if "\r" in text.strip() and "\n" not in text:
         raise InputError(f"{name}: its lines end with carriage returns alone; expected line feeds")
     lines = (text.removeprefix("\ufeff") if first == 1 else text).split("\n")

@@ -126,15 +126,27 @@ def score_lines(
 
 
 @torch.no_grad()
-def validation_loss(model, corpus: Corpus, batch_tokens: int, start: int, autocast: Autocast = nullcontext) -> float:
-    """Mean negative log-likelihood of a target token, in nats, without label smoothing."""
-    device = next(model.parameters()).device
+def validation_loss(
+    model,
+    corpus: Corpus,
+    batch_tokens: int,
+    start: int,
+    autocast: Autocast = nullcontext,
+    told: Callable[[int], None] = lambda done: None,
+) -> float:
+    """Mean negative log-likelihood of a target token, in nats, without label smoothing.
+
+    told: is called after each batch with the number of sentence pairs that are done.
+    """
+    device, done = next(model.parameters()).device, 0
     total = torch.zeros((), dtype=torch.float64, device=device)
     with _evaluating(model):
         for indices in corpus.plan(batch_tokens):
             batch = corpus.collate(indices).to(device)
             with autocast():
                 total += sequence_loss(model, batch, start, corpus.pad).double()
+            done += len(indices)
+            told(done)
     return total.item() / int(corpus.targets.lengths.sum())
 
 
@@ -164,8 +176,7 @@ def translate(
     filled = [i for i, ids in zip(filled, encoded, strict=True) if ids != nothing]
     encoded = [ids for ids in encoded if ids != nothing]
     cut = sum(len(ids) > max_length for ids in encoded)
-    # The end-of-sentence mark and a language tag behind it stay when a source is cut.
-    encoded = [ids if len(ids) <= max_length else ids[: max_length - 2] + ids[-2:] for ids in encoded]
+    encoded = [shortened(ids, max_length, len(language.source_tail)) for ids in encoded]
     results = [""] * len(texts)
     if not filled:
         return results, 0
@@ -191,6 +202,14 @@ def translate(
         done += len(indices)
         told(done)
     return results, cut
+
+
+def shortened(ids: list[int], most: int, tail: int) -> list[int]:
+    """``ids``, at most ``most`` (1 or more) of them: the beginning, and the last ``tail`` ids, which are marks."""
+    if len(ids) <= most:
+        return ids
+    end = ids[-min(tail, most) :]
+    return ids[: most - len(end)] + end
 
 
 def fitting_length(model, max_length: int) -> int:

@@ -9,25 +9,26 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from petl_kernels.errors import InputError
 
+from .progress import say
+
 NAME = ".lock"
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, what: str = "run") -> Iterator[None]:
     """While the block runs no other process (and no other block of this one) gets past here for ``folder``.
 
-    Raises InputError that names the process and the machine that hold the lock. Where the file system has no locks, a
-    line on stderr says so.
+    what: the folder is one's, in words. Raises InputError that names the process and the machine that hold the lock.
+    Where the file system has no locks, a line on stderr says so.
     """
     path = folder / NAME
-    handle = _acquire(path)
+    handle = _acquire(path, what)
     try:
         yield
     finally:
@@ -35,7 +36,7 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _acquire(path: Path) -> int:
+def _acquire(path: Path, what: str) -> int:
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -43,9 +44,11 @@ def _acquire(path: Path) -> int:
         except BlockingIOError:
             holder = os.read(handle, 200).decode("utf-8", "replace").strip() or "another process"
             os.close(handle)
-            raise InputError(f"run {path.parent}: {holder} works in it; expected another folder, or its end") from None
+            raise InputError(
+                f"{what} {path.parent}: {holder} works in it; expected another folder, or its end"
+            ) from None
         except OSError as error:
-            print(f"run {path.parent}: not locked ({error.strerror}); start no second process on it", file=sys.stderr)
+            say(f"{what} {path.parent}: not locked ({error.strerror}); start no second process on it")
         if _is_still(path, handle):
             os.truncate(handle, 0)
             os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from petl_kernels.errors import InputError
 
-from .progress import Watch, new_bar, on_terminal
+from .progress import Watch, new_bar, on_terminal, say
 
 
 class RunLog:
@@ -65,12 +64,16 @@ class RunLog:
         if self._bar is not None:
             self._bar.console.print(text, highlight=False, markup=False)
         else:
-            print(text, file=sys.stderr, flush=True)
+            say(text)
 
     def searching(self, what: str, lines: int) -> Watch:
         """The progress of a search over ``lines``, which takes the place of the bar of steps."""
         self._stop_bar()
         return Watch(what, lines, "lines", self.quiet)
+
+    def watching(self, what: str, total: int, unit: str) -> Watch:
+        """The progress of work between two steps: lines, above the bar of steps where there is one."""
+        return Watch(what, total, unit, self.quiet, self.say)
 
     def close(self) -> None:
         self._stop_bar()
@@ -92,11 +95,11 @@ def _drop_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)
-        except (ValueError, KeyError):  # the line that was being written when the run was killed
+        except (ValueError, KeyError, TypeError):  # damaged, or being written when the run was killed
             continue
     with atomic_write(path) as file:
         file.write("".join(line + "\n" for line in kept))

@@ -8,6 +8,7 @@ import sys
 from petl_kernels.errors import InputError
 
 from .checks import check_file
+from .progress import say
 
 
 class LineSink:
@@ -61,7 +62,17 @@ class LineSink:
         elif not self.lines:
             os.unlink(self._part)
         else:
-            print(f"{self.lines:,} lines are in {self._part}", file=sys.stderr)
+            say(f"{self.lines:,} lines are in {self._part}")
+
+
+def hold_closed_descriptors() -> None:
+    """Let descriptors 0 to 2 be held where they are closed: a file that is opened later would get such a number, and
+    with it all that is written to standard output or error, by libraries and by handlers of signals."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
 
 
 def drop_unread() -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from petl_kernels.device import resolve
 from petl_kernels.errors import InputError
 from petl_kernels.graphs import WIDTH
-from petl_kernels.interop.hf import load_config, skeleton
+from petl_kernels.interop.hf import load_outline
 from petl_kernels.memory.plan import Plan
 from petl_kernels.memory.planner import plan as make_plan
 
@@ -31,7 +31,7 @@ def plan(config: TrainConfig, device: str | None = None) -> Plan:
         raise InputError(f"device {device!r}: expected cpu or cuda")
     config.check_settings()
     device = resolve(device)
-    model = skeleton(load_config(config.model))
+    model = load_outline(config.model)
     check_positions(model, config.max_length)
     check_beam(config.beam, model)
     config = config.resolve(model.config.d_model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import sys
 
 import torch
 from torch import nn
@@ -31,13 +32,16 @@ def make_accelerator(precision: str):
     return accelerator
 
 
-def load_model(config: TrainConfig, run: RunFolder, text: list[Text], resuming: bool):
-    """(model, tokenizer): a new model, or a checkpoint's, without weights when a plan has to be made first."""
+def load_model(config: TrainConfig, run: RunFolder, text: list[Text], resuming: bool, quiet: bool = True):
+    """(model, tokenizer): a new model, or a checkpoint's, without weights when a plan has to be made first.
+
+    quiet: without the line on standard error that a new model's vocabulary is being learnt.
+    """
     from petl_kernels.interop.hf import load_pretrained, load_skeleton
 
     if not config.is_new:
         return load_pretrained(config.model) if config.memory is None else load_skeleton(config.model)
-    from .new_model import load_vocabulary, make_model, train_vocabulary
+    from .new_model import LINES_AT_MOST, load_vocabulary, make_model, train_vocabulary
 
     if resuming and run.vocabulary.is_dir():
         tokenizer = load_vocabulary(run.vocabulary)
@@ -46,6 +50,9 @@ def load_model(config: TrainConfig, run: RunFolder, text: list[Text], resuming: 
         for pair, source, target in text:  # a file that stands in several pairs counts once
             files |= {pair.source: source, pair.target: target}
         lines = [line for lines in files.values() for line in lines]
+        if not quiet:  # SentencePiece learns in one call, which says nothing of how far it is
+            used = min(len(lines), LINES_AT_MOST)
+            print(f"vocabulary: learning {config.vocab_size:,} pieces from {used:,} lines", file=sys.stderr, flush=True)
         tokenizer = train_vocabulary(lines, config.vocab_size, config.character_coverage, config.seed)
     torch.manual_seed(config.seed)
     return make_model(config, tokenizer), tokenizer

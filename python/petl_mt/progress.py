@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable
 
 EVERY = 10.0  # seconds between two lines
+
+
+def say(line: str) -> None:
+    """Print a line for the reader to standard error.
+
+    A reader that has gone (``2>&1 | tee``, which Ctrl-C ends first) ends no work; where standard error is closed the
+    line is dropped, since ``print`` would take None for standard output.
+    """
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError, ValueError):
+            print(line, file=sys.stderr, flush=True)
+
+
+_say = say  # under a name that no parameter has
 
 
 class Watch:
@@ -25,7 +40,7 @@ class Watch:
         say: Callable[[str], None] | None = None,
     ) -> None:
         self.what, self.total, self.unit, self.quiet = what, total, unit, quiet
-        self.say = say or (lambda line: print(line, file=sys.stderr, flush=True))
+        self.say = say or _say
         self._bar = self._task = None
         self._with_bar = say is None
         self._began = self._said = time.monotonic()

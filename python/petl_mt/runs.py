@@ -6,9 +6,8 @@ import contextlib
 import copy
 import json
 import os
-import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +25,7 @@ from .checkpoint import Checkpoints, read_progress
 from .checks import check_one_process
 from .config import TrainConfig, load_yaml
 from .evaluate import BatchLimit, fitting_length, translate, until_it_fits
+from .progress import say
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,8 @@ class RunFolder:
             raise InputError(f"out {self.path}: is a file; expected a folder for the run")
         if self.config.exists():
             raise InputError(f"out {self.path}: holds another run; expected an empty folder, or --resume")
-        if self.path.is_dir() and any(path.name != lock.NAME for path in self.path.iterdir()):
+        own = (lock.NAME, self.text.name)  # of a run that was killed before it had its config.yaml
+        if self.path.is_dir() and any(path.name not in own for path in self.path.iterdir()):
             raise InputError(f"out {self.path}: is not empty; expected an empty folder")
 
     def check_same(self, config: TrainConfig) -> None:
@@ -122,7 +123,6 @@ def trained_weights(run: RunFolder, config: TrainConfig) -> Iterator[Path]:
 
     A line on stderr says which it is where it is not the end of the run. InputError where there is none.
     """
-    say = partial(print, file=sys.stderr, flush=True)
     checkpoints = Checkpoints(run.checkpoints)
     if run.model.is_dir() or run.adapter.is_dir():
         latest = checkpoints.path("latest")
@@ -147,39 +147,45 @@ def trained_weights(run: RunFolder, config: TrainConfig) -> Iterator[Path]:
 
 
 def _write_weights(run: RunFolder, config: TrainConfig, checkpoint: Path, folder: Path) -> Path:
-    """What the run would have written at ``checkpoint``, into ``folder``; of an adapter without the model's weights."""
+    """What the run would have written at ``checkpoint``, into ``folder``; no weights of the model are loaded for it."""
     import petl_kernels as pk
-    from petl_kernels.interop.hf import load_pretrained, load_skeleton
+    from petl_kernels.interop.adapters import write_merged
+    from petl_kernels.interop.hf import load_skeleton, load_weights
 
     from .new_model import load_vocabulary, make_model
     from .prepare import adapt
 
-    full = config.method == "full"
     if config.is_new:
         tokenizer = load_vocabulary(run.vocabulary)
-        model = make_model(config, tokenizer)
+        with torch.device("meta"):
+            model = make_model(config, tokenizer)
     else:
-        model, tokenizer = load_pretrained(config.model) if full else load_skeleton(config.model)
+        model, tokenizer = load_skeleton(config.model)
+    full, checkpoints = config.method == "full", Checkpoints(run.checkpoints)
     model = adapt(model if full else model.to("meta"), config)
     if not full:
         _make_trained(model)
-    Checkpoints(run.checkpoints).load_trained(checkpoint, model)
-    if not full:
+        checkpoints.load_trained(checkpoint, model)
         pk.save_adapter(model, folder / run.adapter.name)
         return folder / run.adapter.name
-    model.save_pretrained(folder / run.model.name)
-    tokenizer.save_pretrained(folder / run.model.name)
-    return folder / run.model.name
+    saved = checkpoints.read_trained(checkpoint, model)
+    if config.is_new:
+        _make_trained(model, saved)
+    else:
+        load_weights(config.model, model, saved.get)
+    return write_merged(model, tokenizer, folder / run.model.name)
 
 
-def _make_trained(model) -> None:
-    """Give the trained parameters of a model on the meta device memory."""
+def _make_trained(model, values: Mapping[str, torch.Tensor] | None = None) -> None:
+    """Give the trained parameters of a model on the meta device memory, or ``values`` by name."""
     made: dict[int, torch.nn.Parameter] = {}
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         if parameter.requires_grad:
-            new = made.setdefault(id(parameter), torch.nn.Parameter(torch.zeros_like(parameter, device="cpu")))
+            if id(parameter) not in made:
+                value = torch.zeros_like(parameter, device="cpu") if values is None else values[name]
+                made[id(parameter)] = torch.nn.Parameter(value)
             owner, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(owner), attribute, new)
+            setattr(model.get_submodule(owner), attribute, made[id(parameter)])
 
 
 def load_run_within(
@@ -371,7 +377,6 @@ class Translator:
 
         if self.memory is None:
             return run(self.limit)
-        say = partial(print, file=sys.stderr)
         results, self.limit = until_it_fits(run, self.limit, self.memory, say)
         return results
 

@@ -35,6 +35,7 @@ class LineWindows:
         self._file = _opened(path)
         self._fd = _number(self._file)
         self.total, self.size = _measured(self._fd)
+        self._unended = False  # no line feed after the last line
 
     def windows(self, most: int) -> Iterator[list[str]]:
         """Lists of at most ``most`` lines. Raises InputError for a line that is not UTF-8, after those before it."""
@@ -48,7 +49,7 @@ class LineWindows:
                 yield self._decoded(window, first)
                 first += len(window)
         if waiting:
-            yield self._decoded(waiting, first)
+            yield self._decoded(waiting, first, b"" if self._unended and first == 1 else b"\n")
 
     def _pieces(self) -> Iterator[list[bytes]]:
         """Lines as they arrive, without their ends; an empty list for a pause."""
@@ -61,6 +62,7 @@ class LineWindows:
             if self._pauses():
                 yield []
         if rest:
+            self._unended = True
             yield [rest]
 
     def _read(self) -> bytes:
@@ -69,14 +71,25 @@ class LineWindows:
     def _pauses(self) -> bool:
         return self._fd is not None and not select.select([self._fd], [], [], PAUSE)[0]
 
-    def _decoded(self, window: list[bytes], first: int) -> list[str]:
-        return decode_lines(b"\n".join(window) + b"\n", self.name, first)
+    def _decoded(self, window: list[bytes], first: int, end: bytes = b"\n") -> list[str]:
+        return decode_lines(b"\n".join(window) + end, self.name, first)
 
 
 def check_other(source: str | None, target: str | None, option: str = "--out") -> None:
-    """Raise InputError where what is read would be written over."""
-    if source is not None and target is not None and os.path.exists(target) and os.path.samefile(source, target):
-        raise InputError(f"{option} {target}: is what is read; expected another file")
+    """Raise InputError where what is read would be written over: by ``target`` itself, or by what is there before it.
+
+    source: None for standard input.
+    """
+    if target is None:
+        return
+    for path in (target, f"{target}.part"):
+        try:
+            read = os.stat(source) if source is not None else os.fstat(sys.stdin.fileno())
+            same = stat.S_ISREG(read.st_mode) and os.path.samestat(read, os.stat(path))
+        except (OSError, AttributeError, ValueError):  # not there, or no file
+            continue
+        if same:
+            raise InputError(f"{option} {target}: {path} is what is read; expected another file")
 
 
 def _opened(path: str | None) -> BinaryIO:

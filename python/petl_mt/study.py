@@ -3,6 +3,8 @@
 Every entry of the grid is one run of ``train`` in ``OUT/rows/<entry>``; the adapter it leaves is loaded again and
 scored on the test text. A row that is finished is not run again, one that was interrupted goes on. Each row has a
 process of its own, so that what it took is no other row's, and keeps the budget where there is one.
+A row that fails, such as one whose method does not fit into ``--memory``, is named in the table with the reason, the
+others run, and the exit code is 2; the next call tries it again.
 
     OUT/study.md     the table, with signatures, machine and versions
     OUT/study.json   the same for programs
@@ -15,6 +17,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -39,12 +42,13 @@ from petl_kernels.methods import METHODS, parse_budget
 
 from .apart import apart
 from .checks import check_folder
-from .config import Pair, TrainConfig, check_keys, load_yaml
+from .config import Pair, TrainConfig, check_keys, each_once, load_yaml
 from .data import read_pair
 from .evaluate import Scores, score_lines
+from .lock import locked
 from .memory import MemoryMeter, process_bytes
 from .options import FILES, TrainingOptions, languages
-from .progress import Watch
+from .progress import Watch, say
 from .runs import RunFolder, Translator, hush
 from .train import TrainingStopped, train
 
@@ -92,7 +96,8 @@ class StudyConfig:
 
 @dataclass
 class Row:
-    """One line of the table. ``status``: done, unreachable (the budget) or stopped (the loss was no number)."""
+    """One line of the table. ``status``: done, unreachable (the budget of parameters), stopped (the loss was no number)
+    or failed (the method does not fit into ``--memory``, or its process was killed)."""
 
     method: str
     params: str | None = None
@@ -169,13 +174,23 @@ def run_study(config: StudyConfig, quiet: bool = False, on_row: Callable[[Row], 
         model, _ = load_skeleton(config.base.model)  # the sizes of methods need no weights
         problems = {entry: _unreachable(model, entry) for entry in entries}
     check_folder("out", config.base.out)
-    add(_finished(config, None) or apart(_parent_row, config, text, quiet))
-    for entry in entries:
-        if problems[entry]:
-            add(Row(entry.method, entry.params, "unreachable", problems[entry]))
-        else:
-            add(_finished(config, entry) or apart(_run, config, entry, text, quiet))
+    Path(config.base.out).mkdir(parents=True, exist_ok=True)
+    with locked(Path(config.base.out), "study"):
+        add(_finished(config, None) or apart(_parent_row, config, text, quiet))
+        for entry in entries:
+            if problems[entry]:
+                add(Row(entry.method, entry.params, "unreachable", problems[entry]))
+            else:
+                add(_finished(config, entry) or _row_or_why_not(config, entry, text, quiet))
     return rows
+
+
+def _row_or_why_not(config: StudyConfig, entry: Entry, text: tuple, quiet: bool) -> Row:
+    """What one method cannot is no reason to leave out those behind it; the row is tried again the next time."""
+    try:
+        return apart(_run, config, entry, text, quiet)
+    except InputError as error:
+        return Row(entry.method, entry.params, "failed", str(error), seed=config.base.seed)
 
 
 def _unreachable(model, entry: Entry) -> str:
@@ -278,11 +293,15 @@ def _finished(config: StudyConfig, entry: Entry | None) -> Row | None:
     path = config.folder(entry) / "row.json"
     if not path.exists():
         return None
-    row = Row.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    try:
+        row = Row.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        before = dict(row.config)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise InputError(f"{path}: damaged; remove it, and the row is made again") from None
     wanted = _fingerprint(config, entry)
-    differing = [key for key in wanted if row.config.get(key) != wanted[key]]
+    differing = [key for key in wanted if before.get(key) != wanted[key]]
     if differing:
-        shown = ", ".join(f"{key} ({row.config.get(key)} -> {wanted[key]})" for key in differing)
+        shown = ", ".join(f"{key} ({before.get(key)} -> {wanted[key]})" for key in differing)
         raise InputError(f"out {path.parent}: holds a row of another study: {shown}; expected another --out")
     return row
 
@@ -520,35 +539,67 @@ def _main(arguments: argparse.Namespace) -> int:
     rows = run_study(config, on_row=_say)
     print_table(table_console(), rows, title(config))
     print(f"written: {config.base.out}/study.md, study.json, study.png")
-    return 0
+    return 2 if any(row.status == "failed" for row in rows) else 0
 
 
 def _say(row: Row) -> None:
-    print(*notes([row]) or ["  ".join(filter(None, cells(row)))], file=sys.stderr)
+    say("\n".join(notes([row])) or "  ".join(filter(None, cells(row))))
 
 
 def study_config(arguments: argparse.Namespace) -> StudyConfig:
-    """From --config and flags on top of it."""
+    """From --config and flags on top of it. Raises InputError for what no row would look at, too."""
     values, where = (load_yaml(arguments.config), arguments.config) if arguments.config else ({}, "flags")
     values = {str(key).replace("-", "_"): value for key, value in values.items()}
     flags = {key: value for key, value in vars(arguments).items() if value is not None}
     if "lr" in flags:
-        flags["lr"] = dict(_rate(item) for item in flags["lr"])
+        flags["lr"] = each_once("lr", map(_rate, flags["lr"]))
     values.update({key: value for key, value in flags.items() if key not in ("run", "command", "config")})
+    for key, instead in (("method", "grid"), ("params", "grid: method=budget,..."), ("plan", "memory")):
+        if values.get(key) is not None:
+            raise InputError(f"{where}: {key} {values[key]!r}: no effect on a study; expected {instead}")
     grid, rates, test = values.pop("grid", GRID), values.pop("lr", None) or {}, values.pop("test", None)
-    if not isinstance(rates, Mapping):
-        raise InputError(f"{where}: lr {rates!r}: expected a rate for each method, such as adapter: 2.0e-3")
+    if isinstance(grid, str) or not all(isinstance(item, str) for item in grid or ()):
+        raise InputError(f"{where}: grid {grid!r}: expected a list such as [full, 'adapter=10%,1%']")
+    base = TrainConfig.from_dict(values, where)
+    return StudyConfig(base, _test_pair(test, values, where), grid or (), _rates(rates, parse_grid(grid or ()), where))
+
+
+def _test_pair(test: Any, values: Mapping[str, Any], where: str) -> Pair:
+    """``[SRC, TGT]`` with the languages beside it, or a list of one mapping."""
     if test is None:
         raise InputError("test: not given; expected a source file and a target file")
-    languages = {key: values[key] for key in ("src_lang", "tgt_lang") if key in values}
-    pair = check_keys({"train": test, **languages}, where)["train"][0]
-    base = TrainConfig.from_dict(values, where)
-    return StudyConfig(base, pair, grid, {method: float(rate) for method, rate in rates.items()})
-
-
-def _rate(text: str) -> tuple[str, float]:
-    method, _, rate = text.partition("=")
+    if not isinstance(test, list):
+        raise InputError(f"{where}: test {test!r}: expected two files")
+    short = len(test) == 2 and all(isinstance(item, str) for item in test)
+    languages = {key: values[key] for key in ("src_lang", "tgt_lang") if key in values} if short else {}
     try:
-        return method, float(rate)
-    except ValueError:
-        raise InputError(f"lr {text!r}: expected METHOD=RATE, such as adapter=2e-3") from None
+        pairs = check_keys({"train": test, **languages}, where)["train"]
+    except InputError as error:
+        raise InputError(str(error).replace(f"{where}: train", f"{where}: test")) from None
+    if len(pairs) != 1:
+        raise InputError(f"{where}: test: {len(pairs)} pairs; expected one, which every row is scored on")
+    return pairs[0]
+
+
+def _rates(rates: Any, entries: Sequence[Entry], where: str) -> dict[str, float]:
+    """Rates by method; refused for what is none, and for a method that has no row."""
+    if not isinstance(rates, Mapping):
+        raise InputError(f"{where}: lr {rates!r}: expected a rate for each method, such as adapter: 2.0e-3")
+    result = {}
+    for method, rate in rates.items():
+        try:
+            result[method] = float("nan" if isinstance(rate, bool) else rate)
+        except (TypeError, ValueError):
+            result[method] = math.nan
+        if not 0 < result[method] < math.inf:
+            raise InputError(f"{where}: lr {method}={rate}: expected a rate above 0, such as {method}=2e-3")
+        if method in METHODS and method not in {entry.method for entry in entries}:
+            raise InputError(f"{where}: lr {method}={rate}: no effect, since the grid has no {method}")
+    return result
+
+
+def _rate(text: str) -> tuple[str, str]:
+    method, equals, rate = text.partition("=")
+    if not (method and equals and rate):
+        raise InputError(f"lr {text!r}: expected METHOD=RATE, such as adapter=2e-3")
+    return method, rate

@@ -9,11 +9,10 @@ import math
 import os
 import signal
 import statistics
-import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,7 +64,7 @@ from .prepare import (
     make_accelerator,
     make_optimizer,
 )
-from .progress import Watch
+from .progress import Watch, say
 from .runs import RunFolder, absolute, folder_for_layers, hush
 from .schedule import lr_factor
 from .update import Update
@@ -152,7 +151,7 @@ def train(config: TrainConfig, resume: bool = False, quiet: bool = False) -> Run
         run.check_free()
     check_folder("out", run.path)
     if resume and not resuming and not quiet:
-        print(f"out {run.path}: no run to resume; a new one begins", file=sys.stderr)
+        say(f"out {run.path}: no run to resume; a new one begins")
     with hush(), ExitStack() as limits:
         if resuming:
             limits.enter_context(locked(run.path))
@@ -206,7 +205,7 @@ class _Training:
         torch.manual_seed(config.seed)
 
         self.meter = MemoryMeter(self.device)  # before weights are read
-        self.model, self.tokenizer = load_model(config, run, train_text, resuming)
+        self.model, self.tokenizer = load_model(config, run, train_text, resuming, quiet)
         check_positions(self.model, config.max_length)
         before = run.read_config() if resuming else None
         if before is not None:  # what followed from the number of steps then still holds
@@ -411,7 +410,7 @@ class _Training:
         """From inside a signal's handler, where a print may be under way: to the file itself."""
         latest = self.checkpoints.path("latest")
         safe = f"step {latest.name.removeprefix('step-')} is on disk" if latest else "no step is on disk yet"
-        last = f" (the last one took {self.durations[-1]:.2g} s)" if self.durations else ""
+        last = f" (the last one took {round(self.durations[-1], 2):g} s)" if self.durations else ""
         text = (
             f"interrupted again: stopped at once; {safe}, go on with --resume"
             if again
@@ -419,7 +418,8 @@ class _Training:
             f"stop at once: {safe}"
         )
         if not self.quiet:
-            os.write(2, f"\n{text}\n".encode())
+            with suppress(OSError):  # Ctrl-C has ended the reader, too
+                os.write(2, f"\n{text}\n".encode())
 
     def _loop(self, interrupted: Callable[[], bool]) -> None:
         config, progress = self.config, self.progress
@@ -545,16 +545,18 @@ class _Training:
         progress = self.progress
         best = True
         if self.valid is not None:
-            loss = self._evaluated(
-                # without a graph it takes less than a training step of as many tokens
-                lambda limit: validation_loss(
-                    self.model,
-                    self.valid,
-                    min(limit.tokens, self.update.micro_tokens or limit.tokens),
-                    self.start,
-                    self.accelerator.autocast,
+            with self.log.watching(f"step {progress.step}, validation loss", len(self.valid), "pairs") as watch:
+                loss = self._evaluated(
+                    # without a graph it takes less than a training step of as many tokens
+                    lambda limit: validation_loss(
+                        self.model,
+                        self.valid,
+                        min(limit.tokens, self.update.micro_tokens or limit.tokens),
+                        self.start,
+                        self.accelerator.autocast,
+                        watch.at,
+                    )
                 )
-            )
             best = math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss)
             if best:
                 progress.best_loss, progress.evaluations_since_best = loss, 0

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import petl_kernels as pk
 from petl_kernels.device import resolve
 from petl_kernels.graphs import CudaGraphs, GraphedStep
+from petl_kernels.interop.lean_loss import set_chunk_bytes
 from petl_kernels.memory.plan import Plan
 from petl_kernels.memory.size import format_size
 
@@ -108,7 +109,7 @@ class Update:
     def tighten(self, plan: Plan) -> None:
         if plan.tiers != self.plan.tiers or plan.chunk_bytes != self.plan.chunk_bytes:
             pk.lean(self.model, list(plan.tiers))
-            self.model.petl_chunk_bytes = plan.chunk_bytes
+            set_chunk_bytes(self.model, plan.chunk_bytes)
         self.plan, self.micro_tokens = plan, plan.micro_tokens
         if self.graphs is not None:
             self.graphs.forget()

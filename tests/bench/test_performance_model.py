@@ -1,4 +1,4 @@
-"""bench/model.py: predictions grow with the work, and the limits of DESIGN §7 come out of the arithmetic."""
+"""bench/model.py: predictions grow with the work, and the limits of its targets come out of the arithmetic."""
 
 from __future__ import annotations
 

@@ -27,6 +27,7 @@ TEXTS = [
     "cat 鱼 sun",
     " QQ ",
     "zzterm",
+    "the <ent1> dog<ent1>",  # a special one
     "the big dog",
     "",
 ]
@@ -46,6 +47,7 @@ def extended(tmp_path_factory):
                 languages = list(tokenizer.lang_token_to_id)
                 tokenizer = transformers.M2M100Tokenizer(*files, extra_special_tokens=languages)
             tokenizer.add_tokens([PLAIN, "ZZTERMINAL", "鱼"])
+            tokenizer.add_tokens(["<ent1>"], special_tokens=True)
             tokenizer.add_tokens([AddedToken("QQ", single_word=True), AddedToken("Lstr", lstrip=True, rstrip=True)])
             tokenizer.save_pretrained(folder / "saved")
             made[family] = transformers.AutoTokenizer.from_pretrained(folder / "saved")
@@ -71,7 +73,7 @@ def test_added_words_are_the_tokenizers_own_ids(extended, family):
     own = tokenizer(TEXTS, add_special_tokens=False)["input_ids"]
     targets = tokenizer(text_target=TEXTS, add_special_tokens=False)["input_ids"]
     assert tokenizer.convert_tokens_to_ids(PLAIN) in own[0]
-    head, tail = pair._source_head, pair._source_tail
+    head, tail = pair._source_head, pair.source_tail
     assert pair.encode_source(TEXTS) == [head + row + tail for row in own]
     assert pair.encode_target(TEXTS) == [pair._target_head + row + pair._target_tail for row in targets]
 
@@ -80,6 +82,7 @@ def test_added_words_are_the_tokenizers_own_ids(extended, family):
 def test_added_words_come_back_with_their_spaces(extended, family):
     pair = pair_of(family, extended(family))
     texts = ["house ZZTERM tree", "ZZTERM", "dog Lstr tree", "the QQ", "ZZTERM ZZTERMINAL", "the dog", "", "cat 鱼 sun"]
+    texts.append("the <ent1> dog")
     rows = pair.encode_target(texts)
     assert pair.decode(rows) == texts
     assert pair.decode(torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, -100)) == texts

@@ -151,3 +151,5 @@ def test_shards_pickles_dtypes_and_old_names(folder, family):
     assert assert_same(path, "pickled shards") is not None
     torch.save(state, path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
     assert assert_same(path, "an old pickle") is not None
+    torch.save(state | {"epoch": 3}, path / "pytorch_model.bin")
+    assert assert_same(path, "a number beside the tensors") is not None

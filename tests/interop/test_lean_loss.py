@@ -231,6 +231,8 @@ def test_arguments_by_position_and_other_inputs():
         assert_equal_outputs(lean(**inputs, **given), plain(**inputs, **given))
     with pytest.raises(TypeError, match="multiple values for argument 'input_ids'"):
         lean(ids, **inputs)
+    with pytest.raises(TypeError, match="too many positional arguments"):
+        lean(*[None] * 40, labels=inputs["labels"])
 
 
 # ---- what the loss steps aside for -----------------------------------------------------------------------------------
@@ -358,8 +360,10 @@ def test_a_cache_that_is_given_is_read():
 
 def test_a_cache_that_would_be_another_is_refused():
     model = pk.lean(tiny(M2M), 1)
+    output = model(**labelled())
     with pytest.raises(RuntimeError, match=r"cache \(past_key_values\) after pk.lean, in training mode: expected"):
-        keys_of(model(**labelled())[2])
+        keys_of(output[2])
+    assert "made when it is read" in str(output) and output[2]  # to print an output, or to see if it has a cache
     model.eval()
     output = model(**labelled())
     with torch.no_grad():

@@ -251,7 +251,6 @@ def change_config(folder, **changes):
     [
         ("use_dora", True),
         ("modules_to_save", ["lm_head"]),
-        ("fan_in_fan_out", True),
         ("lora_bias", True),
         ("layer_replication", [[0, 1]]),
         ("trainable_token_indices", [1]),

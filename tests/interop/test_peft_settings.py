@@ -31,10 +31,10 @@ WITHOUT_EFFECT = {
 TARGETS = {"target_modules": ["q_proj", "fc2", "lm_head"], "exclude_modules": ["encoder_attn.q_proj"]}
 REGEX = {"target_modules": r".*\.(q_proj|fc2)", "exclude_modules": r".*decoder.*"}
 LORA = {
-    "r": [{"r": 3}, {"r": 16}],
+    "r": [{"r": 3}, {"r": 16}, (REFUSED, {"r": 99})],
     "target_modules": [TARGETS, REGEX, {"target_modules": "all-linear"}, {"target_modules": [Q, "nothing"]}],
     "exclude_modules": [{"target_modules": "all-linear", "exclude_modules": ["fc1", Q]}],
-    "lora_alpha": [{"lora_alpha": 3}, {"lora_alpha": 0.5}],
+    "lora_alpha": [{"lora_alpha": 3}, {"lora_alpha": 0.5}, (REFUSED, {"lora_alpha": 0}), (REFUSED, {"lora_alpha": -2})],
     "lora_dropout": [{"lora_dropout": 0.1}, {"lora_dropout": 1.0}],
     "bias": [{"bias": "lora_only"}, (REFUSED, {"bias": "all"})],
     "use_rslora": [{"use_rslora": True, "rank_pattern": {"v_proj": 4}}],
@@ -54,8 +54,14 @@ LORA = {
         {"layers_to_transform": [1], "layers_pattern": ["blocks", "encoder.layers"]},
         (REFUSED, {"layers_pattern": "layers"}),
     ],
-    "rank_pattern": [{"rank_pattern": {"^" + Q: 5, r"decoder.*v_proj": 1}}],
-    "alpha_pattern": [{"alpha_pattern": {"q_proj": 5, Q: 9, r"layers\.1\..*": 0.5}}],
+    "rank_pattern": [
+        {"rank_pattern": {"^" + Q: 5, r"decoder.*v_proj": 1}},
+        (REFUSED, {"rank_pattern": {"v_proj": 99}}),
+    ],
+    "alpha_pattern": [
+        {"alpha_pattern": {"q_proj": 5, Q: 9, r"layers\.1\..*": 0.5}},
+        (REFUSED, {"alpha_pattern": {"q_proj": 0}}),
+    ],
     "loftq_config": [{"loftq_config": {"loftq_bits": 4}}],
     "eva_config": [{"eva_config": {"rho": 1.5}}],
     "corda_config": [{"corda_config": {"corda_method": "kpm"}}],
@@ -63,7 +69,7 @@ LORA = {
     "megatron_core": [{"megatron_core": "somewhere"}],
     "qalora_group_size": [{"qalora_group_size": 4}],
     "runtime_config": [(REFUSED, {"runtime_config": {"ephemeral_gpu_offload": True}})],  # PEFT writes none
-    "fan_in_fan_out": [(REFUSED, {"fan_in_fan_out": True})],
+    "fan_in_fan_out": [{"fan_in_fan_out": True, "target_modules": ["q_proj", "encoder.embed_tokens"]}],
     "modules_to_save": [(REFUSED, {"modules_to_save": ["lm_head"]})],
     "megatron_config": [(REFUSED, {"megatron_config": {"x": 1}})],
     "trainable_token_indices": [(REFUSED, {"trainable_token_indices": [1]})],
@@ -85,7 +91,7 @@ IA3 = {
     "exclude_modules": [{"exclude_modules": [Q]}],
     "feedforward_modules": [{"target_modules": ["k_proj", "fc2"], "feedforward_modules": ["fc2"]}],
     "init_ia3_weights": [{"init_ia3_weights": False}],
-    "fan_in_fan_out": [(REFUSED, {"fan_in_fan_out": True})],
+    "fan_in_fan_out": [{"fan_in_fan_out": True}],
     "modules_to_save": [(REFUSED, {"modules_to_save": ["lm_head"]})],
 }
 NORMS = {"target_modules": ["final_layer_norm", "self_attn_layer_norm"]}
@@ -100,7 +106,15 @@ KINDS = {
     "LN_TUNING": (peft.LNTuningConfig, NORMS, LN),
 }
 # PEFT makes the adapter without these, and they are written into its file: they need a library, data or a card to start
-STARTS = ("loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_core", "peft_version")
+STARTS = (
+    "fan_in_fan_out",
+    "loftq_config",
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
+    "megatron_core",
+    "peft_version",
+)
 
 
 def exact(model, theirs):

@@ -11,7 +11,7 @@ import torch
 
 import petl_kernels as pk
 from petl_kernels.errors import InputError
-from petl_kernels.interop.hf import load_config, load_skeleton, load_weights
+from petl_kernels.interop.hf import load_config, load_outline, load_skeleton, load_weights
 from petl_kernels.interop.planned import load_planned
 from petl_kernels.memory.plan import Plan
 from petl_kernels.ops.quantised import QuantisedTensor, quantise
@@ -149,9 +149,28 @@ def test_a_config_file_alone(make, tmp_path):
     assert load_config(tmp_path / "small.json").model_type == "m2m_100"
     with pytest.raises(InputError, match="no such file"):
         load_config(tmp_path / "none.json")
+    quantised = {"model_type": "t5", "quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}
+    (tmp_path / "small.json").write_text(json.dumps(quantised))
+    with pytest.raises(InputError, match=r"quantization_config \(bitsandbytes\); expected .* plain weights"):
+        load_config(tmp_path / "small.json")
     (tmp_path / "small.json").write_text(json.dumps({"model_type": "bert"}))
     with pytest.raises(InputError, match="type 'bert' is not supported"):
         load_config(tmp_path / "small.json")
     (tmp_path / "small.json").write_text("{")
     with pytest.raises(InputError, match="small.json"):
         load_config(tmp_path / "small.json")
+
+
+def test_a_plan_has_the_ties_of_the_weights(make, tmp_path):
+    model, _ = make("t5-tied")
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone() + 1)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    of_config = load_outline(tmp_path)
+    assert of_config.lm_head.weight is of_config.shared.weight
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    of_weights = load_outline(tmp_path)
+    assert of_weights.lm_head.weight is not of_weights.shared.weight and of_weights.lm_head.weight.is_meta

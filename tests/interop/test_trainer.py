@@ -92,6 +92,23 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(family, method, caplog):
     assert not [line for line in caplog.messages if "petl" in line or "lora" in line]
 
 
+@pytest.mark.parametrize("spreading", ["fsdp", "deepspeed"])
+def test_a_model_spread_over_devices_is_refused(spreading, monkeypatch):
+    make = Seq2SeqTrainer.create_accelerator_and_postprocess
+
+    def create(self):
+        make(self)
+        setattr(self, f"is_{spreading}_enabled", True)
+
+    model = build("m2m100")
+    trainer_of(model, 1)
+    pk.adapt(model, pk.LoRA(rank=2), "mine")
+    trainer_of(model, 1)
+    monkeypatch.setattr(Seq2SeqTrainer, "create_accelerator_and_postprocess", create)
+    with pytest.raises(InputError, match=rf"(?i)Trainer with {spreading}: the model has the adapter 'mine'"):
+        trainer_of(model, 1)
+
+
 def test_the_best_model_is_there_at_the_end():
     model = pk.adapt(build("m2m100"), pk.LoRA(rank=2))
     settings = {"save_steps": 1, "eval_steps": 1, "eval_strategy": "steps", "load_best_model_at_end": True}

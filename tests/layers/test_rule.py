@@ -120,24 +120,6 @@ def test_gradients_through_the_keys_of_a_cache(tier):
     assert difference < 1e-9, (name, difference)
 
 
-def test_parameters_of_functional_call_are_those_of_the_rule():
-    model = pk.lean(adapted("m2m100", "lora"), 2)
-    inputs = ragged(model)
-    plain = step(model, inputs)
-    other = {name: (2 * p).detach().requires_grad_() for name, p in model.named_parameters() if p.requires_grad}
-    loss = torch.func.functional_call(model, other, kwargs=inputs).loss
-    found = torch.autograd.grad(loss, list(other.values()))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name in other:
-                parameter.mul_(2)
-    expected = step(model, inputs)
-    assert abs(expected["loss"] - plain["loss"]) > 1e-6
-    for (name, value), gradient in zip(other.items(), found, strict=True):
-        torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-12, msg=name)
-        assert value.grad is None
-
-
 def test_what_the_rule_does_not_have_runs_op_by_op_and_is_named():
     model = pk.lean(build("t5").to(torch.float16), 1)
     states = pk.report(model).layers

@@ -15,8 +15,8 @@ from petl_kernels.errors import InputError
 from petl_kernels.memory import planner as planning
 from petl_kernels.memory.cost import ASSUMED
 from petl_kernels.memory.generation import SearchBytes
-from petl_kernels.memory.plan import APPROXIMATIONS
-from petl_kernels.memory.planner import Planner, _Slopes, plan_search, smallest_budget, usable
+from petl_kernels.memory.plan import APPROXIMATIONS, CHUNKS
+from petl_kernels.memory.planner import EXACT, Planner, _Slopes, plan_search, smallest_budget, usable
 from petl_kernels.memory.size import format_below, format_least, format_size, parse_size
 
 METHODS = {
@@ -75,6 +75,17 @@ def test_with_bytes_of_a_step_that_are_invented(monkeypatch, method, device):
         assert fits(planner, least) and not fits(planner, least - 1)
         for above in np.geomspace(1e-4, 4, 16):
             assert fits(planner, int(least * (1 + above))), (seed, least, above)
+
+
+def test_where_a_whole_update_fits_nothing_else_is_counted(monkeypatch):
+    with torch.device("meta"):
+        model = pk.adapt(build("m2m100"), pk.LoRA(rank=4))
+    counted, count = [], invented(0)
+    monkeypatch.setattr(Planner, "_simulated", lambda self, *given: counted.append(given) or count(self, *given))
+    planner = Planner(model, 1600, 64, "adamw", (), torch.device("cpu"), None)
+    found = planner.best(2**32)
+    assert found.micro_batches == 1 and set(found.tiers) == {1}
+    assert counted == [(1, 25, CHUNKS[0], EXACT)]
 
 
 @pytest.mark.slow

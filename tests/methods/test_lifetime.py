@@ -207,10 +207,24 @@ def test_a_wrapped_model_has_its_adapter_inside(tmp_path):
     refused(lambda: pk.save_adapter(wrapped, tmp_path), "model.module")
 
 
-def test_peft_onto_an_adapted_model(tmp_path):
+PEFT_ONTO = {
+    "LoRA": lambda model: peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"])),
+    "inside": lambda model: peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["fc1"]), model),
+    "prompt": lambda model: peft.get_peft_model(
+        model, peft.PromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=2)
+    ),
+}
+
+
+def test_peft_onto_an_adapted_model():
+    """PEFT's files and Trainer's checkpoints of such a model would hold PEFT's adapter alone."""
     model = adapted("m2m100", "lora")
-    peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
-    refused(lambda: pk.save_adapter(model, tmp_path), "PEFT's", "unload()")
+    want = logits(model)
+    for onto in PEFT_ONTO.values():
+        refused(lambda onto=onto: onto(model), "'default'", "pk.merge")
+    assert torch.equal(logits(model), want)
+    merged = PEFT_ONTO["LoRA"](pk.merge(model)).eval()
+    torch.testing.assert_close(logits(merged.base_model.model), want, rtol=1e-4, atol=1e-4)
 
 
 def test_peft_gives_the_plain_model_back():

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from transformers import MvpConfig, MvpForConditionalGeneration, UMT5Config, UMT5ForConditionalGeneration
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
@@ -38,9 +39,11 @@ def mixture(module, query, key, value, attention_mask, scaling=None, position_bi
 
 @pytest.mark.parametrize("attention", ("eager", "sdpa"))
 def test_computes_the_formula(family, attention):
-    model = prefixed(family, attention)
-    state = adapter_state(model, "default")
-    reference = build(family, "eager")
+    follows_the_formula(prefixed(family, attention), build(family, "eager"))
+
+
+def follows_the_formula(model, reference):
+    plain, state = copy.deepcopy(reference), adapter_state(model, "default")
     for where in describe(reference).attentions:
         module = reference.get_submodule(where.path)
         module.prefix = (state[f"{where.path}.prefix.key"], state[f"{where.path}.prefix.value"])
@@ -48,7 +51,29 @@ def test_computes_the_formula(family, attention):
     AttentionMaskInterface.register("mixture_for_test", ALL_MASK_ATTENTION_FUNCTIONS["eager"])
     set_attention(reference, "mixture_for_test")
     torch.testing.assert_close(logits(model), logits(reference), atol=2e-5, rtol=1e-4)
-    assert not torch.allclose(logits(model), logits(build(family)), atol=1e-2)
+    assert not torch.allclose(logits(model), logits(plain), atol=1e-2)
+
+
+def test_umt5_has_a_position_bias_in_every_layer():
+    def make(attention):
+        torch.manual_seed(7)
+        sizes = {"vocab_size": 99, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
+        return UMT5ForConditionalGeneration(UMT5Config(**sizes, attn_implementation=attention)).eval()
+
+    for attention in ("eager", "sdpa"):
+        model = pk.adapt(make(attention), pk.PrefixTuning(length=5))
+        train_a_little(model)
+        follows_the_formula(model, make("eager"))
+
+
+def test_an_attention_that_would_pass_over_it_is_refused():
+    sizes = {"vocab_size": 99, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24}
+    model = MvpForConditionalGeneration(MvpConfig(**sizes, **heads)).eval()
+    names = [name for name, _ in model.named_modules()]
+    with pytest.raises(InputError, match="self_attn' is a MvpAttention, .* expected another method"):
+        pk.adapt(model, pk.PrefixTuning(length=2))
+    assert names == [name for name, _ in model.named_modules()]
 
 
 def test_decoder_stays_causal_and_padding_stays_hidden(family):

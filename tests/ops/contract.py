@@ -1,4 +1,4 @@
-"""The op contract, as functions over any op and backend (DESIGN, section 5)."""
+"""The op contract, as functions over any op and backend."""
 
 from __future__ import annotations
 

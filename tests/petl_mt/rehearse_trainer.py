@@ -162,7 +162,10 @@ def test_rates_are_measured(monkeypatch):
     assert rates.measured and rates.products == 2 * 4096**3
 
 
-@pytest.mark.parametrize(("storage", "tables"), [("int8", "int8"), ("nf4", "nf4")])
+ROUNDED = [("int8", "nf4"), *(pytest.param(kind, kind, marks=pytest.mark.repeat) for kind in ("int8", "nf4"))]
+
+
+@pytest.mark.parametrize(("storage", "tables"), ROUNDED)
 def test_quantised_weights(settings, tmp_path, capsys, storage, tables):
     """Trained, gone on with, translated and merged both ways."""
     levers = {"storage": storage, "tables": tables, "streamed": 0, "approximations": ["quantised"]}

@@ -264,3 +264,41 @@ def test_usage_errors(flags, capsys):
         main(flags)
     error = capsys.readouterr().err.splitlines()
     assert end.value.code == 2 and len(error) == 1 and error[0].startswith("petl-mt")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "train --steps 3 --steps 4",
+        "train --batch-tokens 3 --batch-tok 4",  # the short form is the same option
+        "train --resume --resume",
+        "plan --memory 8GiB --memory 9GiB",
+        "translate --run a --beam 1 --run b",
+        "score --run a --test a b --test c d",
+        "merge --run a --out b --out c",
+        "study --steps 3 --steps 3",
+        "demo --minutes 3 --minutes 4",
+        "bench --only a --only b",
+    ],
+)
+def test_an_option_given_twice_is_refused(flags, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(flags.split())
+    error = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and len(error) == 1 and "given twice; expected it once" in error[0]
+
+
+@pytest.mark.parametrize("command", ["score", "plan", "study", "demo", "methods", "bench", "doctor"])
+def test_a_result_that_nobody_could_read_is_not_computed(command, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdout", None)
+    assert main([command]) == 2
+    assert f"petl-mt {command}: standard output: is closed" in capsys.readouterr().err
+
+
+def test_the_same_settings_of_a_method_twice_are_refused(capsys):
+    for settings in (["rank=4", "rank=8"], ["rank_pattern={a: 1, a: 2}"]):
+        flags = [word for setting in settings for word in ("--method-arg", setting)]
+        assert main(["train", *flags]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert errors[0] == "petl-mt train: method-arg rank: given twice; expected it once" and len(errors) == 2
+    assert "rank_pattern" in errors[1]

@@ -90,5 +90,9 @@ def test_missing_parent_is_named(monkeypatch, tmp_path):
 
 
 def test_command_refuses_wrong_minutes(capsys):
-    assert cli.main(["demo", "--minutes", "0"]) == 2
-    assert capsys.readouterr().err == "petl-mt demo: minutes 0: expected more than 0\n"
+    for minutes in ("0", "nan", "inf", "-inf"):
+        assert cli.main(["demo", f"--minutes={minutes}"]) == 2
+        line = f"petl-mt demo: minutes {minutes}: expected more than 0, and an end\n"
+        assert capsys.readouterr().err == line
+    assert cli.main(["demo", "--out", ""]) == 2
+    assert capsys.readouterr().err == "petl-mt demo: out '': expected a folder\n"

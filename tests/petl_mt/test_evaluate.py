@@ -7,7 +7,7 @@ import sacrebleu
 import torch
 from petl_mt.config import Pair
 from petl_mt.data import encode_pairs, read_pair
-from petl_mt.evaluate import bleu_tokenizer, score_lines, translate, validation_loss
+from petl_mt.evaluate import bleu_tokenizer, score_lines, shortened, translate, validation_loss
 
 from petl_kernels.errors import InputError
 from petl_kernels.interop.hf import load_pretrained
@@ -33,7 +33,9 @@ def test_validation_loss_is_that_of_transformers(loaded, language, text):
         loss = model(input_ids=torch.tensor([s]), labels=torch.tensor([t])).loss
         total, tokens = total + loss.item() * len(t), tokens + len(t)
     model.train()
-    found = validation_loss(model, corpus, batch_tokens=60, start=2)
+    told = []
+    found = validation_loss(model, corpus, batch_tokens=60, start=2, told=told.append)
+    assert len(told) > 1 and told == sorted(told) and told[-1] == len(corpus)
     assert model.training
     model.eval()
     assert found == pytest.approx(total / tokens, rel=1e-5)
@@ -94,6 +96,13 @@ def test_long_sources_are_cut_and_counted(loaded, language, monkeypatch):
     )
 
 
+def test_a_source_is_cut_to_any_length():
+    """Its beginning stays, with the marks behind it: one, or two where a language stands there."""
+    ids = [9, 1, 2, 3, 0]
+    assert [shortened(ids, most, 1) for most in range(1, 7)] == [[0], [9, 0], [9, 1, 0], [9, 1, 2, 0], ids, ids]
+    assert [shortened(ids, most, 2) for most in range(1, 6)] == [[0], [3, 0], [9, 3, 0], [9, 1, 3, 0], ids]
+
+
 def test_lines_that_nobody_sees_are_empty(loaded, language):
     """Their order and number stay. Some are letters to Unicode."""
     lines = ["one two", "\u200b", "tree", "\ufeff\u00a0", "\u00ad", "three", "\u3164", "\x7f", "\u202a\u202c"]
@@ -147,7 +156,7 @@ CODES = {
     "zh": "zh zho chi cmn yue lzh wuu nan zho_Hans zho_Hant zh_CN zh-TW zh-HK zh-Hant-TW ZH zh-yue zh-cmn-Hans "
     "yue_Hant __zh__ <2zh> >>cmn_Hans<< >>zho<<",
     "char": "ja jpn jpn_Jpan ja_XX __ja__ th tha tha_Thai th_TH <2th> lo lao lao_Laoo km khm khm_Khmr my bur mya "
-    "mya_Mymr my_MM bo tib bod bod_Tibt dz dzo dzo_Tibt shn_Mymr",
+    "mya_Mymr my_MM >>jpn_Hani<< bo tib bod bod_Tibt dz dzo dzo_Tibt shn_Mymr",
     "13a": "de ger deu eng_Latn ko kor kor_Hang ko_KR vi ar id jv zh_Latn <2zh_Latn> nan_Latn ja_Latn sr_Latn tlx xx",
 }
 

@@ -259,22 +259,8 @@ def test_the_command_prints_a_plan_and_writes_it(settings, tmp_path, capsys):
 def test_a_config_file_alone_is_enough_for_a_plan(settings, tmp_path, capsys):
     config = Path(settings["model"], "config.json").read_text()
     (tmp_path / "model-config.json").write_text(config)
-    assert (
-        main(
-            [
-                "plan",
-                "--model",
-                str(tmp_path / "model-config.json"),
-                "--method",
-                "lora",
-                "--memory",
-                "8MB",
-                "--tier",
-                "2",
-            ]
-        )
-        == 0
-    )
+    command = ["plan", "--model", str(tmp_path / "model-config.json"), "--method", "lora", "--memory", "8MB"]
+    assert main([*command, "--tier", "2", "--max-length", "40", "--batch-tokens", "400"]) == 0
     assert "7.63 MiB (0.008 GB)" in capsys.readouterr().out
 
 

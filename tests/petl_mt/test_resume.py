@@ -144,7 +144,7 @@ def flags(settings: dict, config: Path) -> list[str]:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_signals(settings, tmp_path, number):
     """The real program, killed from outside at whatever step it is in."""
-    settings |= {"steps": 80, "eval_every": 10}
+    settings |= {"steps": 50, "eval_every": 10}
     command = [sys.executable, "-m", "petl_mt.cli", *flags(settings, tmp_path / "run.yaml")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
     latest = Path(settings["out"]) / "checkpoints" / "latest"
@@ -153,7 +153,7 @@ def test_signals(settings, tmp_path, number):
     process.send_signal(number)
     code = process.wait(60)
     stopped = json.loads((latest / "progress.json").read_text())["step"]
-    assert code == (-number if number == signal.SIGKILL else 130) and stopped < 80
+    assert code == (-number if number == signal.SIGKILL else 130) and stopped < 50
     if number == signal.SIGINT:
         assert f"interrupted; step {stopped} is saved" in process.stderr.read().decode()
     process.stderr.close()
@@ -207,6 +207,8 @@ def test_a_checkpoint_of_another_run_is_refused(settings, whole, tmp_path):
     latest = Path(whole) / "checkpoints" / "latest"
     os.replace(Path(settings["out"]) / "checkpoints" / "latest" / "trained.safetensors", latest / "trained.safetensors")
     (latest / "checksums.json").unlink()  # as a checkpoint of an earlier version, which had none
+    found, (line,) = checkpoint.Checkpoints(latest.parent).whole("latest")
+    assert found == latest.resolve() and "has no checksums.json" in line and "cannot be told" in line
     with pytest.raises(InputError, match="does not fit the model"):
         train(TrainConfig(**{**settings, "out": whole}), resume=True, quiet=True)
     (latest / "trained.safetensors").write_bytes(b"damaged")

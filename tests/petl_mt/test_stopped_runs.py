@@ -18,7 +18,8 @@ from petl_mt.checkpoint import Checkpoints, damage
 from petl_mt.cli import main
 from petl_mt.config import Pair, TrainConfig
 from petl_mt.lock import locked
-from petl_mt.runs import RunFolder, Translator, load_run
+from petl_mt.log import RunLog
+from petl_mt.runs import RunFolder, Translator, load_run, trained_weights
 from petl_mt.train import _interrupts, _Training, finish, train
 from safetensors.torch import load_file
 
@@ -104,6 +105,15 @@ def test_a_stopped_run_inside_a_budget(settings, monkeypatch, capsys):
     assert list(Translator(out, memory="20MiB").stream(LINES)) == before
 
 
+def test_the_weights_of_a_stopped_full_run_are_not_loaded_outside_of_its_budget(settings, monkeypatch):
+    out = RunFolder(Path(stopped(settings, monkeypatch, step=3, method="full", method_args={}, lr=None)))
+    checkpoint = Checkpoints(out.checkpoints).path("best")
+    monkeypatch.setattr("petl_kernels.interop.hf.load_pretrained", lambda *given, **options: pytest.fail("loaded"))
+    with trained_weights(out, out.read_config()) as folder:
+        ours, theirs = load_file(folder / "model.safetensors"), load_file(checkpoint / "trained.safetensors")
+        assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+
+
 def test_a_stopped_run_merges_and_scores(settings, text, monkeypatch, tmp_path, capsys):
     out = stopped(settings, monkeypatch)
     test = text["test"]
@@ -157,7 +167,26 @@ def test_what_a_signal_is_answered(settings, capfd):
     loop._save(best=True)
     loop._tell_interrupt(again=True)
     assert "stopped at once; step 0 is on disk, go on with --resume" in capfd.readouterr().err
+    kept, (reader, writer) = os.dup(2), os.pipe()
+    os.close(reader)
+    os.dup2(writer, 2)
+    try:
+        loop._tell_interrupt(again=False)  # `2>&1 | tee`, which Ctrl-C ends first
+    finally:
+        os.dup2(kept, 2)
+    for descriptor in (kept, writer):
+        os.close(descriptor)
     loop.log.close()
+
+
+def test_a_run_that_was_killed_before_its_first_step_begins_anew(settings):
+    out = RunFolder(Path(settings["out"]))
+    out.path.mkdir(parents=True)
+    out.text.write_text("{}")
+    out.check_free()
+    (out.path / "other").touch()
+    with pytest.raises(InputError, match="is not empty"):
+        out.check_free()
 
 
 # ---- longer and shorter
@@ -293,7 +322,7 @@ FIRST, *MORE = DAMAGES
 
 
 @pytest.mark.parametrize("kind", [FIRST, *(pytest.param(kind, marks=pytest.mark.repeat) for kind in MORE)])
-def test_a_damaged_checkpoint_is_passed_over_with_a_word(settings, monkeypatch, capsys, tmp_path, kind):
+def test_a_damaged_checkpoint_is_passed_over_with_a_word(settings, monkeypatch, capsys, kind):
     spoil, message = DAMAGES[kind]
     losses = iter([1.0, 2.0, 3.0])  # the best is the first
     with monkeypatch.context() as patch:
@@ -304,7 +333,8 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_word(settings, monkeypatch, 
     spoil((folder / "latest").resolve())
     train(TrainConfig(**settings), resume=True)
     said = capsys.readouterr().err
-    assert [line for line in said.splitlines() if "damaged" in line] and "resumed after step 3" in said
+    assert re.search(f"damaged, {message}", said)
+    assert "resumed after step 3" in said
     whole, lines = Checkpoints(folder).whole("latest")
     assert whole.name == "step-8" and not lines
     for path in folder.glob("step-*"):
@@ -313,7 +343,6 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_word(settings, monkeypatch, 
         with pytest.raises(InputError, match="damaged, .*no other is whole") as error:
             use()
         assert "\n" not in str(error.value)
-    assert not damage(folder) or message
 
 
 def test_a_damaged_best_gives_way_to_the_newest(settings, monkeypatch, capsys):
@@ -338,6 +367,21 @@ def test_each_damage_has_its_words(settings, monkeypatch, tmp_path):
 
 
 # ---- before any work
+
+
+@pytest.mark.parametrize("damage", [b'{"step": 3, "lo', b"5\n", b'{"step": "x"}\n', b"\xff\x00\n"])
+def test_damaged_lines_of_metrics_go(tmp_path, damage):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step": 4}\n' + damage)
+    RunLog(tmp_path, 5, start=3, quiet=True).close()
+    assert path.read_bytes() == b'{"step": 1}\n'
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"a": 1}', '{"a": {"bytes": 1}}'])
+def test_damaged_sums_of_text_are_one_line(tmp_path, content):
+    (tmp_path / "text.json").write_text(content)
+    with pytest.raises(InputError, match="text.json: damaged"):
+        checks.check_same_text(tmp_path / "text.json", {"a": {"bytes": 1, "sha256": ""}})
 
 
 def test_one_file_twice(settings, text, tmp_path, capsys):
@@ -422,4 +466,5 @@ def test_scores_that_fail_do_not_lose_the_run(settings, monkeypatch, capsys):
     result = train(TrainConfig(**settings))
     assert result.scores == {} and RunFolder(Path(settings["out"])).finished_step() == 8
     assert "the run ends without scores: memory 8MiB" in capsys.readouterr().err
+    assert "The validation text was not scored." in (Path(settings["out"]) / "README.md").read_text()
     assert load_file(Path(settings["out"]) / "adapter" / "adapter_model.safetensors")

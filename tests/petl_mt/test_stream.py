@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from petl_mt.checks import check_folder
-from petl_mt.output import LineSink
-from petl_mt.progress import EVERY, Watch, time_left
+from petl_mt.output import LineSink, hold_closed_descriptors
+from petl_mt.progress import EVERY, Watch, say, time_left
 from petl_mt.stream import FIRST, LineWindows, check_other
 
 from petl_kernels.errors import InputError
@@ -70,14 +70,56 @@ def test_a_line_that_is_not_text_is_named_by_its_place_in_all(pipe):
         next(windows)
 
 
-def test_what_is_read_is_not_written_over(tmp_path):
+def test_carriage_returns_alone_are_refused_as_in_training(tmp_path):
+    path = tmp_path / "text"
+    path.write_bytes(b"one\rtwo")
+    with pytest.raises(InputError, match="its lines end with carriage returns alone"):
+        list(LineWindows(str(path)).windows(64))
+    path.write_bytes(b"one\rtwo\nthree")
+    assert list(LineWindows(str(path)).windows(64)) == [["one\rtwo", "three"]]
+
+
+def test_what_is_read_is_not_written_over(tmp_path, monkeypatch):
     path = tmp_path / "text"
     path.write_text("one\n")
     (tmp_path / "link").symlink_to(path)
-    with pytest.raises(InputError, match="--out .*link: is what is read"):
+    with pytest.raises(InputError, match="--out .*link is what is read"):
         check_other(str(path), str(tmp_path / "link"))
     check_other(str(path), str(tmp_path / "other"))
     check_other(None, str(path))
+    with open(path) as file:
+        monkeypatch.setattr("sys.stdin", file)
+        with pytest.raises(InputError, match="--out .*text is what is read"):
+            check_other(None, str(path))
+    part = tmp_path / "whole.part"  # of a run that was cut short, and the next one writes there first
+    part.write_text("one\n")
+    with pytest.raises(InputError, match="whole.part is what is read"):
+        check_other(str(part), str(tmp_path / "whole"))
+
+
+def test_lines_for_a_reader_that_is_not_there_go_nowhere(monkeypatch, capsys):
+    """Not to standard output, where ``print`` puts what is for None; and no work ends for them."""
+    monkeypatch.setattr("sys.stderr", None)
+    say("one")
+    with Watch("score", 5, "lines") as watch:
+        monkeypatch.setattr("petl_mt.progress.EVERY", 0.0)
+        watch.at(3)
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setattr("sys.stderr", open(writer, "w", buffering=1))  # noqa: SIM115
+    say("two")
+    assert capsys.readouterr().out == ""
+
+
+def test_no_file_gets_the_number_of_a_closed_standard_stream():
+    kept = os.dup(0)
+    try:
+        os.close(0)
+        hold_closed_descriptors()
+        assert os.path.samestat(os.fstat(0), os.stat(os.devnull))
+    finally:
+        os.dup2(kept, 0)
+        os.close(kept)
 
 
 def test_lines_are_in_a_part_until_all_are_there(tmp_path, capsys):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
 from petl_mt import cli, study
 from petl_mt.config import Pair, TrainConfig
 from petl_mt.demo.text import parallel_lines, write_pair
+from petl_mt.lock import locked
 from petl_mt.new_model import make_model, train_vocabulary
 from petl_mt.study import Entry, Row, StudyConfig, parse_grid, run_study
 
@@ -138,6 +140,36 @@ def test_a_run_that_diverges_is_a_row_and_not_the_end(config):
     assert [row.status for row in rows] == ["done", "stopped", "done"] and "training stopped at step" in rows[1].note
 
 
+@pytest.mark.parametrize("content", ["", '{"method": "bitf', "[]", '{"scores": null}', "5"])
+def test_a_damaged_row_is_one_line(config, content):
+    path = config.folder(Entry("bitfit")) / "row.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    with pytest.raises(InputError, match="row.json: damaged; remove it"):
+        study._finished(config, Entry("bitfit"))
+
+
+def test_one_study_at_a_time(config, tmp_path):
+    (tmp_path / "out").mkdir()
+    with locked(tmp_path / "out"), pytest.raises(InputError, match="study .*out: process .* works in it"):
+        run_study(config, quiet=True)
+
+
+def test_a_row_that_fails_is_said_and_the_others_are_run(config, monkeypatch):
+    run = study._run
+
+    def fail(config, entry, *others):
+        if entry.method == "full":
+            raise InputError("memory 1MiB: needs 2 MiB")
+        return run(config, entry, *others)
+
+    monkeypatch.setattr(study, "_run", fail)
+    config.grid = ["full", "bitfit"]
+    rows = run_study(config, quiet=True)
+    assert [row.status for row in rows] == ["done", "failed", "done"] and "needs 2 MiB" in study.notes(rows)[0]
+    assert study._finished(config, Entry("full")) is None  # it is tried again
+
+
 @pytest.mark.parametrize("grid, message", [
     (["adaptor=10%"], "unknown method 'adaptor', expected one of full, adapter"),
     (["adapter=0%"], "budget '0%': expected a share"),
@@ -154,6 +186,36 @@ def test_grid():
     assert parse_grid(["adapter=10%,0.1%", "full", "full", "lora=2M"]) == [
         Entry("adapter", "10%"), Entry("adapter", "0.1%"), Entry("full"), Entry("lora", "2M"),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("grid: full", "grid 'full': expected a list"),
+        ("grid: [{adapter: 10%}]", "expected a list such as"),
+        ("lr: {adapter: fast}", "lr adapter=fast: expected a rate above 0"),
+        ("lr: {adapter: null}", "lr adapter=None: expected a rate above 0"),
+        ("lr: {adapter: .nan}", "lr adapter=nan: expected a rate above 0"),
+        ("grid: [full]\nlr: {adapter: 1.0e-3}", "lr adapter=0.001: no effect, since the grid has no adapter"),
+        ("test: a", "test 'a': expected two files"),
+        ("test: []", "test: 0 pairs; expected one"),
+        ("test: [a]", "test: expected two files"),
+        ("method: lora", "method 'lora': no effect on a study; expected grid"),
+        ("params: 10%", "params '10%': no effect on a study"),
+    ],
+)
+def test_options_of_a_study_that_cannot_work(tmp_path, line, message):
+    values = "" if line.startswith("test") else "test: [a, b]\n"
+    (tmp_path / "study.yaml").write_text(f"{values}{line}\nsrc_lang: en\ntgt_lang: fi\n")
+    arguments = cli._parser("study").parse_args(["study", "--config", str(tmp_path / "study.yaml")])
+    with pytest.raises(InputError, match=re.escape(message)):
+        study.study_config(arguments)
+
+
+def test_a_rate_that_is_given_twice_is_refused():
+    flags = ["study", "--test", "a", "b", "--src-lang", "en", "--tgt-lang", "fi", "--lr", "full=1e-3", "full=2e-3"]
+    with pytest.raises(InputError, match="lr full: given twice"):
+        study.study_config(cli._parser("study").parse_args(flags))
 
 
 def test_unequal_test_files_are_refused_before_anything_is_written(config, tmp_path):

@@ -24,7 +24,6 @@ except ImportError:  # a machine without a compiler
         now = values(dictionaries)
         return len(now) == len(before) and all(map(is_, now, before))
 
-
     def stamps(tensors: list[Tensor]) -> list[tuple[int, int]]:
         return [(0 if own.is_inference() else own._version, own.untyped_storage()._cdata) for own in tensors]
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import tempfile
 import time
 from collections.abc import Sequence
@@ -136,7 +137,10 @@ def _fitting_steps(plan: Plan, base: TrainConfig, budget: float, began: float, l
 def _steps_of(out: Path) -> int | None:
     """The steps of the demo that ``out`` holds already: it goes on with them."""
     for path in sorted(out.glob("*/study.json")):
-        return json.loads(path.read_text(encoding="utf-8"))["config"]["steps"]
+        try:
+            return int(json.loads(path.read_text(encoding="utf-8"))["config"]["steps"])
+        except (ValueError, TypeError, KeyError):
+            raise InputError(f"{path}: damaged; remove it, and the demo begins anew") from None
     return None
 
 
@@ -199,7 +203,9 @@ def add_parser(commands) -> None:
 
 
 def _main(arguments: argparse.Namespace) -> int:
-    if not arguments.minutes > 0:
-        raise InputError(f"minutes {arguments.minutes:g}: expected more than 0")
+    if not 0 < arguments.minutes < math.inf:
+        raise InputError(f"minutes {arguments.minutes:g}: expected more than 0, and an end")
+    if not arguments.out:
+        raise InputError("out '': expected a folder")
     run_demo(arguments.out, PAIRS if arguments.pair == "both" else (arguments.pair,), arguments.minutes)
     return 0
