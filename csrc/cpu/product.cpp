@@ -131,9 +131,12 @@ void widen_right(const Operand<T>& right, int64_t first, int64_t depth, int64_t 
 // sums (kHeight, kTileColumns), `stride` apart, = [sums +] left right
 template <int kHeight>
 void multiply_tile(const float* left, const float* right, int64_t depth, float* sums, int64_t stride, bool add) {
+  const Vec zero(0.0f);
   Vec low[kHeight], high[kHeight];
+#pragma GCC unroll 6
   for (int i = 0; i < kHeight; ++i) {
-    low[i] = high[i] = Vec(0.0f);
+    low[i] = zero;
+    high[i] = zero;
   }
   for (int64_t k = 0; k < depth; ++k) {
     const float* row = right + k * kTileColumns;
@@ -148,8 +151,9 @@ void multiply_tile(const float* left, const float* right, int64_t depth, float* 
 #pragma GCC unroll 6
   for (int i = 0; i < kHeight; ++i) {
     float* to = sums + i * stride;
-    (add ? Vec::loadu(to) + low[i] : low[i]).store(to);
-    (add ? Vec::loadu(to + kLanes) + high[i] : high[i]).store(to + kLanes);
+    const Vec before_low = add ? Vec::loadu(to) : zero, before_high = add ? Vec::loadu(to + kLanes) : zero;
+    (before_low + low[i]).store(to);
+    (before_high + high[i]).store(to + kLanes);
   }
 }
 
