@@ -16,7 +16,7 @@ std::tuple<Tensor, Tensor> frozen_linear_backward(
   if (need_dx) {
     dx = project_back(rows, {weight, weight.size(0), weight.size(1)}).view(with_features(dy, weight.size(1)));
   }
-  Tensor dbias = need_dbias ? column_sum(rows) : at::empty({0}, dy.options());
+  Tensor dbias = need_dbias ? column_sum(rows) : at::empty({0}, dy.options().dtype(compute_type(dy)));
   return {dx, dbias};
 }
 

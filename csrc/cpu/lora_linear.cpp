@@ -191,7 +191,7 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>
     // (sᵀ dy)ᵀ and not dyᵀ s: the libraries run the wide result faster than the narrow one.
     const Tensor db_transposed = sum_over_tokens(s.narrow(1, first, rank), dy, scales[g]);
     db.push_back(db_transposed.t().to(b[g].scalar_type()).contiguous());
-    dbias.push_back(need_dbias.get(g) ? column_sum(dy) : at::empty({0}, x.options()));
+    dbias.push_back(need_dbias.get(g) ? column_sum(dy) : at::empty({0}, x.options().dtype(compute_type(x))));
     if (need_dx) {
       project_back_out(dx, dy, weights[g], /*add=*/g > 0);
     }

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from petl_kernels.layers.blocks import AttentionBlock, as_added
 from petl_kernels.layers.rule.bottleneck import Bottleneck
-from petl_kernels.layers.rule.call import Call, Gradients, summed
+from petl_kernels.layers.rule.call import Call, Gradients, Place, summed
 from petl_kernels.layers.rule.linears import Linears, Unknown, current
 from petl_kernels.layers.rule.norm import Norm
 from petl_kernels.methods.adapter import BottleneckAdapter
@@ -42,6 +42,11 @@ class Attention:
         self.scales = any(group.scales for group in self.linears)
         self.reads_u = any(group.reads_input for group in self.linears)
         self.prefix = prefix_of(parts)
+        self.places = [Place(block, linear.name) for linear in self.named]
+        self.o, self.lse = Place(block, "o"), Place(block, "lse")
+        self.sum = Place(block, "adapted_sum" if self.adapter else "sum")
+        self.read = Place(block, "read")
+        self.attention, self.residual = f"{block}.attention", f"{block}.residual"  # names of seeds
         parts = (self.norm, *self.linears, self.out, *([self.adapter] if self.adapter else []))
         self.bound = [tensor for part in parts for tensor in part.bound]
         self.trains_norm = any(tensor.requires_grad for tensor in self.norm.bound)
@@ -66,14 +71,14 @@ class Attention:
         """Returns the block's output (batch, tokens, d), and k and v (batch, heads, tokens, head_dim)."""
         u = call.cast(self.norm.forward(x, call) if self.pre_norm else x)
         raw = self._project(u, u if source is None else source, call)
-        for linear, y in zip(self.named, raw, strict=True):
-            call.keep(self.block, linear.name, y)
+        for place, y in zip(self.places, raw, strict=True):
+            call.keep(place, y)
         q, k, v = self._heads(raw)
         o, lse = self._attend(q, k, v, call)
-        call.keep(self.block, "o", o)
-        call.keep(self.block, "lse", lse)
+        call.keep(self.o, o)
+        call.keep(self.lse, lse)
         h = self._sum(self._read(o, call), x, call)
-        call.keep(self.block, "adapted_sum" if self.adapter else "sum", h)
+        call.keep(self.sum, h)
         return h if self.pre_norm else self.norm.forward(h, call), k, v
 
     def again(self, x: Tensor, call: Call) -> Tensor:
@@ -89,7 +94,7 @@ class Attention:
     def _heads(self, raw: list[Tensor]) -> list[Tensor]:
         if self.scales:
             raw = [linear.scaled(y) for linear, y in zip(self.named, raw, strict=True)]
-        return [y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in raw]
+        return [y.view(y.shape[0], y.shape[1], self.heads, -1).transpose(1, 2) for y in raw]
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         return run("attention", q, k, v, *self._attention_inputs(call), call.backend)
@@ -104,7 +109,7 @@ class Attention:
             call.causal[self.block],
             self.scale,
             self.dropout,
-            call.seed(f"{self.block}.attention", self.dropout),
+            call.seed(self.attention, self.dropout),
         )
 
     def _read(self, o: Tensor, call: Call) -> Tensor:
@@ -112,31 +117,30 @@ class Attention:
         (raw,) = self.out.forward(_rows(o), call)
         read = self.out.all[0].scaled(raw)
         if self.adapter:
-            call.keep(self.block, "read", read)
+            call.keep(self.read, read)
         elif self.out.all[0].after is not None:
-            call.keep(self.block, "read", raw)
+            call.keep(self.read, raw)
         return read
 
     def _sum(self, read: Tensor, x: Tensor, call: Call) -> Tensor:
         y = self.adapter.forward(read, None, call) if self.adapter else read
         if self.residual_dropout == 0:
             return x + y
-        seed = call.seed(f"{self.block}.residual", self.residual_dropout)
+        seed = call.seed(self.residual, self.residual_dropout)
         return run("dropout_add", y, x, self.residual_dropout, seed, call.backend)
 
     def _sum_again(self, x: Tensor, call: Call) -> Tensor:
-        name = f"{self.block}.{'adapted_sum' if self.adapter else 'sum'}"
-        h = call.kept.get(name)
+        h = call.kept.get(self.sum.key)
         if h is None:
             h = self._sum(self._read_again(call), x, call)
             if not self.pre_norm:
-                call.kept[name] = h  # the norm's backward reads it again
+                call.kept[self.sum.key] = h  # the norm's backward reads it again
         return h
 
     def _read_again(self, call: Call) -> Tensor:
-        read = call.get(self.block, "read")
+        read = call.kept.get(self.read.key)
         if read is None:
-            return self._read(call.kept[f"{self.block}.o"], call)
+            return self._read(call.kept[self.o.key], call)
         return read if self.adapter else self.out.all[0].scaled(read)
 
     # ---- backward ---------------------------------------------------------------------------------------------------
@@ -159,7 +163,7 @@ class Attention:
         do = self._out_backward(dh, call, gradients)
         u = self._u_again(x, call)
         seen = u if source is None else source
-        raw = [call.get(self.block, linear.name) for linear in self.named]
+        raw = [call.kept.get(place.key) for place in self.places]
         if any(y is None for y in raw):
             raw = self._project(u, seen, call)
         q, k, v = self._heads(raw)
@@ -182,31 +186,31 @@ class Attention:
 
     def _u_again(self, x: Tensor, call: Call) -> Tensor | None:
         """Returns what the products have read, where backward reads it or makes the products again."""
-        needed = self.reads_u or any(call.get(self.block, linear.name) is None for linear in self.named)
+        needed = self.reads_u or any(place.key not in call.kept for place in self.places)
         if not needed:
             return None
         return call.cast(self.norm.again(x, call) if self.pre_norm else x)
 
     def _out_backward(self, dh: Tensor, call: Call, gradients: Gradients) -> Tensor:
         """Returns the gradient of o (batch, tokens, heads · head_dim)."""
-        o = _rows(call.kept[f"{self.block}.o"])
+        o = _rows(call.kept[self.o.key])
         dy = dh.to(o.dtype)
         if self.residual_dropout:
-            seed = call.seeds[f"{self.block}.residual"]
+            seed = call.seeds[self.residual]
             dy = run("dropout_add_backward", dh, o.dtype, self.residual_dropout, seed, call.backend)
         raw = None
         if self.adapter:
             dy = self.adapter.backward(dy, self._read_again(call), True, call, gradients, True)
         elif self.out.all[0].after is not None:
-            raw = call.get(self.block, "read")
+            raw = call.kept.get(self.read.key)
             if raw is None:
                 (raw,) = self.out.forward(o, call)
         return self.out.backward([dy], o, [raw], call, gradients, True)
 
     def _attention_backward(self, do: Tensor, q, k, v, call: Call, gradients: Gradients) -> tuple[Tensor, ...]:
         kept = call.kept
-        o, lse = kept[f"{self.block}.o"], kept[f"{self.block}.lse"]
-        do = do.view(*do.shape[:-1], self.heads, -1).transpose(1, 2)
+        o, lse = kept[self.o.key], kept[self.lse.key]
+        do = do.view(do.shape[0], do.shape[1], self.heads, -1).transpose(1, 2)
         bias, prefix = call.biases.get(self.block), call.prefixes.get(self.block)
         need_dbias = gradients.wants(bias)
         mask, bias, *rest = self._attention_inputs(call)

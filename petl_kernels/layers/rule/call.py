@@ -31,6 +31,15 @@ KEPT = {
 }
 
 
+class Place:
+    """Where a block keeps something: its key, and the last tier that keeps it."""
+
+    __slots__ = ("key", "last")
+
+    def __init__(self, block: str, name: str):
+        self.key, self.last = f"{block}.{name}", KEPT[name.rstrip("0123456789")]
+
+
 class Call:
     """One forward pass: its tier, seeds and dtypes, and the tensors that it keeps, by "<block>.<name>".
 
@@ -51,26 +60,23 @@ class Call:
         self.seeds: dict[str, Tensor] = {}
         self.kept: dict[str, Tensor] = {}
 
-    def keep(self, block: str, name: str, tensor: Tensor) -> None:
+    def keep(self, place: Place, tensor: Tensor) -> None:
         """Keeps ``tensor`` for backward where the tier does; the first one, where backward makes it again."""
-        if self.tier <= KEPT[name.rstrip("0123456789")]:
-            self.kept.setdefault(f"{block}.{name}", tensor)
+        if self.tier <= place.last:
+            self.kept.setdefault(place.key, tensor)
 
     @property
     def keeps_some(self) -> bool:
         """Whether anything but the layer's input may be kept."""
         return 0 < self.tier < 4
 
-    def get(self, block: str, name: str) -> Tensor | None:
-        return self.kept.get(f"{block}.{name}")
-
-    def seed(self, place: str, rate: float) -> Tensor | None:
-        """Returns the seed of the dropout at ``place``: drawn in the first forward pass, the same in another."""
+    def seed(self, name: str, rate: float) -> Tensor | None:
+        """Returns the seed of the dropout called ``name``: drawn in the first forward pass, the same in another."""
         if rate == 0:
             return None
-        seed = self.seeds.get(place)
+        seed = self.seeds.get(name)
         if seed is None:
-            seed = self.seeds[place] = philox.draw_seed(self.device)
+            seed = self.seeds[name] = philox.draw_seed(self.device)
         return seed
 
     def again(self, kept: dict[str, Tensor]) -> Call:

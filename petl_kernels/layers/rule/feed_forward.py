@@ -16,7 +16,7 @@ from torch import Tensor
 
 from petl_kernels.layers.blocks import FeedForwardBlock, is_wide
 from petl_kernels.layers.rule.bottleneck import Bottleneck
-from petl_kernels.layers.rule.call import Call, Gradients, summed
+from petl_kernels.layers.rule.call import Call, Gradients, Place, summed
 from petl_kernels.layers.rule.linears import Linear, Linears, Unknown, current
 from petl_kernels.layers.rule.norm import Norm
 from petl_kernels.methods.adapter import BottleneckAdapter, ParallelAdapter, PostNormPfeiffer, ReadInput
@@ -27,6 +27,10 @@ from petl_kernels.ops.parallel_ffn import fill
 from petl_kernels.ops.quantised import parts_of
 
 BLOCK = "ffn"
+READ, END = Place(BLOCK, "adapted_read"), Place(BLOCK, "end")
+BITS, Z, GATE, HIDDEN = (Place(BLOCK, name) for name in ("bits", "z", "gate", "hidden"))
+PROJECTED = Place(BLOCK, "read")
+RESIDUAL, DROPPED = f"{BLOCK}.residual", f"{BLOCK}.hidden"  # names of seeds
 
 
 class FeedForward:
@@ -59,7 +63,7 @@ class FeedForward:
         if self.beside:
             y = self.beside.forward(u.to(y.dtype), y, call)
         if self.after:
-            call.keep(BLOCK, "adapted_read", y)
+            call.keep(READ, y)
             y = self.after.forward(y, None, call)
         h = self._sum(y, x, call)
         return h if self.end is None else self.end.forward(h, call)
@@ -67,7 +71,7 @@ class FeedForward:
     def _sum(self, y: Tensor, x: Tensor, call: Call) -> Tensor:
         if self.residual_dropout == 0:
             return x + y
-        seed = call.seed(f"{BLOCK}.residual", self.residual_dropout)
+        seed = call.seed(RESIDUAL, self.residual_dropout)
         return run("dropout_add", y, x, self.residual_dropout, seed, call.backend)
 
     def backward(self, dy: Tensor, x: Tensor, call: Call, gradients: Gradients, need_dx: bool) -> Tensor | None:
@@ -75,10 +79,10 @@ class FeedForward:
         dtype = call.dtype or x.dtype
         e = dh.to(dtype)
         if self.residual_dropout:
-            seed = call.seeds[f"{BLOCK}.residual"]
+            seed = call.seeds[RESIDUAL]
             e = run("dropout_add_backward", dh, dtype, self.residual_dropout, seed, call.backend)
         if self.after:
-            e = self.after.backward(e, call.kept[f"{BLOCK}.adapted_read"], True, call, gradients, True)
+            e = self.after.backward(e, call.kept[READ.key], True, call, gradients, True)
         need_du = need_dx or (self.pre_norm and self.trains_norm)
         u = None
         if self.reads_u or self.inner.makes_again(call):
@@ -104,7 +108,7 @@ class End:
         self.bound = [] if self.adapter is None else self.adapter.bound
 
     def forward(self, h: Tensor, call: Call) -> Tensor:
-        call.keep(BLOCK, "end", h)
+        call.keep(END, h)
         if self.adapter is None:
             return self.norm.forward(h, call)
         return self.norm.forward(self._adapted(self.inner.forward(h, call), h, call), call)
@@ -113,7 +117,7 @@ class End:
         return self.adapter.forward(call.cast(u), call.cast(h), call)
 
     def backward(self, dy: Tensor, call: Call, gradients: Gradients) -> Tensor:
-        h = call.kept[f"{BLOCK}.end"]
+        h = call.kept[END.key]
         if self.adapter is None:
             return self.norm.backward(dy, h, call, gradients, True)
         u = self.inner.again(h, call)
@@ -147,15 +151,15 @@ class Frozen:
         keeps = self._keeps(call) if call.keeps_some else "nothing"
         weights = self.w1, self.c1, self.w2, self.c2, self.gate
         y, z, gate = run("frozen_ffn", u, *weights, self.activation, keeps, call.backend)
-        call.keep(BLOCK, "bits" if self.bits else "z", z)
+        call.keep(BITS if self.bits else Z, z)
         if self.gate:
-            call.keep(BLOCK, "gate", gate)
+            call.keep(GATE, gate)
         return y
 
     def backward(self, dy: Tensor, u: Tensor | None, call: Call, gradients: Gradients, need_du: bool) -> Tensor | None:
         keeps, nothing = self._keeps(call), dy.new_empty(0)
-        z = call.get(BLOCK, "bits" if self.bits else "z")
-        gate = call.get(BLOCK, "gate")
+        z = call.kept.get((BITS if self.bits else Z).key)
+        gate = call.kept.get(GATE.key)
         need_dc1, need_dc2 = gradients.wants(self.c1), gradients.wants(self.c2)
         du, dc1, dc2 = run(
             "frozen_ffn_backward",
@@ -210,12 +214,12 @@ class Wide:
         keeps = self._keeps(call) if call.keeps_some else "nothing"
         own = *self.inner, self.activation, self.adapter.scale, keeps, call.backend
         y, z = run("parallel_ffn", u, self.w1, self.c1, self.w2, c2, *own)
-        call.keep(BLOCK, "bits" if self.bits else "z", z)
+        call.keep(BITS if self.bits else Z, z)
         return y
 
     def backward(self, dy: Tensor, u: Tensor | None, call: Call, gradients: Gradients, need_du: bool) -> Tensor | None:
         self._filled()  # another adapter may have been in the room since
-        z = call.get(BLOCK, "bits" if self.bits else "z")
+        z = call.kept.get((BITS if self.bits else Z).key)
         *inner, up_bias = self.inner
         du, *found = run(
             "parallel_ffn_backward",
@@ -255,52 +259,52 @@ class Open:
         self.scales = any(linear.after is not None for linear in self.inputs.all)
 
     def makes_again(self, call: Call) -> bool:
-        hidden = self.out.reads_input and call.get(BLOCK, "hidden") is None
-        return hidden or ((self.scales or not self.bits) and call.get(BLOCK, "z") is None)
+        hidden = self.out.reads_input and call.kept.get(HIDDEN.key) is None
+        return hidden or ((self.scales or not self.bits) and call.kept.get(Z.key) is None)
 
     def forward(self, u: Tensor, call: Call) -> Tensor:
         raw = self.inputs.forward(u, call)
         if self.scales or not self.bits:
-            for linear, z in zip(self.inputs.all, raw, strict=True):
-                call.keep(BLOCK, linear.name, z)
+            for place, z in zip((Z, GATE), raw, strict=False):
+                call.keep(place, z)
         hidden = self._activate(raw, call)
         if self.out.reads_input:
-            call.keep(BLOCK, "hidden", hidden)
+            call.keep(HIDDEN, hidden)
         (y,) = self.out.forward(hidden, call)
         if self.out.all[0].after is not None:
-            call.keep(BLOCK, "read", y)
+            call.keep(PROJECTED, y)
         return self.out.all[0].scaled(y)
 
     def _activate(self, raw: list[Tensor], call: Call) -> Tensor:
         zs = self._scaled(raw)
-        seed = call.seed(f"{BLOCK}.hidden", self.dropout)
+        seed = call.seed(DROPPED, self.dropout)
         if self.gated:
             return run("gated_activation", *zs, self.activation, self.dropout, seed, call.backend)
         hidden, bits = run("activation", *zs, self.activation, self.dropout, seed, call.backend)
         if self.bits:
-            call.keep(BLOCK, "bits", bits)
+            call.keep(BITS, bits)
         return hidden
 
     def _scaled(self, raw: list[Tensor]) -> list[Tensor]:
         return [linear.scaled(y) for linear, y in zip(self.inputs.all, raw, strict=True)]
 
     def backward(self, dy: Tensor, u: Tensor | None, call: Call, gradients: Gradients, need_du: bool) -> Tensor | None:
-        raw = [call.get(BLOCK, linear.name) for linear in self.inputs.all]
-        hidden = call.get(BLOCK, "hidden")
+        raw = [call.kept.get(place.key) for place in (Z, GATE)[: len(self.inputs.all)]]
+        hidden = call.kept.get(HIDDEN.key)
         if self.makes_again(call):
             raw = self.inputs.forward(u, call)
         if self.out.reads_input and hidden is None:
             hidden = self._activate(raw, call)
-        read = call.get(BLOCK, "read")
+        read = call.kept.get(PROJECTED.key)
         if self.out.all[0].after is not None and read is None:
             (read,) = self.out.forward(self._activate(raw, call) if hidden is None else hidden, call)
         dhidden = self.out.backward([dy], hidden, [read], call, gradients, True)
-        seed = call.seeds.get(f"{BLOCK}.hidden")
+        seed = call.seeds.get(DROPPED)
         if self.gated:
             zs = self._scaled(raw)
             dzs = run("gated_activation_backward", dhidden, *zs, self.activation, self.dropout, seed, call.backend)
         else:
-            saved = call.kept[f"{BLOCK}.bits"] if self.bits else self._scaled(raw)[0]
+            saved = call.kept[BITS.key] if self.bits else self._scaled(raw)[0]
             dzs = [run("activation_backward", dhidden, saved, self.activation, self.dropout, seed, call.backend)]
         return self.inputs.backward(list(dzs), u, raw, call, gradients, need_du)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from petl_kernels.layers.frozen_linear import FrozenLinear
-from petl_kernels.layers.rule.call import Call, Gradients, summed
+from petl_kernels.layers.rule.call import Call, Gradients, Place, summed
 from petl_kernels.methods.base import Piece
 from petl_kernels.methods.ia3 import Scale
 from petl_kernels.methods.lora import LoRALinear
@@ -67,7 +67,7 @@ class Group:
     """Linear layers with LoRA that one product with stacked A serves; ``place`` names it among what is kept."""
 
     def __init__(self, block: str, i: int, linears: list[Linear]):
-        self.block, self.name, self.place, self.linears = block, f"latent{i}", f"{block}.latent{i}", linears
+        self.latent, self.linears = Place(block, f"latent{i}"), linears
         self.dropout, self.before = linears[0].dropout, linears[0].before
         nothing = linears[0].lora[0].new_empty(0)
         self.weights = [part for linear in linears for part in linear.parts]
@@ -76,16 +76,16 @@ class Group:
         self.scales = [linear.scale for linear in linears]
 
     def forward(self, x: Tensor, call: Call) -> list[Tensor]:
-        seed = call.seed(self.place, self.dropout)
+        seed = call.seed(self.latent.key, self.dropout)
         rest = *self.adapters, self.scales, self.dropout, seed, call.backend
         ys, latent = run("lora_linear", _before(x, self), self.weights, self.biases, *rest)
-        call.keep(self.block, self.name, latent)
+        call.keep(self.latent, latent)
         return ys
 
     def backward(self, dys: list[Tensor], x: Tensor, call: Call, gradients: Gradients, need_dx: bool) -> Tensor | None:
         needs_x = need_dx or gradients.wants(self.before)
         need_dbias = [gradients.wants(linear.bias) for linear in self.linears]
-        seed, latent = call.seeds.get(self.place), call.kept[self.place]
+        seed, latent = call.seeds.get(self.latent.key), call.kept[self.latent.key]
         rest = *self.adapters, self.scales, self.dropout, seed, needs_x, need_dbias, call.backend
         dx, das, dbs, dbiases = run("lora_linear_backward", dys, _before(x, self), latent, self.weights, *rest)
         for linear, da, db, dbias, need in zip(self.linears, das, dbs, dbiases, need_dbias, strict=True):
