@@ -36,7 +36,7 @@ def add_parser(commands) -> None:
     parser.set_defaults(run=_command)
     what = parser.add_argument_group("what")
     told = "folders of bench/ to time, or report [DIR], or compare A.json B.json (default: ops)"
-    what.add_argument("words", nargs="*", default=["ops"], metavar="ops|layers|step|report|compare", help=told)
+    what.add_argument("words", nargs="*", default=["ops"], metavar="ops|layers|step|host|report|compare", help=told)
     what.add_argument("--only", metavar="NAMES", help="those whose names match, as pytest's -k has it (default: all)")
     how = parser.add_argument_group("how")
     how.add_argument("--peers", action="store_true", help="time other packages beside ours, too (default: off)")

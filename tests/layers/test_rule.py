@@ -8,6 +8,7 @@ from methods.models import build
 from torch import nn
 
 import petl_kernels as pk
+from petl_kernels.layers.lean import LeanLayer
 from petl_kernels.layers.rule.call import KEPT
 
 from .lean_cases import adapted, ragged, step, worst
@@ -126,6 +127,19 @@ def test_what_the_rule_does_not_have_runs_op_by_op_and_is_named():
     assert {state.tier for state in states} == {1}
     assert {state.composed for state in states} == {"T5 in fp16, which clamps between its blocks"}
     assert "lean op by op" in str(pk.report(model))
+
+
+@pytest.mark.parametrize("method", ["lora", "adapter-sublayer", "parallel", "prefix", "ia3", "full"])
+@pytest.mark.parametrize("family", ["m2m100", "marian", "t5"])
+def test_op_by_op_gives_the_same(family, method, monkeypatch):
+    """As compiled graphs run, and layers that the rule does not have."""
+    model = adapted(family, method)
+    inputs = ragged(model)
+    plain = step(pk.lean(model, 0), inputs)
+    monkeypatch.setattr(LeanLayer, "_rule", lambda self, *_, **__: None)
+    for tier in (1, 2, 3, 4, 5):
+        difference, name = worst(step(pk.lean(model, tier), inputs), plain)
+        assert difference < 1e-9, (tier, name, difference)
 
 
 def test_nothing_wants_a_gradient():

@@ -134,7 +134,8 @@ class _OneNode(torch.autograd.Function):
         if held is not None:
             held.leave()
         ctx.held, ctx.names = held, list(call.kept)
-        ctx.save_for_backward(None if held is not None else x, source, *wanted, *call.kept.values())
+        seen = [own for own in (*call.masks.values(), *call.biases.values()) if own is not None]
+        ctx.save_for_backward(None if held is not None else x, source, *wanted, *seen, *call.kept.values())
         call.kept = {}
         return outputs
 
@@ -151,7 +152,7 @@ class _OneNode(torch.autograd.Function):
             raise _changed(rule, ctx.stamps)
         needs_x, needs_source, *needs = ctx.needs_input_grad[3:]
         gradients = Gradients([tensor for tensor, need in zip(wanted, needs, strict=True) if need])
-        kept = dict(zip(ctx.names, saved[len(wanted) :], strict=True))
+        kept = dict(zip(ctx.names, saved[len(saved) - len(ctx.names) :], strict=True))
         with torch.no_grad(), below_autograd(ctx.call.device.type):
             x = ctx.held.get().detach() if ctx.held is not None else x
             call = ctx.call.again(kept)
