@@ -17,6 +17,7 @@ from petl_kernels.memory.planner import plan as make_plan
 
 from .config import TrainConfig
 from .prepare import adapt, cast_frozen_matrices, check_beam, check_positions, set_dropout
+from .runs import hush
 
 
 def plan(config: TrainConfig, device: str | None = None) -> Plan:
@@ -31,7 +32,8 @@ def plan(config: TrainConfig, device: str | None = None) -> Plan:
         raise InputError(f"device {device!r}: expected cpu or cuda")
     config.check_settings()
     device = resolve(device)
-    model = load_outline(config.model)
+    with hush():
+        model = load_outline(config.model)
     check_positions(model, config.max_length)
     check_beam(config.beam, model)
     config = config.resolve(model.config.d_model)

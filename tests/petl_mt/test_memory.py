@@ -200,9 +200,8 @@ def test_streamed_layers_train_to_the_same_weights(settings, tmp_path, method):
     loop = training(settings, tmp_path / "streamed", memory="2MiB", plan=path)
     assert len(loop.model.petl_streamed.paths) == 2
     loop.run()
-    assert_same_weights(
-        load_file(RunFolder(tmp_path / "streamed").checkpoints / "latest" / "trained.safetensors"), expected
-    )
+    found = load_file(RunFolder(tmp_path / "streamed").checkpoints / "latest" / "trained.safetensors")
+    assert_same_weights(found, expected, 1e-3)  # AdamW divides by what may be almost nothing
     assert not list(tmp_path.glob("petl-mt-*"))
 
 
@@ -317,7 +316,7 @@ def test_a_device_that_fails_is_one_line(settings, capsys, monkeypatch, kind):
         "--max-length",
         "40",
     ]
-    command += ["--max-length", "40", "--src-lang", "en", "--tgt-lang", "de", "--train", pair.source, pair.target]
+    command += ["--src-lang", "en", "--tgt-lang", "de", "--train", pair.source, pair.target]
     assert main(command) == 2
     error = capsys.readouterr().err
     assert FAILURES[kind] in error and error.splitlines()[-1].startswith("petl-mt train: ")
