@@ -340,11 +340,7 @@ def _is_wide(block: FeedForwardBlock) -> bool:
     if block.wide is None or torch.compiler.is_compiling():
         return False
     adapter = _current(block.out)
-    return block.wide.serves(block.inputs[0], block.out, adapter) and not _has_hooks(adapter)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
+    return block.wide.serves(block.inputs[0], block.out, adapter) and not hooks_on(adapter)
 
 
 def _is_frozen_ffn(block: FeedForwardBlock) -> bool:

@@ -14,6 +14,7 @@ from torch import nn
 
 import petl_kernels as pk
 from petl_kernels import InputError
+from petl_kernels.interop.late_cache import _State
 from petl_kernels.interop.lean_loss import LeanLoss, lean_loss, loss_states
 from petl_kernels.transformers_names import LOSSES
 
@@ -326,6 +327,62 @@ def test_one_model_in_several_threads():
     assert found == {True: 45}
 
 
+def look(model: nn.Module, seen: list) -> None:
+    """What a hook on the decoder finds of the output projection."""
+    head = model.lm_head
+    seen.append((isinstance(head, nn.Linear), head.__class__, repr(head), head.out_features, head.bias))
+    seen.append(head.weight is model._modules["lm_head"].weight is model.get_output_embeddings().weight)
+    seen.append((head == model._modules["lm_head"], {head: 1}[model._modules["lm_head"]], head in [*model.modules()]))
+    seen.append((copy.deepcopy(head).weight.shape, dict(head.named_parameters()).keys(), head.training))
+
+
+@pytest.mark.parametrize("name", [M2M, MBART])
+def test_the_output_projection_inside_of_a_pass_is_the_module(name):
+    seen = []
+    for model in lean_and_plain(name):
+        decoder = model.get_decoder()
+        decoder.register_forward_hook(lambda *_, model=model: look(model, seen))
+        made = []
+
+        def lens(module, args, output, model=model, made=made):
+            made.append((model.lm_head(output[0]) + 0, model.lm_head.forward(output[0])))
+
+        decoder.register_forward_hook(lens)
+        model(**labelled()).loss.backward()
+        assert torch.equal(*made[0])
+    assert seen[:4] == seen[4:]
+
+
+@pytest.mark.parametrize("change", ["hook", "forward", "weight", "module"])
+def test_an_output_projection_that_is_changed_inside_of_a_pass(change):
+    outputs = []
+    for model in lean_and_plain(MBART):
+
+        def changed(module, args, output, model=model):
+            head = model.lm_head
+            if change == "hook":
+                head.register_forward_hook(lambda head, args, output: 2 * output)
+            elif change == "forward":
+                head.forward = lambda x, own=head.forward: 2 * own(x)
+            elif change == "weight":
+                head.weight = nn.Parameter(2 * head.weight.detach())
+            else:
+                model.lm_head = copy.deepcopy(head)
+                model.lm_head.weight.data *= 2
+
+        handle = model.get_decoder().register_forward_hook(changed)
+        outputs.append(model(**labelled()))
+        handle.remove()
+    assert_equal_outputs(*outputs)
+
+
+def test_options_are_not_lost_where_the_output_projection_changes_inside_of_a_pass():
+    model = pk.lean(tiny(MBART), 1)
+    model.get_decoder().register_forward_hook(lambda *_: model.lm_head.register_forward_hook(lambda *_: None) and None)
+    with pytest.raises(RuntimeError, match=r"a hook on lm_head, since the forward pass has begun"):
+        model(**labelled(), label_smoothing=0.1)
+
+
 # ---- the cache -------------------------------------------------------------------------------------------------------
 
 
@@ -371,6 +428,16 @@ def test_a_cache_that_would_be_another_is_refused():
     with pytest.raises(RuntimeError, match="the model's mode or parameters changed since the forward pass"):
         keys_of(output[2])
     assert len(model.train()(**labelled(), use_cache=True)[2]) == 1
+
+
+def test_another_parameter_at_the_place_of_one_that_has_gone_is_another():
+    module = nn.Linear(2, 2, bias=False)
+    state = _State(module)
+    assert state.is_of(module)
+    for _ in range(50):  # some get the memory, and so the id, of the one before
+        del module.weight
+        module.weight = nn.Parameter(torch.zeros(2, 2))
+        assert not state.is_of(module)
 
 
 # ---- compiled --------------------------------------------------------------------------------------------------------
