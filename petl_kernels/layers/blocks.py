@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from petl_kernels import ops
 from petl_kernels.layers.frozen_linear import FrozenLinear
+from petl_kernels.layers.hooks import hooks_on
 from petl_kernels.layers.recompute import maybe, remade_by
 from petl_kernels.methods.adapter import ParallelAdapter, ReadInput
 from petl_kernels.methods.base import Piece

@@ -27,15 +27,15 @@ class LineSink:
                 raise InputError(f"standard output: is closed; expected it open, or {option} FILE")
             self._file = sys.stdout.buffer
             return
+        if os.path.islink(path):
+            self.path = path = os.path.realpath(path)
         check_file(option, path, size=size)
         special = os.path.exists(path) and not os.path.isfile(path)
-        if os.path.islink(path):
-            self.path = os.path.realpath(path)
-        self._part = None if special else f"{self.path}.part"
+        self._part = None if special else f"{path}.part"
         if self._part and os.path.exists(self._part) and os.path.getsize(self._part):
             raise InputError(
-                f"{option} {path}: {self._part} holds lines of a run that was stopped, or that goes on; expected it moved "
-                "away or removed"
+                f"{option} {path}: {self._part} holds lines of a run that was stopped, or that goes on; expected it "
+                "moved away or removed"
             )
         self._file = open(self._part or path, "wb")  # noqa: SIM115  closed by __exit__
 

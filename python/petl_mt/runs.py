@@ -146,7 +146,7 @@ def trained_weights(run: RunFolder, config: TrainConfig) -> Iterator[Path]:
 
 
 def _best_so_far(run: RunFolder, config: TrainConfig, folder: Path) -> tuple[dict, list[str], Path]:
-    """(progress, lines on damaged ones, weights in ``folder``) of the best checkpoint of a run that has not finished."""
+    """(progress, lines on damaged ones, weights in ``folder``) of the best checkpoint so far."""
     checkpoint, damaged = Checkpoints(run.checkpoints).whole("best")
     if checkpoint is None:
         raise InputError(f"run {run.path}: has not finished, and has no checkpoint yet; expected train --resume")

@@ -143,11 +143,12 @@ def classes() -> dict[str, str]:
     return found
 
 
-def build(model_type: str) -> nn.Module:
-    """A seeded model, in float64 where it can be, no parameter of which is 0 or 1."""
+def build(model_type: str, cls: type | None = None) -> nn.Module:
+    """A seeded model, of ``cls`` where it is given (a subclass), in float64 where it can be, no parameter of which is 0
+    or 1."""
     config = transformers.AutoConfig.for_model(model_type, **SETTINGS[model_type])
     torch.manual_seed(3)
-    model = getattr(transformers, classes()[model_type])(config)
+    model = (cls or getattr(transformers, classes()[model_type]))(config)
     if model_type not in SINGLE:
         model.double()
     shake(model)
