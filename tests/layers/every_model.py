@@ -92,6 +92,7 @@ SETTINGS = {
     "mt5": _T5,
     "mvp": _BART,
     "nllb-moe": {**_BART, **_ROUTED, "router_jitter_noise": 0.0, "moe_eval_capacity_token_fraction": -1.0}
+    | {"moe_token_dropout": 0.0}
     | {"encoder_sparse_step": 1, "decoder_sparse_step": 1, "output_router_logits": True},
     "pegasus": _BART,
     "pegasus_x": {**_BART, "stagger_local_blocks": False, "block_size": 4, "num_global_tokens": 2},
