@@ -190,8 +190,8 @@ def test_other_adapters_leave_no_trace_in_a_merged_folder(make, tmp_path):
     assert not any("petl" in path.read_text(errors="ignore") for path in (tmp_path / "out").glob("*.json"))
 
 
-@pytest.mark.parametrize("passes_state", [True, False])
-def test_a_save_pretrained_of_a_subclass_writes_the_merged_model_alone(make, tmp_path, passes_state):
+@pytest.mark.parametrize(("active", "passes_state"), [(True, True), (False, True), (False, False)])
+def test_a_save_pretrained_of_a_subclass_writes_the_merged_model_alone(make, tmp_path, active, passes_state):
     model, tokenizer = make("m2m100")
 
     class Noted(type(model)):
@@ -200,6 +200,8 @@ def test_a_save_pretrained_of_a_subclass_writes_the_merged_model_alone(make, tmp
             (Path(folder) / "note.txt").write_text("mine")
 
     fill_ours(pk.adapt(model, pk.LoRA(rank=2)))
+    if not active:
+        pk.use_adapter(model, None)
     model.__class__ = Noted
     expected = logits(model)
     pk.save_merged(model, tokenizer, tmp_path / "out")
