@@ -14,6 +14,7 @@ from torch import nn
 
 from petl_kernels.api import adapt, merge, unmerge, use_adapter
 from petl_kernels.errors import InputError
+from petl_kernels.integrations.models import saved_as_it_is
 from petl_kernels.interop import native_format, peft_format
 from petl_kernels.interop.files import atomic_dir, atomic_path
 from petl_kernels.interop.store import read_tensors, write_tensors
@@ -233,8 +234,8 @@ def write_merged(
                 say(cost)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with atomic_dir(folder) as temporary:
-            save = type(model).save_pretrained  # transformers' own: ours writes adapters, too
-            getattr(save, "__wrapped__", save)(model, temporary, state_dict=state)
+            with saved_as_it_is(model, state):
+                model.save_pretrained(temporary, state_dict=state)
             if dtype is not None:
                 _write_dtype(temporary / "config.json", dtype)
             tokenizer.save_pretrained(temporary)

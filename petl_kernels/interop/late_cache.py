@@ -8,6 +8,7 @@ the model runs without one, and this stands in its place.
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -24,12 +25,12 @@ def late_cache(model: nn.Module, make: Callable[[], object]) -> object:
     parameters have changed since.
     """
     trained, autocast = model.training, autocast_now(model.device.type)
-    before = None if trained else _versions(model)
+    before = None if trained else _State(model)
 
     def checked() -> object:
         if trained:
             raise RuntimeError("cache (past_key_values) after pk.lean, in training mode: expected use_cache=True")
-        if model.training or _versions(model) != before:
+        if model.training or not before.is_of(model):
             raise RuntimeError(
                 "cache (past_key_values) after pk.lean: the model's mode or parameters changed since the forward pass;"
                 " expected use_cache=True"
@@ -54,8 +55,23 @@ def with_cache(output: object, cache: object) -> object:
     return type(output)(**{**output, cache_field(type(output)): cache})
 
 
-def _versions(model: nn.Module) -> list[tuple[int, int]]:
-    return [(id(parameter), parameter._version) for parameter in model.parameters() if not parameter.is_inference()]
+class _State:
+    """The parameters of a model, by identity, and their versions. Weak references: the id of a parameter that has gone
+    may be another one's now."""
+
+    def __init__(self, model: nn.Module):
+        self.seen = [(weakref.ref(parameter), parameter._version) for parameter in _parameters(model)]
+
+    def is_of(self, model: nn.Module) -> bool:
+        now = _parameters(model)
+        return len(now) == len(self.seen) and all(
+            seen() is parameter and parameter._version == version
+            for parameter, (seen, version) in zip(now, self.seen, strict=True)
+        )
+
+
+def _parameters(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if not parameter.is_inference()]
 
 
 @functools.cache

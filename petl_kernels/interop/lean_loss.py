@@ -26,12 +26,13 @@ from petl_kernels.errors import InputError
 from petl_kernels.interop.device_masks import without_waiting
 from petl_kernels.interop.late_cache import late_cache, leaves_out_cache, with_cache
 from petl_kernels.interop.late_logits import ForwardPass, LateLogits, Projection
+from petl_kernels.layers.hooks import hooked_all, hooks_on
 from petl_kernels.transformers_names import cache_of, decoder_inputs, forward_owner, has_cache_beside_loss, knows_loss
 
 _OPTIONS = ("label_smoothing", "reduction", "counted")
 _NOT_WHOLE = "after pk.lean a model's loss is not part of compiled graphs: fullgraph=True is not supported"
 # A model whose forward pass runs in this thread, and what stands for its output projection.
-_heads: ContextVar[tuple[nn.Module | None, Callable | None]] = ContextVar("petl_heads", default=(None, None))
+_heads: ContextVar[tuple[nn.Module | None, LateHead | None]] = ContextVar("petl_heads", default=(None, None))
 
 
 class LeanLoss:
@@ -41,7 +42,7 @@ class LeanLoss:
     """
 
     @property
-    def lm_head(self) -> nn.Module | Callable[[Tensor], LateLogits]:
+    def lm_head(self) -> nn.Module:
         """The output projection, or what stands for it in a forward pass of this thread."""
         return _head(self)
 
@@ -71,7 +72,7 @@ class LeanLoss:
 
     def _without_logits(self, kwargs: dict, options: dict) -> Any:
         forward = ForwardPass(partial(_cross_entropy, self, options, kwargs["labels"].shape))
-        before = _heads.set((self, partial(_late_logits, self.lm_head.weight, forward)))
+        before = _heads.set((self, _late_head(self._modules["lm_head"], forward, bool(options))))
         try:
             return super().forward(**kwargs)
         finally:
@@ -95,9 +96,46 @@ class LeanLoss:
         return _bare, type(self).petl_bases, self.__dict__
 
 
+class LateHead(nn.Linear):
+    """Passes for ``head`` in all but its call, which gives late logits; what is set on it is set on ``head``.
+
+    A head that got a hook or another forward inside of the forward pass is called itself. Raises RuntimeError there
+    where the loss has ``options``, which logits of the head's own would lose.
+    """
+
+    __slots__ = ("petl_forward", "petl_head", "petl_options")  # its other attributes are the head's
+
+    def __init__(self, head: nn.Linear, forward: ForwardPass, options: bool):
+        object.__setattr__(self, "__dict__", head.__dict__)
+        for name, value in (("petl_head", head), ("petl_forward", forward), ("petl_options", options)):
+            object.__setattr__(self, name, value)
+
+    @property
+    def __class__(self) -> type:
+        return type(self.petl_head)
+
+    def __eq__(self, other: object) -> bool:
+        return other is self.petl_head or (type(other) is LateHead and other.petl_head is self.petl_head)
+
+    def __hash__(self) -> int:
+        return hash(self.petl_head)
+
+    def __reduce_ex__(self, protocol):
+        return self.petl_head.__reduce_ex__(protocol)
+
+    @torch.compiler.disable
+    def __call__(self, *args, **kwargs) -> Tensor:
+        obstacle = _head_obstacle(self.petl_head)
+        if not obstacle:
+            return LateLogits.of(Projection(*args, *kwargs.values(), self.petl_head.weight, self.petl_forward))
+        if self.petl_options:
+            raise RuntimeError(f"loss with {', '.join(_OPTIONS)}: {obstacle}, since the forward pass has begun")
+        return self.petl_head(*args, **kwargs)
+
+
 @torch.compiler.disable
-def _late_logits(weight: Tensor, forward: ForwardPass, hidden: Tensor) -> LateLogits:
-    return LateLogits.of(Projection(hidden, weight, forward))
+def _late_head(head: nn.Linear, forward: ForwardPass, options: bool) -> LateHead:
+    return LateHead(head, forward, options)
 
 
 def _cross_entropy(
@@ -124,9 +162,10 @@ def loss_of_logits(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0,
 
 
 @torch.compiler.disable
-def _head(model: nn.Module) -> nn.Module | Callable[[Tensor], LateLogits]:
-    running, head = _heads.get()
-    return head if running is model else model._modules["lm_head"]
+def _head(model: nn.Module) -> nn.Module:
+    running, late = _heads.get()
+    head = model._modules["lm_head"]
+    return late if running is model and late.petl_head is head else head
 
 
 def _named(model: nn.Module, args: tuple, kwargs: dict) -> dict:
@@ -208,18 +247,17 @@ def _leads_to(function: Any, target: Callable) -> bool:
 
 def head_obstacle(model: nn.Module) -> str:
     """Why the loss needs logits; empty when it does not."""
-    head = model._modules["lm_head"]
+    return _head_obstacle(model._modules["lm_head"])
+
+
+def _head_obstacle(head: nn.Module) -> str:
     if type(head) is not nn.Linear or head.bias is not None:
         return f"lm_head is a {type(head).__name__}{' with a bias' if type(head) is nn.Linear else ''}"
     if "forward" in vars(head):
         return "the forward of lm_head is replaced"
-    if any(getattr(head, name) for name in _HOOKS) or any(getattr(nn.modules.module, name) for name in _GLOBAL_HOOKS):
+    if hooks_on(head) or hooked_all():
         return "a hook on lm_head"
     return ""
-
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
 
 
 # ---- classes --------------------------------------------------------------------------------------------------------

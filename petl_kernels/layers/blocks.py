@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from petl_kernels import ops
 from petl_kernels.layers.frozen_linear import FrozenLinear
+from petl_kernels.layers.hooks import hooks_on
 from petl_kernels.layers.recompute import maybe, remade_by
 from petl_kernels.methods.adapter import ParallelAdapter, ReadInput
 from petl_kernels.methods.base import Piece
@@ -340,11 +341,7 @@ def is_wide(block: FeedForwardBlock) -> bool:
     if block.wide is None or torch.compiler.is_compiling():
         return False
     adapter = _current(block.out)
-    return block.wide.serves(block.inputs[0], block.out, adapter) and not _has_hooks(adapter)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
+    return block.wide.serves(block.inputs[0], block.out, adapter) and not hooks_on(adapter)
 
 
 def _is_frozen_ffn(block: FeedForwardBlock) -> bool:

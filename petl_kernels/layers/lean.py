@@ -8,7 +8,7 @@ where somebody wants to see or has changed what the lean one passes over. ``laye
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from petl_kernels import versions
 from petl_kernels.errors import InputError, shown
 from petl_kernels.layers.bart import LeanBartLayer
+from petl_kernels.layers.hooks import hooked_all, hooks_on
 from petl_kernels.layers.recompute import checkpointed, forget, forget_all
 from petl_kernels.layers.rule import Call, Rule, Unknown, Watch
 from petl_kernels.layers.t5 import LeanT5Layer
@@ -276,7 +277,7 @@ def _unknown(family: type, cls: type) -> str:
 def _obstacle(layer: LeanLayer) -> str:
     """What about the layer now lets its own forward run; empty when nothing does."""
     family, original = type(layer).petl_bases
-    if any(_GLOBAL_HOOKS):
+    if hooked_all():
         return "a hook on all modules"
     return (
         _unknown(family, original)
@@ -320,7 +321,7 @@ def _watched(module: nn.Module, path: str = "") -> str:
         if part is None:
             continue
         own = part.__dict__
-        if any(own[hooks] for hooks in _HOOKS) and _foreign_hooks(part):
+        if any(map(_is_foreign, hooks_on(part))):
             return f"a hook on {path}{name}"
         if "forward" in own:
             return f"{path}{name} is a {type(part).__name__} with another forward"
@@ -332,11 +333,6 @@ def _watched(module: nn.Module, path: str = "") -> str:
     return ""
 
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = [getattr(nn.modules.module, f"_global{hooks}") for hooks in _HOOKS]
-
-
-def _foreign_hooks(module: nn.Module) -> bool:
+def _is_foreign(hook: Callable) -> bool:
     known = ("petl_kernels.", "transformers.")  # transformers': they record attentions, when asked to
-    hooks = (hook for name in _HOOKS for hook in getattr(module, name).values())
-    return any(not getattr(hook, "__module__", "").startswith(known) for hook in hooks)
+    return not getattr(hook, "__module__", "").startswith(known)

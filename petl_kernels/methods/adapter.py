@@ -136,6 +136,16 @@ class _Handed(threading.local):
 _handed = _Handed()
 
 
+def _drop_after(layer: nn.Module) -> None:
+    """Let a layer that fails between the two leave nothing behind."""
+    if _drop not in layer._forward_hooks.values():
+        layer.register_forward_hook(_drop, always_call=True)
+
+
+def _drop(layer: nn.Module, args: tuple, output) -> None:
+    _handed.inputs.clear()
+
+
 class ReadInput(Piece):
     """On the feed-forward block's first linear: hands its input to the parallel adapter of the block."""
 
@@ -194,6 +204,7 @@ class Adapter(Method):
             for layer in structure.layers:
                 adapter = model.get_submodule(layer.ffn.out).petl[name]
                 attach(model.get_submodule(layer.ffn.inputs[0]), name, ReadInput(adapter))
+                _drop_after(model.get_submodule(layer.path))
 
     def count(self, model: nn.Module) -> int:
         structure = describe(model)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,11 @@ class Checkpoints:
 
         (None, []) where there is none at all. InputError where all that there are are damaged.
         """
+        return while_it_trains(lambda: self._whole(links), self.there, lambda found: bool(found[1]))
+
+    def _whole(self, links: tuple[str, ...]) -> tuple[Path | None, list[str]]:
         lines, damaged = [], {}
-        for path in dict.fromkeys([*map(self._target, links), *self._newest_first()]):
+        for path in dict.fromkeys([*map(self._target, links), *self.there()]):
             if path is None:
                 continue
             if not (problem := damage(path)):
@@ -88,7 +92,8 @@ class Checkpoints:
         path = self.folder / link
         return self.folder.resolve() / os.readlink(path) if path.is_symlink() else self.path(link)
 
-    def _newest_first(self) -> list[Path]:
+    def there(self) -> list[Path]:
+        """The checkpoints that there are, the newest first."""
         steps = [path for path in self.folder.resolve().glob("step-*") if path.name[5:].isdigit()]
         return sorted(steps, key=lambda path: -int(path.name[5:]))
 
@@ -135,6 +140,23 @@ class Checkpoints:
         for path in [*self.folder.glob("step-*"), *self.folder.glob(".step-*.tmp")]:  # .tmp: of a killed run
             if path.name not in kept:
                 shutil.rmtree(path)
+
+
+def while_it_trains(
+    read: Callable[[], Any], there: Callable[[], list[Path]], doubtful: Callable[[Any], bool] = lambda found: False
+) -> Any:
+    """``read()``, once more where it fails, or what it finds is doubtful, while ``there()`` changes: a run that is
+    training has removed checkpoints meanwhile. Ten times at most; then what is found counts, or the error."""
+    for last in [False] * 9 + [True]:
+        before = there()
+        try:
+            found = read()
+        except (InputError, OSError):
+            if last or there() == before:
+                raise
+            continue
+        if last or not doubtful(found) or there() == before:
+            return found
 
 
 def read_progress(path: Path) -> dict[str, Any]:

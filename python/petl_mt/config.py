@@ -17,6 +17,8 @@ from petl_kernels import versions
 from petl_kernels.errors import InputError
 
 OF_A_NEW_MODEL = ("vocab_size", "vocab_text", "character_coverage", "d_model", "layers", "ffn", "heads")
+COUNTS = ("steps", "batch_tokens", "accumulate", "max_length", "beam", "d_model", "layers", "vocab_size")
+COUNTS += ("ffn", "heads", "eval_every", "patience")
 SCHEDULES = ("inverse-sqrt", "linear", "polynomial")
 PRECISIONS = ("fp32", "bf16")
 OPTIMIZERS = ("adamw", "adamw8bit")
@@ -140,11 +142,8 @@ class TrainConfig:
             f"method {self.method!r}: a new model is trained in full, leave --method out",
         )
         self._refuse_without_effect()
-        for name in ("steps", "batch_tokens", "accumulate", "max_length", "beam", "d_model", "layers", "vocab_size"):
-            _need(getattr(self, name) >= 1, f"{name} {getattr(self, name)}: expected at least 1")
-        for name in ("ffn", "heads", "eval_every", "patience"):
-            value = getattr(self, name)
-            _need(value is None or value >= 1, f"{name} {value}: expected at least 1")
+        for name in COUNTS:
+            check_count(name, getattr(self, name))
         for name in ("label_smoothing", "dropout", "attention_dropout"):
             value = getattr(self, name)
             _need(value is None or 0 <= value < 1, f"{name} {value}: expected at least 0 and below 1")
@@ -160,6 +159,7 @@ class TrainConfig:
         _need(0 <= self.clip < math.inf, f"clip {self.clip}: expected 0 (off) or above")
         _need(0 <= self.weight_decay < math.inf, f"weight_decay {self.weight_decay}: expected 0 or above")
         _need(self.warmup is None or self.warmup >= 0, f"warmup {self.warmup}: expected 0 or above")
+        check_count("warmup", self.warmup or None)
         _need(
             len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
             f"betas {self.betas}: expected two numbers, each at least 0 and below 1",
@@ -217,6 +217,12 @@ class TrainConfig:
     def from_dict(cls, values: Mapping[str, Any], where: str = "config") -> TrainConfig:
         """A configuration from a mapping; keys that are not fields are refused, with the nearest names."""
         return cls(**check_keys(values, where))
+
+
+def check_count(name: str, value: int | None) -> None:
+    """Raise InputError unless ``value`` is at least 1 and at most 2^31 - 1, or None."""
+    _need(value is None or value >= 1, f"{name} {value}: expected at least 1")
+    _need(value is None or value < 2**31, f"{name} {value}: expected at most 2^31 - 1")
 
 
 def require_bitsandbytes(what: str) -> None:

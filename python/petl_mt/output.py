@@ -15,7 +15,8 @@ class LineSink:
     """Where translations go, each at once: standard output, or ``path``, which has its name when all are there.
 
     Until then they are in ``path`` with ``.part`` behind; what is there when the work is cut short stays, and a line
-    says so. size: bytes that are expected. Raises InputError before the work where nothing can be written.
+    says so. Where ``path`` is a link, the file that it leads to is meant. size: bytes that are expected. Raises
+    InputError before the work where nothing can be written, or where the part of another run is.
     """
 
     def __init__(self, option: str, path: str | None, size: int = 0) -> None:
@@ -26,9 +27,16 @@ class LineSink:
                 raise InputError(f"standard output: is closed; expected it open, or {option} FILE")
             self._file = sys.stdout.buffer
             return
+        if os.path.islink(path):
+            self.path = path = os.path.realpath(path)
         check_file(option, path, size=size)
         special = os.path.exists(path) and not os.path.isfile(path)
         self._part = None if special else f"{path}.part"
+        if self._part and os.path.exists(self._part) and os.path.getsize(self._part):
+            raise InputError(
+                f"{option} {path}: {self._part} holds lines of a run that was stopped, or that goes on; expected it "
+                "moved away or removed"
+            )
         self._file = open(self._part or path, "wb")  # noqa: SIM115  closed by __exit__
 
     def __enter__(self) -> LineSink:

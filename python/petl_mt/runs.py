@@ -21,9 +21,9 @@ from petl_kernels.errors import InputError
 from petl_kernels.interop.files import atomic_write
 
 from . import lock
-from .checkpoint import Checkpoints, read_progress
+from .checkpoint import Checkpoints, read_progress, while_it_trains
 from .checks import check_one_process
-from .config import TrainConfig, load_yaml
+from .config import TrainConfig, check_count, load_yaml
 from .evaluate import BatchLimit, fitting_length, translate, until_it_fits
 from .progress import say
 
@@ -85,6 +85,8 @@ class RunFolder:
     def check_same(self, config: TrainConfig) -> None:
         """Refuse to resume under another configuration, naming the keys that differ; when to end may be changed."""
         old, new = self.read_config().to_dict(), config.to_dict()
+        for values in (old, new):  # earlier versions wrote a plan's path as it was given
+            values["plan"] = values["plan"] and absolute(values["plan"])
         differing = [key for key in new if key not in ("out", "steps", "patience") and old[key] != new[key]]
         if differing:
             shown = ", ".join(f"{key} ({_short(old[key])} -> {_short(new[key])})" for key in differing)
@@ -131,19 +133,24 @@ def trained_weights(run: RunFolder, config: TrainConfig) -> Iterator[Path]:
             say(f"run {run.path}: its end at step {ended} is used; it is at step {done} since then (petl-mt finish)")
         yield run.model if run.model.is_dir() else run.adapter
         return
-    checkpoint, damaged = checkpoints.whole("best")
+    with tempfile.TemporaryDirectory(prefix="petl-mt-") as folder:
+        progress, lines, weights = while_it_trains(lambda: _best_so_far(run, config, Path(folder)), checkpoints.there)
+        best = "the best so far" if progress["best_step"] == progress["step"] else "the newest"
+        for line in lines:
+            say(line)
+        say(
+            f"run {run.path}: has not finished; step {progress['step']} of {config.steps}, {best}, is used "
+            "(petl-mt finish ends the run)"
+        )
+        yield weights
+
+
+def _best_so_far(run: RunFolder, config: TrainConfig, folder: Path) -> tuple[dict, list[str], Path]:
+    """(progress, lines on damaged ones, weights in ``folder``) of the best checkpoint so far."""
+    checkpoint, damaged = Checkpoints(run.checkpoints).whole("best")
     if checkpoint is None:
         raise InputError(f"run {run.path}: has not finished, and has no checkpoint yet; expected train --resume")
-    for line in damaged:
-        say(line)
-    progress = read_progress(checkpoint)
-    best = "the best so far" if progress["best_step"] == progress["step"] else "the newest"
-    say(
-        f"run {run.path}: has not finished; step {progress['step']} of {config.steps}, {best}, is used "
-        "(petl-mt finish ends the run)"
-    )
-    with tempfile.TemporaryDirectory(prefix="petl-mt-") as folder:
-        yield _write_weights(run, config, checkpoint, Path(folder))
+    return read_progress(checkpoint), damaged, _write_weights(run, config, checkpoint, folder)
 
 
 def _write_weights(run: RunFolder, config: TrainConfig, checkpoint: Path, folder: Path) -> Path:
@@ -334,8 +341,7 @@ class Translator:
 
         check_one_process()
         for name, value in (("beam", beam), ("max_length", max_length), ("batch_tokens", batch_tokens)):
-            if value is not None and value < 1:
-                raise InputError(f"{name} {value}: expected at least 1")
+            check_count(name, value)
         budget = run_memory(run) if memory is None else parse_size(memory)
         self.memory, self.autocast, search = None, contextlib.nullcontext, None
         with hush():

@@ -82,7 +82,7 @@ def check_other(source: str | None, target: str | None, option: str = "--out") -
     """
     if target is None:
         return
-    for path in (target, f"{target}.part"):
+    for path in (target, f"{os.path.realpath(target) if os.path.islink(target) else target}.part"):
         try:
             read = os.stat(source) if source is not None else os.fstat(sys.stdin.fileno())
             same = stat.S_ISREG(read.st_mode) and os.path.samestat(read, os.stat(path))

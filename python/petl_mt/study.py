@@ -25,8 +25,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -176,13 +176,24 @@ def run_study(config: StudyConfig, quiet: bool = False, on_row: Callable[[Row], 
     check_folder("out", config.base.out)
     Path(config.base.out).mkdir(parents=True, exist_ok=True)
     with locked(Path(config.base.out), "study"):
-        add(_finished(config, None) or apart(_parent_row, config, text, quiet))
+        with _telling_interrupts(config, None):
+            add(_finished(config, None) or apart(_parent_row, config, text, quiet))
         for entry in entries:
             if problems[entry]:
                 add(Row(entry.method, entry.params, "unreachable", problems[entry]))
-            else:
+                continue
+            with _telling_interrupts(config, entry):
                 add(_finished(config, entry) or _row_or_why_not(config, entry, text, quiet))
     return rows
+
+
+@contextmanager
+def _telling_interrupts(config: StudyConfig, entry: Entry | None) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        say(f"interrupted in {config.folder(entry)}, whose process has ended; the same command goes on there")
+        raise
 
 
 def _row_or_why_not(config: StudyConfig, entry: Entry, text: tuple, quiet: bool) -> Row:
@@ -273,6 +284,10 @@ def _score(config: StudyConfig, entry: Entry | None, text: tuple, quiet: bool) -
     return score_lines(lines, text[1], pair.tgt_lang, config.base.bleu_tokenize), memory
 
 
+# In the parent's row since a later version; rows without them stay.
+_OF_BUDGETS = ("memory", "precision")
+
+
 def _fingerprint(config: StudyConfig, entry: Entry | None) -> dict[str, Any]:
     """What decides a row, in JSON's types; the content of the text files is part of it."""
     run = config.base if entry is None else config.for_entry(entry)
@@ -280,7 +295,9 @@ def _fingerprint(config: StudyConfig, entry: Entry | None) -> dict[str, Any]:
     values.pop("out")
     texts = [config.test] if entry is None else [*run.train, *run.valid, config.test]
     if entry is None:  # translating needs no more
-        values = {key: values[key] for key in ("model", "test", "beam", "max_length", "bleu_tokenize")}
+        values = {key: values[key] for key in ("model", "test", "beam", "max_length", "bleu_tokenize", *_OF_BUDGETS)}
+        if run.memory is None:
+            values["precision"] = None  # the search outside of a budget is in fp32
     values["digests"] = {path: _digest(path) for pair in texts for path in (pair.source, pair.target)}
     return json.loads(json.dumps(values))
 
@@ -299,7 +316,8 @@ def _finished(config: StudyConfig, entry: Entry | None) -> Row | None:
     except (ValueError, TypeError, KeyError, AttributeError):
         raise InputError(f"{path}: damaged; remove it, and the row is made again") from None
     wanted = _fingerprint(config, entry)
-    differing = [key for key in wanted if before.get(key) != wanted[key]]
+    older = [key for key in _OF_BUDGETS if entry is None and key not in before]
+    differing = [key for key in wanted if key not in older and before.get(key) != wanted[key]]
     if differing:
         shown = ", ".join(f"{key} ({before.get(key)} -> {wanted[key]})" for key in differing)
         raise InputError(f"out {path.parent}: holds a row of another study: {shown}; expected another --out")

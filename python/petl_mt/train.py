@@ -35,6 +35,7 @@ from petl_kernels.memory.resident import OPTIMIZER_BYTES
 from petl_kernels.memory.saved import saved_bytes
 from petl_kernels.memory.size import format_size, parse_size
 
+from .apart import ONE_SIGNAL
 from .checkpoint import Checkpoints, read_progress
 from .checks import (
     check_files,
@@ -680,6 +681,7 @@ def _absolute_paths(config: TrainConfig) -> TrainConfig:
         train=pairs(config.train),
         valid=pairs(config.valid),
         vocab_text=[absolute(path) for path in config.vocab_text],
+        plan=None if config.plan is None else absolute(config.plan),
     )
 
 
@@ -687,18 +689,22 @@ def _absolute_paths(config: TrainConfig) -> TrainConfig:
 def _interrupts(tell: Callable[[bool], None]):
     """Turn the first SIGINT or SIGTERM into a question the loop asks after each update; the second ends at once.
 
-    tell(again): says what happens now.
+    tell(again): says what happens now. Signals within a second of each other are one: who stops a whole group of
+    processes, as terminals and schedulers do, and the process that passes its own on, send several.
     """
-    caught: list[int] = []
+    caught: list[float] = []  # when
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
 
     def handle(number: int, frame) -> None:
+        now = time.monotonic()
+        if caught and now - caught[-1] < ONE_SIGNAL:
+            return
         tell(bool(caught))
         if caught:
             raise KeyboardInterrupt
-        caught.append(number)
+        caught.append(now)
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

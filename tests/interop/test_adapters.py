@@ -6,6 +6,7 @@ import copy
 import errno
 import json
 import os
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -187,6 +188,30 @@ def test_other_adapters_leave_no_trace_in_a_merged_folder(make, tmp_path):
     scale = expected.abs().max()
     close(logits(loaded.eval()) / scale, expected / scale)
     assert not any("petl" in path.read_text(errors="ignore") for path in (tmp_path / "out").glob("*.json"))
+
+
+@pytest.mark.parametrize(("active", "passes_state"), [(True, True), (False, True), (False, False)])
+def test_a_save_pretrained_of_a_subclass_writes_the_merged_model_alone(make, tmp_path, active, passes_state):
+    model, tokenizer = make("m2m100")
+
+    class Noted(type(model)):
+        def save_pretrained(self, folder, **kwargs):
+            super().save_pretrained(folder, **(kwargs if passes_state else {}))
+            (Path(folder) / "note.txt").write_text("mine")
+
+    fill_ours(pk.adapt(model, pk.LoRA(rank=2)))
+    if not active:
+        pk.use_adapter(model, None)
+    model.__class__ = Noted
+    expected = logits(model)
+    pk.save_merged(model, tokenizer, tmp_path / "out")
+    assert not [path for path in (tmp_path / "out").iterdir() if path.is_dir()]
+    assert (tmp_path / "out" / "note.txt").read_text() == "mine"
+    loaded, info = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    close(logits(loaded.eval()), expected)
+    model.save_pretrained(tmp_path / "both")
+    assert (tmp_path / "both" / "default").is_dir()
 
 
 def test_plain_and_merged_models_are_saved_as_they_are(make, tmp_path):

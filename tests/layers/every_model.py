@@ -92,6 +92,7 @@ SETTINGS = {
     "mt5": _T5,
     "mvp": _BART,
     "nllb-moe": {**_BART, **_ROUTED, "router_jitter_noise": 0.0, "moe_eval_capacity_token_fraction": -1.0}
+    | {"moe_token_dropout": 0.0}
     | {"encoder_sparse_step": 1, "decoder_sparse_step": 1, "output_router_logits": True},
     "pegasus": _BART,
     "pegasus_x": {**_BART, "stagger_local_blocks": False, "block_size": 4, "num_global_tokens": 2},
@@ -143,11 +144,12 @@ def classes() -> dict[str, str]:
     return found
 
 
-def build(model_type: str) -> nn.Module:
-    """A seeded model, in float64 where it can be, no parameter of which is 0 or 1."""
+def build(model_type: str, cls: type | None = None) -> nn.Module:
+    """A seeded model, of ``cls`` where it is given (a subclass), in float64 where it can be, no parameter of which is 0
+    or 1."""
     config = transformers.AutoConfig.for_model(model_type, **SETTINGS[model_type])
     torch.manual_seed(3)
-    model = getattr(transformers, classes()[model_type])(config)
+    model = (cls or getattr(transformers, classes()[model_type]))(config)
     if model_type not in SINGLE:
         model.double()
     shake(model)

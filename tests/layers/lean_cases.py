@@ -35,13 +35,23 @@ def adapted(family: str, method: str, attention: str = "sdpa", dtype=torch.float
 def exact_rms_norms(model: nn.Module) -> None:
     """T5's norm takes its mean square in fp32, in float64 too: as a yardstick it has to be exact.
 
-    The classes of the model's norms get a forward that does, and is the same in fewer bits. It passes for code of
-    transformers: lean layers step aside for anybody else's.
+    The norms of this model get a forward that is, and is the same in fewer bits; other models keep transformers' own.
     """
-    for cls in {type(module) for module in model.modules() if hasattr(module, "variance_epsilon")}:
-        code = _exact_rms_norm.__code__.replace(co_filename=inspect.getfile(cls))
-        cls.forward = types.FunctionType(code, globals(), "forward")
-        cls.forward.__qualname__ = f"{cls.__name__}.forward"
+    for module in model.modules():
+        if hasattr(module, "variance_epsilon") and type(module) not in _exact.values():
+            cls = type(module)
+            module.__class__ = _exact[cls] = _exact.get(cls) or _with_exact_forward(cls)
+
+
+_exact: dict[type, type] = {}  # by transformers' own
+
+
+def _with_exact_forward(cls: type) -> type:
+    """Passes for code of transformers: lean layers step aside for anybody else's."""
+    code = _exact_rms_norm.__code__.replace(co_filename=inspect.getfile(cls))
+    forward = types.FunctionType(code, globals(), "forward")
+    forward.__qualname__ = f"{cls.__name__}.forward"
+    return type(cls.__name__, (cls,), {"__module__": cls.__module__, "forward": forward})
 
 
 def _exact_rms_norm(self, x: Tensor) -> Tensor:

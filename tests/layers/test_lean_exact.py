@@ -10,6 +10,7 @@ from methods.models import FAMILIES, RELATIVES, build
 
 import petl_kernels as pk
 from petl_kernels.methods import METHODS
+from petl_kernels.transformers_names import class_that_runs
 
 from .lean_cases import DROPOUT, adapted, exact_rms_norms, ragged, step, without_recomputation, worst
 
@@ -56,6 +57,15 @@ def test_a_tier_for_each_layer():
         difference, name = worst(step(pk.lean(model, tiers), inputs), plain)
         assert difference < 1e-9, (tiers, name, difference)
         assert [layer.tier for layer in pk.report(model).layers] == tiers
+
+
+def test_exact_norms_are_those_of_one_model():
+    models = [build("t5") for _ in range(2)]
+    exact_rms_norms(models[0])
+    exact, own = (model.encoder.final_layer_norm for model in models)
+    x = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(exact(x), own(x)) and class_that_runs(exact) == class_that_runs(own) == "T5LayerNorm"
+    assert exact(x.double()).dtype == torch.float64 and (exact(x.double()) - own(x.double())).abs().max() > 1e-9
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 import petl_kernels as pk
 from petl_kernels.errors import InputError
 from petl_kernels.methods import METHODS, adapter_state, describe
+from petl_kernels.methods.adapter import _handed
 
 from .models import batch, build, logits, train_a_little
 
@@ -137,3 +138,22 @@ def test_refuses_settings(settings, message):
 def test_scale_of_the_parallel_adapter_can_be_set():
     model = pk.adapt(build("mbart"), pk.Adapter(bottleneck=5, parallel=True, scale=2.0))
     assert model.model.encoder.layers[0].fc2.petl["default"].scale == 2.0
+
+
+def test_a_layer_that_fails_keeps_no_input_of_its_network():
+    model = pk.adapt(build("m2m100"), pk.Adapter(bottleneck=3, parallel=True))
+    pk.adapt(model, pk.Adapter(bottleneck=3, parallel=True), name="other")
+    before = logits(model)
+    layer = model.model.decoder.layers[0]
+    kept = []
+
+    def fail(module, args):
+        kept.extend(_handed.inputs.values())
+        raise RuntimeError("no memory")
+
+    handle = layer.fc2.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="no memory"):
+        logits(model)
+    assert len(kept) == 1 and not len(_handed.inputs)
+    handle.remove()
+    assert torch.equal(logits(model), before) and len(layer._forward_hooks) == 1

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -44,3 +47,33 @@ def test_errors_come_back_as_they_are():
         apart(stop)
     with pytest.raises(InputError, match="the process of die was killed"):
         apart(die)
+
+
+def wait_for_signal(path: str) -> None:
+    def handle(number, frame):
+        Path(path).write_text(signal.Signals(number).name)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, handle)
+    Path(path).write_text("ready")
+    time.sleep(60)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_end_the_process_too(tmp_path, number):
+    """Once for several that come together, as from `timeout` or Ctrl-C."""
+    path = tmp_path / "said"
+
+    def send():
+        while not (path.exists() and path.read_text() == "ready"):
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(number)
+    thread = threading.Thread(target=send)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        apart(wait_for_signal, str(path))
+    thread.join()
+    assert path.read_text() == "SIGTERM" and signal.getsignal(number) is before

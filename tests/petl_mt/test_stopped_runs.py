@@ -20,7 +20,7 @@ from petl_mt.config import Pair, TrainConfig
 from petl_mt.lock import locked
 from petl_mt.log import RunLog
 from petl_mt.runs import RunFolder, Translator, load_run, trained_weights
-from petl_mt.train import _interrupts, _Training, finish, train
+from petl_mt.train import _absolute_paths, _interrupts, _Training, finish, train
 from safetensors.torch import load_file
 
 from petl_kernels.errors import InputError
@@ -152,11 +152,13 @@ def test_without_a_checkpoint_there_is_nothing_to_use(settings, monkeypatch):
             use(out)
 
 
-def test_what_a_signal_is_answered(settings, capfd):
+def test_what_a_signal_is_answered(settings, monkeypatch, capfd):
     said = []
     with pytest.raises(KeyboardInterrupt), _interrupts(said.append) as interrupted:
         os.kill(os.getpid(), 2)
+        os.kill(os.getpid(), 15)  # at once: it is the same, as `timeout` sends it
         assert interrupted() and said == [False]
+        monkeypatch.setattr("petl_mt.train.ONE_SIGNAL", 0.0)
         os.kill(os.getpid(), 2)
     assert said == [False, True]
     loop = _Training(TrainConfig(**settings), RunFolder(Path(settings["out"])), False, False)
@@ -179,6 +181,43 @@ def test_what_a_signal_is_answered(settings, capfd):
     loop.log.close()
 
 
+def test_checkpoints_that_a_run_removes_meanwhile(settings, tmp_path, monkeypatch):
+    """The newest is taken then, without a word of damage; what nobody removes stays an error."""
+    checkpoints = Checkpoints(RunFolder(Path(settings["out"])).checkpoints)
+    loop = _Training(TrainConfig(**settings), RunFolder(Path(settings["out"])), False, True)
+    checkpoints.save(loop.model, loop.optimizer, {"step": 1, "best_step": 1}, best=True)
+    moments = []
+
+    def goes_on(path: Path) -> str:
+        if len(moments) < 3:
+            moments.append(path.name)
+            step = len(moments) + 1
+            checkpoints.save(loop.model, loop.optimizer, {"step": step, "best_step": step}, best=True)
+        return damage(path)
+
+    monkeypatch.setattr("petl_mt.checkpoint.damage", goes_on)
+    assert checkpoints.whole("best") == (checkpoints.folder.resolve() / "step-4", [])
+    moments.clear()
+    run, config = RunFolder(Path(settings["out"])), loop.config
+    run.write_config(config)
+    read = Checkpoints.load_trained
+
+    def removed(self, path, model):
+        if not moments:
+            moments.append(path.name)
+            checkpoints.save(loop.model, loop.optimizer, {"step": 9, "best_step": 9}, best=True)
+        return read(self, path, model)
+
+    monkeypatch.setattr("petl_mt.checkpoint.damage", damage)
+    monkeypatch.setattr(Checkpoints, "load_trained", removed)
+    with trained_weights(run, config) as weights:
+        assert moments == ["step-4"] and weights.is_dir()
+    (checkpoints.folder / "step-9" / "trained.safetensors").unlink()
+    with pytest.raises(InputError, match="step-9: damaged, trained.safetensors is missing"):
+        checkpoints.whole("best")
+    loop.log.close()
+
+
 def test_a_run_that_was_killed_before_its_first_step_begins_anew(settings):
     out = RunFolder(Path(settings["out"]))
     out.path.mkdir(parents=True)
@@ -190,6 +229,22 @@ def test_a_run_that_was_killed_before_its_first_step_begins_anew(settings):
 
 
 # ---- longer and shorter
+
+
+def test_a_plan_is_found_from_another_folder(settings, tmp_path, monkeypatch):
+    """Also in runs of earlier versions, which wrote its path as it was given."""
+    monkeypatch.chdir(tmp_path)
+    config = TrainConfig(**settings, memory="1GiB", plan="plan.json")
+    run = RunFolder(Path(settings["out"]))
+    run.path.mkdir(parents=True, exist_ok=True)
+    run.write_config(config)
+    run.check_same(_absolute_paths(config))
+    run.write_config(_absolute_paths(config))
+    monkeypatch.chdir("/")
+    run.check_same(_absolute_paths(run.read_config()))
+    assert run.read_config().plan == str(tmp_path / "plan.json")
+    with pytest.raises(InputError, match="another configuration: plan"):
+        run.check_same(_absolute_paths(config))
 
 
 def test_longer_is_the_longer_run(settings, tmp_path):

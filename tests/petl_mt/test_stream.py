@@ -133,6 +133,24 @@ def test_lines_are_in_a_part_until_all_are_there(tmp_path, capsys):
         raise KeyboardInterrupt
     assert Path(path).read_text() == "one\nzwei\n" and Path(path + ".part").read_text() == "un\n"
     assert capsys.readouterr().err == f"1 lines are in {path}.part\n"
+    with pytest.raises(InputError, match=r"^--out .*/out: .*out.part holds lines of a run that was stopped"):
+        LineSink("--out", path)
+    assert Path(path + ".part").read_text() == "un\n"
+
+
+def test_a_link_leads_to_the_file_that_is_written(tmp_path):
+    (tmp_path / "link").symlink_to("there/file")
+    (tmp_path / "there").mkdir()
+    for lines in (["one"], ["two"]):  # a link to nothing yet, and to a file
+        with LineSink("--out", str(tmp_path / "link")) as sink:
+            sink.write(lines)
+        assert (tmp_path / "link").is_symlink()
+        assert (tmp_path / "there/file").read_text() == f"{lines[0]}\n"
+    assert sorted(os.listdir(tmp_path)) == ["link", "there"] and os.listdir(tmp_path / "there") == ["file"]
+    part = tmp_path / "there/file.part"
+    part.write_text("one\n")
+    with pytest.raises(InputError, match="file.part is what is read"):
+        check_other(str(part), str(tmp_path / "link"))
 
 
 def test_what_cannot_be_written_is_refused_at_once(tmp_path, monkeypatch):

@@ -92,7 +92,7 @@ def test_a_row_has_its_own_memory_and_keeps_the_budget(config):
     assert all(row.peak_process_bytes > 50 << 20 for row in (parent, full, bitfit))
 
 
-def test_finished_rows_are_not_run_again_and_interrupted_ones_go_on(config, monkeypatch):
+def test_finished_rows_are_not_run_again_and_interrupted_ones_go_on(config, monkeypatch, capsys):
     grid = list(config.grid)
     config.grid = ["full"]
     run_study(config, quiet=True)
@@ -110,6 +110,10 @@ def test_finished_rows_are_not_run_again_and_interrupted_ones_go_on(config, monk
     with pytest.raises(KeyboardInterrupt):
         run_study(config, quiet=True)
     assert started == ["lora"]
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and re.search(
+        "interrupted in .*rows/lora-2pct, .*the same command goes on there", said
+    )
     monkeypatch.setattr(study, "train", lambda run, **options: started.append(run.method) or train(run, **options))
     rows = run_study(config, quiet=True)
     assert started == ["lora", "lora", "bitfit"] and len(rows) == 5
@@ -122,6 +126,35 @@ def test_another_configuration_in_the_same_folder_is_refused(config):
     config.base = dataclasses.replace(config.base, steps=3)
     with pytest.raises(InputError, match=r"bitfit: holds a row of another study: steps \(2 -> 3\)"):
         run_study(config, quiet=True)
+
+
+def test_the_parents_row_is_of_one_budget(config):
+    """Rows of earlier versions do not say which, and stay."""
+    path = config.folder(None) / "row.json"
+
+    def finished(**changes):
+        return study._finished(dataclasses.replace(config, base=dataclasses.replace(config.base, **changes)), None)
+
+    def write(config, *without):
+        fingerprint = {k: v for k, v in study._fingerprint(config, None).items() if k not in without}
+        study._write_json(path, Row("parent", config=fingerprint).to_dict())
+
+    budget = dataclasses.replace(config, base=dataclasses.replace(config.base, memory="1MiB"))
+    write(budget)
+    assert finished(memory="1MiB")
+    for changes, words in (
+        ({"memory": "2MiB"}, r"memory \(1MiB -> 2MiB\)"),
+        ({"memory": None}, r"memory \(1MiB -> None\)"),
+        ({"memory": "1MiB", "precision": "bf16"}, r"precision \(fp32 -> bf16\)"),
+    ):
+        with pytest.raises(InputError, match=f"holds a row of another study: {words}"):
+            finished(**changes)
+    write(config)
+    assert finished() and finished(precision="bf16")  # which needs a budget to be of effect
+    with pytest.raises(InputError, match=r"memory \(None -> 1MiB\)"):
+        finished(memory="1MiB")
+    write(config, "memory", "precision")
+    assert finished() and finished(memory="1MiB", precision="bf16")
 
 
 def test_another_text_under_the_same_name_is_refused(config):

@@ -1,0 +1,21 @@
+"""Hooks that somebody has put on modules: what runs beside them has to let them see what they would."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+_KINDS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_ON_ALL = [getattr(nn.modules.module, f"_global{kind}") for kind in _KINDS]
+
+
+def hooks_on(module: nn.Module) -> list[Callable]:
+    """Returns the hooks of ``module`` itself, forward and backward; most modules have none."""
+    own = module.__dict__
+    return [hook for kind in _KINDS if own[kind] for hook in own[kind].values()]
+
+
+def hooked_all() -> bool:
+    """Returns whether a hook is on all modules."""
+    return any(_ON_ALL)
