@@ -106,7 +106,7 @@ class LeanLayer:
         if cache is not None and not (torch.is_grad_enabled() and takes_first_tokens(cache, self.layer_index())):
             return True
         obstacle = _obstacle_of_graph(self) if torch.compiler.is_compiling() else self.bound().obstacle
-        return bool(kwargs.get("output_attentions")) or bool(obstacle) or any(_GLOBAL_HOOKS)
+        return bool(kwargs.get("output_attentions")) or bool(obstacle) or hooked_all()
 
     def __reduce_ex__(self, protocol):
         mixin, original = type(self).petl_bases
