@@ -42,7 +42,13 @@ def plain(given: dict) -> Tensor:
     elif mask is not None:
         s = s + mask
     if given["causal"]:
-        hidden = hidden | ~torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+        hidden = hidden | (distances_of(given) > 0)
+    if given["distance_bias"] is not None:
+        reach = given["distance_bias"].shape[1] // 2
+        s = s + given["distance_bias"][:, distances_of(given).clamp(-reach, reach) + reach]
+    if given["cu_seqlens_q"] is not None:
+        of_query, of_key = (sentence_of(given[f"cu_seqlens_{name}"]) for name in "qk")
+        hidden = hidden | (of_query[:, None] != of_key)
     s = s.masked_fill(hidden, -torch.inf)
     if given["prefix_k"] is not None:
         prefix_k, prefix_v = (given[n].transpose(0, 1).expand(batch, -1, -1, -1) for n in ("prefix_k", "prefix_v"))
@@ -54,6 +60,23 @@ def plain(given: dict) -> Tensor:
     return p @ v
 
 
+def sentence_of(cu: Tensor) -> Tensor:
+    return torch.repeat_interleave(torch.arange(len(cu) - 1), cu.diff())
+
+
+def distances_of(given: dict) -> Tensor:
+    """How far behind its query each key is, by positions in their sentences: (queries, keys)."""
+    queries, keys = given["q"].shape[2], given["k"].shape[2]
+    i, j = torch.arange(queries), torch.arange(keys)
+    if given["cu_seqlens_q"] is None:
+        return j - (i + keys - queries)[:, None]
+    cu_q, cu_k = given["cu_seqlens_q"], given["cu_seqlens_k"]
+    of_query, of_key = sentence_of(cu_q), sentence_of(cu_k)
+    level = i - cu_q[of_query] + (cu_k.diff() - cu_q.diff())[of_query]
+    return j - cu_k[of_key] - level[:, None]
+
+
+SENTENCES = ((5, 7), (0, 3), (1, 1), (9, 4), (2, 0), (0, 0), (11, 13), (0, 0))
 FORMS = {
     "plain": {},
     "padding": {"mask": "padding"},
@@ -73,6 +96,17 @@ FORMS = {
     "prefix, rows": {"prefix": 4, "mask": "rows"},
     "prefix, finfo.min": {"prefix": 4, "mask": "finfo"},
     "prefix, causal": {"prefix": 1, "causal": True, "keys": 30},
+    "distance": {"reach": 4},
+    "distance, rows, prefix": {"reach": 30, "mask": "rows", "prefix": 3},
+    "distance of 0": {"reach": 0, "causal": True},
+    "distance, bias, causal, more keys": {"reach": 3, "bias": 1, "causal": True, "keys": 23, "dropout": 0.2},
+    "packed": {"sentences": SENTENCES},
+    "packed, one sentence": {"sentences": ((7, 5),)},
+    "packed, causal": {"sentences": SENTENCES, "causal": True},
+    "packed, dropout": {"sentences": SENTENCES, "dropout": 0.3},
+    "packed, prefix, dropout": {"sentences": SENTENCES, "prefix": 3, "dropout": 0.3},
+    "packed, distance": {"sentences": SENTENCES, "reach": 3},
+    "packed, everything": {"sentences": SENTENCES, "reach": 5, "causal": True, "prefix": 5, "dropout": 0.4},
     "everything": {"prefix": 5, "mask": "rows", "bias": 1, "causal": True, "dropout": 0.4, "keys": 20},
 }
 
@@ -129,7 +163,7 @@ def test_zero_rows(backend, sizes, options):
     contract.assert_parity("attention", backend, given)
 
 
-LEAVES = ("q", "k", "v", "bias", "prefix_k", "prefix_v")
+LEAVES = ("q", "k", "v", "bias", "prefix_k", "prefix_v", "distance_bias")
 
 
 @pytest.mark.parametrize("backend", contract.BACKENDS)
@@ -148,6 +182,8 @@ def test_autograd_equals_the_formula(backend, form):
 @pytest.mark.parametrize("form", [form for form in FORMS if form != "finfo.min"])
 def test_gradcheck(backend, form):
     options = FORMS[form] | {"batch": 2, "heads": 2, "queries": 4, "d": 3}
+    if "sentences" in options:
+        options["sentences"] = ((2, 3), (0, 1), (1, 0), (3, 2), (0, 0))
     options["keys"] = {30: 6, 23: 5, 20: 5, 12: 3}.get(options.get("keys"), 4)
     given = arguments_of(FP64, **options)
     leaves = {name: given[name].requires_grad_() for name in LEAVES if given[name] is not None}
@@ -210,13 +246,17 @@ def test_chunks_are_contiguous_runs():
 def test_opcheck():
     given = arguments_of(FP32, batch=2, heads=2, queries=5, keys=4, d=8, mask="rows", bias=1, prefix=2, dropout=0.2)
     names = ("q", "k", "v", "mask", "bias", "prefix_k", "prefix_v", "causal", "scale", "dropout", "seed")
-    for absent in ((), ("mask", "bias", "prefix_k", "prefix_v")):
-        inputs = [None if name in absent else given[name] for name in names]
-        inputs[9:11] = (0.0, None) if absent else inputs[9:11]
+    packed = ("cu_seqlens_q", "cu_seqlens_k", "distance_bias")
+    sentences = arguments_of(FP32, heads=2, d=8, prefix=2, dropout=0.2, reach=2, sentences=((3, 2), (0, 0), (2, 2)))
+    for absent in ((), ("mask", "bias", "prefix_k", "prefix_v", "dropout", "seed"), None):
+        given = sentences if absent is None else given
+        inputs = [None if name in (absent or ()) else given[name] for name in (*names, *packed)]
+        inputs[9] = inputs[9] or 0.0
         o, lse = torch.ops.petl.attention(*inputs, "")
         leaves = [x.clone().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs]
         contract.opcheck(torch.ops.petl.attention.default, tuple(leaves))
-        backward = (given["do"], *inputs[:3], o, lse, *inputs[3:], not absent)
+        needs = [inputs[i] is not None for i in (4, 13)]
+        backward = (given["do"], *inputs[:3], o, lse, *inputs[3:11], needs[0], *inputs[11:], needs[1])
         contract.opcheck(torch.ops.petl.attention_backward.default, backward)
 
 

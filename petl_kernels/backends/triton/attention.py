@@ -24,10 +24,11 @@ MAX_FEATURES = 128
 HIDDEN = tl.constexpr(-1e30)  # the score of a key that an additive mask hides with so much or more
 
 
-def attention(q, k, v, mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed):
+def attention(q, k, v, mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed, cu_q, cu_k, distance_bias):
     arguments = q, k, v, mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed
-    if q.shape[3] > MAX_FEATURES:
-        return kernel_of("attention", "reference")(*arguments)
+    packed = cu_q, cu_k, distance_bias
+    if q.shape[3] > MAX_FEATURES or any(x is not None for x in packed):
+        return kernel_of("attention", "reference")(*arguments, *packed)
     batch, heads, queries, _ = q.shape
     o, lse = _like_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     if o.numel() == 0:
@@ -42,11 +43,15 @@ def attention(q, k, v, mask, bias, prefix_k, prefix_v, causal, scale, dropout, s
     return o, lse
 
 
-def attention_backward(do, q, k, v, o, lse, mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed, need_dbias):
+def attention_backward(
+    do, q, k, v, o, lse, mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed, need_dbias,
+    cu_q, cu_k, distance_bias, need_ddistance_bias,
+):  # fmt: skip
     arguments = q, k, v, mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed
-    if need_dbias or q.shape[3] > MAX_FEATURES:
+    packed = cu_q, cu_k, distance_bias
+    if need_dbias or q.shape[3] > MAX_FEATURES or any(x is not None for x in packed):
         reference = kernel_of("attention_backward", "reference")
-        return reference(do, q, k, v, o, lse, *arguments[3:], need_dbias)
+        return reference(do, q, k, v, o, lse, *arguments[3:], need_dbias, *packed, need_ddistance_bias)
     given = _Inputs(*arguments)
     batch, heads, queries, features = q.shape
     dq, dk, dv = (_like_heads(x) for x in (q, k, v))
@@ -75,7 +80,7 @@ def attention_backward(do, q, k, v, o, lse, mask, bias, prefix_k, prefix_v, caus
     partials = q.new_empty(2, batch, heads, given.prefix, features, dtype=torch.float32)
     key_gradients(*partials, given.of_prefix(), 0)
     dprefix_k, dprefix_v = partials.sum(1).transpose(1, 2).contiguous()
-    return dq, dk, dv, q.new_empty(0), dprefix_k, dprefix_v
+    return dq, dk, dv, q.new_empty(0), dprefix_k, dprefix_v, q.new_empty(0)
 
 
 class _Inputs:
