@@ -126,15 +126,20 @@ def score_lines(
 
 
 @torch.no_grad()
-def validation_loss(model, corpus: Corpus, batch_tokens: int, start: int, autocast: Autocast = nullcontext) -> float:
-    """Mean negative log-likelihood of a target token, in nats, without label smoothing."""
+def validation_loss(
+    model, corpus: Corpus, batch_tokens: int, start: int, autocast: Autocast = nullcontext, packed: bool = False
+) -> float:
+    """Mean negative log-likelihood of a target token, in nats, without label smoothing.
+
+    packed: in packed rows, of the sentences of each batch.
+    """
     device = next(model.parameters()).device
     total = torch.zeros((), dtype=torch.float64, device=device)
     with _evaluating(model):
         for indices in corpus.plan(batch_tokens):
-            batch = corpus.collate(indices).to(device)
+            batch = corpus.packed(indices, start) if packed else corpus.collate(indices)
             with autocast():
-                total += sequence_loss(model, batch, start, corpus.pad).double()
+                total += sequence_loss(model, batch.to(device), start, corpus.pad).double()
     return total.item() / int(corpus.targets.lengths.sum())
 
 
