@@ -6,7 +6,7 @@ import platform
 
 import torch
 
-from petl_kernels.backends import kernel_of, register
+from petl_kernels.backends import register
 
 # The extension is compiled for AVX2 on x86-64; loading it on an older processor would end the process.
 if platform.machine() in ("x86_64", "AMD64") and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
@@ -23,6 +23,7 @@ _WITH_BACKWARD = (
     "layer_norm",
     "rms_norm",
     "frozen_ffn",
+    "attention",
     "activation",
     "gated_activation",
     "dropout_add",
@@ -40,19 +41,3 @@ _ALONE = (
 )
 for _name in (*_WITH_BACKWARD, *(f"{_op}_backward" for _op in _WITH_BACKWARD), *_ALONE):
     register(_name, "cpu")(getattr(torch.ops.petl_cpu, _name).default)
-
-
-# Until the kernels take boundaries and distances, the reference serves calls that have them.
-@register("attention", "cpu")
-def _attention(*args):
-    if all(x is None for x in args[-3:]):
-        return torch.ops.petl_cpu.attention(*args[:-3])
-    return kernel_of("attention", "reference")(*args)
-
-
-@register("attention_backward", "cpu")
-def _attention_backward(*args):
-    if all(x is None for x in args[-4:-1]):
-        grads = torch.ops.petl_cpu.attention_backward(*args[:-4])
-        return *grads, args[1].new_empty(0)
-    return kernel_of("attention_backward", "reference")(*args)

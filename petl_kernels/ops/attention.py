@@ -336,7 +336,8 @@ class _Inputs:
         self.prefix = self.prefix_k.shape[0]
         self.sums = accumulate_dtype(q.dtype)
         if cu_q is not None:
-            sentence = torch.searchsorted(cu_q, torch.arange(q.shape[2], device=q.device), right=True) - 1
+            positions = torch.arange(q.shape[2], dtype=cu_q.dtype, device=q.device)
+            sentence = torch.searchsorted(cu_q.contiguous(), positions, right=True) - 1
             self.start, self.stop = cu_k[sentence], cu_k[sentence + 1]  # of the keys that each query sees
             self.shift = self.stop - cu_q[sentence + 1]
 
