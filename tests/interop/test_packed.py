@@ -255,7 +255,7 @@ def test_sentences_without_positions_are_refused():
         ([([1], [2], [3, 4])], {}, "example 0 has 2 decoder inputs; expected as many as labels, 1"),
         ([([1], [2]), ([1], [2], [3])], {}, "some examples have decoder inputs"),
         ([([1, 2], [2])], {"tokens": (1, 5)}, "there are 2 source tokens; expected at most the 1"),
-        ([([1, 2], [2])], {"tokens": (6, 5), "sentences": 2}, "there are 4 sentences, 3 of them to fill the row"),
+        ([([1, 2], [2])], {"tokens": (6, 5), "sentences": 2}, "there are 3 sentences, 2 of them to fill the row"),
         ([{"input_ids": [1]}], {}, "example 0 has no labels"),
     ],
 )
