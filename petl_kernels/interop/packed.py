@@ -115,7 +115,10 @@ def _example(index: int, example: Sequence | Mapping) -> tuple[np.ndarray, ...]:
 
 
 def _ids(index: int, name: str, side: Any) -> np.ndarray:
-    array = np.asarray(side)
+    try:
+        array = np.asarray(side.cpu() if isinstance(side, Tensor) else side)
+    except (TypeError, ValueError):  # lists of lists, say
+        array = np.zeros(0)
     if array.ndim != 1 or not array.size or not np.issubdtype(array.dtype, np.integer):
         raise InputError(f"pack: example {index}: its {name} is {shown(side)}; expected one token id or more")
     return array.astype(np.int64, copy=False)

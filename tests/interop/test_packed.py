@@ -183,6 +183,14 @@ def test_threads_have_their_own_rows():
     assert all(losses == [loss] * 3 for losses, loss in zip(found, expected, strict=True))
 
 
+def test_examples_may_be_mappings_and_tensors():
+    given = examples()
+    row = pk.pack([{"input_ids": torch.tensor(source), "labels": target.tolist()} for source, target in given])
+    assert all(
+        torch.equal(torch.as_tensor(row[name]), torch.as_tensor(value)) for name, value in pk.pack(given).items()
+    )
+
+
 def test_copies_read_packed_rows():
     model = pk.lean(model_of("mbart"), 1)
     row = pk.pack(examples())
@@ -252,6 +260,7 @@ def test_sentences_without_positions_are_refused():
         ([], {}, "there are no examples"),
         ([([1], [])], {}, "example 0: its target is .*; expected one token id or more"),
         ([([1], [2.5])], {}, "example 0: its target is .2.5.; expected one token id"),
+        ([([[1], [2, 3]], [2])], {}, "example 0: its source is .*; expected one token id"),
         ([([1], [2], [3, 4])], {}, "example 0 has 2 decoder inputs; expected as many as labels, 1"),
         ([([1], [2]), ([1], [2], [3])], {}, "some examples have decoder inputs"),
         ([([1, 2], [2])], {"tokens": (1, 5)}, "there are 2 source tokens; expected at most the 1"),
