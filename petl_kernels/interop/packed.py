@@ -166,43 +166,58 @@ def unpacked(model: nn.Module, inputs: dict) -> Iterator[dict]:
 
     Raises InputError where the row is none, or where ``model`` cannot read it.
     """
+    row, places = _read(model, inputs)
+    before, _running.positions = _running.positions, places
+    try:
+        yield row
+    finally:
+        _running.positions = before
+
+
+@torch.compiler.disable
+def _read(model: nn.Module, inputs: dict) -> tuple[dict, dict[int, Tensor]]:
+    """(what the model is called with, the rows that its tables of positions give)"""
     reason = obstacle(model)
     if reason:
         raise InputError(f"cu_seqlens: {type(model).__name__} reads no packed rows ({reason}); expected padded ones")
     row = {name: value for name, value in inputs.items() if name not in (*BOUNDARIES, "longest")}
     _check_alone(model, row)
-    if isinstance(row.get("input_ids"), PackedIds):
-        row["input_ids"] = row["input_ids"].as_subclass(Tensor)
-    ids, labels = row.get("input_ids"), row.get("labels")
-    targets = labels if row.get("decoder_input_ids") is None else row["decoder_input_ids"]
-    if labels is not None and labels.shape != targets.shape:
-        raise InputError(
-            f"decoder_input_ids: of shape {tuple(targets.shape)}; expected {tuple(labels.shape)}, as labels"
-        )
+    source, target = _sides(inputs, row)
+    longest = _longest(inputs.get("longest"), source, target)
+    row["input_ids"] = source.tokens
+    if row.get("decoder_input_ids") is None:
+        row["decoder_input_ids"] = target.shifted(model, longest)
+    masks = {
+        "attention_mask": packed_mask(source.ends, target.ends),
+        "decoder_attention_mask": packed_mask(target.ends, target.ends),
+    }
+    return {**row, **masks, "use_cache": False}, _places(model, row, source, target, longest)
+
+
+def _sides(inputs: dict, row: dict) -> tuple[_Side, _Side]:
+    ids, labels, decoder = (row.get(name) for name in ("input_ids", "labels", "decoder_input_ids"))
+    if labels is not None and decoder is not None and labels.shape != decoder.shape:
+        of = tuple(decoder.shape)
+        raise InputError(f"decoder_input_ids: of shape {of}; expected that of labels, {tuple(labels.shape)}")
+    ids = ids.as_subclass(Tensor) if isinstance(ids, PackedIds) else ids
     source = _Side("cu_seqlens", inputs.get("cu_seqlens"), "input_ids", ids)
+    targets = labels if decoder is None else decoder
     target = _Side("decoder_cu_seqlens", inputs.get("decoder_cu_seqlens"), "labels or decoder_input_ids", targets)
     if len(source.ends) != len(target.ends):
         raise InputError(
             f"decoder_cu_seqlens: of {len(target.ends) - 1} sentences; expected {len(source.ends) - 1}, as cu_seqlens"
         )
-    longest = _longest(inputs.get("longest"), source, target)
-    if row.get("decoder_input_ids") is None:
-        row["decoder_input_ids"] = target.shifted(model, longest)
-    places = {
+    return source, target
+
+
+def _places(model: nn.Module, row: dict, source: _Side, target: _Side, longest: int) -> dict[int, Tensor]:
+    """id of a position embedding -> the rows of its table, where the model has such."""
+    sides = (model.get_encoder(), source, row["input_ids"]), (model.get_decoder(), target, row["decoder_input_ids"])
+    return {
         id(stack.embed_positions): _positions(stack.embed_positions, side, ids, longest)
-        for stack, side, ids in (
-            (model.get_encoder(), source, ids),
-            (model.get_decoder(), target, row["decoder_input_ids"]),
-        )
+        for stack, side, ids in sides
         if hasattr(stack, "embed_positions")
     }
-    row["attention_mask"] = packed_mask(source.ends, target.ends)
-    row["decoder_attention_mask"] = packed_mask(target.ends, target.ends)
-    before, _running.positions = _running.positions, places
-    try:
-        yield {**row, "use_cache": False}
-    finally:
-        _running.positions = before
 
 
 def _check_alone(model: nn.Module, row: dict) -> None:

@@ -161,7 +161,7 @@ def test_the_predicted_peak_is_the_measured_one(case):
     assert 0.98 * measured <= predicted <= 1.05 * measured, (predicted / MIB, measured / MIB)
 
 
-@pytest.mark.parametrize("case", ["mbart, prefix, tier 4", "t5, LoRA, tier 1"])
+@pytest.mark.parametrize("case", ["marian, BitFit, tier 2", "t5, LoRA, tier 1"])
 def test_the_predicted_peak_of_packed_rows(case):
     """Of T5 less than padded: its bias is a table by distance."""
     family, method, tiers, dtype, autocast = CASES[case]
