@@ -202,7 +202,9 @@ def adapter_tile(x: torch.Tensor, rows: int, width: int) -> Tile:
     return tile
 
 
-def attention_tile(table: dict[str, tuple[Tile, Tile]], q: torch.Tensor, dropout: float, distances: bool = False) -> Tile:
+def attention_tile(
+    table: dict[str, tuple[Tile, Tile]], q: torch.Tensor, dropout: float, distances: bool = False
+) -> Tile:
     """Fewer keys at a time with dropout, whose four random numbers a counter need registers.
 
     Fewer queries with a bias by distance beside wide heads, in backward: its places in the table need registers too.
