@@ -536,7 +536,7 @@ def _distance_gradient_kernel(
                 strides_mask, strides_bias, reach, scale, threshold, keep_scale, CAUSAL, DROPOUT,
             )  # fmt: skip
             steps = _steps(rows, cols, shift, reach)
-            for i in tl.static_range(BR):
+            for i in range(BR):  # unrolled, all of these sums would want registers at the same time
                 found = tl.sum(tl.where(steps == nearest + i, ds, 0.0))
                 sums += tl.where(places == i, found, 0.0)
     at = nearest + reach + places

@@ -125,7 +125,7 @@ ATTENTION_BACKWARD = {
     "interpreter": (Tile(32, 16, 64, 4, 1), Tile(32, 16, 128, 4, 1)),
 }
 ATTENTION_NARROW = 64
-ATTENTION_DISTANCES = Tile(32, 32, 16, 8, 2)  # k: how many distances of a bias one program adds up
+ATTENTION_DISTANCES = Tile(32, 32, 16, 4, 1)  # k: how many distances of a bias one program adds up
 
 
 def device_class(device: torch.device) -> str:
