@@ -207,12 +207,13 @@ def attention_tile(
 ) -> Tile:
     """Fewer keys at a time with dropout, whose four random numbers a counter need registers.
 
-    Fewer queries with a bias by distance beside wide heads, in backward: its places in the table need registers too.
+    Fewer queries with a bias by distance in fp32 or beside wide heads, in backward: its places in the table need
+    registers too.
     """
     wide = q.shape[3] > ATTENTION_NARROW
     tile = table[key(q)][wide]
-    if wide and distances:
-        tile = tile._replace(m=min(tile.m, 32))
+    if distances and (wide or q.dtype == torch.float32):
+        tile = tile._replace(m=min(tile.m, 16 if q.dtype == torch.float32 else 32))
     return tile._replace(n=tile.n // 2) if dropout and tile.n > 32 else tile
 
 
