@@ -352,6 +352,12 @@ LARGE = {
             "plain": {"queries": 500, "keys": 700},
             "causal-dropout": {"queries": 520, "keys": 520, "causal": True, "dropout": 0.1, "mask": "padding"},
             "prefix-finfo": {"queries": 300, "keys": 300, "prefix": 100, "mask": "finfo"},
+            "packed": {
+                "sentences": tuple((n, n + n % 3) for n in range(60)),
+                "causal": True,
+                "dropout": 0.1,
+                "reach": 20,
+            },
         }.items()
     },
 }

@@ -403,7 +403,7 @@ def test_only_the_gradients_that_are_needed(backend):
 
 
 def test_gradients_come_in_the_dtypes_of_the_inputs():
-    given = arguments_of(BF16, prefix=2, prefix_dtype=FP32)
+    given = arguments_of(BF16, prefix=2, prefix_dtype=FP32, reach=3)
     given["bias"] = contract.source(FP32)(1, 3, 17, 17)
     leaves = [given[name].requires_grad_() for name in LEAVES]
     grads = torch.autograd.grad(public(given), leaves, given["do"])

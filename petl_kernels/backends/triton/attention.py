@@ -61,7 +61,7 @@ def attention_backward(
     dq, dk, dv = (_like_heads(x) for x in (q, k, v))
     delta = torch.empty_like(lse)
     do, o = _adjacent(do), _adjacent(o)
-    tile = config.attention_tile(config.ATTENTION_BACKWARD, q, dropout)
+    tile = config.attention_tile(config.ATTENTION_BACKWARD, q, dropout, distance_bias is not None)
     options = {"BM": tile.m, "BN": tile.n, "warps": tile.warps, "stages": tile.stages}
     if dq.numel() > 0:
         launch(
@@ -199,6 +199,13 @@ def _span(cu, cu_other, tokens, length, sentences, BITS: tl.constexpr):
 
 
 @triton.jit
+def _steps(rows, cols, shift, reach):
+    """How far each key is behind each query, at most `reach`. In 32 bits: a block of 64 costs twice the registers."""
+    steps = cols[None, :].to(tl.int32) - rows[:, None].to(tl.int32) - shift
+    return tl.minimum(tl.maximum(steps, -reach), reach)
+
+
+@triton.jit
 def _scores(
     q, k, mask, bias, distance, seen, rows, cols, shift, queries, keys, strides_mask, strides_bias, reach, scale,
     hidden, CAUSAL: tl.constexpr,
@@ -211,9 +218,7 @@ def _scores(
         pointers = bias + rows[:, None] * strides_bias[2] + cols[None, :] * strides_bias[3]
         s += tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
     if distance is not None:
-        steps = cols[None, :].to(tl.int32) - rows[:, None].to(tl.int32) - shift
-        steps = tl.minimum(tl.maximum(steps, -reach), reach)
-        s += tl.load(distance + reach + steps).to(tl.float32)
+        s += tl.load(distance + (reach + _steps(rows, cols, shift, reach))).to(tl.float32)
     if mask is not None:
         pointers = mask + rows[:, None] * strides_mask[2] + cols[None, :] * strides_mask[3]
         if mask.dtype.element_ty == tl.uint8:
@@ -530,8 +535,8 @@ def _distance_gradient_kernel(
                 seen, rows, cols, shift, counters, queries, keys, prefix + keys, prefix + start,
                 strides_mask, strides_bias, reach, scale, threshold, keep_scale, CAUSAL, DROPOUT,
             )  # fmt: skip
-            steps = tl.minimum(tl.maximum(cols[None, :] - rows[:, None] - shift, -reach), reach)
-            for i in tl.static_range(BR):
+            steps = _steps(rows, cols, shift, reach)
+            for i in range(BR):  # unrolled, all of these sums would want registers at the same time
                 found = tl.sum(tl.where(steps == nearest + i, ds, 0.0))
                 sums += tl.where(places == i, found, 0.0)
     at = nearest + reach + places
