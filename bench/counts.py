@@ -341,9 +341,15 @@ def _norm(t: int, d: int, size: int, trained: bool, parameters: int, statistics:
     return Counts(0, forward + backward, tuple(kernels))
 
 
-def attention(batch: int, heads: int, queries: int, keys: int, head_dim: int, size: int, mask: int = 0) -> Counts:
-    """Two products forward, four backward; ours makes the scores again, twice, in backward. ``mask``: its bytes."""
-    product = 2 * batch * heads * queries * keys * head_dim
+def attention(
+    batch: int, heads: int, queries: int, keys: int, head_dim: int, size: int, mask: int = 0, pairs: int = 0
+) -> Counts:
+    """Two products forward, four backward; ours makes the scores again, twice, in backward.
+
+    ``mask``: its bytes, or those of a packed row's boundaries. ``pairs``: those of a query and a key in one sentence,
+    where ``queries`` and ``keys`` are a packed row's.
+    """
+    product = 2 * batch * heads * (pairs or queries * keys) * head_dim
     q, kv = batch * heads * queries * head_dim * size, 2 * batch * heads * keys * head_dim * size
     lse = FP32 * batch * heads * queries
     forward = 2 * q + kv + lse + mask

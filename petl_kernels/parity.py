@@ -23,9 +23,10 @@ Source: N. J. Higham and T. Mary, "A new approach to probabilistic rounding erro
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 
 import torch
@@ -164,6 +165,8 @@ def most_additions(op: str, value: str, arguments: dict) -> int:
             axes.add(leading[-1] if op == "attention" else math.prod(leading))
     if op != "attention" and (not value.startswith("d") or value in _OF_TOKENS):
         axes.discard(math.prod(tensors[0].shape[:-1]))  # the activation comes first
+    if value == "ddistance_bias":  # all pairs of a query and a key may be equally far apart
+        axes.add(arguments["q"].shape[0] * arguments["q"].shape[2] * arguments["k"].shape[2])
     return sum(axes) + (math.ceil(_largest_score(arguments) ** 2) if op == "attention" else 0)
 
 
@@ -277,12 +280,13 @@ _MORE_PARTS = {
 
 
 def _run_attention(forward: Callable, backward: Callable, given: dict) -> Values:
-    q, k, v, bias, prefix_k = (given[name] for name in ("q", "k", "v", "bias", "prefix_k"))
+    q, k, v, bias, prefix_k, distance = (given[name] for name in ("q", "k", "v", "bias", "prefix_k", "distance_bias"))
     rest = [given[name] for name in ("mask", "bias", "prefix_k", "prefix_v", "causal", "scale", "dropout", "seed")]
-    o, lse = forward(q, k, v, *rest)
-    grads = backward(given["do"], q, k, v, o, lse, *rest, bias is not None)
-    names = ("dq", "dk", "dv", "dbias", "dprefix_k", "dprefix_v")
-    present = (True, True, True, bias is not None, prefix_k is not None, prefix_k is not None)
+    packed = given["cu_seqlens_q"], given["cu_seqlens_k"], distance
+    o, lse = forward(q, k, v, *rest, *packed)
+    grads = backward(given["do"], q, k, v, o, lse, *rest, bias is not None, *packed, distance is not None)
+    names = ("dq", "dk", "dv", "dbias", "dprefix_k", "dprefix_v", "ddistance_bias")
+    present = (True, True, True, *(x is not None for x in (bias, prefix_k, prefix_k, distance)))
     values = {name: grad for name, grad, there in zip(names, grads, present, strict=True) if there}
     # The lse of a query that sees nothing, or only what an additive mask all but hides, means nothing.
     return {"o": o, "lse": lse.masked_fill(lse.isinf() | (lse < -1e4), 0), **values}
@@ -502,8 +506,15 @@ def attention_arguments(
     prefix=0,
     scale=None,
     prefix_dtype=None,
+    sentences=(),
+    reach=None,
 ) -> dict:
-    """mask: None, "padding", "rows" (some queries see nothing), "additive" or "finfo"; bias: its batch size, or 0."""
+    """mask: None, "padding", "rows" (some queries see nothing), "additive" or "finfo"; bias: its batch size, or 0.
+
+    sentences: (queries, keys) of each in a packed row, in place of batch, queries and keys; reach: R of distance_bias.
+    """
+    if sentences:
+        batch, (queries, keys) = 1, map(sum, zip(*sentences, strict=True))
 
     def heads_of(length):
         return draw(batch, length, heads, d).transpose(1, 2)
@@ -521,8 +532,16 @@ def attention_arguments(
         "scale": d**-0.5 if scale is None else scale,
         "dropout": dropout,
         "seed": draw.seed() if dropout else None,
+        "cu_seqlens_q": boundaries([pair[0] for pair in sentences], draw.device) if sentences else None,
+        "cu_seqlens_k": boundaries([pair[1] for pair in sentences], draw.device) if sentences else None,
+        "distance_bias": draw(heads, 2 * reach + 1) if reach is not None else None,
         "do": heads_of(queries),
     }
+
+
+def boundaries(lengths: Sequence[int], device: torch.device) -> Tensor:
+    """Where sentences of these lengths begin in a packed row, and last their sum: int32 (sentences + 1,)."""
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
 
 
 def attention_mask(draw: Source, kind: str | None, batch: int, heads: int, queries: int, keys: int) -> Tensor | None:
@@ -698,6 +717,13 @@ def _prefix_of_cross_attention(device, dtype):
     )
 
 
+def _packed_sentences(device, dtype):
+    sentences = ((37, 43), (0, 5), (1, 1), (30, 18), (4, 0), (0, 0))
+    return attention_arguments(
+        Source(device, dtype), sentences=sentences, reach=9, causal=True, dropout=0.3, prefix=4, scale=1.0
+    )
+
+
 def _uniform(device, dtype):
     return linear_cross_entropy_arguments(Source(device, dtype), rows=(3, 11))
 
@@ -785,7 +811,7 @@ CASES = {
     "layer_norm": (_norm, _norm_fp32_parameters, _norm_without_bias),
     "rms_norm": (_rms, _rms_fp32_weight),
     "frozen_ffn": (_relu_bits, _gelu_recomputed, _gelu_tanh_gated, _silu_kept),
-    "attention": (_causal_with_dropout, _relative_bias, _prefix_of_cross_attention),
+    "attention": (_causal_with_dropout, _relative_bias, _prefix_of_cross_attention, _packed_sentences),
     "linear_cross_entropy": (_uniform, _fairseq_scaled_rows, _no_smoothing),
     "activation": (_packed_relu, _gelu_with_dropout, _gelu_tanh, _silu),
     "gated_activation": (_gated_gelu_tanh, _gated_silu_with_dropout),

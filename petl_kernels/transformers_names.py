@@ -49,13 +49,35 @@ T5_NAMES = ("MT5", "T5")
 # stays plain, and ``pk.report`` names it (``lacking``).
 BART_LAYER = ("dropout", "activation_fn", "activation_dropout")
 BART_ATTENTION = ("scaling", "is_causal", "dropout")
-T5_ATTENTION = ("is_causal", "dropout", "has_relative_attention_bias", "compute_bias")
+T5_ATTENTION = (
+    "is_causal", "dropout", "has_relative_attention_bias", "relative_attention_max_distance", "compute_bias",
+)  # fmt: skip
 T5_FEED_FORWARD = ("act", "dropout")
+
+# Classes of position embeddings whose ``forward`` is known: it looks up, for each token, the row of its place in its
+# sentence in ``weight`` (behind ``offset`` rows), or as M2M-100 in ``weights``, where padding has a row of its own.
+# And stacks of layers that do nothing to tokens but alone, beside what these and layers do. A model with others reads
+# no packed rows.
+POSITIONS = frozenset(
+    (
+        "BartLearnedPositionalEmbedding",
+        "BlenderbotLearnedPositionalEmbedding",
+        "BlenderbotSmallLearnedPositionalEmbedding",
+        "M2M100SinusoidalPositionalEmbedding",
+        "MBartLearnedPositionalEmbedding",
+        "MarianSinusoidalPositionalEmbedding",
+        "PLBartLearnedPositionalEmbedding",
+        "PegasusSinusoidalPositionalEmbedding",
+    )
+)
 
 
 def of(prefixes: Iterable[str], *endings: str) -> frozenset[str]:
     """The names of classes that begin with one of ``prefixes`` and end with one of ``endings``."""
     return frozenset(prefix + ending for prefix in prefixes for ending in endings)
+
+
+STACKS = of(BART_NAMES, "Encoder", "Decoder") | of(T5_NAMES, "Stack")
 
 
 def activation_name(module: nn.Module) -> str:

@@ -1,6 +1,7 @@
 """attention beside PyTorch's own, forward and backward, with a padding mask as training has it.
 
-The limit is PyTorch's without a mask and without dropout.
+The limit is PyTorch's without a mask and without dropout. A packed row stands beside the same sentences in a padded
+batch.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from shapes import distinct, shape
 
 from petl_kernels import ops
 from petl_kernels.ops.philox import draw_seed
+from petl_kernels.parity import boundaries
 
 LENGTH = 128
 # madlad-10b's heads of 256 are wider than the Triton kernel's blocks.
@@ -40,6 +42,62 @@ def eager(q, k, v, mask):
 
 def sdpa(q, k, v, mask, dropout: float = 0.0):
     return F.scaled_dot_product_attention(q, k, v, mask, dropout)
+
+
+def lengths(tokens: int) -> list[int]:
+    """Of sentences that fill a row: log-normal around 20 tokens, the same at each call."""
+    generator, found = torch.Generator().manual_seed(0), []
+    while sum(found) < tokens:
+        drawn = (3 + 0.6 * torch.randn((), generator=generator)).exp()
+        found.append(min(round(drawn.item()) + 1, tokens - sum(found)))
+    return found
+
+
+def packed(heads: int, head_dim: int, dtype: torch.dtype, device: str, tokens: int):
+    sizes = lengths(tokens)
+    q, k, v = (
+        torch.randn(1, tokens, heads, head_dim, device=device, dtype=dtype).transpose(1, 2).requires_grad_()
+        for _ in range(3)
+    )
+    return q, k, v, boundaries(sizes, torch.device(device))
+
+
+def padded(heads: int, head_dim: int, dtype: torch.dtype, device: str, tokens: int):
+    sizes = torch.tensor(lengths(tokens), device=device)
+    longest = int(sizes.max())
+    q, k, v = (
+        torch.randn(len(sizes), longest, heads, head_dim, device=device, dtype=dtype).transpose(1, 2).requires_grad_()
+        for _ in range(3)
+    )
+    return q, k, v, torch.arange(longest, device=device) < sizes[:, None, None, None]
+
+
+def of_sentences(q, k, v, cu):
+    return ops.attention(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu)
+
+
+def by_reference(q, k, v, cu):
+    with ops.use("reference"):
+        return of_sentences(q, k, v, cu)
+
+
+@pytest.mark.parametrize("implementation", ["ours", "padded"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("name", NAMES)
+def test_packed_attention(benchmark, name, dtype, implementation, device):
+    require(name, device, implementation, small=dtype == "bfloat16")
+    s, size = shape(name, device), getattr(torch, dtype).itemsize
+    sizes = lengths(s.tokens)
+    ours = implementation == "ours"
+    measure(
+        benchmark,
+        Case("packed_attention", name, s.tokens, dtype, device, f"{len(sizes)} sentences"),
+        implementation,
+        differentiated(of_sentences if ours else ops.attention),
+        functools.partial(packed if ours else padded, s.heads, s.head_dim, getattr(torch, dtype), device),
+        counts.attention(1, s.heads, s.tokens, s.tokens, s.head_dim, size, pairs=sum(n * n for n in sizes)),
+        by_reference if ours else eager,
+    )
 
 
 @pytest.mark.parametrize("implementation", ["limit", "ours", "PyTorch", "eager", peer("torch.compile")])

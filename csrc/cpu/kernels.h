@@ -80,9 +80,13 @@ std::tuple<at::Tensor, at::Tensor> attention(
     bool causal,
     double scale,
     double dropout,
-    const std::optional<at::Tensor>& seed);
+    const std::optional<at::Tensor>& seed,
+    const std::optional<at::Tensor>& cu_seqlens_q,
+    const std::optional<at::Tensor>& cu_seqlens_k,
+    const std::optional<at::Tensor>& distance_bias);
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention_backward(
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
+attention_backward(
     const at::Tensor& dout,
     const at::Tensor& q,
     const at::Tensor& k,
@@ -97,7 +101,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     double scale,
     double dropout,
     const std::optional<at::Tensor>& seed,
-    bool need_dbias);
+    bool need_dbias,
+    const std::optional<at::Tensor>& cu_seqlens_q,
+    const std::optional<at::Tensor>& cu_seqlens_k,
+    const std::optional<at::Tensor>& distance_bias,
+    bool need_ddistance_bias);
+
 // One chunk of logits (rows, V), which the gradient overwrites; labels and dlosses (rows,), bias (V,).
 at::Tensor linear_cross_entropy(
     const at::Tensor& logits,

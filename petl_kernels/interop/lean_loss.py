@@ -26,6 +26,14 @@ from petl_kernels.errors import InputError
 from petl_kernels.interop.device_masks import without_waiting
 from petl_kernels.interop.late_cache import late_cache, leaves_out_cache, with_cache
 from petl_kernels.interop.late_logits import ForwardPass, LateLogits, Projection
+from petl_kernels.interop.packed import (
+    first_plain_layer,
+    has_boundaries,
+    obstacle,
+    packed_positions,
+    plain_positions,
+    unpacked,
+)
 from petl_kernels.layers.hooks import hooked_all, hooks_on
 from petl_kernels.transformers_names import cache_of, decoder_inputs, forward_owner, has_cache_beside_loss, knows_loss
 
@@ -37,6 +45,8 @@ _heads: ContextVar[tuple[nn.Module | None, LateHead | None]] = ContextVar("petl_
 
 class LeanLoss:
     """Before the class of a model. ``label_smoothing``, ``reduction`` and ``counted`` may be given beside ``labels``.
+
+    With ``cu_seqlens`` and ``decoder_cu_seqlens`` the inputs are a packed row, as ``packed.pack`` makes it.
 
     Where the output projection is not a plain linear layer (LoRA on it, say), the loss comes from logits.
     """
@@ -50,6 +60,12 @@ class LeanLoss:
     def forward(self, *args, **kwargs):
         if args:
             kwargs = {**_named(self, args, kwargs), **kwargs}
+        if has_boundaries(kwargs):
+            with unpacked(self, kwargs) as kwargs:
+                return self._forward(kwargs)
+        return self._forward(kwargs)
+
+    def _forward(self, kwargs: dict) -> Any:
         options = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
         options = {name: value for name, value in options.items() if value is not None}
         if kwargs.get("labels") is None:
@@ -182,6 +198,7 @@ def lean_loss(model: nn.Module) -> nn.Module:
     for module in list(model.modules()):
         if not isinstance(module, LeanLoss) and not _class_obstacle(module):
             module.__class__ = _lean_class(type(module))
+    packed_positions(model)
     return model
 
 
@@ -196,7 +213,15 @@ def plain_loss(model: nn.Module) -> nn.Module:
     for module in list(model.modules()):
         if isinstance(module, LeanLoss):
             (module.__class__,) = type(module).petl_bases
+    plain_positions(model)
     return model
+
+
+def packing_obstacle(model: nn.Module) -> str:
+    """Why ``model(cu_seqlens=...)`` is refused, with the layer where it is one; empty when packed rows are read."""
+    if not isinstance(model, LeanLoss):
+        return _class_obstacle(model) or first_plain_layer(model) or "not lean"
+    return replaced_forward(model) or obstacle(model) or first_plain_layer(model)
 
 
 # ---- what has its loss from logits ----------------------------------------------------------------------------------

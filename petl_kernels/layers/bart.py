@@ -50,6 +50,7 @@ class LeanBartLayer:
         **kwargs,
     ) -> Tensor:
         if self.steps_aside(kwargs):
+            self.refuse_packed(attention_mask, kwargs)
             if not hasattr(self, "encoder_attn"):
                 return super().forward(hidden_states, attention_mask, **kwargs)
             return super().forward(

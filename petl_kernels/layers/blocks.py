@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from petl_kernels import ops
+from petl_kernels.layers.boundaries import boundaries
 from petl_kernels.layers.frozen_linear import FrozenLinear
 from petl_kernels.layers.hooks import hooks_on
 from petl_kernels.layers.recompute import maybe, remade_by
@@ -220,7 +221,8 @@ def _attend(
     keys: list[Tensor],
 ) -> Tensor:
     """(batch, tokens, heads · head_dim)"""
-    if getattr(mask, "petl_causal", False):
+    packed = boundaries(mask, u is source)
+    if packed is not None or getattr(mask, "petl_causal", False):
         mask = None  # the op knows a shorter way
     q, k, v = (_heads(y, block.heads) for y in _projections(block, u, source, tier))
     keys += k, v
@@ -228,7 +230,11 @@ def _attend(
     if mask is not None:
         mask, bias = as_added(block, mask, bias, q.dtype)
     prefix_k, prefix_v = _prefix(block, q)
-    o = ops.attention(q, k, v, mask, bias, causal, block.scale, block.dropout, None, prefix_k, prefix_v)
+    given = causal, block.scale, block.dropout, None, prefix_k, prefix_v
+    if packed is None:
+        o = ops.attention(q, k, v, mask, bias, *given)
+    else:  # whose position bias comes by distance
+        o = ops.attention(q, k, v, None, None, *given, *packed, bias)
     return o.transpose(1, 2).reshape(*u.shape[:-1], -1)
 
 

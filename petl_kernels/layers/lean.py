@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from petl_kernels import versions
 from petl_kernels.errors import InputError, shown
 from petl_kernels.layers.bart import LeanBartLayer
+from petl_kernels.layers.boundaries import is_packed
 from petl_kernels.layers.hooks import hooked_all, hooks_on
 from petl_kernels.layers.recompute import checkpointed, forget, forget_all
 from petl_kernels.layers.rule import Call, Rule, Unknown, Watch
@@ -107,6 +108,12 @@ class LeanLayer:
             return True
         obstacle = _obstacle_of_graph(self) if torch.compiler.is_compiling() else self.bound().obstacle
         return bool(kwargs.get("output_attentions")) or bool(obstacle) or hooked_all()
+
+    def refuse_packed(self, mask: Tensor | None, kwargs: dict) -> None:
+        """Raises InputError where the layer steps aside for its own forward, which cannot read a packed row."""
+        if is_packed(mask):
+            reason = _obstacle(self) or ("output_attentions" if kwargs.get("output_attentions") else "a cache")
+            raise InputError(f"cu_seqlens: {self.petl_path} reads no packed rows ({reason}); expected padded ones")
 
     def __reduce_ex__(self, protocol):
         mixin, original = type(self).petl_bases

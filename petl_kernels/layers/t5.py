@@ -20,6 +20,7 @@ from petl_kernels.layers.blocks import (
     feed_forward_block,
     shared_for_products,
 )
+from petl_kernels.layers.boundaries import is_packed
 from petl_kernels.layers.recompute import context
 from petl_kernels.transformers_names import (
     ACTIVATIONS,
@@ -54,6 +55,7 @@ class LeanT5Layer:
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(hidden states, the self-attention's position bias, None: the cross-attention has no bias)"""
         if self.steps_aside(kwargs):
+            self.refuse_packed(attention_mask, kwargs)
             return super().forward(
                 hidden_states,
                 attention_mask,
@@ -64,7 +66,7 @@ class LeanT5Layer:
                 **kwargs,
             )
         if position_bias is None:
-            position_bias = self._position_bias(hidden_states)
+            position_bias = self._position_bias(hidden_states, attention_mask)
         source = shared_for_products(encoder_hidden_states)
         y = self.run(kwargs, hidden_states, attention_mask, position_bias, source, encoder_attention_mask)
         return y, position_bias, encoder_decoder_position_bias
@@ -98,11 +100,18 @@ class LeanT5Layer:
                 x = _finite(attention_block(cross, x, source, source_mask, None, tier, keys))
             return _finite(feed_forward_block(self._feed_forward(), x, tier)), *keys
 
-    def _position_bias(self, x: Tensor) -> Tensor | None:
+    def _position_bias(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
+        """(1, heads, tokens, tokens); for a packed row by distance: (heads, 2R + 1), from -R to R.
+
+        What is farther than the attention's largest distance R is in the bucket of R.
+        """
         attention = self.layer[0].SelfAttention
         if not attention.has_relative_attention_bias:
             return None
-        return attention.compute_bias(x.shape[1], x.shape[1], device=x.device)
+        if not is_packed(mask):
+            return attention.compute_bias(x.shape[1], x.shape[1], device=x.device)
+        reach = attention.relative_attention_max_distance
+        return attention.compute_bias(reach + 1, 2 * reach + 1, device=x.device)[0, :, reach]
 
     def _attention(self, index: int, name: str) -> AttentionBlock:
         part = self.layer[index]

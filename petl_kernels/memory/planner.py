@@ -66,6 +66,7 @@ def plan(
     tier: int | None = None,
     beam: int = 5,
     cuda_graphs: bool = False,
+    packed: bool = False,
 ) -> Plan:
     """The fastest plan for training ``model``, adapted and possibly on the meta device, inside ``memory`` bytes.
 
@@ -73,6 +74,7 @@ def plan(
     approximations that may be used, of ``APPROXIMATIONS``; none by default. autocast: the dtype of products, where the
     training loop uses ``torch.autocast``. tier: of all layers; chosen when not given. beam: of the evaluation's search.
     cuda_graphs: leave out what a graph cannot hold, and count what graphs take (``graphs.graph_bytes``).
+    packed: micro-batches are packed rows (``pack``) where the model reads them, of at most ``micro_tokens`` a side.
     Raises InputError: a memory that is no size, or that nothing fits into (with the least that can), a model of another
     family, an approximation that does not exist, a budget above what the device has.
     """
@@ -84,12 +86,14 @@ def plan(
         check_whole("tier", tier, 0, 5)
     if not isinstance(cuda_graphs, bool):
         raise InputError(f"cuda_graphs {shown(cuda_graphs)}: expected True or False")
+    if not isinstance(packed, bool):
+        raise InputError(f"packed {shown(packed)}: expected True or False")
     if cuda_graphs:
         check_device(device)
         if tier == 5:
             raise InputError("tier 5: a CUDA graph holds no inputs in host memory; expected 1 to 4 with cuda_graphs")
     given = model, batch_tokens, max_length, optimizer, tuple(allow), device, autocast, tier, beam
-    planner = Planner(*given, graphs=cuda_graphs)
+    planner = Planner(*given, graphs=cuda_graphs, packed=packed)
     return planner.best(wanted)
 
 
@@ -183,10 +187,11 @@ class _Slopes:
 
 class Planner:
     def __init__(
-        self, model, batch_tokens, max_length, optimizer, allow, device, autocast, tier=None, beam=1, graphs=False
-    ):
+        self, model, batch_tokens, max_length, optimizer, allow, device, autocast, tier=None, beam=1, graphs=False,
+        packed=False,
+    ):  # fmt: skip
         self.model, self.device, self.autocast, self.allow, self.beam = model, device, autocast, allow, beam
-        self.tier, self.graphs = tier, graphs
+        self.tier, self.graphs, self.packed = tier, graphs, packed
         self.batch_tokens, self.longest = batch_tokens, min(max_length, batch_tokens)
         self.rows = max(1, batch_tokens // self.longest)  # of a whole update
         self.structure: Structure = describe(model)
@@ -404,7 +409,8 @@ class Planner:
             model = self._shallow[key]
             simulate.set_tiers(model, [tier] * sum(depth))
             model.petl_chunk_bytes = chunk_bytes
-            return simulate.step(model, Batch(rows, self.longest, self.longest), self.autocast, gradients)
+            batch = Batch(rows, self.longest, self.longest)
+            return simulate.step(model, batch, self.autocast, gradients, self.packed)
 
     def _input_bytes(self, rows: int) -> int:
         itemsize = 2 if self.autocast is None and self.weights.dtype.itemsize == 2 else 4

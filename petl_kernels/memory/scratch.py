@@ -128,10 +128,14 @@ def _parallel_ffn_backward(given: dict) -> int:
 
 
 def _attention(given: dict, buffers: int = 1) -> int:
-    """A thread's keys and values of one head, and its block of scores: see csrc/cpu/attention.cpp."""
-    q, k, prefix = given["q"], given["k"], given["prefix_k"]
-    columns = k.shape[2] + (0 if prefix is None else prefix.shape[0])
-    block = min(max(16, min(256, (1 << 17) // max(1, columns))), max(1, q.shape[2]))
+    """A thread's keys and values of one head, and its block of scores: see csrc/cpu/attention.cpp.
+
+    Sentences of a packed row are taken to be of one length, as those of a simulation are.
+    """
+    q, k, prefix, ends = given["q"], given["k"], given["prefix_k"], given.get("cu_seqlens_k")
+    sentences = 1 if ends is None else len(ends) - 1
+    columns = -(-k.shape[2] // sentences) + (0 if prefix is None else prefix.shape[0])
+    block = min(max(16, min(256, (1 << 17) // max(1, columns))), max(1, -(-q.shape[2] // sentences)))
     scores = block * columns * (2 if given["dropout"] else 1)
     own = 2 * columns * q.shape[3] + 2 * block * q.shape[3] + scores
     return torch.get_num_threads() * buffers * own * accumulate_dtype(q.dtype).itemsize

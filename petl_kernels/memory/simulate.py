@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from petl_kernels.errors import InputError
 from petl_kernels.interop.hf import no_layerdrop
+from petl_kernels.interop.lean_loss import packing_obstacle
 from petl_kernels.memory.gradients import RoundedGradients
 from petl_kernels.memory.peak import Ledger
 from petl_kernels.memory.quantise_model import quantise_model
@@ -89,25 +90,50 @@ def shallow(
     return like.train(True)
 
 
-def step(model: nn.Module, batch: Batch, autocast: torch.dtype | None = None, gradients: str = "float32") -> Phases:
+def step(
+    model: nn.Module,
+    batch: Batch,
+    autocast: torch.dtype | None = None,
+    gradients: str = "float32",
+    packed: bool = False,
+) -> Phases:
     """Forward and backward of ``model``, whose parameters are fake; its gradients exist already.
 
-    gradients: "bfloat16" when they wait for the update in ``RoundedGradients``.
+    gradients: "bfloat16" when they wait for the update in ``RoundedGradients``. packed: the sentences of ``batch`` are
+    one packed row, where ``model`` reads such rows.
     """
-    ids = torch.ones(batch.rows, batch.source, dtype=torch.long)
-    labels = torch.ones(batch.rows, batch.target, dtype=torch.long)
-    lengths = torch.ones_like(ids)
+    inputs = _packed_row(batch) if packed and not packing_obstacle(model) else _padded_rows(batch)
     trained = [p for p in model.parameters() if p.requires_grad]
     living = [*model.parameters(), *model.buffers()]
     with _waiting(trained, gradients) as sums, Ledger([*living, *sums]) as ledger, _autocast(autocast):
         always = ledger.live
-        output = model(input_ids=ids, attention_mask=lengths, labels=labels, label_smoothing=0.1, reduction="sum")
+        output = model(**inputs, label_smoothing=0.1, reduction="sum")
         loss = output.loss
         del output
         kept, forward = ledger.live - always, ledger.peak - always
         ledger.peak = ledger.live
         loss.backward()
         return Phases(kept, forward, ledger.peak - always)
+
+
+def _padded_rows(batch: Batch) -> dict[str, Tensor]:
+    ids = torch.ones(batch.rows, batch.source, dtype=torch.long)
+    labels = torch.ones(batch.rows, batch.target, dtype=torch.long)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def _packed_row(batch: Batch) -> dict[str, Tensor | int]:
+    ids = torch.ones(1, batch.rows * batch.source, dtype=torch.long)
+    labels = torch.ones(1, batch.rows * batch.target, dtype=torch.long)
+    ends = torch.arange(batch.rows + 1, dtype=torch.int32)
+    return {
+        "input_ids": ids,
+        "labels": labels,
+        "decoder_input_ids": torch.ones_like(labels),
+        "cu_seqlens": ends * batch.source,
+        "decoder_cu_seqlens": ends * batch.target,
+        "longest": max(batch.source, batch.target),
+    }
 
 
 @contextmanager

@@ -21,16 +21,33 @@ query i sees keys up to i + Lk - Lq. q, k and v are bf16, fp16, fp32 or fp64; pr
 softmax and sums in fp32 (fp64 for fp64). mask, bias and prefix may have other dtypes. A query that sees nothing gets
 o = 0 and no gradient; its lse is +inf, so that exp(S - lse) is 0 there as well.
 
-Dropout is that of ``philox`` over the contiguous (B, H, Lq, P + Lk) probabilities; backward draws the mask again.
+A packed row is a batch of one whose tokens are those of n sentences, end to end: cu_seqlens_q and cu_seqlens_k
+(n + 1,) say where they begin, the last number being Lq and Lk. Sentence s has the queries from cu_seqlens_q[s] and the
+keys from cu_seqlens_k[s] on, up to the next one's; its queries see its keys and the prefix. Sentences without queries,
+without keys or without either may stand anywhere. Work and memory are those of the sentences, never Lq · Lk; only the
+reference, where it must not wait for a device to read the boundaries, walks over all keys (in chunks). Nothing reads
+them on the host but on a CPU.
 
-Saves: q, k, v and o (8HD bytes per token in bf16, where Lq = Lk) and lse (4H). mask, bias, prefix and seed as given.
+distance_bias (H, 2R + 1) adds distance_bias[h, clamp(j - i - shift, -R, R) + R] to the score of query i and key j,
+where i + shift is level with i: shift = Lk - Lq, in packed rows that of the sentence's end, cu_seqlens_k[s + 1] -
+cu_seqlens_q[s + 1], so that i and j may be positions in the row. causal hides j > i + shift. The prefix gets none.
+ddistance_bias = dS, summed in fp32 over batch rows and all pairs at that distance. With R = max_distance it is T5's
+bias, whose buckets are constant from there on.
+
+Dropout is that of ``philox`` over the contiguous (B, H, Lq, P + Lk) probabilities; backward draws the mask again. In a
+packed row, too, an element's index is that of its query and key in the row, as if the others were there and hidden.
+
+Saves: q, k, v and o (8HD bytes per token in bf16, where Lq = Lk) and lse (4H). mask, bias, prefix, seed, boundaries
+and distance_bias as given.
 Source: Dao, arXiv 2307.08691 (lse, delta); Li and Liang, arXiv 2101.00190 (prefixes); Raffel et al., arXiv 1910.10683
 (relative position bias).
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,23 +80,36 @@ def attention(
     seed: Tensor | None = None,
     prefix_k: Tensor | None = None,
     prefix_v: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    distance_bias: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale · q kᵀ + bias + mask) v; q (B, H, Lq, D), k and v (B, H, Lk, D) -> (B, H, Lq, D).
 
     scale is D^-0.5 by default. The result's memory is (B, Lq, H, D): ``o.transpose(1, 2).reshape(B, Lq, H * D)`` is a
     view. seed: int64 tensor of shape (1,) on q's device, drawn with ``torch.randint`` when dropout > 0 and none is
-    given. Raises InputError: shapes, dtypes or devices that do not fit, a mask that requires grad, one half of a
-    prefix, dropout outside [0, 1) or over 2^32 probabilities.
+    given.
+
+    cu_seqlens_q, cu_seqlens_k: int32 (sentences + 1,) on q's device, for packed rows (B = 1): where each sentence
+    begins, and last the number of tokens. The queries of a sentence see its keys, and the prefix, alone. Sentences may
+    be empty. distance_bias: (H, 2R + 1), added by the distance between key and query; it may require grad.
+
+    Raises InputError: shapes, dtypes or devices that do not fit, a mask that requires grad, one half of a prefix or of
+    the boundaries, a mask or a bias beside boundaries, boundaries that no row has (on a CPU; other devices do not wait
+    for their values), dropout outside [0, 1) or over 2^32 probabilities.
     """
     _check(q, k, v, mask, bias, dropout, seed, prefix_k, prefix_v)
+    _check_packed(q, k, mask, bias, cu_seqlens_q, cu_seqlens_k)
+    _check_distance_bias(distance_bias, q)
     if dropout == 0:
         seed = None
     elif seed is None:
         seed = philox.draw_seed(q.device)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     o, _ = torch.ops.petl.attention(
-        q, k, v, mask, bias, prefix_k, prefix_v, bool(causal), scale, float(dropout), seed, active()
-    )
+        q, k, v, mask, bias, prefix_k, prefix_v, bool(causal), scale, float(dropout), seed,
+        cu_seqlens_q, cu_seqlens_k, distance_bias, active(),
+    )  # fmt: skip
     return o
 
 
@@ -148,6 +178,50 @@ def _check_prefix(prefix_k: Tensor | None, prefix_v: Tensor | None, q: Tensor) -
     return prefix_k.shape[0]
 
 
+def _check_packed(q, k, mask, bias, cu_seqlens_q, cu_seqlens_k) -> None:
+    op = "attention"
+    if (cu_seqlens_q is None) != (cu_seqlens_k is None):
+        missing = "cu_seqlens_q" if cu_seqlens_q is None else "cu_seqlens_k"
+        raise InputError(f"{op}: {missing} is None and the other one is not: expected both or none")
+    if cu_seqlens_q is None:
+        return
+    for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if cu.dtype != torch.int32:
+            raise InputError(f"{op}: {name} has dtype {cu.dtype}: expected torch.int32")
+        if cu.dim() != 1 or cu.shape[0] < 2:
+            raise InputError(f"{op}: {name} has shape {shape(cu)}: expected (sentences + 1,) for one sentence or more")
+        check_device(op, name, cu, q)
+    if cu_seqlens_k.shape != cu_seqlens_q.shape:
+        expected = f"that of cu_seqlens_q, {shape(cu_seqlens_q)}"
+        raise InputError(f"{op}: cu_seqlens_k has shape {shape(cu_seqlens_k)}: expected {expected}")
+    if q.shape[0] != 1:
+        raise InputError(f"{op}: q has shape {shape(q)}: expected a batch of 1 with cu_seqlens_q")
+    for name, tensor in (("mask", mask), ("bias", bias)):
+        if tensor is not None:
+            raise InputError(f"{op}: {name} is given with cu_seqlens_q: expected None (sentences see only themselves)")
+
+
+def _check_boundaries(name: str, cu: Tensor, tokens: int) -> None:
+    values = cu.tolist()
+    if values[0] != 0 or values[-1] != tokens:
+        raise InputError(f"attention: {name} goes from {values[0]} to {values[-1]}: expected 0 to {tokens}, the tokens")
+    for sentence, (start, stop) in enumerate(itertools.pairwise(values)):
+        if stop < start:
+            raise InputError(f"attention: {name} has {start}, {stop} at {sentence}: expected numbers that do not fall")
+
+
+def _check_distance_bias(distance_bias: Tensor | None, q: Tensor) -> None:
+    if distance_bias is None:
+        return
+    name, heads = "distance_bias", q.shape[1]
+    if distance_bias.dim() != 2 or distance_bias.shape[0] != heads or distance_bias.shape[1] % 2 == 0:
+        expected = f"({heads}, 2R + 1), an odd number of distances"
+        raise InputError(f"attention: {name} has shape {shape(distance_bias)}: expected {expected}")
+    if not distance_bias.is_floating_point():
+        raise InputError(f"attention: {name} has dtype {distance_bias.dtype}: expected a floating-point tensor")
+    check_device("attention", name, distance_bias, q)
+
+
 def transient_chunks(batch: int, heads: int, queries: int, columns: int) -> Iterator[tuple[slice, slice, slice]]:
     """Slices of (batch, heads, queries), each a contiguous run of the probabilities (batch, heads, queries, columns).
 
@@ -168,121 +242,208 @@ def transient_chunks(batch: int, heads: int, queries: int, columns: int) -> Iter
 
 
 @register("attention", "reference")
-def reference(q, k, v, mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed) -> tuple[Tensor, Tensor]:
-    inputs = _Inputs(q, k, v, mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed)
+def reference(
+    q, k, v, mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed, cu_seqlens_q, cu_seqlens_k, distance_bias
+) -> tuple[Tensor, Tensor]:
+    inputs = _Inputs(
+        q, k, v, mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed, cu_seqlens_q, cu_seqlens_k, distance_bias
+    )
     o, lse = _outputs(q)
-    for part in inputs.chunks():
-        s = inputs.scores(part)
-        p, lse[part] = _softmax(s)
-        o[part] = inputs.weighted_values(part, (p * inputs.kept(part)).to(q.dtype))
+    for chunk in inputs.chunks():
+        s = inputs.scores(chunk)
+        p, lse[chunk.queries] = _softmax(s)
+        o[chunk.queries] = inputs.weighted_values(chunk, (p * inputs.kept(chunk)).to(q.dtype))
     return o, lse
 
 
 @register("attention_backward", "reference")
 def reference_backward(
-    do, q, k, v, o, lse, mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed, need_dbias
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    do, q, k, v, o, lse, mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed, need_dbias,
+    cu_seqlens_q, cu_seqlens_k, distance_bias, need_ddistance_bias,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     sums = accumulate_dtype(q.dtype)
-    inputs = _Inputs(q, k, v, mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed)
+    inputs = _Inputs(
+        q, k, v, mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed, cu_seqlens_q, cu_seqlens_k, distance_bias
+    )
     prefix = inputs.prefix
     dq, dk, dv = (_like_heads(tensor) for tensor in (q, k, v))
+    dk.zero_(), dv.zero_()  # keys that no query is held against
     dbias = bias.new_zeros(bias.shape, dtype=sums) if need_dbias else empty(q)
+    ddistance = distance_bias.new_zeros(distance_bias.shape, dtype=sums) if need_ddistance_bias else empty(q)
     dprefix_k, dprefix_v = (q.new_zeros(_heads_first(p).shape, dtype=sums) for p in (inputs.prefix_k, inputs.prefix_v))
     dk_sum = dv_sum = None
-    for part in inputs.chunks():
-        b, h, rows = part
+    for chunk in inputs.chunks():
+        b, h, rows = part = chunk.queries
         # A row is whole here, so its softmax is taken again: unlike exp(S - lse) it survives an additive mask that
         # hides all keys with finfo.min, in whose lse the logarithm of the sum is lost.
-        p, _ = _softmax(inputs.scores(part))
-        kept = inputs.kept(part)
+        p, _ = _softmax(inputs.scores(chunk))
+        kept = inputs.kept(chunk)
         do_part = do[part]
         delta = (do_part.to(sums) * o[part].to(sums)).sum(-1, keepdim=True)
-        ds = p * (inputs.against_values(part, do_part) * kept - delta)
+        ds = p * (inputs.against_values(chunk, do_part) * kept - delta)
         if need_dbias:
             dbias[b if bias.shape[0] > 1 else slice(0, 1), h, rows] += _sum_to(ds[..., prefix:], bias.shape[0])
+        if need_ddistance_bias:
+            ddistance[h] += inputs.summed_by_distance(chunk, ds[..., prefix:].sum(0))
         ds, p = (ds * scale).to(q.dtype), (p * kept).to(q.dtype)
 
-        dq[part] = inputs.weighted_keys(part, ds)
+        dq[part] = inputs.weighted_keys(chunk, ds)
         # The queries of a head may come in several chunks: sums over them are not rounded in between.
-        if rows.start == 0:
-            dk_sum, dv_sum = (k.new_zeros(k[b, h].shape, dtype=sums) for _ in range(2))
+        if chunk.first:
+            dk_sum, dv_sum = (k.new_zeros(k[chunk.seen].shape, dtype=sums) for _ in range(2))
         dk_sum += ds[..., prefix:].mT @ q[part]
         dv_sum += p[..., prefix:].mT @ do_part
-        if rows.stop == q.shape[2]:
-            dk[b, h], dv[b, h] = dk_sum, dv_sum
+        if chunk.last:
+            dk[chunk.seen], dv[chunk.seen] = dk_sum, dv_sum
         if prefix:
             dprefix_k[h] += _over_batch(ds[..., :prefix]).to(sums).mT @ _over_batch(q[part]).to(sums)
             dprefix_v[h] += _over_batch(p[..., :prefix]).to(sums).mT @ _over_batch(do_part).to(sums)
-    if q.shape[2] == 0:
-        dk.zero_(), dv.zero_()
-    return dq, dk, dv, dbias, dprefix_k.transpose(0, 1).contiguous(), dprefix_v.transpose(0, 1).contiguous()
+    dprefix = (grad.transpose(0, 1).contiguous() for grad in (dprefix_k, dprefix_v))
+    return dq, dk, dv, dbias, *dprefix, ddistance
+
+
+class _Chunk(NamedTuple):
+    """Some batch rows, heads and queries, and the keys that these are held against."""
+
+    b: slice
+    h: slice
+    rows: slice
+    keys: slice
+    first: bool  # of the chunks that go over the queries of these heads and keys
+    last: bool
+
+    @property
+    def queries(self) -> tuple[slice, slice, slice]:
+        return self.b, self.h, self.rows
+
+    @property
+    def seen(self) -> tuple[slice, slice, slice]:
+        return self.b, self.h, self.keys
 
 
 class _Inputs:
-    """What the scores of a chunk of (batch, heads, queries) are made of."""
+    """What the scores of a chunk are made of."""
 
-    def __init__(self, q, k, v, mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed):
+    def __init__(
+        self, q, k, v, mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed, cu_q, cu_k, distance_bias
+    ):
         self.q, self.k, self.v, self.mask, self.bias = q, k, v, mask, bias
         self.causal, self.scale, self.dropout, self.seed = causal, scale, dropout, seed
+        self.cu_q, self.cu_k, self.distance_bias = cu_q, cu_k, distance_bias
         nothing = q.new_empty(0, q.shape[1], q.shape[3])
         self.prefix_k = nothing if prefix_k is None else prefix_k.to(q.dtype)
         self.prefix_v = nothing if prefix_v is None else prefix_v.to(q.dtype)
         self.prefix = self.prefix_k.shape[0]
         self.sums = accumulate_dtype(q.dtype)
+        if cu_q is not None:
+            positions = torch.arange(q.shape[2], dtype=cu_q.dtype, device=q.device)
+            sentence = torch.searchsorted(cu_q.contiguous(), positions, right=True) - 1
+            self.start, self.stop = cu_k[sentence], cu_k[sentence + 1]  # of the keys that each query sees
+            self.shift = self.stop - cu_q[sentence + 1]
 
-    def chunks(self) -> Iterator[tuple[slice, slice, slice]]:
-        return transient_chunks(*self.q.shape[:3], self.prefix + self.k.shape[2])
+    def chunks(self) -> Iterator[_Chunk]:
+        batch, heads = self.q.shape[:2]
+        for queries, keys in self.sentences():
+            count = queries.stop - queries.start
+            for b, h, rows in transient_chunks(batch, heads, count, self.prefix + keys.stop - keys.start):
+                inside = slice(queries.start + rows.start, queries.start + rows.stop)
+                yield _Chunk(b, h, inside, keys, rows.start == 0, rows.stop == count)
 
-    def scores(self, part) -> Tensor:
+    def sentences(self) -> Iterator[tuple[slice, slice]]:
+        """Queries and keys of one sentence after the other; all of them together where reading the boundaries waits."""
+        if self.cu_q is None or not _is_read_without_waiting(self.cu_q):
+            yield slice(0, self.q.shape[2]), slice(0, self.k.shape[2])
+            return
+        for queries, keys in zip(*map(itertools.pairwise, (self.cu_q.tolist(), self.cu_k.tolist())), strict=True):
+            yield slice(*queries), slice(*keys)
+
+    def scores(self, chunk: _Chunk) -> Tensor:
         """S of one chunk: (batch, heads, queries, prefix + keys)."""
-        b, h, rows = part
-        q = self.q[part]
-        s = (q @ self.k[b, h].mT).to(self.sums) * self.scale
+        q = self.q[chunk.queries]
+        s = (q @ self.k[chunk.seen].mT).to(self.sums) * self.scale
         if self.bias is not None:
-            s = s + _slice(self.bias, part).to(self.sums)
+            s = s + _slice(self.bias, chunk.queries).to(self.sums)
+        if self.distance_bias is not None:
+            reach = self.distance_bias.shape[1] // 2
+            s = s + self.distance_bias[chunk.h][:, self.distances(chunk).clamp(-reach, reach) + reach].to(self.sums)
         if self.mask is not None:
-            mask = _slice(self.mask, part)
+            mask = _slice(self.mask, chunk.queries)
             s = s.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else s + mask.to(self.sums)
         if self.causal:
-            i = torch.arange(rows.start, rows.stop, device=q.device)[:, None]
-            j = torch.arange(self.k.shape[2], device=q.device)
-            s = s.masked_fill(j > i + (self.k.shape[2] - self.q.shape[2]), -torch.inf)
+            s = s.masked_fill(self.distances(chunk) > 0, -torch.inf)
+        if self.cu_q is not None:
+            j = torch.arange(chunk.keys.start, chunk.keys.stop, device=q.device)
+            start, stop = self.start[chunk.rows, None], self.stop[chunk.rows, None]
+            s = s.masked_fill((j < start) | (j >= stop), -torch.inf)
         if not self.prefix:
             return s
-        s_prefix = (q @ _heads_first(self.prefix_k)[h].mT).to(self.sums) * self.scale
+        s_prefix = (q @ _heads_first(self.prefix_k)[chunk.h].mT).to(self.sums) * self.scale
         return torch.cat([s_prefix, s], -1)
 
-    def weighted_values(self, part, p: Tensor) -> Tensor:
+    def distances(self, chunk: _Chunk) -> Tensor:
+        """How far behind its query a key is, where a sentence's last key and last query are level: (queries, keys)."""
+        i = torch.arange(chunk.rows.start, chunk.rows.stop, device=self.q.device)
+        j = torch.arange(chunk.keys.start, chunk.keys.stop, device=self.q.device)
+        shift = self.k.shape[2] - self.q.shape[2] if self.cu_q is None else self.shift[chunk.rows]
+        return j - (i + shift)[:, None]
+
+    def summed_by_distance(self, chunk: _Chunk, ds: Tensor) -> Tensor:
+        """(heads, queries, keys) as (heads, 2R + 1)."""
+        reach, keys = self.distance_bias.shape[1] // 2, ds.shape[2]
+        distances = self.distances(chunk)
+        total = ds.new_zeros(ds.shape[0], 2 * reach + 1)
+        if keys == 0:
+            return total
+        # A gather and not a scatter, whose order of additions differs from run to run on a GPU.
+        columns = torch.arange(-reach, reach + 1, device=ds.device) - distances[:, :1]
+        inside = (columns >= 0) & (columns < keys)
+        at_distance = ds.gather(2, columns.clamp(0, keys - 1).expand(len(ds), -1, -1))
+        total += at_distance.masked_fill(~inside, 0).sum(1)
+        total[:, 0] += ds.masked_fill(distances >= -reach, 0).sum((1, 2))
+        total[:, -1] += ds.masked_fill(distances <= reach, 0).sum((1, 2))
+        return total
+
+    def weighted_values(self, chunk: _Chunk, p: Tensor) -> Tensor:
         """p v"""
-        return self._weighted(part, p, self.v, self.prefix_v)
+        return self._weighted(chunk, p, self.v, self.prefix_v)
 
-    def weighted_keys(self, part, ds: Tensor) -> Tensor:
+    def weighted_keys(self, chunk: _Chunk, ds: Tensor) -> Tensor:
         """ds k"""
-        return self._weighted(part, ds, self.k, self.prefix_k)
+        return self._weighted(chunk, ds, self.k, self.prefix_k)
 
-    def _weighted(self, part, weights: Tensor, rows: Tensor, prefix: Tensor) -> Tensor:
-        b, h, _ = part
-        total = weights[..., self.prefix :] @ rows[b, h]
-        return total + weights[..., : self.prefix] @ _heads_first(prefix)[h] if self.prefix else total
+    def _weighted(self, chunk: _Chunk, weights: Tensor, rows: Tensor, prefix: Tensor) -> Tensor:
+        total = weights[..., self.prefix :] @ rows[chunk.seen]
+        return total + weights[..., : self.prefix] @ _heads_first(prefix)[chunk.h] if self.prefix else total
 
-    def against_values(self, part, do: Tensor) -> Tensor:
+    def against_values(self, chunk: _Chunk, do: Tensor) -> Tensor:
         """do vᵀ"""
-        b, h, _ = part
-        dp = (do @ self.v[b, h].mT).to(self.sums)
+        dp = (do @ self.v[chunk.seen].mT).to(self.sums)
         if not self.prefix:
             return dp
-        return torch.cat([(do @ _heads_first(self.prefix_v)[h].mT).to(self.sums), dp], -1)
+        return torch.cat([(do @ _heads_first(self.prefix_v)[chunk.h].mT).to(self.sums), dp], -1)
 
-    def kept(self, part) -> Tensor | float:
+    def kept(self, chunk: _Chunk) -> Tensor | float:
         """0 where dropout drops a probability, 1 / (1 - p) where it keeps it."""
         if self.dropout == 0:
             return 1.0
         _, heads, queries, _ = self.q.shape
         columns = self.prefix + self.k.shape[2]
-        b, h, rows = part
-        size = (b.stop - b.start, h.stop - h.start, rows.stop - rows.start, columns)
+        b, h, rows = chunk.queries
         first = ((b.start * heads + h.start) * queries + rows.start) * columns
-        return philox.keep_mask(self.seed, size, self.dropout, first).to(self.sums) / (1 - self.dropout)
+        size = (b.stop - b.start, h.stop - h.start, rows.stop - rows.start)
+        if chunk.keys == slice(0, self.k.shape[2]):
+            mask = philox.keep_mask(self.seed, (*size, columns), self.dropout, first)
+        else:  # one sentence of a packed row
+            own = torch.arange(chunk.keys.start, chunk.keys.stop, device=self.q.device) + self.prefix
+            seen = torch.cat([torch.arange(self.prefix, device=self.q.device), own])
+            head, row = (torch.arange(n, device=self.q.device) for n in size[1:])
+            at = (head[:, None, None] * queries + row[:, None]) * columns + seen + first
+            mask = philox.keep_elements(self.seed, at[None], self.dropout)
+        return mask.to(self.sums) / (1 - self.dropout)
+
+
+def _is_read_without_waiting(cu: Tensor) -> bool:
+    return cu.device.type == "cpu"
 
 
 def _softmax(s: Tensor) -> tuple[Tensor, Tensor]:
@@ -321,37 +482,52 @@ def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
     return _like_heads(q), q.new_empty(q.shape[:3], dtype=accumulate_dtype(q.dtype))
 
 
-def _forward(q, k, v, mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed, backend):
+def _forward(
+    q, k, v, mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed, cu_seqlens_q, cu_seqlens_k, distance_bias,
+    backend,
+):  # fmt: skip
+    if cu_seqlens_q is not None and _is_read_without_waiting(cu_seqlens_q):
+        _check_boundaries("cu_seqlens_q", cu_seqlens_q, q.shape[2])
+        _check_boundaries("cu_seqlens_k", cu_seqlens_k, k.shape[2])
     kernel = dispatch("attention", q.device, backend, q.dtype)
-    return kernel(q, k, v, mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed)
+    return kernel(
+        q, k, v, mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed, cu_seqlens_q, cu_seqlens_k, distance_bias
+    )
 
 
-def _forward_fake(q, k, v, mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed, backend):
+def _forward_fake(q, *_):
     return _outputs(q)
 
 
-def _backward(do, q, k, v, o, lse, mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed, need_dbias, backend):
+def _backward(
+    do, q, k, v, o, lse, mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed, need_dbias,
+    cu_seqlens_q, cu_seqlens_k, distance_bias, need_ddistance_bias, backend,
+):  # fmt: skip
     kernel = dispatch("attention_backward", q.device, backend, q.dtype)
-    dq, dk, dv, dbias, dprefix_k, dprefix_v = kernel(
-        do, q, k, v, o, lse, mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed, need_dbias
-    )
+    dq, dk, dv, *to_sums = kernel(
+        do, q, k, v, o, lse, mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed, need_dbias,
+        cu_seqlens_q, cu_seqlens_k, distance_bias, need_ddistance_bias,
+    )  # fmt: skip
     sums = accumulate_dtype(q.dtype)
-    return dq, dk, dv, dbias.to(sums), dprefix_k.to(sums), dprefix_v.to(sums)
+    return dq, dk, dv, *(grad.to(sums) for grad in to_sums)
 
 
 def _backward_fake(
-    do, q, k, v, o, lse, mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed, need_dbias, backend
-):
+    do, q, k, v, o, lse, mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed, need_dbias,
+    cu_seqlens_q, cu_seqlens_k, distance_bias, need_ddistance_bias, backend,
+):  # fmt: skip
     sums = accumulate_dtype(q.dtype)
     prefix = (0, q.shape[1], q.shape[3]) if prefix_k is None else prefix_k.shape
     dbias = q.new_empty(bias.shape if need_dbias else 0, dtype=sums)
-    return (*map(_like_heads, (q, k, v)), dbias, q.new_empty(prefix, dtype=sums), q.new_empty(prefix, dtype=sums))
+    dprefix = (q.new_empty(prefix, dtype=sums) for _ in range(2))
+    ddistance = q.new_empty(distance_bias.shape if need_ddistance_bias else 0, dtype=sums)
+    return (*map(_like_heads, (q, k, v)), dbias, *dprefix, ddistance)
 
 
 def _save(ctx, inputs, output) -> None:
-    q, k, v, mask, bias, prefix_k, prefix_v, ctx.causal, ctx.scale, ctx.dropout, seed, ctx.backend = inputs
+    q, k, v, mask, bias, prefix_k, prefix_v, ctx.causal, ctx.scale, ctx.dropout, seed, *packed, ctx.backend = inputs
     o, lse = output
-    ctx.save_for_backward(q, k, v, o, lse, mask, bias, prefix_k, prefix_v, seed)
+    ctx.save_for_backward(q, k, v, o, lse, mask, bias, prefix_k, prefix_v, seed, *packed)
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)
 
@@ -359,24 +535,25 @@ def _save(ctx, inputs, output) -> None:
 def _gradients(ctx, needs, do: Tensor | None, _):
     if do is None:
         return (None,) * len(needs)
-    q, k, v, o, lse, mask, bias, prefix_k, prefix_v, seed = ctx.saved_tensors
-    dq, dk, dv, dbias, dprefix_k, dprefix_v = torch.ops.petl.attention_backward(
-        do, q, k, v, o, lse, mask, bias, prefix_k, prefix_v,
-        ctx.causal, ctx.scale, ctx.dropout, seed, needs[4], ctx.backend,
+    q, k, v, o, lse, mask, bias, prefix_k, prefix_v, seed, cu_q, cu_k, distance_bias = ctx.saved_tensors
+    dq, dk, dv, *to_cast = torch.ops.petl.attention_backward(
+        do, q, k, v, o, lse, mask, bias, prefix_k, prefix_v, ctx.causal, ctx.scale, ctx.dropout, seed, needs[4],
+        cu_q, cu_k, distance_bias, needs[13], ctx.backend,
     )  # fmt: skip
-    dbias = dbias.to(bias.dtype) if needs[4] else None
-    prefix = [
-        grad.to(p.dtype) if need else None
-        for grad, p, need in ((dprefix_k, prefix_k, needs[5]), (dprefix_v, prefix_v, needs[6]))
-    ]
     dq, dk, dv = (grad if need else None for grad, need in zip((dq, dk, dv), needs[:3], strict=True))
-    return dq, dk, dv, None, dbias, *prefix, None, None, None, None, None
+    parameters, needed = (bias, prefix_k, prefix_v, distance_bias), (*needs[4:7], needs[13])
+    dbias, *dprefix, ddistance = (
+        grad.to(parameter.dtype) if need else None
+        for grad, parameter, need in zip(to_cast, parameters, needed, strict=True)
+    )
+    return dq, dk, dv, None, dbias, *dprefix, None, None, None, None, None, None, ddistance, None
 
 
 define(
     "attention",
     "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bias, Tensor? prefix_k, Tensor? prefix_v, bool causal,"
-    " float scale, float dropout, Tensor? seed, str backend) -> (Tensor, Tensor)",
+    " float scale, float dropout, Tensor? seed, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? distance_bias,"
+    " str backend) -> (Tensor, Tensor)",
     _forward,
     _forward_fake,
     autocast=(0, 1, 2),
@@ -384,8 +561,9 @@ define(
 define(
     "attention_backward",
     "(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor? mask, Tensor? bias, Tensor? prefix_k,"
-    " Tensor? prefix_v, bool causal, float scale, float dropout, Tensor? seed, bool need_dbias, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " Tensor? prefix_v, bool causal, float scale, float dropout, Tensor? seed, bool need_dbias, Tensor? cu_seqlens_q,"
+    " Tensor? cu_seqlens_k, Tensor? distance_bias, bool need_ddistance_bias, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )

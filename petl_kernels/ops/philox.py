@@ -139,6 +139,16 @@ def keep_mask(seed: Tensor, shape: tuple[int, ...], p: float, first: int = 0) ->
     return keep
 
 
+@torch.no_grad()
+def keep_elements(seed: Tensor, index: Tensor, p: float) -> Tensor:
+    """Which of the elements at ``index`` (int64, any shape) stay: a bool tensor of its shape."""
+    keep = torch.empty(index.shape, dtype=torch.bool, device=seed.device)
+    for part, at in zip(keep.view(-1).split(_CHUNK), index.reshape(-1).split(_CHUNK), strict=True):
+        outputs = torch.stack(philox(seed, at // 4), 1)
+        part.copy_(outputs.gather(1, (at % 4)[:, None])[:, 0] >= threshold(p))
+    return keep
+
+
 def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     """drop(x) of a (tokens, features) tensor. It is its own derivative: dropout(dy) is the gradient."""
     if p == 0:

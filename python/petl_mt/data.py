@@ -7,9 +7,10 @@ import re
 import unicodedata
 import zlib
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,10 @@ import torch
 from torch import Tensor
 
 from petl_kernels.errors import InputError
+from petl_kernels.interop.packed import IGNORE, pack
 
 from .config import Pair
 
-IGNORE = -100  # label of a padded position
 ENCODE_AT_ONCE = 50_000  # lines; their ids are Python lists for a moment
 
 # First bytes of what is no UTF-8 text, and how an error names it. gzip is read in files.
@@ -189,11 +190,70 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """On a CUDA device by way of pinned memory, without waiting for the copy."""
-        source, labels = self.source, self.labels
-        if device.type == "cuda":
-            source, labels = source.pin_memory(), labels.pin_memory()
-        moved = (tensor.to(device, non_blocking=True) for tensor in (source, labels))
-        return Batch(*moved, self.indices, self.target_tokens, self.padded)
+        source, labels = _moved(self.source, device), _moved(self.labels, device)
+        return Batch(source, labels, self.indices, self.target_tokens, self.padded)
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """The sentences of a ``Batch`` without padding: ``row`` is what ``petl_kernels.pack`` makes of them.
+
+    Decoder inputs are part of it. ``source`` (1, T) and ``labels`` (1, T') are int64.
+    """
+
+    row: dict
+    indices: np.ndarray
+    target_tokens: int
+
+    @classmethod
+    def of(cls, pairs: list[tuple[np.ndarray, np.ndarray]], indices: np.ndarray, start: int) -> PackedBatch:
+        """start: the id that decoder inputs begin with."""
+        row = pack([(source, target, np.concatenate(([start], target[:-1]))) for source, target in pairs])
+        return cls(row, indices, row["labels"].numel())
+
+    @property
+    def source(self) -> Tensor:
+        return self.row["input_ids"]
+
+    @property
+    def labels(self) -> Tensor:
+        return self.row["labels"]
+
+    def parts(self, tokens: int) -> Iterator[PackedBatch]:
+        """The same sentences in rows of at most ``tokens`` a side, but of one sentence at least."""
+        ends = self._ends()
+        first, count = 0, len(self.indices)
+        for last in range(1, count + 1):
+            if last == count or any(side[last + 1] - side[first] > tokens for side in ends):
+                yield self._part(slice(first, last), ends)
+                first = last
+
+    def _ends(self) -> list[list[int]]:
+        return [self.row["cu_seqlens"].tolist(), self.row["decoder_cu_seqlens"].tolist()]
+
+    def _part(self, sentences: slice, ends: list[list[int]]) -> PackedBatch:
+        if sentences == slice(0, len(self.indices)):
+            return self
+        cuts = [side[sentences.start : sentences.stop + 1] for side in ends]
+        source, target = (slice(side[0], side[-1]) for side in cuts)
+        row = {
+            "input_ids": self.source[:, source],
+            "labels": self.labels[:, target],
+            "decoder_input_ids": self.row["decoder_input_ids"][:, target],
+            "cu_seqlens": self.row["cu_seqlens"][sentences.start : sentences.stop + 1] - source.start,
+            "decoder_cu_seqlens": self.row["decoder_cu_seqlens"][sentences.start : sentences.stop + 1] - target.start,
+            "longest": max(stop - start for side in cuts for start, stop in pairwise(side)),
+        }
+        return PackedBatch(row, self.indices[sentences], row["labels"].numel())
+
+    def to(self, device: torch.device) -> PackedBatch:
+        """On a CUDA device by way of pinned memory, without waiting for the copy."""
+        row = {name: value if name == "longest" else _moved(value, device) for name, value in self.row.items()}
+        return PackedBatch(row, self.indices, self.target_tokens)
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 class Corpus:
@@ -241,6 +301,15 @@ class Corpus:
         labels = self.targets.padded(indices, IGNORE, width(self.targets))
         return Batch.of(source, labels, indices, self.pad)
 
+    def packed(self, indices: np.ndarray, start: int) -> PackedBatch:
+        """What ``collate`` gives, without padding; start: the id that decoder inputs begin with."""
+        return PackedBatch.of([(self.sources[i], self.targets[i]) for i in indices], indices, start)
+
+    def padding(self, batch: Batch | PackedBatch) -> float:
+        """The share of positions of ``batch``, source and labels, that have no token."""
+        tokens = self.sources.lengths[batch.indices].sum() + self.targets.lengths[batch.indices].sum()
+        return 1 - float(tokens) / (batch.source.numel() + batch.labels.numel())
+
 
 @dataclass
 class Position:
@@ -251,7 +320,12 @@ class Position:
 
 
 class TrainBatches:
-    """The endless sequence of training batches, decided by (seed, epoch) alone: any position can be gone back to."""
+    """The endless sequence of training batches, decided by (seed, epoch) alone: any position can be gone back to.
+
+    Which sentences are in a batch is the same whether it is padded or, with ``start``, packed.
+    """
+
+    start: int | None = None  # the id that decoder inputs begin with, where batches are packed rows
 
     def __init__(self, corpus: Corpus, batch_tokens: int, seed: int, multiple: int = 1) -> None:
         self.corpus, self.batch_tokens, self.seed, self.multiple = corpus, batch_tokens, seed, multiple
@@ -264,13 +338,19 @@ class TrainBatches:
             self._epoch = epoch
         return self._plan
 
-    def take(self, position: Position) -> Batch:
+    def take(self, position: Position) -> Batch | PackedBatch:
         """The batch at ``position``, which moves on by one."""
-        batch = self.corpus.collate(self.plan(position.epoch)[position.batch], self.multiple)
+        batch = self.of(self.plan(position.epoch)[position.batch])
         position.batch += 1
         if position.batch == len(self._plan):
             position.epoch, position.batch = position.epoch + 1, 0
         return batch
+
+    def of(self, indices: np.ndarray, padded: bool = False) -> Batch | PackedBatch:
+        """The sentences ``indices`` as they are trained on, or padded."""
+        if padded or self.start is None:
+            return self.corpus.collate(indices, self.multiple)
+        return self.corpus.packed(indices, self.start)
 
 
 Text = tuple[Pair, list[str], list[str]]

@@ -133,18 +133,20 @@ def validation_loss(
     start: int,
     autocast: Autocast = nullcontext,
     told: Callable[[int], None] = lambda done: None,
+    packed: bool = False,
 ) -> float:
     """Mean negative log-likelihood of a target token, in nats, without label smoothing.
 
-    told: is called after each batch with the number of sentence pairs that are done.
+    told: is called after each batch with the number of sentence pairs that are done. packed: in packed rows, of the
+    sentences of each batch.
     """
     device, done = next(model.parameters()).device, 0
     total = torch.zeros((), dtype=torch.float64, device=device)
     with _evaluating(model):
         for indices in corpus.plan(batch_tokens):
-            batch = corpus.collate(indices).to(device)
+            batch = corpus.packed(indices, start) if packed else corpus.collate(indices)
             with autocast():
-                total += sequence_loss(model, batch, start, corpus.pad).double()
+                total += sequence_loss(model, batch.to(device), start, corpus.pad).double()
             done += len(indices)
             told(done)
     return total.item() / int(corpus.targets.lengths.sum())

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from petl_kernels.interop.lean_loss import LeanLoss, loss_of_logits
 
-from .data import IGNORE, Batch
+from .data import IGNORE, Batch, PackedBatch
 
 
 def shift_right(labels: Tensor, start: int, pad: int) -> Tensor:
@@ -16,11 +16,14 @@ def shift_right(labels: Tensor, start: int, pad: int) -> Tensor:
     return shifted.masked_fill_(shifted == IGNORE, pad)
 
 
-def sequence_loss(model, batch: Batch, start: int, pad: int, label_smoothing: float = 0.0) -> Tensor:
+def sequence_loss(model, batch: Batch | PackedBatch, start: int, pad: int, label_smoothing: float = 0.0) -> Tensor:
     """Summed over target tokens: (1 - ε)·(-log p(y)) + ε·mean over the vocabulary of -log p, with sums in fp32.
 
-    Without logits where the model's loss is lean (``petl_kernels.lean``).
+    Without logits where the model's loss is lean (``petl_kernels.lean``), as it has to be for a packed batch.
     """
+    options = {"label_smoothing": label_smoothing, "reduction": "sum", "counted": batch.target_tokens}
+    if isinstance(batch, PackedBatch):
+        return model(**batch.row, **options).loss
     inputs = {
         "input_ids": batch.source,
         "attention_mask": (batch.source != pad).long() if batch.padded else None,
@@ -29,6 +32,5 @@ def sequence_loss(model, batch: Batch, start: int, pad: int, label_smoothing: fl
         "use_cache": False,
     }
     if isinstance(model, LeanLoss):
-        options = {"label_smoothing": label_smoothing, "reduction": "sum", "counted": batch.target_tokens}
         return model(**inputs, labels=batch.labels, **options).loss
     return loss_of_logits(model(**inputs).logits, batch.labels, label_smoothing, reduction="sum")

@@ -75,6 +75,7 @@ def plan_for(model: nn.Module, config: TrainConfig, longest: int, device: torch.
         tier=config.tier,
         beam=config.beam,
         cuda_graphs=config.cuda_graphs,
+        packed=not config.cuda_graphs,
     )
 
 

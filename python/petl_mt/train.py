@@ -27,6 +27,7 @@ from petl_kernels.errors import InputError
 from petl_kernels.graphs import check_device
 from petl_kernels.interop.adapters import write_merged
 from petl_kernels.interop.files import atomic_dir, atomic_write
+from petl_kernels.interop.lean_loss import packing_obstacle
 from petl_kernels.interop.planned import load_planned
 from petl_kernels.memory import cap
 from petl_kernels.memory.generation import output_length
@@ -49,7 +50,7 @@ from .checks import (
     write_text_sums,
 )
 from .config import Pair, TrainConfig
-from .data import Batch, Position, TrainBatches, encode_pairs, read_pair
+from .data import Batch, PackedBatch, Position, TrainBatches, encode_pairs, read_pair
 from .evaluate import BatchLimit, Scores, bleu_metric, score_lines, translate, until_it_fits, validation_loss
 from .late import LateReader
 from .lock import locked
@@ -91,6 +92,7 @@ class Progress:
     seconds: float = 0.0  # in training steps
     saved_bytes_per_token: float | None = None
     plain_saved_bytes_per_token: float | None = None
+    packed: bool | None = None  # whether batches are packed rows; decided once, when the run begins
 
 
 @dataclass
@@ -108,7 +110,7 @@ class RunResult:
     total_parameters: int  # of the model without what was added to it
     seconds_per_step: float
     target_tokens_per_second: float
-    saved_bytes_per_token: float | None  # kept for backward, per padded token of source and target
+    saved_bytes_per_token: float | None  # kept for backward, per token of source and target, padding too
     plain_saved_bytes_per_token: float | None  # what it would be with the model's own layers and loss
     peak_memory_bytes: int | None  # of what a budget counts; None where nothing counts it
     peak_process_bytes: int  # host memory of the process: Python and its libraries too
@@ -256,6 +258,7 @@ class _Training:
         self.losses: list[float] = []
         self.told = 0  # of what has been turned down
         self._prepare_folder(before)
+        self._choose_rows()
         pad = self.tokenizer.pad_token_id
         given = (self.model, self.optimizer, self.accelerator, config, self.plan, self.start, pad, self.log.say)
         self.update = Update(*given)
@@ -338,6 +341,7 @@ class _Training:
                 self.tokenizer.save_pretrained(temporary)
         if latest is not None:
             self.progress = Progress(**self.checkpoints.load(latest, self.model, self.optimizer))
+            self.progress.packed = bool(self.progress.packed)  # runs of earlier versions have padded batches
         self.log = RunLog(self.folder.path, self.config.steps, self.progress.step, self.config.tensorboard, self.quiet)
         for line in self.to_say:
             self.log.say(line)
@@ -365,6 +369,23 @@ class _Training:
                 )
         if self.progress.step:
             self.log.say(f"resumed after step {self.progress.step}")
+
+    def _choose_rows(self) -> None:
+        """Packed rows where the model reads them. A run that is resumed goes on as it began: its dropout depends on it.
+
+        Raises InputError where it began packed, and the model reads no packed rows now.
+        """
+        graphs = "CUDA graphs are captured of padded ones" if self.config.cuda_graphs else ""
+        reason, began = graphs or packing_obstacle(self.model), self.progress.packed
+        if began and reason:
+            raise InputError(f"out {self.folder.path}: the run began with packed rows, which cannot go on ({reason})")
+        if began is None:
+            self.progress.packed = not reason
+        if self.progress.packed:
+            self.batches.start = self.start
+            self.log.say("batches are packed rows, without padding")
+        else:
+            self.log.say(f"batches are padded: {reason or 'the run began so'}")
 
     def _resume(self, before: TrainConfig) -> Path | None:
         """The checkpoint to go on from; notes what differs from ``before``."""
@@ -426,7 +447,7 @@ class _Training:
         config, progress = self.config, self.progress
         self.model.train()
         if self.plan:
-            self.update.try_worst_batch(self.tokenizer.eos_token_id, self.meter)
+            self.update.try_worst_batch(self.tokenizer.eos_token_id, self.meter, self.progress.packed)
         if progress.saved_bytes_per_token is None:
             self._measure_saved()
         while progress.step < config.steps and not self._out_of_patience():
@@ -446,12 +467,12 @@ class _Training:
 
     def _measure_saved(self) -> None:
         """What a forward pass keeps of each token, and what it would keep with the model's own layers."""
-        batch = self.batches.take(Position(self.progress.epoch, self.progress.batch))
         plan = self.update.plan  # tightened, maybe
         rows = min(4, plan.rows) if plan else 4
-        part = batch.part(slice(rows), self.tokenizer.pad_token_id).to(self.device)
+        indices = self.batches.plan(self.progress.epoch)[self.progress.batch][:rows]
         own = list(plan.tiers) if plan else 1 if self.config.tier is None else self.config.tier
-        plain, kept = (self._saved_bytes_per_token(tiers, part) for tiers in (0, own))
+        plain = self._saved_bytes_per_token(0, self.batches.of(indices, padded=True).to(self.device))
+        kept = self._saved_bytes_per_token(own, self.batches.of(indices).to(self.device))
         self.progress.plain_saved_bytes_per_token, self.progress.saved_bytes_per_token = plain, kept
         if own and kept is not None:
             theirs = "do not fit" if plain is None else f"would keep {plain:,.0f}"
@@ -459,10 +480,11 @@ class _Training:
                 f"{kept:,.0f} bytes a token are kept for the backward pass; the model's own layers and loss {theirs}"
             )
 
-    def _saved_bytes_per_token(self, tiers: int | list[int], part: Batch) -> float | None:
+    def _saved_bytes_per_token(self, tiers: int | list[int], part: Batch | PackedBatch) -> float | None:
         """None where a budget of memory has no room for it."""
         pk.lean(self.model, tiers)
-        living = [*self.model.parameters(), *self.model.buffers(), part.source, part.labels]
+        given = part.row.values() if isinstance(part, PackedBatch) else (part.source, part.labels)
+        living = [*self.model.parameters(), *self.model.buffers(), *(x for x in given if isinstance(x, torch.Tensor))]
         try:
             with torch.random.fork_rng(), saved_bytes(exclude=living) as saved:
                 self.update.loss(part, 1)
@@ -477,6 +499,7 @@ class _Training:
         position = Position(progress.epoch, progress.batch)
         batches = [self.batches.take(position) for _ in range(config.accumulate)]
         tokens = sum(batch.target_tokens for batch in batches)
+        padding = statistics.mean(map(self.batches.corpus.padding, batches))
         lr = config.lr * lr_factor(config.schedule, progress.step + 1, config.warmup, config.steps)
         loss = self.update.gradients(batches, tokens)
         norm = self.update.step(lr)
@@ -486,7 +509,7 @@ class _Training:
         progress.target_tokens += tokens
         before = progress.seconds
         progress.seconds = before + time.perf_counter() - began
-        self.numbers.put(torch.stack([loss.float(), norm.float()]), dataclasses.replace(progress), lr)
+        self.numbers.put(torch.stack([loss.float(), norm.float()]), dataclasses.replace(progress), lr, padding)
         seconds = time.perf_counter() - began
         progress.seconds = before + seconds
         self.durations.append(seconds)
@@ -499,8 +522,8 @@ class _Training:
             self.log.say(str(backend))
             self.log.metrics(self.progress.step, turned_down=str(backend))
 
-    def _log_step(self, progress: Progress, lr: float, numbers: list[float]) -> None:
-        """``progress`` as it was after the update whose loss and norm these are."""
+    def _log_step(self, progress: Progress, lr: float, padding: float, numbers: list[float]) -> None:
+        """``progress`` as it was after the update whose loss and norm these are; padding: a share of its positions."""
         loss, norm = numbers
         self._check_finite(loss, norm, progress.step)
         self.losses.append(loss)
@@ -517,6 +540,7 @@ class _Training:
             target_tokens=progress.target_tokens,
             target_tokens_per_second=round(speed, 1),
             epoch=progress.epoch,
+            padding=round(padding, 4),
             memory_bytes=self.meter.memory(),
             process_bytes=process_bytes(),
             seconds=round(progress.seconds, 3),
@@ -556,6 +580,7 @@ class _Training:
                         self.start,
                         self.accelerator.autocast,
                         watch.at,
+                        self.progress.packed,
                     )
                 )
             best = math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss)

@@ -22,7 +22,7 @@ from petl_kernels.memory.plan import Plan
 from petl_kernels.memory.size import format_size
 
 from .config import TrainConfig
-from .data import Batch
+from .data import Batch, PackedBatch
 from .loss import sequence_loss
 from .memory import MemoryMeter
 
@@ -53,7 +53,7 @@ class Update:
             for parameter in self.parameters:  # where graphs will add to
                 parameter.grad = torch.zeros_like(parameter)
 
-    def gradients(self, batches: list[Batch], tokens: int) -> Tensor:
+    def gradients(self, batches: list[Batch] | list[PackedBatch], tokens: int) -> Tensor:
         """Add up the gradients of ``batches``, normalised by all their target ``tokens`` together; returns the loss."""
         return self._until_it_fits(lambda: self._gradients(batches, tokens))
 
@@ -82,17 +82,19 @@ class Update:
             return
         self.optimizer.zero_grad(set_to_none=self.plan is None and self.graphs is None)
 
-    def loss(self, batch: Batch, tokens: int) -> Tensor:
+    def loss(self, batch: Batch | PackedBatch, tokens: int) -> Tensor:
         """This part's share of the mean loss over ``tokens``."""
         return self._sum_of_losses(batch) / tokens
 
-    def try_worst_batch(self, token: int, meter: MemoryMeter) -> None:
+    def try_worst_batch(self, token: int, meter: MemoryMeter, packed: bool = False) -> None:
         """The largest micro-batch of the longest sentences, before anything else: a plan that is wrong shows now."""
         rows, longest = self.plan.rows, self.plan.longest
         self.model.train()
         meter.restart()
         ids = torch.full((rows, longest), token)
         batch = Batch.of(ids, ids.clone(), np.arange(rows), self.pad)
+        if packed:
+            batch = PackedBatch.of([(row, row) for row in ids.numpy()], batch.indices, self.start)
         with torch.random.fork_rng():
             self._until_it_fits(lambda: self._gradients([batch], rows * longest))
         self.zero_gradients()
@@ -121,22 +123,25 @@ class Update:
             f"of {plan.micro_tokens:,} tokens, tiers {min(plan.tiers)} to {max(plan.tiers)}: the same update"
         )
 
-    def _gradients(self, batches: list[Batch], tokens: int) -> Tensor:
+    def _gradients(self, batches: list[Batch] | list[PackedBatch], tokens: int) -> Tensor:
         loss = torch.zeros((), device=self.device)
         for batch in batches:
             for part in self._micro_batches(batch):
                 loss += self._backward(part, tokens)
         return loss
 
-    def _micro_batches(self, batch: Batch) -> Iterator[Batch]:
-        """For graphs all those of a width have one shape."""
+    def _micro_batches(self, batch: Batch | PackedBatch) -> Iterator[Batch] | Iterator[PackedBatch]:
+        """Of as many tokens a side as a plan says, padding included; for graphs all those of a width have one shape."""
         tokens = self.micro_tokens or self.config.batch_tokens
+        if isinstance(batch, PackedBatch):
+            yield from (part.to(self.device) for part in batch.parts(tokens))
+            return
         rows = max(1, tokens // max(batch.source.shape[1], batch.labels.shape[1]))
         for i in range(0, len(batch.source), rows):
             part = batch.part(slice(i, i + rows), self.pad)
             yield (part if self.graphs is None else part.filled(rows, self.start)).to(self.device)
 
-    def _backward(self, batch: Batch, tokens: int) -> Tensor:
+    def _backward(self, batch: Batch | PackedBatch, tokens: int) -> Tensor:
         """Add the gradient of this part's share of the mean loss over ``tokens``; returns that share."""
         if self.graphs is not None:
             return self._replay(batch, tokens)
@@ -158,7 +163,7 @@ class Update:
         self.accelerator.backward(loss)
         return loss.detach()
 
-    def _sum_of_losses(self, batch: Batch) -> Tensor:
+    def _sum_of_losses(self, batch: Batch | PackedBatch) -> Tensor:
         with self.accelerator.autocast():
             return sequence_loss(self.model, batch, self.start, self.pad, self.config.label_smoothing)
 

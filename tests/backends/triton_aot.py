@@ -45,6 +45,7 @@ POINTERS = {
     torch.float16: "*fp16",
     torch.float32: "*fp32",
     torch.int64: "*i64",
+    torch.int32: "*i32",
     torch.uint8: "*u8",
     torch.int8: "*i8",
 }
@@ -212,7 +213,8 @@ def loss(dtype: torch.dtype, words: int, bias: bool, smoothing: float, rows: int
 
 
 def attend(dtype: torch.dtype, d: int, options: tuple[str, ...] = (), length: int = 512, heads: int = 16) -> None:
-    q, k, v, do = (_new(dtype, 16, length, heads, d).transpose(1, 2) for _ in range(4))
+    rows = 1 if "packed" in options else 16
+    q, k, v, do = (_new(dtype, rows, length * 16 // rows, heads, d).transpose(1, 2) for _ in range(4))
     mask = None
     if "padding" in options:
         mask = _new(torch.bool, 16, 1, 1, length)
@@ -222,8 +224,10 @@ def attend(dtype: torch.dtype, d: int, options: tuple[str, ...] = (), length: in
     prefix = [_new(torch.float32, 20, heads, d) if "prefix" in options else None] * 2
     dropout = 0.1 if "dropout" in options else 0.0
     rest = (mask, bias, *prefix, "causal" in options, d**-0.5, dropout, _new(torch.int64, 1) if dropout else None)
-    o, lse = attention.attention(q, k, v, *rest)
-    attention.attention_backward(do, q, k, v, o, lse, *rest, False)
+    cu = _new(torch.int32, 129) if "packed" in options else None
+    distance = _new(dtype, heads, 257) if "distance" in options else None
+    o, lse = attention.attention(q, k, v, *rest, cu, cu, distance)
+    attention.attention_backward(do, q, k, v, o, lse, *rest, False, cu, cu, distance, distance is not None)
 
 
 def quantised_products(dtype: torch.dtype, storage: str, tokens: int, n: int = 1024, k: int = 1024) -> None:
@@ -271,6 +275,7 @@ EVERYWHERE = [
     (loss, FP16, 128112, True, 0.0),
     (attend, BF16, 64, ("padding", "dropout")),
     (attend, FP16, 128, ("additive", "bias", "causal", "dropout", "prefix")),
+    (attend, BF16, 64, ("packed", "causal", "dropout", "prefix", "distance")),
 ]
 ONLY = {
     "sm80": [
@@ -282,6 +287,7 @@ ONLY = {
         (quantised_products, FP32, "int8", 16),
         (loss, FP32, 128112, True, 1e-6),
         (attend, FP32, 64, ("padding", "dropout")),
+        (attend, FP32, 64, ("packed", "distance")),
     ],
     "sm90": [
         (lora, BF16, 3, 64, 0.0),
@@ -297,6 +303,9 @@ ONLY = {
         (attend, BF16, 64),
         (attend, FP16, 64, ("additive", "bias", "causal", "dropout", "prefix")),
         (attend, FP16, 32, ("padding",)),
+        (attend, BF16, 64, ("packed",)),
+        (attend, FP16, 128, ("packed", "causal", "dropout", "distance")),
+        (attend, BF16, 64, ("additive", "distance")),
     ],
 }
 

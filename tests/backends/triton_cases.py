@@ -218,6 +218,8 @@ LOSS = {
     "quantised": _loss_quantised,
     "no-rows": lambda draw: loss(draw, (0,), words=40),
 }
+# Blocks with many sentences, sentences of many blocks, and empty ones, of which a graph has many at the end.
+SENTENCES = ((5, 7), (0, 3), (1, 1), (9, 4), (2, 0), (0, 0), (70, 41), (33, 40), (1, 2), *[(0, 0)] * 5)
 ATTENTION = {
     "1-query": lambda draw: attention(draw, batch=1, heads=2, queries=1, keys=1, d=1),
     "wide": lambda draw: attention(draw, batch=1, heads=1, queries=20, keys=33, d=100),
@@ -238,6 +240,22 @@ ATTENTION = {
         draw, heads=2, queries=20, keys=40, d=20, prefix=5, mask="rows", bias=2, causal=True, dropout=0.4
     ),
     "strided": _attention_strided,
+    "distance": lambda draw: attention(
+        draw, batch=1, heads=2, queries=33, keys=70, mask="rows", prefix=3, reach=20, causal=True
+    ),
+    "packed": lambda draw: attention(draw, heads=2, sentences=SENTENCES, dropout=0.3),
+    "packed-causal": lambda draw: attention(draw, heads=1, d=20, sentences=SENTENCES, causal=True, prefix=3),
+    "packed-everything": lambda draw: attention(
+        draw,
+        heads=2,
+        d=20,
+        sentences=SENTENCES,
+        causal=True,
+        prefix=4,
+        dropout=0.4,
+        reach=6,
+        prefix_dtype=torch.float32,
+    ),
     "no-rows": lambda draw: attention(draw, batch=1, heads=2, queries=0, prefix=2, dropout=0.1),
     "no-keys": lambda draw: attention(draw, keys=0, prefix=2),
 }
@@ -334,6 +352,12 @@ LARGE = {
             "plain": {"queries": 500, "keys": 700},
             "causal-dropout": {"queries": 520, "keys": 520, "causal": True, "dropout": 0.1, "mask": "padding"},
             "prefix-finfo": {"queries": 300, "keys": 300, "prefix": 100, "mask": "finfo"},
+            "packed": {
+                "sentences": tuple((n, n + n % 3) for n in range(60)),
+                "causal": True,
+                "dropout": 0.1,
+                "reach": 20,
+            },
         }.items()
     },
 }

@@ -202,6 +202,10 @@ def attention_bytes():
     yield traffic(lambda: ops.attention(q, k, v), q, k, v), counts.attention(2, 4, 7, 9, 8, 2)
     mask = torch.ones(2, 1, 1, 9, dtype=torch.bool)
     yield traffic(lambda: ops.attention(q, k, v, mask), q, k, v), counts.attention(2, 4, 7, 9, 8, 2, mask=18)
+    q, k, v = (new(1, 4, length, 8, dtype=BF16, grad=True) for length in (7, 9, 9))
+    cu = [torch.tensor(numbers, dtype=torch.int32) for numbers in ([0, 3, 7], [0, 4, 9])]
+    run = traffic(lambda: ops.attention(q, k, v, cu_seqlens_q=cu[0], cu_seqlens_k=cu[1]), q, k, v)
+    yield run, counts.attention(1, 4, 7, 9, 8, 2, mask=2 * 3 * 4, pairs=3 * 4 + 4 * 5)
 
 
 def quantised_bytes():
@@ -240,6 +244,7 @@ LAUNCHES = {
     "activate(BF16, 'relu', 0.1)": counts.activation(8192, 4096, "relu", 2) + counts.gated_activation(8192, 4096, 2),
     "residual(BF16, BF16)": counts.dropout_add(8192, 1024, 2),
     "attend(BF16, 64, ('padding',))": counts.attention(16, 16, 512, 512, 64, 2),
+    "attend(BF16, 64, ('packed',))": counts.attention(1, 16, 8192, 8192, 64, 2),
     **{
         f"quantised_products(BF16, '{storage}', {t}, {n}, {k})": counts.quantised_project(t, n, k, storage, 2)
         for storage in ("int8", "nf4")

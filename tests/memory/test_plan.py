@@ -95,7 +95,7 @@ def fused_adamw(parameters) -> torch.optim.AdamW:
 
 
 def measured_peak(
-    make, tiers, rows: int, length: int, autocast, make_optimizer=fused_adamw, dtype: str = "float32"
+    make, tiers, rows: int, length: int, autocast, make_optimizer=fused_adamw, dtype: str = "float32", packed=False
 ) -> int:
     """Of everything that lives because of it: the model, its gradients, its optimiser, two updates."""
     gc.collect()
@@ -110,9 +110,12 @@ def measured_peak(
         ids = torch.randint(5, 3900, (rows, length))
         mask = torch.ones_like(ids)
         mask[0, -3:] = 0
+        inputs = {"input_ids": ids, "attention_mask": mask, "labels": ids}
+        if packed:
+            inputs = pk.pack([(row, row, row) for row in ids.numpy()])
         _C.reset_cpu_peak()
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast is not None):
-            loss = model(input_ids=ids, attention_mask=mask, labels=ids, label_smoothing=0.1, reduction="sum").loss
+            loss = model(**inputs, label_smoothing=0.1, reduction="sum").loss
         loss.backward()
         del loss
         if rounded is not None:
@@ -156,6 +159,20 @@ def test_the_predicted_peak_is_the_measured_one(case):
     predicted = sum(planner.parts(setting, ROWS, tiers).values())
     make = functools.partial(made, family, method, dtype, storage, tables)
     measured = measured_peak(make, tiers, ROWS, LENGTH, autocast, dtype=gradients)
+    print(case, predicted / measured)
+    assert 0.98 * measured <= predicted <= 1.05 * measured, (predicted / MIB, measured / MIB)
+
+
+@pytest.mark.parametrize("case", ["marian, BitFit, tier 2", "t5, LoRA, tier 1"])
+def test_the_predicted_peak_of_packed_rows(case):
+    family, method, tiers, dtype, autocast = CASES[case]
+    with torch.device("meta"):
+        model = made(family, method, dtype)
+    setting = Setting("dense", "adamw", 0, 32 * MIB)
+    planner = Planner(model, ROWS * LENGTH, LENGTH, "adamw", (), CPU, autocast, packed=True)
+    predicted = sum(planner.parts(setting, ROWS, tiers).values())
+    make = functools.partial(made, family, method, dtype)
+    measured = measured_peak(make, tiers, ROWS, LENGTH, autocast, packed=True)
     print(case, predicted / measured)
     assert 0.98 * measured <= predicted <= 1.05 * measured, (predicted / MIB, measured / MIB)
 

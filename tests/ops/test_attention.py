@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from petl_kernels import ops, parity
@@ -42,7 +43,13 @@ def plain(given: dict) -> Tensor:
     elif mask is not None:
         s = s + mask
     if given["causal"]:
-        hidden = hidden | ~torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+        hidden = hidden | (distances_of(given) > 0)
+    if given["distance_bias"] is not None:
+        reach = given["distance_bias"].shape[1] // 2
+        s = s + given["distance_bias"][:, distances_of(given).clamp(-reach, reach) + reach]
+    if given["cu_seqlens_q"] is not None:
+        of_query, of_key = (sentence_of(given[f"cu_seqlens_{name}"]) for name in "qk")
+        hidden = hidden | (of_query[:, None] != of_key)
     s = s.masked_fill(hidden, -torch.inf)
     if given["prefix_k"] is not None:
         prefix_k, prefix_v = (given[n].transpose(0, 1).expand(batch, -1, -1, -1) for n in ("prefix_k", "prefix_v"))
@@ -54,6 +61,23 @@ def plain(given: dict) -> Tensor:
     return p @ v
 
 
+def sentence_of(cu: Tensor) -> Tensor:
+    return torch.repeat_interleave(torch.arange(len(cu) - 1), cu.diff())
+
+
+def distances_of(given: dict) -> Tensor:
+    """How far behind its query each key is, by positions in their sentences: (queries, keys)."""
+    queries, keys = given["q"].shape[2], given["k"].shape[2]
+    i, j = torch.arange(queries), torch.arange(keys)
+    if given["cu_seqlens_q"] is None:
+        return j - (i + keys - queries)[:, None]
+    cu_q, cu_k = given["cu_seqlens_q"], given["cu_seqlens_k"]
+    of_query, of_key = sentence_of(cu_q), sentence_of(cu_k)
+    level = i - cu_q[of_query] + (cu_k.diff() - cu_q.diff())[of_query]
+    return j - cu_k[of_key] - level[:, None]
+
+
+SENTENCES = ((5, 7), (0, 3), (1, 1), (9, 5), (2, 0), (0, 0), (11, 13), (0, 0))
 FORMS = {
     "plain": {},
     "padding": {"mask": "padding"},
@@ -73,6 +97,17 @@ FORMS = {
     "prefix, rows": {"prefix": 4, "mask": "rows"},
     "prefix, finfo.min": {"prefix": 4, "mask": "finfo"},
     "prefix, causal": {"prefix": 1, "causal": True, "keys": 30},
+    "distance": {"reach": 4},
+    "distance, rows, prefix": {"reach": 30, "mask": "rows", "prefix": 3},
+    "distance of 0": {"reach": 0, "causal": True},
+    "distance, bias, causal, more keys": {"reach": 3, "bias": 1, "causal": True, "keys": 23, "dropout": 0.2},
+    "packed": {"sentences": SENTENCES},
+    "packed, one sentence": {"sentences": ((7, 5),)},
+    "packed, causal": {"sentences": SENTENCES, "causal": True},
+    "packed, dropout": {"sentences": SENTENCES, "dropout": 0.3},
+    "packed, prefix, dropout": {"sentences": SENTENCES, "prefix": 3, "dropout": 0.3},
+    "packed, distance": {"sentences": SENTENCES, "reach": 3},
+    "packed, everything": {"sentences": SENTENCES, "reach": 5, "causal": True, "prefix": 5, "dropout": 0.4},
     "everything": {"prefix": 5, "mask": "rows", "bias": 1, "causal": True, "dropout": 0.4, "keys": 20},
 }
 
@@ -102,7 +137,7 @@ def test_long(backend, dtype, options):
 
 
 @pytest.mark.parametrize("backend", contract.BACKENDS)
-@pytest.mark.parametrize("options", [{}, {"bias": 2}, {"dropout": 0.2, "prefix": 3}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"bias": 2, "reach": 2}, {"dropout": 0.2, "prefix": 3}], ids=str)
 def test_non_contiguous_and_expanded(backend, options):
     draw = contract.source(FP32)
     given = arguments_of(FP32, batch=2, heads=3, queries=6, keys=5, d=8, mask="rows", **options)
@@ -116,7 +151,7 @@ def test_non_contiguous_and_expanded(backend, options):
 
 @pytest.mark.parametrize("backend", contract.BACKENDS)
 @pytest.mark.parametrize("sizes", [(0, 3, 4), (2, 0, 4), (2, 3, 0)], ids=str)
-@pytest.mark.parametrize("options", [{}, {"bias": 1, "prefix": 2, "dropout": 0.1}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"bias": 1, "prefix": 2, "dropout": 0.1, "reach": 2}], ids=str)
 def test_zero_rows(backend, sizes, options):
     batch, queries, keys = sizes
     given = arguments_of(FP32, batch=batch, queries=queries, keys=keys, d=8, **options)
@@ -129,7 +164,7 @@ def test_zero_rows(backend, sizes, options):
     contract.assert_parity("attention", backend, given)
 
 
-LEAVES = ("q", "k", "v", "bias", "prefix_k", "prefix_v")
+LEAVES = ("q", "k", "v", "bias", "prefix_k", "prefix_v", "distance_bias")
 
 
 @pytest.mark.parametrize("backend", contract.BACKENDS)
@@ -148,6 +183,8 @@ def test_autograd_equals_the_formula(backend, form):
 @pytest.mark.parametrize("form", [form for form in FORMS if form != "finfo.min"])
 def test_gradcheck(backend, form):
     options = FORMS[form] | {"batch": 2, "heads": 2, "queries": 4, "d": 3}
+    if "sentences" in options:
+        options["sentences"] = ((2, 3), (0, 1), (1, 0), (3, 2), (0, 0))
     options["keys"] = {30: 6, 23: 5, 20: 5, 12: 3}.get(options.get("keys"), 4)
     given = arguments_of(FP64, **options)
     leaves = {name: given[name].requires_grad_() for name in LEAVES if given[name] is not None}
@@ -155,6 +192,92 @@ def test_gradcheck(backend, form):
         assert torch.autograd.gradcheck(
             lambda *tensors: public(given, **dict(zip(leaves, tensors, strict=True))), tuple(leaves.values())
         )
+
+
+def sentence(given: dict, index: int) -> dict:
+    """One sentence of a packed row, as a batch of its own."""
+    change = {"cu_seqlens_q": None, "cu_seqlens_k": None}
+    for names, cu in ((("q", "do"), given["cu_seqlens_q"]), (("k", "v"), given["cu_seqlens_k"])):
+        change |= {name: given[name][:, :, cu[index] : cu[index + 1]] for name in names}
+    return given | change
+
+
+@pytest.mark.parametrize("backend", contract.BACKENDS)
+@pytest.mark.parametrize("options", [{}, {"causal": True, "prefix": 3, "reach": 4}], ids=str)
+def test_packed_rows_equal_their_sentences(backend, options):
+    given = arguments_of(FP64, sentences=SENTENCES, **options)
+    leaves = {name: given[name].requires_grad_() for name in LEAVES if given[name] is not None}
+    with ops.use(backend):
+        packed = public(given)
+        apart = torch.cat([public(sentence(given, index)) for index in range(len(SENTENCES))], 2)
+    torch.testing.assert_close(packed, apart, rtol=1e-12, atol=1e-12)
+    gradients = (torch.autograd.grad(o, list(leaves.values()), given["do"]) for o in (packed, apart))
+    contract.assert_close_by_name(*(dict(zip(leaves, grads, strict=True)) for grads in gradients), 1e-12)
+
+
+@pytest.mark.parametrize("backend", contract.BACKENDS)
+@pytest.mark.parametrize("dtype", contract.DTYPES, ids=str)
+def test_long_sentences_in_a_packed_row(backend, dtype):
+    """Some take several blocks of queries, between one that takes none and one that takes one."""
+    sentences = ((300, 520), (0, 0), (3, 1), (270, 300))
+    given = arguments_of(dtype, heads=1, d=24, sentences=sentences, causal=True, reach=40, prefix=3)
+    contract.assert_parity("attention", backend, given)
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True, "prefix": 3, "reach": 4, "dropout": 0.3}], ids=str)
+def test_the_reference_waits_for_no_boundaries(options, monkeypatch):
+    """On other devices than a CPU it walks over all keys, which gives the same."""
+    given = arguments_of(FP64, sentences=SENTENCES, **options)
+    by_sentence = parity.run("attention", "reference", given)
+    monkeypatch.setattr(attention_op, "_is_read_without_waiting", lambda cu: False)
+    contract.assert_close_by_name(parity.run("attention", "reference", given), by_sentence, 1e-12)
+    with FakeTensorMode() as mode:  # whose tensors have no values to read
+        parity.run(
+            "attention", "reference", {n: mode.from_tensor(x) if isinstance(x, Tensor) else x for n, x in given.items()}
+        )
+
+
+def test_work_is_that_of_the_sentences():
+    given = arguments_of(FP32, sentences=((40, 50),) * 20 + ((0, 0),) * 5)
+    names = ("q", "k", "v", "mask", "bias", "prefix_k", "prefix_v", "causal", "scale", "dropout", "seed")
+    inputs = attention_op._Inputs(*(given[name] for name in (*names, "cu_seqlens_q", "cu_seqlens_k", "distance_bias")))
+    assert sum(inputs.scores(chunk).numel() for chunk in inputs.chunks()) == 3 * 20 * 40 * 50
+
+
+@pytest.mark.parametrize("backend", contract.BACKENDS)
+def test_packed_halves_of_wider_rows(backend):
+    """q, k and v side by side, as one product gives them, boundaries and a table with steps between their numbers."""
+    given = arguments_of(FP32, d=8, sentences=tuple((n, n) for n in (5, 1, 0, 11)), reach=2)
+    rows = contract.source(FP32)(1, 17, 3, 3, 8)
+    given |= {name: rows[:, :, i].transpose(1, 2) for i, name in enumerate("qkv")}
+    given |= {name: given[name].repeat_interleave(2)[::2] for name in ("cu_seqlens_q", "cu_seqlens_k")}
+    given["distance_bias"] = given["distance_bias"][:1].expand(3, 5)
+    contract.assert_parity("attention", backend, given)
+
+
+@pytest.mark.parametrize("decoder", [False, True])
+@pytest.mark.parametrize(("buckets", "farthest", "length"), [(32, 128, 150), (8, 20, 47)])
+def test_a_bias_by_distance_is_that_of_t5(decoder, buckets, farthest, length):
+    transformers = pytest.importorskip("transformers")
+    from transformers.models.t5.modeling_t5 import T5Attention
+
+    config = transformers.T5Config(
+        d_model=12, d_kv=4, num_heads=3, is_decoder=decoder,
+        relative_attention_num_buckets=buckets, relative_attention_max_distance=farthest,
+    )  # fmt: skip
+    theirs = T5Attention(config, has_relative_attention_bias=True, layer_idx=0).double()
+    weight = theirs.relative_attention_bias.weight
+    torch.nn.init.normal_(weight, generator=torch.Generator().manual_seed(0))
+    given = arguments_of(FP64, batch=2, queries=length, keys=length, d=4, causal=decoder, scale=1.0)
+    bucket = T5Attention._relative_position_bucket(
+        torch.arange(-farthest, farthest + 1), not decoder, buckets, max_distance=farthest
+    )
+    results = []
+    for change in ({"distance_bias": weight[bucket].T}, {"bias": theirs.compute_bias(length, length)}):
+        o = public(given, **change)
+        results.append({"o": o.detach(), "dweight": torch.autograd.grad(o, weight, given["do"])[0]})
+    contract.assert_close_by_name(*results, 1e-12)
+    assert results[0]["dweight"].any()
 
 
 @pytest.mark.parametrize("backend", contract.BACKENDS)
@@ -210,33 +333,47 @@ def test_chunks_are_contiguous_runs():
 def test_opcheck():
     given = arguments_of(FP32, batch=2, heads=2, queries=5, keys=4, d=8, mask="rows", bias=1, prefix=2, dropout=0.2)
     names = ("q", "k", "v", "mask", "bias", "prefix_k", "prefix_v", "causal", "scale", "dropout", "seed")
-    for absent in ((), ("mask", "bias", "prefix_k", "prefix_v")):
-        inputs = [None if name in absent else given[name] for name in names]
-        inputs[9:11] = (0.0, None) if absent else inputs[9:11]
+    packed = ("cu_seqlens_q", "cu_seqlens_k", "distance_bias")
+    sentences = arguments_of(FP32, heads=2, d=8, prefix=2, dropout=0.2, reach=2, sentences=((3, 2), (0, 0), (2, 2)))
+    for absent in ((), ("mask", "bias", "prefix_k", "prefix_v", "dropout", "seed"), None):
+        given = sentences if absent is None else given
+        inputs = [None if name in (absent or ()) else given[name] for name in (*names, *packed)]
+        inputs[9] = inputs[9] or 0.0
         o, lse = torch.ops.petl.attention(*inputs, "")
         leaves = [x.clone().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs]
         contract.opcheck(torch.ops.petl.attention.default, tuple(leaves))
-        backward = (given["do"], *inputs[:3], o, lse, *inputs[3:], not absent)
+        needs = [inputs[i] is not None for i in (4, 13)]
+        backward = (given["do"], *inputs[:3], o, lse, *inputs[3:11], needs[0], *inputs[11:], needs[1])
         contract.opcheck(torch.ops.petl.attention_backward.default, backward)
 
 
 @pytest.mark.parametrize("backend", contract.BACKENDS)
-@pytest.mark.parametrize("options", [{}, {"dropout": 0.1, "bias": 1, "prefix": 4}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mask": "padding"},
+        {"mask": "padding", "dropout": 0.1, "bias": 1, "prefix": 4, "reach": 20},
+        {"sentences": SENTENCES, "dropout": 0.1, "reach": 3},
+    ],
+    ids=str,
+)
 def test_same_bits_in_two_runs(backend, options):
-    given = arguments_of(BF16, queries=129, keys=129, mask="padding", **options)
+    given = arguments_of(BF16, queries=129, keys=129, **options)
     contract.assert_deterministic("attention", backend, given, threads=(1, 2))
 
 
 @pytest.mark.parametrize("backend", contract.BACKENDS)
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_saves_q_k_v_o_and_lse(backend, dropout):
-    given = arguments_of(BF16, mask="rows", dropout=dropout)
+@pytest.mark.parametrize("form", [{"mask": "rows"}, {"sentences": SENTENCES, "reach": 5}], ids=str)
+def test_saves_q_k_v_o_and_lse(backend, dropout, form):
+    given = arguments_of(BF16, dropout=dropout, **form)
     for name in "qkv":
         given[name].requires_grad_()
-    given_anyway = [given["mask"]] if dropout == 0 else [given["mask"], given["seed"]]
+    as_given = ("mask", "seed", "cu_seqlens_q", "cu_seqlens_k", "distance_bias")
     with ops.use(backend):
-        saved = contract.bytes_saved(lambda: public(given), given_anyway)
-    assert saved == 2 * 17 * (4 * 3 * 16 * 2 + 4 * 3)
+        saved = contract.bytes_saved(lambda: public(given), [given[n] for n in as_given if given[n] is not None])
+    queries, keys = (given[name].shape[0] * given[name].shape[2] for name in "qk")
+    assert saved == 2 * (queries + keys) * 3 * 16 * 2 + queries * 4 * 3
 
 
 def test_autocast_follows_scaled_dot_product_attention():
@@ -266,7 +403,7 @@ def test_only_the_gradients_that_are_needed(backend):
 
 
 def test_gradients_come_in_the_dtypes_of_the_inputs():
-    given = arguments_of(BF16, prefix=2, prefix_dtype=FP32)
+    given = arguments_of(BF16, prefix=2, prefix_dtype=FP32, reach=3)
     given["bias"] = contract.source(FP32)(1, 3, 17, 17)
     leaves = [given[name].requires_grad_() for name in LEAVES]
     grads = torch.autograd.grad(public(given), leaves, given["do"])
@@ -282,7 +419,11 @@ def test_dropout_draws_a_seed():
 
 
 @pytest.mark.parametrize("backend", contract.BACKENDS)
-@pytest.mark.parametrize("options", [{"mask": "padding"}, {"dropout": 0.2, "prefix": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"mask": "padding"}, {"dropout": 0.2, "prefix": 2}, {"sentences": SENTENCES, "reach": 3}],
+    ids=str,
+)
 def test_compiles_to_one_graph(backend, options):
     given = arguments_of(FP32, **options)
 
@@ -291,6 +432,11 @@ def test_compiles_to_one_graph(backend, options):
 
     with ops.use(backend):
         contract.assert_compiles(function, *(given[name] for name in "qkv"), tolerance=1e-5)
+
+
+CU = torch.tensor([0, 1, 4], dtype=torch.int32)
+PACKED = {"q": torch.ones(1, 3, 4, 8)} | {name: torch.ones(1, 3, 5, 8) for name in "kv"}
+PACKED |= {"cu_seqlens_q": CU, "cu_seqlens_k": torch.tensor([0, 2, 5], dtype=torch.int32)}
 
 
 @pytest.mark.parametrize(
@@ -318,6 +464,33 @@ def test_compiles_to_one_graph(backend, options):
             r"prefix_v has shape \(7, 3, 8\): expected \(6, 3, 8\)",
         ),
         ({n: torch.ones(6, 3, 8).int() for n in ("prefix_k", "prefix_v")}, "prefix_k has dtype torch.int32"),
+        ({"cu_seqlens_q": CU}, "cu_seqlens_k is None and the other one is not: expected both or none"),
+        ({"cu_seqlens_k": CU}, "cu_seqlens_q is None and the other one is not: expected both or none"),
+        (PACKED | {"cu_seqlens_q": CU.long()}, "cu_seqlens_q has dtype torch.int64: expected torch.int32"),
+        (PACKED | {"cu_seqlens_k": CU[None]}, r"cu_seqlens_k has shape \(1, 3\): expected \(sentences \+ 1,\)"),
+        (PACKED | {"cu_seqlens_q": CU[:1]}, r"cu_seqlens_q has shape \(1,\): expected \(sentences \+ 1,\) for one"),
+        (PACKED | {"cu_seqlens_k": CU[:2]}, r"cu_seqlens_k has shape \(2,\): expected that of cu_seqlens_q, \(3,\)"),
+        (PACKED | {"cu_seqlens_k": CU.to("meta")}, "cu_seqlens_k is on meta: expected the device of x, cpu"),
+        (
+            {"cu_seqlens_q": CU, "cu_seqlens_k": CU},
+            r"q has shape \(2, 3, 4, 8\): expected a batch of 1 with cu_seqlens_q",
+        ),
+        (PACKED | {"mask": torch.ones(1, 1, 1, 5).bool()}, "mask is given with cu_seqlens_q: expected None"),
+        (PACKED | {"bias": torch.ones(1, 3, 4, 5)}, "bias is given with cu_seqlens_q: expected None"),
+        (PACKED | {"cu_seqlens_q": CU + 1}, "cu_seqlens_q goes from 1 to 5: expected 0 to 4, the tokens"),
+        (PACKED | {"cu_seqlens_k": CU}, "cu_seqlens_k goes from 0 to 4: expected 0 to 5, the tokens"),
+        (
+            PACKED | {"cu_seqlens_q": torch.tensor([0, 5, 4], dtype=torch.int32)},
+            "cu_seqlens_q has 5, 4 at 1: expected numbers that do not fall",
+        ),
+        (
+            {"distance_bias": torch.ones(3, 4)},
+            r"distance_bias has shape \(3, 4\): expected \(3, 2R \+ 1\), an odd number",
+        ),
+        ({"distance_bias": torch.ones(2, 5)}, r"distance_bias has shape \(2, 5\): expected \(3, 2R \+ 1\)"),
+        ({"distance_bias": torch.ones(5)}, r"distance_bias has shape \(5,\)"),
+        ({"distance_bias": torch.ones(3, 5).int()}, "distance_bias has dtype torch.int32: expected a floating-point"),
+        ({"distance_bias": torch.ones(3, 5, device="meta")}, "distance_bias is on meta"),
         ({"dropout": 1.0}, r"dropout is 1.0: expected a number in \[0, 1\)"),
         ({"dropout": 0.1, "seed": torch.ones(1)}, r"seed is torch.float32 of shape \(1,\)"),
         ({"dropout": 0.1, "seed": torch.ones(1, dtype=torch.int64, device="meta")}, "seed is on meta"),

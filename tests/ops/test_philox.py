@@ -55,6 +55,14 @@ def test_chunks_leave_no_seam(monkeypatch):
     assert torch.equal(philox.keep_mask(seed, (7, 11), 0.5), whole)
 
 
+def test_elements_anywhere_stay_as_in_the_whole(monkeypatch):
+    monkeypatch.setattr(philox, "_CHUNK", 16)
+    seed, index = torch.tensor([9]), torch.randint(0, 77, (5, 13), generator=torch.Generator().manual_seed(0))
+    whole = philox.keep_mask(seed, (77,), 0.5)
+    assert torch.equal(philox.keep_elements(seed, index, 0.5), whole[index])
+    assert philox.keep_elements(seed, index[:0], 0.5).shape == (0, 13)
+
+
 def test_dropped_elements_are_zero_whatever_they_were():
     seed = torch.tensor([4])
     dropped = philox.dropout(torch.full((5, 8), float("nan")), 0.5, seed)

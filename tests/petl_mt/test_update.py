@@ -102,8 +102,9 @@ def test_an_update_waits_for_nothing(settings, tmp_path, monkeypatch):
         loss = loop.update.gradients([batch := loop.batches.take(Position(0, 1))], batch.target_tokens)
         norm = loop.update.step(0.1)
         loop.numbers.settle()
-    # counting what is on the host, the loss' check of labels (on CUDA the device's own), and the numbers that are due
-    allowed = ("of", "_first_rows", "_kept_rows", "_read")
+    # counting what is on the host, the checks of labels and of sentences (on CUDA the device's own, or none), and the
+    # numbers that are due
+    allowed = ("of", "_ends", "_first_rows", "_kept_rows", "_check_boundaries", "sentences", "_read")
     assert [place for place in found if _innermost(place) not in allowed] == []
     assert loss.isfinite() and norm.isfinite() and len(loop.losses) == 1
 

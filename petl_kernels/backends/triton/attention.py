@@ -4,8 +4,13 @@ Forward, one launch: a block of queries walks over the blocks of the prefix, the
 online softmax. Backward, two launches: dq by blocks of queries (with delta, which it leaves for the other), dk and dv
 by blocks of keys; a prefix adds one of the latter kind, whose sums over each batch row are added in a fixed order.
 
+In a packed row each block finds the sentences of its queries (or keys) on the device, and walks over the keys (queries)
+from the first to the last of them, with a mask where sentences meet.
+
 An additive mask's finfo.min absorbs the score it is added to: of n keys that all have it, each gets 1/n. Their lse
 would lose log n, so it is kept as a factor: such a query's lse is HIDDEN · (1 + log n).
+
+The gradient of a bias by distance is a launch of its own, which makes scores again by blocks of distances.
 
 A gradient of the bias and more than MAX_FEATURES features go to the reference, which works in chunks.
 """
@@ -24,8 +29,8 @@ MAX_FEATURES = 128
 HIDDEN = tl.constexpr(-1e30)  # the score of a key that an additive mask hides with so much or more
 
 
-def attention(q, k, v, mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed):
-    arguments = q, k, v, mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed
+def attention(q, k, v, mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed, cu_q, cu_k, distance_bias):
+    arguments = q, k, v, mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed, cu_q, cu_k, distance_bias
     if q.shape[3] > MAX_FEATURES:
         return kernel_of("attention", "reference")(*arguments)
     batch, heads, queries, _ = q.shape
@@ -35,29 +40,33 @@ def attention(q, k, v, mask, bias, prefix_k, prefix_v, causal, scale, dropout, s
     given = _Inputs(*arguments)
     tile = config.attention_tile(config.ATTENTION_FORWARD, q, dropout)
     launch(
-        _attention_kernel, (triton.cdiv(queries, tile.m), batch * heads), o, lse, *given.tensors(), *given.sizes(),
-        _strides(o), *given.strides(), *given.numbers(),
+        _attention_kernel, (triton.cdiv(queries, tile.m), batch * heads),
+        o, lse, *given.tensors(), *given.packed(), *given.sizes(), _strides(o), *given.strides(), *given.numbers(),
         **given.constexprs(), BM=tile.m, BN=tile.n, warps=tile.warps, stages=tile.stages,
     )  # fmt: skip
     return o, lse
 
 
-def attention_backward(do, q, k, v, o, lse, mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed, need_dbias):
-    arguments = q, k, v, mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed
+def attention_backward(
+    do, q, k, v, o, lse, mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed, need_dbias,
+    cu_q, cu_k, distance_bias, need_ddistance_bias,
+):  # fmt: skip
+    arguments = mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed
+    packed = cu_q, cu_k, distance_bias
     if need_dbias or q.shape[3] > MAX_FEATURES:
         reference = kernel_of("attention_backward", "reference")
-        return reference(do, q, k, v, o, lse, *arguments[3:], need_dbias)
-    given = _Inputs(*arguments)
+        return reference(do, q, k, v, o, lse, *arguments, need_dbias, *packed, need_ddistance_bias)
+    given = _Inputs(q, k, v, *arguments, *packed)
     batch, heads, queries, features = q.shape
     dq, dk, dv = (_like_heads(x) for x in (q, k, v))
     delta = torch.empty_like(lse)
     do, o = _adjacent(do), _adjacent(o)
-    tile = config.attention_tile(config.ATTENTION_BACKWARD, q, dropout)
+    tile = config.attention_tile(config.ATTENTION_BACKWARD, q, dropout, distance_bias is not None)
     options = {"BM": tile.m, "BN": tile.n, "warps": tile.warps, "stages": tile.stages}
     if dq.numel() > 0:
         launch(
             _query_gradient_kernel, (triton.cdiv(queries, tile.m), batch * heads),
-            dq, delta, do, o, lse, *given.tensors(), *given.sizes(),
+            dq, delta, do, o, lse, *given.tensors(), *given.packed(), *given.sizes(),
             _strides(dq), _strides(do), _strides(o), *given.strides(), *given.numbers(),
             **given.constexprs(), **options,
         )  # fmt: skip
@@ -66,8 +75,8 @@ def attention_backward(do, q, k, v, o, lse, mask, bias, prefix_k, prefix_v, caus
         if dk.numel() > 0:
             launch(
                 _key_gradients_kernel, (triton.cdiv(dk.shape[2], tile.n), batch * heads),
-                dk, dv, do, lse, delta, *given.tensors()[:5], given.seed, *given.sizes()[:3], features, first,
-                given.columns, _strides(dk), _strides(do), *given.strides()[:5], *given.numbers(),
+                dk, dv, do, lse, delta, *given.tensors()[:5], given.seed, *given.packed(), *given.sizes()[:3], features,
+                first, given.columns, _strides(dk), _strides(do), *given.strides()[:5], *given.numbers(),
                 **given.constexprs(), **options,
             )  # fmt: skip
 
@@ -75,16 +84,38 @@ def attention_backward(do, q, k, v, o, lse, mask, bias, prefix_k, prefix_v, caus
     partials = q.new_empty(2, batch, heads, given.prefix, features, dtype=torch.float32)
     key_gradients(*partials, given.of_prefix(), 0)
     dprefix_k, dprefix_v = partials.sum(1).transpose(1, 2).contiguous()
-    return dq, dk, dv, q.new_empty(0), dprefix_k, dprefix_v
+    ddistance = _distance_gradient(do, lse, delta, given) if need_ddistance_bias else q.new_empty(0)
+    return dq, dk, dv, q.new_empty(0), dprefix_k, dprefix_v, ddistance
+
+
+def _distance_gradient(do, lse, delta, given: _Inputs) -> torch.Tensor:
+    """(H, 2R + 1): the sum of what each program finds in its blocks of queries, in their order."""
+    batch, heads, queries, _ = given.q.shape
+    distances, tile = given.distance_bias.shape[1], config.ATTENTION_DISTANCES
+    blocks, tiles = triton.cdiv(distances, tile.k), batch * triton.cdiv(queries, tile.m)
+    parts = max(1, min(tiles, triton.cdiv(2 * config.processors(do.device), blocks * heads)))
+    partials = do.new_zeros(parts, heads, distances, dtype=torch.float32)
+    if tiles:
+        launch(
+            _distance_gradient_kernel, (blocks, heads, parts),
+            partials, do, lse, delta, *given.tensors()[:5], given.seed, *given.packed(), *given.sizes(), tiles,
+            _strides(do), *given.strides(), *given.numbers(),
+            **given.constexprs(), BM=tile.m, BN=tile.n, BR=tile.k, warps=tile.warps, stages=tile.stages,
+        )  # fmt: skip
+    return partials.sum(0)
 
 
 class _Inputs:
     """The kernels' common arguments."""
 
-    def __init__(self, q, k, v, mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed):
+    def __init__(
+        self, q, k, v, mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed, cu_q, cu_k, distance_bias
+    ):
         self.q, self.k, self.v = _adjacent(q), _adjacent(k), _adjacent(v)
         self.mask = mask.view(torch.uint8) if mask is not None and mask.dtype == torch.bool else mask
         self.bias, self.causal, self.scale, self.dropout, self.seed = bias, causal, scale, dropout, seed
+        self.cu_q, self.cu_k = (cu if cu is None else cu.contiguous() for cu in (cu_q, cu_k))
+        self.distance_bias = distance_bias if distance_bias is None else distance_bias.contiguous()
         self.prefix = 0 if prefix_k is None else prefix_k.shape[0]
         self.prefix_k, self.prefix_v = (
             p.to(q.dtype).contiguous() if self.prefix else None for p in (prefix_k, prefix_v)
@@ -97,12 +128,18 @@ class _Inputs:
             k = v = self.k[:, :, :0]
         else:
             k, v = (p.transpose(0, 1).expand(self.q.shape[0], -1, -1, -1) for p in (self.prefix_k, self.prefix_v))
-        part = _Inputs(self.q, k, v, None, None, None, None, False, self.scale, self.dropout, self.seed)
+        nothing = (None,) * 3
+        part = _Inputs(self.q, k, v, None, *nothing, False, self.scale, self.dropout, self.seed, *nothing)
         part.columns, part.first = self.columns, 0
         return part
 
     def tensors(self) -> tuple:
         return self.q, self.k, self.v, self.mask, self.bias, self.prefix_k, self.prefix_v, self.seed
+
+    def packed(self) -> tuple:
+        sentences = 0 if self.cu_q is None else self.cu_q.shape[0] - 1
+        reach = 0 if self.distance_bias is None else self.distance_bias.shape[1] // 2
+        return self.cu_q, self.cu_k, self.distance_bias, sentences, reach
 
     def sizes(self) -> tuple:
         _, heads, queries, features = self.q.shape
@@ -119,7 +156,8 @@ class _Inputs:
         block = config.padded(self.q.shape[3], MAX_FEATURES)
         # 2: four columns at a time, which then begin at a multiple of 4 (see common.drop)
         dropout = 0 if self.dropout == 0 else 1 if self.columns % 4 or self.first % 4 else 2
-        return {"CAUSAL": self.causal, "DROPOUT": dropout, "BD": block}
+        bits = max(0, self.packed()[3] - 1).bit_length()
+        return {"CAUSAL": self.causal, "DROPOUT": dropout, "BD": block, "BITS": bits}
 
 
 def _like_heads(x: torch.Tensor) -> torch.Tensor:
@@ -147,17 +185,40 @@ def _head(pointer, strides, b, h):
 
 
 @triton.jit
+def _span(cu, cu_other, tokens, length, sentences, BITS: tl.constexpr):
+    """Where the sentence that each of `tokens` is in begins and ends on the other side, and by how much further its
+    end is there. It is looked for in the boundaries: nothing outside of the device has to know them."""
+    tokens = tl.minimum(tokens, length - 1)
+    sentence = tl.zeros_like(tokens)
+    for i in tl.static_range(BITS):
+        after = sentence + (1 << (BITS - 1 - i))
+        begins = tl.load(cu + after, mask=after < sentences, other=2147483647)
+        sentence = tl.where(begins <= tokens, after, sentence)
+    begin, end = tl.load(cu_other + sentence), tl.load(cu_other + sentence + 1)
+    return begin, end, end - tl.load(cu + sentence + 1)
+
+
+@triton.jit
+def _steps(rows, cols, shift, reach):
+    """How far each key is behind each query, at most `reach`. In 32 bits: a block of 64 costs twice the registers."""
+    steps = cols[None, :].to(tl.int32) - rows[:, None].to(tl.int32) - shift
+    return tl.minimum(tl.maximum(steps, -reach), reach)
+
+
+@triton.jit
 def _scores(
-    q, k, mask, bias, rows, cols, queries, keys, strides_mask, strides_bias, scale, hidden,
-    CAUSAL: tl.constexpr,
+    q, k, mask, bias, distance, seen, rows, cols, shift, queries, keys, strides_mask, strides_bias, reach, scale,
+    hidden, CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """S of a block of queries and a block of keys, `hidden` where an additive mask hides a key; mask and bias point to
-    the head."""
+    """S of a block of queries and a block of keys, `hidden` where an additive mask hides a key; mask, bias and distance
+    point to the head. Query i is level with key i + shift; seen: the pairs of one sentence, None where all are."""
     s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
     inside = (rows < queries)[:, None] & (cols < keys)[None, :]
     if bias is not None:
         pointers = bias + rows[:, None] * strides_bias[2] + cols[None, :] * strides_bias[3]
         s += tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+    if distance is not None:
+        s += tl.load(distance + (reach + _steps(rows, cols, shift, reach))).to(tl.float32)
     if mask is not None:
         pointers = mask + rows[:, None] * strides_mask[2] + cols[None, :] * strides_mask[3]
         if mask.dtype.element_ty == tl.uint8:
@@ -166,20 +227,28 @@ def _scores(
             added = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
             s = tl.where((added <= HIDDEN) & (added > -float("inf")), hidden, s + added)
     if CAUSAL:
-        s = tl.where(cols[None, :] <= rows[:, None] + (keys - queries), s, -float("inf"))
+        s = tl.where(cols[None, :] <= rows[:, None] + shift, s, -float("inf"))
+    if seen is not None:
+        s = tl.where(seen, s, -float("inf"))
     return tl.where((cols < keys)[None, :], s, -float("inf"))
 
 
 @triton.jit
 def _attend(
-    acc, largest, total, q, k, v, mask, bias, seed, start, rows, counters, queries, keys, features, columns, first,
-    stride_k, stride_v, strides_mask, strides_bias, scale, threshold, keep_scale,
+    acc, largest, total, q, k, v, mask, bias, distance, seed, start, rows, begins, ends, shift, counters, queries, keys,
+    features, columns, first, stride_k, stride_v, strides_mask, strides_bias, reach, scale, threshold, keep_scale,
     CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax: acc = Σ drop(exp(S - largest)) v, total = Σ exp(S - largest)."""
     cols, d = start + tl.arange(0, BN), tl.arange(0, BD)
     k_tile = load(k + cols[:, None] * stride_k + d[None, :], cols < keys, d < features)
-    s = _scores(q, k_tile, mask, bias, rows, cols, queries, keys, strides_mask, strides_bias, scale, HIDDEN, CAUSAL)
+    seen = None
+    if begins is not None:
+        seen = (cols[None, :] >= begins[:, None]) & (cols[None, :] < ends[:, None])
+    s = _scores(
+        q, k_tile, mask, bias, distance, seen, rows, cols, shift, queries, keys, strides_mask, strides_bias, reach,
+        scale, HIDDEN, CAUSAL,
+    )  # fmt: skip
     new = tl.maximum(largest, tl.max(s, 1))
     offset = tl.where(new == -float("inf"), 0.0, new)  # a row that has seen nothing yet
     p = tl.exp(s - offset[:, None])
@@ -192,11 +261,36 @@ def _attend(
     return acc, new, total
 
 
+@triton.jit
+def _span_of_queries(cu_q, cu_k, rows, queries, keys, sentences, BITS: tl.constexpr):
+    """Where the keys that each query sees begin and end, and the key that query 0 would be level with.
+
+    No bounds and one number where the row is not packed, else a column of numbers."""
+    if cu_q is None:
+        return None, None, keys - queries
+    else:
+        begins, ends, shift = _span(cu_q, cu_k, rows, queries, sentences, BITS)
+        return begins, ends, shift[:, None]
+
+
+@triton.jit
+def _keys_to_walk(rows, begins, ends, shift, queries, keys, BN: tl.constexpr, CAUSAL: tl.constexpr):
+    """The keys that some of a block's queries see: first, a multiple of BN, and behind the last."""
+    begin, stop = 0, keys
+    if begins is not None:
+        begin, stop = tl.min(begins) // BN * BN, tl.max(ends)
+    if CAUSAL:
+        stop = min(stop, tl.max(rows[:, None] + shift).to(tl.int32) + 1)
+    return begin, stop
+
+
 @triton.jit(do_not_specialize=["threshold"])
 def _attention_kernel(
-    o, lse, q, k, v, mask, bias, prefix_k, prefix_v, seed, heads, queries, keys, features, prefix,
+    o, lse, q, k, v, mask, bias, prefix_k, prefix_v, seed, cu_q, cu_k, distance, sentences, reach,
+    heads, queries, keys, features, prefix,
     strides_o, strides_q, strides_k, strides_v, strides_mask, strides_bias, scale, threshold, keep_scale,
     CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    BITS: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
     b, h = head // heads, head % heads
@@ -208,6 +302,8 @@ def _attention_kernel(
         mask = _head(mask, strides_mask, b, h)
     if bias is not None:
         bias = _head(bias, strides_bias, b, h)
+    if distance is not None:
+        distance += h * (2 * reach + 1)
 
     acc = tl.zeros((BM, BD), tl.float32)
     largest, total = tl.full((BM,), -float("inf"), tl.float32), tl.zeros((BM,), tl.float32)
@@ -215,18 +311,17 @@ def _attention_kernel(
         stride = heads * features
         for start in range(0, prefix, BN):
             acc, largest, total = _attend(
-                acc, largest, total, q_tile, prefix_k + h * features, prefix_v + h * features, None, None, seed, start,
-                rows, counters, queries, prefix, features, prefix + keys, 0,
-                stride, stride, strides_mask, strides_bias, scale, threshold, keep_scale, False, DROPOUT, BN, BD,
+                acc, largest, total, q_tile, prefix_k + h * features, prefix_v + h * features, None, None, None, seed,
+                start, rows, None, None, 0, counters, queries, prefix, features, prefix + keys, 0,
+                stride, stride, strides_mask, strides_bias, 0, scale, threshold, keep_scale, False, DROPOUT, BN, BD,
             )  # fmt: skip
-    stop = keys
-    if CAUSAL:
-        stop = min(keys, (tl.program_id(0) + 1) * BM + keys - queries)
-    for start in range(0, stop, BN):
+    begins, ends, shift = _span_of_queries(cu_q, cu_k, rows, queries, keys, sentences, BITS)
+    begin, stop = _keys_to_walk(rows, begins, ends, shift, queries, keys, BN, CAUSAL)
+    for start in range(begin, stop, BN):
         acc, largest, total = _attend(
-            acc, largest, total, q_tile, k, v, mask, bias, seed, start,
-            rows, counters, queries, keys, features, prefix + keys, prefix,
-            strides_k[2], strides_v[2], strides_mask, strides_bias, scale, threshold, keep_scale,
+            acc, largest, total, q_tile, k, v, mask, bias, distance, seed, start,
+            rows, begins, ends, shift, counters, queries, keys, features, prefix + keys, prefix,
+            strides_k[2], strides_v[2], strides_mask, strides_bias, reach, scale, threshold, keep_scale,
             CAUSAL, DROPOUT, BN, BD,
         )  # fmt: skip
 
@@ -248,43 +343,54 @@ def _load_lse(pointers, inside):
 
 @triton.jit
 def _score_gradients(
-    q, k, v, do, lse, hidden, delta, mask, bias, seed, rows, cols, counters, queries, keys, columns, first,
-    strides_mask, strides_bias, scale, threshold, keep_scale, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
+    q, k, v, do, lse, hidden, delta, mask, bias, distance, seed, seen, rows, cols, shift, counters, queries, keys,
+    columns, first, strides_mask, strides_bias, reach, scale, threshold, keep_scale,
+    CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    """drop(P) and dS of a block of queries and a block of keys, column `first` its first, in the inputs' dtype."""
-    s = _scores(q, k, mask, bias, rows, cols, queries, keys, strides_mask, strides_bias, scale, hidden[:, None], CAUSAL)
+    """drop(P) and dS of a block of queries and a block of keys, column `first` its first."""
+    s = _scores(
+        q, k, mask, bias, distance, seen, rows, cols, shift, queries, keys, strides_mask, strides_bias, reach, scale,
+        hidden[:, None], CAUSAL,
+    )  # fmt: skip
     p = tl.exp(s - lse[:, None])
     dp = tl.dot(do, tl.trans(v), input_precision="ieee")
     dropped = p
     if DROPOUT:
         dropped = drop(p, seed, counters, first, columns, threshold, keep_scale, DROPOUT == 2)
         dp = drop(dp, seed, counters, first, columns, threshold, keep_scale, DROPOUT == 2)
-    return dropped.to(q.dtype), (p * (dp - delta[:, None])).to(q.dtype)
+    return dropped, p * (dp - delta[:, None])
 
 
 @triton.jit
 def _add_query_gradient(
-    acc, q, do, lse, hidden, delta, k, v, mask, bias, seed, start, rows, counters, queries, keys, features, columns,
-    first, stride_k, stride_v, strides_mask, strides_bias, scale, threshold, keep_scale,
+    acc, q, do, lse, hidden, delta, k, v, mask, bias, distance, seed, start, rows, begins, ends, shift, counters,
+    queries, keys, features, columns, first, stride_k, stride_v, strides_mask, strides_bias, reach, scale, threshold,
+    keep_scale,
     CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """acc += dS k"""
     cols, d = start + tl.arange(0, BN), tl.arange(0, BD)
     k_tile = load(k + cols[:, None] * stride_k + d[None, :], cols < keys, d < features)
     v_tile = load(v + cols[:, None] * stride_v + d[None, :], cols < keys, d < features)
+    seen = None
+    if begins is not None:
+        seen = (cols[None, :] >= begins[:, None]) & (cols[None, :] < ends[:, None])
     _, ds = _score_gradients(
-        q, k_tile, v_tile, do, lse, hidden, delta, mask, bias, seed, rows, cols, counters, queries, keys, columns,
-        first + start, strides_mask, strides_bias, scale, threshold, keep_scale, CAUSAL, DROPOUT,
+        q, k_tile, v_tile, do, lse, hidden, delta, mask, bias, distance, seed, seen, rows, cols, shift, counters,
+        queries, keys, columns, first + start, strides_mask, strides_bias, reach, scale, threshold, keep_scale,
+        CAUSAL, DROPOUT,
     )  # fmt: skip
-    return tl.dot(ds, k_tile, acc, input_precision="ieee")
+    return tl.dot(ds.to(q.dtype), k_tile, acc, input_precision="ieee")
 
 
 @triton.jit(do_not_specialize=["threshold"])
 def _query_gradient_kernel(
-    dq, delta, do, o, lse, q, k, v, mask, bias, prefix_k, prefix_v, seed, heads, queries, keys, features, prefix,
+    dq, delta, do, o, lse, q, k, v, mask, bias, prefix_k, prefix_v, seed, cu_q, cu_k, distance, sentences, reach,
+    heads, queries, keys, features, prefix,
     strides_dq, strides_do, strides_o, strides_q, strides_k, strides_v, strides_mask, strides_bias,
     scale, threshold, keep_scale,
     CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    BITS: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
     b, h = head // heads, head % heads
@@ -302,6 +408,8 @@ def _query_gradient_kernel(
         mask = _head(mask, strides_mask, b, h)
     if bias is not None:
         bias = _head(bias, strides_bias, b, h)
+    if distance is not None:
+        distance += h * (2 * reach + 1)
 
     acc = tl.zeros((BM, BD), tl.float32)
     if prefix_k is not None:
@@ -309,17 +417,16 @@ def _query_gradient_kernel(
         for start in range(0, prefix, BN):
             acc = _add_query_gradient(
                 acc, q_tile, do_tile, lse_rows, hidden, delta_rows, prefix_k + h * features, prefix_v + h * features,
-                None, None, seed, start, rows, counters, queries, prefix, features, prefix + keys, 0,
-                stride, stride, strides_mask, strides_bias, scale, threshold, keep_scale, False, DROPOUT, BN, BD,
+                None, None, None, seed, start, rows, None, None, 0, counters, queries, prefix, features, prefix + keys,
+                0, stride, stride, strides_mask, strides_bias, 0, scale, threshold, keep_scale, False, DROPOUT, BN, BD,
             )  # fmt: skip
-    stop = keys
-    if CAUSAL:
-        stop = min(keys, (tl.program_id(0) + 1) * BM + keys - queries)
-    for start in range(0, stop, BN):
+    begins, ends, shift = _span_of_queries(cu_q, cu_k, rows, queries, keys, sentences, BITS)
+    begin, stop = _keys_to_walk(rows, begins, ends, shift, queries, keys, BN, CAUSAL)
+    for start in range(begin, stop, BN):
         acc = _add_query_gradient(
-            acc, q_tile, do_tile, lse_rows, hidden, delta_rows, k, v, mask, bias, seed, start,
-            rows, counters, queries, keys, features, prefix + keys, prefix,
-            strides_k[2], strides_v[2], strides_mask, strides_bias, scale, threshold, keep_scale,
+            acc, q_tile, do_tile, lse_rows, hidden, delta_rows, k, v, mask, bias, distance, seed, start,
+            rows, begins, ends, shift, counters, queries, keys, features, prefix + keys, prefix,
+            strides_k[2], strides_v[2], strides_mask, strides_bias, reach, scale, threshold, keep_scale,
             CAUSAL, DROPOUT, BN, BD,
         )  # fmt: skip
     dq_head = _head(dq, strides_dq, b, h)
@@ -328,9 +435,11 @@ def _query_gradient_kernel(
 
 @triton.jit(do_not_specialize=["threshold"])
 def _key_gradients_kernel(
-    dk, dv, do, lse, delta, q, k, v, mask, bias, seed, heads, queries, keys, features, first, columns,
+    dk, dv, do, lse, delta, q, k, v, mask, bias, seed, cu_q, cu_k, distance, sentences, reach,
+    heads, queries, keys, features, first, columns,
     strides_dk, strides_do, strides_q, strides_k, strides_v, strides_mask, strides_bias, scale, threshold, keep_scale,
     CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    BITS: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a block of keys; they are columns first to first + keys of all that the queries see."""
     head = tl.program_id(1).to(tl.int64)
@@ -343,12 +452,17 @@ def _key_gradients_kernel(
         mask = _head(mask, strides_mask, b, h)
     if bias is not None:
         bias = _head(bias, strides_bias, b, h)
+    if distance is not None:
+        distance += h * (2 * reach + 1)
 
     dk_sum, dv_sum = tl.zeros((BN, BD), tl.float32), tl.zeros((BN, BD), tl.float32)
-    begin = 0
+    begin, stop, shift = 0, queries, keys - queries
+    if cu_q is not None:
+        begins, ends, back = _span(cu_k, cu_q, cols, keys, sentences, BITS)
+        begin, stop, shift = tl.min(begins), tl.max(ends), -back[None, :]
     if CAUSAL:  # the first query that sees the first of these keys
-        begin = max(0, tl.program_id(0) * BN - (keys - queries)) // BM * BM
-    for start in range(begin, queries, BM):
+        begin = max(begin, tl.min(cols[None, :] - shift).to(tl.int32))
+    for start in range(begin // BM * BM, stop, BM):
         rows = start + tl.arange(0, BM)
         inside = rows < queries
         counters = head * queries + rows
@@ -356,13 +470,75 @@ def _key_gradients_kernel(
         do_tile = load(do + rows[:, None] * strides_do[2] + d[None, :], inside, d < features)
         lse_rows, hidden = _load_lse(lse + counters, inside)
         delta_rows = tl.load(delta + counters, mask=inside, other=0.0)
+        seen = None
+        if cu_q is not None:
+            seen = (rows[:, None] >= begins[None, :]) & (rows[:, None] < ends[None, :])
         dropped, ds = _score_gradients(
-            q_tile, k_tile, v_tile, do_tile, lse_rows, hidden, delta_rows, mask, bias, seed, rows, cols, counters,
-            queries, keys, columns, first + tl.program_id(0) * BN, strides_mask, strides_bias, scale, threshold,
-            keep_scale, CAUSAL, DROPOUT,
+            q_tile, k_tile, v_tile, do_tile, lse_rows, hidden, delta_rows, mask, bias, distance, seed, seen, rows, cols,
+            shift, counters, queries, keys, columns, first + tl.program_id(0) * BN, strides_mask, strides_bias, reach,
+            scale, threshold, keep_scale, CAUSAL, DROPOUT,
         )  # fmt: skip
-        dv_sum = tl.dot(tl.trans(dropped), do_tile, dv_sum, input_precision="ieee")
-        dk_sum = tl.dot(tl.trans(ds), q_tile, dk_sum, input_precision="ieee")
+        dv_sum = tl.dot(tl.trans(dropped.to(do_tile.dtype)), do_tile, dv_sum, input_precision="ieee")
+        dk_sum = tl.dot(tl.trans(ds.to(q_tile.dtype)), q_tile, dk_sum, input_precision="ieee")
     dk_head, dv_head = _head(dk, strides_dk, b, h), _head(dv, strides_dk, b, h)
     store(dk_head + cols[:, None] * strides_dk[2] + d[None, :], dk_sum * scale, cols < keys, d < features)
     store(dv_head + cols[:, None] * strides_dk[2] + d[None, :], dv_sum, cols < keys, d < features)
+
+
+@triton.jit(do_not_specialize=["threshold"])
+def _distance_gradient_kernel(
+    partials, do, lse, delta, q, k, v, mask, bias, seed, cu_q, cu_k, distance, sentences, reach,
+    heads, queries, keys, features, prefix, tiles,
+    strides_do, strides_q, strides_k, strides_v, strides_mask, strides_bias, scale, threshold, keep_scale,
+    CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    BITS: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """dS of one head, summed over the pairs at each of BR distances, in every so manieth block of queries.
+
+    It makes the scores near BR diagonals again. The first and the last distance have all pairs beyond them too.
+    """
+    h = tl.program_id(1).to(tl.int64)
+    nearest, d, places = tl.program_id(0) * BR - reach, tl.arange(0, BD), tl.arange(0, BR)
+    distance += h * (2 * reach + 1)
+    sums = tl.zeros((BR,), tl.float32)
+    blocks = tl.cdiv(queries, BM)
+    for tile in range(tl.program_id(2), tiles, tl.num_programs(2)):
+        b = (tile // blocks).to(tl.int64)
+        rows = (tile % blocks * BM + tl.arange(0, BM)).to(tl.int64)
+        inside = rows < queries
+        counters = (b * heads + h) * queries + rows
+        q_tile = load(_head(q, strides_q, b, h) + rows[:, None] * strides_q[2] + d[None, :], inside, d < features)
+        do_tile = load(_head(do, strides_do, b, h) + rows[:, None] * strides_do[2] + d[None, :], inside, d < features)
+        lse_rows, hidden = _load_lse(lse + counters, inside)
+        delta_rows = tl.load(delta + counters, mask=inside, other=0.0)
+        k_head, v_head, mask_head, bias_head = _head(k, strides_k, b, h), _head(v, strides_v, b, h), mask, bias
+        if mask is not None:
+            mask_head = _head(mask, strides_mask, b, h)
+        if bias is not None:
+            bias_head = _head(bias, strides_bias, b, h)
+
+        begins, ends, shift = _span_of_queries(cu_q, cu_k, rows, queries, keys, sentences, BITS)
+        begin, stop = _keys_to_walk(rows, begins, ends, shift, queries, keys, BN, CAUSAL)
+        if nearest > -reach:
+            begin = max(begin, tl.min(rows[:, None] + shift).to(tl.int32) + nearest) // BN * BN
+        if nearest + BR <= reach:
+            stop = min(stop, tl.max(rows[:, None] + shift).to(tl.int32) + nearest + BR)
+        for start in range(begin, stop, BN):
+            cols = start + tl.arange(0, BN)
+            k_tile = load(k_head + cols[:, None] * strides_k[2] + d[None, :], cols < keys, d < features)
+            v_tile = load(v_head + cols[:, None] * strides_v[2] + d[None, :], cols < keys, d < features)
+            seen = None
+            if begins is not None:
+                seen = (cols[None, :] >= begins[:, None]) & (cols[None, :] < ends[:, None])
+            _, ds = _score_gradients(
+                q_tile, k_tile, v_tile, do_tile, lse_rows, hidden, delta_rows, mask_head, bias_head, distance, seed,
+                seen, rows, cols, shift, counters, queries, keys, prefix + keys, prefix + start,
+                strides_mask, strides_bias, reach, scale, threshold, keep_scale, CAUSAL, DROPOUT,
+            )  # fmt: skip
+            steps = _steps(rows, cols, shift, reach)
+            for i in range(BR):  # unrolled, all of these sums would want registers at the same time
+                found = tl.sum(tl.where(steps == nearest + i, ds, 0.0))
+                sums += tl.where(places == i, found, 0.0)
+    at = nearest + reach + places
+    first = (tl.program_id(2).to(tl.int64) * heads + h) * (2 * reach + 1)
+    tl.store(partials + first + at, sums, mask=at < 2 * reach + 1)

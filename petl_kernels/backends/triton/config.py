@@ -125,6 +125,7 @@ ATTENTION_BACKWARD = {
     "interpreter": (Tile(32, 16, 64, 4, 1), Tile(32, 16, 128, 4, 1)),
 }
 ATTENTION_NARROW = 64
+ATTENTION_DISTANCES = Tile(32, 32, 16, 4, 1)  # k: how many distances of a bias one program adds up
 
 
 def device_class(device: torch.device) -> str:
@@ -201,9 +202,18 @@ def adapter_tile(x: torch.Tensor, rows: int, width: int) -> Tile:
     return tile
 
 
-def attention_tile(table: dict[str, tuple[Tile, Tile]], q: torch.Tensor, dropout: float) -> Tile:
-    """Fewer keys at a time with dropout, whose four random numbers a counter need registers."""
-    tile = table[key(q)][q.shape[3] > ATTENTION_NARROW]
+def attention_tile(
+    table: dict[str, tuple[Tile, Tile]], q: torch.Tensor, dropout: float, distances: bool = False
+) -> Tile:
+    """Fewer keys at a time with dropout, whose four random numbers a counter need registers.
+
+    Fewer queries with a bias by distance in fp32 or beside wide heads, in backward: its places in the table need
+    registers too.
+    """
+    wide = q.shape[3] > ATTENTION_NARROW
+    tile = table[key(q)][wide]
+    if distances and (wide or q.dtype == torch.float32):
+        tile = tile._replace(m=min(tile.m, 16 if q.dtype == torch.float32 else 32))
     return tile._replace(n=tile.n // 2) if dropout and tile.n > 32 else tile
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from petl_kernels.layers.blocks import AttentionBlock, as_added
+from petl_kernels.layers.boundaries import boundaries
 from petl_kernels.layers.rule.bottleneck import Bottleneck
 from petl_kernels.layers.rule.call import Call, Gradients, Place, summed
 from petl_kernels.layers.rule.linears import Linears, Unknown, current
@@ -52,14 +53,18 @@ class Attention:
         self.trains_norm = any(tensor.requires_grad for tensor in self.norm.bound)
 
     def see(self, call: Call, mask: Tensor | None, bias: Tensor | None, x: Tensor) -> None:
-        """Puts into ``call`` what queries may see: the mask and the bias as the kernels read them, and the prefix."""
-        if getattr(mask, "petl_causal", False):
+        """Puts into ``call`` what queries may see: the mask and the bias as the kernels read them, the boundaries of
+        packed sentences, and the prefix."""
+        packed = boundaries(mask, not self.cross)
+        if packed is not None or getattr(mask, "petl_causal", False):
             mask = None  # the kernels have a shorter way
         call.causal[self.block] = self.parts.causal and mask is None and x.shape[1] > 1
         dtype = call.dtype or x.dtype
         if mask is not None:
             mask, bias = as_added(self.parts, mask, bias, dtype)
         call.masks[self.block], call.biases[self.block] = mask, bias
+        if packed is not None:
+            call.boundaries[self.block] = packed
         if self.prefix is not None:
             head_dim = self.prefix.head_dim
             own = (tensor.to(dtype).view(-1, self.heads, head_dim) for tensor in self.prefix.folded())
@@ -97,13 +102,19 @@ class Attention:
         return [y.view(y.shape[0], y.shape[1], self.heads, -1).transpose(1, 2) for y in raw]
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-        return run("attention", q, k, v, *self._attention_inputs(call), call.backend)
+        bias, *packed = self._bias_and_boundaries(call)
+        return run("attention", q, k, v, *self._attention_inputs(call, bias), *packed, call.backend)
 
-    def _attention_inputs(self, call: Call) -> tuple:
+    def _bias_and_boundaries(self, call: Call) -> tuple[Tensor | None, ...]:
+        """Returns the bias of each query and key, the boundaries, and the bias by distance, which packed rows have."""
+        bias, packed = call.biases.get(self.block), call.boundaries.get(self.block)
+        return (bias, None, None, None) if packed is None else (None, *packed, bias)
+
+    def _attention_inputs(self, call: Call, bias: Tensor | None) -> tuple:
         prefix_k, prefix_v = call.prefixes.get(self.block, (None, None))
         return (
             call.masks.get(self.block),
-            call.biases.get(self.block),
+            bias,
             prefix_k,
             prefix_v,
             call.causal[self.block],
@@ -211,14 +222,16 @@ class Attention:
         kept = call.kept
         o, lse = kept[self.o.key], kept[self.lse.key]
         do = do.view(do.shape[0], do.shape[1], self.heads, -1).transpose(1, 2)
-        bias, prefix = call.biases.get(self.block), call.prefixes.get(self.block)
-        need_dbias = gradients.wants(bias)
-        mask, bias, *rest = self._attention_inputs(call)
-        dq, dk, dv, dbias, *dprefix = run(
-            "attention_backward", do, q, k, v, o, lse, mask, bias, *rest, need_dbias, call.backend
+        prefix = call.prefixes.get(self.block)
+        bias, *packed = self._bias_and_boundaries(call)
+        inputs, distances = self._attention_inputs(call, bias), packed[-1]
+        needs = gradients.wants(bias), gradients.wants(distances)
+        dq, dk, dv, dbias, *dprefix, ddistances = run(
+            "attention_backward", do, q, k, v, o, lse, *inputs, needs[0], *packed, needs[1], call.backend
         )
-        if need_dbias:
-            gradients.add(bias, dbias)
+        for own, gradient, need in zip((bias, distances), (dbias, ddistances), needs, strict=True):
+            if need:
+                gradients.add(own, gradient)
         if prefix is not None:
             for own, gradient in zip(prefix, dprefix, strict=True):
                 gradients.add(own, gradient)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from petl_kernels.backends import active
+from petl_kernels.layers.boundaries import Boundaries
 from petl_kernels.ops import philox
 
 # Name of what is kept -> the last tier that keeps it. ``adapted_...`` are the exceptions of the
@@ -46,7 +47,19 @@ class Call:
     dtype: that of products; None where x has it already. backend: what ``ops.use`` asks for.
     """
 
-    __slots__ = ("tier", "backend", "dtype", "device", "masks", "biases", "causal", "prefixes", "seeds", "kept")
+    __slots__ = (
+        "tier",
+        "backend",
+        "dtype",
+        "device",
+        "masks",
+        "biases",
+        "boundaries",
+        "causal",
+        "prefixes",
+        "seeds",
+        "kept",
+    )
 
     def __init__(self, tier: int, x: Tensor):
         self.tier, self.backend, self.device = tier, active(), x.device
@@ -55,6 +68,7 @@ class Call:
             self.dtype = torch.get_autocast_dtype(x.device.type)
         self.masks: dict[str, Tensor | None] = {}
         self.biases: dict[str, Tensor | None] = {}
+        self.boundaries: dict[str, Boundaries] = {}
         self.causal: dict[str, bool] = {}
         self.prefixes: dict[str, tuple[Tensor, Tensor]] = {}
         self.seeds: dict[str, Tensor] = {}
