@@ -176,7 +176,7 @@ def test_a_step_that_is_tried_again_forgets_what_it_had_of_bf16_gradients(settin
     loop.update.zero_gradients()
     loop.update._backward = fail_once
     loop.update._until_it_fits(lambda: loop.update._gradients([batch], batch.target_tokens))
-    assert calls[0] == calls[1] > calls[2]
+    assert calls[2] < calls[0]  # from the first sentence on, in smaller parts
     torch.testing.assert_close(loop.update.clip(1.0), expected, rtol=0.01, atol=0)
 
 
