@@ -375,7 +375,7 @@ class _Training:
 
         Raises InputError where it began packed, and the model reads no packed rows now.
         """
-        graphs = "CUDA graphs are captured of padded ones" if self.config.cuda_graphs else ""
+        graphs = "CUDA graphs take padded ones" if self.config.cuda_graphs else ""
         reason, began = graphs or packing_obstacle(self.model), self.progress.packed
         if began and reason:
             raise InputError(f"out {self.folder.path}: the run began with packed rows, which cannot go on ({reason})")
