@@ -51,7 +51,17 @@ def _with_exact_forward(cls: type) -> type:
     code = _exact_rms_norm.__code__.replace(co_filename=inspect.getfile(cls))
     forward = types.FunctionType(code, globals(), "forward")
     forward.__qualname__ = f"{cls.__name__}.forward"
-    return type(cls.__name__, (cls,), {"__module__": cls.__module__, "forward": forward})
+    members = {"__module__": cls.__module__, "forward": forward, "__reduce_ex__": _reduced}
+    return type(cls.__name__, (cls,), members)
+
+
+def _reduced(norm: nn.Module, protocol: int) -> tuple:
+    return _bare_norm, (type(norm).__base__,), norm.__dict__
+
+
+def _bare_norm(cls: type) -> nn.Module:
+    exact = _exact[cls]
+    return exact.__new__(exact)
 
 
 def _exact_rms_norm(self, x: Tensor) -> Tensor:
