@@ -3,11 +3,15 @@
 // A head is worked on in blocks of queries whose scores, over all keys, stay in cache. Its keys are converted once into
 // the dtype of sums, behind those of the prefix, in scratch that the thread's next head uses again. Products are the
 // library's, in the dtype of sums: it rounds less than the inputs' own, and is faster than most processors' bf16.
+#include <ATen/ops/addmm_cpu_dispatch.h>
+#include <ATen/ops/mm_cpu_dispatch.h>
+
 #include <cmath>
 #include <limits>
 
 #include "kernels.h"
 #include "philox.h"
+#include "product.h"
 
 namespace petl {
 namespace {
@@ -21,7 +25,8 @@ Tensor with_adjacent_features(const Tensor& x) {
 
 // An empty (B, H, L, D) over memory of shape (B, L, H, D).
 Tensor like_heads(const Tensor& x) {
-  return at::empty({x.size(0), x.size(2), x.size(1), x.size(3)}, x.options()).transpose(1, 2);
+  const int64_t row = x.size(1) * x.size(3);
+  return Tensor(at::detail::empty_strided_cpu(x.sizes(), {x.size(2) * row, x.size(3), row, 1}, x.scalar_type()));
 }
 
 // One row of a tensor of shape (B or 1, H or 1, Lq or 1, Lk), which is broadcast.
@@ -186,16 +191,19 @@ struct Work {
 
   explicit Work(const Problem& p)
       : p(p),
-        options(at::dtype(c10::CppTypeToScalarType<acc_t>::value)),
-        k(at::empty({p.columns, p.features}, options)),
-        v(at::empty_like(k)),
-        q(at::empty({p.block_rows, p.features}, options)),
-        s(at::empty({p.block_rows, p.columns}, options)),
-        out(at::empty_like(q)) {
-    if (p.drop) {
-      factors = at::empty_like(s);
-    }
-  }
+        keys_size(piece(p.columns * p.features)),
+        rows_size(piece(p.block_rows * p.features)),
+        scores_size(piece(p.block_rows * p.columns)),
+        memory(2 * keys_size + 2 * rows_size + (p.drop ? 2 : 1) * scores_size),
+        k(memory.data()),
+        v(k + keys_size),
+        q(v + keys_size),
+        out(q + rows_size),
+        s(out + rows_size),
+        factors(s + scores_size) {}
+
+  // Each buffer begins where a line of the cache does.
+  static int64_t piece(int64_t count) { return at::divup(count, 16) * 16; }
 
   static acc_t* data(const Tensor& tensor) { return tensor.template mutable_data_ptr<acc_t>(); }
 
@@ -217,11 +225,11 @@ struct Work {
   void read_keys(int64_t b, int64_t h) const {
     const int64_t size = p.prefix * p.features;
     if (p.prefix > 0) {
-      std::copy_n(data(p.wide_prefix_k) + h * size, size, data(k));
-      std::copy_n(data(p.wide_prefix_v) + h * size, size, data(v));
+      std::copy_n(data(p.wide_prefix_k) + h * size, size, k);
+      std::copy_n(data(p.wide_prefix_v) + h * size, size, v);
     }
-    read(p.k, b, h, 0, p.keys, data(k) + size);
-    read(p.v, b, h, 0, p.keys, data(v) + size);
+    read(p.k, b, h, 0, p.keys, k + size);
+    read(p.v, b, h, 0, p.keys, v + size);
   }
 
   // The block starts at query `first` and has `count` of them, which see `seen` columns.
@@ -230,21 +238,33 @@ struct Work {
     seen = p.visible(first + count);
   }
 
-  // The first count rows and seen columns of a block buffer, of k or of v.
-  Tensor rows_of(const Tensor& buffer) const { return count == buffer.size(0) ? buffer : buffer.narrow(0, 0, count); }
-  Tensor scores_of(const Tensor& buffer) const {
-    return seen == p.columns ? rows_of(buffer) : rows_of(buffer).narrow(1, 0, seen);
+  static MatrixView view(const acc_t* buffer, int64_t rows, int64_t columns, int64_t stride) {
+    return {buffer, c10::CppTypeToScalarType<acc_t>::value, rows, columns, stride, 1};
   }
-  Tensor keys_of(const Tensor& buffer) const { return seen == p.columns ? buffer : buffer.narrow(0, 0, seen); }
 
-  // s = P, and the log-sum-exp of each row by sink(row, lse).
+  // The first count rows and seen columns of a block buffer, of k or of v.
+  MatrixView rows_of(const acc_t* buffer) const { return view(buffer, count, p.features, p.features); }
+  MatrixView scores_of(const acc_t* buffer) const { return view(buffer, count, seen, p.columns); }
+  MatrixView keys_of(const acc_t* buffer) const { return view(buffer, seen, p.features, p.features); }
+
+  // The operands of products, made again where a block has another size than the one before.
+  bool cut() {
+    if (count == cut_count && seen == cut_seen) {
+      return false;
+    }
+    cut_count = count, cut_seen = seen;
+    q_rows = rows_of(q).tensor(), out_rows = rows_of(out).tensor(), scores = scores_of(s).tensor();
+    k_transposed = keys_of(k).t().tensor(), v_keys = keys_of(v).tensor();
+    return true;
+  }
+
+  // s = P, and the log-sum-exp of each row by sink(row, lse). After cut().
   template <typename Sink>
-  void probabilities(const Sink& sink) const {
-    read(p.q, b, h, first, count, data(q));
-    Tensor block = scores_of(s);
-    at::addmm_out(block, block, rows_of(q), keys_of(k).t(), /*beta=*/0, /*alpha=*/p.scale);
+  void probabilities(const Sink& sink) {
+    read(p.q, b, h, first, count, q);
+    at::cpu::addmm_out(scores, scores, q_rows, k_transposed, /*beta=*/0, /*alpha=*/p.scale);
     for (int64_t i = 0; i < count; ++i) {
-      acc_t* row = data(s) + i * p.columns;
+      acc_t* row = s + i * p.columns;
       acc_t* of_keys = row + p.prefix;
       const int64_t query = first + i, row_seen = p.visible(query + 1);
       if (p.bias_rows) {
@@ -261,13 +281,16 @@ struct Work {
   // The dropout factors of the block.
   void draw() const {
     for (int64_t i = 0; i < count; ++i) {
-      p.drop.factors(data(factors) + i * p.columns, seen, p.first_probability(b, h, first + i));
+      p.drop.factors(factors + i * p.columns, seen, p.first_probability(b, h, first + i));
     }
   }
 
   const Problem& p;
-  at::TensorOptions options;
-  Tensor k, v, q, s, out, factors;
+  int64_t keys_size, rows_size, scores_size;
+  Memory<acc_t> memory;
+  acc_t *k, *v, *q, *out, *s, *factors;
+  Tensor q_rows, out_rows, scores, k_transposed, v_keys;
+  int64_t cut_count = -1, cut_seen = -1;
   int64_t b = 0, h = 0, first = 0, count = 0, seen = 0;
 };
 
@@ -281,15 +304,14 @@ void forward(const Problem& p, const Tensor& o, const Tensor& lse) {
       for (int64_t first = 0; first < p.queries; first += p.block_rows) {
         work.start(b, h, first, std::min(p.block_rows, p.queries - first));
         acc_t* lse_of_head = lse_data + (b * p.heads + h) * p.queries;
+        work.cut();
         work.probabilities([&](int64_t query, acc_t value) { lse_of_head[query] = value; });
-        Tensor block = work.scores_of(work.s);
         if (p.drop) {
           work.draw();
-          block.mul_(work.scores_of(work.factors));
+          work.scores.mul_(work.scores_of(work.factors).tensor());
         }
-        Tensor out = work.rows_of(work.out);
-        at::mm_out(out, block, work.keys_of(work.v));
-        work.write(o, b, h, first, work.count, work.data(work.out));
+        at::cpu::mm_out(work.out_rows, work.scores, work.v_keys);
+        work.write(o, b, h, first, work.count, work.out);
       }
     };
   });
@@ -304,20 +326,35 @@ struct BackwardWork : Work<T> {
   using acc_t = compute_t<T>;
 
   explicit BackwardWork(const Problem& p)
-      : Work<T>(p), dk(at::empty_like(this->k)), dv(at::empty_like(dk)), ds(at::empty_like(this->s)),
-        dout(at::empty_like(this->q)) {}
+      : Work<T>(p),
+        gradients(2 * this->keys_size + this->rows_size + this->scores_size),
+        dk(gradients.data()),
+        dv(dk + this->keys_size),
+        dout(dv + this->keys_size),
+        ds(dout + this->rows_size) {}
+
+  void cut() {
+    if (!Work<T>::cut()) {
+      return;
+    }
+    k_keys = this->keys_of(this->k).tensor(), v_transposed = this->keys_of(this->v).t().tensor();
+    dk_keys = this->keys_of(dk).tensor(), dv_keys = this->keys_of(dv).tensor();
+    dout_rows = this->rows_of(dout).tensor(), dscores = this->scores_of(ds).tensor();
+    dscores_transposed = this->scores_of(ds).t().tensor();
+    scores_transposed = this->scores_of(this->s).t().tensor();
+  }
 
   // ds = P ⊙ (drop(ds) - delta), and s = drop(P), for one row of each
   void row(int64_t i, acc_t delta) const {
-    acc_t* __restrict dropped = this->data(this->s) + i * this->p.columns;
-    acc_t* __restrict to = this->data(ds) + i * this->p.columns;
+    acc_t* __restrict dropped = this->s + i * this->p.columns;
+    acc_t* __restrict to = ds + i * this->p.columns;
     if (!this->p.drop) {
       for (int64_t j = 0; j < this->seen; ++j) {
         to[j] = dropped[j] * (to[j] - delta);
       }
       return;
     }
-    const acc_t* __restrict factor = this->data(this->factors) + i * this->p.columns;
+    const acc_t* __restrict factor = this->factors + i * this->p.columns;
     for (int64_t j = 0; j < this->seen; ++j) {
       to[j] = dropped[j] * (to[j] * factor[j] - delta);
       dropped[j] *= factor[j];
@@ -331,12 +368,14 @@ struct BackwardWork : Work<T> {
     return at::vec::map2_reduce_all<acc_t>(
         [](Vec x, Vec y) { return x * y; },
         [](Vec x, Vec y) { return x + y; },
-        this->data(dout) + i * features,
-        this->data(this->out) + i * features,
+        dout + i * features,
+        this->out + i * features,
         features);
   }
 
-  Tensor dk, dv, ds, dout;
+  Memory<acc_t> gradients;
+  acc_t *dk, *dv, *dout, *ds;
+  Tensor k_keys, v_transposed, dk_keys, dv_keys, dout_rows, dscores, dscores_transposed, scores_transposed;
 };
 
 // dbias += dS of one block
@@ -347,7 +386,7 @@ void add_to_bias(const BackwardWork<T>& work, const Tensor& dbias) {
   const int64_t b = dbias.size(0) == 1 ? 0 : work.b;
   for (int64_t i = 0; i < work.count; ++i) {
     acc_t* to = work.data(dbias) + ((b * p.heads + work.h) * p.queries + work.first + i) * p.keys;
-    const acc_t* from = work.data(work.ds) + i * p.columns + p.prefix;
+    const acc_t* from = work.ds + i * p.columns + p.prefix;
     for (int64_t j = 0; j < work.seen - p.prefix; ++j) {
       to[j] += from[j];
     }
@@ -356,11 +395,11 @@ void add_to_bias(const BackwardWork<T>& work, const Tensor& dbias) {
 
 // The sums over the queries of one head, to where they belong.
 template <typename T>
-void settle_keys(const BackwardWork<T>& work, const Tensor& sums, const Tensor& grad, const Tensor& dprefix) {
+void settle_keys(
+    const BackwardWork<T>& work, const compute_t<T>* from, const Tensor& grad, const Tensor& dprefix) {
   using acc_t = compute_t<T>;
   const Problem& p = work.p;
   const int64_t size = p.prefix * p.features;
-  acc_t* from = work.data(sums);
   acc_t* of_prefix = work.data(dprefix) + work.h * size;
   for (int64_t j = 0; j < size; ++j) {
     of_prefix[j] += from[j];
@@ -374,31 +413,29 @@ void backward(const Problem& p, const Tensor& dout, const Tensor& o, const Gradi
   for_each_head(p, sums_over_batch, [&] {
     return [&, work = BackwardWork<T>(p)](int64_t h, int64_t b) mutable {
       work.read_keys(b, h);
-      work.dk.zero_();
-      work.dv.zero_();
+      std::fill_n(work.dk, p.columns * p.features, compute_t<T>(0));
+      std::fill_n(work.dv, p.columns * p.features, compute_t<T>(0));
       work.start(b, h, 0, 0);
       for (int64_t first = 0; first < p.queries; first += p.block_rows) {
         work.start(b, h, first, std::min(p.block_rows, p.queries - first));
+        work.cut();
         work.probabilities([](int64_t, auto) {});
-        work.read(dout, b, h, first, work.count, work.data(work.dout));
-        work.read(o, b, h, first, work.count, work.data(work.out));
+        work.read(dout, b, h, first, work.count, work.dout);
+        work.read(o, b, h, first, work.count, work.out);
         if (p.drop) {
           work.draw();
         }
-        const Tensor k = work.keys_of(work.k), v = work.keys_of(work.v);
-        const Tensor q = work.rows_of(work.q), dout_rows = work.rows_of(work.dout), dropped = work.scores_of(work.s);
-        Tensor ds = work.scores_of(work.ds), out = work.rows_of(work.out);
-        at::mm_out(ds, dout_rows, v.t());
+        at::cpu::mm_out(work.dscores, work.dout_rows, work.v_transposed);
         for (int64_t i = 0; i < work.count; ++i) {
           work.row(i, work.delta(i));
         }
         if (to.dbias.dim() == 4) {
           add_to_bias(work, to.dbias);
         }
-        work.keys_of(work.dv).addmm_(dropped.t(), dout_rows);
-        work.keys_of(work.dk).addmm_(ds.t(), q, /*beta=*/1, /*alpha=*/p.scale);
-        at::addmm_out(out, out, ds, k, /*beta=*/0, /*alpha=*/p.scale);
-        work.write(to.dq, b, h, first, work.count, work.data(work.out));
+        at::cpu::addmm_(work.dv_keys, work.scores_transposed, work.dout_rows);
+        at::cpu::addmm_(work.dk_keys, work.dscores_transposed, work.q_rows, /*beta=*/1, /*alpha=*/p.scale);
+        at::cpu::addmm_out(work.out_rows, work.out_rows, work.dscores, work.k_keys, /*beta=*/0, /*alpha=*/p.scale);
+        work.write(to.dq, b, h, first, work.count, work.out);
       }
       settle_keys(work, work.dk, to.dk, to.dprefix_k);
       settle_keys(work, work.dv, to.dv, to.dprefix_v);
@@ -422,7 +459,7 @@ std::tuple<Tensor, Tensor> attention(
     const OptionalTensor& seed) {
   const Problem problem(q, k, v, mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed);
   Tensor o = like_heads(q);
-  Tensor lse = at::empty({q.size(0), q.size(1), q.size(2)}, q.options().dtype(compute_type(q)));
+  Tensor lse = empty({q.size(0), q.size(1), q.size(2)}, compute_type(q));
   PETL_DISPATCH_FLOATING(q.scalar_type(), "attention", [&] { forward<scalar_t>(problem, o, lse); });
   return {o, lse};
 }
@@ -444,19 +481,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     const OptionalTensor& seed,
     bool need_dbias) {
   const Problem problem(q, k, v, mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed);
-  const auto sums = q.options().dtype(compute_type(q));
-  const std::vector<int64_t> prefix{problem.heads, problem.prefix, problem.features};
+  const auto sums = compute_type(q);
+  const int64_t prefix[] = {problem.heads, problem.prefix, problem.features};
   const Gradients grads{
       like_heads(q),
       like_heads(k),
       like_heads(v),
-      need_dbias ? at::zeros(bias->sizes(), sums) : at::empty({0}, sums),
-      at::zeros(prefix, sums),
-      at::zeros(prefix, sums)};
+      need_dbias ? zeros(bias->sizes(), sums) : absent(sums),
+      zeros(prefix, sums),
+      zeros(prefix, sums)};
   PETL_DISPATCH_FLOATING(q.scalar_type(), "attention_backward", [&] {
     backward<scalar_t>(problem, with_adjacent_features(dout), with_adjacent_features(o), grads);
   });
-  const auto as_given = [](const Tensor& dprefix) { return dprefix.transpose(0, 1).contiguous(); };
+  const auto as_given = [&](const Tensor& dprefix) {
+    return problem.prefix > 0 ? dprefix.transpose(0, 1).contiguous()
+                              : empty({0, problem.heads, problem.features}, sums);
+  };
   return {grads.dq, grads.dk, grads.dv, grads.dbias, as_given(grads.dprefix_k), as_given(grads.dprefix_v)};
 }
 
