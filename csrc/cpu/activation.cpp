@@ -141,7 +141,7 @@ void drop_narrow(const Dropout& dropout, T* values, int64_t count, int64_t first
 }
 
 Tensor packed_relu(const Tensor& rows, const Dropout& dropout, Tensor& y) {
-  Tensor bits = at::empty({rows.size(0), bytes_of(rows.size(1))}, rows.options().dtype(at::kByte));
+  Tensor bits = empty({rows.size(0), bytes_of(rows.size(1))}, at::kByte);
   PETL_DISPATCH_FLOATING(rows.scalar_type(), "activation", [&] {
     const auto* z_data = rows.const_data_ptr<scalar_t>();
     auto* y_data = y.mutable_data_ptr<scalar_t>();
@@ -181,14 +181,14 @@ std::tuple<Tensor, Tensor> activation(
   const Tensor rows = as_rows(z);
   const Dropout mask(dropout, seed);
   const Activation act = parse_activation(kind);
-  const Tensor no_bits = at::empty({0}, z.options().dtype(at::kByte));
+  const Tensor no_bits = absent(at::kByte);
   if (!mask && (act == Activation::gelu || act == Activation::silu)) {
     return {(act == Activation::gelu ? at::gelu(rows) : at::silu(rows)).view(z.sizes()), no_bits};
   }
-  Tensor y = at::empty_like(rows);
+  Tensor y = empty(z.sizes(), z.scalar_type());
   if (act == Activation::relu) {
     Tensor bits = packed_relu(rows, mask, y);
-    return {y.view(z.sizes()), bits};
+    return {y, bits};
   }
   PETL_DISPATCH_FLOATING(z.scalar_type(), "activation", [&] {
     const auto* z_data = rows.const_data_ptr<scalar_t>();
@@ -201,7 +201,7 @@ std::tuple<Tensor, Tensor> activation(
       convert(values, y_data + first, count);
     });
   });
-  return {y.view(z.sizes()), no_bits};
+  return {y, no_bits};
 }
 
 Tensor activation_backward(
@@ -210,15 +210,15 @@ Tensor activation_backward(
   const Dropout mask(dropout, seed);
   const Activation act = parse_activation(kind);
   if (act == Activation::relu) {
-    Tensor dz = at::empty_like(rows);
+    Tensor dz = empty(dy.sizes(), dy.scalar_type());
     packed_relu_backward(rows, saved.contiguous(), mask, dz);
-    return dz.view(dy.sizes());
+    return dz;
   }
   const Tensor z = as_rows(saved);
   if (!mask && (act == Activation::gelu || act == Activation::silu)) {
     return (act == Activation::gelu ? at::gelu_backward(rows, z) : at::silu_backward(rows, z)).view(dy.sizes());
   }
-  Tensor dz = at::empty_like(rows);
+  Tensor dz = empty(dy.sizes(), dy.scalar_type());
   PETL_DISPATCH_FLOATING(dy.scalar_type(), "activation_backward", [&] {
     const auto* dy_data = rows.const_data_ptr<scalar_t>();
     const auto* z_data = z.const_data_ptr<scalar_t>();
@@ -231,7 +231,7 @@ Tensor activation_backward(
       convert(grads, dz_data + first, count);
     });
   });
-  return dz.view(dy.sizes());
+  return dz;
 }
 
 } // namespace petl

@@ -29,7 +29,7 @@ void sum_strip(const T* matrix, int64_t rows, int64_t columns, int64_t width, co
 
 Tensor column_sum(const Tensor& matrix) {
   const int64_t rows = matrix.size(0), columns = matrix.size(1);
-  Tensor totals = at::empty({columns}, matrix.options().dtype(compute_type(matrix)));
+  Tensor totals = empty({columns}, compute_type(matrix));
   PETL_DISPATCH_FLOATING(matrix.scalar_type(), "column_sum", [&] {
     const auto* values = matrix.const_data_ptr<scalar_t>();
     auto* sums = totals.mutable_data_ptr<compute_t<scalar_t>>();

@@ -2,12 +2,16 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/EmptyTensor.h>
 #include <ATen/OpMathType.h>
 #include <ATen/Parallel.h>
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
+#include <c10/core/CPUAllocator.h>
 
 #include <algorithm>
+#include <cstddef>
+#include <cstring>
 #include <optional>
 #include <tuple>
 #include <type_traits>
@@ -29,10 +33,48 @@ inline at::ScalarType compute_type(const Tensor& x) {
   return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
+// The helpers up to in_dtype() do what PyTorch's operations of like names do, without the dispatcher: at a few tokens
+// the way through it is most of a kernel's time.
+
+inline Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype) {
+  return Tensor(at::detail::empty_cpu(sizes, dtype));
+}
+
+inline Tensor zeros(at::IntArrayRef sizes, at::ScalarType dtype) {
+  Tensor values = empty(sizes, dtype);
+  if (values.numel() > 0) {
+    std::memset(values.mutable_data_ptr(), 0, values.nbytes());
+  }
+  return values;
+}
+
+// What stands for "not asked for" in results.
+inline Tensor absent(at::ScalarType dtype) {
+  return empty({0}, dtype);
+}
+
+// The memory of a contiguous x under other sizes with as many elements.
+inline Tensor with_sizes(const Tensor& x, at::IntArrayRef sizes) {
+  if (x.sizes() == sizes) {
+    return x;
+  }
+  const auto* impl = x.unsafeGetTensorImpl();
+  auto other = impl->shallow_copy_and_detach(impl->version_counter(), /*allow_tensor_metadata_change=*/true);
+  other->set_sizes_contiguous(sizes);
+  return Tensor(std::move(other));
+}
+
 // x (..., features) as a contiguous matrix (rows, features).
 inline Tensor as_rows(const Tensor& x) {
-  return x.reshape({-1, x.size(-1)}).contiguous();
+  const int64_t features = x.size(-1);
+  if (x.is_contiguous() && features > 0) {
+    return with_sizes(x, {x.numel() / features, features});
+  }
+  return x.reshape({-1, features}).contiguous();
 }
+
+// The values of x, contiguous, in dtype: x itself where it is so. in_dtype(x, dtype, copy=true) is always a copy.
+Tensor in_dtype(const Tensor& x, at::ScalarType dtype, bool copy = false);
 
 // The shape of x with another number of features.
 inline std::vector<int64_t> with_features(const Tensor& x, int64_t features) {
@@ -41,7 +83,7 @@ inline std::vector<int64_t> with_features(const Tensor& x, int64_t features) {
   return sizes;
 }
 
-// A matrix over memory that somebody else owns: blocks of a larger matrix, scratch.
+// A matrix over memory that somebody else owns: blocks of a larger matrix, scratch. PyTorch's operations take it.
 template <typename T>
 Tensor matrix(const T* data, int64_t rows, int64_t columns) {
   return at::from_blob(const_cast<T*>(data), {rows, columns}, at::dtype(c10::CppTypeToScalarType<T>::value));
@@ -92,13 +134,13 @@ class Slices {
   // Zeros of shape (slices, *shape) in the compute dtype of like.
   Tensor partial_sums(const Tensor& like, std::vector<int64_t> shape) const {
     shape.insert(shape.begin(), count_);
-    return at::zeros(shape, like.options().dtype(compute_type(like)));
+    return zeros(shape, compute_type(like));
   }
 
   // The partial sums added in order.
   static Tensor total(const Tensor& partial_sums) {
     if (partial_sums.size(0) == 1) {
-      return partial_sums[0];
+      return with_sizes(partial_sums, partial_sums.sizes().slice(1));
     }
     Tensor total = at::add(partial_sums[0], partial_sums[1]);
     for (int64_t slice = 2; slice < partial_sums.size(0); ++slice) {
@@ -131,20 +173,42 @@ T* slice_of(const Tensor& partial_sums, int64_t slice) {
   return partial_sums.mutable_data_ptr<T>() + slice * partial_sums.stride(0);
 }
 
+// Memory for as long as the object lives: inside it where a few KB suffice, else from the allocator of tensors, which
+// is counted.
+template <typename T>
+class Memory {
+ public:
+  explicit Memory(int64_t count) {
+    const size_t bytes = count * sizeof(T);
+    if (bytes > sizeof(own_)) {
+      allocated_ = c10::GetCPUAllocator()->allocate(bytes);
+    }
+    values_ = static_cast<T*>(bytes > sizeof(own_) ? allocated_.get() : own_);
+  }
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+
+  T* data() const { return values_; }
+
+ private:
+  alignas(64) std::byte own_[4096];
+  at::DataPtr allocated_;
+  T* values_;
+};
+
 // Scratch memory, one piece a thread. Allocated once by the caller: pages that are new cost more than the arithmetic.
 template <typename T>
 class Scratch {
  public:
   explicit Scratch(int64_t size)
-      : size_(at::divup(size, kAlignment) * kAlignment),
-        values_(at::empty({at::get_num_threads() * size_}, at::dtype(c10::CppTypeToScalarType<T>::value))) {}
+      : size_(at::divup(size, kAlignment) * kAlignment), memory_(at::get_num_threads() * size_) {}
 
-  T* mine() const { return values_.mutable_data_ptr<T>() + at::get_thread_num() * size_; }
+  T* mine() const { return memory_.data() + at::get_thread_num() * size_; }
 
  private:
   static constexpr int64_t kAlignment = 64;
   int64_t size_;
-  Tensor values_;
+  Memory<T> memory_;
 };
 
 template <typename To, typename From>

@@ -27,9 +27,9 @@ at::ScalarType served(at::ScalarType x, at::ScalarType stream) {
 
 Tensor dropout_add(const Tensor& x, const Tensor& residual, double p, const Tensor& seed) {
   const auto stream = at::promote_types(x.scalar_type(), residual.scalar_type());
-  const Tensor rows = as_rows(x).to(served(x.scalar_type(), stream)), residual_rows = as_rows(residual).to(stream);
+  const Tensor rows = in_dtype(x, served(x.scalar_type(), stream)), residual_rows = in_dtype(residual, stream);
   const Dropout mask(p, seed);
-  Tensor y = at::empty_like(residual_rows);
+  Tensor y = empty(x.sizes(), stream);
   dispatch(rows.scalar_type(), stream, [&](auto narrow, auto wide) {
     using x_t = decltype(narrow);
     using y_t = decltype(wide);
@@ -45,13 +45,13 @@ Tensor dropout_add(const Tensor& x, const Tensor& residual, double p, const Tens
       convert(values, y_data + first, count);
     });
   });
-  return y.view(x.sizes());
+  return y;
 }
 
 Tensor dropout_add_backward(const Tensor& dy, at::ScalarType dtype, double p, const Tensor& seed) {
-  const Tensor rows = as_rows(dy);
+  const Tensor rows = dy.contiguous();
   const Dropout mask(p, seed);
-  Tensor dx = at::empty_like(rows, rows.options().dtype(served(dtype, dy.scalar_type())));
+  Tensor dx = empty(dy.sizes(), served(dtype, dy.scalar_type()));
   dispatch(dx.scalar_type(), dy.scalar_type(), [&](auto narrow, auto wide) {
     using x_t = decltype(narrow);
     using y_t = decltype(wide);
@@ -64,7 +64,7 @@ Tensor dropout_add_backward(const Tensor& dy, at::ScalarType dtype, double p, co
       convert(grads, dx_data + first, count);
     });
   });
-  return dx.to(dtype).view(dy.sizes());
+  return in_dtype(dx, dtype);
 }
 
 } // namespace petl

@@ -25,7 +25,7 @@ void for_each_chunk(const Tensor& rows, int64_t hidden, const F& f) {
 Tensor chunk_like(const Tensor& rows, int64_t hidden) {
   int64_t most = 0;
   for_each_chunk(rows, hidden, [&](int64_t, int64_t count) { most = std::max(most, count); });
-  return at::empty({most, hidden}, rows.options());
+  return empty({most, hidden}, rows.scalar_type());
 }
 
 // f(first_column, column_count) for every piece of a row.
@@ -160,7 +160,7 @@ struct Network {
 
 // The rows of one chunk; undefined stays undefined.
 Tensor part(const Tensor& rows, int64_t first, int64_t count) {
-  return rows.defined() ? rows.narrow(0, first, count) : rows;
+  return rows.defined() && count < rows.size(0) ? rows.narrow(0, first, count) : rows;
 }
 
 } // namespace
@@ -180,13 +180,13 @@ std::tuple<Tensor, Tensor, Tensor> frozen_ffn(
   const int64_t tokens = rows.size(0), f = w1.out;
   const Hidden hidden{parse_activation(activation)};
   const bool keep_z = keeps == "z", keep_bits = keeps == "bits";
-  Tensor y = at::empty_like(rows), bits, kept_z, kept_g;
+  Tensor y = empty(rows.sizes(), rows.scalar_type()), bits, kept_z, kept_g;
   if (keep_bits) {
-    bits = at::empty({tokens, packed_width(f)}, x.options().dtype(at::kByte));
+    bits = empty({tokens, packed_width(f)}, at::kByte);
   }
   if (keep_z) {
-    kept_z = at::empty({tokens, f}, x.options());
-    kept_g = gate ? at::empty_like(kept_z) : Tensor();
+    kept_z = empty({tokens, f}, x.scalar_type());
+    kept_g = gate ? empty({tokens, f}, x.scalar_type()) : Tensor();
   }
   const Tensor h_chunk = chunk_like(rows, f), g_chunk = gate && !keep_z ? at::empty_like(h_chunk) : Tensor();
 
@@ -201,11 +201,10 @@ std::tuple<Tensor, Tensor, Tensor> frozen_ffn(
     hidden.forward(z, g, part(bits, first, count), h);
     project_out(part(y, first, count), h, w2, c2);
   });
-  const auto absent = [&] { return at::empty({0}, x.options()); };
   return {
-      y.view(x.sizes()),
-      keep_bits ? bits : keep_z ? kept_z : absent(),
-      kept_g.defined() ? kept_g : absent()};
+      with_sizes(y, x.sizes()),
+      keep_bits ? bits : keep_z ? kept_z : absent(x.scalar_type()),
+      kept_g.defined() ? kept_g : absent(x.scalar_type())};
 }
 
 std::tuple<Tensor, Tensor, Tensor> frozen_ffn_backward(
@@ -228,9 +227,9 @@ std::tuple<Tensor, Tensor, Tensor> frozen_ffn_backward(
   const int64_t f = w1.out;
   const Hidden hidden{parse_activation(activation)};
   const bool recompute = keeps == "x";
-  const auto sum_options = dy.options().dtype(compute_type(dy));
-  Tensor dx = need_dx ? at::empty_like(rows) : at::empty({0}, dy.options());
-  const OptionalTensor dc1 = need_dc1 ? OptionalTensor(at::zeros({f}, sum_options)) : std::nullopt;
+  const auto sums = compute_type(dy);
+  Tensor dx = need_dx ? empty(rows.sizes(), dy.scalar_type()) : absent(dy.scalar_type());
+  const OptionalTensor dc1 = need_dc1 ? OptionalTensor(zeros({f}, sums)) : std::nullopt;
 
   if (need_dx || need_dc1) {
     const Tensor dh_chunk = chunk_like(rows, f), dg_chunk = gate ? at::empty_like(dh_chunk) : Tensor();
@@ -262,9 +261,9 @@ std::tuple<Tensor, Tensor, Tensor> frozen_ffn_backward(
     });
   }
   return {
-      need_dx ? dx.view(dy.sizes()) : dx,
-      dc1 ? *dc1 : at::empty({0}, sum_options),
-      need_dc2 ? column_sum(rows) : at::empty({0}, sum_options)};
+      need_dx ? with_sizes(dx, dy.sizes()) : dx,
+      dc1 ? *dc1 : absent(sums),
+      need_dc2 ? column_sum(rows) : absent(sums)};
 }
 
 } // namespace petl

@@ -21,7 +21,33 @@ int64_t total_rank(at::TensorList a) {
 
 // [A_1; …; A_G] (Σ r_g, features) in dtype
 Tensor stacked(at::TensorList a, at::ScalarType dtype) {
-  return a.size() == 1 ? a[0].to(dtype).contiguous() : at::cat(a).to(dtype);
+  if (a.size() == 1) {
+    return in_dtype(a[0], dtype);
+  }
+  Tensor stack = empty({total_rank(a), a[0].size(1)}, dtype);
+  auto* to = static_cast<std::byte*>(stack.mutable_data_ptr());
+  for (const Tensor& a_g : a) {
+    const Tensor values = in_dtype(a_g, dtype);
+    std::memcpy(to, values.const_data_ptr(), values.nbytes());
+    to += values.nbytes();
+  }
+  return stack;
+}
+
+// m (rows, columns), contiguous, transposed in memory.
+Tensor transposed(const Tensor& m) {
+  const int64_t rows = m.size(0), columns = m.size(1);
+  Tensor result = empty({columns, rows}, m.scalar_type());
+  PETL_DISPATCH_FLOATING(m.scalar_type(), "lora_linear_backward", [&] {
+    const auto* from = m.const_data_ptr<scalar_t>();
+    auto* to = result.mutable_data_ptr<scalar_t>();
+    for (int64_t j = 0; j < columns; ++j) {
+      for (int64_t i = 0; i < rows; ++i) {
+        to[j * rows + i] = from[i * columns + j];
+      }
+    }
+  });
+  return result;
 }
 
 constexpr int64_t kFewRows = 512;
@@ -29,21 +55,21 @@ constexpr int64_t kFewRows = 512;
 // out (rows, rank) = scale · x mᵀ, for x (rows, features) and m (rank, features), contiguous. Where the rows of x lie a
 // multiple of 2 KiB apart, and so share sets of the first cache, the library is faster with a few ranks as the rows of
 // the result: up to kFewRows rows of x, which are still in a cache (measured: bench/NOTES.md).
-void skinny_product_out(Tensor out, const Tensor& x, const Tensor& m, double scale) {
+void skinny_product_out(const MatrixView& out, const Tensor& x, const Tensor& m, double scale) {
   const int64_t element = x.element_size();
   const bool alias = x.size(0) <= kFewRows && x.size(1) * element % 2048 == 0 && m.size(0) * element <= 32;
   if (alias && !widens(x.scalar_type())) {
-    Tensor transposed = at::empty({m.size(0), x.size(0)}, x.options());
-    at::addmm_out(transposed, transposed, m, x.t(), /*beta=*/0, scale);
-    out.copy_(transposed.t());
+    Tensor by_ranks = at::empty({m.size(0), x.size(0)}, x.options());
+    at::addmm_out(by_ranks, by_ranks, m, x.t(), /*beta=*/0, scale);
+    out.tensor().copy_(by_ranks.t());
   } else {
-    product_out(out, x, m.t(), /*add=*/false, scale);
+    product_out(out, x, MatrixView(m).t(), /*add=*/false, scale);
   }
 }
 
 // scale · leftᵀ right, a sum over tokens, in the dtype of sums
-Tensor sum_over_tokens(const Tensor& left, const Tensor& right, double scale) {
-  Tensor sum = at::empty({left.size(1), right.size(1)}, left.options().dtype(compute_type(left)));
+Tensor sum_over_tokens(const MatrixView& left, const Tensor& right, double scale) {
+  Tensor sum = empty({left.columns, right.size(1)}, compute_type(right));
   product_out(sum, left.t(), right, /*add=*/false, scale);
   return sum;
 }
@@ -70,7 +96,7 @@ void add_product(const T* left, const T* right, int64_t count, T* __restrict sum
 // s = drop(x) Aᵀ for the stacked A (rank, features).
 Tensor dropped_product(const Tensor& x, const Tensor& a, const Dropout& dropout) {
   const int64_t rows = x.size(0), features = x.size(1), rank = a.size(0);
-  Tensor s = at::empty({rows, rank}, x.options());
+  Tensor s = empty({rows, rank}, x.scalar_type());
   const Tensor a_transposed = a.to(compute_type(x)).t();
   PETL_DISPATCH_FLOATING(x.scalar_type(), "lora_linear", [&] {
     using acc_t = compute_t<scalar_t>;
@@ -146,17 +172,19 @@ std::tuple<std::vector<Tensor>, Tensor> lora_linear(
   if (drop) {
     s = dropped_product(rows, stacked_a, drop);
   } else {
-    s = at::empty({rows.size(0), stacked_a.size(0)}, x.options());
+    s = empty({rows.size(0), stacked_a.size(0)}, x.scalar_type());
     skinny_product_out(s, rows, stacked_a, 1);
   }
 
   std::vector<Tensor> ys;
+  ys.reserve(weights.size());
   int64_t first = 0;
   for (size_t g = 0; g < weights.size(); ++g) {
     const int64_t rank = a[g].size(0);
     Tensor y = project(rows, weights[g], biases.get(g));
-    product_out(y, s.narrow(1, first, rank), b[g].to(x.scalar_type()).t(), /*add=*/true, scales[g]);
-    ys.push_back(y.view(with_features(x, weights[g].out)));
+    const Tensor b_g = in_dtype(b[g], x.scalar_type());
+    product_out(y, MatrixView(s).columns_from(first, rank), MatrixView(b_g).t(), /*add=*/true, scales[g]);
+    ys.push_back(with_sizes(y, with_features(x, weights[g].out)));
     first += rank;
   }
   return {ys, s};
@@ -178,20 +206,21 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>
   const Tensor rows = as_rows(x);
   const std::vector<Weight> weights = weights_with_in(parts, rows.size(1));
   const Tensor stacked_a = stacked(a, dtype);
-  const Tensor nothing = at::empty({0}, x.options());
-  Tensor ds = at::empty({rows.size(0), total_rank(a)}, x.options());
-  Tensor dx = need_dx ? at::empty_like(rows) : nothing;
+  const Tensor ds = empty({rows.size(0), total_rank(a)}, dtype);
+  Tensor dx = need_dx ? empty(rows.sizes(), dtype) : absent(dtype);
   std::vector<Tensor> da, db, dbias;
+  da.reserve(weights.size()), db.reserve(weights.size()), dbias.reserve(weights.size());
 
   int64_t first = 0;
   for (size_t g = 0; g < weights.size(); ++g) {
     const int64_t rank = a[g].size(0);
     const Tensor dy = as_rows(dys[g]);
-    skinny_product_out(ds.narrow(1, first, rank), dy, b[g].to(dtype).t().contiguous(), scales[g]);
+    const Tensor b_transposed = transposed(in_dtype(b[g], dtype));
+    skinny_product_out(MatrixView(ds).columns_from(first, rank), dy, b_transposed, scales[g]);
     // (sᵀ dy)ᵀ and not dyᵀ s: the libraries run the wide result faster than the narrow one.
-    const Tensor db_transposed = sum_over_tokens(s.narrow(1, first, rank), dy, scales[g]);
-    db.push_back(db_transposed.t().to(b[g].scalar_type()).contiguous());
-    dbias.push_back(need_dbias.get(g) ? column_sum(dy) : at::empty({0}, x.options().dtype(compute_type(x))));
+    const Tensor db_transposed = sum_over_tokens(MatrixView(s).columns_from(first, rank), dy, scales[g]);
+    db.push_back(in_dtype(transposed(db_transposed), b[g].scalar_type()));
+    dbias.push_back(need_dbias.get(g) ? column_sum(dy) : absent(compute_type(x)));
     if (need_dx) {
       project_back_out(dx, dy, weights[g], /*add=*/g > 0);
     }
@@ -211,10 +240,11 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>
   first = 0;
   for (const Tensor& a_g : a) {
     // A copy of its own: results of an op must not share memory.
-    da.push_back(stacked_da.narrow(0, first, a_g.size(0)).to(a_g.scalar_type(), false, /*copy=*/true));
+    const Tensor part = stacked_da.narrow(0, first, a_g.size(0));
+    da.push_back(in_dtype(part, a_g.scalar_type(), /*copy=*/true));
     first += a_g.size(0);
   }
-  return {need_dx ? dx.view(x.sizes()) : dx, da, db, dbias};
+  return {need_dx ? with_sizes(dx, x.sizes()) : dx, da, db, dbias};
 }
 
 } // namespace petl

@@ -17,8 +17,8 @@ struct Norm {
   Norm(const Tensor& rows, const Tensor& weight, const OptionalTensor& bias)
       : d(rows.size(1)),
         x(rows.const_data_ptr<scalar_t>()),
-        wide_weight(weight.to(compute_type(rows)).contiguous()),
-        wide_bias(bias ? bias->to(compute_type(rows)).contiguous() : Tensor()),
+        wide_weight(in_dtype(weight, compute_type(rows))),
+        wide_bias(bias ? in_dtype(*bias, compute_type(rows)) : Tensor()),
         w(wide_weight.const_data_ptr<acc_t>()),
         v(bias ? wide_bias.const_data_ptr<acc_t>() : nullptr),
         blocks(rows.size(0), kBlockRows),
@@ -162,11 +162,11 @@ std::tuple<Tensor, OptionalTensor, Tensor> norm_forward(
   const Tensor rows = as_rows(x);
   const auto out = output_type(x, weight);
   const auto tokens = x.sizes().slice(0, x.dim() - 1);
-  Tensor rstd = at::empty(tokens, x.options().dtype(compute_type(x))), y;
-  OptionalTensor mean = kCentred ? OptionalTensor(at::empty_like(rstd)) : std::nullopt;
+  Tensor rstd = empty(tokens, compute_type(x)), y;
+  OptionalTensor mean = kCentred ? OptionalTensor(empty(tokens, compute_type(x))) : std::nullopt;
   dispatch_norm(x.scalar_type(), out, [&](auto scalar, auto result) {
     using acc_t = compute_t<decltype(scalar)>;
-    y = at::empty(x.sizes(), x.options().dtype(c10::CppTypeToScalarType<decltype(result)>::value));
+    y = empty(x.sizes(), c10::CppTypeToScalarType<decltype(result)>::value);
     Norm<decltype(scalar), decltype(result), kCentred>(rows, weight, bias)
         .forward(
             static_cast<acc_t>(eps),
@@ -174,7 +174,7 @@ std::tuple<Tensor, OptionalTensor, Tensor> norm_forward(
             rstd.mutable_data_ptr<acc_t>(),
             y.mutable_data_ptr<decltype(result)>());
   });
-  return {y.to(out), mean, rstd};
+  return {in_dtype(y, out), mean, rstd};
 }
 
 template <bool kCentred>
@@ -190,12 +190,12 @@ Tensor norm_from_statistics(
   Tensor y;
   dispatch_norm(x.scalar_type(), out, [&](auto scalar, auto result) {
     using acc_t = compute_t<decltype(scalar)>;
-    y = at::empty(x.sizes(), x.options().dtype(c10::CppTypeToScalarType<decltype(result)>::value));
+    y = empty(x.sizes(), c10::CppTypeToScalarType<decltype(result)>::value);
     Norm<decltype(scalar), decltype(result), kCentred>(rows, weight, bias)
         .from_statistics(
             data_or_null<acc_t>(means), rstds.const_data_ptr<acc_t>(), y.mutable_data_ptr<decltype(result)>());
   });
-  return y.to(out);
+  return in_dtype(y, out);
 }
 
 // (dx, dweight, dbias), of size 0 where not needed.
@@ -216,12 +216,12 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(
     return needed ? OptionalTensor(slices.partial_sums(x, {rows.size(1)})) : std::nullopt;
   };
   const OptionalTensor dweight = partial_sums(need_dweight), dbias = partial_sums(need_dbias);
-  Tensor dx = need_dx ? at::empty(x.sizes(), x.options()) : at::empty({0}, x.options());
+  Tensor dx = need_dx ? empty(x.sizes(), x.scalar_type()) : absent(x.scalar_type());
   dispatch_norm(x.scalar_type(), dy.scalar_type(), [&](auto scalar, auto result) {
     using scalar_t = decltype(scalar);
     using out_t = decltype(result);
     using acc_t = compute_t<scalar_t>;
-    const Tensor dys = as_rows(dy.to(c10::CppTypeToScalarType<out_t>::value));
+    const Tensor dys = in_dtype(dy, c10::CppTypeToScalarType<out_t>::value);
     Norm<scalar_t, out_t, kCentred>(rows, weight, std::nullopt)
         .backward(
             dys.const_data_ptr<out_t>(),
@@ -233,7 +233,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(
             dbias);
   });
   const auto total = [&](const OptionalTensor& sums) {
-    return sums ? Slices::total(*sums) : at::empty({0}, rstd.options());
+    return sums ? Slices::total(*sums) : absent(rstd.scalar_type());
   };
   return {dx, total(dweight), total(dbias)};
 }

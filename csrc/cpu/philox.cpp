@@ -66,7 +66,7 @@ inline void random_group(uint32_t* out, uint32_t counter, uint32_t key0, uint32_
 
 Dropout::Dropout(double p, const OptionalTensor& seed)
     : p_(p),
-      seed_(p > 0 ? static_cast<uint64_t>(seed.value().item<int64_t>()) : 0),
+      seed_(p > 0 ? static_cast<uint64_t>(*seed.value().const_data_ptr<int64_t>()) : 0),
       threshold_(static_cast<uint32_t>(p * 4294967296.0)) {}
 
 template <typename T>

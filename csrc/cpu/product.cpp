@@ -6,8 +6,8 @@
 #include "product.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
-
-#include "common.h"
+#include <ATen/ops/addmm_cpu_dispatch.h>
+#include <ATen/ops/mm_cpu_dispatch.h>
 
 namespace petl {
 namespace {
@@ -35,10 +35,10 @@ bool library_multiplies(const char* question) {
 // A matrix of which either rows or columns lie side by side.
 template <typename T>
 struct Operand {
-  explicit Operand(const Tensor& tensor)
-      : data(tensor.const_data_ptr<T>()),
-        by_rows(tensor.stride(1) == 1 || tensor.size(1) == 1),
-        stride(by_rows ? tensor.stride(0) : tensor.stride(1)) {}
+  explicit Operand(const MatrixView& matrix)
+      : data(static_cast<const T*>(matrix.data)),
+        by_rows(matrix.column_stride == 1 || matrix.columns == 1),
+        stride(by_rows ? matrix.row_stride : matrix.column_stride) {}
 
   // The numbers from (row, column) on, in the direction in which they lie.
   const T* at(int64_t row, int64_t column) const {
@@ -220,12 +220,17 @@ void finish_row(float* __restrict sums, int64_t count, float scale, const float*
 
 template <typename T, typename Out>
 void widened_product(
-    const Tensor& out, const Tensor& left, const Tensor& right, bool add, float scale, const OptionalTensor& bias) {
-  const int64_t rows = left.size(0), depth = left.size(1), columns = right.size(1);
+    const MatrixView& out,
+    const MatrixView& left,
+    const MatrixView& right,
+    bool add,
+    float scale,
+    const OptionalTensor& bias) {
+  const int64_t rows = left.rows, depth = left.columns, columns = right.columns;
   const Operand<T> a(left), b(right);
   const T* bias_data = bias ? bias->const_data_ptr<T>() : nullptr;
-  Out* out_data = out.mutable_data_ptr<Out>();
-  const int64_t out_stride = out.stride(0);
+  Out* out_data = static_cast<Out*>(const_cast<void*>(out.data));
+  const int64_t out_stride = out.row_stride;
   const Cut cut(rows, columns, depth);
   const Scratch<float> left_block(cut.block_rows * kLeftStride), right_block(cut.block_columns * kDepth);
   const Scratch<float> sum_block(cut.block_rows * cut.block_columns);
@@ -260,27 +265,27 @@ void widened_product(
   });
 }
 
-Tensor with_a_direction(const Tensor& matrix) {
-  const bool by_rows = matrix.stride(1) == 1 || matrix.size(1) == 1;
-  return by_rows || matrix.stride(0) == 1 || matrix.size(0) == 1 ? matrix : matrix.contiguous();
+bool has_a_direction(const MatrixView& matrix) {
+  return matrix.column_stride == 1 || matrix.columns == 1 || matrix.row_stride == 1 || matrix.rows == 1;
 }
 
 // Whether the library has a loop for one row that reads a 16-bit matrix once.
-bool is_one_row(const Tensor& left, const Tensor& right) {
-  return left.size(0) == 1 && right.stride(0) == 1;
+bool is_one_row(const MatrixView& left, const MatrixView& right) {
+  return left.rows == 1 && right.row_stride == 1;
 }
 
+// In at::cpu, PyTorch's operations begin behind the dispatcher.
 void library_product(
     Tensor out, const Tensor& left, const Tensor& right, bool add, double scale, const OptionalTensor& bias) {
   if (out.scalar_type() != left.scalar_type()) {
-    const Tensor product = at::mm(left, right);
+    const Tensor product = at::cpu::mm(left, right);
     add ? out.add_(product, scale) : out.copy_(product).mul_(scale);
   } else if (bias) {
-    at::addmm_out(out, *bias, left, right, 1, scale);
+    at::cpu::addmm_out(out, *bias, left, right, 1, scale);
   } else if (add || scale != 1) {
-    at::addmm_out(out, out, left, right, add ? 1 : 0, scale);
+    at::cpu::addmm_out(out, out, left, right, add ? 1 : 0, scale);
   } else {
-    at::mm_out(out, left, right);
+    at::cpu::mm_out(out, left, right);
   }
 }
 
@@ -297,19 +302,29 @@ bool widens(at::ScalarType dtype) {
 }
 
 void product_out(
-    Tensor out, const Tensor& left, const Tensor& right, bool add, double scale, const OptionalTensor& bias) {
-  const auto dtype = left.scalar_type();
-  const bool sums_stay_wide = out.scalar_type() != dtype;
+    const MatrixView& out,
+    const MatrixView& left,
+    const MatrixView& right,
+    bool add,
+    double scale,
+    const OptionalTensor& bias) {
+  const auto dtype = left.dtype;
+  const bool sums_stay_wide = out.dtype != dtype;
   if (!widens(dtype) || (is_one_row(left, right) && !sums_stay_wide)) {
-    return library_product(out, left, right, add, scale, bias);
+    return library_product(out.tensor(), left.tensor(), right.tensor(), add, scale, bias);
   }
-  if (out.numel() == 0) {
+  if (out.rows == 0 || out.columns == 0) {
     return;
   }
-  const Tensor a = with_a_direction(left), b = with_a_direction(right);
+  if (!has_a_direction(left)) {
+    return product_out(out, left.tensor().contiguous(), right, add, scale, bias);
+  }
+  if (!has_a_direction(right)) {
+    return product_out(out, left, right.tensor().contiguous(), add, scale, bias);
+  }
   AT_DISPATCH_REDUCED_FLOATING_TYPES(dtype, "product", [&] {
-    sums_stay_wide ? widened_product<scalar_t, float>(out, a, b, add, static_cast<float>(scale), bias)
-                   : widened_product<scalar_t, scalar_t>(out, a, b, add, static_cast<float>(scale), bias);
+    sums_stay_wide ? widened_product<scalar_t, float>(out, left, right, add, static_cast<float>(scale), bias)
+                   : widened_product<scalar_t, scalar_t>(out, left, right, add, static_cast<float>(scale), bias);
   });
 }
 

@@ -296,14 +296,14 @@ Tensor project(const Tensor& x, const Weight& weight, const OptionalTensor& bias
   if (weight.dense() && !widens(x.scalar_type())) {
     return at::linear(x, weight.parts[0], bias);
   }
-  Tensor y = at::empty({x.size(0), weight.out}, x.options());
+  Tensor y = empty({x.size(0), weight.out}, x.scalar_type());
   project_out(y, x, weight, bias);
   return y;
 }
 
 void project_out(Tensor out, const Tensor& x, const Weight& weight, const OptionalTensor& bias) {
   if (weight.dense()) {
-    return product_out(out, x, weight.parts[0].t(), /*add=*/false, /*scale=*/1, bias);
+    return product_out(out, x, MatrixView(weight.parts[0]).t(), /*add=*/false, /*scale=*/1, bias);
   }
   for_each_tile(weight, x.options(), [&](int64_t first, const Tensor& tile) {
     const int64_t count = tile.size(0);
@@ -313,7 +313,7 @@ void project_out(Tensor out, const Tensor& x, const Weight& weight, const Option
 }
 
 Tensor project_back(const Tensor& dy, const Weight& weight) {
-  Tensor dx = at::empty({dy.size(0), weight.in}, dy.options());
+  Tensor dx = empty({dy.size(0), weight.in}, dy.scalar_type());
   project_back_out(dx, dy, weight);
   return dx;
 }
