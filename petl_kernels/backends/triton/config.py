@@ -208,10 +208,12 @@ def attention_tile(
     """Fewer keys at a time with dropout, whose four random numbers a counter need registers.
 
     Fewer queries with a bias by distance in fp32 or beside wide heads, in backward: its places in the table need
-    registers too.
+    registers too. On sm_100 dropout alone needs more than there are.
     """
     wide = q.shape[3] > ATTENTION_NARROW
     tile = table[key(q)][wide]
+    if dropout and key(q) == "sm100":
+        tile = tile._replace(m=tile.m // 2)
     if distances and (wide or q.dtype == torch.float32):
         tile = tile._replace(m=min(tile.m, 16 if q.dtype == torch.float32 else 32))
     return tile._replace(n=tile.n // 2) if dropout and tile.n > 32 else tile
