@@ -206,7 +206,9 @@ def test_products_in_tf32_and_sums_without_a_term_are_found_in_fp32(op, fault):
         exact = parity.run(op, "reference", parity._in_float64(arguments))
         reference = parity.run(op, "reference", arguments)
         most = {name: parity.most_additions(op, name, arguments) for name in exact}
-        assert 16 < min(most.values()) and max(most.values()) < 25**2
+        # over all queries and keys of a head for the bias by distance, over one row or column for all else
+        small = [most[name] for name in most if name != "ddistance_bias"]
+        assert 16 < min(small) and max(small) < 25**2
         first = next(iter(set(arguments) & {"x", "q", "hidden"}))
         wrong = parity.run(op, "reference", arguments | {first: FAULTS[fault](arguments[first])})
         errors = [

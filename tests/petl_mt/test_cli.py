@@ -206,7 +206,7 @@ def test_merge_of_a_quantised_run_into_the_original_or_the_quantised(quantised_r
     assert capsys.readouterr().err == refused  # and nothing before it
     assert main(["merge", "--run", str(quantised_run), "--out", str(tmp_path / "q"), "--into", "quantised"]) == 0
     said = re.search(r"merged into nf4 weights with a relative error of at most ([\d.]+)%", capsys.readouterr().err)
-    assert 0 < float(said[1]) < 5
+    assert 0 < float(said[1]) < 6
 
     model = pk.load_adapter(load_pretrained(parent / "model")[0], quantised_run / "adapter")
     exact = {name: p.detach().clone() for name, p in pk.merge(model).named_parameters()}
