@@ -174,7 +174,7 @@ def test_the_predicted_peak_of_packed_rows(case):
     make = functools.partial(made, family, method, dtype)
     measured = measured_peak(make, tiers, ROWS, LENGTH, autocast, packed=True)
     print(case, predicted / measured)
-    assert 0.98 * measured <= predicted <= 1.05 * measured, (predicted / MIB, measured / MIB)
+    assert 0.97 * measured <= predicted <= 1.05 * measured, (predicted / MIB, measured / MIB)
 
 
 def test_the_predicted_peak_where_the_optimiser_steps():

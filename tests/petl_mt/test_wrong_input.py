@@ -25,6 +25,8 @@ def refusal(capfd):
         capfd.readouterr()
         assert main(list(flags)) == 2
         lines = capfd.readouterr().err.splitlines()
+        if lines[0].startswith("vocabulary: "):  # it is said before pieces are learnt, which shows how many there are
+            lines.pop(0)
         assert len(lines) == 1 and lines[0].startswith(f"petl-mt {flags[0]}: ")
         return lines[0]
 
