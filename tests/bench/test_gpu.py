@@ -25,7 +25,7 @@ time.sleep(600)
 PARTS = [
     Part("passes", 30, ("-c", "import os; print('fine', os.getpgid(0) == os.getpid())")),
     Part("fails", 30, ("-c", "print('x: [gw0] [ 50%] FAILED tests/a.py::t '); raise SystemExit(3)")),
-    Part("hangs", 2, ("-c", HANGS)),
+    Part("hangs", 5, ("-c", HANGS)),
     Part("interrupted", 5, ("-c", "import time\ntry: time.sleep(600)\nexcept KeyboardInterrupt: print('here it was')")),
     Part("last", 30, ("-c", "print('it ran')")),
 ]
@@ -33,7 +33,7 @@ PARTS = [
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(gpu, "GRACE", 2)
+    monkeypatch.setattr(gpu, "GRACE", 1)
 
 
 def test_what_hangs_is_cut_and_the_next_part_runs(tmp_path, quick, capsys, monkeypatch):
