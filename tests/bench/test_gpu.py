@@ -95,8 +95,8 @@ def test_what_a_part_leaves_of_its_time_goes_to_the_next(tmp_path, monkeypatch):
         return Done(part.name, "passed", next(took), limit, 0, "")
 
     monkeypatch.setattr(gpu, "run", run)
-    run_all(PARTS[:3], tmp_path)  # 30, 30 and 2 seconds
-    assert limits == [30, 50, 2]
+    run_all(PARTS[:3], tmp_path)  # 30, 30 and 5 seconds
+    assert limits == [30, 50, 5]
 
 
 def test_six_minutes_in_all():
