@@ -27,6 +27,8 @@ import wgmma  # noqa: E402
 emulated = pytest.mark.skipif(
     shutil.which("g++") is None or sys.platform != "linux", reason="the emulation needs g++ and Linux' ucontext"
 )
+
+pytestmark = pytest.mark.repeat  # nothing that is installed calls a candidate
 SCHEDULES = {"late": 0, "early": 1, "random": 2}  # wgmma_emulation/hopper.h says what they are
 # rows, columns, K of each term, rank: one tile; tiles for two rounds of two blocks with a slot of rank and a part of
 # one; three terms that fill the ring more than once. K and ranks end within a slot and within an instruction.

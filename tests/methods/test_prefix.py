@@ -60,7 +60,9 @@ def test_umt5_has_a_position_bias_in_every_layer():
         sizes = {"vocab_size": 99, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
         return UMT5ForConditionalGeneration(UMT5Config(**sizes, attn_implementation=attention)).eval()
 
-    for attention in ("eager", "sdpa"):
+    # transformers 5.17's own UMT5 has a decoder that sees what comes later under sdpa: no formula to compare with
+    same = torch.allclose(logits(make("sdpa")), logits(make("eager")), atol=1e-4)
+    for attention in ("eager", "sdpa") if same else ("eager",):
         model = pk.adapt(make(attention), pk.PrefixTuning(length=5))
         train_a_little(model)
         follows_the_formula(model, make("eager"))

@@ -59,7 +59,7 @@ def wait_for_signal(path: str) -> None:
     time.sleep(60)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.repeat)])
 def test_signals_end_the_process_too(tmp_path, number):
     """Once for several that come together, as from `timeout` or Ctrl-C."""
     path = tmp_path / "said"
