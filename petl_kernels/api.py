@@ -227,7 +227,7 @@ def _refuse_merged(model: nn.Module, doing: str) -> None:
 
 @dataclass(frozen=True)
 class Report:
-    """What trains in a model. ``str`` of it is a table.
+    """Says what trains in a model. ``str`` of it is a table.
 
     settings: those of the config that differ from its defaults, and its size. trained, stored, total and frozen are
     numbers of parameters; stored is less than trained where training uses another form (prefix-tuning).
@@ -340,7 +340,7 @@ def _streamed_layers(model: nn.Module) -> int:
 
 
 def report(model: nn.Module) -> Report:
-    """What trains in ``model``: method, numbers of parameters, where they are, and which backend serves them."""
+    """Returns what trains in ``model``: method, numbers of parameters, where they are, and which backend serves them."""
     check_unwrapped(model)
     name = active_name(model)
     total = total_parameters(model)

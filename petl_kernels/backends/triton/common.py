@@ -1,4 +1,4 @@
-"""What the Triton kernels share: the launcher, tile order, pointer choice, the dropout mask, sums of parts.
+"""Holds what the Triton kernels share: the launcher, tile order, pointer choice, the dropout mask, sums of parts.
 
 Every product accumulates in fp32 and asks for `input_precision="ieee"`, which matters for fp32 inputs only:
 TF32 would miss the error criterion of the ops. No float atomics anywhere: sums over tokens are split into parts
@@ -159,7 +159,7 @@ def drop(tile, seed, rows, first, K, threshold, keep_scale, QUADS: tl.constexpr)
 def dropout_arguments(
     dropout: float, seed: torch.Tensor | None, features: int
 ) -> tuple[torch.Tensor | None, int, float, dict[str, bool]]:
-    """What `drop` takes: (seed, threshold as the signed 32-bit number with the same bits, 1 / (1 - p), constants)."""
+    """Returns what `drop` takes: (seed, threshold as the signed 32-bit number with the same bits, 1 / (1 - p), constants)."""
     threshold = int(dropout * 2**32)
     threshold = threshold - 2**32 if threshold >= 2**31 else threshold
     dropped = dropout > 0

@@ -388,7 +388,7 @@ def _b_gradients(
     out, dys, s, scales, begin, stop, sizes, ranks, strides_dy, stride_s, bias_start, tile_n, chunk,
     BIAS: tl.constexpr, ALIGN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """Of rows [begin, stop): dB_g = scale_g dy_gᵀ s_g, and dbias_g = Σ dy_g."""
+    """Adds up over rows [begin, stop): dB_g = scale_g dy_gᵀ s_g, and dbias_g = Σ dy_g."""
     g, chunk = chunk % len(sizes), chunk // len(sizes)
     N, dy, stride_dy = pick(sizes, g), pick(dys, g), pick(strides_dy, g)
     R, stride_s = aligned(pick(ranks, g), ALIGN), aligned(stride_s, ALIGN)

@@ -9,8 +9,7 @@ from petl_kernels.backends import active
 from petl_kernels.layers.boundaries import Boundaries
 from petl_kernels.ops import philox
 
-# Name of what is kept -> the last tier that keeps it. ``adapted_...`` are the exceptions of the
-# package's table.
+# Name of what is kept -> the last tier that keeps it. ``adapted_...`` are the exceptions of the package's table.
 KEPT = {
     "mean": 3,
     "rstd": 3,
@@ -76,7 +75,7 @@ class Call:
 
     def keep(self, place: Place, tensor: Tensor) -> None:
         """Keeps ``tensor`` for backward where the tier does; the first one, where backward makes it again."""
-        if self.tier <= place.last:
+        if 0 < self.tier <= place.last:
             self.kept.setdefault(place.key, tensor)
 
     @property

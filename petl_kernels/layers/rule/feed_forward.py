@@ -23,6 +23,7 @@ from petl_kernels.methods.adapter import BottleneckAdapter, ParallelAdapter, Pos
 from petl_kernels.methods.base import Piece
 from petl_kernels.methods.ia3 import Scale
 from petl_kernels.ops.common import run
+from petl_kernels.ops.frozen_ffn import what_to_keep
 from petl_kernels.ops.parallel_ffn import fill
 from petl_kernels.ops.quantised import parts_of
 
@@ -142,10 +143,7 @@ class Frozen:
         return self._keeps(call) == "x"
 
     def _keeps(self, call: Call) -> str:
-        """What the op keeps: "bits", "z" (with the gate) or "x", from which it makes z again."""
-        if self.bits:
-            return "bits"
-        return "z" if call.tier == 1 else "x"
+        return what_to_keep(self.activation, bool(self.gate), not self.bits and call.tier > 1)
 
     def forward(self, u: Tensor, call: Call) -> Tensor:
         keeps = self._keeps(call) if call.keeps_some else "nothing"
@@ -198,12 +196,10 @@ class Wide:
         self.reads_u = self.trains
 
     def makes_again(self, call: Call) -> bool:
-        return not self.bits and call.tier > 1
+        return self._keeps(call) == "x"
 
     def _keeps(self, call: Call) -> str:
-        if self.bits:
-            return "bits"
-        return "z" if call.tier == 1 else "x"
+        return what_to_keep(self.activation, False, not self.bits and call.tier > 1)
 
     def _filled(self) -> Tensor | None:
         """Writes the adapter into the network's room, and returns the bias of both."""

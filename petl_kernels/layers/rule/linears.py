@@ -64,7 +64,7 @@ def current(module: nn.Module) -> Piece | None:
 
 
 class Group:
-    """Linear layers with LoRA that one product with stacked A serves; ``place`` names it among what is kept."""
+    """Linear layers with LoRA that one product with stacked A serves. ``latent`` is where x Aᵀ is kept."""
 
     def __init__(self, block: str, i: int, linears: list[Linear]):
         self.latent, self.linears = Place(block, f"latent{i}"), linears
