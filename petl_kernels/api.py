@@ -340,7 +340,7 @@ def _streamed_layers(model: nn.Module) -> int:
 
 
 def report(model: nn.Module) -> Report:
-    """Returns what trains in ``model``: method, numbers of parameters, where they are, and which backend serves them."""
+    """Returns what trains in ``model``: method, numbers of parameters, their places, and which backend serves them."""
     check_unwrapped(model)
     name = active_name(model)
     total = total_parameters(model)

@@ -159,7 +159,7 @@ def drop(tile, seed, rows, first, K, threshold, keep_scale, QUADS: tl.constexpr)
 def dropout_arguments(
     dropout: float, seed: torch.Tensor | None, features: int
 ) -> tuple[torch.Tensor | None, int, float, dict[str, bool]]:
-    """Returns what `drop` takes: (seed, threshold as the signed 32-bit number with the same bits, 1 / (1 - p), constants)."""
+    """Returns what `drop` takes: (seed, threshold as a signed 32-bit number, 1 / (1 - p), constants)."""
     threshold = int(dropout * 2**32)
     threshold = threshold - 2**32 if threshold >= 2**31 else threshold
     dropped = dropout > 0
