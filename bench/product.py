@@ -317,7 +317,7 @@ def under_budgets(
             train += ["rank=16", "--memory", memory, "--out", str(out), *flags]
             program(
                 memory + (", CUDA graphs" if captured else ""),
-                train + ["--cuda-graphs"] * captured,
+                train + ["--cuda-graphs" if captured else "--no-cuda-graphs"],
                 lambda run, out=out: _budgeted(program, run, out),
             )
 

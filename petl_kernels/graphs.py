@@ -1,9 +1,11 @@
-"""A training step as a CUDA graph: captured once for each shape of its inputs, replayed after that.
+"""Parts of a training step as CUDA graphs: captured once for each shape of their inputs, replayed after that.
 
 At d = 1024 a kernel takes some 50 µs and its launch from Python about as long. A replay launches all of a step's
 kernels at once. What a captured step may not do: wait for the device (``ops.linear_cross_entropy`` needs ``counted``),
 read a number of Python's that changes from step to step, or find its gradients in another place than before. So it
 cannot stream layers, hold their inputs in host memory (tier 5) or keep gradients in 16 bits.
+
+Its inputs are packed rows, filled up so that there are few shapes: ``row_tokens`` and ``row_sentences``.
 """
 
 from __future__ import annotations
@@ -15,10 +17,10 @@ from torch import Tensor
 
 from petl_kernels.errors import InputError
 
-MOST = 64  # graphs; each takes some megabytes of the driver's own, which no allocator counts
-WIDTH = 32  # lengths of batches are multiples of it, so that there are few shapes
+MOST = 64  # shapes; the graph of each takes some megabytes of the driver's own, which no allocator counts
 WORKSPACE = 32 * 2**20  # of cuBLAS, which has one for each stream: the largest that PyTorch gives it (Hopper's)
 _SMALLEST = 512  # bytes that CUDA's allocator gives to a number
+_SIZES, _ALIGN = 8, 128  # lengths of rows up to the longest; tokens that all of them are multiples of
 
 Run = Callable[..., Tensor]
 Replay = Callable[[], None]
@@ -29,27 +31,48 @@ def check_device(device: torch.device) -> None:
         raise InputError(f"cuda_graphs: the device is {device}; expected cuda")
 
 
-def graph_bytes(tokens: int, longest: int) -> int:
+def row_tokens(count: int, most: int) -> int:
+    """Returns how many tokens a row of ``count`` has when it is filled up: the next of at most 8 sizes up to ``most``.
+
+    A row is longer than ``most`` where a single sentence is.
+    """
+    step = -(-most // (_SIZES * _ALIGN)) * _ALIGN
+    size = -(-count // step) * step
+    return min(size, most) if count <= most else size
+
+
+def row_sentences(count: int, tokens: int) -> int:
+    """Returns how many sentences, empty ones included, a row of ``tokens`` has when ``count`` are not empty."""
+    quarter = -(-tokens // 4)
+    return quarter if count <= quarter else max(count, tokens)
+
+
+def graph_bytes(tokens: int) -> int:
     """What graphs of a training step take beside what the step itself takes, as far as it can be known.
 
-    For each pair of widths up to ``longest``: source and labels, int64, of ``tokens`` at most, and the numbers that go
-    in and out; and cuBLAS' workspace on the stream that is captured. The step's own memory counts once: all graphs have
-    one pool, and what ran before the first capture is given back. Not counted: what the driver takes for each graph,
-    gaps in a pool that shapes of several sizes share, and steps of shapes beyond the first 64, which run beside it.
+    For each shape of rows of up to ``tokens`` a side: three rows of ids, int64, the boundaries of both sides, int32,
+    and the numbers that go in and out; and cuBLAS' workspace on the stream that is captured. The step's own memory
+    counts once: all graphs have one pool, and what ran before the first capture is given back. Not counted: what the
+    driver takes for each graph, gaps in a pool that shapes of several sizes share, and steps of shapes beyond the first
+    64, which run beside it.
     """
-    shapes = min(MOST, (-(-longest // WIDTH)) ** 2)
-    return WORKSPACE + shapes * (2 * 8 * tokens + 2 * _SMALLEST)
+    sizes = len({row_tokens(count, tokens) for count in range(_ALIGN, tokens + _ALIGN, _ALIGN)})
+    shapes = min(MOST, 2 * sizes**2)
+    return WORKSPACE + shapes * (3 * 8 * tokens + 2 * 4 * (tokens + 1) + 2 * _SMALLEST)
 
 
 class CudaGraphs:
-    """Captures on ``device``. The memory of all graphs is one pool: they run one after the other."""
+    """Captures on ``device``. The memory of all graphs is one pool: they run one after the other.
+
+    ``reason``: why a capture has failed, in one line; empty while none has.
+    """
 
     def __init__(self, device: torch.device):
-        self._device, self._pool = device, None
+        self.device, self.reason, self._pool = device, "", None
 
     def capture(self, run: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
         """(what runs it again, the tensor that its result is written to). Nothing is computed yet."""
-        with torch.cuda.device(self._device):
+        with torch.cuda.device(self.device):
             if self._pool is None:
                 torch.cuda.empty_cache()  # what eager steps have left; the pool cannot use it
                 self._pool = torch.cuda.graph_pool_handle()
@@ -60,32 +83,33 @@ class CudaGraphs:
         return graph.replay, result
 
     def release(self) -> None:
+        """Gives the memory of graphs back that nobody holds any more."""
         self._pool = None
         torch.cuda.empty_cache()
 
 
-class GraphedStep:
+class Graphed:
     """``run(*inputs)``, replayed where the same shapes have come before.
 
-    run: tensors of fixed dtypes -> a scalar; it adds to the gradients of its parameters, which stay where they are.
-    The first call runs as it is: kernels are compiled and checked then, which no capture could hold. Shapes beyond the
-    first 64 run as they are. So does everything after a capture that has failed, since it may leave the allocator
-    in a state of its own; ``reason`` says why. Raises torch.OutOfMemoryError as ``run`` does.
+    run: tensors of fixed dtypes on the recorder's device -> a scalar; the gradients that it adds to stay where they
+    are. Inputs may be on the host, in pinned memory. The first call runs as it is: kernels are compiled and checked
+    then, which no capture could hold. Shapes beyond the first 64 run as they are. So does everything after a capture
+    that has failed, of this or of another ``Graphed`` with the same recorder, since it may leave the allocator in a
+    state of its own; the recorder's ``reason`` says why. Raises torch.OutOfMemoryError as ``run`` does.
     """
 
     def __init__(self, run: Run, recorder: CudaGraphs):
         self._run, self._recorder = run, recorder
         self._captured: dict[tuple, tuple[list[Tensor], Replay, Tensor]] = {}
         self._warm = False
-        self.reason = ""
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         key = tuple((tuple(tensor.shape), tensor.dtype) for tensor in inputs)
-        if self._warm and key not in self._captured and len(self._captured) < MOST and not self.reason:
+        if self._warm and key not in self._captured and len(self._captured) < MOST and not self._recorder.reason:
             self._capture(key, inputs)
         self._warm = True
         if key not in self._captured:
-            return self._run(*inputs)
+            return self._run(*(tensor.to(self._recorder.device, non_blocking=True) for tensor in inputs))
         own, replay, result = self._captured[key]
         for mine, given in zip(own, inputs, strict=True):
             mine.copy_(given, non_blocking=True)
@@ -96,15 +120,14 @@ class GraphedStep:
         return len(self._captured)
 
     def forget(self) -> None:
-        """Give the graphs and their memory back; shapes are captured anew when they come again."""
+        """Drops the graphs; shapes are captured anew when they come again."""
         self._captured.clear()
-        self._recorder.release()
 
     def _capture(self, key: tuple, inputs: tuple[Tensor, ...]) -> None:
-        own = [tensor.clone() for tensor in inputs]
+        own = [tensor.to(self._recorder.device, copy=True) for tensor in inputs]
         try:
             self._captured[key] = (own, *self._recorder.capture(lambda: self._run(*own).detach()))
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            self.reason = str(error).splitlines()[0]
+            self._recorder.reason = str(error).splitlines()[0]

@@ -13,6 +13,7 @@ class Recorder:
 
     def __init__(self, failures: int = 0, error: type[Exception] = RuntimeError):
         self.failures, self.error = failures, error
+        self.device, self.reason = torch.device("cpu"), ""
         self.captures = self.replays = self.releases = 0
 
     def capture(self, run):

@@ -5,7 +5,7 @@ import torch
 from fake_graphs import Recorder
 
 from petl_kernels import graphs
-from petl_kernels.graphs import CudaGraphs, GraphedStep
+from petl_kernels.graphs import CudaGraphs, Graphed, row_sentences, row_tokens
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def step_of(weight):
     return run
 
 
-def warm(step: GraphedStep, weight: torch.nn.Parameter) -> GraphedStep:
+def warm(step: Graphed, weight: torch.nn.Parameter) -> Graphed:
     """Behind its first call, which is captured by nobody."""
     step(torch.ones(7, 4, device=weight.device), torch.ones((), device=weight.device))
     weight.grad.zero_()
@@ -33,7 +33,7 @@ def warm(step: GraphedStep, weight: torch.nn.Parameter) -> GraphedStep:
 
 def test_replays_give_losses_and_gradients(weight):
     recorder = Recorder()
-    step, place = warm(GraphedStep(step_of(weight), recorder), weight), weight.grad.data_ptr()
+    step, place = warm(Graphed(step_of(weight), recorder), weight), weight.grad.data_ptr()
     losses, expected, gradient = [], [], torch.zeros(4)
     for rows in (2, 3, 2, 2, 3):
         x, scale = torch.randn(rows, 4), torch.rand(())
@@ -49,7 +49,7 @@ def test_replays_give_losses_and_gradients(weight):
 
 def test_the_first_call_is_not_captured(weight):
     recorder = Recorder()
-    step = GraphedStep(step_of(weight), recorder)
+    step = Graphed(step_of(weight), recorder)
     for captured in (0, 1, 1):
         step(torch.ones(1, 4), torch.ones(()))
         assert recorder.captures == captured
@@ -58,17 +58,20 @@ def test_the_first_call_is_not_captured(weight):
 
 def test_after_a_capture_that_failed_all_run_as_they_are(weight):
     recorder = Recorder(failures=1)
-    step = warm(GraphedStep(step_of(weight), recorder), weight)
+    step = warm(Graphed(step_of(weight), recorder), weight)
     for rows in (1, 1, 2):
         step(torch.ones(rows, 4), torch.ones(()))
     step.forget()
     step(torch.ones(1, 4), torch.ones(()))
     assert recorder.captures == 0 and weight.grad.tolist() == [0, 10, 20, 30]
-    assert step.reason == "operation not permitted when stream is capturing"
+    assert recorder.reason == "operation not permitted when stream is capturing"
+    other = warm(Graphed(step_of(weight), recorder), weight)
+    other(torch.ones(1, 4), torch.ones(()))
+    assert recorder.captures == 0 and len(other) == 0
 
 
 def test_out_of_memory_is_the_caller_s(weight):
-    step = warm(GraphedStep(step_of(weight), Recorder(failures=1, error=torch.OutOfMemoryError)), weight)
+    step = warm(Graphed(step_of(weight), Recorder(failures=1, error=torch.OutOfMemoryError)), weight)
     with pytest.raises(torch.OutOfMemoryError):
         step(torch.ones(1, 4), torch.ones(()))
     assert not weight.grad.any() and len(step) == 0
@@ -77,7 +80,7 @@ def test_out_of_memory_is_the_caller_s(weight):
 def test_no_more_than_the_most(weight, monkeypatch):
     monkeypatch.setattr(graphs, "MOST", 2)
     recorder = Recorder()
-    step = warm(GraphedStep(step_of(weight), recorder), weight)
+    step = warm(Graphed(step_of(weight), recorder), weight)
     for rows in (1, 2, 3, 3):
         step(torch.ones(rows, 4), torch.ones(()))
     assert (recorder.captures, recorder.replays) == (2, 2)
@@ -86,11 +89,30 @@ def test_no_more_than_the_most(weight, monkeypatch):
 
 def test_forget(weight):
     recorder = Recorder()
-    step = warm(GraphedStep(step_of(weight), recorder), weight)
+    step = warm(Graphed(step_of(weight), recorder), weight)
     for _ in range(2):
         step(torch.ones(1, 4), torch.ones(()))
         step.forget()
-    assert (recorder.captures, recorder.releases, len(step)) == (2, 2, 0)
+    assert (recorder.captures, len(step)) == (2, 0)
+
+
+@pytest.mark.parametrize("most", [1, 100, 128, 1000, 4096, 8190])
+def test_rows_have_few_shapes(most):
+    """Of at most 8 lengths, the longest of which is what a row may have, an eighth apart or by the smallest step."""
+    sizes = [row_tokens(count, most) for count in range(1, most + 1)]
+    assert all(count <= size <= most for count, size in enumerate(sizes, 1)) and len(set(sizes)) <= 8
+    assert max(size - count for count, size in enumerate(sizes, 1)) < max(128, -(-most // 8) + 128)
+    assert row_tokens(most + 1, most) > most  # one sentence
+    for tokens in set(sizes):
+        found = {row_sentences(count, tokens) for count in range(1, tokens + 1)}
+        assert len(found) <= 2 and max(found) == tokens
+
+
+def test_bytes_beside_a_step():
+    """The inputs of each shape that rows of 8,192 tokens can have, and cuBLAS' workspace."""
+    a_shape = 3 * 8 * 8192 + 2 * 4 * 8193 + 2 * 512
+    assert graphs.graph_bytes(8192) == 32 * 2**20 + 64 * a_shape
+    assert graphs.graph_bytes(128) == 32 * 2**20 + 2 * (3 * 8 * 128 + 2 * 4 * 129 + 2 * 512)
 
 
 @pytest.mark.gpu
@@ -99,10 +121,11 @@ def test_on_the_card():
     weight = torch.nn.Parameter(torch.arange(4.0, device="cuda"))
     weight.grad = torch.zeros_like(weight)
     run = step_of(weight)
-    step = warm(GraphedStep(run, CudaGraphs(weight.device)), weight)
+    recorder = CudaGraphs(weight.device)
+    step = warm(Graphed(run, recorder), weight)
     inputs = [(torch.randn(rows, 4, device="cuda"), torch.rand((), device="cuda")) for rows in (2, 3, 2, 2, 3)]
     losses = [step(*given) for given in inputs]
     gradient, weight.grad = weight.grad, torch.zeros_like(weight)
     torch.testing.assert_close(torch.stack(losses), torch.stack([run(*given).detach() for given in inputs]))
     torch.testing.assert_close(gradient, weight.grad)
-    assert len(step) == 2 and step.reason == ""
+    assert len(step) == 2 and recorder.reason == ""

@@ -34,6 +34,7 @@ from petl_kernels.transformers_names import POSITIONS, STACKS, cache_in, class_o
 
 IGNORE = -100  # the label of a token that is not trained on
 BOUNDARIES = ("cu_seqlens", "decoder_cu_seqlens")
+_SIDES = (("input_ids",), ("labels", "decoder_input_ids"))  # what each of the two bounds
 _BESIDE = ("attention_mask", "decoder_attention_mask", "inputs_embeds", "decoder_inputs_embeds", "encoder_outputs")
 _ALSO = ("use_cache", "output_attentions")
 
@@ -66,20 +67,36 @@ def pack(
         raise InputError("pack: there are no examples; expected one or more")
     if len({len(example) for example in given}) > 1:
         raise InputError("pack: some examples have decoder inputs and some have none; expected all or none")
-    longest = max(len(side) for example in given for side in example)
-    rows = given + _filling(given, tokens, longest)
+    source, labels, *decoder = (np.concatenate(side)[None] for side in zip(*given, strict=True))
+    arrays = {"input_ids": source, "labels": labels, **({"decoder_input_ids": decoder[0]} if decoder else {})}
+    arrays |= {name: _boundaries(example[side] for example in given) for side, name in enumerate(BOUNDARIES)}
+    row = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    row["input_ids"] = row["input_ids"].as_subclass(PackedIds)
+    row["longest"] = max(len(side) for example in given for side in example)
+    return filled(row, tokens, sentences)
+
+
+def filled(row: dict[str, Any], tokens: tuple[int, int] | None, sentences: int | None) -> dict[str, Any]:
+    """``row``, a packed row on the host, with ``tokens`` and ``sentences`` as ``pack`` has them."""
+    filling = [] if tokens is None else _filling(row, tokens)
+    count = len(row["cu_seqlens"]) - 1 + len(filling)
     if sentences is not None:
         check_whole("pack: sentences", sentences)
-        if len(rows) > sentences:
-            filled = f", {len(rows) - len(given)} of them to fill the row" if len(rows) > len(given) else ""
-            raise InputError(f"pack: there are {len(rows)} sentences{filled}; expected at most sentences={sentences}")
-        nothing = np.zeros(0, dtype=np.int64)
-        rows += [tuple(nothing for _ in given[0])] * (sentences - len(rows))
-    source, labels, *decoder = (np.concatenate(side)[None] for side in zip(*rows, strict=True))
-    arrays = {"input_ids": source, "labels": labels, **({"decoder_input_ids": decoder[0]} if decoder else {})}
-    arrays |= {name: _boundaries(row[side] for row in rows) for side, name in enumerate(BOUNDARIES)}
-    row = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    return {**row, "input_ids": row["input_ids"].as_subclass(PackedIds), "longest": longest}
+        if count > sentences:
+            of_them = f", {len(filling)} of them to fill the row" if filling else ""
+            raise InputError(f"pack: there are {count} sentences{of_them}; expected at most sentences={sentences}")
+    if not filling and sentences in (None, count):
+        return row
+    result = dict(row)
+    for side, (name, rows) in enumerate(zip(BOUNDARIES, _SIDES, strict=True)):
+        ends, sizes = row[name], [size[side] for size in filling] + [0] * ((sentences or count) - count)
+        added = torch.tensor(sizes, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        result[name] = torch.cat([ends, ends[-1] + added])
+        for key in rows:
+            if key in row:  # a token that the model has
+                token = IGNORE if key == "labels" else int(row[key][0, 0])
+                result[key] = F.pad(row[key], (0, sum(sizes)), value=token)
+    return result
 
 
 class PackedIds(Tensor):
@@ -124,27 +141,22 @@ def _ids(index: int, name: str, side: Any) -> np.ndarray:
     return array.astype(np.int64, copy=False)
 
 
-def _filling(given: list[tuple[np.ndarray, ...]], tokens: tuple[int, int] | None, longest: int) -> list:
-    """Sentences without labels, as many tokens as ``given`` lacks."""
-    if tokens is None:
-        return []
+def _filling(row: dict[str, Any], tokens: tuple[int, int]) -> list[list[int]]:
+    """Returns the source and the target tokens of each sentence that fills ``row`` up to ``tokens``."""
     if not isinstance(tokens, (tuple, list)) or len(tokens) != 2:
         raise InputError(f"pack: tokens {shown(tokens)}; expected (source tokens, target tokens)")
     left = []
-    for name, side, wanted in zip(("source", "target"), zip(*given, strict=True), tokens, strict=False):
+    for name, key, wanted in zip(("source", "target"), ("input_ids", "labels"), tokens, strict=True):
         check_whole(f"pack: tokens of the {name}", wanted)
-        count = sum(map(len, side))
+        count = row[key].shape[1]
         if count > wanted:
             raise InputError(f"pack: there are {count} {name} tokens; expected at most the {wanted} of tokens")
         left.append(wanted - count)
-    first = [int(side[0]) for side in given[0]]  # ids that the model has
-    first[1] = IGNORE
     filling = []
     while any(left):
-        sizes = [min(count, longest) for count in left]
-        sizes += sizes[1:] * (len(first) - 2)
-        filling.append(tuple(np.full(size, token, dtype=np.int64) for size, token in zip(sizes, first, strict=True)))
-        left = [count - size for count, size in zip(left, sizes, strict=False)]
+        sizes = [min(count, row["longest"]) for count in left]
+        filling.append(sizes)
+        left = [count - size for count, size in zip(left, sizes, strict=True)]
     return filling
 
 

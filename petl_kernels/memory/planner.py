@@ -334,7 +334,7 @@ class Planner:
         return sum(self._fixed(setting).values())
 
     def _graph_bytes(self, rows: int) -> int:
-        return graph_bytes(rows * self.longest, self.longest) if self.graphs else 0
+        return graph_bytes(rows * self.longest) if self.graphs else 0
 
     def _fixed(self, setting: Setting) -> dict[str, int]:
         return {

@@ -89,6 +89,7 @@ class _Parser(argparse.ArgumentParser):
         self.register("action", None, _Store)
         self.register("action", "store", _Store)
         self.register("action", "store_true", _StoreTrue)
+        self.register("action", "boolean", _Boolean)
 
     def parse_known_args(self, args=None, namespace=None):
         self.given = set()
@@ -107,6 +108,12 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Store(argparse._StoreAction):
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        parser.once(self, option_string)
+        super().__call__(parser, namespace, values, option_string)
+
+
+class _Boolean(argparse.BooleanOptionalAction):
     def __call__(self, parser, namespace, values, option_string=None) -> None:
         parser.once(self, option_string)
         super().__call__(parser, namespace, values, option_string)

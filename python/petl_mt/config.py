@@ -22,6 +22,10 @@ COUNTS += ("ffn", "heads", "eval_every", "patience")
 SCHEDULES = ("inverse-sqrt", "linear", "polynomial")
 PRECISIONS = ("fp32", "bf16")
 OPTIMIZERS = ("adamw", "adamw8bit")
+UNCAPTURED = {  # tiers that no CUDA graph holds, and why
+    0: "CUDA graphs take packed rows, which lean layers alone read",
+    5: "a CUDA graph holds no inputs in host memory",
+}
 
 # Peak learning rates for a model of width 1,024, where full fine-tuning wants 3e-5 (fairseq's mBART recipe). What
 # starts at zero beside a frozen base wants 10 to 30 times that, single vectors and prefixes more still. Adam's best
@@ -88,7 +92,8 @@ class TrainConfig:
     allow: list[str] = field(default_factory=list)  # approximations that a plan may use
     tier: int | None = None  # how little the layers keep for backward, see petl_kernels.lean; 1, or the plan's choice
 
-    cuda_graphs: bool = False  # a step is captured once for each shape of its batches, and replayed
+    # steps are captured once for each shape of their rows, and replayed; None: on a CUDA device, where that can be
+    cuda_graphs: bool | None = None
     optimizer: str = "adamw"  # or adamw8bit: moments rounded to 8 bits, by bitsandbytes
     lr: float | None = None
     schedule: str | None = None  # inverse-sqrt for a new model, linear for any other
@@ -151,8 +156,8 @@ class TrainConfig:
         _need(self.lr is None or (self.lr > 0 and math.isfinite(self.lr)), f"lr {self.lr}: expected above 0")
         _need(self.tier is None or self.tier in range(6), f"tier {self.tier}: expected 0 to 5")
         _need(
-            self.tier != 5 or not self.cuda_graphs,
-            "tier 5: a CUDA graph holds no inputs in host memory; expected 1 to 4, or no --cuda-graphs",
+            self.tier not in UNCAPTURED or not self.cuda_graphs,
+            f"tier {self.tier}: {UNCAPTURED.get(self.tier)}; expected 1 to 4, or no --cuda-graphs",
         )
         _need(self.plan is None or self.memory is not None, "plan: needs the budget that it was made for (--memory)")
         _need(0 <= self.seed < 2**63, f"seed {self.seed}: expected 0 to 2^63 - 1")

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from petl_kernels.errors import InputError
-from petl_kernels.interop.packed import IGNORE, pack
+from petl_kernels.graphs import row_sentences, row_tokens
+from petl_kernels.interop.packed import IGNORE, filled, pack
 
 from .config import Pair
 
@@ -181,13 +182,6 @@ class Batch:
     def part(self, rows: slice, pad: int) -> Batch:
         return Batch.of(self.source[rows], self.labels[rows], self.indices[rows], pad)
 
-    def filled(self, rows: int, token: int) -> Batch:
-        """With rows of ``token`` and no labels at its end, ``rows`` in all: they change no loss and no gradient."""
-        missing = max(0, rows - len(self.source))
-        source = torch.cat([self.source, self.source.new_full((missing, self.source.shape[1]), token)])
-        labels = torch.cat([self.labels, self.labels.new_full((missing, self.labels.shape[1]), IGNORE)])
-        return Batch(source, labels, self.indices, self.target_tokens, self.padded)
-
     def to(self, device: torch.device) -> Batch:
         """On a CUDA device by way of pinned memory, without waiting for the copy."""
         source, labels = _moved(self.source, device), _moved(self.labels, device)
@@ -245,6 +239,14 @@ class PackedBatch:
             "longest": max(stop - start for side in cuts for start, stop in pairwise(side)),
         }
         return PackedBatch(row, self.indices[sentences], row["labels"].numel())
+
+    def filled(self, most: int) -> PackedBatch:
+        """The row filled up with sentences without labels, so that rows of up to ``most`` tokens have few shapes."""
+        tokens = row_tokens(self.source.numel(), most), row_tokens(self.labels.numel(), most)
+        missing = tokens[0] - self.source.numel(), tokens[1] - self.labels.numel()
+        count = len(self.row["cu_seqlens"]) - 1 + max(-(-size // self.row["longest"]) for size in missing)
+        row = filled(self.row, tokens, row_sentences(count, max(tokens)))
+        return PackedBatch(row, self.indices, self.target_tokens)
 
     def to(self, device: torch.device) -> PackedBatch:
         """On a CUDA device by way of pinned memory, without waiting for the copy."""
@@ -305,10 +307,9 @@ class Corpus:
         """What ``collate`` gives, without padding; start: the id that decoder inputs begin with."""
         return PackedBatch.of([(self.sources[i], self.targets[i]) for i in indices], indices, start)
 
-    def padding(self, batch: Batch | PackedBatch) -> float:
-        """The share of positions of ``batch``, source and labels, that have no token."""
-        tokens = self.sources.lengths[batch.indices].sum() + self.targets.lengths[batch.indices].sum()
-        return 1 - float(tokens) / (batch.source.numel() + batch.labels.numel())
+    def tokens(self, indices: np.ndarray) -> int:
+        """The tokens of the sentence pairs ``indices``, of both sides."""
+        return int(self.sources.lengths[indices].sum() + self.targets.lengths[indices].sum())
 
 
 @dataclass

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from sacrebleu.metrics import BLEU, CHRF
+from torch import Tensor
 
 from petl_kernels import versions
 from petl_kernels.errors import InputError
@@ -18,7 +19,7 @@ from petl_kernels.interop.hf import positions
 from petl_kernels.interop.languages import script_of
 from petl_kernels.memory.generation import SearchBytes, output_length
 
-from .data import Corpus, Ragged, has_text
+from .data import Corpus, PackedBatch, Ragged, has_text
 from .loss import sequence_loss
 
 # Scripts that put no spaces between words, where 13a would take a sentence for one word. sacreBLEU has a tokenizer for
@@ -134,19 +135,24 @@ def validation_loss(
     autocast: Autocast = nullcontext,
     told: Callable[[int], None] = lambda done: None,
     packed: bool = False,
+    captured: Callable[[PackedBatch, int], Tensor] | None = None,
 ) -> float:
     """Mean negative log-likelihood of a target token, in nats, without label smoothing.
 
     told: is called after each batch with the number of sentence pairs that are done. packed: in packed rows, of the
-    sentences of each batch.
+    sentences of each batch. captured: (a packed row on the host, the most tokens of a row) -> the sum of its losses,
+    where a CUDA graph gives it.
     """
     device, done = next(model.parameters()).device, 0
     total = torch.zeros((), dtype=torch.float64, device=device)
     with _evaluating(model):
         for indices in corpus.plan(batch_tokens):
             batch = corpus.packed(indices, start) if packed else corpus.collate(indices)
-            with autocast():
-                total += sequence_loss(model, batch.to(device), start, corpus.pad).double()
+            if captured is not None:
+                total += captured(batch, batch_tokens)
+            else:
+                with autocast():
+                    total += sequence_loss(model, batch.to(device), start, corpus.pad)
             done += len(indices)
             told(done)
     return total.item() / int(corpus.targets.lengths.sum())

@@ -79,9 +79,9 @@ TRAINING: dict[str, tuple[dict[str, Any], str, str]] = {
         "1, or the choice of the plan",
     ),
     "--cuda-graphs": (
-        {"action": "store_true"},
-        "capture a step once for each shape of its batches, and replay it (CUDA, small models)",
-        "off",
+        {"action": "boolean"},
+        "capture steps once for each shape of their rows, and replay them",
+        "on a CUDA device, where that can be",
     ),
     "--tensorboard": ({"action": "store_true"}, "write metrics for TensorBoard, too", "off"),
 }

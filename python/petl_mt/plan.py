@@ -10,12 +10,11 @@ from torch import nn
 
 from petl_kernels.device import resolve
 from petl_kernels.errors import InputError
-from petl_kernels.graphs import WIDTH
 from petl_kernels.interop.hf import load_outline
 from petl_kernels.memory.plan import Plan
 from petl_kernels.memory.planner import plan as make_plan
 
-from .config import TrainConfig
+from .config import UNCAPTURED, TrainConfig
 from .prepare import adapt, cast_frozen_matrices, check_beam, check_positions, set_dropout
 from .runs import hush
 
@@ -37,17 +36,24 @@ def plan(config: TrainConfig, device: str | None = None) -> Plan:
     check_positions(model, config.max_length)
     check_beam(config.beam, model)
     config = config.resolve(model.config.d_model)
-    return plan_for(prepared(model, config), config, widened(config.max_length, config, device), device)
+    return plan_for(prepared(model, config), config, widened(config.max_length, device), device)
 
 
-def widened(length: int, config: TrainConfig, device: torch.device) -> int:
-    """What sentences of ``length`` are padded to at least: tiles of a GPU, and few shapes where each is captured."""
-    multiple = width_multiple(config, device)
+def widened(length: int, device: torch.device) -> int:
+    """What padded sentences of ``length`` are padded to at least."""
+    multiple = width_multiple(device)
     return -(-length // multiple) * multiple
 
 
-def width_multiple(config: TrainConfig, device: torch.device) -> int:
-    return WIDTH if config.cuda_graphs else 8 if device.type == "cuda" else 1
+def width_multiple(device: torch.device) -> int:
+    return 8 if device.type == "cuda" else 1  # tiles of a GPU
+
+
+def captures(config: TrainConfig, device: torch.device) -> bool:
+    """Whether ``config`` wants steps on ``device`` captured as CUDA graphs, which is so where it does not say."""
+    if config.cuda_graphs is not None:
+        return config.cuda_graphs
+    return device.type == "cuda" and config.tier not in UNCAPTURED
 
 
 def prepared(model: nn.Module, config: TrainConfig) -> nn.Module:
@@ -63,6 +69,17 @@ def prepared(model: nn.Module, config: TrainConfig) -> nn.Module:
 
 
 def plan_for(model: nn.Module, config: TrainConfig, longest: int, device: torch.device) -> Plan:
+    """The plan of a run: one that CUDA graphs can hold if there is such a plan, and they are wanted by default."""
+    if captures(config, device):
+        try:
+            return _plan_for(model, config, longest, device, graphs=True)
+        except InputError:
+            if config.cuda_graphs:
+                raise
+    return _plan_for(model, config, longest, device, graphs=False)
+
+
+def _plan_for(model: nn.Module, config: TrainConfig, longest: int, device: torch.device, graphs: bool) -> Plan:
     return make_plan(
         model,
         config.memory,
@@ -74,8 +91,8 @@ def plan_for(model: nn.Module, config: TrainConfig, longest: int, device: torch.
         autocast=torch.bfloat16 if config.precision == "bf16" else None,
         tier=config.tier,
         beam=config.beam,
-        cuda_graphs=config.cuda_graphs,
-        packed=not config.cuda_graphs,
+        cuda_graphs=graphs,
+        packed=True,
     )
 
 

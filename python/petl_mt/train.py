@@ -49,14 +49,14 @@ from .checks import (
     text_sums,
     write_text_sums,
 )
-from .config import Pair, TrainConfig
+from .config import UNCAPTURED, Pair, TrainConfig
 from .data import Batch, PackedBatch, Position, TrainBatches, encode_pairs, read_pair
 from .evaluate import BatchLimit, Scores, bleu_metric, score_lines, translate, until_it_fits, validation_loss
 from .late import LateReader
 from .lock import locked
 from .log import RunLog
 from .memory import MemoryMeter, process_bytes
-from .plan import plan_for, prepared, widened, width_multiple
+from .plan import captures, plan_for, prepared, widened, width_multiple
 from .prepare import (
     check_beam,
     check_positions,
@@ -203,7 +203,7 @@ class _Training:
             cap.expand_segments()
         self.accelerator = make_accelerator(config.precision)
         self.device = resolve(self.accelerator.device)
-        if config.cuda_graphs:
+        if config.cuda_graphs:  # by name
             check_device(self.device)
         torch.manual_seed(config.seed)
 
@@ -212,7 +212,8 @@ class _Training:
         check_positions(self.model, config.max_length)
         before = run.read_config() if resuming else None
         if before is not None:  # what followed from the number of steps then still holds
-            kept = {name: getattr(before, name) for name in ("warmup", "eval_every") if getattr(config, name) is None}
+            names = ("warmup", "eval_every", "cuda_graphs")
+            kept = {name: getattr(before, name) for name in names if getattr(config, name) is None}
             config = dataclasses.replace(config, **kept)
         self.config = config = config.resolve(self.model.config.d_model)
         if before is not None:
@@ -230,11 +231,11 @@ class _Training:
             self.valid, self.valid_counts = encode_pairs(self.valid_text, self.languages, config.max_length, "valid")
             for count, name in zip(self.valid_counts, names_of(config.valid), strict=True):
                 count.name = f"valid {name}"
-        self.multiple = width_multiple(config, self.device)
+        self.multiple = width_multiple(self.device)
         self.batches = TrainBatches(corpus, config.batch_tokens, config.seed, self.multiple)
 
         self.total_parameters = self.stored_parameters = sum(p.numel() for p in self.model.parameters())
-        longest = widened(int(corpus.lengths.max()), config, self.device)
+        longest = widened(int(corpus.lengths.max()), self.device)
         like = self._like() if config.memory is not None else None
         self.plan = self._make_plan(like, longest) if like is not None else None
         if limits is not None and config.memory is not None:
@@ -261,7 +262,7 @@ class _Training:
         self._choose_rows()
         pad = self.tokenizer.pad_token_id
         given = (self.model, self.optimizer, self.accelerator, config, self.plan, self.start, pad, self.log.say)
-        self.update = Update(*given)
+        self.update = Update(*given, longest=self._longest_row() if self._captures() else None)
         self.numbers = LateReader(self.device, self._log_step)
 
     def _load(self, config: TrainConfig, like: nn.Module | None) -> None:
@@ -299,7 +300,10 @@ class _Training:
         if torch.device(plan.device).type != self.device.type:
             raise InputError(f"plan {given}: for {plan.device}; expected one for {self.device.type}")
         if self.config.cuda_graphs and not plan.cuda_graphs and given != own:  # its own may have been tightened
-            raise InputError(f"plan {given}: made without --cuda-graphs; expected one made with it, or a run without")
+            raise InputError(
+                f"plan {given}: has no room for CUDA graphs, or uses what they cannot hold; expected one made with "
+                "--cuda-graphs, or a run without it"
+            )
         if plan.precision != self.config.precision:
             raise InputError(
                 f"plan {given}: for products in {plan.precision}; expected one for the {self.config.precision} of "
@@ -375,8 +379,7 @@ class _Training:
 
         Raises InputError where it began packed, and the model reads no packed rows now.
         """
-        graphs = "CUDA graphs take padded ones" if self.config.cuda_graphs else ""
-        reason, began = graphs or packing_obstacle(self.model), self.progress.packed
+        reason, began = packing_obstacle(self.model), self.progress.packed
         if began and reason:
             raise InputError(f"out {self.folder.path}: the run began with packed rows, which cannot go on ({reason})")
         if began is None:
@@ -386,6 +389,29 @@ class _Training:
             self.log.say("batches are packed rows, without padding")
         else:
             self.log.say(f"batches are padded: {reason or 'the run began so'}")
+
+    def _captures(self) -> bool:
+        """Whether steps are captured as CUDA graphs; says so on a CUDA device, and why not."""
+        config, reason = self.config, ""
+        if config.cuda_graphs is False:
+            reason = "--no-cuda-graphs"
+        elif config.tier in UNCAPTURED:
+            reason = UNCAPTURED[config.tier]
+        elif not self.progress.packed:
+            reason = "CUDA graphs take packed rows"
+        elif self.plan is not None and not self.plan.cuda_graphs:
+            reason = "the plan has no room for them, or uses what they cannot hold"
+        if captures(config, self.device) and not reason:
+            self.log.say("steps are captured as CUDA graphs, one for each shape of rows")
+            return True
+        if self.device.type == "cuda" or config.cuda_graphs:
+            self.log.say(f"steps run without CUDA graphs: {reason}")
+        return False
+
+    def _longest_row(self) -> int:
+        """The tokens of the longest sentence: of training and validation text, and of the worst batch of the plan."""
+        found = [int(text.lengths.max()) for text in (self.batches.corpus, self.valid) if text is not None]
+        return max(found + [self.plan.longest] if self.plan else found)
 
     def _resume(self, before: TrainConfig) -> Path | None:
         """The checkpoint to go on from; notes what differs from ``before``."""
@@ -499,10 +525,10 @@ class _Training:
         position = Position(progress.epoch, progress.batch)
         batches = [self.batches.take(position) for _ in range(config.accumulate)]
         tokens = sum(batch.target_tokens for batch in batches)
-        padding = statistics.mean(map(self.batches.corpus.padding, batches))
         lr = config.lr * lr_factor(config.schedule, progress.step + 1, config.warmup, config.steps)
         loss = self.update.gradients(batches, tokens)
         norm = self.update.step(lr)
+        padding = 1 - sum(self.batches.corpus.tokens(batch.indices) for batch in batches) / self.update.positions
 
         progress.step += 1
         progress.epoch, progress.batch = position.epoch, position.batch
@@ -581,6 +607,7 @@ class _Training:
                         self.accelerator.autocast,
                         watch.at,
                         self.progress.packed,
+                        self.update.graphs and self.update.graphs.loss,
                     )
                 )
             best = math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss)
@@ -607,6 +634,7 @@ class _Training:
         from .card import write_card
 
         config, progress = self.config, self.progress
+        self.update.drop_graphs()
         best, damaged = self.checkpoints.whole("best")
         for line in damaged:
             self.log.say(line)

@@ -7,6 +7,7 @@ the next tighter plan: the tokens, their order and the mathematics of an update 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 import petl_kernels as pk
 from petl_kernels.device import resolve
-from petl_kernels.graphs import CudaGraphs, GraphedStep
+from petl_kernels.graphs import CudaGraphs
 from petl_kernels.interop.lean_loss import set_chunk_bytes
 from petl_kernels.memory.plan import Plan
 from petl_kernels.memory.size import format_size
@@ -25,10 +26,13 @@ from .config import TrainConfig
 from .data import Batch, PackedBatch
 from .loss import sequence_loss
 from .memory import MemoryMeter
+from .step_graphs import StepGraphs
 
 
 class Update:
-    """start, pad: ids that decoder inputs begin with and padding has. say: tells a line to who watches."""
+    """start, pad: ids that decoder inputs begin with and padding has. say: tells a line to who watches. longest: tokens
+    of the longest sentence, where steps on packed rows are captured as CUDA graphs.
+    """
 
     def __init__(
         self,
@@ -40,6 +44,7 @@ class Update:
         start: int,
         pad: int,
         say: Callable[[str], None],
+        longest: int | None = None,
     ) -> None:
         self.model, self.optimizer, self.accelerator, self.config = model, optimizer, accelerator, config
         self.plan, self.start, self.pad, self.say = plan, start, pad, say
@@ -47,9 +52,12 @@ class Update:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.rounded = getattr(model, "petl_gradients", None)  # where the plan keeps gradients in bf16
         self.micro_tokens = plan.micro_tokens if plan else None
-        self.graphs: GraphedStep | None = None
-        if config.cuda_graphs and (plan is None or plan.cuda_graphs):  # a tightened plan may have no room for them
-            self.graphs = GraphedStep(self._captured_backward, CudaGraphs(self.device))
+        self.positions = 0  # source and target positions of the last update, those without a token too
+        self.graphs: StepGraphs | None = None
+        if longest is not None:
+            step = self._move if _made_capturable(optimizer) else None
+            given = CudaGraphs(self.device), self._add_gradients, step, self._validation_loss, longest
+            self.graphs = StepGraphs(*given, lambda line: self.say(line))
             for parameter in self.parameters:  # where graphs will add to
                 parameter.grad = torch.zeros_like(parameter)
 
@@ -59,15 +67,25 @@ class Update:
 
     def step(self, lr: float) -> Tensor:
         """Clip the gradients, move the parameters, forget the gradients; returns the norm that they had."""
+        if self.graphs is None or not self.graphs.captures_step:
+            return self._move(lr)
+        norm = self.graphs.step(lr)
+        self._set_rate(lr)  # a number again, for who reads it
+        return norm
+
+    def _move(self, lr: float | Tensor) -> Tensor:
         norm = self.clip(self.config.clip if self.config.clip > 0 else math.inf)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        self._set_rate(lr)
         if self.rounded is not None:
             self.rounded.step(self.optimizer)
         else:
             self.optimizer.step()
         self.zero_gradients()
         return norm
+
+    def _set_rate(self, lr: float | Tensor) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
 
     def clip(self, largest: float) -> Tensor:
         """Scale the gradients to a norm of at most ``largest``; returns the norm that they had."""
@@ -82,7 +100,7 @@ class Update:
             return
         self.optimizer.zero_grad(set_to_none=self.plan is None and self.graphs is None)
 
-    def loss(self, batch: Batch | PackedBatch, tokens: int) -> Tensor:
+    def loss(self, batch: Batch | PackedBatch, tokens: int | Tensor) -> Tensor:
         """This part's share of the mean loss over ``tokens``."""
         return self._sum_of_losses(batch) / tokens
 
@@ -108,60 +126,59 @@ class Update:
         if self.graphs is not None and self.plan is not None:
             self.graphs.forget()
 
+    def drop_graphs(self) -> None:
+        """Give the memory of graphs back for good."""
+        if self.graphs is not None:
+            self.graphs.forget()
+            self.graphs = None
+
     def tighten(self, plan: Plan) -> None:
         if plan.tiers != self.plan.tiers or plan.chunk_bytes != self.plan.chunk_bytes:
             pk.lean(self.model, list(plan.tiers))
             set_chunk_bytes(self.model, plan.chunk_bytes)
         self.plan, self.micro_tokens = plan, plan.micro_tokens
-        if self.graphs is not None:
-            self.graphs.forget()
-            if not plan.cuda_graphs:
-                self.graphs = None
-                self.say("cuda_graphs: steps run as they are from here on, which takes less memory")
+        self.release()
+        if self.graphs is not None and not plan.cuda_graphs:
+            self.graphs = None
+            self.say("cuda_graphs: steps run as they are from here on, which takes less memory")
         self.say(
             f"memory {self.config.memory} was not enough for a step; it goes on in {plan.micro_batches} micro-batches "
             f"of {plan.micro_tokens:,} tokens, tiers {min(plan.tiers)} to {max(plan.tiers)}: the same update"
         )
 
     def _gradients(self, batches: list[Batch] | list[PackedBatch], tokens: int) -> Tensor:
-        loss = torch.zeros((), device=self.device)
+        loss, self.positions = torch.zeros((), device=self.device), 0
         for batch in batches:
             for part in self._micro_batches(batch):
+                self.positions += part.source.numel() + part.labels.numel()
                 loss += self._backward(part, tokens)
         return loss
 
     def _micro_batches(self, batch: Batch | PackedBatch) -> Iterator[Batch] | Iterator[PackedBatch]:
-        """Of as many tokens a side as a plan says, padding included; for graphs all those of a width have one shape."""
+        """Of as many tokens a side as a plan says, padding included; for graphs filled up, so that shapes are few."""
         tokens = self.micro_tokens or self.config.batch_tokens
         if isinstance(batch, PackedBatch):
-            yield from (part.to(self.device) for part in batch.parts(tokens))
+            yield from (part if self.graphs is None else part.filled(tokens) for part in batch.parts(tokens))
             return
         rows = max(1, tokens // max(batch.source.shape[1], batch.labels.shape[1]))
         for i in range(0, len(batch.source), rows):
-            part = batch.part(slice(i, i + rows), self.pad)
-            yield (part if self.graphs is None else part.filled(rows, self.start)).to(self.device)
+            yield batch.part(slice(i, i + rows), self.pad)
 
     def _backward(self, batch: Batch | PackedBatch, tokens: int) -> Tensor:
         """Add the gradient of this part's share of the mean loss over ``tokens``; returns that share."""
         if self.graphs is not None:
-            return self._replay(batch, tokens)
+            return self.graphs.gradients(batch, tokens)
+        return self._add_gradients(batch.to(self.device), tokens)
+
+    def _add_gradients(self, batch: Batch | PackedBatch, tokens: int | Tensor) -> Tensor:
         loss = self.loss(batch, tokens)
         self.accelerator.backward(loss)
         return loss.detach()
 
-    def _replay(self, batch: Batch, tokens: int) -> Tensor:
-        known = self.graphs.reason
-        loss = self.graphs(batch.source, batch.labels, torch.full((), 1 / tokens, device=self.device))
-        if self.graphs.reason != known:
-            self.say(f"cuda_graphs: a step could not be captured, and runs as it is ({self.graphs.reason})")
-        return loss
-
-    def _captured_backward(self, source: Tensor, labels: Tensor, share: Tensor) -> Tensor:
-        """``_backward`` for all batches of a shape: whatever is padded, and however many labels count."""
-        batch = Batch(source, labels, np.arange(len(source)), target_tokens=labels.numel(), padded=True)
-        loss = self._sum_of_losses(batch) * share
-        self.accelerator.backward(loss)
-        return loss.detach()
+    @torch.no_grad()
+    def _validation_loss(self, batch: PackedBatch) -> Tensor:
+        with self.accelerator.autocast():
+            return sequence_loss(self.model, batch, self.start, self.pad)
 
     def _sum_of_losses(self, batch: Batch | PackedBatch) -> Tensor:
         with self.accelerator.autocast():
@@ -184,3 +201,14 @@ class Update:
                 torch.cuda.set_rng_state(generators[1])
                 torch.cuda.empty_cache()
             self.tighten(plan)
+
+
+def _made_capturable(optimizer) -> bool:
+    """Whether steps of ``optimizer`` can be captured, as PyTorch's own can when they are told."""
+    if not all("capturable" in group for group in optimizer.param_groups):
+        return False
+    for group in optimizer.param_groups:
+        group["capturable"] = True
+    # the first step is captured by nobody, of which PyTorch would warn
+    warnings.filterwarnings("ignore", message="This instance was constructed with capturable=True")
+    return True

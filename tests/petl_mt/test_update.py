@@ -4,14 +4,16 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 from fake_graphs import Recorder
 from layers.waiting import waits
 from petl_mt import plan, train, update
 from petl_mt.cli import main
 from petl_mt.config import TrainConfig
-from petl_mt.data import Position, TrainBatches
+from petl_mt.data import Position
 from petl_mt.runs import RunFolder
 from petl_mt.train import _Training
+from petl_mt.update import Update
 
 from petl_kernels.errors import InputError
 from petl_kernels.interop import device_masks
@@ -37,30 +39,82 @@ def losses(settings: dict, out: Path, **changes) -> list[float]:
     return training(settings, out=str(out), **changes).run().losses
 
 
-def test_graphs_train_to_the_same_losses(settings, tmp_path, graphs, monkeypatch):
-    """Batches of one width have one shape, whatever is filled up."""
-    settings |= {"dropout": 0.0, "method_args": {"rank": 2}, "steps": 8}
-    monkeypatch.setattr(plan, "WIDTH", 16)
-    found = losses(settings, tmp_path / "graphs", cuda_graphs=True)
-    monkeypatch.setattr(train, "TrainBatches", lambda *given: TrainBatches(*given[:3], 16))
-    expected = losses(settings, tmp_path / "eager")
-    assert found == pytest.approx(expected, rel=1e-4)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_graphs_train_to_the_same_losses(settings, tmp_path, graphs, accumulate):
+    """Rows are filled up to few shapes; the optimiser's step and the validation loss have graphs, too."""
+    settings |= {"dropout": 0.0, "method_args": {"rank": 2}, "steps": 8, "eval_every": 4, "accumulate": accumulate}
+    loop = training(settings, out=str(tmp_path / "graphs"), cuda_graphs=True)
+    found = loop.run()
+    expected = training(settings, out=str(tmp_path / "eager")).run()
+    assert found.losses == pytest.approx(expected.losses, rel=1e-5)
+    assert found.valid_loss == pytest.approx(expected.valid_loss, rel=1e-5)
     (recorder,) = graphs
-    assert 0 < recorder.captures < recorder.replays
+    assert 3 <= recorder.captures < recorder.replays
+    assert isinstance(loop.optimizer.param_groups[0]["lr"], float)
 
 
 def test_graphs_give_their_memory_back_to_an_evaluation_in_a_budget(settings, tmp_path, graphs):
     settings |= {"steps": 4, "eval_every": 2, "memory": "64MiB"}
     loop = training(settings, out=str(tmp_path / "run"), cuda_graphs=True)
     loop.run()
-    assert graphs[0].releases == 2
+    assert graphs[0].releases == 3 and loop.update.graphs is None  # the last for the search
+
+
+def test_what_runs_says_whether_steps_are_captured(settings, tmp_path, graphs, monkeypatch):
+    said = []
+    monkeypatch.setattr(train.RunLog, "say", lambda self, line: said.append(line))
+    training(settings, out=str(tmp_path / "with"), cuda_graphs=True)
+    assert said[-1] == "steps are captured as CUDA graphs, one for each shape of rows"
+    monkeypatch.setattr(train, "packing_obstacle", lambda model: "a test")
+    loop = training(settings, out=str(tmp_path / "padded"), cuda_graphs=True)
+    assert loop.update.graphs is None
+    assert said[-1] == "steps run without CUDA graphs: CUDA graphs take packed rows"
+
+
+def test_padding_is_what_rows_are_filled_up_with(settings, tmp_path, graphs):
+    loop = training(settings, out=str(tmp_path / "run"), cuda_graphs=True)
+    batch = loop.batches.take(Position(0, 0))
+    loop.update.gradients([batch], batch.target_tokens)
+    tokens = batch.source.numel() + batch.labels.numel()
+    assert loop.batches.corpus.tokens(batch.indices) == tokens < loop.update.positions == 2 * settings["batch_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("device", "given", "tier", "expected"),
+    [
+        ("cuda", None, None, True),
+        ("cuda", None, 3, True),
+        ("cuda", False, None, False),
+        ("cuda", None, 0, False),
+        ("cuda", None, 5, False),
+        ("cpu", None, None, False),
+    ],
+)
+def test_on_by_default_where_they_can_be(device, given, tier, expected):
+    config = TrainConfig(cuda_graphs=given, tier=tier)
+    assert plan.captures(config, torch.device(device)) is expected
+
+
+def test_an_optimiser_that_cannot_be_captured_steps_as_it_is(settings, tmp_path, graphs, monkeypatch):
+    loop = training(settings, out=str(tmp_path / "run"), cuda_graphs=True)
+    monkeypatch.delitem(loop.optimizer.param_groups[0], "capturable")
+    given = loop.model, loop.optimizer, loop.accelerator, loop.config, None, loop.start, 1, print
+    assert not Update(*given, longest=40).graphs.captures_step
+
+
+def test_a_run_of_an_earlier_version_goes_on_without(settings, tmp_path, graphs, monkeypatch):
+    """It has ``cuda_graphs`` false in its configuration, where none is the default now."""
+    training(settings, out=str(tmp_path / "run"), cuda_graphs=False, steps=2).run()
+    config = TrainConfig(**{**settings, "out": str(tmp_path / "run"), "steps": 4})
+    loop = _Training(config, RunFolder(tmp_path / "run"), resuming=True, quiet=True)
+    assert loop.config.cuda_graphs is False
 
 
 def test_a_plan_that_was_made_without_graphs_is_refused(settings, tmp_path, graphs):
     settings |= {"memory": "64MiB"}
     loop = training(settings, out=str(tmp_path / "run"))
     assert not loop.plan.cuda_graphs
-    with pytest.raises(InputError, match="plan.json: made without --cuda-graphs; expected one made with it"):
+    with pytest.raises(InputError, match="plan.json: has no room for CUDA graphs, or uses what they cannot hold; exp"):
         training(settings, out=str(tmp_path / "other"), cuda_graphs=True, plan=str(tmp_path / "run" / "plan.json"))
 
 
@@ -70,11 +124,10 @@ def plan_flags(settings: dict) -> list[str]:
 
 
 def test_petl_mt_plan_makes_plans_for_graphs(settings, tmp_path, graphs):
-    """As train pads them: there are few shapes, and sentences of 40 tokens are 64 long."""
     path = str(tmp_path / "plan.json")
     assert main([*plan_flags(settings), "--json", path]) == 0
     loop = training(settings, out=str(tmp_path / "run"), cuda_graphs=True, memory="64MiB", plan=path)
-    assert loop.plan.cuda_graphs and loop.plan.longest == 64 and loop.update.graphs is not None
+    assert loop.plan.cuda_graphs and loop.plan.longest == 40 and loop.update.graphs is not None
 
 
 def test_refused(settings, capsys):
@@ -84,6 +137,9 @@ def test_refused(settings, capsys):
     assert capsys.readouterr().err == "petl-mt plan: cuda_graphs: the device is cpu; expected cuda\n"
     assert main([*plan_flags(settings), "--tier", "5"]) == 2
     assert "tier 5: a CUDA graph holds no inputs in host memory; expected 1 to 4" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main([*plan_flags(settings), "--no-cuda-graphs"])
+    assert "argument --no-cuda-graphs: given twice; expected it once" in capsys.readouterr().err
 
 
 def _innermost(place: str) -> str:

@@ -1,0 +1,81 @@
+"""The CUDA graphs of a run: of a micro-batch's gradients, of the optimiser's step, of the validation loss.
+
+A replay takes the host some microseconds where the step's kernels, launched one by one, take it longer than the card
+needs to run them. Rows are packed and filled up to few shapes (``petl_kernels.graphs``); what fills them is no label,
+so it is in no loss and no gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from petl_kernels.graphs import CudaGraphs, Graphed
+
+from .data import PackedBatch
+
+# Of ``PackedBatch.row``, in the order in which graphs take them.
+_ROW = ("input_ids", "labels", "decoder_input_ids", "cu_seqlens", "decoder_cu_seqlens")
+
+
+class StepGraphs:
+    """Runs parts of an update by graphs, or as they are where they cannot be captured, which ``say`` is told once.
+
+    gradients: (row, tokens of the update) -> its share of the mean loss, adding the gradient. step: (learning rate,)
+    -> the gradients' norm, or None where the optimiser cannot be captured. loss: (row,) -> the sum of losses. Each
+    returns a tensor of one number. longest: tokens of the longest sentence that comes.
+    """
+
+    def __init__(
+        self,
+        recorder: CudaGraphs,
+        gradients: Callable[[PackedBatch, Tensor], Tensor],
+        step: Callable[[Tensor], Tensor] | None,
+        loss: Callable[[PackedBatch], Tensor],
+        longest: int,
+        say: Callable[[str], None],
+    ) -> None:
+        self.recorder, self.longest, self.say = recorder, longest, say
+        self._gradients = Graphed(lambda *given: gradients(self._batch(given[:-1]), given[-1]), recorder)
+        self._step = None if step is None else Graphed(step, recorder)
+        self._loss = Graphed(lambda *row: loss(self._batch(row)), recorder)
+
+    @property
+    def captures_step(self) -> bool:
+        return self._step is not None
+
+    def gradients(self, batch: PackedBatch, tokens: int) -> Tensor:
+        return self._run(self._gradients, *_tensors(batch), torch.tensor(float(tokens)))
+
+    def step(self, lr: float) -> Tensor:
+        return self._run(self._step, torch.tensor(lr))
+
+    def loss(self, batch: PackedBatch, most: int) -> Tensor:
+        """The sum of losses of ``batch``, a row of at most ``most`` tokens a side or of one sentence."""
+        return self._run(self._loss, *_tensors(batch.filled(most)))
+
+    def forget(self) -> None:
+        """Gives the memory of all graphs back; shapes are captured anew when they come again."""
+        for graphed in (self._gradients, self._step, self._loss):
+            if graphed is not None:
+                graphed.forget()
+        self.recorder.release()
+
+    def _run(self, graphed: Graphed, *inputs: Tensor) -> Tensor:
+        before = self.recorder.reason
+        if self.recorder.device.type == "cuda":
+            inputs = tuple(tensor.pin_memory() for tensor in inputs)
+        result = graphed(*inputs)
+        if self.recorder.reason != before:
+            self.say(f"cuda_graphs: a step could not be captured, and runs as it is ({self.recorder.reason})")
+        return result
+
+    def _batch(self, row: tuple[Tensor, ...]) -> PackedBatch:
+        """The batch of a row on the device, however many of its labels count: the most that can."""
+        return PackedBatch({**dict(zip(_ROW, row, strict=True)), "longest": self.longest}, None, row[1].numel())
+
+
+def _tensors(batch: PackedBatch) -> tuple[Tensor, ...]:
+    return tuple(batch.row[name].as_subclass(Tensor) for name in _ROW)
