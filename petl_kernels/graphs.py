@@ -56,7 +56,7 @@ def graph_bytes(tokens: int) -> int:
     driver takes for each graph, gaps in a pool that shapes of several sizes share, and steps of shapes beyond the first
     64, which run beside it.
     """
-    sizes = len({row_tokens(count, tokens) for count in range(_ALIGN, tokens + _ALIGN, _ALIGN)})
+    sizes = len({row_tokens(min(count, tokens), tokens) for count in range(_ALIGN, tokens + _ALIGN, _ALIGN)})
     shapes = min(MOST, 2 * sizes**2)
     return WORKSPACE + shapes * (3 * 8 * tokens + 2 * 4 * (tokens + 1) + 2 * _SMALLEST)
 

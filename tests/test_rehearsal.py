@@ -34,7 +34,7 @@ def built():
     [
         ["petl_mt/rehearse_trainer.py", "-k", "budget or graphs or streamed or tighter or rates"],
         ["petl_mt/rehearse_trainer.py", "-k", "not (budget or graphs or streamed or tighter or rates)"],
-        ["rehearsal/rehearse_library.py"],
+        ["rehearsal/rehearse_library.py", "rehearsal/rehearse_graphs.py"],
         ["rehearsal/rehearse_triton.py"],
         # Tests for a card whose kernels are PyTorch's own.
         ["-m", "gpu", "test_graphs.py", "petl_mt/test_late.py", "layers/test_no_waiting.py"],

@@ -45,6 +45,7 @@ from petl_kernels.memory.resident import (
 from petl_kernels.memory.simulate import Batch, Phases
 from petl_kernels.memory.size import format_below, format_least, format_size, parse_size
 from petl_kernels.memory.stream import copies_hide
+from petl_kernels.methods.base import records
 from petl_kernels.methods.structure import Structure, check_model, describe
 from petl_kernels.ops.quantised import parts_of
 
@@ -337,12 +338,20 @@ class Planner:
         return graph_bytes(rows * self.longest) if self.graphs else 0
 
     def _fixed(self, setting: Setting) -> dict[str, int]:
+        aside = self._aside()
         return {
+            **({"the model's own values": aside} if aside else {}),
             "frozen weights": self.weights.resident(setting.storage, setting.tables, setting.streamed),
             "trained parameters": sum(p.nbytes for p in self.trained),
             "their gradients": sum(map(GRADIENT_BYTES[setting.gradients], self.trained)),
             "optimiser state": sum(map(OPTIMIZER_BYTES[setting.optimizer], self.trained)),
         }
+
+    def _aside(self) -> int:
+        """The bytes of what adapters that train the model's own tensors have set aside, which is in host memory."""
+        if self.device.type != "cpu":
+            return 0
+        return sum(kept.nbytes for record in records(self.model).values() for kept in record.base.values())
 
     @functools.cache  # noqa: B019
     def _step(self, setting: Setting) -> int:

@@ -346,7 +346,7 @@ def test_a_plan_for_cuda_graphs_has_only_what_a_graph_can_hold(no_more, monkeypa
     assert float(without) < float(least)
     found = plan(model, f"{least}MiB", cuda_graphs=True, tier=4, **given)
     assert found.cuda_graphs and found.streamed == 0 and found.peak <= found.memory
-    assert found.parts["CUDA graphs"] == WORKSPACE + 2 * 2 * (16 * 64 + 1024)
+    assert found.parts["CUDA graphs"] == WORKSPACE + 2 * (3 * 8 * 64 + 2 * 4 * 65 + 1024)
     other = plan(model, f"{without}MiB", tier=4, **given)
     assert other.streamed and "CUDA graphs" not in other.parts
     planner = Planner(model, 512, 64, "adamw", ("bf16-gradients",), torch.device("cuda"), None, graphs=True)

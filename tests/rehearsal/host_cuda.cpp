@@ -153,8 +153,12 @@ std::atomic<bool> waiting_refused{false};  // while a stream is captured, and by
 bool waits_for_the_card(const std::string& name, const torch::jit::Stack& stack, size_t arguments) {
   if (name == "aten::copy_") {
     const auto& to = stack[stack.size() - arguments].toTensor();
+    const auto& from = stack[stack.size() - arguments + 1].toTensor();
     const bool non_blocking = stack.back().toBool();
-    return to.is_cpu() && !(non_blocking && to.is_pinned());
+    if (to.is_cpu() == from.is_cpu()) {
+      return false;
+    }
+    return !(non_blocking && (to.is_cpu() ? to : from).is_pinned());
   }
   return name == "aten::_local_scalar_dense" || name == "aten::nonzero" || name == "aten::masked_select";
 }

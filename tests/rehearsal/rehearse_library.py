@@ -43,6 +43,30 @@ def test_a_cap_holds_and_goes(device):
         pass
 
 
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: torch.tensor(1.0, device=CUDA),
+        lambda x: x.copy_(torch.ones(2), non_blocking=True),  # which is not pinned
+        lambda x: x.copy_(torch.ones(2).pin_memory()),
+        lambda x: x.sum().item(),
+        lambda x: x.cpu(),
+    ],
+)
+def test_a_capture_refuses_to_wait(wait):
+    """So that what is captured here can be captured on a card."""
+    x = torch.zeros(2, device=CUDA)
+    with pytest.raises(RuntimeError, match="synchronizing CUDA operation"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        wait(x)
+    graph = torch.cuda.CUDAGraph()
+    pinned = torch.ones(2).pin_memory()
+    with torch.cuda.graph(graph):
+        x.copy_(pinned, non_blocking=True)
+    assert x.tolist() == [0, 0]
+    graph.replay()
+    assert x.tolist() == [1, 1]
+
+
 @pytest.mark.parametrize("memory", [None, "1GiB"])
 def test_tiers_for_a_model_that_is_there(memory):
     model = pk.lean(adapted("m2m100", "lora").to("cuda"), "auto", memory=memory, batch_tokens=64, max_length=16)
