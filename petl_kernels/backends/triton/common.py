@@ -23,7 +23,7 @@ from petl_kernels.backends.triton.launch import launch
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:
     """(..., K) as (tokens, K) whose last stride is 1; a view wherever the strides allow it."""
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
@@ -31,7 +31,7 @@ def sum_partials(partials: torch.Tensor, outs: list[torch.Tensor]) -> None:
     """outs, end to end = the sum of `partials` (splits, elements) over the splits, in each out's dtype."""
     sizes = tuple(out.numel() for out in outs)
     block = config.SUM_BLOCK
-    grid = (triton.cdiv(max(sizes), block),)
+    grid = (config.cdiv(max(sizes), block),)
     splits, total = partials.shape
     launch(_sum_kernel, grid, partials, tuple(outs), sizes, splits, total, BLOCK=block, warps=4, stages=1)
 

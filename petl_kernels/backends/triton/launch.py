@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from triton import knobs
+from triton._C.libtriton import native_specialize_impl
 from triton.backends.compiler import BaseBackend
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
@@ -26,10 +27,9 @@ from triton.runtime.jit import JITFunction
 try:
     from petl_kernels._C import launch_key
 except ImportError:  # a machine without a compiler
-    from triton._C.libtriton import native_specialize_impl
 
-    def launch_key(args: tuple) -> tuple:
-        return native_specialize_impl(BaseBackend, args, False, True, True)
+    def launch_key(args: tuple) -> tuple | None:
+        return _key_by_triton(args)
 
 
 COMPARED = {"3.6", "3.7", "3.8"}
@@ -83,6 +83,14 @@ def _launch(kernel, grid: tuple[int, ...], args: tuple, warps: int, stages: int,
 
 def _launch_by_triton(kernel, grid, args, warps, stages, constexprs):
     return kernel[grid](*args, **constexprs, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+
+
+def _key_by_triton(args: tuple) -> tuple | None:
+    """What launch_key tells apart, in Triton's own words."""
+    try:
+        return native_specialize_impl(BaseBackend, args, False, True, True)
+    except (TypeError, OverflowError):
+        return None
 
 
 def _is_plain(kernel) -> bool:
