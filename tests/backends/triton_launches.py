@@ -26,8 +26,8 @@ def main() -> int:
             (source, by_triton), (again, direct) = driver.starts
             assert len(module._prepared) == before, f"{kernel.__name__} is not found again"
             assert source is again and by_triton[:6] == direct[:6], kernel.__name__
-            assert len(by_triton[9:]) == len(direct[9:]) and direct[6:9] == (None,) * 3, kernel.__name__
-            assert all(a is b or a == b for a, b in zip(by_triton[9:], direct[9:])), kernel.__name__
+            assert direct[6:9] == (None,) * 3, kernel.__name__
+            assert all(a is b or a == b for a, b in zip(by_triton[9:], direct[9:], strict=True)), kernel.__name__
     return len(launches)
 
 
