@@ -6,6 +6,7 @@ What decides whether two launches are the same is all Triton's own; only the car
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -60,6 +61,7 @@ def played(records: bool = True) -> Iterator[PlayedDriver]:
     try:
         yield playing
     finally:
+        gc.collect()  # a kernel of Triton 3.8 unloads itself by the driver
         driver.set_active(before)
 
 

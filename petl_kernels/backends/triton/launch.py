@@ -1,11 +1,12 @@
 """Starts kernels: the first launch for a kind of arguments is Triton's own, the later ones go straight to its result.
 
 ``kernel[grid](...)`` binds every argument by name, describes all of them and the options in a string and looks its
-compiled kernel up with that, which takes 10 to 40 µs of the host's time. Here the key has what Triton compiles anew
-for and nothing else: the dtype of a pointer and whether 16 divides it, of an integer whether it is 1, a multiple of 16
-or needs 64 bits, what is absent, how long a tuple is (``csrc/host/launch_key.cpp``, or Triton's own function where
-there is no compiler), and constants, warps and stages. A compiled kernel therefore only meets arguments for which
-Triton would have chosen it. Integers of ``do_not_specialize`` are told apart too: an entry more, and the same code.
+compiled kernel up with that, some 40 times a layer (``petl-mt bench host`` times it). Here the key has what Triton
+compiles anew for and nothing else: the dtype of a pointer and whether 16 divides it, of an integer whether it is 1, a
+multiple of 16 or needs 64 bits, what is absent, how long a tuple is (``csrc/host/launch_key.cpp``, or Triton's own
+function where there is no compiler), and constants, warps and stages. A compiled kernel therefore only meets arguments
+for which Triton would have chosen it. Integers of ``do_not_specialize`` are told apart too: an entry more, and the same
+code.
 
 Anything out of the ordinary goes Triton's way: the interpreter, hooks, debugging, instrumentation, arguments of
 another kind, a backend or a version of Triton whose launch was not compared with this one. No tensor is kept.
@@ -18,10 +19,9 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from triton import knobs
-from triton._C.libtriton import native_specialize_impl
 from triton.backends.compiler import BaseBackend
 from triton.compiler import CompiledKernel
-from triton.runtime import driver
+from triton.runtime import driver, jit
 from triton.runtime.jit import JITFunction
 
 try:
@@ -32,6 +32,7 @@ except ImportError:  # a machine without a compiler
         return _key_by_triton(args)
 
 
+# Those whose JITFunction.run, CompiledKernel and specialisation were read beside this file.
 COMPARED = {"3.6", "3.7", "3.8"}
 _is_compared = ".".join(triton.__version__.split(".")[:2]) in COMPARED
 
@@ -88,7 +89,7 @@ def _launch_by_triton(kernel, grid, args, warps, stages, constexprs):
 def _key_by_triton(args: tuple) -> tuple | None:
     """What launch_key tells apart, in Triton's own words."""
     try:
-        return native_specialize_impl(BaseBackend, args, False, True, True)
+        return jit.native_specialize_impl(BaseBackend, args, False, True, True)
     except (TypeError, OverflowError):
         return None
 
@@ -98,12 +99,12 @@ def _is_plain(kernel) -> bool:
     runtime = knobs.runtime
     try:
         return (
-            type(kernel) is JITFunction
+            _is_compared
+            and type(kernel) is JITFunction
             and not (kernel.pre_run_hooks or kernel.debug or runtime.debug)
             and not (runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
             and runtime.add_stages_inspection_hook is None
             and not knobs.compilation.instrumentation_mode
-            and _is_compared
         )
     except AttributeError:  # something else than a chain of hooks was set
         return False
