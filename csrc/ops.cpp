@@ -7,6 +7,7 @@
 #include "cpu/product.h"
 #include "host/build_info.h"
 #include "host/cpu_allocator.h"
+#include "host/launch_key.h"
 #include "host/streaming.h"
 #include "host/watch.h"
 
@@ -58,5 +59,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("values", &petl::values, "The values of dictionaries, one after the other.");
   m.def("same_values", &petl::same_values, "Whether they are the very objects that `values` has returned.");
   m.def("stamps", &petl::stamps, "The versions and storages of tensors, to compare with later ones.");
+  m.def("launch_key", &petl::launch_key, "What Triton compiles a kernel anew for, of its arguments.");
   petl::bind_streaming(m);
 }

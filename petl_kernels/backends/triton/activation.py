@@ -19,7 +19,7 @@ def activation(
     rows = as_rows(z)
     tokens, features = rows.shape
     y = rows.new_empty(tokens, features)
-    bits = rows.new_empty((tokens, triton.cdiv(features, 8)) if kind == "relu" else (0,), dtype=torch.uint8)
+    bits = rows.new_empty((tokens, config.cdiv(features, 8)) if kind == "relu" else (0,), dtype=torch.uint8)
     if rows.numel():
         tile = config.elementwise_tile(rows)
         seed, threshold, keep_scale, constants = dropout_arguments(dropout, seed, features)

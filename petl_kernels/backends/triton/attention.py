@@ -40,7 +40,7 @@ def attention(q, k, v, mask, bias, prefix_k, prefix_v, causal, scale, dropout, s
     given = _Inputs(*arguments)
     tile = config.attention_tile(config.ATTENTION_FORWARD, q, dropout)
     launch(
-        _attention_kernel, (triton.cdiv(queries, tile.m), batch * heads),
+        _attention_kernel, (config.cdiv(queries, tile.m), batch * heads),
         o, lse, *given.tensors(), *given.packed(), *given.sizes(), _strides(o), *given.strides(), *given.numbers(),
         **given.constexprs(), BM=tile.m, BN=tile.n, warps=tile.warps, stages=tile.stages,
     )  # fmt: skip
@@ -65,7 +65,7 @@ def attention_backward(
     options = {"BM": tile.m, "BN": tile.n, "warps": tile.warps, "stages": tile.stages}
     if dq.numel() > 0:
         launch(
-            _query_gradient_kernel, (triton.cdiv(queries, tile.m), batch * heads),
+            _query_gradient_kernel, (config.cdiv(queries, tile.m), batch * heads),
             dq, delta, do, o, lse, *given.tensors(), *given.packed(), *given.sizes(),
             _strides(dq), _strides(do), _strides(o), *given.strides(), *given.numbers(),
             **given.constexprs(), **options,
@@ -74,16 +74,18 @@ def attention_backward(
     def key_gradients(dk, dv, given: _Inputs, first: int) -> None:
         if dk.numel() > 0:
             launch(
-                _key_gradients_kernel, (triton.cdiv(dk.shape[2], tile.n), batch * heads),
+                _key_gradients_kernel, (config.cdiv(dk.shape[2], tile.n), batch * heads),
                 dk, dv, do, lse, delta, *given.tensors()[:5], given.seed, *given.packed(), *given.sizes()[:3], features,
                 first, given.columns, _strides(dk), _strides(do), *given.strides()[:5], *given.numbers(),
                 **given.constexprs(), **options,
             )  # fmt: skip
 
     key_gradients(dk, dv, given, given.prefix)
-    partials = q.new_empty(2, batch, heads, given.prefix, features, dtype=torch.float32)
-    key_gradients(*partials, given.of_prefix(), 0)
-    dprefix_k, dprefix_v = partials.sum(1).transpose(1, 2).contiguous()
+    dprefix_k, dprefix_v = (q.new_empty(given.prefix, heads, features, dtype=torch.float32) for _ in range(2))
+    if given.prefix:
+        partials = q.new_empty(2, batch, heads, given.prefix, features, dtype=torch.float32)
+        key_gradients(*partials, given.of_prefix(), 0)
+        dprefix_k, dprefix_v = partials.sum(1).transpose(1, 2).contiguous()
     ddistance = _distance_gradient(do, lse, delta, given) if need_ddistance_bias else q.new_empty(0)
     return dq, dk, dv, q.new_empty(0), dprefix_k, dprefix_v, ddistance
 
@@ -92,8 +94,8 @@ def _distance_gradient(do, lse, delta, given: _Inputs) -> torch.Tensor:
     """(H, 2R + 1): the sum of what each program finds in its blocks of queries, in their order."""
     batch, heads, queries, _ = given.q.shape
     distances, tile = given.distance_bias.shape[1], config.ATTENTION_DISTANCES
-    blocks, tiles = triton.cdiv(distances, tile.k), batch * triton.cdiv(queries, tile.m)
-    parts = max(1, min(tiles, triton.cdiv(2 * config.processors(do.device), blocks * heads)))
+    blocks, tiles = config.cdiv(distances, tile.k), batch * config.cdiv(queries, tile.m)
+    parts = max(1, min(tiles, config.cdiv(2 * config.processors(do.device), blocks * heads)))
     partials = do.new_zeros(parts, heads, distances, dtype=torch.float32)
     if tiles:
         launch(
@@ -124,10 +126,7 @@ class _Inputs:
 
     def of_prefix(self) -> _Inputs:
         """The same queries before the prefix alone, which is hidden from nobody."""
-        if not self.prefix:
-            k = v = self.k[:, :, :0]
-        else:
-            k, v = (p.transpose(0, 1).expand(self.q.shape[0], -1, -1, -1) for p in (self.prefix_k, self.prefix_v))
+        k, v = (p.transpose(0, 1).expand(self.q.shape[0], -1, -1, -1) for p in (self.prefix_k, self.prefix_v))
         nothing = (None,) * 3
         part = _Inputs(self.q, k, v, None, *nothing, False, self.scale, self.dropout, self.seed, *nothing)
         part.columns, part.first = self.columns, 0

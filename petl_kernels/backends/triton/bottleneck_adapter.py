@@ -95,7 +95,7 @@ def bottleneck_adapter_backward(
         partials = _sums_over_tokens(dys, rows, latent, dlatent, statistics, scale, has_ln)
         outs = (ddown, ddown_bias, dup, dup_bias, dln_weight, dln_bias)
         launch(
-            _finish_kernel, (triton.cdiv(d, 16),), partials, *outs, down.contiguous(), ln_weight, ln_bias,
+            _finish_kernel, (config.cdiv(d, 16),), partials, *outs, down.contiguous(), ln_weight, ln_bias,
             partials.shape[0], d, down.shape[0], folded.shape[0], LN=has_ln, BD=16, BC=32, warps=4, stages=2,
         )  # fmt: skip
     absent = x.new_empty(0)
@@ -134,7 +134,7 @@ def _forward_fused(y, x, res, down, up, offsets, up_bias, eps, activation, scale
     block = config.padded(m, 1 << 30)
     tile = config.adapter_tile(x, rows, block)
     launch(
-        _forward_kernel, (triton.cdiv(rows, tile.m),), y, x, res, down, up, offsets, up_bias, rows, d, m,
+        _forward_kernel, (config.cdiv(rows, tile.m),), y, x, res, down, up, offsets, up_bias, rows, d, m,
         x.stride(0), res.stride(0), eps, scale, ACTIVATION=activation, LN=has_ln,
         BM=tile.m, BN=tile.n, BK=tile.k, BR=block, warps=tile.warps, stages=tile.stages,
     )  # fmt: skip
@@ -147,13 +147,13 @@ def _forward_split(y, x, res, down, up, offsets, up_bias, eps, activation, scale
     block = config.ADAPTER_LIMIT[config.key(x)] // 2
     tile = config.adapter_tile(x, rows, block)
     launch(
-        _latent_kernel, (triton.cdiv(rows, tile.m), triton.cdiv(m, block)), latent, x, down, offsets, rows, d, m,
+        _latent_kernel, (config.cdiv(rows, tile.m), config.cdiv(m, block)), latent, x, down, offsets, rows, d, m,
         x.stride(0), eps, ACTIVATION=activation, LN=has_ln,
         BM=tile.m, BK=tile.k, BR=block, warps=tile.warps, stages=tile.stages,
     )  # fmt: skip
     tile = config.matmul_tile(x, rows, d, elements=64)
     launch(
-        _up_kernel, (triton.cdiv(rows, tile.m) * triton.cdiv(d, tile.n),), y, latent, res, up, up_bias, rows, d, m,
+        _up_kernel, (config.cdiv(rows, tile.m) * config.cdiv(d, tile.n),), y, latent, res, up, up_bias, rows, d, m,
         res.stride(0), scale, BM=tile.m, BN=tile.n, BK=tile.k, GROUP=config.TILE_GROUP,
         warps=tile.warps, stages=tile.stages,
     )  # fmt: skip
@@ -167,7 +167,7 @@ def _backward_fused(
     block = config.padded(m, 1 << 30)
     tile = config.adapter_tile(x, rows, 2 * block)
     launch(
-        _backward_kernel, (triton.cdiv(rows, tile.m),), dx, latent, dlatent, statistics, dy, x, down, up, offsets,
+        _backward_kernel, (config.cdiv(rows, tile.m),), dx, latent, dlatent, statistics, dy, x, down, up, offsets,
         rows, d, m, dy.stride(0), x.stride(0), eps, scale,
         ACTIVATION=activation, LN=has_ln, NEED_DX=need_dx, RESIDUAL=residual_is_x,
         BM=tile.m, BN=tile.n, BK=tile.k, BR=block, warps=tile.warps, stages=tile.stages,
@@ -181,10 +181,10 @@ def _backward_split(
     m = down.shape[0]
     block = config.ADAPTER_LIMIT[config.key(x)] // 4
     tile = config.adapter_tile(x, rows, 2 * block)
-    chunks = triton.cdiv(m, block)
+    chunks = config.cdiv(m, block)
     row_sums = x.new_empty(chunks, 2, rows, dtype=torch.float32)
     launch(
-        _latent_backward_kernel, (triton.cdiv(rows, tile.m), chunks), latent, dlatent, statistics, row_sums,
+        _latent_backward_kernel, (config.cdiv(rows, tile.m), chunks), latent, dlatent, statistics, row_sums,
         dy, x, down, up, offsets, rows, d, m, dy.stride(0), x.stride(0), eps, scale, ACTIVATION=activation, LN=has_ln,
         BM=tile.m, BK=tile.k, BR=block, warps=tile.warps, stages=tile.stages,
     )  # fmt: skip
@@ -192,7 +192,7 @@ def _backward_split(
         return
     tile = config.matmul_tile(x, rows, d, elements=64)
     launch(
-        _dx_kernel, (triton.cdiv(rows, tile.m) * triton.cdiv(d, tile.n),), dx, dlatent, statistics, row_sums,
+        _dx_kernel, (config.cdiv(rows, tile.m) * config.cdiv(d, tile.n),), dx, dlatent, statistics, row_sums,
         dy, x, down, chunks, rows, d, m, dy.stride(0), x.stride(0), LN=has_ln, RESIDUAL=residual_is_x,
         BM=tile.m, BN=tile.n, BK=tile.k, GROUP=config.TILE_GROUP, warps=tile.warps, stages=tile.stages,
     )  # fmt: skip
@@ -204,7 +204,7 @@ def _sums_over_tokens(dy, x, latent, dlatent, statistics, scale, has_ln) -> torc
     m = latent.shape[1]
     tile = config.TOKEN_SUM[config.key(x)]
     block = config.padded(m, tile.n)
-    tiles, chunks = triton.cdiv(d, tile.m), triton.cdiv(m, block)
+    tiles, chunks = config.cdiv(d, tile.m), config.cdiv(m, block)
     splits = config.splits(x, tile, 2 * tiles * chunks)
     partials = x.new_empty(splits, 2 * d * m + d + m, dtype=torch.float32)
     launch(

@@ -1,4 +1,4 @@
-"""Holds what the Triton kernels share: the launcher, tile order, pointer choice, the dropout mask, sums of parts.
+"""Holds what the Triton kernels share: tile order, pointer choice, the dropout mask, sums of parts.
 
 Every product accumulates in fp32 and asks for `input_precision="ieee"`, which matters for fp32 inputs only:
 TF32 would miss the error criterion of the ops. No float atomics anywhere: sums over tokens are split into parts
@@ -18,22 +18,12 @@ import triton
 import triton.language as tl
 
 from petl_kernels.backends.triton import config
-
-
-def launch(kernel, grid: tuple[int, ...], *args, warps: int, stages: int, **constexprs) -> None:
-    """Run `kernel` on the device of its first tensor. FP fusion is set: Triton 3.10 changes its default."""
-    tensor = next(arg for arg in args if isinstance(arg, torch.Tensor))
-    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
-    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
-        with torch.cuda.device(tensor.device):
-            kernel[grid](*args, **constexprs, **options)
-    else:
-        kernel[grid](*args, **constexprs, **options)
+from petl_kernels.backends.triton.launch import launch
 
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:
     """(..., K) as (tokens, K) whose last stride is 1; a view wherever the strides allow it."""
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
@@ -41,7 +31,7 @@ def sum_partials(partials: torch.Tensor, outs: list[torch.Tensor]) -> None:
     """outs, end to end = the sum of `partials` (splits, elements) over the splits, in each out's dtype."""
     sizes = tuple(out.numel() for out in outs)
     block = config.SUM_BLOCK
-    grid = (triton.cdiv(max(sizes), block),)
+    grid = (config.cdiv(max(sizes), block),)
     splits, total = partials.shape
     launch(_sum_kernel, grid, partials, tuple(outs), sizes, splits, total, BLOCK=block, warps=4, stages=1)
 

@@ -128,6 +128,12 @@ ATTENTION_NARROW = 64
 ATTENTION_DISTANCES = Tile(32, 32, 16, 4, 1)  # k: how many distances of a bias one program adds up
 
 
+def cdiv(size: int, block: int) -> int:
+    """How many blocks cover `size`; `triton.cdiv` takes 4 µs where it is called from Python."""
+    return -(-size // block)
+
+
+@functools.cache
 def device_class(device: torch.device) -> str:
     """The key of the tables above."""
     if device.type != "cuda":
@@ -210,9 +216,9 @@ def attention_tile(
     Fewer queries with a bias by distance in fp32 or beside wide heads, in backward: its places in the table need
     registers too. On sm_100 dropout alone needs more than there are.
     """
-    wide = q.shape[3] > ATTENTION_NARROW
-    tile = table[key(q)][wide]
-    if dropout and key(q) == "sm100":
+    kind, wide = key(q), q.shape[3] > ATTENTION_NARROW
+    tile = table[kind][wide]
+    if dropout and kind == "sm100":
         tile = tile._replace(m=tile.m // 2)
     if distances and (wide or q.dtype == torch.float32):
         tile = tile._replace(m=min(tile.m, 16 if q.dtype == torch.float32 else 32))

@@ -24,7 +24,7 @@ def frozen_ffn(x, w1, c1, w2, c2, gate, activation: str, keeps: str):
     rows = as_rows(x)
     tokens, f = rows.shape[0], out_features(w1, rows.shape[1])
     y = x.new_empty(rows.shape)
-    bits = x.new_empty(tokens, triton.cdiv(f, 8), dtype=torch.uint8) if keeps == "bits" else None
+    bits = x.new_empty(tokens, config.cdiv(f, 8), dtype=torch.uint8) if keeps == "bits" else None
     z = x.new_empty(tokens, f) if keeps == "z" else None
     g = x.new_empty(tokens, f) if keeps == "z" and gate else None
     hidden = _chunk_like(rows, f)
@@ -108,8 +108,8 @@ def _activate_rows(h, bits, z, g, activation: str) -> None:
     rows, f = z.shape
     tile = config.pointwise_tile(z)
     launch(
-        _hidden_kernel, (triton.cdiv(rows, tile.m), triton.cdiv(f, tile.n)), h, bits, z, g, rows, f,
-        triton.cdiv(f, 8), ACTIVATION=activation, BM=tile.m, BN=tile.n,
+        _hidden_kernel, (config.cdiv(rows, tile.m), config.cdiv(f, tile.n)), h, bits, z, g, rows, f,
+        config.cdiv(f, 8), ACTIVATION=activation, BM=tile.m, BN=tile.n,
         warps=tile.warps, stages=tile.stages,
     )  # fmt: skip
 
@@ -118,11 +118,11 @@ def _activate_rows_backward(dh, dg, bits, z, g, dc1, activation: str) -> None:
     """dh becomes dz; dc1 += Σ dz unless it is None."""
     rows, f = dh.shape
     tile = config.pointwise_tile(dh)
-    tiles = triton.cdiv(f, tile.n)
+    tiles = config.cdiv(f, tile.n)
     splits = config.splits(dh, tile, tiles)
     partials = None if dc1 is None else dh.new_empty(splits, f, dtype=torch.float32)
     launch(
-        _hidden_backward_kernel, (tiles, splits), dh, dg, partials, bits, z, g, rows, f, triton.cdiv(f, 8),
+        _hidden_backward_kernel, (tiles, splits), dh, dg, partials, bits, z, g, rows, f, config.cdiv(f, 8),
         ACTIVATION=activation, BM=tile.k, BN=tile.n, warps=tile.warps, stages=tile.stages,
     )  # fmt: skip
     if dc1 is not None:

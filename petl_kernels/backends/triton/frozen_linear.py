@@ -36,7 +36,7 @@ def matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tra
     if rows == 0:
         return y
     tile = config.matmul_tile(x, rows, cols)
-    grid = (triton.cdiv(rows, tile.m) * triton.cdiv(cols, tile.n),)
+    grid = (config.cdiv(rows, tile.m) * config.cdiv(cols, tile.n),)
     launch(
         _matmul_kernel, grid, y, x, weight, bias, rows, cols, inner, x.stride(0),
         TRANSPOSED=transposed, BM=tile.m, BN=tile.n, BK=tile.k, GROUP=config.TILE_GROUP,
@@ -52,7 +52,7 @@ def column_sums(x: torch.Tensor) -> torch.Tensor:
     if rows == 0:
         return sums
     tile = config.TOKEN_SUM[config.key(x)]
-    tiles = triton.cdiv(cols, tile.n)
+    tiles = config.cdiv(cols, tile.n)
     splits = config.splits(x, tile, tiles)
     partials = x.new_empty(splits, cols, dtype=torch.float32)
     launch(

@@ -67,7 +67,7 @@ def norm_sums(dy, x, mean, rstd, with_bias: bool) -> list[torch.Tensor]:
     sums = [x.new_zeros(d, dtype=torch.float32) for _ in range(2 if with_bias else 1)]
     if tokens:
         tile = config.pointwise_tile(x)
-        tiles = triton.cdiv(d, tile.n)
+        tiles = config.cdiv(d, tile.n)
         splits = config.splits(rows, tile, tiles)
         partials = x.new_empty(splits, len(sums) * d, dtype=torch.float32)
         launch(

@@ -33,7 +33,7 @@ def linear_cross_entropy(
     # With the padding between rows, which ends where no mask keeps loads and stores from being wide. It is overwritten.
     width = logits.stride(0) if 0 <= logits.stride(0) - words < 16 else words
     block = config.vocabulary_block(logits)
-    blocks = triton.cdiv(width, block)
+    blocks = config.cdiv(width, block)
     sums = logits.new_empty(3, rows, blocks, dtype=torch.float32)
     label_logits = torch.empty_like(losses)
     layout = (words, width, logits.stride(0), blocks, rows * blocks)

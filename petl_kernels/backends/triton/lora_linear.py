@@ -56,17 +56,17 @@ def lora_linear(
     ranks = [m.shape[0] for m in a]
     s = x.new_empty(rows.shape[0], sum(ranks))
     weights = split_parts(weights)
-    ys = [x.new_empty(rows.shape[0], b_g.shape[0]) for b_g in b]
+    ys = [x.new_empty(*x.shape[:-1], b_g.shape[0]) for b_g in b]
     if rows.shape[0]:
         for part in _parts(len(weights)):
-            s_part = s.narrow(1, sum(ranks[: part.start]), sum(ranks[part]))
+            s_part = _columns(s, ranks, part)
             _project(s_part, rows, _same_dtype(a[part]), dropout, seed)
             if any(map(is_quantised, weights[part])):
                 _quantised_outputs(ys[part], rows, s_part, weights[part], biases[part], b[part], scales[part])
             else:
                 dense = [w for (w,) in weights[part]]
                 _outputs(ys[part], rows, s_part, dense, biases[part], _same_dtype(b[part]), scales[part])
-    return [y.view(*x.shape[:-1], y.shape[1]) for y in ys], s
+    return ys, s
 
 
 def lora_linear_backward(
@@ -95,7 +95,7 @@ def lora_linear_backward(
     dx = rows.new_empty(rows.shape if need_dx else 0, dtype=x.dtype if len(parts) == 1 else torch.float32)
     if rows.shape[0]:
         for part in parts:
-            s_part = s.narrow(1, sum(ranks[: part.start]), sum(ranks[part]))
+            s_part = _columns(s, ranks, part)
             a_part, b_part = _same_dtype(a[part]), _same_dtype(b[part])
             ds = _rank_gradients(dys[part], b_part, scales[part], s_part)
             if need_dx:
@@ -115,11 +115,18 @@ def _parts(groups: int) -> list[slice]:
     return [slice(i, min(i + config.MAX_GROUPS, groups)) for i in range(0, groups, config.MAX_GROUPS)]
 
 
+def _columns(s: torch.Tensor, ranks: list[int], part: slice) -> torch.Tensor:
+    """The columns of s that belong to the linears of a part."""
+    if part.start == 0 and part.stop == len(ranks):
+        return s
+    return s.narrow(1, sum(ranks[: part.start]), sum(ranks[part]))
+
+
 def _same_dtype(matrices: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """One launch reads all its adapters through one pointer type; kernels cast the tiles to x's dtype."""
     dtypes = {m.dtype for m in matrices}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-    return tuple(m.to(dtype).contiguous() for m in matrices)
+    return tuple([m.contiguous() if m.dtype == dtype else m.to(dtype).contiguous() for m in matrices])
 
 
 def _project(s, x, a, dropout, seed) -> None:
@@ -129,7 +136,7 @@ def _project(s, x, a, dropout, seed) -> None:
     block = config.padded(sum(ranks), tile.n)
     seed, threshold, keep_scale, constants = dropout_arguments(dropout, seed, inner)
     warps = 8 if dropout or block > 32 else tile.warps
-    grid = (triton.cdiv(rows, tile.m), triton.cdiv(sum(ranks), block))
+    grid = (config.cdiv(rows, tile.m), config.cdiv(sum(ranks), block))
     launch(
         _project_kernel, grid, s, x, a, seed, rows, inner, ranks, s.stride(0), x.stride(0), threshold, keep_scale,
         **constants, BM=tile.m, BK=tile.k, BR=block, warps=warps, stages=tile.stages,
@@ -143,7 +150,7 @@ def _outputs(ys, x, s, weights, biases, b, scales) -> None:
         biases = [x.new_zeros(n) if c is None else c for n, c in zip(sizes, biases, strict=True)]
     ranks = tuple(m.shape[1] for m in b)
     tile = config.matmul_tile(x, rows, sum(sizes))
-    grid = (triton.cdiv(rows, tile.m) * sum(triton.cdiv(n, tile.n) for n in sizes),)
+    grid = (config.cdiv(rows, tile.m) * sum(config.cdiv(n, tile.n) for n in sizes),)
     launch(
         _outputs_kernel, grid, tuple(ys), x, s, tuple(w.contiguous() for w in weights),
         None if biases[0] is None else tuple(biases), b, tuple(map(float, scales)), rows, inner, sizes, ranks,
@@ -155,7 +162,7 @@ def _outputs(ys, x, s, weights, biases, b, scales) -> None:
 def _quantised_outputs(ys, rows, s, weights, biases, b, scales) -> None:
     factors = s.split([b_g.shape[1] for b_g in b], 1)
     for y, weight, bias, s_g, b_g, scale in zip(ys, weights, biases, factors, b, scales, strict=True):
-        y.copy_(project(rows, weight, bias, "triton")).addmm_(s_g, b_g.to(s.dtype).t(), alpha=scale)
+        as_rows(y).copy_(project(rows, weight, bias, "triton")).addmm_(s_g, b_g.to(s.dtype).t(), alpha=scale)
 
 
 def _rank_gradients(dys, b, scales, s) -> torch.Tensor:
@@ -164,7 +171,7 @@ def _rank_gradients(dys, b, scales, s) -> torch.Tensor:
     ranks = tuple(m.shape[1] for m in b)
     tile = config.SKINNY[config.key(s)]
     block = config.padded(max(ranks), tile.n)
-    grid = (triton.cdiv(s.shape[0], tile.m), triton.cdiv(max(ranks), block), len(dys))
+    grid = (config.cdiv(s.shape[0], tile.m), config.cdiv(max(ranks), block), len(dys))
     launch(
         _rank_gradients_kernel, grid, ds, tuple(dys), b, tuple(map(float, scales)), s.shape[0],
         tuple(m.shape[0] for m in b), ranks, ds.stride(0), tuple(dy.stride(0) for dy in dys),
@@ -181,7 +188,7 @@ def _input_gradient(dx, dys, ds, weights, a, dropout, seed, add: bool) -> None:
     elements = 128 if dropout == 0 else 16 if ds.dtype == torch.float32 else 64 if inner % 4 == 0 else 32
     tile = config.matmul_tile(ds, rows, inner, elements)
     seed, threshold, keep_scale, constants = dropout_arguments(dropout, seed, inner)
-    grid = (triton.cdiv(rows, tile.m) * triton.cdiv(inner, tile.n),)
+    grid = (config.cdiv(rows, tile.m) * config.cdiv(inner, tile.n),)
     launch(
         _input_gradient_kernel, grid, dx, tuple(dys), ds, tuple(w.contiguous() for w in weights), a, seed, rows, inner,
         sizes, ranks, tuple(dy.stride(0) for dy in dys), ds.stride(0), threshold, keep_scale,
@@ -208,8 +215,8 @@ def _adapter_gradients(da, db, dbias, dys, x, s, ds, scales, dropout, seed) -> N
     ends = list(accumulate((out.numel() for out in outs), initial=0))
 
     a_block, b_block = config.padded(sum(ranks), tile.n), config.padded(max(ranks), tile.n)
-    a_grid = (triton.cdiv(inner, tile.m), triton.cdiv(sum(ranks), a_block))
-    b_grid = (triton.cdiv(max(sizes), tile.m), triton.cdiv(max(ranks), b_block) * len(sizes))
+    a_grid = (config.cdiv(inner, tile.m), config.cdiv(sum(ranks), a_block))
+    b_grid = (config.cdiv(max(sizes), tile.m), config.cdiv(max(ranks), b_block) * len(sizes))
     programs = a_grid[0] * a_grid[1] + b_grid[0] * b_grid[1]
     splits = config.splits(x, tile, programs)
     partials = x.new_empty(splits, ends[-1], dtype=torch.float32)

@@ -63,7 +63,7 @@ def _product(kernel, x: torch.Tensor, parts: list[torch.Tensor], bias, cols: int
     if y.numel() == 0:
         return y
     tile = config.quantised_tile(x, rows)
-    tiles = triton.cdiv(rows, tile.m), triton.cdiv(cols, tile.n)
+    tiles = config.cdiv(rows, tile.m), config.cdiv(cols, tile.n)
     splits = config.inner_splits(x, tile, tiles[0] * tiles[1], summed)
     out = y if splits == 1 else x.new_empty(splits, rows * cols, dtype=torch.float32)
     launch(
@@ -105,7 +105,7 @@ def _dequantise(parts: list[torch.Tensor], out: torch.Tensor, first_row: int, fi
         return
     tile = config.DEQUANTISE
     launch(
-        _dequantise_kernel, (triton.cdiv(rows, tile.m), triton.cdiv(cols, tile.n)), out, *_arguments(parts), first_row,
+        _dequantise_kernel, (config.cdiv(rows, tile.m), config.cdiv(cols, tile.n)), out, *_arguments(parts), first_row,
         first_col, rows, cols, inner, ALIGNED=inner % 64 == 0 and first_col % 64 == 0, BM=tile.m, BN=tile.n,
         warps=tile.warps, stages=tile.stages,
     )  # fmt: skip

@@ -1,0 +1,136 @@
+"""Starts kernels: the first launch for a kind of arguments is Triton's own, the later ones go straight to its result.
+
+``kernel[grid](...)`` binds every argument by name, describes all of them and the options in a string and looks its
+compiled kernel up with that, some 40 times a layer (``petl-mt bench host`` times it). Here the key has what Triton
+compiles anew for and nothing else: the dtype of a pointer and whether 16 divides it, of an integer whether it is 1, a
+multiple of 16 or needs 64 bits, what is absent, how long a tuple is (``csrc/host/launch_key.cpp``, or Triton's own
+function where there is no compiler), and constants, warps and stages. A compiled kernel therefore only meets arguments
+for which Triton would have chosen it. Integers of ``do_not_specialize`` are told apart too: an entry more, and the same
+code.
+
+Anything out of the ordinary goes Triton's way: the interpreter, hooks, debugging, instrumentation, arguments of
+another kind, a backend or a version of Triton whose launch was not compared with this one. No tensor is kept.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton import knobs
+from triton.backends.compiler import BaseBackend
+from triton.compiler import CompiledKernel
+from triton.runtime import driver, jit
+from triton.runtime.jit import JITFunction
+
+try:
+    from petl_kernels._C import launch_key
+except ImportError:  # a machine without a compiler
+
+    def launch_key(args: tuple) -> tuple | None:
+        return _key_by_triton(args)
+
+
+# Those whose JITFunction.run, CompiledKernel and specialisation were read beside this file.
+COMPARED = {"3.6", "3.7", "3.8"}
+_is_compared = ".".join(triton.__version__.split(".")[:2]) in COMPARED
+
+
+class _Prepared(NamedTuple):
+    """One compiled kernel as it is started. ``compiled`` and ``kernel`` keep its code loaded and its key its own."""
+
+    compiled: CompiledKernel
+    kernel: JITFunction
+    run: Any
+    function: int
+    metadata: Any
+    constexprs: tuple
+    used: tuple[tuple[dict, str, Any], ...]  # the globals that the kernel reads: Triton refuses to run if they change
+
+
+_prepared: dict[tuple, _Prepared] = {}
+
+
+def launch(kernel, grid: tuple[int, ...], *args, warps: int, stages: int, **constexprs) -> None:
+    """Run `kernel` on the device of its first tensor. FP fusion is set: Triton 3.10 changes its default."""
+    for tensor in args:
+        if isinstance(tensor, torch.Tensor):
+            break
+    if tensor.is_cuda and tensor.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(tensor.device):
+            _launch(kernel, grid, args, warps, stages, constexprs)
+    else:
+        _launch(kernel, grid, args, warps, stages, constexprs)
+
+
+def _launch(kernel, grid: tuple[int, ...], args: tuple, warps: int, stages: int, constexprs: dict[str, Any]) -> None:
+    if not _is_plain(kernel):
+        _launch_by_triton(kernel, grid, args, warps, stages, constexprs)
+        return
+    device = driver.active.get_current_device()
+    given = launch_key(args)
+    key = id(kernel), device, warps, stages, given, *constexprs, *constexprs.values()
+    found = _prepared.get(key)
+    if found is not None and _unchanged(found.used):
+        x, y, z = (*grid, 1, 1)[:3]
+        stream = driver.active.get_current_stream(device)
+        found.run(x, y, z, stream, found.function, found.metadata, None, None, None, *args, *found.constexprs)
+        return
+    compiled = _launch_by_triton(kernel, grid, args, warps, stages, constexprs)
+    if given is not None and _is_familiar(compiled, kernel, args, constexprs):
+        _prepared[key] = _prepare(compiled, kernel, constexprs)
+
+
+def _launch_by_triton(kernel, grid, args, warps, stages, constexprs):
+    return kernel[grid](*args, **constexprs, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+
+
+def _key_by_triton(args: tuple) -> tuple | None:
+    """What launch_key tells apart, in Triton's own words."""
+    try:
+        return jit.native_specialize_impl(BaseBackend, args, False, True, True)
+    except (TypeError, OverflowError):
+        return None
+
+
+def _is_plain(kernel) -> bool:
+    """Whether Triton's own launch would do nothing but find the compiled kernel and start it."""
+    runtime = knobs.runtime
+    try:
+        return (
+            _is_compared
+            and type(kernel) is JITFunction
+            and not (kernel.pre_run_hooks or kernel.debug or runtime.debug)
+            and not (runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
+            and runtime.add_stages_inspection_hook is None
+            and not knobs.compilation.instrumentation_mode
+        )
+    except AttributeError:  # something else than a chain of hooks was set
+        return False
+
+
+def _unchanged(used: tuple[tuple[dict, str, Any], ...]) -> bool:
+    for names, name, value in used:
+        if names.get(name) is not value:
+            return False
+    return True
+
+
+def _is_familiar(compiled, kernel: JITFunction, args: tuple, constexprs: dict[str, Any]) -> bool:
+    """Whether the arguments are the kernel's first parameters, in order, and its constants all others, by name."""
+    params = kernel.params
+    return (
+        type(compiled) is CompiledKernel
+        and compiled.metadata.target.backend == "cuda"
+        and not any(param.is_constexpr for param in params[: len(args)])
+        and all(param.is_constexpr for param in params[len(args) :])
+        and {param.name for param in params[len(args) :]} == set(constexprs)
+    )
+
+
+def _prepare(compiled: CompiledKernel, kernel: JITFunction, constexprs: dict[str, Any]) -> _Prepared:
+    constants = tuple(constexprs[name] for name in kernel.arg_names[-len(constexprs) :]) if constexprs else ()
+    used = tuple((names, name, names.get(name)) for (name, _), (_, names) in kernel.used_global_vals.items())
+    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+    return _Prepared(compiled, kernel, run, function, metadata, constants, used)
