@@ -70,10 +70,13 @@ class Prefix(Piece):
         return {} if self.mlp is None else {"prefix.key": self.key, "prefix.value": self.value}
 
     def folded(self) -> tuple[Tensor, Tensor]:
+        """Returns the prefix itself, (length, heads · head_dim) each. The MLP works in the dtype of its parameters, also
+        under autocast, so that folding changes nothing there either."""
         if self.mlp is None:
             return self.key, self.value
         (mlp,) = self.mlp
-        return mlp(self.key), mlp(self.value)
+        with torch.autocast(self.key.device.type, enabled=False):
+            return mlp(self.key), mlp(self.value)
 
     def fold(self) -> None:
         if self.mlp is None:

@@ -37,6 +37,8 @@ class Rule:
         self.trained = list({id(tensor): tensor for tensor in bound if tensor.requires_grad}.values())
         self.bound = bound
         self.names = {id(own): f"{self.path}.{name}" for name, own in layer.named_parameters()}
+        for prefix in (attention.prefix for attention in self.attentions if attention.prefix is not None):
+            self.names |= {own: f"{self.path}: {name} of its prefix's MLP" for own, name in prefix.names.items()}
         self._refuse_dtypes(x, attentions[0].adds_bias)
 
     def holds(self) -> bool:
@@ -82,7 +84,6 @@ class Rule:
             with below_autograd(x.device.type):
                 return self.forward(x, source, call)
         more = [bias for bias in call.biases.values() if bias is not None and bias.requires_grad]
-        more += [own for prefix in call.prefixes.values() for own in prefix]
         wanted = [*self.trained, *more]
         return _OneNode.apply(self, call, wanted, x, source, *wanted)
 
