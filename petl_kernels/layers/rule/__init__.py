@@ -9,8 +9,6 @@ backward needs is in this table and nowhere else:
     latent                      x Aᵀ of LoRA, Σ r values a token                1 2 3
     o, lse                      attention's result and its normaliser           1 2 3
     bits                        one a hidden unit, where a ReLU let through     1 2 3
-    prefix, tanh                of a prefix with its network, for no token:     1 2 3
-                                keys and values, and the hidden units of each
     end                         the sum before a norm that ends the layer       1 2 3
     sum                         x + drop(out(o))                                1 2    (with an adapter on out: 1)
     read                        what an adapter on an output projection reads   1 2    (after the last linear: 1 2 3)
@@ -27,7 +25,6 @@ every tier keeps the seeds of its dropout, 8 bytes each.
     norm.py          LayerNorm and RMSNorm
     linears.py       linear layers that read one input: frozen, trained, LoRA, (IA)³, quantised
     bottleneck.py    bottleneck adapters on an output projection or beside the feed-forward block
-    prefix.py        the prefix of an attention, and the network that makes it
     attention.py     the attention block
     feed_forward.py  the feed-forward block
     watch.py         whether a layer is still what its rule was made from

@@ -8,7 +8,6 @@ P is the adapter on the output projection, where there is one.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from petl_kernels.layers.blocks import AttentionBlock, as_added
@@ -17,7 +16,7 @@ from petl_kernels.layers.rule.bottleneck import Bottleneck
 from petl_kernels.layers.rule.call import Call, Gradients, Place, summed
 from petl_kernels.layers.rule.linears import Linears, Unknown, current
 from petl_kernels.layers.rule.norm import Norm
-from petl_kernels.layers.rule.prefix import TrainedPrefix
+from petl_kernels.layers.rule.prefix import keys_and_values
 from petl_kernels.methods.adapter import BottleneckAdapter
 from petl_kernels.methods.prefix import Prefix
 from petl_kernels.ops.common import run
@@ -44,30 +43,31 @@ class Attention:
             raise Unknown("an adapter on q, k or v")
         self.scales = any(group.scales for group in self.linears)
         self.reads_u = any(group.reads_input for group in self.linears)
-        piece = prefix_of(parts)
-        self.prefix = None if piece is None else TrainedPrefix(block, piece)
+        self.prefix, self.together = prefix_of(parts), True
         self.places = [Place(block, linear.name) for linear in self.named]
         self.o, self.lse = Place(block, "o"), Place(block, "lse")
         self.sum = Place(block, "adapted_sum" if self.adapter else "sum")
         self.read = Place(block, "read")
         self.attention, self.residual = f"{block}.attention", f"{block}.residual"  # names of seeds
-        added = [part for part in (self.adapter, self.prefix) if part is not None]
-        parts = (self.norm, *self.linears, self.out, *added)
+        parts = (self.norm, *self.linears, self.out, *([self.adapter] if self.adapter else []))
         self.bound = [tensor for part in parts for tensor in part.bound]
         self.trains_norm = any(tensor.requires_grad for tensor in self.norm.bound)
 
     def see(self, call: Call, mask: Tensor | None, bias: Tensor | None, x: Tensor) -> None:
-        """Puts into ``call`` what queries may see: the mask and the bias as the kernels read them, and the boundaries of
-        packed sentences."""
+        """Puts into ``call`` what queries may see: the mask and the bias as the kernels read them, the boundaries of
+        packed sentences, and the prefix."""
         packed = boundaries(mask, not self.cross)
         if packed is not None or getattr(mask, "petl_causal", False):
             mask = None  # the kernels have a shorter way
         call.causal[self.block] = self.parts.causal and mask is None and x.shape[1] > 1
+        dtype = call.dtype or x.dtype
         if mask is not None:
-            mask, bias = as_added(self.parts, mask, bias, call.dtype or x.dtype)
+            mask, bias = as_added(self.parts, mask, bias, dtype)
         call.masks[self.block], call.biases[self.block] = mask, bias
         if packed is not None:
             call.boundaries[self.block] = packed
+        if self.prefix is not None:
+            call.prefixes[self.block] = keys_and_values(self.prefix, dtype, self.together)
 
     # ---- forward ----------------------------------------------------------------------------------------------------
 
@@ -102,15 +102,15 @@ class Attention:
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         bias, *packed = self._bias_and_boundaries(call)
-        return run("attention", q, k, v, *self._attention_inputs(q.dtype, call, bias), *packed, call.backend)
+        return run("attention", q, k, v, *self._attention_inputs(call, bias), *packed, call.backend)
 
     def _bias_and_boundaries(self, call: Call) -> tuple[Tensor | None, ...]:
         """Returns the bias of each query and key, the boundaries, and the bias by distance, which packed rows have."""
         bias, packed = call.biases.get(self.block), call.boundaries.get(self.block)
         return (bias, None, None, None) if packed is None else (None, *packed, bias)
 
-    def _attention_inputs(self, dtype: torch.dtype, call: Call, bias: Tensor | None) -> tuple:
-        prefix_k, prefix_v = (None, None) if self.prefix is None else self.prefix.forward(dtype, call)
+    def _attention_inputs(self, call: Call, bias: Tensor | None) -> tuple:
+        prefix_k, prefix_v = call.prefixes.get(self.block, (None, None))
         return (
             call.masks.get(self.block),
             bias,
@@ -221,8 +221,9 @@ class Attention:
         kept = call.kept
         o, lse = kept[self.o.key], kept[self.lse.key]
         do = do.view(do.shape[0], do.shape[1], self.heads, -1).transpose(1, 2)
+        prefix = call.prefixes.get(self.block)
         bias, *packed = self._bias_and_boundaries(call)
-        inputs, distances = self._attention_inputs(q.dtype, call, bias), packed[-1]
+        inputs, distances = self._attention_inputs(call, bias), packed[-1]
         needs = gradients.wants(bias), gradients.wants(distances)
         dq, dk, dv, dbias, *dprefix, ddistances = run(
             "attention_backward", do, q, k, v, o, lse, *inputs, needs[0], *packed, needs[1], call.backend
@@ -230,8 +231,9 @@ class Attention:
         for own, gradient, need in zip((bias, distances), (dbias, ddistances), needs, strict=True):
             if need:
                 gradients.add(own, gradient)
-        if self.prefix is not None:
-            self.prefix.backward(*dprefix, call, gradients)
+        if prefix is not None:
+            for own, gradient in zip(prefix, dprefix, strict=True):
+                gradients.add(own, gradient)
         return dq, dk, dv
 
 

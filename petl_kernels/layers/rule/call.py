@@ -17,8 +17,6 @@ KEPT = {
     "o": 3,
     "lse": 3,
     "bits": 3,
-    "prefix": 3,
-    "tanh": 3,
     "adapted_read": 3,
     "end": 3,
     "sum": 2,
@@ -57,6 +55,7 @@ class Call:
         "biases",
         "boundaries",
         "causal",
+        "prefixes",
         "seeds",
         "kept",
     )
@@ -70,6 +69,7 @@ class Call:
         self.biases: dict[str, Tensor | None] = {}
         self.boundaries: dict[str, Boundaries] = {}
         self.causal: dict[str, bool] = {}
+        self.prefixes: dict[str, tuple[Tensor, Tensor]] = {}
         self.seeds: dict[str, Tensor] = {}
         self.kept: dict[str, Tensor] = {}
 

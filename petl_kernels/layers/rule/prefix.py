@@ -1,84 +1,172 @@
-"""The trained prefix of an attention: its keys and values, which a network makes while there is one.
+"""The prefixes of attentions as the rules of layers read them, made by their network while there is one.
 
-    [P_k; P_v] = tanh(P' W_1ᵀ + b_1) W_2ᵀ + b_2,   P' (2 · length, heads · head_dim)
+    [P_k; P_v] = tanh(P' W_1ᵀ + b_1) W_2ᵀ + b_2
 
-Keys and values are the rows of one product each way. The network works in the dtype of its parameters. It is shared:
-each attention adds its own share to the gradients, and autograd adds up the shares.
+In one forward pass of a model (``one_pass``) the first attention of a kind has the prefixes of all attentions of this
+kind made at once, keys and values as the rows of one product, by one node of the graph: a step has one share of the
+network's gradients a kind, and not two an attention. A layer that runs outside of such a pass, or that somebody has put
+hooks on, has its own prefix made alone. A prefix that no attention has read gets no gradient, as if it was not made.
+
+For backward a node keeps tanh's output, (2 · length, 512) an attention, in the dtype of the network's parameters. The
+network works in that dtype under autocast too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from petl_kernels.layers.hooks import hooks_on
-from petl_kernels.layers.rule.call import Call, Gradients, Place
-from petl_kernels.layers.rule.linears import Unknown
+from petl_kernels.layers.rule.watch import changed, stamps
 from petl_kernels.methods.prefix import Prefix
-from petl_kernels.ops.common import accumulate_dtype
+from petl_kernels.ops.common import accumulate_dtype, below_autograd
+
+# In a forward pass of this thread: what was made, by attention and by what it was made for.
+_made: ContextVar[dict[tuple, _Made] | None] = ContextVar("petl_prefixes", default=None)
 
 
-class TrainedPrefix:
-    """One prefix as the rule reads it. Kept are keys and values in the dtype of products, and tanh's output."""
-
-    def __init__(self, block: str, piece: Prefix):
-        self.rows, self.hidden = Place(block, "prefix"), Place(block, "tanh")
-        self.key, self.value, self.shape = piece.key, piece.value, (-1, piece.heads, piece.head_dim)
-        self.mlp = () if piece.mlp is None else _parameters(*piece.mlp)
-        self.bound = [self.key, self.value, *self.mlp]
-        self.names = dict(zip(map(id, self.mlp), ("0.weight", "0.bias", "2.weight", "2.bias"), strict=False))
-
-    def forward(self, dtype: torch.dtype, call: Call) -> tuple[Tensor, Tensor]:
-        """Returns keys and values (length, heads, head_dim) in ``dtype``."""
-        if not self.mlp:  # they are the parameters, or a cast of a few rows
-            return self.key.to(dtype).view(self.shape), self.value.to(dtype).view(self.shape)
-        rows = call.kept.get(self.rows.key)
-        if rows is None:
-            w1, b1, w2, b2 = self.mlp
-            hidden = torch.addmm(b1, self._inputs(), w1.t()).tanh_()
-            rows = torch.addmm(b2, hidden, w2.t()).to(dtype)
-            call.keep(self.hidden, hidden)
-            call.keep(self.rows, rows)
-        key, value = rows.view(2, *self.key.shape).unbind()
-        return key.view(self.shape), value.view(self.shape)
-
-    def backward(self, dkey: Tensor, dvalue: Tensor, call: Call, gradients: Gradients) -> None:
-        """Adds the gradients of what is trained; dkey and dvalue (length, heads, head_dim)."""
-        if not self.mlp:
-            gradients.add(self.key, dkey)
-            gradients.add(self.value, dvalue)
-            return
-        if not any(map(gradients.wants, self.bound)):
-            return
-        w1, b1, w2, b2 = self.mlp
-        hidden = call.kept[self.hidden.key]
-        drows = torch.cat([dkey, dvalue]).view(-1, w2.shape[0]).to(w2.dtype)
-        dhidden = torch.ops.aten.tanh_backward(drows @ w2, hidden)
-        _add_linear(w2, b2, drows, hidden, gradients)
-        _add_linear(w1, b1, dhidden, self._inputs(), gradients)
-        if gradients.wants(self.key) or gradients.wants(self.value):
-            own_key, own_value = (dhidden @ w1).view(2, *self.key.shape).unbind()
-            gradients.add(self.key, own_key)
-            gradients.add(self.value, own_value)
-
-    def _inputs(self) -> Tensor:
-        return torch.cat([self.key, self.value])
+@contextmanager
+def one_pass() -> Iterator[None]:
+    """A block that is one forward pass of a model: what it reads of prefixes' parameters stays the same inside."""
+    before = _made.set({})
+    try:
+        yield
+    finally:
+        _made.reset(before)
 
 
-def _add_linear(weight: Tensor, bias: Tensor, dy: Tensor, x: Tensor, gradients: Gradients) -> None:
-    if gradients.wants(weight):
-        gradients.add(weight, dy.t() @ x)
-    if gradients.wants(bias):
-        gradients.add(bias, dy.sum(0, dtype=accumulate_dtype(dy.dtype)))
+def keys_and_values(piece: Prefix, dtype: torch.dtype, together: bool) -> tuple[Tensor, Tensor]:
+    """Returns the prefix, (length, heads, head_dim) each, in ``dtype``; ``together``: whether with those of others."""
+    made = _made.get() if together and piece.mlp is not None else None
+    if made is None:
+        return _alone(piece, dtype)
+    mode = dtype, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    found = made.get((piece, mode))
+    if found is None or not found.holds(piece):
+        made.update({(own.piece, mode): own for own in _together(piece, dtype)})
+        found = made.get((piece, mode))
+    return _alone(piece, dtype) if found is None else found.rows
 
 
-def _parameters(mlp: nn.Module) -> tuple[Tensor, ...]:
-    """Returns W_1, b_1, W_2 and b_2 of a network that nobody has changed."""
-    if [type(part) for part in mlp.children()] != [nn.Linear, nn.Tanh, nn.Linear] or type(mlp) is not nn.Sequential:
-        raise Unknown("another network that makes a prefix")
-    if any(hooks_on(part) or "forward" in part.__dict__ for part in mlp.modules()):
-        raise Unknown("a hook on the network that makes a prefix")
-    parameters = mlp[0].weight, mlp[0].bias, mlp[2].weight, mlp[2].bias
-    if any(parameter is None for parameter in parameters):
-        raise Unknown("another network that makes a prefix")
-    return parameters
+class _Made:
+    """The prefix of one attention as it was made."""
+
+    __slots__ = ("piece", "inputs", "rows")
+
+    def __init__(self, piece: Prefix, rows: tuple[Tensor, Tensor]):
+        self.piece, self.inputs, self.rows = piece, (piece.key, piece.value), rows
+
+    def holds(self, piece: Prefix) -> bool:
+        """Whether it was made from the parameters that the attention has now."""
+        return self.inputs[0] is piece.key and self.inputs[1] is piece.value
+
+
+def _alone(piece: Prefix, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    if piece.mlp is not None and _is_plain(*piece.mlp):
+        return _network([piece], dtype)
+    key, value = (own.to(dtype).view(-1, piece.heads, piece.head_dim) for own in piece.folded())
+    return key, value
+
+
+def _together(piece: Prefix, dtype: torch.dtype) -> Iterator[_Made]:
+    if piece not in piece.kind or not _is_plain(*piece.mlp):  # not among them is one of a copy for another device
+        return
+    group = [other for other in piece.kind if _is_like(other, piece)]
+    rows = _network(group, dtype)
+    yield from map(_Made, group, zip(rows[::2], rows[1::2], strict=True))
+
+
+def _is_like(other: Prefix, piece: Prefix) -> bool:
+    """Whether both are rows for one product; not so where a tensor is elsewhere until its layer runs (FSDP)."""
+    if other.mlp is None or other.mlp[0] is not piece.mlp[0]:
+        return False
+    mine = piece.key
+    return all(
+        type(own) is type(mine) and (own.shape, own.dtype, own.device) == (mine.shape, mine.dtype, mine.device)
+        for own in map(other._parameters.get, ("key", "value"))
+    )
+
+
+def _is_plain(mlp: nn.Module) -> bool:
+    """Whether nobody has changed the network or wants to see it run."""
+    if [type(part) for part in mlp.modules()] != [nn.Sequential, nn.Linear, nn.Tanh, nn.Linear]:
+        return False
+    seen = any(hooks_on(part) or "forward" in part.__dict__ for part in mlp.modules())
+    return not seen and all(part.bias is not None for part in (mlp[0], mlp[2]))
+
+
+# ---- the network ----------------------------------------------------------------------------------------------------
+
+
+def _network(group: Sequence[Prefix], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Returns keys and values of each, one after the other, (length, heads, head_dim)."""
+    first, _, second = group[0].mlp[0]
+    shape = group[0].heads, group[0].head_dim
+    inputs = [own for piece in group for own in (piece.key, piece.value)]
+    read = first.weight, first.bias, second.weight, second.bias, *inputs
+    if torch.is_grad_enabled():
+        return _Network.apply(dtype, shape, *read)
+    with below_autograd(first.weight.device.type):
+        return _run(dtype, shape, read)[0]
+
+
+def _run(dtype: torch.dtype, shape: tuple[int, int], read: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], Tensor]:
+    w1, b1, w2, b2, *inputs = read
+    hidden = F.linear(torch.cat(inputs), w1, b1).tanh_()
+    rows = F.linear(hidden, w2, b2).to(dtype)
+    return rows.view(len(inputs), -1, *shape).unbind(), hidden
+
+
+class _Network(torch.autograd.Function):
+    """What it reads in backward it holds itself: parts of a model may run backward one after the other."""
+
+    @staticmethod
+    def forward(ctx, dtype: torch.dtype, shape: tuple[int, int], *read: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        with below_autograd(read[0].device.type):
+            rows, ctx.hidden = _run(dtype, shape, read)
+        ctx.read, ctx.stamps = read, stamps(list(read))
+        return rows
+
+    @staticmethod
+    def backward(ctx, *drows: Tensor | None) -> tuple[Tensor | None, ...]:
+        if stamps(list(ctx.read)) != ctx.stamps:
+            raise changed("the network of prefixes, or what it reads")
+        _, _, *needs = ctx.needs_input_grad
+        with torch.no_grad(), below_autograd(ctx.hidden.device.type):
+            return None, None, *_gradients(ctx.read, ctx.hidden, drows, needs)
+
+
+def _gradients(
+    read: Sequence[Tensor], hidden: Tensor, drows: Sequence[Tensor | None], needs: Sequence[bool]
+) -> list[Tensor | None]:
+    w1, _, w2, _, *inputs = read
+    at = [i for i, own in enumerate(drows) if own is not None]  # the others have had no part in the loss
+    found: list[Tensor | None] = [None] * len(read)
+    if not at:
+        return found
+    if len(at) < len(inputs):
+        hidden = hidden.view(len(inputs), -1, hidden.shape[1])[at].flatten(0, 1)
+    dy = torch.cat([drows[i] for i in at]).view(-1, w2.shape[0]).to(w2.dtype)
+    dhidden = torch.ops.aten.tanh_backward(dy @ w2, hidden)
+    if needs[0]:
+        found[0] = dhidden.t() @ torch.cat([inputs[i] for i in at])
+    if needs[1]:
+        found[1] = _column_sums(dhidden)
+    if needs[2]:
+        found[2] = dy.t() @ hidden
+    if needs[3]:
+        found[3] = _column_sums(dy)
+    if any(needs[4:]):
+        for i, own in zip(at, (dhidden @ w1).view(len(at), -1, w1.shape[1]).unbind(), strict=True):
+            found[4 + i] = own if needs[4 + i] else None
+    return found
+
+
+def _column_sums(dy: Tensor) -> Tensor:
+    return dy.sum(0, dtype=accumulate_dtype(dy.dtype)).to(dy.dtype)

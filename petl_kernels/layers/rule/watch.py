@@ -13,8 +13,6 @@ from operator import is_
 
 from torch import Tensor, nn
 
-from petl_kernels.methods.prefix import Prefix
-
 try:
     from petl_kernels._C import same_values, stamps, values
 except ImportError:  # a machine without a compiler
@@ -39,10 +37,10 @@ class Watch:
     __slots__ = ("modules", "dicts", "classes", "parameters", "before", "kinds")
 
     def __init__(self, layer: nn.Module):
-        self.modules = list(_modules(layer))
+        self.modules = list(layer.modules())
         self.dicts = list(_dicts(self.modules))
         self.classes = list({type(module) for module in self.modules})
-        self.parameters = [own for module in self.modules for own in module._parameters.values() if own is not None]
+        self.parameters = list(layer.parameters())
         self.before, self.kinds = values(self.dicts), self._kinds()
 
     def holds(self) -> bool:
@@ -57,12 +55,12 @@ class Watch:
         return kinds
 
 
-def _modules(layer: nn.Module) -> Iterator[nn.Module]:
-    """Yields the modules of ``layer``, and the networks of its prefixes, which stand elsewhere in the model."""
-    for module in layer.modules():
-        yield module
-        if isinstance(module, Prefix) and module.mlp is not None:
-            yield from module.mlp[0].modules()
+def changed(name: str) -> RuntimeError:
+    """Returns the error for a tensor whose values backward needs and no longer has."""
+    return RuntimeError(
+        f"{name}: changed since the forward pass, and backward reads it; expected no change between a forward pass and "
+        "its backward pass"
+    )
 
 
 def _dicts(modules: list[nn.Module]) -> Iterator[dict]:
