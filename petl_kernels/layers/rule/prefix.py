@@ -135,21 +135,27 @@ class _Network(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *drows: Tensor | None) -> tuple[Tensor | None, ...]:
-        if stamps(list(ctx.read)) != ctx.stamps:
-            raise changed("the network of prefixes, or what it reads")
-        _, _, *needs = ctx.needs_input_grad
+        at = [i for i, own in enumerate(drows) if own is not None]  # the others have had no part in the loss
+        if not at:
+            return (None,) * len(ctx.needs_input_grad)
+        _refuse_changes(ctx.read, ctx.stamps, at)
         with torch.no_grad(), below_autograd(ctx.hidden.device.type):
-            return None, None, *_gradients(ctx.read, ctx.hidden, drows, needs)
+            return None, None, *_gradients(ctx.read, ctx.hidden, drows, at, ctx.needs_input_grad[2:])
+
+
+def _refuse_changes(read: Sequence[Tensor], before: bytes | list, at: Sequence[int]) -> None:
+    now, each = stamps(list(read)), len(before) // len(read)
+    for i in (0, 1, 2, 3, *(4 + i for i in at)):
+        if now[i * each : (i + 1) * each] != before[i * each : (i + 1) * each]:
+            names = "0.weight", "0.bias", "2.weight", "2.bias"
+            raise changed(f"{names[i]} of the network of prefixes" if i < 4 else "the key or value of a prefix")
 
 
 def _gradients(
-    read: Sequence[Tensor], hidden: Tensor, drows: Sequence[Tensor | None], needs: Sequence[bool]
+    read: Sequence[Tensor], hidden: Tensor, drows: Sequence[Tensor | None], at: Sequence[int], needs: Sequence[bool]
 ) -> list[Tensor | None]:
     w1, _, w2, _, *inputs = read
-    at = [i for i, own in enumerate(drows) if own is not None]  # the others have had no part in the loss
     found: list[Tensor | None] = [None] * len(read)
-    if not at:
-        return found
     if len(at) < len(inputs):
         hidden = hidden.view(len(inputs), -1, hidden.shape[1])[at].flatten(0, 1)
     dy = torch.cat([drows[i] for i in at]).view(-1, w2.shape[0]).to(w2.dtype)
