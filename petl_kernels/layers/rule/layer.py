@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from petl_kernels.errors import InputError
 from petl_kernels.layers.blocks import AttentionBlock, FeedForwardBlock
-from petl_kernels.layers.hooks import hooks_on
+from petl_kernels.layers.hooks import hooks_on, is_foreign
 from petl_kernels.layers.host_copy import host_copy
 from petl_kernels.layers.rule.attention import Attention
 from petl_kernels.layers.rule.call import Call, Gradients
@@ -33,8 +33,10 @@ class Rule:
         self.attentions = [
             Attention(name, parts, name == "cross") for name, parts in zip(("self", "cross"), attentions, strict=False)
         ]
-        for attention in self.attentions:  # a hook may put parameters there only while the layer runs
-            attention.together = not hooks_on(layer) and "forward" not in layer.__dict__
+        # another's hook may put parameters there only while the layer runs
+        together = not any(map(is_foreign, hooks_on(layer))) and "forward" not in layer.__dict__
+        for attention in self.attentions:
+            attention.together = together
         self.ffn = FeedForward(ffn)
         bound = [tensor for block in (*self.attentions, self.ffn) for tensor in block.bound]
         self.trained = list({id(tensor): tensor for tensor in bound if tensor.requires_grad}.values())
