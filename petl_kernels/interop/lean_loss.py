@@ -35,6 +35,7 @@ from petl_kernels.interop.packed import (
     unpacked,
 )
 from petl_kernels.layers.hooks import hooked_all, hooks_on
+from petl_kernels.layers.rule.prefix import one_pass
 from petl_kernels.transformers_names import cache_of, decoder_inputs, forward_owner, has_cache_beside_loss, knows_loss
 
 _OPTIONS = ("label_smoothing", "reduction", "counted")
@@ -60,10 +61,11 @@ class LeanLoss:
     def forward(self, *args, **kwargs):
         if args:
             kwargs = {**_named(self, args, kwargs), **kwargs}
-        if has_boundaries(kwargs):
-            with unpacked(self, kwargs) as kwargs:
-                return self._forward(kwargs)
-        return self._forward(kwargs)
+        with one_pass():
+            if has_boundaries(kwargs):
+                with unpacked(self, kwargs) as kwargs:
+                    return self._forward(kwargs)
+            return self._forward(kwargs)
 
     def _forward(self, kwargs: dict) -> Any:
         options = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}

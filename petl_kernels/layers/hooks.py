@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import nn
 
@@ -14,6 +15,13 @@ def hooks_on(module: nn.Module) -> list[Callable]:
     """Returns the hooks of ``module`` itself, forward and backward; most modules have none."""
     own = module.__dict__
     return [hook for kind in _KINDS if own[kind] for hook in own[kind].values()]
+
+
+def is_foreign(hook: Callable) -> bool:
+    """Returns whether ``hook`` is somebody's whose wishes are not known here."""
+    known = ("petl_kernels.", "transformers.")  # transformers': they record attentions, when asked to
+    own = hook.func if isinstance(hook, partial) else hook
+    return not getattr(own, "__module__", "").startswith(known)
 
 
 def hooked_all() -> bool:

@@ -8,7 +8,7 @@ where somebody wants to see or has changed what the lean one passes over. ``laye
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,7 +19,7 @@ from petl_kernels import versions
 from petl_kernels.errors import InputError, shown
 from petl_kernels.layers.bart import LeanBartLayer
 from petl_kernels.layers.boundaries import is_packed
-from petl_kernels.layers.hooks import hooked_all, hooks_on
+from petl_kernels.layers.hooks import hooked_all, hooks_on, is_foreign
 from petl_kernels.layers.recompute import checkpointed, forget, forget_all
 from petl_kernels.layers.rule import Call, Rule, Unknown, Watch
 from petl_kernels.layers.t5 import LeanT5Layer
@@ -328,7 +328,7 @@ def _watched(module: nn.Module, path: str = "") -> str:
         if part is None:
             continue
         own = part.__dict__
-        if any(map(_is_foreign, hooks_on(part))):
+        if any(map(is_foreign, hooks_on(part))):
             return f"a hook on {path}{name}"
         if "forward" in own:
             return f"{path}{name} is a {type(part).__name__} with another forward"
@@ -338,8 +338,3 @@ def _watched(module: nn.Module, path: str = "") -> str:
         if found:
             return found
     return ""
-
-
-def _is_foreign(hook: Callable) -> bool:
-    known = ("petl_kernels.", "transformers.")  # transformers': they record attentions, when asked to
-    return not getattr(hook, "__module__", "").startswith(known)

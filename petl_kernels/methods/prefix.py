@@ -53,6 +53,7 @@ class Prefix(Piece):
         self.key = nn.Parameter(torch.randn(shape, dtype=piece_dtype(weight), device=weight.device))
         self.value = nn.Parameter(torch.randn(shape, dtype=piece_dtype(weight), device=weight.device))
         self.mlp = (mlp,)  # in a tuple: it is shared, and a submodule of the model's root
+        self.kind: tuple[Prefix, ...] = ()  # those that share it, in a tuple for the same reason
 
     def before(self, host: nn.Module, args: tuple) -> None:
         implementation = attention_implementation(host.config)
@@ -70,10 +71,15 @@ class Prefix(Piece):
         return {} if self.mlp is None else {"prefix.key": self.key, "prefix.value": self.value}
 
     def folded(self) -> tuple[Tensor, Tensor]:
+        """Returns the prefix itself, (length, heads · head_dim) each.
+
+        The MLP works in the dtype of its parameters, under autocast too, so that folding changes nothing there.
+        """
         if self.mlp is None:
             return self.key, self.value
         (mlp,) = self.mlp
-        return mlp(self.key), mlp(self.value)
+        with torch.autocast(self.key.device.type, enabled=False):
+            return mlp(self.key), mlp(self.value)
 
     def fold(self) -> None:
         if self.mlp is None:
@@ -135,9 +141,14 @@ class PrefixTuning(Method):
         use_prefix_attention(model)
         weight = model.get_submodule(attentions[0].q).weight
         mlps = PrefixMLPs({attention.kind: attention.heads * attention.head_dim for attention in attentions}, weight)
+        kinds: dict[str, list[Prefix]] = {}
         for attention in attentions:
             piece = Prefix(attention, self.length, mlps.by_kind[attention.kind], weight)
             attach(model.get_submodule(attention.path), name, piece)
+            kinds.setdefault(attention.kind, []).append(piece)
+        for own in kinds.values():
+            for piece in own:
+                piece.kind = tuple(own)
         # after the attentions: folding visits the places in order, and they need the MLPs
         if not hasattr(model, "petl_prefix_mlps"):
             model.petl_prefix_mlps = Named()

@@ -256,28 +256,30 @@ def test_compiled(tiers):
     assert difference < 1e-5, (name, difference)
 
 
-def _worker(rank: int, path: str, tiers: list[int]) -> None:
+def _worker(rank: int, path: str, cases: list[tuple[str, int]]) -> None:
     given = {"init_method": f"file://{path}/meet", "rank": rank, "world_size": 2, "timeout": timedelta(minutes=2)}
     torch.distributed.init_process_group("gloo", **given)
-    for tier in tiers:
-        model = pk.lean(adapted("m2m100", "lora"), tier)
+    for method, tier in cases:
+        model = pk.lean(adapted("m2m100", method), tier)
         inputs = {name: value[2 * rank : 2 * rank + 2] for name, value in ragged(model, rows=4).items()}
         values = step(DistributedDataParallel(model), inputs, reduction="sum")
         if rank == 0:
-            torch.save({name.removeprefix("module."): value for name, value in values.items()}, f"{path}/{tier}")
+            values = {name.removeprefix("module."): value for name, value in values.items()}
+            torch.save(values, f"{path}/{method}{tier}")
     torch.distributed.destroy_process_group()
 
 
 def test_two_processes(tmp_path):
-    other = mp.get_context("spawn").Process(target=_worker, args=(1, str(tmp_path), [2, 4]))
+    cases = [("lora", 2), ("lora", 4), ("prefix", 1)]
+    other = mp.get_context("spawn").Process(target=_worker, args=(1, str(tmp_path), cases))
     other.start()
-    _worker(0, str(tmp_path), [2, 4])  # this process is the first: each further one imports everything
+    _worker(0, str(tmp_path), cases)  # this process is the first: each further one imports everything
     other.join()
     assert other.exitcode == 0
-    for tier in (2, 4):
-        model = pk.lean(adapted("m2m100", "lora"), tier)
+    for method, tier in cases:
+        model = pk.lean(adapted("m2m100", method), tier)
         whole = step(model, ragged(model, rows=4), reduction="sum")
-        found = torch.load(tmp_path / str(tier))
+        found = torch.load(tmp_path / f"{method}{tier}")
         for name in whole:
             if name != "loss":  # the processes' gradients are averaged
                 torch.testing.assert_close(2 * found[name], whole[name], rtol=1e-9, atol=1e-12)

@@ -19,13 +19,15 @@ backward needs is in this table and nowhere else:
 
 The rest is made again from these: norms in one pass, q, k, v and pre-activations by the products that made them, a
 sum by one product. Tiers 4 and 5 keep x alone and run the forward pass again in backward, as tier 1 does. Besides,
-every tier keeps the seeds of its dropout, 8 bytes each.
+every tier keeps the seeds of its dropout, 8 bytes each, and the keys and values of a prefix, for no token. The network
+that makes those stands outside of the layers, and has a node of its own, which keeps its hidden units.
 
     call.py          ``KEPT``, the table; what one forward pass keeps; the gradients that backward collects
     norm.py          LayerNorm and RMSNorm
     linears.py       linear layers that read one input: frozen, trained, LoRA, (IA)³, quantised
     bottleneck.py    bottleneck adapters on an output projection or beside the feed-forward block
     attention.py     the attention block
+    prefix.py        the prefixes of a kind of attention, made once a forward pass
     feed_forward.py  the feed-forward block
     watch.py         whether a layer is still what its rule was made from
     layer.py         the blocks of a layer in their order, as one autograd function

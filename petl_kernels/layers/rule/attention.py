@@ -16,6 +16,7 @@ from petl_kernels.layers.rule.bottleneck import Bottleneck
 from petl_kernels.layers.rule.call import Call, Gradients, Place, summed
 from petl_kernels.layers.rule.linears import Linears, Unknown, current
 from petl_kernels.layers.rule.norm import Norm
+from petl_kernels.layers.rule.prefix import keys_and_values
 from petl_kernels.methods.adapter import BottleneckAdapter
 from petl_kernels.methods.prefix import Prefix
 from petl_kernels.ops.common import run
@@ -42,7 +43,7 @@ class Attention:
             raise Unknown("an adapter on q, k or v")
         self.scales = any(group.scales for group in self.linears)
         self.reads_u = any(group.reads_input for group in self.linears)
-        self.prefix = prefix_of(parts)
+        self.prefix, self.together = prefix_of(parts), True
         self.places = [Place(block, linear.name) for linear in self.named]
         self.o, self.lse = Place(block, "o"), Place(block, "lse")
         self.sum = Place(block, "adapted_sum" if self.adapter else "sum")
@@ -66,9 +67,7 @@ class Attention:
         if packed is not None:
             call.boundaries[self.block] = packed
         if self.prefix is not None:
-            head_dim = self.prefix.head_dim
-            own = (tensor.to(dtype).view(-1, self.heads, head_dim) for tensor in self.prefix.folded())
-            call.prefixes[self.block] = tuple(own)
+            call.prefixes[self.block] = keys_and_values(self.prefix, dtype, self.together)
 
     # ---- forward ----------------------------------------------------------------------------------------------------
 

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from petl_kernels.errors import InputError
 from petl_kernels.layers.blocks import AttentionBlock, FeedForwardBlock
+from petl_kernels.layers.hooks import hooks_on, is_foreign
 from petl_kernels.layers.host_copy import host_copy
 from petl_kernels.layers.rule.attention import Attention
 from petl_kernels.layers.rule.call import Call, Gradients
 from petl_kernels.layers.rule.feed_forward import FeedForward
 from petl_kernels.layers.rule.linears import Linear, Unknown
-from petl_kernels.layers.rule.watch import stamps
+from petl_kernels.layers.rule.watch import changed, stamps
 from petl_kernels.ops.common import below_autograd
 
 # Tiers from this one on keep the layer's input alone, and run as this tier says while backward lasts.
@@ -32,6 +33,10 @@ class Rule:
         self.attentions = [
             Attention(name, parts, name == "cross") for name, parts in zip(("self", "cross"), attentions, strict=False)
         ]
+        # another's hook may put parameters there only while the layer runs
+        together = not any(map(is_foreign, hooks_on(layer))) and "forward" not in layer.__dict__
+        for attention in self.attentions:
+            attention.together = together
         self.ffn = FeedForward(ffn)
         bound = [tensor for block in (*self.attentions, self.ffn) for tensor in block.bound]
         self.trained = list({id(tensor): tensor for tensor in bound if tensor.requires_grad}.values())
@@ -171,7 +176,4 @@ def _changed(rule: Rule, before: bytes | list) -> RuntimeError:
     at = next(i for i in range(len(rule.bound)) if now[i * each : (i + 1) * each] != before[i * each : (i + 1) * each])
     tensor = rule.bound[at]
     name = rule.names.get(id(tensor), f"a weight of shape {tuple(tensor.shape)}")
-    return RuntimeError(
-        f"{name}: changed since the forward pass, and backward reads it; expected no change between a forward pass and "
-        "its backward pass"
-    )
+    return changed(name)

@@ -55,6 +55,14 @@ class Watch:
         return kinds
 
 
+def changed(name: str) -> RuntimeError:
+    """Returns the error for a tensor whose values backward needs and no longer has."""
+    return RuntimeError(
+        f"{name}: changed since the forward pass, and backward reads it; expected no change between a forward pass and "
+        "its backward pass"
+    )
+
+
 def _dicts(modules: list[nn.Module]) -> Iterator[dict]:
     configs = {id(config): config for module in modules if (config := module.__dict__.get("config")) is not None}
     for module in modules:
