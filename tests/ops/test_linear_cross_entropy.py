@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from memory.peaks import peak_bytes
@@ -11,6 +13,7 @@ from petl_kernels.ops.linear_cross_entropy import compute
 
 from . import contract
 
+op = importlib.import_module("petl_kernels.ops.linear_cross_entropy")  # the package shows the function of that name
 OP = "linear_cross_entropy"
 FP32, FP64 = torch.float32, torch.float64
 REDUCTIONS = ("mean", "sum", "none")
@@ -77,6 +80,18 @@ def test_weight_of_another_dtype_is_cast_block_by_block(backend, dtype, weight_d
 def test_chunks(backend, chunk_rows):
     """A limit below one row gives chunks of one row."""
     contract.assert_parity(OP, backend, arguments_of(FP32, rows=(5, 5), chunk_rows=chunk_rows))
+
+
+def test_a_chunk_of_a_cpu_has_many_rows_where_nobody_says_how_many(monkeypatch):
+    hidden, weight, labels = torch.randn(7, 4), torch.randn(11, 4), torch.arange(7)
+    chunks, cut = [], op._chunks
+    monkeypatch.setattr(op, "_chunks", lambda *given: [chunks.append(len(b)) or (i, b) for i, b in cut(*given)])
+    monkeypatch.setattr(op, "CHUNK_BYTES", 11 * 4)
+    monkeypatch.setattr(op, "CPU_ROWS", 4)
+    ops.linear_cross_entropy(hidden, weight, labels)
+    ops.linear_cross_entropy(hidden, weight, labels, chunk_bytes=11 * 4)
+    assert chunks == [4, 3] + 7 * [1]
+    assert op._usual_chunk(torch.empty(7, 4, device="meta"), 11) == 11 * 4
 
 
 @pytest.mark.parametrize("backend", contract.BACKENDS)

@@ -108,10 +108,14 @@ def parent(text, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def settings(parent, text, tmp_path) -> dict:
+    return settings_of(parent, text, tmp_path / "run")
+
+
+def settings_of(parent: Path, text: dict[str, Pair], out: Path) -> dict:
     """Keyword arguments of a short run on the parent with LoRA, dropout on."""
     return {
         "model": str(parent / "model"),
-        "out": str(tmp_path / "run"),
+        "out": str(out),
         "train": [text["train"]],
         "valid": [text["valid"]],
         "method": "lora",

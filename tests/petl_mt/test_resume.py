@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import settings_of
 from petl_mt import checkpoint
 from petl_mt.cli import main
 from petl_mt.config import TrainConfig
@@ -62,12 +64,17 @@ def assert_same_run(out: str | Path, expected: str | Path) -> None:
     assert hypotheses[0] == hypotheses[1]
 
 
-@pytest.fixture
-def whole(settings, tmp_path) -> str:
-    """The same run, uninterrupted."""
-    out = str(tmp_path / "whole")
-    train(TrainConfig(**{**settings, "out": out}), quiet=True)
+@pytest.fixture(scope="module")
+def run_once(parent, text, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("uninterrupted") / "run"
+    train(TrainConfig(**settings_of(parent, text, out)), quiet=True)
     return out
+
+
+@pytest.fixture
+def whole(run_once, tmp_path) -> str:
+    """The same run, uninterrupted: a copy, which a test may change."""
+    return str(shutil.copytree(run_once, tmp_path / "whole", symlinks=True))
 
 
 @pytest.mark.parametrize("step", [1, 3, 5, 8])
