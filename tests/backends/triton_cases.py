@@ -185,7 +185,7 @@ FFN = {
 }
 ACTIVATION = {
     "1-row-relu": lambda draw: activation(draw, (1,), features=45),
-    "relu": lambda draw: activation(draw, (3, 43), features=72),
+    "relu": lambda draw: activation(draw, (3, 11), features=72),
     "width-1-relu": lambda draw: activation(draw, (5,), features=1, dropout=0.3),
     "relu-dropout": lambda draw: activation(draw, (33,), features=72, dropout=0.3),
     "gelu": lambda draw: activation(draw, (17,), features=77, kind="gelu"),
@@ -196,7 +196,7 @@ ACTIVATION = {
 }
 GATED = {
     "1-row-gelu": lambda draw: activation(draw, (1,), features=45, kind="gelu", gated=True),
-    "gelu-tanh": lambda draw: activation(draw, (3, 43), features=72, kind="gelu_tanh", gated=True),
+    "gelu-tanh": lambda draw: activation(draw, (3, 11), features=72, kind="gelu_tanh", gated=True),
     "silu-dropout": lambda draw: activation(draw, (33,), features=77, kind="silu", dropout=0.5, gated=True),
     "relu-dropout": lambda draw: activation(draw, (33,), features=72, dropout=0.3, gated=True),
     "halves": _gated_halves,
@@ -204,7 +204,7 @@ GATED = {
 }
 DROPOUT_ADD = {
     "1-row": lambda draw: dropout_add(draw, (1,), features=45),
-    "3x43-rows": lambda draw: dropout_add(draw, (3, 43), features=72, p=0.1),
+    "3x11-rows": lambda draw: dropout_add(draw, (3, 11), features=72, p=0.1),
     "fp32-stream": lambda draw: dropout_add(draw, (33,), features=64, stream=torch.float32),
     "strided": _dropout_add_strided,
     "no-rows": lambda draw: dropout_add(draw, (0,), features=45),

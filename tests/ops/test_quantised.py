@@ -22,6 +22,7 @@ from . import contract
 FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 SHAPES = [(2, 1), (1, 64), (3, 5), (17, 129), (40, 72), (129, 64), (300, 130)]
 on_backends = pytest.mark.parametrize("backend", contract.BACKENDS)
+held = pytest.mark.parametrize("backend", contract.HELD)
 storages = pytest.mark.parametrize("storage", op.STORAGES)
 
 
@@ -157,7 +158,7 @@ def test_weights_of_any_strides(backend, storage, view):
 # ---- products -------------------------------------------------------------------------------------------------------
 
 
-@on_backends
+@held
 @storages
 @pytest.mark.parametrize("dtype", contract.DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [0, 1, 3, 17, 129])
@@ -512,7 +513,7 @@ def loss_arguments(dtype, storage, d=64, words=1100, **options) -> dict:
     return given | {"weight": quantise(given["weight"], storage)}
 
 
-@on_backends
+@held
 @pytest.mark.parametrize("dtype", contract.DTYPES, ids=str)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("k", [72, 131])
@@ -520,7 +521,7 @@ def test_lora_linear(backend, dtype, dropout, k):
     contract.assert_parity("lora_linear", backend, lora_arguments(dtype, k=k, dropout=dropout))
 
 
-@on_backends
+@held
 @pytest.mark.parametrize("dtype", contract.DTYPES, ids=str)
 @pytest.mark.parametrize(("activation", "gated", "recompute"), [("relu", False, False), ("silu", True, True)])
 @pytest.mark.parametrize("storages", [MIXED, ("int8", "nf4", "nf4")], ids=str)
@@ -529,7 +530,7 @@ def test_frozen_ffn(backend, dtype, activation, gated, recompute, storages):
     contract.assert_parity("frozen_ffn", backend, ffn_arguments(dtype, storages, **options))
 
 
-@on_backends
+@held
 @storages
 @pytest.mark.parametrize("dtype", contract.DTYPES, ids=str)
 @pytest.mark.parametrize("d", [64, 33])

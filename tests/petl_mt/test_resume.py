@@ -148,10 +148,20 @@ def flags(settings: dict, config: Path) -> list[str]:
     return ["train", "--config", str(config), "--resume"]
 
 
+LONG = {"steps": 50, "eval_every": 10}
+
+
+@pytest.fixture(scope="module")
+def long_run(parent, text, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("long") / "run"
+    train(TrainConfig(**{**settings_of(parent, text, out), **LONG}), quiet=True)
+    return out
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_signals(settings, tmp_path, number):
+def test_signals(settings, long_run, tmp_path, number):
     """The real program, killed from outside at whatever step it is in."""
-    settings |= {"steps": 50, "eval_every": 10}
+    settings |= LONG
     command = [sys.executable, "-m", "petl_mt.cli", *flags(settings, tmp_path / "run.yaml")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
     latest = Path(settings["out"]) / "checkpoints" / "latest"
@@ -165,8 +175,7 @@ def test_signals(settings, tmp_path, number):
         assert f"interrupted; step {stopped} is saved" in process.stderr.read().decode()
     process.stderr.close()
     train(TrainConfig(**settings), resume=True, quiet=True)
-    train(TrainConfig(**{**settings, "out": str(tmp_path / "whole")}), quiet=True)
-    assert_same_run(settings["out"], tmp_path / "whole")
+    assert_same_run(settings["out"], long_run)
 
 
 def test_a_full_disk_costs_nothing_but_the_last_steps(settings, whole, tmp_path, monkeypatch, capsys):
