@@ -272,9 +272,9 @@ def test_more_layers_cost_what_the_first_ones_do():
 
 def test_smaller_budgets_are_slower_and_kept():
     planner = Planner(skeleton(vocab_size=20_000), 1024, 128, "adamw", (), CPU, None)  # one counts once for all
-    found = [planner.best(size * MIB) for size in (400, 80, 40, 30)]
+    found = [planner.best(size * MIB) for size in (400, 80, 30)]
     assert set(found[0].tiers) == {1} and found[0].micro_batches == 1 and not found[0].more
-    for budget, (larger, smaller) in zip((80, 40, 30), zip(found, found[1:], strict=False), strict=True):
+    for budget, (larger, smaller) in zip((80, 30), zip(found, found[1:], strict=False), strict=True):
         assert smaller.seconds >= larger.seconds and smaller.peak <= budget * MIB
         assert smaller.rows * smaller.micro_batches * smaller.longest >= 1024  # the update stays whole
         assert sum(smaller.parts.values()) == smaller.peak and min(smaller.parts.values()) >= 0
