@@ -105,26 +105,28 @@ def padded(batch: Batch) -> dict:
     return {"input_ids": batch.source, "attention_mask": mask, "labels": batch.labels, "use_cache": False}
 
 
-def texts(device: str) -> list[Text]:
+def texts(device: str) -> dict[str, list[Text]]:
+    """By the function that times them."""
     if device == "cuda":
         real = Data(8192, 256, updates=4, multiple=8)
-        return [Text(BF16, 3, rows=64), Text(BF16[:3], 3, data=real)]
+        return {"test_step": [Text(BF16, 3, rows=64)], "test_real_lengths": [Text(BF16[:3], 3, data=real)]}
     if torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return [Text(BF16, 5, rows=4), Text(BF16[:3], 5, data=Data(512, 128, updates=3))]
-    return [
-        Text(QUICK, 3, rows=4, length=64),
-        Text(QUICK[:3], 3, data=Data(256, 128, updates=3)),
-        Text(("ours", "PEFT, bf16 adapters", "PEFT, defaults"), 1, warm=0, rows=1, length=8),
-    ]
+        real = Data(512, 128, updates=3)
+        return {"test_step": [Text(BF16, 5, rows=4)], "test_real_lengths": [Text(BF16[:3], 5, data=real)]}
+    real = Data(256, 128, updates=3)
+    return {
+        "test_step": [Text(QUICK, 3, rows=4, length=64)],
+        "test_real_lengths": [Text(QUICK[:3], 3, data=real)],
+        "test_few_tokens": [Text(BF16[:3], 1, warm=0, rows=1, length=8)],
+    }
 
 
 def pytest_generate_tests(metafunc) -> None:
-    case = {"test_step": "equal lengths", "test_real_lengths": "real lengths"}[metafunc.function.__name__]
-    found = [
-        (t, name) for t in texts(metafunc.config.getoption("--device")) if t.case == case for name in t.implementations
-    ]
+    found = texts(metafunc.config.getoption("--device")).get(metafunc.function.__name__, [])
     marks = {name: pytest.mark.peer for name in PEERS}
-    given = [pytest.param(t, name, marks=marks.get(name, ()), id=f"{t.tokens[0]}-{name}") for t, name in found]
+    given = [
+        pytest.param(text, name, marks=marks.get(name, ()), id=name) for text in found for name in text.implementations
+    ]
     metafunc.parametrize(("text", "implementation"), given)
 
 
@@ -161,6 +163,11 @@ def test_step(benchmark, text, implementation, device, make, in_turn):
 
 
 def test_real_lengths(benchmark, text, implementation, device, make, in_turn):
+    time_step(benchmark, text, implementation, device, make, in_turn)
+
+
+def test_few_tokens(benchmark, text, implementation, device, make, in_turn):
+    """Where products in bf16 are slow."""
     time_step(benchmark, text, implementation, device, make, in_turn)
 
 
