@@ -187,18 +187,18 @@ ACTIVATION = {
     "1-row-relu": lambda draw: activation(draw, (1,), features=45),
     "relu": lambda draw: activation(draw, (3, 11), features=72),
     "width-1-relu": lambda draw: activation(draw, (5,), features=1, dropout=0.3),
-    "relu-dropout": lambda draw: activation(draw, (33,), features=72, dropout=0.3),
+    "relu-dropout": lambda draw: activation(draw, (33,), features=40, dropout=0.3),
     "gelu": lambda draw: activation(draw, (17,), features=77, kind="gelu"),
     "gelu-tanh-dropout": lambda draw: activation(draw, (33,), features=40, kind="gelu_tanh", dropout=0.3),
-    "silu-dropout": lambda draw: activation(draw, (33,), features=77, kind="silu", dropout=0.5),
+    "silu-dropout": lambda draw: activation(draw, (33,), features=37, kind="silu", dropout=0.5),
     "strided": _activation_strided,
     "no-rows": lambda draw: activation(draw, (2, 0), features=45, dropout=0.5),
 }
 GATED = {
     "1-row-gelu": lambda draw: activation(draw, (1,), features=45, kind="gelu", gated=True),
     "gelu-tanh": lambda draw: activation(draw, (3, 11), features=72, kind="gelu_tanh", gated=True),
-    "silu-dropout": lambda draw: activation(draw, (33,), features=77, kind="silu", dropout=0.5, gated=True),
-    "relu-dropout": lambda draw: activation(draw, (33,), features=72, dropout=0.3, gated=True),
+    "silu-dropout": lambda draw: activation(draw, (33,), features=37, kind="silu", dropout=0.5, gated=True),
+    "relu-dropout": lambda draw: activation(draw, (33,), features=40, dropout=0.3, gated=True),
     "halves": _gated_halves,
     "no-rows": lambda draw: activation(draw, (0,), features=45, kind="silu", dropout=0.5, gated=True),
 }
