@@ -381,10 +381,11 @@ def layer(side: str, rows: int, length: int, d: int, ffn: int, heads: int, head_
     return Counts(blocks + 4 * weights * t * d * ffn, moved + linears)
 
 
-def step(layers: int, t: int, d: int, ffn: int, words: int, size: int) -> Counts:
-    """t source and t target tokens through the frozen linears of a BART-family model and its output projection.
+def step(layers: int, source: int, target: int, d: int, ffn: int, words: int, size: int) -> Counts:
+    """Source and target tokens through the frozen linears of a BART-family model and its output projection.
 
     Forward and input gradients; attention's own products are left out, as they are where work is planned.
     """
-    weights = layers * (12 * d * d + 4 * d * ffn) + words * d
-    return Counts(4 * t * weights, 2 * size * weights)
+    of_source = layers * (6 * d * d + 2 * d * ffn)  # the decoder's keys and values of the source among them
+    of_target = layers * (6 * d * d + 2 * d * ffn) + words * d
+    return Counts(4 * (source * of_source + target * of_target), 2 * size * (of_source + of_target))

@@ -227,6 +227,14 @@ def record(
     benchmark, case: Case, implementation: str, run: Callable, counted: Counts, peak_bytes: int | None = None
 ) -> None:
     """Time ``run`` and write down what it is, and the work that cannot be avoided."""
+    describe(benchmark, case, implementation, counted, peak_bytes)
+    if case.device == "cuda":
+        _record_cuda(benchmark, case, run, counted, implementation)
+    else:
+        benchmark.pedantic(run, rounds=case.rounds, iterations=1, warmup_rounds=max(1, case.rounds // 5))
+
+
+def describe(benchmark, case: Case, implementation: str, counted: Counts, peak_bytes: int | None = None) -> None:
     benchmark.group = case.group
     benchmark.extra_info.update(
         op=case.op,
@@ -240,10 +248,6 @@ def record(
         launches=counted.launches if implementation == "ours" else None,
         peak_bytes=peak_bytes,
     )
-    if case.device == "cuda":
-        _record_cuda(benchmark, case, run, counted, implementation)
-    else:
-        benchmark.pedantic(run, rounds=case.rounds, iterations=1, warmup_rounds=max(1, case.rounds // 5))
 
 
 def _record_cuda(benchmark, case: Case, run: Callable, counted: Counts, implementation: str) -> None:

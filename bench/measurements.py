@@ -37,6 +37,7 @@ class Measurement:
     ``peak_bytes`` the most memory taken beside the inputs, ``predicted`` the performance model's seconds; all may be
     None. Where the median is the device's time alone, ``wall`` is the median with the host's part, which is what a
     caller waits for, and ``walls`` its samples (empty in files from before they were kept); elsewhere it is None.
+    ``of_peers``: where steps were taken in turn, the median over the rounds of its time over each peer's of that round.
     """
 
     op: str
@@ -59,6 +60,7 @@ class Measurement:
     predicted: float | None
     wall: float | None
     walls: tuple[float, ...] = ()
+    of_peers: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def spread(self) -> float:
@@ -201,6 +203,7 @@ def measurement(entry: dict) -> Measurement:
         predicted=info.get("predicted_seconds"),
         wall=info.get("wall_seconds"),
         walls=tuple(info.get("wall_samples") or ()),
+        of_peers=info.get("of_peers") or {},
     )
 
 
@@ -226,7 +229,9 @@ def peft_settings(case: Iterable[Measurement]) -> list[Measurement]:
 
 
 def ratio(one: Measurement, other: Measurement | None, wall: bool = False) -> str:
-    """One's median (or its wall) over the other's; "" where one of the two has none."""
+    """One's median (or its wall) over the other's; "" where one of the two has none. By rounds where it is known."""
+    if other and not wall and other.implementation in one.of_peers:
+        return digits(one.of_peers[other.implementation])
     ours, theirs = (each and (each.wall if wall else each.median) for each in (one, other))
     return digits(ours / theirs) if ours and theirs else ""
 

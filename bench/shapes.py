@@ -43,7 +43,7 @@ T5_MODELS = {
 }
 # Of no model: the width of LoRA's third target.
 WIDE = {"wide": (1, 4096, 16384, 32, 256206)}
-# m2m-418m has nllb-600m's layers and half its words: what a CPU's vocabulary loss and training step have time for.
+# m2m-418m has nllb-600m's layers and half its words: what a CPU's vocabulary loss has time for.
 NAMES = ["nllb-600m", "nllb-1.3b", "nllb-3.3b", "mbart", *T5_MODELS]
 CPU_SHAPES = ("nllb-600m", "nllb-3.3b", "t5", "m2m-418m")
 

@@ -12,10 +12,10 @@ import copy
 import functools
 import gc
 import itertools
-import time
 
 import pytest
 import torch
+import turns
 
 import petl_kernels as pk
 from petl_kernels.transformers_names import drop_no_layer
@@ -46,17 +46,9 @@ def test_host(benchmark, device, method, implementation):
         dtype="bfloat16",
         tokens=16,
         implementation=implementation,
-        of_peft=ratio(seconds, samples(device)["LoRA r=8", PEFT]),
+        of_peers={PEFT: turns.ratio(seconds, samples(device)["LoRA r=8", PEFT])},
     )
-    times = itertools.accumulate(itertools.chain(*([0.0, each] for each in seconds)))
-    benchmark._timer = lambda: next(times)  # the fixture reads it before and after each round, which has run already
-    benchmark.pedantic(lambda: None, rounds=len(seconds), iterations=1)
-
-
-def ratio(seconds: list[float], others: list[float]) -> float:
-    """Returns the median over the rounds of one time over another of the same round."""
-    ratios = sorted(one / two for one, two in zip(seconds, others, strict=True))
-    return ratios[len(ratios) // 2]
+    turns.write_down(benchmark, seconds)
 
 
 @functools.cache
@@ -66,16 +58,8 @@ def samples(device: str) -> dict[tuple[str, str], list[float]]:
     for method, implementation in dict.fromkeys(_timed(*case) for case in CASES):
         net = with_peft(model(device)) if implementation == PEFT else ours(method, OURS[implementation], device)
         steps[method, implementation] = step_of(net.train(), device)
-    found = {key: [] for key in steps}
     gc.collect()
-    for k in range(WARM + ROUNDS):
-        for key, step in steps.items():
-            _wait(device)
-            began = time.perf_counter()
-            step()
-            if k >= WARM:
-                found[key].append(time.perf_counter() - began)
-    return found
+    return turns.seconds_in_turn(steps, ROUNDS, WARM, device)
 
 
 def _timed(method: str, implementation: str) -> tuple[str, str]:
@@ -123,8 +107,3 @@ def step_of(net: torch.nn.Module, device: str):
         torch.autograd.grad(loss, parameters)
 
     return step
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()

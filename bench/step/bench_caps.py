@@ -34,8 +34,9 @@ import peft_settings  # noqa: E402
 import trial as trials  # noqa: E402
 from peft_settings import Setting, Tried  # noqa: E402
 from random_model import write_checkpoint  # noqa: E402
+from sentences import Data  # noqa: E402
 from shapes import MODELS, m2m_config  # noqa: E402
-from trial import Data, Result, Trial  # noqa: E402
+from trial import Result, Trial  # noqa: E402
 
 from petl_kernels.interop.files import atomic_write  # noqa: E402
 from petl_kernels.memory.size import format_size, parse_size  # noqa: E402

@@ -1,27 +1,41 @@
-"""A training step of M2M-418M's shape with LoRA on q and v: ours ("ours" is tier 1), beside PEFT.
+"""A training step of NLLB-600M's shape with LoRA on q and v: ours ("ours" is bf16, tier 1), beside PEFT.
 
-Random weights, bf16, 12 layers a side and 128,112 words, 4 x 128 source and as many target tokens on a CPU, 64 x 128 on
-a GPU, dropout 0.1 as the checkpoints have it. The step is the loss of model(labels=...), and the gradients of the
-adapters. The frozen weights are made once on the device, and all implementations train adapters beside the same ones.
+Random weights, 12 layers a side, 256,206 words, dropout 0.1 as the checkpoints have it. A step is the loss of
+model(labels=...), and the gradients of the adapters. The frozen weights are made once for a dtype on the device, and
+all implementations train adapters beside the same ones. Two kinds of text:
+
+- equal lengths: 4 x 128 source and as many target tokens on a CPU, 64 x 128 on a GPU;
+- real lengths (``sentences``): some batches of like lengths, at even distances over all of them, are one sample. PEFT
+  has them as padded rows with masks, ours as packed rows: the same sentences, so the same work.
+
+On a CPU one step of each implementation is taken in turn, and ratios are medians over these rounds. A CPU without
+instructions for bf16 has shorter batches, and PEFT's faster setting there is fp32: it stands beside ours in both
+dtypes. PEFT's step in bf16 takes such a CPU seconds a token: equal lengths have 4 tokens for it, once.
 """
 
 from __future__ import annotations
 
+import functools
 import gc
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import counts
+import numpy as np
 import pytest
 import torch
-from measure import Case, record
+import turns
+from measure import Case, describe, record
+from petl_mt.data import Batch
 from random_model import frozen_model, random_weights
+from sentences import FIRST_WORD, PAD, Data, batches, packed_batches
 from shapes import MODELS, m2m_config
 
 import petl_kernels as pk
 
-SHAPE = MODELS["m2m-418m"]
-ROWS = {"cpu": 4, "cuda": 64}
-LENGTH = 128
-ROUNDS = {"cpu": 5, "cuda": 3}
+NAME = "nllb-600m"
+SHAPE = MODELS[NAME]
+WORDS = SHAPE[-1]
 
 
 def with_peft(model, autocast_adapter_dtype: bool):
@@ -40,36 +54,147 @@ IMPLEMENTATIONS = {
     "ours": lambda model: with_tier(model, 1),
     "PEFT, bf16 adapters": lambda model: with_peft(model, False),
     "PEFT, defaults": lambda model: with_peft(model, True),
+    "ours, fp32": lambda model: with_tier(model, 1),
+    "PEFT, fp32": lambda model: with_peft(model, True),
     "ours, tier 2": lambda model: with_tier(model, 2),
     "ours, tier 3": lambda model: with_tier(model, 3),
 }
-PEERS = [name for name in IMPLEMENTATIONS if name.startswith("PEFT")]
+PEERS = tuple(name for name in IMPLEMENTATIONS if name.startswith("PEFT"))
+FP32 = tuple(name for name in IMPLEMENTATIONS if name.endswith("fp32"))
+BF16 = tuple(name for name in IMPLEMENTATIONS if name not in FP32)
+QUICK = tuple(name for name in IMPLEMENTATIONS if name not in PEERS or name in FP32)  # without instructions for bf16
+
+
+@dataclass(frozen=True)
+class Text:
+    """What a step reads: rows x length tokens a side, or the batches of ``data``. rounds, warm: those of a CPU."""
+
+    implementations: tuple[str, ...]
+    rounds: int
+    warm: int = 1
+    rows: int = 0
+    length: int = 128
+    data: Data | None = None
+
+    @property
+    def case(self) -> str:
+        return "real lengths" if self.data else "equal lengths"
+
+    @functools.cached_property
+    def batches(self) -> list[Batch]:
+        """Padded, on the host."""
+        if self.data:
+            return batches(self.data, WORDS)
+        source, labels = (torch.randint(FIRST_WORD, WORDS, (self.rows, self.length)) for _ in range(2))
+        return [Batch.of(source, labels, np.arange(self.rows), PAD)]
+
+    @property
+    def tokens(self) -> tuple[int, int]:
+        """Those of the source and of the target, without padding."""
+        return sum(int((b.source != PAD).sum()) for b in self.batches), sum(b.target_tokens for b in self.batches)
+
+    def inputs(self, implementation: str, device: str) -> list[dict]:
+        """Of the model, for each batch of a step."""
+        if self.data and implementation not in PEERS:
+            return [batch.to(torch.device(device)).row for batch in packed_batches(self.data, WORDS)]
+        return [padded(batch.to(torch.device(device))) for batch in self.batches]
+
+
+def padded(batch: Batch) -> dict:
+    mask = (batch.source != PAD).long()
+    return {"input_ids": batch.source, "attention_mask": mask, "labels": batch.labels, "use_cache": False}
+
+
+def texts(device: str) -> dict[str, list[Text]]:
+    """By the function that times them."""
+    if device == "cuda":
+        real = Data(8192, 256, updates=4, multiple=8)
+        return {"test_step": [Text(BF16, 3, rows=64)], "test_real_lengths": [Text(BF16[:3], 3, data=real)]}
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        real = Data(512, 128, updates=3)
+        return {"test_step": [Text(BF16, 5, rows=4)], "test_real_lengths": [Text(BF16[:3], 5, data=real)]}
+    real = Data(192, 128, updates=3)
+    return {
+        "test_step": [Text(QUICK, 3, rows=4, length=64)],
+        "test_real_lengths": [Text(QUICK[:3], 3, data=real)],
+        "test_few_tokens": [Text(BF16[:3], 1, warm=0, rows=1, length=4)],
+    }
+
+
+def pytest_generate_tests(metafunc) -> None:
+    found = texts(metafunc.config.getoption("--device")).get(metafunc.function.__name__, [])
+    marks = {name: pytest.mark.peer for name in PEERS}
+    given = [
+        pytest.param(text, name, marks=marks.get(name, ()), id=name) for text in found for name in text.implementations
+    ]
+    metafunc.parametrize(("text", "implementation"), given)
 
 
 @pytest.fixture(scope="module")
-def weights(device):
-    return random_weights(m2m_config(*SHAPE), device)
+def make(device):
+    """name of an implementation -> its model. The weights of each dtype are there once, for all models."""
+    bf16 = functools.cache(lambda: random_weights(m2m_config(*SHAPE), device))
+    fp32 = functools.cache(lambda: {name: weight.float() for name, weight in bf16().items()})
+
+    def made(name: str) -> torch.nn.Module:
+        gc.collect()  # modules refer to one another: adapters and gradients of the last ones are still there
+        torch.manual_seed(0)
+        return IMPLEMENTATIONS[name](frozen_model(m2m_config(*SHAPE), (fp32 if name in FP32 else bf16)())).train()
+
+    return made
 
 
-@pytest.mark.parametrize(
-    "implementation", [pytest.param(n, marks=pytest.mark.peer if n in PEERS else ()) for n in IMPLEMENTATIONS]
-)
-def test_step(benchmark, implementation, weights, device):
-    gc.collect()  # modules refer to one another: adapters and gradients of the last ones are still there
+@pytest.fixture(scope="module")
+def in_turn(request, make, device):
+    """text -> the seconds of each implementation that this run is to time."""
+
+    @functools.cache
+    def seconds(text: Text) -> dict[str, list[float]]:
+        wanted = [item.callspec.params for item in request.session.items if not item.get_closest_marker("skip")]
+        names = [params["implementation"] for params in wanted if params.get("text") == text]
+        steps = {name: step_of(make(name), text.inputs(name, device)) for name in names}
+        return turns.seconds_in_turn(steps, text.rounds, text.warm, device)
+
+    return seconds
+
+
+def test_step(benchmark, text, implementation, device, make, in_turn):
+    time_step(benchmark, text, implementation, device, make, in_turn)
+
+
+def test_real_lengths(benchmark, text, implementation, device, make, in_turn):
+    time_step(benchmark, text, implementation, device, make, in_turn)
+
+
+def test_few_tokens(benchmark, text, implementation, device, make, in_turn):
+    """Where products in bf16 are slow."""
+    time_step(benchmark, text, implementation, device, make, in_turn)
+
+
+def time_step(benchmark, text: Text, implementation: str, device: str, make, in_turn) -> None:
     layers, d, ffn, _, words = SHAPE
-    torch.manual_seed(0)
-    net = IMPLEMENTATIONS[implementation](frozen_model(m2m_config(*SHAPE), weights)).train()
-    source, labels = (torch.randint(4, words, (ROWS[device], LENGTH), device=device) for _ in range(2))
-    counted = counts.step(layers, source.numel(), d, ffn, words, torch.bfloat16.itemsize)
-    case = Case("step", "m2m-418m", source.numel(), "bfloat16", device, "LoRA r=16", rounds=ROUNDS[device])
-    record(benchmark, case, implementation, step_of(net, source, labels), counted)
+    counted = counts.step(layers, *text.tokens, d, ffn, words, torch.bfloat16.itemsize)
+    dtype = "" if set(text.implementations) & set(FP32) else "bfloat16"  # of all that stand side by side
+    case = Case("step", NAME, text.tokens[0], dtype, device, f"{text.case}, LoRA r=16", rounds=text.rounds)
+    if device == "cuda":
+        record(
+            benchmark, case, implementation, step_of(make(implementation), text.inputs(implementation, device)), counted
+        )
+        return
+    seconds = in_turn(text)
+    describe(benchmark, case, implementation, counted)
+    peers = {name: turns.ratio(seconds[implementation], seconds[name]) for name in seconds if name in PEERS}
+    benchmark.extra_info["of_peers"] = peers
+    if not dtype:
+        benchmark.extra_info["bytes"] = None  # which differ, and there is no one roofline
+    turns.write_down(benchmark, seconds[implementation])
 
 
-def step_of(net, source: torch.Tensor, labels: torch.Tensor):
-    parameters, mask = [parameter for parameter in net.parameters() if parameter.requires_grad], torch.ones_like(source)
+def step_of(net: torch.nn.Module, inputs: list[dict]) -> Callable[[], None]:
+    parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
 
     def step() -> None:
-        loss = net(input_ids=source, attention_mask=mask, labels=labels, use_cache=False).loss
-        torch.autograd.grad(loss, parameters)
+        for each in inputs:
+            torch.autograd.grad(net(**each).loss, parameters)
 
     return step

@@ -1,8 +1,9 @@
 """One trial: a model under a cap of memory is trained for a few updates, in a process of its own.
 
 A trial that runs out of memory, crashes or takes too long is a result with a reason. Both sides train LoRA (r = 16 on
-q and v) on the same checkpoint of random weights and the same ragged batches, and an update is the same sum: forward
-and backward of all its micro-batches, label smoothing 0.1, dropout as the checkpoints have it, one step of AdamW.
+q and v) on the same checkpoint of random weights and the same ragged sentences, ours packed as the trainer packs them,
+and an update is the same sum: forward and backward of all its micro-batches, label smoothing 0.1, dropout as the
+checkpoints have it, one step of AdamW.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from peft_settings import Setting
 from petl_mt import update
 from petl_mt.config import TrainConfig
-from petl_mt.data import IGNORE, Batch, Corpus, Ragged
+from petl_mt.data import IGNORE, Batch, PackedBatch
 from petl_mt.loss import shift_right
+from sentences import PAD, START, Data, batches, packed, packed_batches, worst_batch
 from shapes import m2m_config
 from torch import Tensor, nn
 
@@ -39,20 +40,9 @@ from petl_kernels.memory import cap
 from petl_kernels.memory.plan import Plan
 from petl_kernels.memory.size import format_size
 
-PAD, START, FIRST_WORD = 1, 2, 4  # of M2M-100's configs
 RANK = 16
 TARGETS = ("q_proj", "v_proj")
 SMOOTHING = 0.1
-
-
-@dataclass(frozen=True)
-class Data:
-    """``updates`` ragged batches of at most ``batch_tokens`` padded tokens a side, sentences of at most ``longest``."""
-
-    batch_tokens: int
-    longest: int
-    updates: int
-    multiple: int = 1
 
 
 @dataclass(frozen=True)
@@ -150,41 +140,13 @@ def failed(error: BaseException) -> Result:
     return Result(lines[0][:300])
 
 
-# ---- data, the same for both sides
-
-
-def batches(data: Data, words: int) -> list[Batch]:
-    """Sentence pairs as text has them, drawn from a fixed seed, in batches of like lengths as petl_mt makes them.
-
-    Source lengths are log-normal with a median of 28 tokens, targets within some 20% of them: of all batches in order
-    of length, ``data.updates`` at even distances.
-    """
-    generator = np.random.default_rng(0)
-    count = 32 * data.updates * max(1, data.batch_tokens // data.longest)
-    source = generator.lognormal(math.log(28), 0.6, count)
-    target = source * generator.lognormal(0.0, 0.2, count)
-    sides = [np.clip(np.rint(lengths), 4, data.longest).astype(int) for lengths in (source, target)]
-    ragged = [Ragged(generator.integers(FIRST_WORD, words, n).tolist() for n in lengths) for lengths in sides]
-    corpus = Corpus(*ragged, pad=PAD)
-    found = corpus.plan(data.batch_tokens, data.multiple)
-    chosen = [found[(2 * i + 1) * len(found) // (2 * data.updates)] for i in range(data.updates)]
-    return [corpus.collate(indices, data.multiple) for indices in chosen]
-
-
-def worst_batch(data: Data, words: int) -> Batch:
-    """Every sentence as long as they get: what has to fit, too."""
-    rows = max(1, data.batch_tokens // data.longest)
-    ids = torch.randint(FIRST_WORD, words, (rows, data.longest), generator=torch.Generator().manual_seed(0))
-    return Batch.of(ids, ids, np.arange(rows), PAD)
+# ---- the two sides
 
 
 def micro_batches(batch: Batch, micro_tokens: int, device: torch.device) -> Iterator[Batch]:
     rows = max(1, micro_tokens // max(batch.source.shape[1], batch.labels.shape[1]))
     for i in range(0, len(batch.source), rows):
         yield batch.part(slice(i, i + rows), PAD).to(device)
-
-
-# ---- the two sides
 
 
 def measure(trial: Trial) -> Result:
@@ -209,6 +171,7 @@ def measure(trial: Trial) -> Result:
             step = Update(model, functools.partial(peft_loss, model), trial.micro_tokens, device)
         else:
             step = OurUpdate(our_model(model, trial, plan, like, folder, device), plan, device)
+            updates, worst = packed_batches(trial.data, words), packed(worst)
         loss = step(worst)
         if device.type == "cuda" or (trial.setting is not None and trial.setting.compiled):
             for batch in updates:  # kernels that a shape needs are there afterwards
@@ -271,8 +234,8 @@ def make_plan(model: nn.Module, trial: Trial, device: torch.device) -> tuple[Pla
     """(plan, the model on the meta device as it will be trained)"""
     like = our_adapted(copy.deepcopy(model))
     data = trial.data
-    plan = pk.plan(like, trial.memory, data.batch_tokens, max_length=data.longest, allow=trial.allow, device=device)
-    return plan, like
+    given = {"max_length": data.longest, "allow": trial.allow, "device": device, "packed": True}
+    return pk.plan(like, trial.memory, data.batch_tokens, **given), like
 
 
 def our_adapted(model: nn.Module) -> nn.Module:
@@ -307,7 +270,7 @@ class OurUpdate:
         """Tightened, maybe."""
         return self.trainer.plan
 
-    def __call__(self, batch: Batch) -> float:
+    def __call__(self, batch: PackedBatch) -> float:
         total = self.trainer.gradients([batch], batch.target_tokens)
         self.optimizer.step()
         self.trainer.zero_gradients()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from petl_kernels import ops
-from petl_kernels.ops.linear_cross_entropy import CHUNK_BYTES
 
 
 class LinearCrossEntropy(nn.Module):
@@ -18,7 +17,7 @@ class LinearCrossEntropy(nn.Module):
         reduction: str = "mean",
         logit_scale: float = 1.0,
         smoothing: str = "uniform",
-        chunk_bytes: int = CHUNK_BYTES,
+        chunk_bytes: int | None = None,
     ):
         super().__init__()
         self.options = {

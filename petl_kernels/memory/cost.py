@@ -20,6 +20,7 @@ from torch import nn
 from petl_kernels.layers.blocks import activation_of
 from petl_kernels.memory.simulate import Batch
 from petl_kernels.methods.structure import Attention, Layer, Structure
+from petl_kernels.ops.product import product_into
 
 
 @dataclass(frozen=True)
@@ -82,17 +83,18 @@ def layer_work(model: nn.Module, structure: Structure, layer: Layer) -> LayerWor
 @functools.cache  # of this machine; several plans of a process then go by the same
 def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     """Returns the rates of products (512 a side on a CPU, 4,096 on CUDA), of copies of 64 MiB, and on CUDA of copies
-    from pinned memory; medians of five. A CPU without instructions for bf16 takes half a second for such a product.
+    from pinned memory; medians of five. Products are those that the package's layers make (``product_into``).
     """
     if device.type == "cuda" and not torch.cuda.is_available():
         return ASSUMED
     n = 512 if device.type == "cpu" else 4096
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
     x = torch.empty(64 * 2**20, dtype=torch.uint8, device=device)
     y = torch.empty_like(x)
     host = torch.empty(x.shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
     return Rates(
-        2 * n**3 / _seconds(lambda: a @ b, device),
+        2 * n**3 / _seconds(lambda: product_into(out, a, b), device),
         2 * x.nbytes / _seconds(lambda: y.copy_(x), device),
         x.nbytes / _seconds(lambda: x.copy_(host, non_blocking=True), device),
         measured=True,

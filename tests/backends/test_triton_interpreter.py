@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import sys
@@ -29,6 +30,21 @@ def triton():
 
 # Each case in fp32, and the first of each op in fp16.
 FIRST = {op: name for name, (op, _) in reversed(triton_cases.CASES.items())}.values()
+TWICE = (
+    "lora_linear-129-rows-3-groups-dropout",
+    "bottleneck_adapter-129-rows-relu",
+    "layer_norm-67-rows",
+    "frozen_ffn-129-rows-relu",
+    "activation-relu-dropout",
+)
+
+
+@functools.cache
+def first_run(name: str) -> tuple[dict, dict]:
+    """(arguments, values and gradients) of a case in fp32."""
+    op, case = triton_cases.CASES[name]
+    given = case(parity.Source(CPU, torch.float32))
+    return given, parity.run(op, "triton", given)
 
 
 @pytest.mark.parametrize(
@@ -39,32 +55,36 @@ FIRST = {op: name for name, (op, _) in reversed(triton_cases.CASES.items())}.val
         for dtype in DTYPES
     ],
 )
-def test_values_and_gradients(name, dtype):
+def test_values_and_gradients(name, dtype, monkeypatch):
     op, case = triton_cases.CASES[name]
-    assert parity.compare(op, "triton", case(parity.Source(CPU, DTYPES[dtype]))) is None
+    given = case(parity.Source(CPU, DTYPES[dtype]))
+    if name in TWICE and dtype == "fp32":
+        given, values = first_run(name)
+        run = parity.run
+        monkeypatch.setattr(parity, "run", lambda *call: values if call[1] == "triton" else run(*call))
+    assert parity.compare(op, "triton", given) is None
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "lora_linear-129-rows-3-groups-dropout",
-        "bottleneck_adapter-129-rows-relu",
-        "layer_norm-67-rows",
-        "frozen_ffn-129-rows-relu",
-        "activation-relu-dropout",
-    ],
-)
+@pytest.mark.parametrize("name", TWICE)
 def test_two_runs_agree_bitwise(name):
-    op, case = triton_cases.CASES[name]
-    given = case(parity.Source(CPU, torch.float16))
-    first, second = (parity.run(op, "triton", given) for _ in range(2))
+    given, first = first_run(name)
+    second = parity.run(triton_cases.CASES[name][0], "triton", given)
     for value in first:
         assert torch.equal(first[value], second[value]), value
 
 
-@pytest.mark.parametrize("seed", [0, 7, 2**62 + 12345])
-@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
-@pytest.mark.parametrize("features", [20, 64, 19])
+SEEDS, RATES, WIDTHS = (0, 7, 2**62 + 12345), (0.1, 0.5, 0.9), (20, 64, 19)
+
+
+@pytest.mark.parametrize(
+    ("seed", "p", "features"),
+    [
+        pytest.param(seed, p, features, marks=() if (i + j + k) % 3 == 0 else pytest.mark.repeat)  # all pairs
+        for i, seed in enumerate(SEEDS)
+        for j, p in enumerate(RATES)
+        for k, features in enumerate(WIDTHS)
+    ],
+)
 def test_dropout_mask_is_the_reference_stream(seed, p, features):
     """With A the identity, s is drop(x) itself; rows that 4 does not divide take the other path."""
     x, eye, seed = torch.ones(33, features), torch.eye(features), torch.tensor([seed])

@@ -1,7 +1,8 @@
 """Compile the Triton kernels for cards that need not be here, exactly as the launcher would.
 
 The backend's own functions run on meta tensors with `launch` replaced, so every signature, alignment and configuration
-is the one that ships. `python tests/backends/triton_aot.py CARD` prints one JSON line for each compiled kernel.
+is the one that ships. `python tests/backends/triton_aot.py CARD own` prints one JSON line for each compiled kernel that
+no other card stands for, with the cards that it stands for; `CARD shared` those that another stands for.
 """
 
 from __future__ import annotations
@@ -310,18 +311,44 @@ ONLY = {
 }
 
 
-def main(card: str) -> None:
-    seen = set()
+# Another card has many launches of these in the same words. Between sm_80 and sm_86 that is the same code; on sm_100 it
+# is what sm_90 has where nothing is multiplied.
+LIKE = {"small": "sm80", "sm100": "sm90"}
+WITHOUT_PRODUCT = (activation, dropout_add, gated_activation, layer_norm, linear_cross_entropy, rms_norm)
+
+
+def launches(card: str) -> dict[tuple, tuple]:
+    """Those that differ: what tells them apart -> (dtype, kernel, args, constexprs, options)."""
+    found = {}
     for function, *arguments in EVERYWHERE + ONLY.get(card, []):
+        dtype = str(arguments[0]).removeprefix("torch.")
         for kernel, args, constexprs, options in record(card, lambda f=function, a=arguments: f(*a)):
-            dtype = str(arguments[0]).removeprefix("torch.")
             absent = tuple(arg is None for arg in args)
             key = (kernel.__name__, absent, str(constexprs), str(options), dtype == "float32")
-            if key not in seen:
-                seen.add(key)
-                report = compile_launch(card, kernel, args, constexprs, options)
-                print(json.dumps({"dtype": dtype, **report}), flush=True)
+            found.setdefault(key, (dtype, kernel, args, constexprs, options))
+    return found
+
+
+def shared(card: str) -> set[tuple]:
+    """The launches of ``card`` that the card which it is like has, too."""
+    if card not in LIKE:
+        return set()
+    modules = {module.__name__ for module in WITHOUT_PRODUCT}
+    other = launches(LIKE[card])
+    return {key for key, launch in other.items() if card == "small" or launch[1].fn.__module__ in modules}
+
+
+def main(card: str, part: str) -> None:
+    """part: "own", without what ``shared`` has, or "shared", that alone."""
+    theirs = shared(card)
+    used = {card: launches(card).keys()}
+    used |= {name: launches(name).keys() & shared(name) for name in LIKE if LIKE[name] == card}
+    for key, (dtype, kernel, args, constexprs, options) in launches(card).items():
+        if (key in theirs) == (part == "shared"):
+            report = compile_launch(card, kernel, args, constexprs, options)
+            cards = [name for name in used if key in used[name]]
+            print(json.dumps({"dtype": dtype, "cards": cards, **report}), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -185,26 +185,26 @@ FFN = {
 }
 ACTIVATION = {
     "1-row-relu": lambda draw: activation(draw, (1,), features=45),
-    "relu": lambda draw: activation(draw, (3, 43), features=72),
+    "relu": lambda draw: activation(draw, (3, 11), features=72),
     "width-1-relu": lambda draw: activation(draw, (5,), features=1, dropout=0.3),
-    "relu-dropout": lambda draw: activation(draw, (33,), features=72, dropout=0.3),
+    "relu-dropout": lambda draw: activation(draw, (33,), features=40, dropout=0.3),
     "gelu": lambda draw: activation(draw, (17,), features=77, kind="gelu"),
     "gelu-tanh-dropout": lambda draw: activation(draw, (33,), features=40, kind="gelu_tanh", dropout=0.3),
-    "silu-dropout": lambda draw: activation(draw, (33,), features=77, kind="silu", dropout=0.5),
+    "silu-dropout": lambda draw: activation(draw, (33,), features=37, kind="silu", dropout=0.5),
     "strided": _activation_strided,
     "no-rows": lambda draw: activation(draw, (2, 0), features=45, dropout=0.5),
 }
 GATED = {
     "1-row-gelu": lambda draw: activation(draw, (1,), features=45, kind="gelu", gated=True),
-    "gelu-tanh": lambda draw: activation(draw, (3, 43), features=72, kind="gelu_tanh", gated=True),
-    "silu-dropout": lambda draw: activation(draw, (33,), features=77, kind="silu", dropout=0.5, gated=True),
-    "relu-dropout": lambda draw: activation(draw, (33,), features=72, dropout=0.3, gated=True),
+    "gelu-tanh": lambda draw: activation(draw, (3, 11), features=72, kind="gelu_tanh", gated=True),
+    "silu-dropout": lambda draw: activation(draw, (33,), features=37, kind="silu", dropout=0.5, gated=True),
+    "relu-dropout": lambda draw: activation(draw, (33,), features=40, dropout=0.3, gated=True),
     "halves": _gated_halves,
     "no-rows": lambda draw: activation(draw, (0,), features=45, kind="silu", dropout=0.5, gated=True),
 }
 DROPOUT_ADD = {
     "1-row": lambda draw: dropout_add(draw, (1,), features=45),
-    "3x43-rows": lambda draw: dropout_add(draw, (3, 43), features=72, p=0.1),
+    "3x11-rows": lambda draw: dropout_add(draw, (3, 11), features=72, p=0.1),
     "fp32-stream": lambda draw: dropout_add(draw, (33,), features=64, stream=torch.float32),
     "strided": _dropout_add_strided,
     "no-rows": lambda draw: dropout_add(draw, (0,), features=45),
@@ -220,6 +220,7 @@ LOSS = {
 }
 # Blocks with many sentences, sentences of many blocks, and empty ones, of which a graph has many at the end.
 SENTENCES = ((5, 7), (0, 3), (1, 1), (9, 4), (2, 0), (0, 0), (70, 41), (33, 40), (1, 2), *[(0, 0)] * 5)
+FEW_SENTENCES = ((5, 7), (0, 3), (2, 0), (33, 40), (0, 0))
 ATTENTION = {
     "1-query": lambda draw: attention(draw, batch=1, heads=2, queries=1, keys=1, d=1),
     "wide": lambda draw: attention(draw, batch=1, heads=1, queries=20, keys=33, d=100),
@@ -249,7 +250,7 @@ ATTENTION = {
         draw,
         heads=2,
         d=20,
-        sentences=SENTENCES,
+        sentences=FEW_SENTENCES,
         causal=True,
         prefix=4,
         dropout=0.4,

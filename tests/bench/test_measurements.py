@@ -106,6 +106,15 @@ def test_table_of_a_case(result_file):
     }
 
 
+def test_steps_in_turn_stand_beside_peft_by_their_rounds(result_file):
+    """Medians of a machine that drifts say something else."""
+    ours = entry("ours", 0.02, of_peers={"PEFT, defaults": 0.7})
+    run = load(result_file("step.json", [ours, entry("PEFT, defaults", 0.04), entry("PEFT, fp32", 0.05)]))
+    head, rows = case_table(run.measurements, run)
+    first = dict(zip(head, rows[0], strict=True))
+    assert (first["/ PEFT, defaults"], first["/ PEFT, fp32"]) == ("0.70", "0.40")
+
+
 def test_table_of_a_card_has_the_wall_beside_the_device(result_file):
     """Twice PEFT's time by the wall in half of its time on the device: both ratios stand there."""
     times = {"ours": (0.01, 0.08), "PEFT, defaults": (0.02, 0.04), "limit": (0.005, 0.02)}

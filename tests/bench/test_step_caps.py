@@ -19,9 +19,11 @@ import trial  # noqa: E402
 from bench_caps import NO_TIME, OURS, PEFT, Study, beside_peft, tells  # noqa: E402
 from peft_settings import BASES, Setting, best, halves, largest_that_fits, search, why_none  # noqa: E402
 from petl_mt import update  # noqa: E402
+from petl_mt.data import IGNORE  # noqa: E402
 from random_model import write_checkpoint  # noqa: E402
+from sentences import PAD, START, Data, batches, packed_batches, worst_batch  # noqa: E402
 from shapes import m2m_config  # noqa: E402
-from trial import Data, Result, Trial, batches, failed, micro_batches, worst_batch  # noqa: E402
+from trial import Result, Trial, failed, micro_batches  # noqa: E402
 
 PLAIN = Setting("bfloat16")
 NO_ROOM = Result("out of memory", out_of_memory=True)
@@ -174,6 +176,14 @@ def test_batches_are_ragged_full_and_always_the_same():
     assert worst_batch(data, 200).source.shape == (8, 64)
 
 
+def test_packed_batches_have_the_same_sentences():
+    data = Data(512, 64, updates=2)
+    for padded, row in zip(batches(data, 200), packed_batches(data, 200), strict=True):
+        assert torch.equal(row.source[0], padded.source[padded.source != PAD])
+        assert torch.equal(row.labels[0], padded.labels[padded.labels != IGNORE])
+        assert (padded.indices == row.indices).all() and row.row["decoder_input_ids"][0, 0] == START
+
+
 def test_micro_batches_are_the_batch():
     batch = batches(Data(512, 64, updates=1), 200)[0]
     parts = list(micro_batches(batch, 128, torch.device("cpu")))
@@ -211,7 +221,7 @@ def test_ours_goes_on_in_smaller_parts_where_a_step_finds_no_room(checkpoint, mo
     run, parts = update.Update._backward, []
 
     def tight(self, batch, tokens):
-        parts.append(len(batch.source))
+        parts.append(len(batch.indices))
         if len(parts) == 1:
             raise torch.OutOfMemoryError
         return run(self, batch, tokens)

@@ -272,9 +272,9 @@ def test_more_layers_cost_what_the_first_ones_do():
 
 def test_smaller_budgets_are_slower_and_kept():
     planner = Planner(skeleton(vocab_size=20_000), 1024, 128, "adamw", (), CPU, None)  # one counts once for all
-    found = [planner.best(size * MIB) for size in (400, 80, 40, 30)]
+    found = [planner.best(size * MIB) for size in (400, 80, 30)]
     assert set(found[0].tiers) == {1} and found[0].micro_batches == 1 and not found[0].more
-    for budget, (larger, smaller) in zip((80, 40, 30), zip(found, found[1:], strict=False), strict=True):
+    for budget, (larger, smaller) in zip((80, 30), zip(found, found[1:], strict=False), strict=True):
         assert smaller.seconds >= larger.seconds and smaller.peak <= budget * MIB
         assert smaller.rows * smaller.micro_batches * smaller.longest >= 1024  # the update stays whole
         assert sum(smaller.parts.values()) == smaller.peak and min(smaller.parts.values()) >= 0
@@ -369,12 +369,12 @@ def test_a_tightened_plan_gives_graphs_up_last(small_plan):
 def test_what_cannot_work_is_refused_with_the_least_that_can(no_more, monkeypatch):
     monkeypatch.setattr(planning, "APPROXIMATIONS", ())  # whose least takes a while, and is told in other tests
     model = skeleton()
-    with pytest.raises(InputError, match=r"memory 1 MiB: one sentence pair of 128 tokens needs ([\d.]+) MiB") as error:
-        plan(model, "1MiB", 512, max_length=128, device="cpu")
+    with pytest.raises(InputError, match=r"memory 1 MiB: one sentence pair of 64 tokens needs ([\d.]+) MiB") as error:
+        plan(model, "1MiB", 1024, max_length=64, device="cpu")
     least = float(str(error.value).split("needs ")[1].split(" MiB")[0])
-    plan(model, f"{1.01 * least}MiB", 512, max_length=128, device="cpu")
+    plan(model, f"{1.01 * least}MiB", 1024, max_length=64, device="cpu")
     with pytest.raises(InputError, match="needs"):
-        plan(model, f"{0.98 * least}MiB", 512, max_length=128, device="cpu")
+        plan(model, f"{0.98 * least}MiB", 1024, max_length=64, device="cpu")
 
 
 @pytest.mark.parametrize(
@@ -457,7 +457,7 @@ def test_a_file_that_no_plan_has_written(tmp_path, small_plan, change, message):
 
 def test_apply_sets_tiers_and_the_loss_chunk():
     model = pk.adapt(build("m2m100", **WIDE).to(torch.bfloat16), pk.LoRA(rank=8))
-    found = plan(model, "20MiB", 2048, max_length=64, device="cpu", tier=3)
+    found = plan(model, "20MiB", 1024, max_length=64, device="cpu", tier=3)
     found.apply(model)
     assert [layer.tier for layer in pk.report(model).layers] == [3] * 5
     assert model.petl_chunk_bytes == found.chunk_bytes

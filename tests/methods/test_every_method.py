@@ -12,7 +12,7 @@ import petl_kernels as pk
 from petl_kernels import methods
 from petl_kernels.methods import METHODS, adapter_state, load_adapter_state
 
-from .models import RELATIVES, batch, build, logits, train_a_little
+from .models import FAMILIES, RELATIVES, batch, build, logits, train_a_little
 
 SMALL = {"lora": {"rank": 3}, "prefix": {"length": 5}}
 SMALL |= {key: {"bottleneck": 5} for key in ("adapter", "adapter-sublayer", "pfeiffer", "parallel")}
@@ -24,9 +24,25 @@ def make(key: str):
     return METHODS[key](**SMALL.get(key, {}))
 
 
-@pytest.fixture(params=METHODS)
-def key(request) -> str:
-    return request.param
+@pytest.fixture
+def family():
+    """One of ``families``: pytest_generate_tests says which."""
+
+
+def pytest_generate_tests(metafunc) -> None:
+    if "family" not in metafunc.fixturenames:
+        metafunc.parametrize("key", METHODS)
+        return
+    tests = [name for name in vars(metafunc.module) if name.startswith("test_")]
+    turn = tests.index(metafunc.function.__name__)
+    cases = [(key, family, family in families(turn + i)) for i, key in enumerate(METHODS) for family in FAMILIES]
+    marks = {True: (), False: pytest.mark.repeat}
+    metafunc.parametrize(("key", "family"), [pytest.param(k, f, marks=marks[first]) for k, f, first in cases])
+
+
+def families(turn: int) -> tuple[str, str]:
+    """T5, and one of the three of BART's kind in turn: each test meets each family, and so does each method."""
+    return "t5", ("m2m100", "mbart", "marian")[turn % 3]
 
 
 def test_starts_from_the_base_model(model, key):
@@ -160,11 +176,8 @@ def test_config_round_trip(key):
     assert methods.from_dict(config.to_dict()) == config
 
 
-@pytest.mark.parametrize(
-    ("family", "dtype"),
-    [("m2m100", torch.bfloat16), ("marian", torch.bfloat16), ("t5", torch.bfloat16), ("mbart", torch.float64)],
-)
-def test_other_dtypes_train(family, key, dtype):
+def test_other_dtypes_train(family, key):
+    dtype = torch.float64 if family == "mbart" else torch.bfloat16
     model = build(family).to(dtype)
     if hasattr(model, "shared"):  # as transformers loads T5: the feed-forward block's last linear stays in fp32
         for layer in methods.describe(model).layers:

@@ -21,6 +21,7 @@ FP32, FP64, BF16 = torch.float32, torch.float64, torch.bfloat16
 ACTIVATIONS = tuple(op.ACTIVATIONS)
 FORMS = [(activation, gated) for activation in ACTIVATIONS for gated in (False, True)]
 backends = pytest.mark.parametrize("backend", contract.BACKENDS)
+held = pytest.mark.parametrize("backend", contract.HELD)
 forms = pytest.mark.parametrize(("activation", "gated"), FORMS)
 recomputes = pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 
@@ -36,7 +37,7 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(op, "CHUNK_BYTES", 1)
 
 
-@backends
+@held
 @pytest.mark.parametrize("dtype", contract.DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [(1,), (3,), (17,), (129,), (2, 3, 5)], ids=str)
 @forms
@@ -46,7 +47,7 @@ def test_values_and_gradients(backend, dtype, rows, activation, gated, recompute
     contract.assert_parity("frozen_ffn", backend, arguments)
 
 
-@backends
+@held
 @pytest.mark.parametrize("dtype", contract.DTYPES, ids=str)
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 def test_relu_keeps_the_sign_of_the_sum(backend, dtype, recompute):
@@ -55,7 +56,7 @@ def test_relu_keeps_the_sign_of_the_sum(backend, dtype, recompute):
     contract.assert_parity("frozen_ffn", backend, arguments)
 
 
-@backends
+@held
 @pytest.mark.parametrize("dtype", contract.DTYPES, ids=str)
 @pytest.mark.parametrize(("d", "f"), [(1, 1), (7, 64), (40, 3), (131, 129)])
 @pytest.mark.parametrize("activation", ["relu", "silu"])
@@ -64,7 +65,7 @@ def test_odd_widths_and_no_biases(backend, dtype, d, f, activation):
     contract.assert_parity("frozen_ffn", backend, arguments)
 
 
-@backends
+@held
 @pytest.mark.parametrize(("activation", "gated"), [("relu", False), ("gelu", True)])
 @recomputes
 def test_several_chunks(backend, activation, gated, recompute):
@@ -85,7 +86,7 @@ def test_a_chunk_takes_eight_megabytes():
     assert op.chunk_rows(1 << 20, 65536, 4) == 256
 
 
-@backends
+@held
 @forms
 def test_non_contiguous_and_expanded(backend, activation, gated):
     draw = contract.source(FP32)

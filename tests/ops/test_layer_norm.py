@@ -15,6 +15,7 @@ FP32, FP64, BF16 = torch.float32, torch.float64, torch.bfloat16
 NORMS = ("layer_norm", "rms_norm")
 ARGUMENTS = {"layer_norm": parity.layer_norm_arguments, "rms_norm": parity.rms_norm_arguments}
 backends = pytest.mark.parametrize("backend", contract.BACKENDS)
+held = pytest.mark.parametrize("backend", contract.HELD)
 norms = pytest.mark.parametrize("norm", NORMS)
 
 
@@ -28,7 +29,7 @@ def leaves_of(norm, dtype, **options) -> dict:
 
 
 @norms
-@backends
+@held
 @pytest.mark.parametrize("dtype", contract.DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [(), (1,), (3,), (17,), (129,), (2, 3, 5)], ids=str)
 @pytest.mark.parametrize(("d", "parameters"), [(72, None), (131, FP32), (7, torch.float16)], ids=str)
@@ -36,14 +37,14 @@ def test_values_and_gradients(norm, backend, dtype, rows, d, parameters):
     contract.assert_parity(norm, backend, arguments_of(norm, dtype, rows=rows, d=d, parameter_dtype=parameters))
 
 
-@backends
+@held
 @pytest.mark.parametrize("dtype", contract.DTYPES, ids=str)
 def test_without_a_bias(backend, dtype):
     contract.assert_parity("layer_norm", backend, arguments_of("layer_norm", dtype, rows=(33,), bias=False))
 
 
 @norms
-@backends
+@held
 @pytest.mark.parametrize("rows", [511, 1100, 5000])
 def test_long_column_sums_stay_exact(norm, backend, rows):
     arguments = arguments_of(norm, FP32, rows=(rows,), d=16)
@@ -52,7 +53,7 @@ def test_long_column_sums_stay_exact(norm, backend, rows):
 
 
 @norms
-@backends
+@held
 @pytest.mark.parametrize("offset", [1000, -30])
 def test_rows_far_from_zero(norm, backend, offset):
     arguments = arguments_of(norm, FP32)
@@ -70,7 +71,7 @@ def test_gains_of_zero(norm, backend):
 
 
 @norms
-@backends
+@held
 def test_a_row_of_equal_values(norm, backend):
     arguments = arguments_of(norm, FP32)
     arguments["x"][3] = 2.5
@@ -79,7 +80,7 @@ def test_a_row_of_equal_values(norm, backend):
 
 
 @norms
-@backends
+@held
 def test_non_contiguous_and_expanded(norm, backend):
     draw = contract.source(FP32)
     arguments = arguments_of(norm, FP32, rows=(6, 5))

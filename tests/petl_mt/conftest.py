@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
+import os
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -81,8 +84,19 @@ def turned(pair: Pair) -> Pair:
 
 @pytest.fixture(scope="session")
 def parent(text, tmp_path_factory) -> Path:
-    """The run folder of a small model, trained from scratch both ways."""
-    out = tmp_path_factory.mktemp("parent") / "run"
+    """The run folder of a small model, trained from scratch both ways: by the first of several workers, for all."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    with open(shared / "parent.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (shared / "parent").exists():
+            train_parent(text, shared / "making" / "run")
+            (shared / "making").rename(shared / "parent")
+    return shutil.copytree(shared / "parent", tmp_path_factory.mktemp("parent") / "copy", symlinks=True) / "run"
+
+
+def train_parent(text: dict[str, Pair], out: Path) -> None:
     config = TrainConfig(
         model="new",
         out=str(out),
@@ -103,15 +117,18 @@ def parent(text, tmp_path_factory) -> Path:
         dropout=0.0,
     )
     train(config, quiet=True)
-    return out
 
 
 @pytest.fixture
 def settings(parent, text, tmp_path) -> dict:
+    return settings_of(parent, text, tmp_path / "run")
+
+
+def settings_of(parent: Path, text: dict[str, Pair], out: Path) -> dict:
     """Keyword arguments of a short run on the parent with LoRA, dropout on."""
     return {
         "model": str(parent / "model"),
-        "out": str(tmp_path / "run"),
+        "out": str(out),
         "train": [text["train"]],
         "valid": [text["valid"]],
         "method": "lora",

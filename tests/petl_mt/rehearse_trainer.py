@@ -70,9 +70,13 @@ def small(tmp_path_factory) -> str:
 
 @pytest.fixture
 def settings(lines, small, tmp_path) -> dict:
+    return settings_of(lines, small, tmp_path / "run")
+
+
+def settings_of(lines: dict[str, Pair], small: str, out: Path) -> dict:
     return {
         "model": small,
-        "out": str(tmp_path / "run"),
+        "out": str(out),
         "train": [lines["train"]],
         "valid": [lines["valid"]],
         "method": "lora",
@@ -96,16 +100,17 @@ def run(settings: dict, out: Path, quiet: bool = True, **changes) -> dict[str, t
     return load_file(RunFolder(out).checkpoints / "latest" / "trained.safetensors")
 
 
-@pytest.fixture
-def expected(settings, tmp_path, monkeypatch) -> dict[str, torch.Tensor]:
+@pytest.fixture(scope="session")
+def expected(lines, small, tmp_path_factory) -> dict[str, torch.Tensor]:
     """What the same run trains on the CPU."""
-    with monkeypatch.context() as patch:
+    out = tmp_path_factory.mktemp("expected") / "cpu"
+    with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_USE_CPU", "true")
         patch.setattr(trainer, "width_multiple", lambda device: 8)  # which decides what stands in a batch
         AcceleratorState._reset_state(reset_partial_state=True)
-        train(TrainConfig(**{**settings, "out": str(tmp_path / "cpu")}), quiet=True)
+        train(TrainConfig(**settings_of(lines, small, out)), quiet=True)
     AcceleratorState._reset_state(reset_partial_state=True)
-    return load_file(tmp_path / "cpu" / "checkpoints" / "latest" / "trained.safetensors")
+    return load_file(out / "checkpoints" / "latest" / "trained.safetensors")
 
 
 def assert_same_weights(found: dict, expected: dict) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import settings_of
 from petl_mt import checkpoint
 from petl_mt.cli import main
 from petl_mt.config import TrainConfig
@@ -62,12 +64,17 @@ def assert_same_run(out: str | Path, expected: str | Path) -> None:
     assert hypotheses[0] == hypotheses[1]
 
 
-@pytest.fixture
-def whole(settings, tmp_path) -> str:
-    """The same run, uninterrupted."""
-    out = str(tmp_path / "whole")
-    train(TrainConfig(**{**settings, "out": out}), quiet=True)
+@pytest.fixture(scope="module")
+def run_once(parent, text, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("uninterrupted") / "run"
+    train(TrainConfig(**settings_of(parent, text, out)), quiet=True)
     return out
+
+
+@pytest.fixture
+def whole(run_once, tmp_path) -> str:
+    """The same run, uninterrupted: a copy, which a test may change."""
+    return str(shutil.copytree(run_once, tmp_path / "whole", symlinks=True))
 
 
 @pytest.mark.parametrize("step", [1, 3, 5, 8])
@@ -141,10 +148,20 @@ def flags(settings: dict, config: Path) -> list[str]:
     return ["train", "--config", str(config), "--resume"]
 
 
+LONG = {"steps": 50, "eval_every": 10}
+
+
+@pytest.fixture(scope="module")
+def long_run(parent, text, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("long") / "run"
+    train(TrainConfig(**{**settings_of(parent, text, out), **LONG}), quiet=True)
+    return out
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_signals(settings, tmp_path, number):
+def test_signals(settings, long_run, tmp_path, number):
     """The real program, killed from outside at whatever step it is in."""
-    settings |= {"steps": 50, "eval_every": 10}
+    settings |= LONG
     command = [sys.executable, "-m", "petl_mt.cli", *flags(settings, tmp_path / "run.yaml")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
     latest = Path(settings["out"]) / "checkpoints" / "latest"
@@ -158,8 +175,7 @@ def test_signals(settings, tmp_path, number):
         assert f"interrupted; step {stopped} is saved" in process.stderr.read().decode()
     process.stderr.close()
     train(TrainConfig(**settings), resume=True, quiet=True)
-    train(TrainConfig(**{**settings, "out": str(tmp_path / "whole")}), quiet=True)
-    assert_same_run(settings["out"], tmp_path / "whole")
+    assert_same_run(settings["out"], long_run)
 
 
 def test_a_full_disk_costs_nothing_but_the_last_steps(settings, whole, tmp_path, monkeypatch, capsys):

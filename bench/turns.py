@@ -1,0 +1,42 @@
+"""Steps of several implementations in turn: all meet the same moments of a machine whose speed drifts."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+
+def seconds_in_turn(
+    steps: Mapping[Any, Callable[[], None]], rounds: int, warm: int, device: str
+) -> dict[Any, list[float]]:
+    """The seconds of each step in each of ``rounds`` rounds, in which each has one turn; ``warm`` rounds go before.
+
+    On a GPU the time is that until the host has queued the step.
+    """
+    found = {name: [] for name in steps}
+    for k in range(warm + rounds):
+        for name, step in steps.items():
+            if device == "cuda":
+                torch.cuda.synchronize()
+            began = time.perf_counter()
+            step()
+            if k >= warm:
+                found[name].append(time.perf_counter() - began)
+    return found
+
+
+def ratio(seconds: list[float], others: list[float]) -> float:
+    """The median over the rounds of one time over another of the same round."""
+    return statistics.median(one / two for one, two in zip(seconds, others, strict=True))
+
+
+def write_down(benchmark, seconds: list[float]) -> None:
+    """Let ``benchmark`` have ``seconds``, which were measured before, as its rounds."""
+    times = itertools.accumulate(itertools.chain(*([0.0, each] for each in seconds)))
+    benchmark._timer = lambda: next(times)  # the fixture reads it before and after each round
+    benchmark.pedantic(lambda: None, rounds=len(seconds), iterations=1)
