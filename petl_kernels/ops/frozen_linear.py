@@ -78,14 +78,14 @@ def _backward(dy: Tensor, weight: list[Tensor], need_dx: bool, need_dbias: bool,
         _, dbias = kernel(dy, empty(dy), False, need_dbias)
     else:
         dx, dbias = kernel(dy, weight[0].to(dy.dtype), need_dx, need_dbias)
-    return dx, dbias.to(accumulate_dtype(dy.dtype))
+    return dx, dbias
 
 
 def _backward_fake(
     dy: Tensor, weight: list[Tensor], need_dx: bool, need_dbias: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
     dx = dy.new_empty(*dy.shape[:-1], in_features(weight, dy.shape[-1])) if need_dx else empty(dy)
-    return dx, dy.new_empty(dy.shape[-1] if need_dbias else 0, dtype=accumulate_dtype(dy.dtype))
+    return dx, dy.new_empty(dy.shape[-1], dtype=accumulate_dtype(dy.dtype)) if need_dbias else empty(dy)
 
 
 def _save(ctx, inputs, output) -> None:
