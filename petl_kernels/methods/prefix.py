@@ -14,6 +14,7 @@ wrap its "eager" and "sdpa" ones. Masks and T5's position bias are extended by z
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -78,7 +79,8 @@ class Prefix(Piece):
         if self.mlp is None:
             return self.key, self.value
         (mlp,) = self.mlp
-        with torch.autocast(self.key.device.type, enabled=False):
+        device = self.key.device.type
+        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
             return mlp(self.key), mlp(self.value)
 
     def fold(self) -> None:
