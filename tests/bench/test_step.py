@@ -5,6 +5,10 @@ from __future__ import annotations
 import sys
 
 import pytest
+import torch
+from fake_graphs import Recorder
+
+import petl_kernels as pk
 
 from .conftest import CHECKOUT
 
@@ -12,7 +16,7 @@ sys.path.insert(0, str(CHECKOUT / "bench" / "step"))
 
 import bench_step  # noqa: E402
 import turns  # noqa: E402
-from bench_step import BF16, PEERS, QUICK, Text  # noqa: E402
+from bench_step import BF16, CARD, PEERS, QUICK, Text  # noqa: E402
 from random_model import frozen_model, random_weights  # noqa: E402
 from sentences import Data  # noqa: E402
 from shapes import m2m_config  # noqa: E402
@@ -55,6 +59,25 @@ def test_both_sides_have_the_same_sentences_of_real_lengths():
 def test_what_decides_most_comes_first():
     assert BF16[:3] == ("ours", "PEFT, bf16 adapters", "PEFT, defaults")
     assert QUICK[:3] == ("ours", "ours, fp32", "PEFT, fp32")
+    assert CARD[:4] == ("ours", "ours, graph", "PEFT, bf16 adapters", "PEFT, defaults")
+
+
+def test_a_captured_step(weights, monkeypatch):
+    """Its gradients are those of the same rows as they come, each step adding them once more."""
+    monkeypatch.setattr(bench_step, "CudaGraphs", lambda device: Recorder())
+    text = Text((), 1, data=Data(64, 16, updates=2))
+    nets = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        nets.append(bench_step.with_tier(frozen_model(CONFIG, weights), 1).float().eval())
+    with_graph, plain = nets
+    step = bench_step.captured_step_of(with_graph, text.inputs("ours, graph", "cpu"))
+    for _ in range(3):
+        step()
+    for row in text.inputs("ours", "cpu"):
+        plain(**row).loss.backward()
+    for found, expected in zip(*map(pk.trainable_parameters, (with_graph, plain)), strict=True):
+        torch.testing.assert_close(found.grad, 3 * expected.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_steps_take_turns():
