@@ -85,10 +85,11 @@ class Attention:
         o, lse = self._attend(q, k, v, call)
         call.keep(self.o, o)
         call.keep(self.lse, lse)
+        del q, raw
         y = self._adapted(self._read(o, call), call)
         h, u = self.residual.add_and_norm(y, x, self.reader, call)
         call.keep(self.sum, h)
-        return h if self.pre_norm else u, u, k, v
+        return (h, call.cast(u), k, v) if self.pre_norm else (u, u, k, v)
 
     def sum_again(self, x: Tensor, call: Call) -> Tensor:
         """Returns h once more, from what is kept."""
@@ -152,30 +153,33 @@ class Attention:
 
     # ---- backward ---------------------------------------------------------------------------------------------------
 
+    def end_backward(
+        self, dx: Tensor, du: Tensor, h: Tensor, call: Call, gradients: Gradients
+    ) -> tuple[Tensor, Tensor]:
+        """Returns dx, without what comes through u, and the gradient of o (batch, tokens, heads · head_dim).
+
+        dx, du: gradients of the next block's x, without what comes through its u, and of its u.
+        """
+        if not self.pre_norm:
+            du, dx = joined(du, dx), None
+        dtype = call.kept[self.o.key].dtype
+        dx, dy = self.residual.norm_backward(du, dx, h, self.reader, dtype, call, gradients)
+        return dx, self._out_backward(dy, call, gradients)
+
     def backward(
         self,
-        dx: Tensor,
-        du: Tensor,
+        do: Tensor,
         dk_more: Tensor | None,
         dv_more: Tensor | None,
         x: Tensor,
-        h: Tensor,
         source: Tensor | None,
         call: Call,
         gradients: Gradients,
         need_du: bool,
         need_dsource: bool,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Returns dx, without what comes through u, and du and dsource where they are needed.
-
-        dx, du: gradients of the next block's x, without what comes through its u, and of its u. ``dk_more``,
-        ``dv_more``: gradients of the k and v that the forward pass has returned.
-        """
-        if not self.pre_norm:
-            du, dx = joined(du, dx), None
-        dtype = call.kept[self.o.key].dtype
-        dh, e = self.residual.norm_backward(du, dx, h, self.reader, dtype, call, gradients)
-        do = self._out_backward(e, call, gradients)
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Returns du and dsource where they are needed. ``dk_more``, ``dv_more``: gradients of the k and v that the
+        forward pass has returned."""
         u = self._u_again(x, call)
         seen = u if source is None else source
         raw = [call.kept.get(place.key) for place in self.places]
@@ -183,16 +187,13 @@ class Attention:
             raw = self._project(u, seen, call)
         q, k, v = self._heads(raw)
         dq, dk, dv = self._attention_backward(do, q, k, v, call, gradients)
-        del do, q, k, v, e
+        del do, q, k, v
         dk, dv = summed(dk, dk_more), summed(dv, dv_more)
         dys = [_rows(grad) for grad in (dq, dk, dv)]
-        dsource = None
-        if self.cross:
-            du = self.linears[0].backward(dys[:1], u, raw[:1], call, gradients, need_du)
-            dsource = self.linears[1].backward(dys[1:], seen, raw[1:], call, gradients, need_dsource)
-        else:
-            du = self.linears[0].backward(dys, u, raw, call, gradients, need_du)
-        return dh, du, dsource
+        if not self.cross:
+            return self.linears[0].backward(dys, u, raw, call, gradients, need_du), None
+        du = self.linears[0].backward(dys[:1], u, raw[:1], call, gradients, need_du)
+        return du, self.linears[1].backward(dys[1:], seen, raw[1:], call, gradients, need_dsource)
 
     def _u_again(self, x: Tensor, call: Call) -> Tensor | None:
         """Returns what the products have read, where backward reads it or makes the products again."""

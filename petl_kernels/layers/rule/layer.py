@@ -92,7 +92,7 @@ class Rule:
         return _OneNode.apply(self, call, wanted, x, source, *wanted)
 
     def forward(self, x: Tensor, source: Tensor | None, call: Call) -> tuple[Tensor, ...]:
-        keys, u = [], self.attentions[0].norm.forward(x, call) if self.pre_norm else x
+        keys, u = [], call.cast(self.attentions[0].norm.forward(x, call)) if self.pre_norm else x
         for attention in self.attentions:
             x, u, k, v = attention.forward(x, u, source if attention.cross else None, call)
             keys += k, v
@@ -117,11 +117,12 @@ class Rule:
         dx, du = self.ffn.backward(dy, inputs.pop(), call, gradients)
         for i in reversed(range(len(self.attentions))):
             attention = self.attentions[i]
+            dx, do = attention.end_backward(dx, du, sums.pop(), call, gradients)
+            du = None  # not held while the next one is made
             given = source if attention.cross else None
             need_du = i > 0 or need_dx or (self.pre_norm and attention.trains_norm)
-            needs = need_du, need_dsource and attention.cross
-            own = *dkeys[2 * i : 2 * i + 2], inputs.pop(), sums.pop(), given
-            dx, du, found = attention.backward(dx, du, *own, call, gradients, *needs)
+            own, needs = dkeys[2 * i : 2 * i + 2], (need_du, need_dsource and attention.cross)
+            du, found = attention.backward(do, *own, inputs.pop(), given, call, gradients, *needs)
             dsource = found if attention.cross else dsource
         return self._first_backward(dx, du, x, call, gradients, need_dx), dsource
 
