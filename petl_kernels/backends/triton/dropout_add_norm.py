@@ -145,7 +145,7 @@ def _sum_norm_backward_kernel(
     weight_sum = tl.zeros((BN,), tl.float32)
     bias_sum = tl.zeros((BN,), tl.float32)
     for index in range(tl.program_id(0), M, tl.num_programs(0)):
-        row = index.to(tl.int64)
+        row = tl.cast(index, tl.int64)
         centre = 0.0
         if mean is not None:
             centre = tl.load(mean + row)

@@ -69,7 +69,8 @@ class Norm:
         own = mean, call.kept[self.rstd.key], self.weight
         dropout = dtype, rate, seed
         dh, dy, *found = run("dropout_add_norm_backward", du, dh, h, *own, *dropout, *needs, call.backend)
-        self._add(found, gradients)
+        if needs[0] or needs[1]:
+            self._add(found, gradients)
         return dh, dy
 
     def backward(self, du: Tensor, dx: Tensor | None, x: Tensor, call: Call, gradients: Gradients) -> Tensor:
