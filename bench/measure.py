@@ -74,7 +74,8 @@ def forward_only(function: Callable) -> Prepare:
 def passes(*arrays: int) -> Prepare:
     """A limit that does nothing but move bytes: for each number a pass over as many arrays of the first input's size.
 
-    Two are a copy, three a sum, four two copies, five a sum and a copy. Into memory that stands: a limit has nothing to allocate.
+    Two are a copy, three a sum, four two copies, five a sum and a copy. Into memory that stands: a limit has nothing to
+    allocate.
     """
 
     def prepare(x: Tensor, *_: Tensor | None) -> Work:
