@@ -51,7 +51,7 @@ def test_values_and_gradients(name, dtype):
         "lora_linear-129-rows-3-groups-dropout",
         "bottleneck_adapter-129-rows-relu",
         "layer_norm-67-rows",
-        "dropout_add_norm-67-rows",
+        "dropout_add_norm-19-rows",
         "frozen_ffn-129-rows-relu",
         "activation-relu-dropout",
     ],
@@ -107,7 +107,7 @@ def test_a_norms_output_again_is_its_output_to_the_bit(name, dtype):
     assert torch.equal(values["y"], values["again"])
 
 
-@pytest.mark.parametrize("name", ["67-rows", "too-long", "rms-fp32-stream", "no-bias-no-dropout", "strided"])
+@pytest.mark.parametrize("name", ["19-rows", "too-long", "rms-fp32-stream"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_sum_and_its_norm_have_the_bits_of_the_two_ops(name, dtype):
     given = triton_cases.DROPOUT_ADD_NORM[name](parity.Source(CPU, DTYPES[dtype]))

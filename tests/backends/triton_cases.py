@@ -216,15 +216,15 @@ DROPOUT_ADD = {
     "strided": _dropout_add_strided,
     "no-rows": lambda draw: dropout_add(draw, (0,), features=45),
 }
-# Rows of more than 64 are too long for one program in the interpreter.
+# In the interpreter rows of more than 64 are too long for one program, and those after the 16th are its second turn.
 DROPOUT_ADD_NORM = {
     "1-row": lambda draw: dropout_add_norm(draw, (1,), d=45),
-    "67-rows": lambda draw: dropout_add_norm(draw, (67,), d=64, p=0.1),
-    "too-long": lambda draw: dropout_add_norm(draw, (33,), d=72),
-    "too-long-rms": lambda draw: dropout_add_norm(draw, (9,), d=65, p=0.0, centred=False),
-    "no-bias-no-dropout": lambda draw: dropout_add_norm(draw, (17,), d=20, p=0.0, bias=False, more=False),
+    "19-rows": lambda draw: dropout_add_norm(draw, (19,), d=64, p=0.1),
+    "too-long": lambda draw: dropout_add_norm(draw, (5,), d=72),
+    "too-long-rms": lambda draw: dropout_add_norm(draw, (3,), d=65, p=0.0, centred=False),
+    "no-bias-no-dropout": lambda draw: dropout_add_norm(draw, (5,), d=20, p=0.0, bias=False, more=False),
     "rms-fp32-stream": lambda draw: dropout_add_norm(
-        draw, (33,), d=52, centred=False, stream=torch.float32, parameter_dtype=torch.float32
+        draw, (18,), d=52, centred=False, stream=torch.float32, parameter_dtype=torch.float32
     ),
     "strided": _dropout_add_norm_strided,
     "no-rows": lambda draw: dropout_add_norm(draw, (0,), d=45),
