@@ -22,6 +22,8 @@ FP32 = 4
 # Parts of a sum over tokens that are written and added up: two programs for each multiprocessor, over the 16 tiles of
 # columns that d = 1024 has.
 PARTS = 17
+# The same where programs walk over whole rows: four for each multiprocessor (triton/config.py).
+ROW_PARTS = 4 * 132
 # Instructions an element, counted for sm_90.
 MASK = 22
 ACTIVATION = {"relu": (8.5, 9.5), "gated relu": (10.5, 17.5)}
@@ -317,6 +319,22 @@ def dropout_add(t: int, d: int, size: int) -> Counts:
         Launch("_dropout_add_kernel", bytes=2 * array, instructions=DROPOUT_ADD[1] * t * d),
     )
     return Counts(0, 5 * array, kernels)
+
+
+def dropout_add_norm(t: int, d: int, size: int, trained: bool = False, centred: bool = True) -> Counts:
+    """y and the residual in, h and u out; du, h and the residual's gradient in, that of h and of y out."""
+    parameters = 2 if centred else 1
+    array, rows, sums = t * d * size, FP32 * parameters * t, FP32 * parameters * d
+    forward, backward = 4 * array + rows + parameters * d * size, 5 * array + rows + d * size
+    work = [each * t * d for each in DROPOUT_ADD]
+    kernels = [
+        Launch("_sum_norm_kernel", bytes=forward, instructions=work[0]),
+        Launch("_sum_norm_backward_kernel", bytes=backward + trained * ROW_PARTS * sums, instructions=work[1]),
+    ]
+    if trained:
+        kernels.append(Launch("_sum_kernel", bytes=(ROW_PARTS + 1) * sums))
+        backward += sums
+    return Counts(0, forward + backward, tuple(kernels))
 
 
 def layer_norm(t: int, d: int, size: int, trained: bool = False) -> Counts:

@@ -74,14 +74,15 @@ def forward_only(function: Callable) -> Prepare:
 def passes(*arrays: int) -> Prepare:
     """A limit that does nothing but move bytes: for each number a pass over as many arrays of the first input's size.
 
-    Two are a copy, three a sum, five both. Into memory that stands: a limit has nothing to allocate.
+    Two are a copy, three a sum, four two copies, five a sum and a copy. Into memory that stands: a limit has nothing to
+    allocate.
     """
 
     def prepare(x: Tensor, *_: Tensor | None) -> Work:
         x = x.detach()
         other, out = torch.randn_like(x), torch.empty_like(x)
         copy, add = (lambda: out.copy_(x)), (lambda: torch.add(x, other, out=out))
-        parts = [part for count in arrays for part in {2: [copy], 3: [add], 5: [add, copy]}[count]]
+        parts = [part for count in arrays for part in {2: [copy], 3: [add], 4: [copy, copy], 5: [add, copy]}[count]]
         return Work(lambda: [part() for part in parts])
 
     return prepare

@@ -148,6 +148,7 @@ def _cases(name: str, tokens: int) -> Iterator[tuple[str, str]]:
         yield "activation", "relu p=0"
         yield "layer_norm", "frozen"
     yield "dropout_add", "p=0.1"
+    yield "dropout_add_norm", "frozen"
     if shape(name, "cuda").head_dim <= 128:  # wider heads have no kernel of ours
         yield "attention", f"{tokens // 128}x128 dropout 0"
     for storage in ("int8", "nf4"):
@@ -209,6 +210,10 @@ def _dropout_add(s: Shape, case: str, t: int, size: int) -> tuple[Counts, Counts
     return counts.dropout_add(t, s.d, size), _passes(t * s.d, size, 3, 2)
 
 
+def _dropout_add_norm(s: Shape, case: str, t: int, size: int) -> tuple[Counts, Counts]:
+    return counts.dropout_add_norm(t, s.d, size, case == "trained"), _passes(t * s.d, size, 4, 5)
+
+
 def _attention(s: Shape, case: str, t: int, size: int) -> tuple[Counts, Counts]:
     rows, length = map(int, case.split()[0].split("x"))
     scores = counts.attention(rows, s.heads, length, length, s.head_dim, size, mask=rows * length)
@@ -238,6 +243,7 @@ WORK = {
     "layer_norm": _layer_norm,
     "rms_norm": _rms_norm,
     "dropout_add": _dropout_add,
+    "dropout_add_norm": _dropout_add_norm,
     "attention": _attention,
     "quantised_project": _quantised_project,
     "linear_cross_entropy": _linear_cross_entropy,

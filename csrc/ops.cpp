@@ -35,6 +35,8 @@ TORCH_LIBRARY(petl_cpu, m) {
   m.def("frozen_ffn_backward", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::frozen_ffn_backward)));
   m.def("dropout_add", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::dropout_add)));
   m.def("dropout_add_backward", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::dropout_add_backward)));
+  m.def("dropout_add_norm", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::dropout_add_norm)));
+  m.def("dropout_add_norm_backward", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::dropout_add_norm_backward)));
   m.def("activation", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::activation)));
   m.def("activation_backward", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::activation_backward)));
   m.def("gated_activation", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::gated_activation)));

@@ -175,7 +175,7 @@ def _largest_score(given: dict) -> float:
     return scores.abs().max().item() if scores.numel() else 0.0
 
 
-_OF_TOKENS = ("dx", "dhidden")  # gradients of activations
+_OF_TOKENS = ("dx", "dy", "dresidual", "dhidden")  # gradients of activations
 
 
 _WITHOUT_SUMS = {
@@ -321,6 +321,15 @@ def _run_dropout_add(forward: Callable, backward: Callable, given: dict) -> Valu
     return {"y": forward(x, residual, p, seed), "dx": backward(given["dy"], x.dtype, p, seed)}
 
 
+def _run_dropout_add_norm(forward: Callable, backward: Callable, given: dict) -> Values:
+    y, weight, bias, p, seed, centred = (given[name] for name in ("y", "weight", "bias", "p", "seed", "centred"))
+    h, u, mean, rstd = forward(y, given["residual"], weight, bias, given["eps"], p, seed, centred)
+    mean, needs = mean if centred else None, (True, bias is not None)
+    dropout = y.dtype, p, seed
+    dh, dy, dweight, dbias = backward(given["du"], given["dh"], h, mean, rstd, weight, *dropout, *needs)
+    return {"h": h, "u": u, "dresidual": dh, "dy": dy, "dweight": dweight, "dbias": dbias}
+
+
 def _run_quantise(forward: Callable, backward: Callable, given: dict) -> Values:
     weight, dequantise = given["weight"], _kernel("dequantise", "reference")
     return {"w": dequantise(forward(weight), 0, *weight.shape, torch.float32)}
@@ -353,6 +362,7 @@ _RUN = {
     "activation": _run_activation,
     "gated_activation": _run_gated_activation,
     "dropout_add": _run_dropout_add,
+    "dropout_add_norm": _run_dropout_add_norm,
     "quantise_int8": _run_quantise,
     "quantise_nf4": _run_quantise,
     "dequantise": _run_dequantise,
@@ -605,6 +615,26 @@ def dropout_add_arguments(draw: Source, rows=(17,), features=72, p=0.3, stream=N
     return {"x": x, "residual": residual, "p": p, "seed": draw.seed(), "dy": dy}
 
 
+def dropout_add_norm_arguments(
+    draw: Source, rows=(17,), d=72, p=0.3, centred=True, bias=True, stream=None, parameter_dtype=None, more=True
+) -> dict:
+    """more: whether h has a gradient from elsewhere, as it has in a layer with its norms in front."""
+    stream, parameter_dtype = stream or draw.dtype, parameter_dtype or draw.dtype
+    wide = torch.promote_types(draw.dtype, stream)
+    return {
+        "y": draw(*rows, d),
+        "residual": draw(*rows, d, dtype=stream),
+        "weight": draw(d, dtype=parameter_dtype),
+        "bias": draw(d, dtype=parameter_dtype) if bias and centred else None,
+        "eps": 1e-5,
+        "p": p,
+        "seed": draw.seed() if p else None,
+        "centred": centred,
+        "du": draw(*rows, d, dtype=torch.promote_types(wide, parameter_dtype)),
+        "dh": draw(*rows, d, dtype=wide) if more else None,
+    }
+
+
 def quantised_weight(draw: Source, n: int, k: int, storage: str) -> Tensor:
     """A weight (n, k) that every backend gets with the same bits."""
     from petl_kernels.ops.quantised import quantise  # see table()
@@ -770,6 +800,20 @@ def _fp32_stream(device, dtype):
     return dropout_add_arguments(Source(device, dtype), rows=(33,), stream=torch.float32)
 
 
+def _sum_and_norm(device, dtype):
+    return dropout_add_norm_arguments(Source(device, dtype), rows=(3, 43))
+
+
+def _fp32_stream_and_norm(device, dtype):
+    return dropout_add_norm_arguments(
+        Source(device, dtype), rows=(33,), d=61, stream=torch.float32, parameter_dtype=torch.float32, more=False
+    )
+
+
+def _sum_and_rms(device, dtype):
+    return dropout_add_norm_arguments(Source(device, dtype), p=0.0, centred=False)
+
+
 def _matrix(device, dtype):
     return {"weight": Source(device, dtype)(33, 75)}
 
@@ -816,6 +860,7 @@ CASES = {
     "activation": (_packed_relu, _gelu_with_dropout, _gelu_tanh, _silu),
     "gated_activation": (_gated_gelu_tanh, _gated_silu_with_dropout),
     "dropout_add": (_one_dtype, _fp32_stream),
+    "dropout_add_norm": (_sum_and_norm, _fp32_stream_and_norm, _sum_and_rms),
     "quantise_int8": (_matrix,),
     "quantise_nf4": (_matrix,),
     "dequantise": (_int8_rows, _nf4_rows),

@@ -177,6 +177,29 @@ at::Tensor dropout_add(const at::Tensor& x, const at::Tensor& residual, double p
 
 at::Tensor dropout_add_backward(const at::Tensor& dy, at::ScalarType dtype, double p, const at::Tensor& seed);
 
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> dropout_add_norm(
+    const at::Tensor& y,
+    const at::Tensor& residual,
+    const at::Tensor& weight,
+    const std::optional<at::Tensor>& bias,
+    double eps,
+    double p,
+    const std::optional<at::Tensor>& seed,
+    bool centred);
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> dropout_add_norm_backward(
+    const at::Tensor& du,
+    const std::optional<at::Tensor>& dresidual,
+    const at::Tensor& h,
+    const std::optional<at::Tensor>& mean,
+    const at::Tensor& rstd,
+    const at::Tensor& weight,
+    std::optional<at::ScalarType> dtype,
+    double p,
+    const std::optional<at::Tensor>& seed,
+    bool need_dweight,
+    bool need_dbias);
+
 std::tuple<at::Tensor, at::Tensor> activation(
     const at::Tensor& z, std::string_view kind, double dropout, const std::optional<at::Tensor>& seed);
 

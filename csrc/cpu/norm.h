@@ -1,4 +1,4 @@
-// What layer_norm and rms_norm share: loops over rows, with a mean (kCentred) or without.
+// What layer_norm, rms_norm and dropout_add_norm share: loops over rows, with a mean (kCentred) or without.
 //
 // scalar_t is the dtype of x, out_t that of y and dy, acc_t that of everything between them and of sums.
 #pragma once
@@ -8,11 +8,12 @@
 
 namespace petl {
 
+// So few rows that their column sums, formed before they join a slice's, stay exact.
+constexpr int64_t kNormRows = 32;
+
 template <typename scalar_t, typename out_t, bool kCentred>
 struct Norm {
   using acc_t = compute_t<scalar_t>;
-  // So few rows that their column sums, formed before they join a slice's, stay exact.
-  static constexpr int64_t kBlockRows = 32;
 
   Norm(const Tensor& rows, const Tensor& weight, const OptionalTensor& bias)
       : d(rows.size(1)),
@@ -21,15 +22,18 @@ struct Norm {
         wide_bias(bias ? in_dtype(*bias, compute_type(rows)) : Tensor()),
         w(wide_weight.const_data_ptr<acc_t>()),
         v(bias ? wide_bias.const_data_ptr<acc_t>() : nullptr),
-        blocks(rows.size(0), kBlockRows),
+        blocks(rows.size(0), kNormRows),
         x_row(d),
         out_row(d) {}
 
   const acc_t* row_of_x(int64_t row) const { return converted(x + row * d, x_row.mine(), d); }
 
-  void forward(acc_t eps, acc_t* mean, acc_t* rstd, out_t* y) const {
+  // prepare(i) comes ahead of row i, and may write it.
+  template <typename F>
+  void forward(acc_t eps, acc_t* mean, acc_t* rstd, out_t* y, const F& prepare) const {
     blocks.parallel_for_each([&](int64_t first, int64_t count) {
       for (int64_t i = first; i < first + count; ++i) {
+        prepare(i);
         const acc_t* row = row_of_x(i);
         acc_t square = 0, centre = 0;
         if constexpr (kCentred) {
@@ -53,7 +57,8 @@ struct Norm {
     });
   }
 
-  // dx, dweight and dbias (partial sums, one a slice); each may be absent.
+  // dx, dweight and dbias (partial sums, one a slice); each may be absent. finish(i) comes behind row i of dx.
+  template <typename F>
   void backward(
       const out_t* dy,
       const acc_t* mean,
@@ -61,7 +66,8 @@ struct Norm {
       const Slices& slices,
       scalar_t* dx,
       const OptionalTensor& dweight,
-      const OptionalTensor& dbias) const {
+      const OptionalTensor& dbias,
+      const F& finish) const {
     const Scratch<acc_t> dy_row(d), weight_sum(dweight ? d : 0), bias_sum(dbias ? d : 0);
     slices.parallel_for_each([&](int64_t slice, int64_t first, int64_t count) {
       std::fill_n(weight_sum.mine(), dweight ? d : 0, acc_t(0));
@@ -72,6 +78,7 @@ struct Norm {
         const acc_t centre = kCentred ? mean[i] : 0;
         if (dx != nullptr) {
           input_gradient(row, grad, centre, rstd[i], dx + i * d);
+          finish(i);
         }
         if (dweight) {
           add_weight_gradient(row, grad, centre, rstd[i], weight_sum.mine());
@@ -151,6 +158,29 @@ const T* data_or_null(const OptionalTensor& tensor) {
   return tensor ? tensor->const_data_ptr<T>() : nullptr;
 }
 
+// What comes ahead of or behind a row of a norm that stands alone.
+constexpr auto nothing = [](int64_t) {};
+
+// Where the gradients of a norm's parameters are summed: one part a slice of the rows, for each that is needed.
+struct ParameterSums {
+  ParameterSums(const Tensor& rows, bool need_dweight, bool need_dbias)
+      : slices(Blocks(rows.size(0), kNormRows)),
+        dweight(parts(rows, need_dweight)),
+        dbias(parts(rows, need_dbias)),
+        dtype(compute_type(rows)) {}
+
+  OptionalTensor parts(const Tensor& rows, bool needed) const {
+    return needed ? OptionalTensor(slices.partial_sums(rows, {rows.size(1)})) : std::nullopt;
+  }
+
+  // The gradient, of size 0 where it is not needed.
+  Tensor total(const OptionalTensor& parts) const { return parts ? Slices::total(*parts) : absent(dtype); }
+
+  Slices slices;
+  OptionalTensor dweight, dbias;
+  at::ScalarType dtype;
+};
+
 inline at::ScalarType output_type(const Tensor& x, const Tensor& weight) {
   return at::promote_types(x.scalar_type(), weight.scalar_type());
 }
@@ -172,7 +202,8 @@ std::tuple<Tensor, OptionalTensor, Tensor> norm_forward(
             static_cast<acc_t>(eps),
             mean ? mean->template mutable_data_ptr<acc_t>() : nullptr,
             rstd.mutable_data_ptr<acc_t>(),
-            y.mutable_data_ptr<decltype(result)>());
+            y.mutable_data_ptr<decltype(result)>(),
+            nothing);
   });
   return {in_dtype(y, out), mean, rstd};
 }
@@ -211,11 +242,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(
     bool need_dbias) {
   const Tensor rows = as_rows(x), rstds = rstd.contiguous();
   const OptionalTensor means = mean ? OptionalTensor(mean->contiguous()) : std::nullopt;
-  const Slices slices(Blocks(rows.size(0), Norm<float, float, kCentred>::kBlockRows));
-  const auto partial_sums = [&](bool needed) {
-    return needed ? OptionalTensor(slices.partial_sums(x, {rows.size(1)})) : std::nullopt;
-  };
-  const OptionalTensor dweight = partial_sums(need_dweight), dbias = partial_sums(need_dbias);
+  const ParameterSums sums(rows, need_dweight, need_dbias);
   Tensor dx = need_dx ? empty(x.sizes(), x.scalar_type()) : absent(x.scalar_type());
   dispatch_norm(x.scalar_type(), dy.scalar_type(), [&](auto scalar, auto result) {
     using scalar_t = decltype(scalar);
@@ -227,15 +254,13 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(
             dys.const_data_ptr<out_t>(),
             data_or_null<acc_t>(means),
             rstds.const_data_ptr<acc_t>(),
-            slices,
+            sums.slices,
             need_dx ? dx.mutable_data_ptr<scalar_t>() : nullptr,
-            dweight,
-            dbias);
+            sums.dweight,
+            sums.dbias,
+            nothing);
   });
-  const auto total = [&](const OptionalTensor& sums) {
-    return sums ? Slices::total(*sums) : absent(rstd.scalar_type());
-  };
-  return {dx, total(dweight), total(dbias)};
+  return {dx, sums.total(sums.dweight), sums.total(sums.dbias)};
 }
 
 } // namespace petl

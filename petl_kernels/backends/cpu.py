@@ -27,6 +27,7 @@ _WITH_BACKWARD = (
     "activation",
     "gated_activation",
     "dropout_add",
+    "dropout_add_norm",
 )
 _ALONE = (
     "layer_norm_from_statistics",

@@ -7,6 +7,7 @@ from petl_kernels.ops import (  # noqa: F401
     attention,
     bottleneck_adapter,
     dropout_add,
+    dropout_add_norm,
     frozen_ffn,
     frozen_linear,
     gated_activation,

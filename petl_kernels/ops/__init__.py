@@ -7,6 +7,7 @@ from petl_kernels.ops.activation import activation
 from petl_kernels.ops.attention import attention
 from petl_kernels.ops.bottleneck_adapter import bottleneck_adapter
 from petl_kernels.ops.dropout_add import dropout_add
+from petl_kernels.ops.dropout_add_norm import dropout_add_norm
 from petl_kernels.ops.frozen_ffn import frozen_ffn
 from petl_kernels.ops.frozen_linear import frozen_linear
 from petl_kernels.ops.gated_activation import gated_activation
@@ -28,6 +29,7 @@ OPS = (
     "activation",
     "gated_activation",
     "dropout_add",
+    "dropout_add_norm",
     "linear_cross_entropy",
     "quantise_int8",
     "quantise_nf4",
@@ -45,6 +47,7 @@ __all__ = [
     "backend_of",
     "bottleneck_adapter",
     "dropout_add",
+    "dropout_add_norm",
     "frozen_ffn",
     "frozen_linear",
     "gated_activation",

@@ -24,7 +24,7 @@ WITHOUT_PRODUCT = {
 }
 ELEMENTWISE = {
     *("_activation_kernel", "_activation_backward_kernel", "_gated_kernel", "_gated_backward_kernel"),
-    "_dropout_add_kernel",
+    *("_dropout_add_kernel", "_sum_norm_kernel", "_sum_norm_backward_kernel"),
 }
 WITH_PRODUCT = {
     *("_matmul_kernel", "_project_kernel", "_outputs_kernel", "_rank_gradients_kernel", "_input_gradient_kernel"),

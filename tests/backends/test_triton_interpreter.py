@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 import triton_cases
+from ops.test_dropout_add_norm import one_after_the_other
 from ops.test_parallel_ffn import arguments_of, assert_right
 
 from petl_kernels import backends, ops, parity
@@ -34,6 +35,7 @@ TWICE = (
     "lora_linear-129-rows-3-groups-dropout",
     "bottleneck_adapter-129-rows-relu",
     "layer_norm-67-rows",
+    "dropout_add_norm-19-rows",
     "frozen_ffn-129-rows-relu",
     "activation-relu-dropout",
 )
@@ -123,6 +125,27 @@ def test_a_norms_output_again_is_its_output_to_the_bit(name, dtype):
     op, case = triton_cases.CASES[name]
     values = parity.run(op, "triton", case(parity.Source(CPU, DTYPES[dtype])))
     assert torch.equal(values["y"], values["again"])
+
+
+@pytest.mark.parametrize("name", ["19-rows", "too-long", "rms-fp32-stream"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_sum_and_its_norm_have_the_bits_of_the_two_ops(name, dtype):
+    given = triton_cases.DROPOUT_ADD_NORM[name](parity.Source(CPU, DTYPES[dtype]))
+    computed, expected = parity.run("dropout_add_norm", "triton", given), one_after_the_other("triton", given)
+    sums = ("dweight", "dbias")  # in another order
+    for value in expected:
+        assert value in sums or torch.equal(computed[value], expected[value]), value
+
+
+def test_only_the_gradients_of_a_sum_and_its_norm_asked_for():
+    given = parity.dropout_add_norm_arguments(parity.Source(CPU, torch.float32), (5,), d=12)
+    h, weight, backward = given["y"], given["weight"], backends.kernel_of("dropout_add_norm_backward", "triton")
+    arguments = (given["du"], None, h, h.mean(-1), h.var(-1, correction=0).rsqrt(), weight)
+    dropout = torch.float32, given["p"], given["seed"]
+    assert [own.numel() for own in backward(*arguments, None, 0.0, None, True, False)] == [60, 0, 12, 0]
+    found = backward(*arguments, *dropout, False, True)
+    assert [own.numel() for own in found] == [60, 60, 0, 12]
+    torch.testing.assert_close(found[3], given["du"].sum(0))
 
 
 @pytest.mark.parametrize("f", [5, 40, 75])

@@ -28,6 +28,7 @@ from petl_kernels.backends.triton import (
     common,
     config,
     dropout_add,
+    dropout_add_norm,
     frozen_ffn,
     frozen_linear,
     gated_activation,
@@ -64,7 +65,7 @@ def record(card: str, call: Callable[[], None]) -> list[tuple]:
     saved = config.device_class, config.processors
     config.device_class, config.processors = lambda device: card, lambda device: CARDS[card][1]
     modules = (
-        *(activation, attention, bottleneck_adapter, common, dropout_add, frozen_ffn, frozen_linear),
+        *(activation, attention, bottleneck_adapter, common, dropout_add, dropout_add_norm, frozen_ffn, frozen_linear),
         *(gated_activation, layer_norm, linear_cross_entropy, lora_linear, quantised, rms_norm),
     )
     original = common.launch
@@ -205,6 +206,20 @@ def residual(dtype: torch.dtype, stream: torch.dtype, tokens: int = 8192, d: int
     dropout_add.dropout_add_backward(y, dtype, 0.1, seed)
 
 
+def residual_norm(
+    dtype: torch.dtype, stream: torch.dtype, d: int, trained: bool, centred: bool = True, p: float = 0.1,
+    tokens: int = 8192,
+) -> None:  # fmt: skip
+    """As a layer with its norms in front calls it."""
+    y, x, weight, seed = _new(dtype, tokens, d), _new(stream, tokens, d), _new(dtype, d), _new(torch.int64, 1)
+    h, u, mean, rstd = dropout_add_norm.dropout_add_norm(
+        y, x, weight, weight if centred else None, 1e-5, p, seed, centred
+    )
+    mean = mean if centred else None
+    needs = trained, trained and centred
+    dropout_add_norm.dropout_add_norm_backward(u, x, h, mean, rstd, weight, dtype if p else None, p, seed, *needs)
+
+
 def loss(dtype: torch.dtype, words: int, bias: bool, smoothing: float, rows: int = 64) -> None:
     logits = _new(dtype, rows, -(-words // 16) * 16)[:, :words]
     labels, word = _new(torch.int64, rows), _new(torch.float32, words) if bias else None
@@ -266,6 +281,8 @@ EVERYWHERE = [
     (activate, FP16, "gelu_tanh", 0.0),
     (residual, BF16, BF16),
     (residual, FP16, FP32),
+    (residual_norm, BF16, BF16, 1024, False),
+    (residual_norm, FP16, FP32, 4096, True),
     (quantised_products, BF16, "nf4", 128),
     (quantised_products, FP16, "nf4", 17),
     (quantised_products, FP16, "nf4", 8192, 1024, 1000),
@@ -292,6 +309,11 @@ ONLY = {
     ],
     "sm90": [
         (lora, BF16, 3, 64, 0.0),
+        (residual_norm, FP32, FP32, 1024, True),
+        (residual_norm, BF16, FP32, 2048, False),
+        (residual_norm, BF16, BF16, 768, True, False),
+        (residual_norm, FP16, FP16, 1037, False, True, 0.1),
+        (residual_norm, BF16, BF16, 1024, False, True, 0.0),
         (activate, FP32, "gelu", 0.1),
         (activate, BF16, "relu", 0.0),
         (activate, BF16, "silu", 0.1, 8192, 1037),

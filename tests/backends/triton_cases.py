@@ -13,6 +13,7 @@ from petl_kernels.parity import activation_arguments as activation
 from petl_kernels.parity import attention_arguments as attention
 from petl_kernels.parity import bottleneck_adapter_arguments as adapter
 from petl_kernels.parity import dropout_add_arguments as dropout_add
+from petl_kernels.parity import dropout_add_norm_arguments as dropout_add_norm
 from petl_kernels.parity import frozen_ffn_arguments as ffn
 from petl_kernels.parity import frozen_linear_arguments as frozen
 from petl_kernels.parity import layer_norm_arguments as layer_norm
@@ -103,6 +104,12 @@ def _dropout_add_strided(draw):
     return (
         given | {name: _strided_rows(given[name]) for name in ("x", "dy")} | {"residual": _strided(given["residual"])}
     )
+
+
+def _dropout_add_norm_strided(draw):
+    given = dropout_add_norm(draw, (3, 11), d=45)
+    strided = {name: _strided(given[name]) for name in ("residual", "weight", "dh")}
+    return given | strided | {name: _strided_rows(given[name]) for name in ("y", "du")}
 
 
 def _attention_strided(draw):
@@ -209,6 +216,19 @@ DROPOUT_ADD = {
     "strided": _dropout_add_strided,
     "no-rows": lambda draw: dropout_add(draw, (0,), features=45),
 }
+# In the interpreter rows of more than 64 are too long for one program, and those after the 16th are its second turn.
+DROPOUT_ADD_NORM = {
+    "1-row": lambda draw: dropout_add_norm(draw, (1,), d=45),
+    "19-rows": lambda draw: dropout_add_norm(draw, (19,), d=64, p=0.1),
+    "too-long": lambda draw: dropout_add_norm(draw, (5,), d=72),
+    "too-long-rms": lambda draw: dropout_add_norm(draw, (3,), d=65, p=0.0, centred=False),
+    "no-bias-no-dropout": lambda draw: dropout_add_norm(draw, (5,), d=20, p=0.0, bias=False, more=False),
+    "rms-fp32-stream": lambda draw: dropout_add_norm(
+        draw, (18,), d=52, centred=False, stream=torch.float32, parameter_dtype=torch.float32
+    ),
+    "strided": _dropout_add_norm_strided,
+    "no-rows": lambda draw: dropout_add_norm(draw, (0,), d=45),
+}
 LOSS = {
     "1-row-1-block": lambda draw: loss(draw, (1,), words=20),
     "33-rows-fairseq": lambda draw: loss(draw, (3, 11), words=131, smoothing="fairseq", logit_scale=0.5),
@@ -270,6 +290,7 @@ TABLES = {
     "activation": ACTIVATION,
     "gated_activation": GATED,
     "dropout_add": DROPOUT_ADD,
+    "dropout_add_norm": DROPOUT_ADD_NORM,
     "linear_cross_entropy": LOSS,
     "attention": ATTENTION,
 }
@@ -338,6 +359,13 @@ LARGE = {
             lambda draw, features=features: dropout_add(draw, (1030,), features, 0.1, torch.float32),
         )
         for features in (1024, 1037)
+    },
+    **{
+        f"dropout_add_norm-{d}": (
+            "dropout_add_norm",
+            lambda draw, d=d: dropout_add_norm(draw, (2050,), d, 0.1, parameter_dtype=torch.float32),
+        )
+        for d in (1024, 1032, 4090, 4104)
     },
     **{
         f"linear_cross_entropy-{words}-words": (

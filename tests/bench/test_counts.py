@@ -195,6 +195,11 @@ def norm_bytes():
         own = [w, v] if trained else []
         yield traffic(lambda w=w, v=v: ops.layer_norm(x, w, v), x, *own), counts.layer_norm(T, D, 2, trained)
         yield traffic(lambda w=w: ops.rms_norm(x, w), x, *own[:1]), counts.rms_norm(T, D, 2, trained)
+        y = new(T, D, dtype=BF16, grad=True)
+        run = traffic(lambda w=w, v=v, y=y: list(ops.dropout_add_norm(y, x, w, v, 0.1)), y, x, *own)
+        yield run, counts.dropout_add_norm(T, D, 2, trained)
+        run = traffic(lambda w=w, y=y: list(ops.dropout_add_norm(y, x, w, p=0.1, centred=False)), y, x, *own[:1])
+        yield run, counts.dropout_add_norm(T, D, 2, trained, centred=False)
 
 
 def attention_bytes():
@@ -243,6 +248,8 @@ LAUNCHES = {
     **{f"parallel(BF16, {m})": counts.parallel_ffn(8192, 1024, 4096, m, "relu", 2) for m in (64, 417)},
     "activate(BF16, 'relu', 0.1)": counts.activation(8192, 4096, "relu", 2) + counts.gated_activation(8192, 4096, 2),
     "residual(BF16, BF16)": counts.dropout_add(8192, 1024, 2),
+    "residual_norm(BF16, BF16, 1024, False)": counts.dropout_add_norm(8192, 1024, 2),
+    "residual_norm(BF16, BF16, 1024, True)": counts.dropout_add_norm(8192, 1024, 2, True),
     "attend(BF16, 64, ('padding',))": counts.attention(16, 16, 512, 512, 64, 2),
     "attend(BF16, 64, ('packed',))": counts.attention(1, 16, 8192, 8192, 64, 2),
     **{

@@ -8,10 +8,13 @@ from methods.models import build
 from torch import nn
 
 import petl_kernels as pk
+from petl_kernels.layers import rule
 from petl_kernels.layers.lean import LeanLayer
 from petl_kernels.layers.rule.call import KEPT
+from petl_kernels.ops import common
+from petl_kernels.ops.common import run
 
-from .lean_cases import adapted, ragged, step, worst
+from .lean_cases import DROPOUT, adapted, ragged, step, worst
 
 STATISTICS = {"self.mean", "self.rstd", "ffn.mean", "ffn.rstd"}
 ALWAYS = STATISTICS | {"self.o", "self.lse"}
@@ -85,6 +88,63 @@ def test_bytes_of_the_table():
     sizes |= {"lse": 4 * heads, "latent0": 4 * 2 * 3, "bits": -(-ffn // 8)}
     for name, tensor in kept(model).items():
         assert tensor.nbytes / 10 == sizes[name.rpartition(".")[2]], name
+
+
+# What an encoder layer runs beside products and attention: forward, and backward.
+PASSES = {
+    "m2m100": (
+        ["layer_norm", "dropout_add_norm", "dropout_add"],
+        ["dropout_add_backward", "dropout_add_norm_backward", "dropout_add_norm_backward"],
+    ),
+    "marian": (["dropout_add_norm", "dropout_add_norm"], ["dropout_add_norm_backward", "dropout_add_norm_backward"]),
+    "t5": (
+        ["rms_norm", "dropout_add_norm", "dropout_add"],
+        ["dropout_add_backward", "dropout_add_norm_backward", "dropout_add_norm_backward"],
+    ),
+}
+
+
+@pytest.mark.parametrize("family", PASSES)
+def test_between_two_blocks_is_one_kernel(family, monkeypatch):
+    """The sum, its dropout and the norm that reads it; and their gradients, with the residual stream's in them."""
+    model = pk.lean(adapted(family, "lora", **({} if family == "t5" else DROPOUT)), 1)
+    for module in model.modules():
+        if type(module) is nn.Dropout:
+            module.p = 0.2
+    x = torch.randn(2, 5, model.config.d_model, dtype=model.dtype, requires_grad=True)
+    seen = []
+    for module in (rule.norm, rule.residual):
+        monkeypatch.setattr(module, "run", lambda name, *args: seen.append(name) or run(name, *args))
+    y = encoder_layer(model)(x, None)
+    forward, seen[:] = list(seen), []
+    torch.autograd.grad((y[0] if isinstance(y, tuple) else y).sin().sum(), x)
+    backward = [name for name in seen if not name.endswith("_from_statistics")]  # what LoRA has read, made again
+    assert (forward, backward) == PASSES[family]
+
+
+def test_a_layer_has_the_numbers_of_the_ops_one_after_the_other(monkeypatch):
+    """To the bit, in bf16 and with dropout: what a step gives is what it gave before there was one kernel."""
+    results = []
+    for together in (True, False):
+        if not together:
+            for name, kernel in (("dropout_add_norm", one_by_one), ("dropout_add_norm_backward", one_by_one_backward)):
+                monkeypatch.setitem(common._kernels, name, kernel)
+        model = pk.lean(adapted("m2m100", "lora", dtype=torch.bfloat16, **DROPOUT), 2)
+        inputs = ragged(model)
+        torch.manual_seed(0)
+        results.append(step(model, inputs))
+    assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
+
+
+def one_by_one(y, residual, weight, bias, eps, p, seed, centred, backend):
+    h = common.run("dropout_add", y, residual, p, seed, backend) if p else residual + y
+    return h, *common.run("layer_norm", h, weight, bias, eps, backend)
+
+
+def one_by_one_backward(du, dh, h, mean, rstd, weight, dtype, p, seed, need_dweight, need_dbias, backend):
+    dx, *sums = common.run("layer_norm_backward", du, h, mean, rstd, weight, True, need_dweight, need_dbias, backend)
+    dx = dx if dh is None else dx + dh
+    return dx, dx if dtype is None else common.run("dropout_add_backward", dx, dtype, p, seed, backend), *sums
 
 
 @pytest.mark.parametrize("tier", [1, 2, 3, 4, 5])

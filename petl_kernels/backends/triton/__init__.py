@@ -25,6 +25,7 @@ from petl_kernels.backends.triton import (  # noqa: E402
     attention,
     bottleneck_adapter,
     dropout_add,
+    dropout_add_norm,
     frozen_ffn,
     frozen_linear,
     gated_activation,
@@ -58,6 +59,7 @@ for module in (
     activation,
     gated_activation,
     dropout_add,
+    dropout_add_norm,
     linear_cross_entropy,
 ):
     name = module.__name__.rpartition(".")[2]

@@ -257,6 +257,26 @@ def row_block(rows: torch.Tensor) -> tuple[int, int]:
     return block, max(1, min(8, block // 256))
 
 
+def row_warps(rows: torch.Tensor) -> tuple[int, int] | None:
+    """(columns of a block that holds a whole row, warps), 32 columns a thread; None where 4096 columns are too few."""
+    block = 1 << (rows.shape[1] - 1).bit_length()
+    if block > (64 if device_class(rows.device) == "interpreter" else 4096):
+        return None
+    return block, max(1, block // 1024)
+
+
+def row_programs(rows: torch.Tensor, sums: bool) -> tuple[int, int, int]:
+    """(programs, columns, warps) for a pass over whole rows, one a program.
+
+    With sums over the rows four programs for each multiprocessor, which walk over them: each holds its part of the
+    sums, so more warps share a row.
+    """
+    block, warps = row_warps(rows)
+    if not sums:
+        return rows.shape[0], block, warps
+    return min(rows.shape[0], 4 * processors(rows.device)), block, max(1, min(8, block // 256))
+
+
 def chunk_rows(rows: torch.Tensor, hidden: int) -> int:
     """How many rows a chunk has, in chunks of equal length."""
     most = max(CHUNK_ROWS, CHUNK_BYTES // (hidden * rows.element_size()))

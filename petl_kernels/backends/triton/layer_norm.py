@@ -90,19 +90,49 @@ def _launch_rows(kernel, rows: torch.Tensor, *args) -> None:
 
 
 @triton.jit
-def _read(pointers, cols, d):
+def read(pointers, cols, d):
     return tl.load(pointers + cols, mask=cols < d, other=0.0).to(tl.float32)
 
 
 @triton.jit
+def write_step(y, values, mean, rstd, weight, bias, cols, d):
+    """((values - mean) rstd) w + v, at ``cols`` of a row."""
+    out = (values - mean) * rstd * read(weight, cols, d)
+    if bias is not None:
+        out += read(bias, cols, d)
+    tl.store(y + cols, out.to(y.dtype.element_ty), mask=cols < d)
+
+
+@triton.jit
+def add_step(total, square, values, shift, cols, d):
+    """Σ and Σ² of differences from ``shift``, with those of one step of a row in them."""
+    centred = tl.where(cols < d, values - shift, 0.0)
+    return total + centred, square + centred * centred
+
+
+@triton.jit
+def statistics(total, square, shift, d, eps, CENTRED: tl.constexpr):
+    """(mean, rstd) from the sums of a row; the mean is 0 without CENTRED."""
+    variance = tl.sum(square, 0) / d
+    centre = 0.0
+    if CENTRED:
+        rest = tl.sum(total, 0) / d
+        variance = tl.maximum(variance - rest * rest, 0.0)
+        centre = shift + rest
+    return centre, tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
+
+
+@triton.jit
+def step_gradient(g, normalised, mean_g, mean_gn, rstd):
+    return rstd * (g - mean_g - normalised * mean_gn)
+
+
+@triton.jit
 def _write_row(y, x, mean, rstd, weight, bias, d, BN: tl.constexpr):
-    """((x - mean) rstd) w + v: in one place, so that forward and the output again have the same bits."""
+    """y of a row: in one place, so that forward and the output again have the same bits."""
     for start in range(0, d, BN):
         cols = start + tl.arange(0, BN)
-        out = (_read(x, cols, d) - mean) * rstd * _read(weight, cols, d)
-        if bias is not None:
-            out += _read(bias, cols, d)
-        tl.store(y + cols, out.to(y.dtype.element_ty), mask=cols < d)
+        write_step(y, read(x, cols, d), mean, rstd, weight, bias, cols, d)
 
 
 @triton.jit
@@ -113,22 +143,15 @@ def _norm_kernel(y, mean, rstd, x, weight, bias, d, stride_x, eps, BN: tl.conste
     if mean is not None:
         # Sums of differences from the mean of the first step: exact enough however far from zero the row is.
         cols = tl.arange(0, BN)
-        shift = tl.sum(_read(x, cols, d), 0) / min(d, BN)
+        shift = tl.sum(read(x, cols, d), 0) / min(d, BN)
     total = tl.zeros((BN,), tl.float32)
     square = tl.zeros((BN,), tl.float32)
     for start in range(0, d, BN):
         cols = start + tl.arange(0, BN)
-        centred = tl.where(cols < d, _read(x, cols, d) - shift, 0.0)
-        total += centred
-        square += centred * centred
-    variance = tl.sum(square, 0) / d
-    centre = 0.0
+        total, square = add_step(total, square, read(x, cols, d), shift, cols, d)
+    centre, r = statistics(total, square, shift, d, eps, mean is not None)
     if mean is not None:
-        rest = tl.sum(total, 0) / d
-        variance = tl.maximum(variance - rest * rest, 0.0)
-        centre = shift + rest
         tl.store(mean + row, centre)
-    r = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
     tl.store(rstd + row, r)
     _write_row(y + row * d, x, centre, r, weight, bias, d, BN)
 
@@ -154,17 +177,17 @@ def _norm_dx_kernel(dx, dy, x, mean, rstd, weight, d, stride_dy, stride_x, BN: t
     sum_gn = tl.zeros((BN,), tl.float32)
     for start in range(0, d, BN):
         cols = start + tl.arange(0, BN)
-        g = _read(dy, cols, d) * _read(weight, cols, d)
+        g = read(dy, cols, d) * read(weight, cols, d)
         sum_g += g
-        sum_gn += g * ((_read(x, cols, d) - centre) * r)
+        sum_gn += g * ((read(x, cols, d) - centre) * r)
     mean_g = 0.0
     if mean is not None:
         mean_g = tl.sum(sum_g, 0) / d
     mean_gn = tl.sum(sum_gn, 0) / d
     for start in range(0, d, BN):
         cols = start + tl.arange(0, BN)
-        g = _read(dy, cols, d) * _read(weight, cols, d)
-        out = r * (g - mean_g - (_read(x, cols, d) - centre) * r * mean_gn)
+        g = read(dy, cols, d) * read(weight, cols, d)
+        out = step_gradient(g, (read(x, cols, d) - centre) * r, mean_g, mean_gn, r)
         tl.store(dx + cols, out.to(dx.dtype.element_ty), mask=cols < d)
 
 

@@ -1,9 +1,10 @@
-"""The attention block: h = x + drop(out(attention(q, k, v))), with a norm before it or after it.
+"""The attention block: h = x + drop(P(out(attention(q, k, v)))), with a norm before it or after it.
 
-    pre-norm     u = LN(x)      q, k, v of u (k and v of the source)      y = x + drop(P(out(o)))
-    post-norm    u = x                                                    y = LN(x + drop(P(out(o))))
+    pre-norm     u = LN(x)      q, k, v of u (k and v of the source)      the next block has x = h, u = LN'(h)
+    post-norm    u = x                                                    the next block has x = u = LN(h)
 
-P is the adapter on the output projection, where there is one.
+P is the adapter on the output projection, where there is one. The norm that reads h, LN' of the next block or the
+block's own LN, goes with the sum in one pass; so does its backward.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from torch import Tensor
 from petl_kernels.layers.blocks import AttentionBlock, as_added
 from petl_kernels.layers.boundaries import boundaries
 from petl_kernels.layers.rule.bottleneck import Bottleneck
-from petl_kernels.layers.rule.call import Call, Gradients, Place, summed
+from petl_kernels.layers.rule.call import Call, Gradients, Place, joined, summed
 from petl_kernels.layers.rule.linears import Linears, Unknown, current
 from petl_kernels.layers.rule.norm import Norm
 from petl_kernels.layers.rule.prefix import keys_and_values
+from petl_kernels.layers.rule.residual import Residual
 from petl_kernels.methods.adapter import BottleneckAdapter
 from petl_kernels.methods.prefix import Prefix
 from petl_kernels.ops.common import run
@@ -28,8 +30,9 @@ class Attention:
     def __init__(self, block: str, parts: AttentionBlock, cross: bool):
         self.block, self.cross, self.parts = block, cross, parts
         self.heads, self.scale = parts.heads, float(parts.scale)
-        self.dropout, self.residual_dropout = float(parts.dropout), float(parts.residual_dropout)
+        self.dropout, self.residual = float(parts.dropout), Residual(block, parts.residual_dropout)
         self.pre_norm, self.norm = parts.pre_norm, Norm(block, parts.norm)
+        self.reader = self.norm  # of h; with the norms in front the next block's, which the layer puts here
         if current(parts.norm) is not None:
             raise Unknown("an adapter on the norm of an attention")
         if cross:
@@ -48,7 +51,7 @@ class Attention:
         self.o, self.lse = Place(block, "o"), Place(block, "lse")
         self.sum = Place(block, "adapted_sum" if self.adapter else "sum")
         self.read = Place(block, "read")
-        self.attention, self.residual = f"{block}.attention", f"{block}.residual"  # names of seeds
+        self.attention = f"{block}.attention"  # name of a seed
         parts = (self.norm, *self.linears, self.out, *([self.adapter] if self.adapter else []))
         self.bound = [tensor for part in parts for tensor in part.bound]
         self.trains_norm = any(tensor.requires_grad for tensor in self.norm.bound)
@@ -71,9 +74,9 @@ class Attention:
 
     # ---- forward ----------------------------------------------------------------------------------------------------
 
-    def forward(self, x: Tensor, source: Tensor | None, call: Call) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the block's output (batch, tokens, d), and k and v (batch, heads, tokens, head_dim)."""
-        u = call.cast(self.norm.forward(x, call) if self.pre_norm else x)
+    def forward(self, x: Tensor, u: Tensor, source: Tensor | None, call: Call) -> tuple[Tensor, ...]:
+        """Returns x and u (batch, tokens, d) of the next block, and k and v (batch, heads, tokens, head_dim)."""
+        u = call.cast(u)
         raw = self._project(u, u if source is None else source, call)
         for place, y in zip(self.places, raw, strict=True):
             call.keep(place, y)
@@ -81,13 +84,19 @@ class Attention:
         o, lse = self._attend(q, k, v, call)
         call.keep(self.o, o)
         call.keep(self.lse, lse)
-        h = self._sum(self._read(o, call), x, call)
+        del q, raw
+        y = self._adapted(self._read(o, call), call)
+        h, u = self.residual.add_and_norm(y, x, self.reader, call)
         call.keep(self.sum, h)
-        return h if self.pre_norm else self.norm.forward(h, call), k, v
+        return (h, call.cast(u), k, v) if self.pre_norm else (u, u, k, v)
 
-    def again(self, x: Tensor, call: Call) -> Tensor:
-        """Returns the block's output once more, from what is kept."""
-        h = self._sum_again(x, call)
+    def sum_again(self, x: Tensor, call: Call) -> Tensor:
+        """Returns h once more, from what is kept."""
+        h = call.kept.get(self.sum.key)
+        return self.residual.add(self._adapted(self._read_again(call), call), x, call) if h is None else h
+
+    def output_again(self, h: Tensor, call: Call) -> Tensor:
+        """Returns x of the next block once more."""
         return h if self.pre_norm else self.norm.again(h, call)
 
     def _project(self, u: Tensor, source: Tensor, call: Call) -> list[Tensor]:
@@ -132,20 +141,8 @@ class Attention:
             call.keep(self.read, raw)
         return read
 
-    def _sum(self, read: Tensor, x: Tensor, call: Call) -> Tensor:
-        y = self.adapter.forward(read, None, call) if self.adapter else read
-        if self.residual_dropout == 0:
-            return x + y
-        seed = call.seed(self.residual, self.residual_dropout)
-        return run("dropout_add", y, x, self.residual_dropout, seed, call.backend)
-
-    def _sum_again(self, x: Tensor, call: Call) -> Tensor:
-        h = call.kept.get(self.sum.key)
-        if h is None:
-            h = self._sum(self._read_again(call), x, call)
-            if not self.pre_norm:
-                call.kept[self.sum.key] = h  # the norm's backward reads it again
-        return h
+    def _adapted(self, read: Tensor, call: Call) -> Tensor:
+        return self.adapter.forward(read, None, call) if self.adapter else read
 
     def _read_again(self, call: Call) -> Tensor:
         read = call.kept.get(self.read.key)
@@ -155,22 +152,33 @@ class Attention:
 
     # ---- backward ---------------------------------------------------------------------------------------------------
 
+    def end_backward(
+        self, dx: Tensor, du: Tensor, h: Tensor, call: Call, gradients: Gradients
+    ) -> tuple[Tensor, Tensor]:
+        """Returns dx, without what comes through u, and the gradient of o (batch, tokens, heads · head_dim).
+
+        dx, du: gradients of the next block's x, without what comes through its u, and of its u.
+        """
+        if not self.pre_norm:
+            du, dx = joined(du, dx), None
+        dtype = call.kept[self.o.key].dtype
+        dx, dy = self.residual.norm_backward(du, dx, h, self.reader, dtype, call, gradients)
+        return dx, self._out_backward(dy, call, gradients)
+
     def backward(
         self,
-        dy: Tensor,
+        do: Tensor,
         dk_more: Tensor | None,
         dv_more: Tensor | None,
         x: Tensor,
         source: Tensor | None,
         call: Call,
         gradients: Gradients,
-        need_dx: bool,
+        need_du: bool,
         need_dsource: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Returns dx and dsource where they are needed. ``dk_more``, ``dv_more``: gradients of the k and v that the
+        """Returns du and dsource where they are needed. ``dk_more``, ``dv_more``: gradients of the k and v that the
         forward pass has returned."""
-        dh = dy if self.pre_norm else self.norm.backward(dy, self._sum_again(x, call), call, gradients, True)
-        do = self._out_backward(dh, call, gradients)
         u = self._u_again(x, call)
         seen = u if source is None else source
         raw = [call.kept.get(place.key) for place in self.places]
@@ -181,18 +189,10 @@ class Attention:
         del do, q, k, v
         dk, dv = summed(dk, dk_more), summed(dv, dv_more)
         dys = [_rows(grad) for grad in (dq, dk, dv)]
-        need_du = need_dx or (self.pre_norm and self.trains_norm)
-        dsource = None
-        if self.cross:
-            du = self.linears[0].backward(dys[:1], u, raw[:1], call, gradients, need_du)
-            dsource = self.linears[1].backward(dys[1:], seen, raw[1:], call, gradients, need_dsource)
-        else:
-            du = self.linears[0].backward(dys, u, raw, call, gradients, need_du)
-        if self.pre_norm:
-            du = None if du is None else self.norm.backward(du, x, call, gradients, need_dx)
-        if not need_dx:
-            return None, dsource
-        return du.to(x.dtype).add_(dh) if du.dtype != x.dtype else du.add_(dh), dsource
+        if not self.cross:
+            return self.linears[0].backward(dys, u, raw, call, gradients, need_du), None
+        du = self.linears[0].backward(dys[:1], u, raw[:1], call, gradients, need_du)
+        return du, self.linears[1].backward(dys[1:], seen, raw[1:], call, gradients, need_dsource)
 
     def _u_again(self, x: Tensor, call: Call) -> Tensor | None:
         """Returns what the products have read, where backward reads it or makes the products again."""
@@ -201,14 +201,9 @@ class Attention:
             return None
         return call.cast(self.norm.again(x, call) if self.pre_norm else x)
 
-    def _out_backward(self, dh: Tensor, call: Call, gradients: Gradients) -> Tensor:
-        """Returns the gradient of o (batch, tokens, heads · head_dim)."""
-        o = _rows(call.kept[self.o.key])
-        dy = dh.to(o.dtype)
-        if self.residual_dropout:
-            seed = call.seeds[self.residual]
-            dy = run("dropout_add_backward", dh, o.dtype, self.residual_dropout, seed, call.backend)
-        raw = None
+    def _out_backward(self, dy: Tensor, call: Call, gradients: Gradients) -> Tensor:
+        """Returns the gradient of o (batch, tokens, heads · head_dim) from that of what is added to x."""
+        o, raw = _rows(call.kept[self.o.key]), None
         if self.adapter:
             dy = self.adapter.backward(dy, self._read_again(call), True, call, gradients, True)
         elif self.out.all[0].after is not None:

@@ -138,3 +138,8 @@ def summed(total: Tensor | None, more: Tensor | None) -> Tensor | None:
     if total is None or more is None:
         return more if total is None else total
     return total.add_(more)
+
+
+def joined(du: Tensor, dx: Tensor) -> Tensor:
+    """Returns du + dx in the dtype of dx, for one x that is read twice. It writes into du where that has this dtype."""
+    return du.to(dx.dtype).add_(dx)

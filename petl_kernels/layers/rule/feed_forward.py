@@ -1,4 +1,7 @@
-"""The feed-forward block: y = x + drop(ffn(x)), with a norm before it or after it.
+"""The feed-forward block, which ends a layer: h = x + drop(ffn(u)), with a norm before it or after it.
+
+    pre-norm     u = LN(x)      the layer's output is h
+    post-norm    u = x          the layer's output is LN(h)
 
 Three ways, by what adapters do to its linears:
 
@@ -12,6 +15,7 @@ input.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from petl_kernels.layers.blocks import FeedForwardBlock, is_wide
@@ -19,6 +23,7 @@ from petl_kernels.layers.rule.bottleneck import Bottleneck
 from petl_kernels.layers.rule.call import Call, Gradients, Place, summed
 from petl_kernels.layers.rule.linears import Linear, Linears, Unknown, current
 from petl_kernels.layers.rule.norm import Norm
+from petl_kernels.layers.rule.residual import Residual
 from petl_kernels.methods.adapter import BottleneckAdapter, ParallelAdapter, PostNormPfeiffer, ReadInput
 from petl_kernels.methods.base import Piece
 from petl_kernels.methods.ia3 import Scale
@@ -31,7 +36,7 @@ BLOCK = "ffn"
 READ, END = Place(BLOCK, "adapted_read"), Place(BLOCK, "end")
 BITS, Z, GATE, HIDDEN = (Place(BLOCK, name) for name in ("bits", "z", "gate", "hidden"))
 PROJECTED = Place(BLOCK, "read")
-RESIDUAL, DROPPED = f"{BLOCK}.residual", f"{BLOCK}.hidden"  # names of seeds
+DROPPED = f"{BLOCK}.hidden"  # name of a seed
 
 
 class FeedForward:
@@ -40,91 +45,88 @@ class FeedForward:
     def __init__(self, parts: FeedForwardBlock):
         wide = is_wide(parts)  # in any case: it lets go of weights that are trained by now
         self.parts, self.pre_norm, self.norm = parts, parts.pre_norm, Norm(BLOCK, parts.norm)
-        self.residual_dropout = float(parts.residual_dropout)
         named = {str(i): module for i, module in enumerate((*parts.inputs, parts.out))}
         self.linears = Linears(BLOCK, named).all
         frozen = _is_frozen(parts, self.linears)
         wide = wide and frozen
         self.inner = Wide(parts) if wide else Frozen(parts) if frozen else Open(parts)
         self.after, self.beside = _adapters(parts, wide)
-        self.end = None if self.pre_norm else End(self.norm, current(parts.norm))
+        residual = Residual(BLOCK, parts.residual_dropout)
+        self.end = Sum(residual) if self.pre_norm else SumAndNorm(residual, self.norm, current(parts.norm))
         self.reads_u = self.inner.reads_u or self.beside is not None
         adapters = [adapter for adapter in (self.after, self.beside) if adapter is not None]
-        ends = [] if self.end is None else [self.end]
-        self.bound = [tensor for part in (self.norm, self.inner, *adapters, *ends) for tensor in part.bound]
+        self.bound = [tensor for part in (self.norm, self.inner, *adapters, self.end) for tensor in part.bound]
         self.trains_norm = any(tensor.requires_grad for tensor in self.norm.bound)
 
     def holds(self) -> bool:
         """Whether a network with an adapter inside still has its weights there."""
         return not isinstance(self.inner, Wide) or is_wide(self.parts)
 
-    def forward(self, x: Tensor, call: Call) -> Tensor:
-        u = call.cast(self.norm.forward(x, call) if self.pre_norm else x)
+    def forward(self, x: Tensor, u: Tensor, call: Call) -> Tensor:
+        """Returns the layer's output."""
+        u = call.cast(u)
         y = self.inner.forward(u, call)
         if self.beside:
             y = self.beside.forward(u.to(y.dtype), y, call)
         if self.after:
             call.keep(READ, y)
             y = self.after.forward(y, None, call)
-        h = self._sum(y, x, call)
-        return h if self.end is None else self.end.forward(h, call)
+        return self.end.forward(y, x, call)
 
-    def _sum(self, y: Tensor, x: Tensor, call: Call) -> Tensor:
-        if self.residual_dropout == 0:
-            return x + y
-        seed = call.seed(RESIDUAL, self.residual_dropout)
-        return run("dropout_add", y, x, self.residual_dropout, seed, call.backend)
-
-    def backward(self, dy: Tensor, x: Tensor, call: Call, gradients: Gradients, need_dx: bool) -> Tensor | None:
-        dh = dy if self.end is None else self.end.backward(dy, call, gradients)
-        dtype = call.dtype or x.dtype
-        e = dh.to(dtype)
-        if self.residual_dropout:
-            seed = call.seeds[RESIDUAL]
-            e = run("dropout_add_backward", dh, dtype, self.residual_dropout, seed, call.backend)
+    def backward(self, dy: Tensor, x: Tensor, call: Call, gradients: Gradients) -> tuple[Tensor, Tensor]:
+        """Returns dx, without what comes through u, and du."""
+        dh, e = self.end.backward(dy, call.dtype or x.dtype, call, gradients)
         if self.after:
             e = self.after.backward(e, call.kept[READ.key], True, call, gradients, True)
-        need_du = need_dx or (self.pre_norm and self.trains_norm)
         u = None
         if self.reads_u or self.inner.makes_again(call):
             u = call.cast(self.norm.again(x, call) if self.pre_norm else x)
-        du = self.inner.backward(e, u, call, gradients, need_du)
+        du = self.inner.backward(e, u, call, gradients, True)
         if self.beside:
-            du = summed(du, self.beside.backward(e, u, False, call, gradients, need_du))
-        if self.pre_norm:
-            du = None if du is None else self.norm.backward(du, x, call, gradients, need_dx)
-        if not need_dx:
-            return None
-        return du.to(x.dtype).add_(dh) if du.dtype != x.dtype else du.add_(dh)
+            du = summed(du, self.beside.backward(e, u, False, call, gradients, True))
+        return dh, du
 
 
-class End:
-    """The norm that ends a post-norm layer, with Pfeiffer's adapter on it: y = LN(h + A(LN(h))), or LN(h)."""
+class Sum:
+    """The end of a pre-norm layer: h = x + drop(y)."""
 
-    def __init__(self, norm: Norm, piece: Piece | None):
+    def __init__(self, residual: Residual):
+        self.residual, self.bound = residual, []
+
+    def forward(self, y: Tensor, x: Tensor, call: Call) -> Tensor:
+        return self.residual.add(y, x, call)
+
+    def backward(self, dh: Tensor, dtype: torch.dtype, call: Call, gradients: Gradients) -> tuple[Tensor, Tensor]:
+        """Returns the gradients of x and of y, the latter in ``dtype``."""
+        return dh, self.residual.backward(dh, dtype, call)
+
+
+class SumAndNorm:
+    """The end of a post-norm layer: LN(h) of that sum, or LN(h + A(LN(h))) with Pfeiffer's adapter."""
+
+    def __init__(self, residual: Residual, norm: Norm, piece: Piece | None):
         if piece is not None and type(piece) is not PostNormPfeiffer:
             raise Unknown(f"a {type(piece).__name__} on the norm of the feed-forward block")
-        self.norm, self.adapter = norm, None if piece is None else Bottleneck(piece)
+        self.residual, self.norm, self.adapter = residual, norm, None if piece is None else Bottleneck(piece)
         self.inner = norm if piece is None else norm.named(f"{BLOCK}.inner")
         self.bound = [] if self.adapter is None else self.adapter.bound
 
-    def forward(self, h: Tensor, call: Call) -> Tensor:
+    def forward(self, y: Tensor, x: Tensor, call: Call) -> Tensor:
+        h, u = self.residual.add_and_norm(y, x, self.inner, call)
         call.keep(END, h)
-        if self.adapter is None:
-            return self.norm.forward(h, call)
-        return self.norm.forward(self._adapted(self.inner.forward(h, call), h, call), call)
+        return u if self.adapter is None else self.norm.forward(self._adapted(u, h, call), call)
 
     def _adapted(self, u: Tensor, h: Tensor, call: Call) -> Tensor:
         return self.adapter.forward(call.cast(u), call.cast(h), call)
 
-    def backward(self, dy: Tensor, call: Call, gradients: Gradients) -> Tensor:
-        h = call.kept[END.key]
-        if self.adapter is None:
-            return self.norm.backward(dy, h, call, gradients, True)
-        u = self.inner.again(h, call)
-        dh = self.norm.backward(dy, self._adapted(u, h, call), call, gradients, True)
-        du = self.adapter.backward(dh, call.cast(u), False, call, gradients, True)
-        return self.inner.backward(du, h, call, gradients, True).add_(dh)
+    def backward(self, du: Tensor, dtype: torch.dtype, call: Call, gradients: Gradients) -> tuple[Tensor, Tensor]:
+        """Returns the gradients of x and of y, the latter in ``dtype``."""
+        h, dh = call.kept[END.key], None
+        if self.adapter is not None:
+            u = self.inner.again(h, call)
+            dh = self.norm.backward(du, None, self._adapted(u, h, call), call, gradients)
+            du = self.adapter.backward(dh, call.cast(u), False, call, gradients, True)
+        return self.residual.norm_backward(du, dh, h, self.inner, dtype, call, gradients)
 
 
 class Frozen:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -12,7 +13,7 @@ from petl_kernels.layers.blocks import AttentionBlock, FeedForwardBlock
 from petl_kernels.layers.hooks import hooks_on, is_foreign
 from petl_kernels.layers.host_copy import host_copy
 from petl_kernels.layers.rule.attention import Attention
-from petl_kernels.layers.rule.call import Call, Gradients
+from petl_kernels.layers.rule.call import Call, Gradients, joined
 from petl_kernels.layers.rule.feed_forward import FeedForward
 from petl_kernels.layers.rule.linears import Linear, Unknown
 from petl_kernels.layers.rule.watch import changed, stamps
@@ -38,7 +39,11 @@ class Rule:
         for attention in self.attentions:
             attention.together = together
         self.ffn = FeedForward(ffn)
-        bound = [tensor for block in (*self.attentions, self.ffn) for tensor in block.bound]
+        self.blocks = [*self.attentions, self.ffn]
+        self.pre_norm = self.ffn.pre_norm
+        for block, following in itertools.pairwise(self.blocks):
+            block.reader = following.norm if self.pre_norm else block.norm
+        bound = [tensor for block in self.blocks for tensor in block.bound]
         self.trained = list({id(tensor): tensor for tensor in bound if tensor.requires_grad}.values())
         self.bound = bound
         self.names = {id(own): f"{self.path}.{name}" for name, own in layer.named_parameters()}
@@ -92,11 +97,11 @@ class Rule:
         return _OneNode.apply(self, call, wanted, x, source, *wanted)
 
     def forward(self, x: Tensor, source: Tensor | None, call: Call) -> tuple[Tensor, ...]:
-        keys = []
+        keys, u = [], call.cast(self.attentions[0].norm.forward(x, call)) if self.pre_norm else x
         for attention in self.attentions:
-            x, k, v = attention.forward(x, source if attention.cross else None, call)
+            x, u, k, v = attention.forward(x, u, source if attention.cross else None, call)
             keys += k, v
-        return self.ffn.forward(x, call), *keys
+        return self.ffn.forward(x, u, call), *keys
 
     def backward(
         self,
@@ -110,21 +115,32 @@ class Rule:
         need_dsource: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Returns dx and dsource where they are needed; ``dkeys``: gradients of the k and v that forward returned."""
-        inputs = [x]
+        inputs, sums, dsource = [x], [], None
         for attention in self.attentions:
-            inputs.append(attention.again(inputs[-1], call))
-        dx = self.ffn.backward(dy, inputs.pop(), call, gradients, True)
-        dsource = None
+            sums.append(attention.sum_again(inputs[-1], call))
+            inputs.append(attention.output_again(sums[-1], call))
+        dx, du = self.ffn.backward(dy, inputs.pop(), call, gradients)
         for i in reversed(range(len(self.attentions))):
             attention = self.attentions[i]
+            dx, do = attention.end_backward(dx, du, sums.pop(), call, gradients)
+            du = None  # not held while the next one is made
             given = source if attention.cross else None
-            need = need_dx or i > 0
-            own = dkeys[2 * i], dkeys[2 * i + 1]
-            dx, found = attention.backward(
-                dx, *own, inputs.pop(), given, call, gradients, need, need_dsource and attention.cross
-            )
+            need_du = i > 0 or need_dx or (self.pre_norm and attention.trains_norm)
+            own, needs = dkeys[2 * i : 2 * i + 2], (need_du, need_dsource and attention.cross)
+            du, found = attention.backward(do, *own, inputs.pop(), given, call, gradients, *needs)
             dsource = found if attention.cross else dsource
-        return dx, dsource
+        return self._first_backward(dx, du, x, call, gradients, need_dx), dsource
+
+    def _first_backward(
+        self, dx: Tensor, du: Tensor | None, x: Tensor, call: Call, gradients: Gradients, need_dx: bool
+    ) -> Tensor | None:
+        """Returns the gradient of the layer's input from dx, without what comes through u, and du."""
+        norm = self.attentions[0].norm
+        if need_dx:
+            return norm.backward(du, dx, x, call, gradients) if self.pre_norm else joined(du, dx)
+        if self.pre_norm and du is not None:
+            norm.parameters_backward(du, x, call, gradients)
+        return None
 
 
 class _OneNode(torch.autograd.Function):

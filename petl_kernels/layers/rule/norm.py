@@ -43,24 +43,57 @@ class Norm:
             return run("layer_norm_from_statistics", x, mean, rstd, self.weight, self.bias, call.backend)
         return self._narrowed(run("rms_norm_from_statistics", x, rstd, self.weight, call.backend), x)
 
-    def backward(self, du: Tensor, x: Tensor, call: Call, gradients: Gradients, need_dx: bool) -> Tensor | None:
-        """Returns dx where it is needed."""
-        need_weight, need_bias = gradients.wants(self.weight), gradients.wants(self.bias)
-        if not (need_dx or need_weight or need_bias):
-            return None
-        rstd = call.kept[self.rstd.key]
-        du = du.to(torch.promote_types(x.dtype, self.weight.dtype))
+    def forward_sum(self, y: Tensor, x: Tensor, rate: float, seed: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
+        """Returns h = x + drop(y) and norm(h)."""
+        own = self.weight, self.bias, self.eps, rate, seed, self.centred
+        h, u, mean, rstd = run("dropout_add_norm", y, x, *own, call.backend)
         if self.centred:
-            mean = call.kept[self.mean.key]
-            needs = need_dx, need_weight, need_bias
-            dx, dweight, dbias = run("layer_norm_backward", du, x, mean, rstd, self.weight, *needs, call.backend)
-            if need_bias:
-                gradients.add(self.bias, dbias)
+            call.keep(self.mean, mean)
+        call.keep(self.rstd, rstd)
+        return h, self._narrowed(u, h)
+
+    def backward_sum(
+        self,
+        du: Tensor,
+        dh: Tensor | None,
+        h: Tensor,
+        dtype: torch.dtype | None,
+        rate: float,
+        seed: Tensor | None,
+        call: Call,
+        gradients: Gradients,
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the gradients of h, with ``dh`` from elsewhere in it, and of y in ``dtype``, of size 0 for None."""
+        needs = gradients.wants(self.weight), gradients.wants(self.bias)
+        mean = call.kept[self.mean.key] if self.centred else None
+        own = mean, call.kept[self.rstd.key], self.weight
+        dropout = dtype, rate, seed
+        dh, dy, *found = run("dropout_add_norm_backward", du, dh, h, *own, *dropout, *needs, call.backend)
+        if needs[0] or needs[1]:
+            self._add(found, gradients)
+        return dh, dy
+
+    def backward(self, du: Tensor, dx: Tensor | None, x: Tensor, call: Call, gradients: Gradients) -> Tensor:
+        """Returns the gradient of x, with ``dx`` from elsewhere in it."""
+        return self.backward_sum(du, dx, x, None, 0.0, None, call, gradients)[0]
+
+    def parameters_backward(self, du: Tensor, x: Tensor, call: Call, gradients: Gradients) -> None:
+        """Adds the gradients of weight and bias alone."""
+        needs = gradients.wants(self.weight), gradients.wants(self.bias)
+        if not any(needs):
+            return
+        du, rstd = du.to(torch.promote_types(x.dtype, self.weight.dtype)), call.kept[self.rstd.key]
+        if self.centred:
+            own = call.kept[self.mean.key], rstd, self.weight, False, *needs
+            _, *found = run("layer_norm_backward", du, x, *own, call.backend)
         else:
-            dx, dweight = run("rms_norm_backward", du, x, rstd, self.weight, need_dx, need_weight, call.backend)
-        if need_weight:
-            gradients.add(self.weight, dweight)
-        return dx if need_dx else None
+            _, *found = run("rms_norm_backward", du, x, rstd, self.weight, False, needs[0], call.backend)
+        self._add(found, gradients)
+
+    def _add(self, found: list[Tensor], gradients: Gradients) -> None:
+        """``found``: gradients of weight and bias, of size 0 where they are not wanted."""
+        for parameter, gradient in zip(self.bound, found, strict=False):
+            gradients.add(parameter, gradient)
 
     def _narrowed(self, u: Tensor, x: Tensor) -> Tensor:
         narrow = not self.centred and self.weight.dtype.itemsize == 2 and self.weight.dtype != x.dtype
