@@ -139,7 +139,8 @@ def collected(timed: list[Part]) -> dict[str, list[str]]:
 
 def test_every_part_of_the_bench_finds_its_cases():
     found = collected([part for part in parts() if part.name in ("step", "ops", "layers")])
-    assert found["step"] == [f"test_step[{name}]" for name in ("ours", "PEFT, bf16 adapters", "PEFT, defaults")]
+    steps = ("ours", "ours, graph", "PEFT, bf16 adapters", "PEFT, defaults")
+    assert found["step"] == [f"test_step[{name}]" for name in steps]
     assert len(found["layers"]) == 2 * 5 and sum("ours]" in name for name in found["layers"]) == 2
     tested = {"lora_linear", "linear_cross_entropy", "frozen_ffn", "attention", "bottleneck_adapter", "product"}
     assert {name.partition("[")[0] for name in found["ops"]} == {f"test_{name}" for name in tested}
