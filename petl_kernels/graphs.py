@@ -11,6 +11,7 @@ Its inputs are packed rows, filled up so that there are few shapes: ``row_tokens
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ Replay = Callable[[], None]
 
 
 def check_device(device: torch.device) -> None:
+    """Raises InputError for a device that has no CUDA graphs."""
     if device.type != "cuda":
         raise InputError(f"cuda_graphs: the device is {device}; expected cuda")
 
@@ -64,11 +66,13 @@ def graph_bytes(tokens: int) -> int:
 class CudaGraphs:
     """Captures on ``device``. The memory of all graphs is one pool: they run one after the other.
 
-    ``reason``: why a capture has failed, in one line; empty while none has.
+    ``reason`` says why a capture has failed, in one line; it is empty while none has. Then nothing is captured any
+    more, and what was captured before is given back.
     """
 
     def __init__(self, device: torch.device):
         self.device, self.reason, self._pool = device, "", None
+        self.users: list[Graphed] = []  # of the pool
 
     def capture(self, run: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
         """(what runs it again, the tensor that its result is written to). Nothing is computed yet."""
@@ -76,40 +80,64 @@ class CudaGraphs:
             if self._pool is None:
                 torch.cuda.empty_cache()  # what eager steps have left; the pool cannot use it
                 self._pool = torch.cuda.graph_pool_handle()
-            graph = torch.cuda.CUDAGraph()
-            # "relaxed": Triton loads kernels for a new shape while it is captured
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="relaxed"):
-                result = run()
+            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+            generator = torch.cuda.default_generators[self.device.index or 0]
+            random = generator.clone_state()
+            try:
+                # "relaxed": Triton loads kernels for a new shape while it is captured
+                with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="relaxed"):
+                    result = run()
+            except torch.OutOfMemoryError:
+                raise
+            except Exception:
+                self._end(stream, generator, random)
+                raise
         return graph.replay, result
 
     def release(self) -> None:
-        """Gives the memory of graphs back that nobody holds any more."""
+        """Drops all graphs and gives their memory back; shapes are captured anew when they come again."""
+        for user in self.users:
+            user.forget()
         self._pool = None
         torch.cuda.empty_cache()
+
+    def give_up(self, reason: str) -> None:
+        self.reason = reason
+        self.release()
+
+    def _end(self, stream, generator: torch.Generator, random: torch.Generator) -> None:
+        """Ends a capture that a wait has made invalid, which PyTorch leaves half ended: its stream is still the current
+        one, its pool takes what is allocated, and the generator draws nothing outside of a capture."""
+        torch.cuda.set_stream(stream)
+        with suppress(RuntimeError):  # ended already, where something else has failed
+            torch._C._cuda_endAllocateToPool(self.device.index or 0, self._pool)
+        generator.graphsafe_set_state(random)
 
 
 class Graphed:
     """``run(*inputs)``, replayed where the same shapes have come before.
 
-    run: tensors of fixed dtypes on the recorder's device -> a scalar; the gradients that it adds to stay where they
-    are. Inputs may be on the host, in pinned memory. The first call runs as it is: kernels are compiled and checked
-    then, which no capture could hold. Shapes beyond the first 64 run as they are. So does everything after a capture
-    that has failed, of this or of another ``Graphed`` with the same recorder, since it may leave the allocator in a
-    state of its own; the recorder's ``reason`` says why. Raises torch.OutOfMemoryError as ``run`` does.
+    run takes tensors of fixed dtypes on the recorder's device and returns a scalar; the gradients that it adds to stay
+    where they are. Inputs may be on the host, in pinned memory. The first call runs as it is: kernels are compiled and
+    checked then, which no capture could hold. Shapes beyond the first 64 run as they are. So does everything after a
+    capture that has failed, of this or of another ``Graphed`` with the same recorder. Raises torch.OutOfMemoryError and
+    InputError as ``run`` does.
     """
 
     def __init__(self, run: Run, recorder: CudaGraphs):
         self._run, self._recorder = run, recorder
         self._captured: dict[tuple, tuple[list[Tensor], Replay, Tensor]] = {}
         self._warm = False
+        recorder.users.append(self)
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         key = tuple((tuple(tensor.shape), tensor.dtype) for tensor in inputs)
         if self._warm and key not in self._captured and len(self._captured) < MOST and not self._recorder.reason:
             self._capture(key, inputs)
-        self._warm = True
         if key not in self._captured:
-            return self._run(*(tensor.to(self._recorder.device, non_blocking=True) for tensor in inputs))
+            result = self._run(*(tensor.to(self._recorder.device, non_blocking=True) for tensor in inputs))
+            self._warm = True
+            return result
         own, replay, result = self._captured[key]
         for mine, given in zip(own, inputs, strict=True):
             mine.copy_(given, non_blocking=True)
@@ -120,14 +148,15 @@ class Graphed:
         return len(self._captured)
 
     def forget(self) -> None:
-        """Drops the graphs; shapes are captured anew when they come again."""
+        """Drops the graphs; the next call runs as it is."""
         self._captured.clear()
+        self._warm = False
 
     def _capture(self, key: tuple, inputs: tuple[Tensor, ...]) -> None:
         own = [tensor.to(self._recorder.device, copy=True) for tensor in inputs]
         try:
             self._captured[key] = (own, *self._recorder.capture(lambda: self._run(*own).detach()))
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, InputError):
             raise
-        except RuntimeError as error:
-            self._recorder.reason = str(error).splitlines()[0]
+        except Exception as error:  # of the driver, of PyTorch, of Triton's compiler
+            self._recorder.give_up(next(iter(str(error).splitlines()), type(error).__name__))

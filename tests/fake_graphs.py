@@ -13,7 +13,7 @@ class Recorder:
 
     def __init__(self, failures: int = 0, error: type[Exception] = RuntimeError):
         self.failures, self.error = failures, error
-        self.device, self.reason = torch.device("cpu"), ""
+        self.device, self.reason, self.users = torch.device("cpu"), "", []
         self.captures = self.replays = self.releases = 0
 
     def capture(self, run):
@@ -31,3 +31,9 @@ class Recorder:
 
     def release(self):
         self.releases += 1
+        for user in self.users:
+            user.forget()
+
+    def give_up(self, reason):
+        self.reason = reason
+        self.release()

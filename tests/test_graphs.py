@@ -67,7 +67,32 @@ def test_after_a_capture_that_failed_all_run_as_they_are(weight):
     assert recorder.reason == "operation not permitted when stream is capturing"
     other = warm(Graphed(step_of(weight), recorder), weight)
     other(torch.ones(1, 4), torch.ones(()))
-    assert recorder.captures == 0 and len(other) == 0
+    assert recorder.captures == 0 and len(other) == 0 and recorder.releases == 1
+
+
+@pytest.mark.parametrize("error", [ValueError, AssertionError])
+def test_whatever_a_capture_fails_with(weight, error):
+    recorder = Recorder(failures=1, error=error)
+    step = warm(Graphed(step_of(weight), recorder), weight)
+    step(torch.ones(1, 4), torch.ones(()))
+    assert recorder.reason and weight.grad.tolist() == [0, 2, 4, 6]
+
+
+def test_a_first_call_that_fails_is_no_first_call(weight):
+    """A smaller one comes next, whose kernels have to be checked as well."""
+    recorder, failing = Recorder(), [True]
+
+    def run(x, scale):
+        if failing and failing.pop():
+            raise torch.OutOfMemoryError
+        return step_of(weight)(x, scale)
+
+    step = Graphed(run, recorder)
+    with pytest.raises(torch.OutOfMemoryError):
+        step(torch.ones(2, 4), torch.ones(()))
+    for captures in (0, 1):
+        step(torch.ones(1, 4), torch.ones(()))
+        assert recorder.captures == captures
 
 
 def test_out_of_memory_is_the_caller_s(weight):
@@ -87,13 +112,15 @@ def test_no_more_than_the_most(weight, monkeypatch):
     assert weight.grad.tolist() == [0, 18, 36, 54]
 
 
-def test_forget(weight):
+def test_release(weight):
+    """Then the next call runs as it is."""
     recorder = Recorder()
     step = warm(Graphed(step_of(weight), recorder), weight)
     for _ in range(2):
         step(torch.ones(1, 4), torch.ones(()))
-        step.forget()
-    assert (recorder.captures, len(step)) == (2, 0)
+        step(torch.ones(1, 4), torch.ones(()))
+        recorder.release()
+    assert (recorder.captures, recorder.replays, len(step)) == (2, 3, 0)
 
 
 @pytest.mark.parametrize("most", [1, 100, 128, 1000, 4096, 8190])

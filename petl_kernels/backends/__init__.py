@@ -79,6 +79,8 @@ def _load(backend: str) -> str | None:
         importlib.import_module(f"{__name__}.{backend}")
     except ImportError as error:
         return str(error).splitlines()[0]
+    except AttributeError as error:  # an op that the extension does not have
+        return f"the extension was built from other sources: {error}"
     if not any(name == backend for _, name in _kernels):
         return "it registers no kernel"
     return None

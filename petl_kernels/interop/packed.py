@@ -77,7 +77,7 @@ def pack(
 
 
 def filled(row: dict[str, Any], tokens: tuple[int, int] | None, sentences: int | None) -> dict[str, Any]:
-    """``row``, a packed row on the host, with ``tokens`` and ``sentences`` as ``pack`` has them."""
+    """Returns ``row``, a packed row on the host, filled up to ``tokens`` and ``sentences`` as ``pack`` does it."""
     filling = [] if tokens is None else _filling(row, tokens)
     count = len(row["cu_seqlens"]) - 1 + len(filling)
     if sentences is not None:

@@ -498,7 +498,7 @@ class Planner:
         if self.graphs:
             plain = copy.copy(self)
             plain.graphs = False
-            line += f", or {format_least(plain._least(self.allow))} without --cuda-graphs"
+            line += f", or {format_least(plain._least(self.allow))} without CUDA graphs"
         return f"{line}; expected at least that, or a shorter --max-length"
 
     def _least(self, allow: tuple[str, ...]) -> int:

@@ -46,6 +46,9 @@ class Prefix(Piece):
     """
 
     what = "prefix"
+    kind: tuple[
+        Prefix, ...
+    ] = ()  # those that share the MLP, in a tuple like it; none in models that were pickled early
 
     def __init__(self, attention: Attention, length: int, mlp: nn.Module, weight: Tensor):
         super().__init__()
@@ -54,7 +57,6 @@ class Prefix(Piece):
         self.key = nn.Parameter(torch.randn(shape, dtype=piece_dtype(weight), device=weight.device))
         self.value = nn.Parameter(torch.randn(shape, dtype=piece_dtype(weight), device=weight.device))
         self.mlp = (mlp,)  # in a tuple: it is shared, and a submodule of the model's root
-        self.kind: tuple[Prefix, ...] = ()  # those that share it, in a tuple for the same reason
 
     def before(self, host: nn.Module, args: tuple) -> None:
         implementation = attention_implementation(host.config)

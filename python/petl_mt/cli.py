@@ -115,6 +115,8 @@ class _Store(argparse._StoreAction):
 
 class _Boolean(argparse.BooleanOptionalAction):
     def __call__(self, parser, namespace, values, option_string=None) -> None:
+        if self.dest in parser.given:
+            parser.error(f"arguments {' and '.join(self.option_strings)}: given twice; expected one of them, once")
         parser.once(self, option_string)
         super().__call__(parser, namespace, values, option_string)
 

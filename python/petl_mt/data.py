@@ -241,7 +241,7 @@ class PackedBatch:
         return PackedBatch(row, self.indices[sentences], row["labels"].numel())
 
     def filled(self, most: int) -> PackedBatch:
-        """The row filled up with sentences without labels, so that rows of up to ``most`` tokens have few shapes."""
+        """Returns the row filled up with sentences without labels, so that rows of up to ``most`` have few shapes."""
         tokens = row_tokens(self.source.numel(), most), row_tokens(self.labels.numel(), most)
         missing = tokens[0] - self.source.numel(), tokens[1] - self.labels.numel()
         count = len(self.row["cu_seqlens"]) - 1 + max(-(-size // self.row["longest"]) for size in missing)
@@ -348,7 +348,7 @@ class TrainBatches:
         return batch
 
     def of(self, indices: np.ndarray, padded: bool = False) -> Batch | PackedBatch:
-        """The sentences ``indices`` as they are trained on, or padded."""
+        """Returns the sentences ``indices`` as a run trains on them, or padded."""
         if padded or self.start is None:
             return self.corpus.collate(indices, self.multiple)
         return self.corpus.packed(indices, self.start)
@@ -375,10 +375,10 @@ def encode_pairs(
         language = languages[pair.name]
         pad = language.pad_token_id
         (no_source,), (no_target,) = language.encode_source([""]), language.encode_target([""])
-        filled = [i for i in range(len(source)) if has_text(source[i]) and has_text(target[i])]
-        count = Counts(f"{use} {pair.name}".strip(), len(source), len(source) - len(filled), 0)
-        for first in range(0, len(filled), ENCODE_AT_ONCE):
-            some = filled[first : first + ENCODE_AT_ONCE]
+        lines = [i for i in range(len(source)) if has_text(source[i]) and has_text(target[i])]
+        count = Counts(f"{use} {pair.name}".strip(), len(source), len(source) - len(lines), 0)
+        for first in range(0, len(lines), ENCODE_AT_ONCE):
+            some = lines[first : first + ENCODE_AT_ONCE]
             source_ids = language.encode_source([source[i] for i in some])
             target_ids = language.encode_target([target[i] for i in some])
             for s, t in zip(source_ids, target_ids, strict=True):

@@ -83,11 +83,16 @@ class RunFolder:
             raise InputError(f"out {self.path}: is not empty; expected an empty folder")
 
     def check_same(self, config: TrainConfig) -> None:
-        """Refuse to resume under another configuration, naming the keys that differ; when to end may be changed."""
+        """Refuse to resume under another configuration, naming the keys that differ.
+
+        When to end may be changed, and whether steps are captured as CUDA graphs, which changes dropout's masks.
+        """
         old, new = self.read_config().to_dict(), config.to_dict()
         for values in (old, new):  # earlier versions wrote a plan's path as it was given
             values["plan"] = values["plan"] and absolute(values["plan"])
-        differing = [key for key in new if key not in ("out", "steps", "patience") and old[key] != new[key]]
+        differing = [
+            key for key in new if key not in ("out", "steps", "patience", "cuda_graphs") and old[key] != new[key]
+        ]
         if differing:
             shown = ", ".join(f"{key} ({_short(old[key])} -> {_short(new[key])})" for key in differing)
             raise InputError(f"out {self.path}: cannot resume with another configuration: {shown}")

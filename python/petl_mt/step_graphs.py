@@ -23,9 +23,10 @@ _ROW = ("input_ids", "labels", "decoder_input_ids", "cu_seqlens", "decoder_cu_se
 class StepGraphs:
     """Runs parts of an update by graphs, or as they are where they cannot be captured, which ``say`` is told once.
 
-    gradients: (row, tokens of the update) -> its share of the mean loss, adding the gradient. step: (learning rate,)
-    -> the gradients' norm, or None where the optimiser cannot be captured. loss: (row,) -> the sum of losses. Each
-    returns a tensor of one number. longest: tokens of the longest sentence that comes.
+    ``gradients`` takes a row and the tokens of the update, adds the row's gradient and returns its share of the mean
+    loss. ``step`` takes the learning rate, in fp32, and returns the norm of the gradients; it is None where the
+    optimiser cannot be captured. ``loss`` takes a row and returns the sum of its losses. ``longest`` is the number of
+    tokens of the longest sentence that comes.
     """
 
     def __init__(
@@ -44,23 +45,23 @@ class StepGraphs:
 
     @property
     def captures_step(self) -> bool:
+        """Whether ``step`` can be called."""
         return self._step is not None
 
     def gradients(self, batch: PackedBatch, tokens: int) -> Tensor:
+        """Adds the gradient of ``batch``, which is filled up; returns its share of the mean loss over ``tokens``."""
         return self._run(self._gradients, *_tensors(batch), torch.tensor(float(tokens)))
 
     def step(self, lr: float) -> Tensor:
+        """Clips the gradients, moves the parameters, forgets the gradients; returns the norm that they had."""
         return self._run(self._step, torch.tensor(lr))
 
     def loss(self, batch: PackedBatch, most: int) -> Tensor:
         """The sum of losses of ``batch``, a row of at most ``most`` tokens a side or of one sentence."""
         return self._run(self._loss, *_tensors(batch.filled(most)))
 
-    def forget(self) -> None:
+    def release(self) -> None:
         """Gives the memory of all graphs back; shapes are captured anew when they come again."""
-        for graphed in (self._gradients, self._step, self._loss):
-            if graphed is not None:
-                graphed.forget()
         self.recorder.release()
 
     def _run(self, graphed: Graphed, *inputs: Tensor) -> Tensor:
@@ -69,7 +70,7 @@ class StepGraphs:
             inputs = tuple(tensor.pin_memory() for tensor in inputs)
         result = graphed(*inputs)
         if self.recorder.reason != before:
-            self.say(f"cuda_graphs: a step could not be captured, and runs as it is ({self.recorder.reason})")
+            self.say(f"cuda_graphs: a step could not be captured, and all run as they are ({self.recorder.reason})")
         return result
 
     def _batch(self, row: tuple[Tensor, ...]) -> PackedBatch:

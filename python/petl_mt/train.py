@@ -203,18 +203,18 @@ class _Training:
             cap.expand_segments()
         self.accelerator = make_accelerator(config.precision)
         self.device = resolve(self.accelerator.device)
-        if config.cuda_graphs:  # by name
+        before = run.read_config() if resuming else None
+        if before is not None:  # what followed from the number of steps then still holds
+            names = ("warmup", "eval_every", "cuda_graphs")
+            kept = {name: getattr(before, name) for name in names if getattr(config, name) is None}
+            config = dataclasses.replace(config, **kept)
+        if config.cuda_graphs:
             check_device(self.device)
         torch.manual_seed(config.seed)
 
         self.meter = MemoryMeter(self.device)  # before weights are read
         self.model, self.tokenizer = load_model(config, run, train_text, resuming, quiet)
         check_positions(self.model, config.max_length)
-        before = run.read_config() if resuming else None
-        if before is not None:  # what followed from the number of steps then still holds
-            names = ("warmup", "eval_every", "cuda_graphs")
-            kept = {name: getattr(before, name) for name in names if getattr(config, name) is None}
-            config = dataclasses.replace(config, **kept)
         self.config = config = config.resolve(self.model.config.d_model)
         if before is not None:
             run.check_same(config)
@@ -384,6 +384,9 @@ class _Training:
             raise InputError(f"out {self.folder.path}: the run began with packed rows, which cannot go on ({reason})")
         if began is None:
             self.progress.packed = not reason
+        if not self.progress.packed and self.config.cuda_graphs:
+            reason = reason or "the run began with padded ones"
+            raise InputError(f"cuda_graphs: they take packed rows, and {reason}; expected a run without --cuda-graphs")
         if self.progress.packed:
             self.batches.start = self.start
             self.log.say("batches are packed rows, without padding")
@@ -394,11 +397,11 @@ class _Training:
         """Whether steps are captured as CUDA graphs; says so on a CUDA device, and why not."""
         config, reason = self.config, ""
         if config.cuda_graphs is False:
-            reason = "--no-cuda-graphs"
+            reason = "cuda_graphs is false"
         elif config.tier in UNCAPTURED:
             reason = UNCAPTURED[config.tier]
         elif not self.progress.packed:
-            reason = "CUDA graphs take packed rows"
+            reason = "they take packed rows"
         elif self.plan is not None and not self.plan.cuda_graphs:
             reason = "the plan has no room for them, or uses what they cannot hold"
         if captures(config, self.device) and not reason:
@@ -597,19 +600,7 @@ class _Training:
         best = True
         if self.valid is not None:
             with self.log.watching(f"step {progress.step}, validation loss", len(self.valid), "pairs") as watch:
-                loss = self._evaluated(
-                    # without a graph it takes less than a training step of as many tokens
-                    lambda limit: validation_loss(
-                        self.model,
-                        self.valid,
-                        min(limit.tokens, self.update.micro_tokens or limit.tokens),
-                        self.start,
-                        self.accelerator.autocast,
-                        watch.at,
-                        self.progress.packed,
-                        self.update.graphs and self.update.graphs.loss,
-                    )
-                )
+                loss = self._evaluated(lambda limit: self._validation_loss(limit, watch.at))
             best = math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss)
             if best:
                 progress.best_loss, progress.evaluations_since_best = loss, 0
@@ -620,6 +611,15 @@ class _Training:
         if best:
             progress.best_step = progress.step
         self._save(best)
+
+    def _validation_loss(self, limit: BatchLimit, told: Callable[[int], None]) -> float:
+        """In batches of at most a micro-batch's tokens, which take less than a training step of as many."""
+        graphs, most = self.update.graphs, min(limit.tokens, self.update.micro_tokens or limit.tokens)
+        given = self.model, self.valid, most, self.start, self.accelerator.autocast, told, self.progress.packed
+        try:
+            return validation_loss(*given, graphs and graphs.loss)
+        finally:
+            self.update.release()
 
     def _save(self, best: bool) -> None:
         self._settle()

@@ -30,8 +30,11 @@ from .step_graphs import StepGraphs
 
 
 class Update:
-    """start, pad: ids that decoder inputs begin with and padding has. say: tells a line to who watches. longest: tokens
-    of the longest sentence, where steps on packed rows are captured as CUDA graphs.
+    """The updates of one run.
+
+    start, pad: ids that decoder inputs begin with and padding has. say: tells a line to who watches. longest: tokens of
+    the longest sentence, where steps on packed rows are captured as CUDA graphs; gradients are then there from the
+    beginning, so that AdamW moves by its moments and decay also what no loss has read.
     """
 
     def __init__(
@@ -124,12 +127,12 @@ class Update:
     def release(self) -> None:
         """Give the memory of graphs back, for an evaluation inside the budget."""
         if self.graphs is not None and self.plan is not None:
-            self.graphs.forget()
+            self.graphs.release()
 
     def drop_graphs(self) -> None:
         """Give the memory of graphs back for good."""
         if self.graphs is not None:
-            self.graphs.forget()
+            self.graphs.release()
             self.graphs = None
 
     def tighten(self, plan: Plan) -> None:

@@ -19,7 +19,7 @@ LENGTH = 3  # of ``adapted``
 
 @pytest.fixture
 def runs(monkeypatch):
-    """Gets the number of prefixes of each run of the network that a rule has asked for."""
+    """Gets the number of prefixes of each run of the network for a rule."""
     found, run = [], network._run
 
     def counted(dtype, shape, read):

@@ -340,7 +340,7 @@ def test_bf16_gradients_only_where_they_are_allowed_and_were_wider(no_more, monk
 def test_a_plan_for_cuda_graphs_has_only_what_a_graph_can_hold(no_more, monkeypatch):
     monkeypatch.setattr(planning, "APPROXIMATIONS", ())  # whose least takes a while, and is tested elsewhere
     model, given = skeleton(), {"batch_tokens": 64, "max_length": 64, "device": "cuda"}
-    with pytest.raises(InputError, match=r"needs [\d.]+ MiB, or [\d.]+ MiB without --cuda-graphs; ") as error:
+    with pytest.raises(InputError, match=r"needs [\d.]+ MiB, or [\d.]+ MiB without CUDA graphs; ") as error:
         plan(model, "1MiB", cuda_graphs=True, tier=4, **given)
     least, without = re.findall(r"[\d.]+(?= MiB)", str(error.value))[1:]
     assert float(without) < float(least)

@@ -14,6 +14,7 @@ import torch
 from accelerate.state import AcceleratorState
 from memory.test_stream import Copies
 from petl_mt import train as trainer
+from petl_mt import update
 from petl_mt.cli import main
 from petl_mt.config import Pair, TrainConfig
 from petl_mt.demo.make_parent import parent_folder
@@ -222,6 +223,23 @@ def test_cuda_graphs(settings, tmp_path, memory, monkeypatch, capsys):
     before = len(replays)
     assert_same_weights(run(settings, tmp_path / "eager", cuda_graphs=False), found)
     assert len(replays) == before
+
+
+def test_graphs_that_cannot_be_captured(settings, tmp_path, monkeypatch, capsys):
+    """The run says why, and goes on with what a capture that has failed leaves put right."""
+    loss = update.sequence_loss
+
+    def waiting(*given):
+        found = loss(*given)
+        return found + 0 * found.item() if torch.cuda.is_current_stream_capturing() else found
+
+    monkeypatch.setattr(update, "sequence_loss", waiting)
+    found = run(settings, tmp_path / "graphs", quiet=False, steps=3)
+    said = capsys.readouterr().err
+    assert said.count("could not be captured, and all run as they are (") == 1 and not card.Graph.half_ended
+    monkeypatch.undo()
+    monkeypatch.setattr(planner, "measure_rates", lambda device, dtype: cost.ASSUMED)
+    assert_same_weights(run(settings, tmp_path / "eager", cuda_graphs=False, steps=3), found)
 
 
 @pytest.mark.parametrize("options", [{}, {"memory": BUDGET, "dropout": 0.1, "precision": "bf16"}])

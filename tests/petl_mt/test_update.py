@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -57,7 +58,7 @@ def test_graphs_give_their_memory_back_to_an_evaluation_in_a_budget(settings, tm
     settings |= {"steps": 4, "eval_every": 2, "memory": "64MiB"}
     loop = training(settings, out=str(tmp_path / "run"), cuda_graphs=True)
     loop.run()
-    assert graphs[0].releases == 3 and loop.update.graphs is None  # the last for the search
+    assert graphs[0].releases == 5 and loop.update.graphs is None  # before and after, and for the search
 
 
 def test_what_runs_says_whether_steps_are_captured(settings, tmp_path, graphs, monkeypatch):
@@ -66,9 +67,10 @@ def test_what_runs_says_whether_steps_are_captured(settings, tmp_path, graphs, m
     training(settings, out=str(tmp_path / "with"), cuda_graphs=True)
     assert said[-1] == "steps are captured as CUDA graphs, one for each shape of rows"
     monkeypatch.setattr(train, "packing_obstacle", lambda model: "a test")
-    loop = training(settings, out=str(tmp_path / "padded"), cuda_graphs=True)
-    assert loop.update.graphs is None
-    assert said[-1] == "steps run without CUDA graphs: CUDA graphs take packed rows"
+    with pytest.raises(InputError, match="cuda_graphs: they take packed rows, and a test; expected a run without"):
+        training(settings, out=str(tmp_path / "padded"), cuda_graphs=True)
+    monkeypatch.setattr(train, "captures", lambda config, device: True)
+    assert training(settings, out=str(tmp_path / "default")).update.graphs is None
 
 
 def test_padding_is_what_rows_are_filled_up_with(settings, tmp_path, graphs):
@@ -100,6 +102,47 @@ def test_an_optimiser_that_cannot_be_captured_steps_as_it_is(settings, tmp_path,
     monkeypatch.delitem(loop.optimizer.param_groups[0], "capturable")
     given = loop.model, loop.optimizer, loop.accelerator, loop.config, None, loop.start, 1, print
     assert not Update(*given, longest=40).graphs.captures_step
+
+
+def test_a_run_is_resumed_without(settings, tmp_path, graphs):
+    settings |= {"out": str(tmp_path / "run"), "steps": 2}
+    training(settings, cuda_graphs=True).run()
+    config = TrainConfig(**{**settings, "steps": 4, "cuda_graphs": False})
+    loop = _Training(config, RunFolder(tmp_path / "run"), resuming=True, quiet=True)
+    assert loop.update.graphs is None and loop.run().steps == 4
+
+
+def test_elsewhere_a_run_with_graphs_is_refused(settings, tmp_path, graphs, monkeypatch):
+    settings |= {"out": str(tmp_path / "run"), "steps": 2}
+    training(settings, cuda_graphs=True).run()
+    monkeypatch.undo()
+    with pytest.raises(InputError, match="cuda_graphs: the device is cpu; expected cuda"):
+        train.train(TrainConfig(**{**settings, "steps": 4}), resume=True, quiet=True)
+
+
+def test_graphs_do_not_make_a_plan_much_slower(settings, monkeypatch):
+    """What graphs cannot hold may be faster: without them then, unless somebody wants them."""
+    made = []
+
+    def plan_like(model, config, longest, device, graphs):
+        made.append(graphs)
+        seconds, approximations = plans[graphs]
+        return SimpleNamespace(seconds=seconds, approximations=approximations, graphs=graphs)
+
+    monkeypatch.setattr(plan, "_plan_for", plan_like)
+    cuda, config = torch.device("cuda"), TrainConfig()
+    plans = {}
+    for with_graphs, without, expected in (
+        ((1.1, ()), (1.0, ()), True),
+        ((1.3, ()), (1.0, ()), False),
+        ((1.0, ("quantised",)), (1.0, ()), False),
+        ((1.0, ()), (1.0, ("quantised",)), True),
+    ):
+        plans.update({True: with_graphs, False: without})
+        assert plan.plan_for(None, config, 40, cuda).graphs is expected
+    assert plan.plan_for(None, TrainConfig(cuda_graphs=True), 40, cuda).graphs
+    made.clear()
+    assert not plan.plan_for(None, config, 40, torch.device("cpu")).graphs and made == [False]
 
 
 def test_a_run_of_an_earlier_version_goes_on_without(settings, tmp_path, graphs, monkeypatch):
@@ -139,7 +182,10 @@ def test_refused(settings, capsys):
     assert "tier 5: a CUDA graph holds no inputs in host memory; expected 1 to 4" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         main([*plan_flags(settings), "--no-cuda-graphs"])
-    assert "argument --no-cuda-graphs: given twice; expected it once" in capsys.readouterr().err
+    assert (
+        "arguments --cuda-graphs and --no-cuda-graphs: given twice; expected one of them, once"
+        in capsys.readouterr().err
+    )
 
 
 def _innermost(place: str) -> str:
@@ -174,7 +220,7 @@ def test_a_capture_that_fails_is_told_once(settings, tmp_path, graphs, monkeypat
     for _ in range(4):
         loop._update()
     reason = "operation not permitted when stream is capturing"
-    assert said == [f"cuda_graphs: a step could not be captured, and runs as it is ({reason})"]
+    assert said == [f"cuda_graphs: a step could not be captured, and all run as they are ({reason})"]
 
 
 def test_a_tightened_plan_may_have_no_room_for_graphs(settings, tmp_path, graphs, monkeypatch):

@@ -23,6 +23,7 @@ for _name in ("libc10.so", "libtorch_cpu.so"):
 _library = ctypes.CDLL(str(LIBRARY))
 _library.card_limit.argtypes = [ctypes.c_int64]
 _library.card_refuse_waiting.argtypes = [ctypes.c_bool]
+_library.card_has_refused.restype = ctypes.c_bool
 for _name in ("card_allocated", "card_peak", "card_times_pinned"):
     getattr(_library, _name).restype = ctypes.c_int64
 
@@ -111,6 +112,14 @@ class Stream:
         _refuse_waiting()
 
 
+class Generator(torch.Generator):
+    """The card's generator, which PyTorch leaves unusable after a capture that has failed."""
+
+    def graphsafe_set_state(self, state: torch.Generator) -> None:
+        self.set_state(state.get_state())
+        Graph.half_ended = False
+
+
 _sync_debug_mode = 0
 
 
@@ -132,18 +141,25 @@ class Graph:
     """
 
     capturing: Recording | None = None
+    half_ended = False
 
     def capture_begin(self, pool=None, capture_error_mode: str = "global", **options) -> None:
         assert Graph.capturing is None
         Graph.capturing = self._recording = Recording()
+        self._random = torch.get_rng_state()  # which the CPU's kernels draw from, and a capture does not
         _library.card_refuse_waiting(True)
         self._recording.__enter__()
 
     def capture_end(self) -> None:
+        """After a wait PyTorch raises here, and leaves the pool and the generator to the capture."""
         Graph.capturing = None
         self._recording.__exit__(None, None, None)
         _library.card_refuse_waiting(_sync_debug_mode == 2)
         self._recording.put_back()
+        torch.set_rng_state(self._random)
+        Graph.half_ended = bool(_library.card_has_refused())
+        if Graph.half_ended:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
 
     def replay(self) -> None:
         self._recording.replay()
@@ -215,6 +231,7 @@ def _install() -> None:
         "getCurrentRawStream": lambda index: 0,
         "set_sync_debug_mode": _set_sync_debug_mode,
         "get_sync_debug_mode": lambda: _sync_debug_mode,
+        "endAllocateToPool": lambda index, pool: _check_index(index),
         "hostMemoryStats": lambda: {"num_host_alloc": _library.card_times_pinned()},
     }
     for name, function in driver.items():
@@ -229,7 +246,7 @@ def _install() -> None:
         "_get_device_properties": lambda index: properties,
         "_exchange_device": lambda index: 0,
         "_maybe_exchange_device": lambda index: 0,
-        "default_generators": (torch.Generator(),),
+        "default_generators": (Generator(),),
         "is_current_stream_capturing": lambda: Graph.capturing is not None,
         "graph_pool_handle": lambda: (0, 1),
         "Stream": Stream,

@@ -148,6 +148,7 @@ const std::set<std::string> TAKES_BOTH_DEVICES = {  // as on a card: copies, and
     "aten::_unsafe_index.Tensor", "aten::_unsafe_index_put", "aten::set_.source_Tensor",
     "aten::_fused_adamw_", "aten::_fused_adam_"};
 
+std::atomic<bool> has_refused{false};  // since it was last looked at
 std::atomic<bool> waiting_refused{false};  // while a stream is captured, and by torch.cuda.set_sync_debug_mode("error")
 
 bool waits_for_the_card(const std::string& name, const torch::jit::Stack& stack, size_t arguments) {
@@ -166,8 +167,10 @@ bool waits_for_the_card(const std::string& name, const torch::jit::Stack& stack,
 void run_on_host(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const auto& schema = op.schema();
   const auto name = c10::toString(op.operator_name());
-  TORCH_CHECK(!waiting_refused || !waits_for_the_card(name, *stack, schema.arguments().size()),
-      name, ": called a synchronizing CUDA operation");
+  if (waiting_refused && waits_for_the_card(name, *stack, schema.arguments().size())) {
+    has_refused = true;
+    TORCH_CHECK(false, name, ": called a synchronizing CUDA operation");
+  }
   Call call;
   bool wants_card = false, on_the_host = false;
   auto to_host = [&](const at::Tensor& tensor) {
@@ -314,4 +317,6 @@ void card_reset_peak() { peak = allocated.load(); }
 void card_limit(int64_t bytes) { limit = bytes; }
 int64_t card_times_pinned() { return times_pinned; }
 void card_refuse_waiting(bool refused) { waiting_refused = refused; }
+
+bool card_has_refused() { return has_refused.exchange(false); }
 }

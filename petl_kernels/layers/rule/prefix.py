@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from operator import is_
 
 import torch
 from torch import Tensor, nn
@@ -59,11 +60,16 @@ class _Made:
     __slots__ = ("piece", "inputs", "rows")
 
     def __init__(self, piece: Prefix, rows: tuple[Tensor, Tensor]):
-        self.piece, self.inputs, self.rows = piece, (piece.key, piece.value), rows
+        self.piece, self.inputs, self.rows = piece, _inputs(piece), rows
 
     def holds(self, piece: Prefix) -> bool:
         """Whether it was made from the parameters that the attention has now."""
-        return self.inputs[0] is piece.key and self.inputs[1] is piece.value
+        return all(map(is_, self.inputs, _inputs(piece)))
+
+
+def _inputs(piece: Prefix) -> tuple[Tensor, ...]:
+    first, _, second = piece.mlp[0]
+    return piece.key, piece.value, first.weight, first.bias, second.weight, second.bias
 
 
 def _alone(piece: Prefix, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
