@@ -156,3 +156,27 @@ def test_on_the_card():
     torch.testing.assert_close(torch.stack(losses), torch.stack([run(*given).detach() for given in inputs]))
     torch.testing.assert_close(gradient, weight.grad)
     assert len(step) == 2 and recorder.reason == ""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_capture_that_waits_on_the_card():
+    """It ends with an error, after which memory, streams and random numbers are as before."""
+    device, waited = torch.device("cuda", 0), []
+
+    def run(x):
+        y = (torch.rand(4, device=device) * x).sum()
+        if torch.cuda.is_current_stream_capturing():
+            waited.append(y.item())
+        return y
+
+    recorder, stream = CudaGraphs(device), torch.cuda.current_stream().cuda_stream
+    step = Graphed(run, recorder)
+    torch.manual_seed(3)
+    found = [step(torch.ones(4, device=device)) for _ in range(3)]
+    assert recorder.reason and not waited and len(step) == 0
+    assert torch.cuda.current_stream().cuda_stream == stream
+    torch.cuda.empty_cache()
+    torch.manual_seed(3)
+    expected = [run(torch.ones(4, device=device)) for _ in range(3)]
+    torch.testing.assert_close(torch.stack(found), torch.stack(expected))
