@@ -138,7 +138,9 @@ def collected(timed: list[Part]) -> dict[str, list[str]]:
 
 
 def test_every_part_of_the_bench_finds_its_cases():
-    found = collected([part for part in parts() if part.name in ("step", "ops", "layers")])
+    host = Part("host", 0, (*gpu.BENCH, "host", "--peers", "--only", "host or launch"))
+    found = collected([*(part for part in parts() if part.name in ("step", "ops", "layers")), host])
+    assert {name.partition("[")[0] for name in found["host"]} == {"test_host", "test_launch"}
     steps = ("ours", "ours, graph", "PEFT, bf16 adapters", "PEFT, defaults")
     assert found["step"] == [f"test_step[{name}]" for name in steps]
     assert len(found["layers"]) == 2 * 5 and sum("ours]" in name for name in found["layers"]) == 2
