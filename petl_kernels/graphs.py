@@ -50,7 +50,7 @@ def row_sentences(count: int, tokens: int) -> int:
 
 
 def graph_bytes(tokens: int) -> int:
-    """What graphs of a training step take beside what the step itself takes, as far as it can be known.
+    """Returns the bytes that graphs of a training step take beside the step itself, as far as they can be known.
 
     For each shape of rows of up to ``tokens`` a side: three rows of ids, int64, the boundaries of both sides, int32,
     and the numbers that go in and out; and cuBLAS' workspace on the stream that is captured. The step's own memory
@@ -132,7 +132,7 @@ class Graphed:
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         key = tuple((tuple(tensor.shape), tensor.dtype) for tensor in inputs)
-        if self._warm and key not in self._captured and len(self._captured) < MOST and not self._recorder.reason:
+        if self._warm and key not in self._captured and not self.is_full and not self._recorder.reason:
             self._capture(key, inputs)
         if key not in self._captured:
             result = self._run(*(tensor.to(self._recorder.device, non_blocking=True) for tensor in inputs))
@@ -146,6 +146,11 @@ class Graphed:
 
     def __len__(self) -> int:
         return len(self._captured)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no other shape is captured, since there are as many as may be."""
+        return len(self) >= MOST
 
     def forget(self) -> None:
         """Drops the graphs; the next call runs as it is."""

@@ -196,7 +196,7 @@ class LanguagePair:
         return self._words.decode(rows, partial(self.tokenizer.batch_decode, clean_up_tokenization_spaces=False))
 
     def _sentence(self, row: list[int]) -> list[int]:
-        """What stands between start and end: the id of padding may be that of a piece of the target's vocabulary."""
+        """Returns what stands between start and end: padding's id may be that of a piece of the target's words."""
         row = row[1:] if row[:1] == [self._start_token_id] else row
         end = self._target_tail[0]
         return row[: row.index(end)] if end in row else row
@@ -207,7 +207,7 @@ class LanguagePair:
         return [model.decode_pieces([names[i] for i in row if i in names]) for row in rows]
 
     def generate_kwargs(self) -> dict[str, int]:
-        """What `model.generate` needs to begin in the target language."""
+        """Returns what `model.generate` needs to begin in the target language."""
         both = {
             "forced_bos_token_id": self.forced_bos_token_id,
             "decoder_start_token_id": self.decoder_start_token_id,

@@ -348,7 +348,7 @@ class Planner:
         }
 
     def _aside(self) -> int:
-        """The bytes of what adapters that train the model's own tensors have set aside, which is in host memory."""
+        """Returns the bytes of what adapters that train the model's own tensors have set aside in host memory."""
         if self.device.type != "cpu":
             return 0
         return sum(kept.nbytes for record in records(self.model).values() for kept in record.base.values())

@@ -308,7 +308,7 @@ class Corpus:
         return PackedBatch.of([(self.sources[i], self.targets[i]) for i in indices], indices, start)
 
     def tokens(self, indices: np.ndarray) -> int:
-        """The tokens of the sentence pairs ``indices``, of both sides."""
+        """Returns the tokens of the sentence pairs ``indices``, of both sides."""
         return int(self.sources.lengths[indices].sum() + self.targets.lengths[indices].sum())
 
 

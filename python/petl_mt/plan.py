@@ -42,7 +42,7 @@ def plan(config: TrainConfig, device: str | None = None) -> Plan:
 
 
 def widened(length: int, device: torch.device) -> int:
-    """What padded sentences of ``length`` are padded to at least."""
+    """Returns the tokens that padded sentences of ``length`` tokens have at least."""
     multiple = width_multiple(device)
     return -(-length // multiple) * multiple
 
@@ -71,8 +71,8 @@ def prepared(model: nn.Module, config: TrainConfig) -> nn.Module:
 
 
 def plan_for(model: nn.Module, config: TrainConfig, longest: int, device: torch.device) -> Plan:
-    """The plan of a run. Where nobody has said so, CUDA graphs have room in it if that rounds nothing more, and an
-    update takes a fifth more time at most: rates of devices do not count the host, which graphs spare."""
+    """Returns the plan of a run. Where ``config`` does not say whether, CUDA graphs have room in it if that rounds
+    nothing more and an update takes a fifth more time at most: rates do not count the host, which graphs spare."""
     if config.cuda_graphs is not None or not captures(config, device):
         return _plan_for(model, config, longest, device, graphs=bool(config.cuda_graphs))
     without = _plan_for(model, config, longest, device, graphs=False)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from petl_kernels.graphs import CudaGraphs, Graphed
+from petl_kernels.graphs import MOST, CudaGraphs, Graphed
 
 from .data import PackedBatch
 
@@ -39,6 +39,9 @@ class StepGraphs:
         say: Callable[[str], None],
     ) -> None:
         self.recorder, self.longest, self.say = recorder, longest, say
+        self._told = False  # that there are more shapes than graphs
+        if step is None:
+            say("cuda_graphs: this optimiser's step cannot be captured, and runs as it is")
         self._gradients = Graphed(lambda *given: gradients(self._batch(given[:-1]), given[-1]), recorder)
         self._step = None if step is None else Graphed(step, recorder)
         self._loss = Graphed(lambda *row: loss(self._batch(row)), recorder)
@@ -57,7 +60,7 @@ class StepGraphs:
         return self._run(self._step, torch.tensor(lr))
 
     def loss(self, batch: PackedBatch, most: int) -> Tensor:
-        """The sum of losses of ``batch``, a row of at most ``most`` tokens a side or of one sentence."""
+        """Returns the sum of losses of ``batch``, a row of at most ``most`` tokens a side or of one sentence."""
         return self._run(self._loss, *_tensors(batch.filled(most)))
 
     def release(self) -> None:
@@ -69,12 +72,15 @@ class StepGraphs:
         if self.recorder.device.type == "cuda":
             inputs = tuple(tensor.pin_memory() for tensor in inputs)
         result = graphed(*inputs)
+        if graphed.is_full and not self._told:
+            self._told = True
+            self.say(f"cuda_graphs: rows of {MOST} shapes are captured, those of others run as they are")
         if self.recorder.reason != before:
             self.say(f"cuda_graphs: a step could not be captured, and all run as they are ({self.recorder.reason})")
         return result
 
     def _batch(self, row: tuple[Tensor, ...]) -> PackedBatch:
-        """The batch of a row on the device, however many of its labels count: the most that can."""
+        """Returns the batch of a row on the device, with all labels as those that count: the most that can."""
         return PackedBatch({**dict(zip(_ROW, row, strict=True)), "longest": self.longest}, None, row[1].numel())
 
 

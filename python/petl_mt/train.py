@@ -403,7 +403,7 @@ class _Training:
         elif not self.progress.packed:
             reason = "they take packed rows"
         elif self.plan is not None and not self.plan.cuda_graphs:
-            reason = "the plan has no room for them, or uses what they cannot hold"
+            reason = "the plan is one without: they have no room, or it is faster by what they cannot hold"
         if captures(config, self.device) and not reason:
             self.log.say("steps are captured as CUDA graphs, one for each shape of rows")
             return True
@@ -412,7 +412,7 @@ class _Training:
         return False
 
     def _longest_row(self) -> int:
-        """The tokens of the longest sentence: of training and validation text, and of the worst batch of the plan."""
+        """Returns the tokens of the longest sentence of training and validation text, and of the plan's worst batch."""
         found = [int(text.lengths.max()) for text in (self.batches.corpus, self.valid) if text is not None]
         return max(found + [self.plan.longest] if self.plan else found)
 
@@ -613,7 +613,7 @@ class _Training:
         self._save(best)
 
     def _validation_loss(self, limit: BatchLimit, told: Callable[[int], None]) -> float:
-        """In batches of at most a micro-batch's tokens, which take less than a training step of as many."""
+        """Returns the loss over batches of at most a micro-batch's tokens: they take less than a training step."""
         graphs, most = self.update.graphs, min(limit.tokens, self.update.micro_tokens or limit.tokens)
         given = self.model, self.valid, most, self.start, self.accelerator.autocast, told, self.progress.packed
         try:

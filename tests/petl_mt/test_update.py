@@ -16,6 +16,7 @@ from petl_mt.runs import RunFolder
 from petl_mt.train import _Training
 from petl_mt.update import Update
 
+from petl_kernels import graphs as graphs_module
 from petl_kernels.errors import InputError
 from petl_kernels.interop import device_masks
 from petl_kernels.memory import planner
@@ -97,11 +98,12 @@ def test_on_by_default_where_they_can_be(device, given, tier, expected):
     assert plan.captures(config, torch.device(device)) is expected
 
 
-def test_an_optimiser_that_cannot_be_captured_steps_as_it_is(settings, tmp_path, graphs, monkeypatch):
+def test_an_optimiser_that_cannot_be_captured_steps_as_it_is(settings, tmp_path, graphs, monkeypatch, capsys):
     loop = training(settings, out=str(tmp_path / "run"), cuda_graphs=True)
     monkeypatch.delitem(loop.optimizer.param_groups[0], "capturable")
     given = loop.model, loop.optimizer, loop.accelerator, loop.config, None, loop.start, 1, print
     assert not Update(*given, longest=40).graphs.captures_step
+    assert capsys.readouterr().out == "cuda_graphs: this optimiser's step cannot be captured, and runs as it is\n"
 
 
 def test_a_run_is_resumed_without(settings, tmp_path, graphs):
@@ -221,6 +223,17 @@ def test_a_capture_that_fails_is_told_once(settings, tmp_path, graphs, monkeypat
         loop._update()
     reason = "operation not permitted when stream is capturing"
     assert said == [f"cuda_graphs: a step could not be captured, and all run as they are ({reason})"]
+
+
+def test_more_shapes_than_graphs_are_told_once(settings, tmp_path, graphs, monkeypatch):
+    loop = training(settings, out=str(tmp_path / "run"), cuda_graphs=True)
+    said = []
+    monkeypatch.setattr(loop.update, "say", said.append)
+    monkeypatch.setattr(graphs_module, "MOST", 1)
+    loop.model.train()
+    for _ in range(4):
+        loop._update()
+    assert len(said) == 1 and said[0].endswith("shapes are captured, those of others run as they are")
 
 
 def test_a_tightened_plan_may_have_no_room_for_graphs(settings, tmp_path, graphs, monkeypatch):

@@ -87,7 +87,7 @@ def _launch_by_triton(kernel, grid, args, warps, stages, constexprs):
 
 
 def _key_by_triton(args: tuple) -> tuple | None:
-    """What launch_key tells apart, in Triton's own words."""
+    """Returns what ``launch_key`` tells apart, as Triton's own function describes it; None for unknown arguments."""
     try:
         return jit.native_specialize_impl(BaseBackend, args, False, True, True)
     except (TypeError, OverflowError):

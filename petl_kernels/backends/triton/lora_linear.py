@@ -433,7 +433,7 @@ def _a_gradients(
     DROPOUT: tl.constexpr, QUADS: tl.constexpr, ALIGN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """Of rows [begin, stop): [dA_1; …; dA_G] = dsᵀ drop(x): one read of x for the whole group."""
+    """Writes [dA_1; …; dA_G] = dsᵀ drop(x) of rows [begin, stop): x is read once for the whole group."""
     R, stride_ds = aligned(R, ALIGN), aligned(stride_ds, ALIGN)
     cols = tile_n * BN + tl.arange(0, BN)
     rank = chunk * BR + tl.arange(0, BR)
