@@ -1,4 +1,4 @@
-"""The shipped LoRA kernels and every candidate on the same shapes: `python bench/candidates/contest.py`.
+"""The shipped LoRA kernels and the candidates on the same shapes: `python bench/candidates/contest.py`.
 
 Each shape: every value and gradient first, to the ops' own criterion, then medians of rounds in which each
 implementation runs once, as a CUDA graph (so that Python's launches are not what is measured), with the L2 cache
@@ -25,8 +25,6 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
-from predict import NAMES, Rates, Shape, predict  # noqa: E402
-
 from petl_kernels import parity  # noqa: E402
 from petl_kernels.interop.files import atomic_write  # noqa: E402
 
@@ -35,6 +33,7 @@ SHAPES = sorted(
     ((t, d, r, g) for t in (512, 2048, 8192) for d in (1024, 2048, 4096) for r in (8, 16, 64) for g in (1, 3)),
     key=lambda shape: (shape[0] != 8192, shape[2] != 16, shape[0] != 2048, shape[3], shape[1]),
 )
+NAMES = ("shipped", "bordered", "wgmma")
 ROUNDS, WARM = 21, 3
 FLUSH_BYTES = 256 << 20
 
@@ -115,14 +114,6 @@ def medians(runs: dict[str, Callable[[], None]], flush: Callable[[], None]) -> d
     return {name: [start.elapsed_time(stop) / 1e3 for start, stop in pairs] for name, pairs in events.items()}
 
 
-def measured_rates(flush: Callable[[], None]) -> Rates:
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    source, target = (torch.empty(FLUSH_BYTES, device="cuda", dtype=torch.uint8) for _ in range(2))
-    times = medians({"copy": lambda: target.copy_(source), "matmul": lambda: a @ b}, flush)
-    copy, matmul = (statistics.median(times[name]) for name in ("copy", "matmul"))
-    return Rates(copy=2 * FLUSH_BYTES / copy, matmul=2 * 8192**3 / matmul)
-
-
 class OnDevice(parity.Source):
     """Values drawn where they are used: a CPU would take longer over the larger shapes than the kernels."""
 
@@ -144,7 +135,7 @@ def arguments(shape: tuple[int, ...], device: str, dtype: torch.dtype) -> dict:
     return given | {"scales": [2.0] * groups}
 
 
-def measure(shape: tuple[int, ...], names: list[str], rates: Rates, flush: Callable[[], None]) -> list[dict]:
+def measure(shape: tuple[int, ...], names: list[str], flush: Callable[[], None]) -> list[dict]:
     given = arguments(shape, "cuda", torch.bfloat16)
     exact = parity.run("lora_linear", "reference", parity._in_float64(given))
     reference = parity.run("lora_linear", "reference", given)
@@ -162,7 +153,7 @@ def measure(shape: tuple[int, ...], names: list[str], rates: Rates, flush: Calla
             rows[name]["note"] = f"{type(problem).__name__}: {str(problem).strip().splitlines()[:1]}"
     times = medians({name: graph.replay for name, graph in graphs.items()}, flush)
     for name, row in rows.items():
-        row |= {"shape": shape, "implementation": name, "predicted": predict(name, Shape(*shape), rates)}
+        row |= {"shape": shape, "implementation": name}
         if name in times:
             row |= {"median": statistics.median(times[name]), "samples": times[name]}
     return list(rows.values())
@@ -171,11 +162,11 @@ def measure(shape: tuple[int, ...], names: list[str], rates: Rates, flush: Calla
 def show(rows: list[dict]) -> None:
     frozen = rows[0]
     tokens, d, rank, groups = frozen["shape"]
-    print(f"\n{tokens} tokens, d = {d}, r = {rank}, {groups} linear(s): µs, over the frozen linear, predicted")
+    print(f"\n{tokens} tokens, d = {d}, r = {rank}, {groups} linear(s): µs, over the frozen linear")
     for row in sorted(rows, key=lambda row: row.get("median", float("inf"))):
         if "median" in row:
-            ratio, predicted = row["median"] / frozen["median"], row["predicted"] / frozen["predicted"]
-            print(f"  {row['implementation']:12s} {row['median'] * 1e6:9.1f} {ratio:6.2f} {predicted:6.2f}")
+            ratio = row["median"] / frozen["median"]
+            print(f"  {row['implementation']:12s} {row['median'] * 1e6:9.1f} {ratio:6.2f}")
         else:
             print(f"  {row['implementation']:12s} {row['note']}")
     sys.stdout.flush()
@@ -207,20 +198,20 @@ def main() -> int:
         print("contest.py: --device cuda: no CUDA device here", file=sys.stderr)
         return 2
     scratch = torch.empty(FLUSH_BYTES, device="cuda", dtype=torch.uint8)
-    rates, began, results = measured_rates(scratch.zero_), time.monotonic(), []
+    began, results = time.monotonic(), []
     card = torch.cuda.get_device_name()
-    print(f"{card}: copy {rates.copy / 1e12:.2f} TB/s, bf16 products {rates.matmul / 1e12:.0f} TFLOP/s")
+    print(card)
     path = Path(__file__).parents[1] / "results" / card.replace(" ", "-").lower() / "candidates.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     for shape in SHAPES:
         if time.monotonic() - began > options.seconds:
             print(f"\n{len(SHAPES) - len({tuple(row['shape']) for row in results})} shapes left out after --seconds")
             break
-        rows = measure(shape, options.names, rates, scratch.zero_)
+        rows = measure(shape, options.names, scratch.zero_)
         show(rows)
         results += rows
         with atomic_write(path) as file:  # after each shape: the run may be cut at any time
-            machine = {"device": card, "torch": torch.__version__, "copy": rates.copy, "matmul": rates.matmul}
+            machine = {"device": card, "torch": torch.__version__}
             json.dump({"machine": machine, "unit": "seconds", "results": results}, file, indent=1)
     print(f"\n{path.relative_to(Path(__file__).parents[2])}")
     return 1 if any(row.get("note", "").startswith("WRONG") for row in results) else 0

@@ -1,4 +1,4 @@
-"""What the candidates share: the shipped pair of functions with some of its launches exchanged.
+"""The shipped pair of functions with a candidate's launches in the place of its own.
 
 A candidate takes at most three dense linears and no dropout. It launches through ``common.launch``, so that the
 ahead-of-time check sees what it would run.
@@ -15,20 +15,7 @@ from petl_kernels.backends.triton import common, config
 from petl_kernels.backends.triton import lora_linear as shipped
 
 
-def project_then_outputs(ys, s, x, weights, biases, a, b, scales) -> None:
-    """The shipped forward: s, then every y_g."""
-    shipped._project(s, x, a, 0.0, None)
-    shipped._outputs(ys, x, s, weights, biases, b, scales)
-
-
-def all_gradients(dx, da, db, dbias, dys, x, s, weights, a, b, scales) -> None:
-    """The shipped backward: ds, dx, then dA, dB and the biases' sums."""
-    ds = shipped._rank_gradients(dys, b, scales, s)
-    shipped._input_gradient(dx, dys, ds, weights, a, 0.0, None, False)
-    shipped._adapter_gradients(da, db, dbias, dys, x, s, ds, scales, 0.0, None)
-
-
-def pair(outputs: Callable = project_then_outputs, gradients: Callable = all_gradients) -> SimpleNamespace:
+def pair(outputs: Callable, gradients: Callable) -> SimpleNamespace:
     """``lora_linear`` and ``lora_linear_backward`` with the shipped signatures, made of these launches."""
 
     def lora_linear(x, weights, biases, a, b, scales, dropout, seed):

@@ -109,8 +109,8 @@ def source(kernel, args: tuple, constexprs: dict) -> ASTSource:
     return ASTSource(kernel, {name: signature[name] for name in kernel.arg_names}, constants, attributes)
 
 
-def compile_launch(card: str, kernel, args, constexprs, options, audited: bool = True) -> dict:
-    """What the compiler says of one launch; and the audit of it (triton_races.py), where that is wanted."""
+def compile_launch(card: str, kernel, args, constexprs, options) -> dict:
+    """Returns what the compiler says of one launch, and the audit of it (triton_races.py)."""
     compiled = triton.compile(
         source(kernel, args, constexprs), target=GPUTarget("cuda", CARDS[card][0], 32), options=options
     )
@@ -127,12 +127,11 @@ def compile_launch(card: str, kernel, args, constexprs, options, audited: bool =
         "registers": int(counts["REG"]),
         "stack": int(counts["STACK"]) + int(counts["LOCAL"]),
         "shared": compiled.metadata.shared,
-        "tma": ptx.count("cp.async.bulk.tensor"),
         "atomics": len(re.findall(r"\b(?:atom|red)\.", ptx)),
         "instructions": {
             name: ptx.count(name) for name in ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "cp.async.c")
         },
-        **(triton_races.audit(compiled.asm["ttgir"])._asdict() if audited else {}),
+        **triton_races.audit(compiled.asm["ttgir"])._asdict(),
     }
 
 

@@ -1,7 +1,7 @@
 """Products with wgmma and TMA in CUDA C++, their loads on a warp of their own: sm_90 only.
 
-Triton's TMA candidates wait for copies and products in the same warps on sm_90; here one thread copies and two
-warpgroups multiply (product.h says how). The rank part is seeded into the accumulator and scaled there in fp32, as in
+Triton waits for copies and products in the same warps on sm_90; here one thread copies and two warpgroups multiply
+(product.h says how). The rank part is seeded into the accumulator and scaled there in fp32, as in
 the shipped kernel. One launch for the y of each linear, and one for the dx of a group, whose products follow each other
 in the same accumulator. The adapters are cast (and A is stacked) ahead of it: TMA copies bytes, it does not convert.
 
