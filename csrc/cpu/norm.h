@@ -14,6 +14,7 @@ constexpr int64_t kNormRows = 32;
 template <typename scalar_t, typename out_t, bool kCentred>
 struct Norm {
   using acc_t = compute_t<scalar_t>;
+  using Vec = at::vec::Vectorized<acc_t>;
 
   Norm(const Tensor& rows, const Tensor& weight, const OptionalTensor& bias)
       : d(rows.size(1)),
@@ -41,7 +42,7 @@ struct Norm {
           square = variance;
           mean[i] = centre = offset + rest;
         } else {
-          square = sum_pairs<acc_t>(d, [&](int64_t j) { return std::pair(row[j] * row[j], acc_t(0)); }).first / d;
+          square = sum_pairs<acc_t>(d, [](Vec v) { return std::pair(v * v, Vec(acc_t(0))); }, row).first / d;
         }
         rstd[i] = 1 / std::sqrt(square + eps);
         output(row, centre, rstd[i], y + i * d);
@@ -80,10 +81,11 @@ struct Norm {
           input_gradient(row, grad, centre, rstd[i], dx + i * d);
           finish(i);
         }
-        if (dweight) {
+        if (dweight && dbias) {
+          add_both_gradients(row, grad, centre, rstd[i], weight_sum.mine(), bias_sum.mine());
+        } else if (dweight) {
           add_weight_gradient(row, grad, centre, rstd[i], weight_sum.mine());
-        }
-        if (dbias) {
+        } else if (dbias) {
           accumulate(grad, bias_sum.mine(), d);
         }
       }
@@ -99,21 +101,25 @@ struct Norm {
   // Not inlined, so that the same instructions make y in forward and again from the statistics.
   C10_NOINLINE void output(const acc_t* __restrict row, acc_t mean, acc_t rstd, out_t* y) const {
     acc_t* __restrict out = in_place_or(y, out_row.mine());
-    for (int64_t j = 0; j < d; ++j) {
-      out[j] = normalised(row[j], mean, rstd) * w[j];
-    }
-    if (v != nullptr) {
-      accumulate(v, out, d);
+    if (v == nullptr) {
+      for (int64_t j = 0; j < d; ++j) {
+        out[j] = normalised(row[j], mean, rstd) * w[j];
+      }
+    } else {
+      for (int64_t j = 0; j < d; ++j) {
+        out[j] = normalised(row[j], mean, rstd) * w[j] + v[j];
+      }
     }
     settle(out, y, d);
   }
 
   void input_gradient(const acc_t* __restrict row, const acc_t* __restrict dy, acc_t mean, acc_t rstd, scalar_t* dx)
       const {
-    const auto [sum_g, sum_gn] = sum_pairs<acc_t>(d, [&](int64_t j) {
-      const acc_t g = dy[j] * w[j];
-      return std::pair(g, g * normalised(row[j], mean, rstd));
-    });
+    const auto terms = [means = Vec(mean), rstds = Vec(rstd)](Vec x, Vec dy, Vec w) {
+      const Vec g = dy * w;
+      return std::pair(g, g * normalised(x, means, rstds));
+    };
+    const auto [sum_g, sum_gn] = sum_pairs<acc_t>(d, terms, row, dy, w);
     const acc_t mean_g = kCentred ? sum_g / d : 0, mean_gn = sum_gn / d;
     acc_t* __restrict out = in_place_or(dx, out_row.mine());
     for (int64_t j = 0; j < d; ++j) {
@@ -129,7 +135,22 @@ struct Norm {
     }
   }
 
-  static acc_t normalised(acc_t value, acc_t mean, acc_t rstd) {
+  // In one pass: each alone waits for loads.
+  void add_both_gradients(
+      const acc_t* __restrict row,
+      const acc_t* __restrict dy,
+      acc_t mean,
+      acc_t rstd,
+      acc_t* __restrict weight_sum,
+      acc_t* __restrict bias_sum) const {
+    for (int64_t j = 0; j < d; ++j) {
+      weight_sum[j] += dy[j] * normalised(row[j], mean, rstd);
+      bias_sum[j] += dy[j];
+    }
+  }
+
+  template <typename T>
+  static T normalised(T value, T mean, T rstd) {
     return (kCentred ? value - mean : value) * rstd;
   }
 

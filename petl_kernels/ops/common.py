@@ -80,20 +80,20 @@ def differentiate(name: str, save: Callable, backward: Callable) -> None:
     kernels of a small layer take on a GPU.
     """
     overload = getattr(torch.ops.petl, name).default
-    is_list = [str(argument.type) == "List[Tensor]" for argument in overload._schema.arguments]
+    takes, gives = _lists(overload._schema.arguments), _lists(overload._schema.returns)
 
     class Rule(torch.autograd.Function):
         @staticmethod
         def forward(ctx, sizes, output_sizes, *flat):
             inputs = _nest(flat, sizes)
             with torch._C._AutoDispatchBelowAutograd():
-                output = overload(*inputs)
+                output = run(name, *inputs)
             save(ctx, inputs, output)
-            ctx.sizes, ctx.output_sizes = sizes, output_sizes
-            if isinstance(output, Tensor):
-                output_sizes.append(None)
+            ctx.sizes, ctx.output_sizes = sizes, None
+            if isinstance(output, Tensor) or gives is None:
                 return output
-            output_sizes.extend(len(part) if isinstance(part, list) else None for part in output)
+            output_sizes.extend(len(part) if lists else None for part, lists in zip(output, gives, strict=True))
+            ctx.output_sizes = output_sizes
             return tuple(_flatten(output, output_sizes))
 
         @staticmethod
@@ -106,10 +106,10 @@ def differentiate(name: str, save: Callable, backward: Callable) -> None:
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)):
             with torch._C._AutoDispatchBelowAutograd():
                 return overload(*inputs)
-        sizes = [len(value) if lists else None for value, lists in zip(inputs, is_list, strict=True)]
+        sizes = takes and [len(value) if lists else None for value, lists in zip(inputs, takes, strict=True)]
         output_sizes = []
         output = Rule.apply(sizes, output_sizes, *_flatten(inputs, sizes))
-        return output if isinstance(output, Tensor) else tuple(_nest(output, output_sizes))
+        return output if gives is None else tuple(_nest(output, output_sizes))
 
     torch.library.impl(f"petl::{name}", "Autograd")(kernel)
 
@@ -122,14 +122,24 @@ def _refuse_second_derivatives(name: str) -> None:
         )
 
 
-def _flatten(values: Sequence, sizes: Sequence[int | None]) -> list:
+def _lists(places: Sequence) -> list[bool] | None:
+    """Returns which of a schema's arguments or results are lists of tensors; None where none is."""
+    found = [str(place.type) == "List[Tensor]" for place in places]
+    return found if any(found) else None
+
+
+def _flatten(values: Sequence, sizes: Sequence[int | None] | None) -> Sequence:
+    if sizes is None:
+        return values
     flat = []
     for value, size in zip(values, sizes, strict=True):
         flat.append(value) if size is None else flat.extend(value)
     return flat
 
 
-def _nest(flat: Sequence, sizes: Sequence[int | None]) -> list:
+def _nest(flat: Sequence, sizes: Sequence[int | None] | None) -> Sequence:
+    if sizes is None:
+        return flat
     values, first = [], 0
     for size in sizes:
         values.append(flat[first] if size is None else list(flat[first : first + size]))
