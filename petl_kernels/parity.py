@@ -276,6 +276,7 @@ _MORE_PARTS = {
     "layer_norm": ("_from_statistics",),
     "rms_norm": ("_from_statistics",),
     "quantised_project": ("_back",),
+    "linear_cross_entropy": ("_begin", "_words", "_end"),
 }
 
 
@@ -292,15 +293,19 @@ def _run_attention(forward: Callable, backward: Callable, given: dict) -> Values
     return {"o": o, "lse": lse.masked_fill(lse.isinf() | (lse < -1e4), 0), **values}
 
 
-def _run_linear_cross_entropy(forward: Callable, backward: Callable, given: dict) -> Values:
-    from petl_kernels.ops.linear_cross_entropy import compute  # see table()
+def _run_linear_cross_entropy(
+    rows: Callable, backward: Callable, begin: Callable, words: Callable, end: Callable, given: dict
+) -> Values:
+    from petl_kernels.ops import loss_by_words  # see table()
+    from petl_kernels.ops.linear_cross_entropy import Kernels, compute
 
     names = ("hidden", "weight", "labels", "bias", "label_smoothing", "smoothing", "logit_scale", "ignore_index")
     fixed = {name: given[name] for name in (*names, "chunk_bytes", "counted", "dlosses")} | {
         "weight": _parts(given["weight"])
     }
-    needs = (True, len(fixed["weight"]) == 1, given["bias"] is not None)
-    losses, dhidden, dweight, dbias, _ = compute(forward, *fixed.values(), *needs)
+    needs = (True, len(fixed["weight"]) == 1 and not given["frozen"], given["bias"] is not None)
+    kernels = Kernels(rows, loss_by_words.Kernels(begin, words, end))
+    losses, dhidden, dweight, dbias, _ = compute(kernels, *fixed.values(), *needs)
     return {"losses": losses, "dhidden": dhidden, "dweight": dweight, "dbias": dbias}
 
 
@@ -584,6 +589,7 @@ def linear_cross_entropy_arguments(
     dlosses=False,
     weight_dtype=None,
     counted=-1,
+    frozen=False,
 ) -> dict:
     labels = torch.randint(0, words, rows, generator=draw.generator)
     labels.view(-1)[2::5] = -100
@@ -599,6 +605,7 @@ def linear_cross_entropy_arguments(
         "chunk_bytes": chunk_rows * words * draw.dtype.itemsize,
         "counted": counted,
         "dlosses": draw(labels.numel(), dtype=torch.float32) if dlosses else None,
+        "frozen": frozen,
     }
 
 
