@@ -192,7 +192,7 @@ def compute(
     if loss_by_words.serves(hidden, weight, bias, logit_scale, need_dweight):
         given = (rows, weight[0], row_labels, kept, weights, chunk_bytes, dlosses, need_dhidden)
         losses, dhidden = loss_by_words.compute(kernels.words, *given)
-        dweight = dbias = empty(losses)
+        dweight, dbias = empty(losses), empty(losses)
     else:
         bias = None if bias is None else bias.to(sums).contiguous()
         given = (rows, weight, row_labels, kept, bias, weights, logit_scale, chunk_bytes, dlosses)
