@@ -84,9 +84,7 @@ def blocks_of(
     return Blocks(size, min(most, 1 << (room.bit_length() - 1)))
 
 
-def most_bytes(
-    rows: int, d: int, words: int, dtype: torch.dtype, device: str, chunk_bytes: int, gradient: bool
-) -> int:
+def most_bytes(rows: int, d: int, words: int, dtype: torch.dtype, device: str, chunk_bytes: int, gradient: bool) -> int:
     """Returns what the buffers take at most, whichever of the rows count."""
     beside, (_, most) = _bytes_beside(d, dtype, True, gradient), _words_of_blocks(words, device)
     all_rows = min(rows, CPU_ROWS) if device == "cpu" else rows

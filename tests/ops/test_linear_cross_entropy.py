@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from petl_kernels import backends, ops, parity
 from petl_kernels.errors import InputError
-from petl_kernels.ops import loss_by_rows, loss_by_words
+from petl_kernels.ops import loss_by_rows
 from petl_kernels.ops.linear_cross_entropy import compute, kernels_of
 
 from . import contract
@@ -86,7 +86,9 @@ def test_chunks(backend, chunk_rows):
 def test_a_chunk_of_a_cpu_has_many_rows_where_nobody_says_how_many(monkeypatch):
     hidden, weight, labels = torch.randn(7, 4), torch.randn(11, 4), torch.arange(7)
     chunks, cut = [], loss_by_rows.chunks
-    monkeypatch.setattr(loss_by_rows, "chunks", lambda *given: [chunks.append(len(b)) or (i, b) for i, b in cut(*given)])
+    monkeypatch.setattr(
+        loss_by_rows, "chunks", lambda *given: [chunks.append(len(b)) or (i, b) for i, b in cut(*given)]
+    )
     monkeypatch.setattr(op, "CHUNK_BYTES", 11 * 4)
     monkeypatch.setattr(op, "CPU_ROWS", 4)
     ops.linear_cross_entropy(hidden, weight, labels, logit_scale=2.0)

@@ -292,5 +292,5 @@ def vocabulary_block(x: torch.Tensor) -> int:
 
 
 def word_warps(words: int) -> int:
-    """Warps for a row of so many logits in registers: 16 a thread."""
-    return max(1, min(16, words // 512))
+    """Warps for a row of so many logits in registers: 32 a thread."""
+    return max(1, min(16, words // 1024))

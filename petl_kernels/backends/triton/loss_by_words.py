@@ -24,7 +24,9 @@ def linear_cross_entropy_begin(
     if count:
         block, warps = config.row_block(rows)
         layout = (count, d, rows.stride(0), weight.stride(0))
-        launch(_begin_kernel, (count,), state, rows, weight, labels, word_sum, *layout, BLOCK=block, warps=warps, stages=1)
+        launch(
+            _begin_kernel, (count,), state, rows, weight, labels, word_sum, *layout, BLOCK=block, warps=warps, stages=1
+        )
     return state
 
 
@@ -43,7 +45,8 @@ def linear_cross_entropy_words(
     d = 0 if total is None else total.shape[1]
     launch(
         _words_kernel, (rows,), logits, labels, state, total, first, words, logits.stride(0), rows, d,
-        FRESH=fresh, RISE=RISE, BLOCK=block, TOTAL_BLOCK=config.TOTAL_BLOCK, warps=config.word_warps(block), stages=1,
+        FRESH=fresh, WHOLE=words == block, RISE=RISE, BLOCK=block, TOTAL_BLOCK=config.TOTAL_BLOCK,
+        warps=config.word_warps(block), stages=1,
     )  # fmt: skip
 
 
@@ -93,14 +96,17 @@ def _begin_kernel(state, rows, weight, labels, word_sum, count, d, stride, word_
 @triton.jit
 def _words_kernel(
     logits, labels, state, total, first, words, stride, rows, d,
-    FRESH: tl.constexpr, RISE: tl.constexpr, BLOCK: tl.constexpr, TOTAL_BLOCK: tl.constexpr,
+    FRESH: tl.constexpr, WHOLE: tl.constexpr, RISE: tl.constexpr, BLOCK: tl.constexpr, TOTAL_BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     logits += row.to(tl.int64) * stride
     state += row
     cols = tl.arange(0, BLOCK)
-    z = tl.load(logits + cols, mask=cols < words, other=float("-inf")).to(tl.float32)
-    z = tl.where(cols == tl.load(labels + row) - first, float("-inf"), z)
+    if WHOLE:
+        z = tl.load(logits + cols).to(tl.float32)
+    else:
+        z = tl.load(logits + cols, mask=cols < words, other=float("-inf")).to(tl.float32)
+    z = tl.where(cols == (tl.load(labels + row) - first).to(tl.int32), float("-inf"), z)
     largest, old = tl.max(z, 0), tl.load(state)
     rest = 0.0
     if FRESH:
@@ -120,7 +126,10 @@ def _words_kernel(
     tl.store(state, top)
     tl.store(state + rows, rest + tl.sum(e, 0))
     if total is not None:
-        tl.store(logits + cols, e.to(logits.dtype.element_ty), mask=cols < words)
+        if WHOLE:
+            tl.store(logits + cols, e.to(logits.dtype.element_ty))
+        else:
+            tl.store(logits + cols, e.to(logits.dtype.element_ty), mask=cols < words)
 
 
 @triton.jit
