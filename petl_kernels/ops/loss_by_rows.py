@@ -13,7 +13,7 @@ Source: chunks by rows as in Liger (arXiv 2410.10989).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -127,8 +127,9 @@ def _project(rows: Tensor, parts: list[Tensor], block_bytes: int, logits: Tensor
         for words in _quantised_blocks(parts, logits.shape[1], rows, block_bytes):
             logits[:, words] = project(rows, part_rows(parts, words, rows.shape[1]), None, active())
         return
-    for words, block in _dense_blocks(parts[0], rows.dtype, block_bytes):
-        product_into(logits[:, words], rows, block.T)
+    (weight,) = parts
+    for words in _dense_blocks(weight, rows.dtype, block_bytes):
+        product_into(logits[:, words], rows, weight[words].to(rows.dtype).T)
 
 
 def _project_back(dlogits: Tensor, parts: list[Tensor], rows: Tensor, block_bytes: int) -> Tensor:
@@ -143,8 +144,8 @@ def _project_back(dlogits: Tensor, parts: list[Tensor], rows: Tensor, block_byte
         product_into(total := torch.empty_like(rows), dlogits, weight)
         return total
     total = torch.empty_like(rows, dtype=accumulate_dtype(rows.dtype))
-    for words, block in _dense_blocks(weight, dlogits.dtype, block_bytes):
-        product_into(total, dlogits[:, words], block, add=words.start > 0)
+    for words in _dense_blocks(weight, dlogits.dtype, block_bytes):
+        product_into(total, dlogits[:, words], weight[words].to(dlogits.dtype), add=words.start > 0)
     return total.to(dlogits.dtype)
 
 
@@ -161,13 +162,11 @@ def _add_bias_gradient(dlogits: Tensor, block_bytes: int, total: Tensor) -> None
         total[words] += dlogits[:, words].sum(0, dtype=total.dtype)
 
 
-def _dense_blocks(weight: Tensor, dtype: torch.dtype, block_bytes: int) -> Iterator[tuple[slice, Tensor]]:
-    """(words, their rows of W in ``dtype``): casts of ``block_bytes`` at a time, or views of all of it."""
+def _dense_blocks(weight: Tensor, dtype: torch.dtype, block_bytes: int) -> Iterable[slice]:
+    """Blocks of words that are multiplied at a time: few where W is cast, all where it has ``dtype``."""
     if weight.dtype == dtype:
-        blocks = aligned_parts(weight.shape[0])
-    else:
-        blocks = _word_blocks(weight.shape, dtype, block_bytes)
-    return ((words, weight[words].to(dtype)) for words in blocks)
+        return aligned_parts(weight.shape[0])
+    return _word_blocks(weight.shape, dtype, block_bytes)
 
 
 def _quantised_blocks(parts: list[Tensor], words: int, rows: Tensor, block_bytes: int) -> Iterator[slice]:

@@ -3,8 +3,8 @@
     out = left right            left (M, K) and right (K, N) of one dtype, out (M, N) of that dtype or of that of sums
     out += left right           with ``add``
 
-Sums are fp32 (fp64 for fp64) and rounded once; where out has their dtype, not at all on CUDA and in the C++ kernels,
-and to that of left elsewhere. On a CPU without instructions for a 16-bit dtype, where PyTorch's products are many times
+Sums are fp32 (fp64 for fp64) and rounded once; where out has their dtype, not at all on CUDA, and to that of left on a
+CPU with instructions for it. On a CPU without instructions for a 16-bit dtype, where PyTorch's products are many times
 slower than those of fp32, the C++ kernels widen it block by block (``csrc/cpu/product.cpp``).
 
 Saves: nothing. The product is a part of ops, not an op of its own, and has no gradient.
