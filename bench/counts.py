@@ -16,7 +16,7 @@ import functools
 import math
 import operator
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 FP32 = 4
 # Parts of a sum over tokens that are written and added up: two programs for each multiprocessor, over the 16 tiles of
@@ -28,6 +28,7 @@ ROW_PARTS = 4 * 132
 MASK = 22
 ACTIVATION = {"relu": (8.5, 9.5), "gated relu": (10.5, 17.5)}
 DROPOUT_ADD = (28, 26)
+EXPONENTIAL = 16.5
 QUANTISED_LOOP = {"int8": (8.4, 8.8), "nf4": (21, 21)}
 DEQUANTISE = {"int8": 8.5, "nf4": 24.8}
 # What the wrappers decide by (petl_kernels/backends/triton/config.py).
@@ -36,7 +37,7 @@ FFN_CHUNK_BYTES, FFN_CHUNK_ROWS = 32 << 20, 256
 QUANTISED_LOOP_ROWS = {"int8": 512, "nf4": 256}
 QUANTISED_TILE_BYTES = 32 << 20
 PROCESSORS = 132
-VOCABULARY_BLOCK = 4096
+LOSS_WORDS, ALIGNED = (2048, 8192), 64  # of a block at least, unless there are not so many, and at most
 
 
 @dataclass(frozen=True)
@@ -264,23 +265,48 @@ def _ffn_chunk(t: int, d: int, f: int, weights: int, kept_a_row: float, size: in
 
 
 def linear_cross_entropy(t: int, d: int, words: int, size: int, chunk_bytes: int = 32 << 20) -> Counts:
-    """The loss of t rows over a frozen (words, d) weight, and dh: 4·t·d·V, and W twice for each chunk of rows."""
+    """The smoothed loss of t rows over a frozen (words, d) weight, and dh, by words: W twice a block of rows."""
     x = t * d * size
     moved = words * d * size + 2 * x + 8 * t + FP32  # hidden, W and labels in, dh and the loss out
     moved += 2 * x  # dh times dloss
-    width = math.ceil(words / 16) * 16
-    rows = math.ceil(t / math.ceil(t / max(1, chunk_bytes // (width * size))))
-    kernels = []
+    rows, columns = loss_blocks(t, d, words, size, chunk_bytes)
+    kernels = [Launch("sum of words", bytes=words * d * size, library=True)]
     for first in range(0, t, rows):
         part = min(rows, t - first)
-        logits = part * words * size
-        kernels += [
-            replace(_library(part, words, d, size), cached=logits, working_set=logits),
-            Launch("_sums_kernel", bytes=logits, cached=logits, working_set=logits),
-            Launch("_loss_kernel", bytes=2 * logits, cached=2 * logits, working_set=logits),
-            replace(_library(part, d, words, size), cached=logits, working_set=logits),
-        ]
+        own, total = part * d * size, part * d * FP32
+        kernels.append(Launch("_begin_kernel", bytes=2 * own))
+        for start in range(0, words, columns):
+            count = min(columns, words - start)
+            kernels += _words_block(part, d, count, size, start == 0)
+        kernels.append(Launch("_end_kernel", bytes=total + 2 * own))
     return Counts(4 * t * d * words, moved, tuple(kernels))
+
+
+def _words_block(t: int, d: int, words: int, size: int, fresh: bool) -> list[Launch]:
+    """z, E and O of one block of rows and words: E is written, read and written, and read; O read and written.
+
+    E, and O with it, only travel where they do not fit the L2 cache.
+    """
+    e, total, x, weight = t * words * size, t * d * FP32 * (1 if fresh else 2), t * d * size, words * d * size
+    into, out_of = [], []
+    for part in (words - words % ALIGNED, words % ALIGNED):
+        if part:
+            own, read = e * part // words, weight * part // words
+            work = {"flops": 2 * t * part * d, "library": True}
+            into.append(Launch("library product", bytes=x + read + own, cached=x + own, working_set=e, **work))
+            moved = total + read + own
+            out_of.append(Launch("library product", bytes=moved, cached=moved, working_set=e + t * d * FP32, **work))
+    work = EXPONENTIAL * t * words
+    return [*into, Launch("_words_kernel", bytes=2 * e, instructions=work, cached=2 * e, working_set=e), *out_of]
+
+
+def loss_blocks(t: int, d: int, words: int, size: int, chunk_bytes: int) -> tuple[int, int]:
+    """Rows and words of a block on a card (petl_kernels/ops/loss_by_words.py)."""
+    whole = max(ALIGNED, 1 << (words - 1).bit_length())
+    least, most = (min(each, whole) for each in LOSS_WORDS)
+    rows = math.ceil(t / math.ceil(t / min(t, max(1, chunk_bytes // (d * FP32 + least * size)))))
+    room = max(ALIGNED, (chunk_bytes // rows - d * FP32) // size)
+    return rows, min(most, 1 << (room.bit_length() - 1))
 
 
 # ---- between the products -------------------------------------------------------------------------------------------

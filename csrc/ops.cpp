@@ -23,6 +23,13 @@ TORCH_LIBRARY(petl_cpu, m) {
   m.def("attention", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::attention)));
   m.def("attention_backward", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::attention_backward)));
   m.def("linear_cross_entropy", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::linear_cross_entropy)));
+  m.def(
+      "linear_cross_entropy_begin",
+      torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::linear_cross_entropy_begin)));
+  m.def(
+      "linear_cross_entropy_words",
+      torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::linear_cross_entropy_words)));
+  m.def("linear_cross_entropy_end", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::linear_cross_entropy_end)));
   m.def("layer_norm", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::layer_norm)));
   m.def(
       "layer_norm_from_statistics",

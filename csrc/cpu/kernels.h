@@ -117,6 +117,36 @@ at::Tensor linear_cross_entropy(
     double scale,
     const std::optional<at::Tensor>& dlosses,
     bool gradient);
+
+// The same by words (petl_kernels/ops/loss_by_words.py): rows (rows, d), weight (V, d), labels (rows,), word_sum (d,);
+// state (4, rows) and total (rows, d) in the dtype of sums.
+at::Tensor linear_cross_entropy_begin(
+    const at::Tensor& rows,
+    const at::Tensor& weight,
+    const at::Tensor& labels,
+    const std::optional<at::Tensor>& word_sum);
+
+// One block of logits (rows, words), which E overwrites.
+void linear_cross_entropy_words(
+    const at::Tensor& logits,
+    const at::Tensor& labels,
+    int64_t first,
+    const at::Tensor& state,
+    const std::optional<at::Tensor>& total,
+    bool fresh);
+
+// The losses (rows,), and their gradient into out (rows, d).
+at::Tensor linear_cross_entropy_end(
+    const at::Tensor& weight,
+    const at::Tensor& labels,
+    const at::Tensor& state,
+    const std::optional<at::Tensor>& total,
+    const std::optional<at::Tensor>& word_sum,
+    double label_weight,
+    double word_weight,
+    const std::optional<at::Tensor>& dlosses,
+    const std::optional<at::Tensor>& out);
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor> layer_norm(
     const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, double eps);
 

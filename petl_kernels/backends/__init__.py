@@ -44,7 +44,7 @@ DEFAULT_ORDER_OF = {
 UNCHECKED = ("reference", "cpu")
 
 # What an op may have beside its forward kernel.
-PARTS = ("_backward", "_from_statistics", "_back")
+PARTS = ("_backward", "_from_statistics", "_back", "_begin", "_words", "_end")
 
 _kernels: dict[tuple[str, str], Callable] = {}
 _load_errors: dict[str, str | None] = {}

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from petl_kernels.ops import loss_by_words
 from petl_kernels.ops.common import accumulate_dtype
 from petl_kernels.ops.frozen_ffn import chunk_rows
 from petl_kernels.ops.linear_cross_entropy import SCALED_BYTES
@@ -32,6 +33,24 @@ def scratch_bytes(function, args: tuple) -> int:
 
 
 def _linear_cross_entropy(given: dict) -> int:
+    weight, scale = given["weight"], given["logit_scale"]
+    if loss_by_words.serves(given["hidden"], weight, given["bias"], scale, given["need_dweight"]):
+        return _loss_by_words(given)
+    return _loss_by_rows(given)
+
+
+def _loss_by_words(given: dict) -> int:
+    hidden, d, words = given["hidden"], given["hidden"].shape[-1], given["weight"][0].shape[0]
+    rows, dtype, device, gradient = hidden.numel() // d, hidden.dtype, hidden.device.type, given["need_dhidden"]
+    sizes = (d, words, dtype, device, given["chunk_bytes"])
+    size, columns = loss_by_words.blocks_of(rows, *sizes, True, gradient)
+    buffers, wide = loss_by_words.most_bytes(rows, *sizes, gradient), accumulate_dtype(dtype).itemsize
+    if device == "cpu" and dtype.itemsize < wide:  # the sum of some words, or a product before it is added
+        buffers = max(buffers + size * d * dtype.itemsize, loss_by_words.SUMMED_WORDS * d * wide)
+    return buffers + _products(size, d, columns, dtype)
+
+
+def _loss_by_rows(given: dict) -> int:
     hidden, d, chunk_bytes = given["hidden"], given["hidden"].shape[-1], given["chunk_bytes"]
     rows, words = hidden.numel() // d, out_features(given["weight"], d)
     size = min(rows, max(1, chunk_bytes // (words * hidden.itemsize)))
@@ -43,9 +62,9 @@ def _linear_cross_entropy(given: dict) -> int:
     total += max(_products(size, d, words, hidden.dtype), product_bytes(block, size, d, hidden.dtype))
     if is_quantised(given["weight"]):  # the logits of a block of words, or what it adds to the gradient
         return total + max(size * block * hidden.itemsize, sums + size * d * hidden.itemsize) + _TILES
-    if given["weight"][0].dtype != hidden.dtype:  # a block in the dtype of hidden, sums over blocks in a wider one
-        total += block * d * hidden.itemsize + sums
-    return total
+    if given["weight"][0].dtype != hidden.dtype:  # a block in the dtype of hidden
+        total += block * d * hidden.itemsize
+    return total + sums  # over blocks of words in a wider dtype
 
 
 def _products(rows: int, k: int, n: int, dtype: torch.dtype) -> int:

@@ -21,29 +21,33 @@ Rows whose label is ``ignore_index`` are taken out first: no work is done for th
 find them, and labels that are out of range, the host waits for a CUDA device. With ``counted`` it does not: the first
 ``counted`` rows in the order (those that count, the others) are worked on, with a weight of 1 or 0.
 
-The rest is worked on in chunks of rows. One buffer holds a chunk's logits, and then, in place, dz: `chunk_bytes` bytes
-at most, but one row at least. Where nobody has said how many, 32 MiB, and on a CPU 256 rows if that is more: a product
-of few rows waits there for W, which each chunk reads from memory twice. The gradients are formed there and then, for a
-dloss of 1; backward multiplies them by the true one. dW is added up, and a W of another dtype than h is cast, for each
-chunk in blocks of words that take `chunk_bytes` / 4 more. A W of h's dtype is faster. A frozen W may be quantised
-(``ops/quantised.py``).
+The rest goes one of two ways, each within `chunk_bytes` bytes of buffers:
+- a frozen, dense W of h's dtype, without bias and scale, by words (``ops/loss_by_words.py``): two products over blocks
+  of many rows and some words, at any memory;
+- all else, and fp16, by rows (``ops/loss_by_rows.py``): some rows and all words at a time. Where nobody has said how
+  many bytes, 32 MiB, and on a CPU 256 rows if that is more: a product of few rows waits there for W, which each chunk
+  reads from memory twice. A W of another dtype than h is cast block by block; one of h's dtype is faster. A frozen W
+  may be quantised (``ops/quantised.py``).
+The gradients are formed there and then, for a dloss of 1; backward multiplies them by the true one.
 
 Saves: d · itemsize bytes per row (dh), and 4. W trained: 4·V·d more, once (dW in fp32, like dh until backward); b: 4·V.
 ``reduction="none"`` with W or b trained keeps h (d · itemsize bytes per row), the labels (8 per row), W and b, and
 forms the logits again in backward: a gradient summed over rows cannot be formed before each row's dloss is known.
 
-Source: the derivative of the above; chunks by rows as in Liger (arXiv 2410.10989); fairseq's label_smoothed_nll_loss.
+Source: the derivative of the above; fairseq's label_smoothed_nll_loss.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from petl_kernels.backends import active, dispatch, register
+from petl_kernels.backends import active, dispatch
 from petl_kernels.errors import InputError
+from petl_kernels.ops import loss_by_rows, loss_by_words
 from petl_kernels.ops.common import (
     accumulate_dtype,
     check_device,
@@ -53,18 +57,10 @@ from petl_kernels.ops.common import (
     empty,
     shape,
 )
-from petl_kernels.ops.product import product_into
-from petl_kernels.ops.quantised import (
-    is_quantised,
-    out_features,
-    part_rows,
-    parts_of,
-    project,
-    project_back,
-    row_blocks,
-)
+from petl_kernels.ops.quantised import out_features, parts_of
 
 OP = "linear_cross_entropy"
+PARTS = ("", "_begin", "_words", "_end")  # of a backend's kernels
 REDUCTIONS = ("mean", "sum", "none")
 SMOOTHINGS = ("uniform", "fairseq")
 CHUNK_BYTES = 32 * 2**20
@@ -88,8 +84,8 @@ def linear_cross_entropy(
     """Cross entropy of ``logit_scale · (hidden weightᵀ) + bias`` with label smoothing; hidden (..., d), labels (...).
 
     ``reduction``: "mean" over the rows that are not ignored (as in torch: nan, with gradients of 0, when all are),
-    "sum", or "none" (the shape of labels, 0 where ignored). ``chunk_bytes`` bounds the buffer that holds the logits of
-    some rows at a time; it is never smaller than one row. None: 32 MiB, on a CPU at least 256 rows. ``counted``: how
+    "sum", or "none" (the shape of labels, 0 where ignored). ``chunk_bytes`` bounds the buffers that hold the logits of
+    some rows at a time; they are never smaller than one row. None: 32 MiB, on a CPU at least 256 rows. ``counted``: how
     many labels are not ``ignore_index``, or a larger number, for a caller who knows: the host then does not wait for a
     CUDA device, and a CUDA graph can hold the call. There a wrong label, or a number that is too small, is an assertion
     of the device and no InputError.
@@ -147,107 +143,21 @@ def _check(hidden, weight, labels, bias, label_smoothing, reduction, smoothing) 
         raise InputError(f"{OP}: smoothing is 'fairseq' and weight has 1 word: expected at least 2 words")
 
 
-# What a backend has a kernel for: everything between the products, over one chunk of logits.
+class Kernels(NamedTuple):
+    """What a backend has between the products: a pass over rows of logits, and those of ``ops/loss_by_words.py``."""
+
+    rows: Callable
+    words: loss_by_words.Kernels
 
 
-@register(OP, "reference")
-def reference(
-    logits: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    label_weight: float,
-    word_weight: float,
-    scale: float,
-    dlosses: Tensor | None,
-    gradient: bool,
-) -> Tensor:
-    """The losses (rows,) of ``logits`` (rows, V), which ``gradient`` overwrites with dz for ``dlosses`` (rows,) or 1.
-
-    labels (rows,), bias (V,) and dlosses in the dtype of sums; ``label_weight`` is a, ``word_weight`` is c.
-    """
-    losses = labels.new_empty(labels.shape, dtype=accumulate_dtype(logits.dtype))
-    size = max(1, logits.shape[0] // 16)  # wide copies of a few rows, not of the chunk
-    for first in range(0, logits.shape[0], size):
-        rows = slice(first, first + size)
-        z = logits[rows].to(losses.dtype, copy=True).mul_(scale)
-        if bias is not None:
-            z += bias
-        z -= z.amax(1, keepdim=True)
-        label = labels[rows].unsqueeze(1)
-        log_sum = z.exp().sum(1, keepdim=True).log_()
-        loss = log_sum - label_weight * z.gather(1, label)
-        if word_weight:  # without it, 0 · inf for words whose logit is -inf
-            loss -= word_weight * z.sum(1, keepdim=True)
-        losses[rows] = loss.squeeze(1)
-        if gradient:
-            dz = z.sub_(log_sum).exp_().sub_(word_weight)
-            dz.scatter_add_(1, label, dz.new_full(label.shape, -label_weight))
-            logits[rows] = dz if dlosses is None else dz.mul_(dlosses[rows].unsqueeze(1))
-    return losses
-
-
-# The products. Another storage of the weight changes these functions and nothing else.
-
-
-def _project(rows: Tensor, parts: list[Tensor], block_bytes: int, logits: Tensor) -> None:
-    """logits (rows, V) = rows (rows, d) Wᵀ"""
-    if is_quantised(parts):
-        for words in _quantised_blocks(parts, logits.shape[1], rows, block_bytes):
-            logits[:, words] = project(rows, part_rows(parts, words, rows.shape[1]), None, active())
-        return
-    (weight,) = parts
-    if weight.dtype == rows.dtype:
-        product_into(logits, rows, weight.T)
-        return
-    for words in _word_blocks(weight.shape, rows.dtype, block_bytes):
-        product_into(logits[:, words], rows, weight[words].to(rows.dtype).T)
-
-
-def _project_back(dlogits: Tensor, parts: list[Tensor], rows: Tensor, block_bytes: int) -> Tensor:
-    """dlogits (rows, V) W, in the dtype of dlogits; ``rows`` (rows, d) shows the width of W."""
-    if is_quantised(parts):
-        total = torch.zeros_like(rows, dtype=accumulate_dtype(rows.dtype))
-        for words in _quantised_blocks(parts, dlogits.shape[1], rows, block_bytes):
-            total += project_back(dlogits[:, words], part_rows(parts, words, rows.shape[1]), active())
-        return total.to(dlogits.dtype)
-    (weight,) = parts
-    if weight.dtype == dlogits.dtype:
-        product_into(total := torch.empty_like(rows), dlogits, weight)
-        return total
-    total = dlogits.new_zeros(dlogits.shape[0], weight.shape[1], dtype=accumulate_dtype(dlogits.dtype))
-    for words in _word_blocks(weight.shape, dlogits.dtype, block_bytes):
-        product_into(total, dlogits[:, words], weight[words].to(dlogits.dtype), add=True)
-    return total.to(dlogits.dtype)
-
-
-def _add_weight_gradient(dlogits: Tensor, rows: Tensor, block_bytes: int, total: Tensor) -> None:
-    """total (V, d) += dlogitsᵀ rows"""
-    for words in _word_blocks(total.shape, rows.dtype, block_bytes):
-        product_into(total[words], dlogits[:, words].T, rows, add=True)
-
-
-def _add_bias_gradient(dlogits: Tensor, block_bytes: int, total: Tensor) -> None:
-    """total (V,) += Σ_rows dlogits"""
-    # Blocks, because a sum in a wider dtype makes a wide copy of what it sums on a CPU.
-    for words in _word_blocks(dlogits.T.shape, total.dtype, block_bytes):
-        total[words] += dlogits[:, words].sum(0, dtype=total.dtype)
-
-
-def _quantised_blocks(parts: list[Tensor], words: int, rows: Tensor, block_bytes: int) -> Iterator[slice]:
-    """Blocks of words that are multiplied at a time: as ``_word_blocks``, cut where a quantised weight can be cut."""
-    columns = rows.shape[1]
-    return row_blocks(parts, words, columns, block_bytes // (columns * rows.itemsize))
-
-
-def _word_blocks(sizes: torch.Size, dtype: torch.dtype, block_bytes: int) -> Iterator[slice]:
-    """Blocks of words of a (words, columns) matrix that take ``block_bytes`` in ``dtype``, but one word at least."""
-    words, columns = sizes
-    size = max(1, block_bytes // (columns * dtype.itemsize))
-    return (slice(first, min(first + size, words)) for first in range(0, words, size))
+def kernels_of(device: torch.device, backend: str, dtype: torch.dtype) -> Kernels:
+    """Returns what serves hidden states of ``dtype`` on ``device``; ``backend``: a name, or "" for the default."""
+    rows, *words = (dispatch(OP + part, device, backend, dtype) for part in PARTS)
+    return Kernels(rows, loss_by_words.Kernels(*words))
 
 
 def compute(
-    kernel: Callable,
+    kernels: Kernels,
     hidden: Tensor,
     weight: list[Tensor],
     labels: Tensor,
@@ -263,7 +173,7 @@ def compute(
     need_dweight: bool,
     need_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, int | Tensor]:
-    """(losses, dhidden, dweight, dbias, how many rows count), chunk by chunk, through ``kernel`` (see ``reference``).
+    """(losses, dhidden, dweight, dbias, how many rows count), by words where that way serves, else by rows.
 
     The gradients are those of Σ dlosses · losses (dlosses (rows,), or 1), before the factor ``logit_scale`` that
     dhidden and dweight have; shape (0,) where they are not needed.
@@ -279,27 +189,18 @@ def compute(
         row_labels = row_labels.clamp(0, words - 1)  # of a row without a share
         dlosses = share if dlosses is None else dlosses * share
     weights = _label_and_word_weight(label_smoothing, smoothing, words)
-    bias = None if bias is None else bias.to(sums).contiguous()
-
-    losses = rows.new_zeros(rows.shape[0], dtype=sums)
-    dhidden = hidden.new_zeros(hidden.shape) if need_dhidden else empty(hidden)
-    dweight = losses.new_zeros(words, d) if need_dweight else empty(losses)
-    dbias = losses.new_zeros(words) if need_dbias else empty(losses)
-    gradient, block_bytes = need_dhidden or need_dweight or need_dbias, chunk_bytes // 4
-
-    for index, buffer in _chunks(rows, kept, words, chunk_bytes):
-        chunk, chunk_dlosses = rows[index], None if dlosses is None else dlosses[index]
-        _project(chunk, weight, block_bytes, buffer)
-        losses[index] = kernel(buffer, row_labels[index], bias, *weights, logit_scale, chunk_dlosses, gradient)
-        if need_dhidden:
-            dhidden.view(rows.shape)[index] = _project_back(buffer, weight, chunk, block_bytes)
-        if need_dweight:
-            _add_weight_gradient(buffer, chunk, block_bytes, dweight)
-        if need_dbias:
-            _add_bias_gradient(buffer, block_bytes, dbias)
+    if loss_by_words.serves(hidden, weight, bias, logit_scale, need_dweight):
+        given = (rows, weight[0], row_labels, kept, weights, chunk_bytes, dlosses, need_dhidden)
+        losses, dhidden = loss_by_words.compute(kernels.words, *given)
+        dweight, dbias = empty(losses), empty(losses)
+    else:
+        bias = None if bias is None else bias.to(sums).contiguous()
+        given = (rows, weight, row_labels, kept, bias, weights, logit_scale, chunk_bytes, dlosses)
+        needs = (need_dhidden, need_dweight, need_dbias)
+        losses, dhidden, dweight, dbias = loss_by_rows.compute(kernels.rows, *given, *needs)
     if share is not None:
         losses = losses.where(share != 0, 0)
-    return losses, dhidden, dweight, dbias, count
+    return losses, dhidden.view(hidden.shape) if need_dhidden else dhidden, dweight, dbias, count
 
 
 def _label_and_word_weight(label_smoothing: float, smoothing: str, words: int) -> tuple[float, float]:
@@ -346,21 +247,6 @@ def _first_rows(
     return torch.argsort(keep.byte(), descending=True, stable=True)[:counted], share, count
 
 
-def _chunks(rows: Tensor, kept: Tensor | None, words: int, chunk_bytes: int) -> Iterator[tuple[slice | Tensor, Tensor]]:
-    """(index of some of the rows, buffer for their logits), chunks of nearly equal size."""
-    count = rows.shape[0] if kept is None else kept.shape[0]
-    if count == 0:
-        return
-    # cuBLAS and Triton are fast for rows that begin at multiples of 16 numbers.
-    stride = -(-words // 16) * 16 if rows.is_cuda else words
-    most = max(1, chunk_bytes // (stride * rows.itemsize))
-    size = -(-count // -(-count // most))
-    buffer = rows.new_empty(size, stride)
-    for first in range(0, count, size):
-        last = min(first + size, count)
-        yield slice(first, last) if kept is None else kept[first:last], buffer[: last - first, :words]
-
-
 def _deferred(reduction: str, need_dweight: bool, need_dbias: bool) -> bool:
     """Whether the gradients have to wait for dloss: see ``Saves:``."""
     return reduction == "none" and (need_dweight or need_dbias)
@@ -374,8 +260,8 @@ def _forward(
     if _deferred(reduction, need_dweight, need_dbias):
         needs = (False, False, False)
     options = (label_smoothing, smoothing, logit_scale, ignore_index, chunk_bytes, counted)
-    kernel = dispatch(OP, hidden.device, backend, hidden.dtype)
-    losses, *grads, count = compute(kernel, hidden, weight, labels, bias, *options, None, *needs)
+    kernels = kernels_of(hidden.device, backend, hidden.dtype)
+    losses, *grads, count = compute(kernels, hidden, weight, labels, bias, *options, None, *needs)
     kept = count.to(losses.dtype) if isinstance(count, Tensor) else losses.new_full((), count)
     loss = losses.view(labels.shape) if reduction == "none" else losses.sum()
     return loss / kept if reduction == "mean" else loss, *grads, kept
@@ -403,8 +289,8 @@ def _backward(
     options = (label_smoothing, smoothing, logit_scale, ignore_index, chunk_bytes, counted)
     needs = (need_dhidden, need_dweight, need_dbias)
     dlosses = dlosses.reshape(-1).contiguous()
-    kernel = dispatch(OP, hidden.device, backend, hidden.dtype)
-    _, dhidden, dweight, dbias, _ = compute(kernel, hidden, weight, labels, bias, *options, dlosses, *needs)
+    kernels = kernels_of(hidden.device, backend, hidden.dtype)
+    _, dhidden, dweight, dbias, _ = compute(kernels, hidden, weight, labels, bias, *options, dlosses, *needs)
     factor = dlosses.new_full((1,), logit_scale)
     return _scaled(dhidden, factor, hidden.dtype), _scaled(dweight, factor, weight[0].dtype), dbias
 

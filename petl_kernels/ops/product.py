@@ -3,19 +3,23 @@
     out = left right            left (M, K) and right (K, N) of one dtype, out (M, N) of that dtype or of that of sums
     out += left right           with ``add``
 
-Sums are fp32 (fp64 for fp64) and rounded once. On a CPU without instructions for a 16-bit dtype, where PyTorch's
-products are many times slower than those of fp32, the C++ kernels widen it block by block (``csrc/cpu/product.cpp``).
+Sums are fp32 (fp64 for fp64) and rounded once; where out has their dtype, not at all on CUDA, and to that of left on a
+CPU with instructions for it. On a CPU without instructions for a 16-bit dtype, where PyTorch's products are many times
+slower than those of fp32, the C++ kernels widen it block by block (``csrc/cpu/product.cpp``).
 
 Saves: nothing. The product is a part of ops, not an op of its own, and has no gradient.
 """
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from petl_kernels.backends import active, dispatch, load_error, register
 
+ALIGNED = 64
 # What the C++ product cuts by: see csrc/cpu/product.cpp.
 _TILE_ROWS, _TILE_COLUMNS, _DEPTH, _BLOCK, _WORTH_THREADS = 6, 16, 256, 256, 1 << 20
 
@@ -27,13 +31,42 @@ def product_into(out: Tensor, left: Tensor, right: Tensor, add: bool = False) ->
 
 @register("product", "reference")
 def reference(out: Tensor, left: Tensor, right: Tensor, add: bool) -> None:
-    if out.dtype != left.dtype:
+    if out.dtype != left.dtype and _writes_sums(left.device, left.dtype):
+        if add:
+            torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
+        else:
+            torch.mm(left, right, out_dtype=out.dtype, out=out)
+    elif out.dtype != left.dtype:
         product = torch.mm(left, right)
         out.add_(product) if add else out.copy_(product)
     elif add:
         out.addmm_(left, right)
     else:
         torch.mm(left, right, out=out)
+
+
+@functools.cache
+def _writes_sums(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the library's products of ``dtype`` write, and add to, the dtype of sums on this device."""
+    if device.type != "cuda":
+        return False
+    left, total = torch.zeros(16, 16, device=device, dtype=dtype), torch.zeros(16, 16, device=device)
+    try:
+        torch.addmm(total, left, left, out_dtype=total.dtype, out=total)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError):  # of another kind of card, or refused
+        return False
+    return True
+
+
+def aligned_parts(count: int) -> list[slice]:
+    """The words of a product in one or two parts: a multiple of ALIGNED, and the rest.
+
+    A card takes three times as long for a product over an odd number of words, and the rest alone takes nothing.
+    """
+    whole = count - count % ALIGNED
+    return [part for part in (slice(0, whole), slice(whole, count)) if part.start < part.stop]
 
 
 def widens(dtype: torch.dtype) -> bool:

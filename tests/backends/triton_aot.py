@@ -35,9 +35,11 @@ from petl_kernels.backends.triton import (
     layer_norm,
     linear_cross_entropy,
     lora_linear,
+    loss_by_words,
     quantised,
     rms_norm,
 )
+from petl_kernels.ops.loss_by_words import Kernels, compute
 from petl_kernels.ops.parallel_ffn import with_room
 
 # device class -> (compute capability to compile for, multiprocessors of its usual card)
@@ -66,7 +68,7 @@ def record(card: str, call: Callable[[], None]) -> list[tuple]:
     config.device_class, config.processors = lambda device: card, lambda device: CARDS[card][1]
     modules = (
         *(activation, attention, bottleneck_adapter, common, dropout_add, dropout_add_norm, frozen_ffn, frozen_linear),
-        *(gated_activation, layer_norm, linear_cross_entropy, lora_linear, quantised, rms_norm),
+        *(gated_activation, layer_norm, linear_cross_entropy, lora_linear, loss_by_words, quantised, rms_norm),
     )
     original = common.launch
     for module in modules:
@@ -227,6 +229,31 @@ def loss(dtype: torch.dtype, words: int, bias: bool, smoothing: float, rows: int
     linear_cross_entropy.linear_cross_entropy(logits, labels, word, 0.9, smoothing, 0.5, None, False)
 
 
+def loss_words(
+    dtype: torch.dtype, columns: int, words: int = 256206, smooth: bool = True, gradient: bool = True
+) -> None:
+    """The launches for some rows: at their start, for the first block of words, others and the last, at their end."""
+    rows, d = 8192, 1024
+    h, weight, labels = _new(dtype, rows, d), _new(dtype, words, d), _new(torch.int64, rows)
+    word_sum, total = _new(torch.float32, d) if smooth else None, _new(torch.float32, rows, d) if gradient else None
+    logits, left = _new(dtype, rows, columns), words % columns or columns
+    state = loss_by_words.linear_cross_entropy_begin(h, weight, labels, word_sum)
+    loss_by_words.linear_cross_entropy_words(logits, labels, 0, state, total, True)
+    loss_by_words.linear_cross_entropy_words(logits, labels, columns, state, total, False)
+    loss_by_words.linear_cross_entropy_words(logits[:, :left], labels, words - left, state, total, False)
+    dlosses = _new(torch.float32, rows) if smooth else None
+    rest = (0.9, 1e-6, dlosses, torch.empty_like(h) if gradient else None)
+    loss_by_words.linear_cross_entropy_end(weight, labels, state, total, word_sum, *rest)
+
+
+def whole_loss(dtype: torch.dtype, chunk_bytes: int, rows: int = 8192, words: int = 256206, d: int = 1024) -> None:
+    """All launches of a smoothed loss by words."""
+    kernels = loss_by_words.linear_cross_entropy_begin, loss_by_words.linear_cross_entropy_words
+    kernels = Kernels(*kernels, loss_by_words.linear_cross_entropy_end)
+    h, weight, labels = _new(dtype, rows, d), _new(dtype, words, d), _new(torch.int64, rows)
+    compute(kernels, h, weight, labels, None, (0.9, 1e-6), chunk_bytes, None, True)
+
+
 def attend(dtype: torch.dtype, d: int, options: tuple[str, ...] = (), length: int = 512, heads: int = 16) -> None:
     rows = 1 if "packed" in options else 16
     q, k, v, do = (_new(dtype, rows, length * 16 // rows, heads, d).transpose(1, 2) for _ in range(4))
@@ -290,6 +317,8 @@ EVERYWHERE = [
     (quantised_products, BF16, "int8", 8192),
     (loss, BF16, 256206, False, 1e-6),
     (loss, FP16, 128112, True, 0.0),
+    (loss_words, BF16, 2048),
+    (loss_words, BF16, 8192, 256206, False, False),
     (attend, BF16, 64, ("padding", "dropout")),
     (attend, FP16, 128, ("additive", "bias", "causal", "dropout", "prefix")),
     (attend, BF16, 64, ("packed", "causal", "dropout", "prefix", "distance")),
@@ -303,10 +332,12 @@ ONLY = {
         (quantised_products, FP32, "nf4", 300),
         (quantised_products, FP32, "int8", 16),
         (loss, FP32, 128112, True, 1e-6),
+        (loss_words, FP32, 4096),
         (attend, FP32, 64, ("padding", "dropout")),
         (attend, FP32, 64, ("packed", "distance")),
     ],
     "sm90": [
+        (loss_words, BF16, 8192),
         (lora, BF16, 3, 64, 0.0),
         (residual_norm, FP32, FP32, 1024, True),
         (residual_norm, BF16, FP32, 2048, False),
@@ -335,7 +366,7 @@ ONLY = {
 # Another card has many launches of these in the same words. Between sm_80 and sm_86 that is the same code; on sm_100 it
 # is what sm_90 has where nothing is multiplied.
 LIKE = {"small": "sm80", "sm100": "sm90"}
-WITHOUT_PRODUCT = (activation, dropout_add, gated_activation, layer_norm, linear_cross_entropy, rms_norm)
+WITHOUT_PRODUCT = (activation, dropout_add, gated_activation, layer_norm, linear_cross_entropy, loss_by_words, rms_norm)
 
 
 def launches(card: str) -> dict[tuple, tuple]:

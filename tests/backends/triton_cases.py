@@ -125,6 +125,13 @@ def _loss_switched_off(draw):
     return given | {"labels": given["labels"].where((given["labels"] < 32) | (given["labels"] >= 64), 0)}
 
 
+def _loss_frozen(draw, words, loud=1, **options):
+    """By words; a loud last word makes m rise in some rows."""
+    given = loss(draw, words=words, bias=False, frozen=True, **options)
+    given["weight"][-1] *= loud
+    return given
+
+
 FROZEN = {
     "1-row": lambda draw: frozen(draw, (1,), n=37, k=45),
     "33-rows-no-bias": lambda draw: frozen(draw, (33,), n=64, k=33, bias=False),
@@ -237,6 +244,10 @@ LOSS = {
     "switched-off": _loss_switched_off,
     "quantised": _loss_quantised,
     "no-rows": lambda draw: loss(draw, (0,), words=40),
+    "by-words-1-row-1-word": lambda draw: _loss_frozen(draw, 1, rows=(1,)),
+    "by-words-fairseq-dlosses": lambda draw: _loss_frozen(draw, 131, rows=(3, 11), smoothing="fairseq", dlosses=True),
+    "by-words-rising": lambda draw: _loss_frozen(draw, 206, loud=30, rows=(17,), d=45, label_smoothing=0.0),
+    "by-words-smoothed-rising": lambda draw: _loss_frozen(draw, 206, loud=30, rows=(17,), chunk_rows=2),
 }
 # Blocks with many sentences, sentences of many blocks, and empty ones, of which a graph has many at the end.
 SENTENCES = ((5, 7), (0, 3), (1, 1), (9, 4), (2, 0), (0, 0), (70, 41), (33, 40), (1, 2), *[(0, 0)] * 5)
@@ -371,6 +382,13 @@ LARGE = {
         f"linear_cross_entropy-{words}-words": (
             "linear_cross_entropy",
             lambda draw, words=words: loss(draw, (300,), 520, words, chunk_rows=128),
+        )
+        for words in (32000, 50021)
+    },
+    **{
+        f"linear_cross_entropy-by-words-{words}": (
+            "linear_cross_entropy",
+            lambda draw, words=words: _loss_frozen(draw, words, loud=30, rows=(300,), d=520, chunk_rows=20),
         )
         for words in (32000, 50021)
     },

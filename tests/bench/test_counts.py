@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from petl_kernels import ops
-from petl_kernels.ops.linear_cross_entropy import _chunks
+from petl_kernels.ops.loss_by_words import blocks_of
 from petl_kernels.ops.parallel_ffn import with_room
 from petl_kernels.ops.quantised import parts_of
 
@@ -246,6 +246,10 @@ LAUNCHES = {
     "ffn(BF16, 'gelu_tanh', True, 'z', 5000)": counts.frozen_ffn(5000, 1024, 4096, "gelu_tanh", True, 2),
     "ffn(BF16, 'gelu', False, 'x', 700)": counts.frozen_ffn(700, 1024, 4096, "gelu", False, 2, recompute=True),
     **{f"parallel(BF16, {m})": counts.parallel_ffn(8192, 1024, 4096, m, "relu", 2) for m in (64, 417)},
+    **{
+        f"whole_loss(BF16, {chunk_bytes})": counts.linear_cross_entropy(8192, 1024, 256206, 2, chunk_bytes)
+        for chunk_bytes in (32 << 20, 300 << 20)
+    },
     "activate(BF16, 'relu', 0.1)": counts.activation(8192, 4096, "relu", 2) + counts.gated_activation(8192, 4096, 2),
     "residual(BF16, BF16)": counts.dropout_add(8192, 1024, 2),
     "residual_norm(BF16, BF16, 1024, False)": counts.dropout_add_norm(8192, 1024, 2),
@@ -258,7 +262,6 @@ LAUNCHES = {
         for t, n, k in ((1, 1024, 1024), (200, 4096, 1024), (512, 1024, 4096), (8192, 8192, 2048), (8192, 16384, 2048))
     },
 }
-LOSS = "loss(BF16, 256206, False, 0.1)"
 # What triton_aot asks for beside the counted work: outputs made again, and gradients of a feed-forward block's biases.
 BESIDE = {"norms": {"_norm_again_kernel"}, "ffn": {"_sum_kernel", "_column_sums_kernel"}}
 
@@ -270,7 +273,7 @@ def recorded() -> dict[str, list[str]]:
     script = (
         "import json, torch\nimport triton_aot as aot\nBF16 = torch.bfloat16\n"
         "print(json.dumps({call: [launch[0].__name__ for launch in aot.record('sm90', "
-        f"lambda: eval('aot.' + call))] for call in {[*LAUNCHES, LOSS]!r}}}))"
+        f"lambda: eval('aot.' + call))] for call in {[*LAUNCHES]!r}}}))"
     )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     paths = [str(ROOT), str(ROOT / "tests/backends"), environment.get("PYTHONPATH", "")]
@@ -288,10 +291,13 @@ def test_launches_are_the_wrappers(recorded, call):
     assert LAUNCHES[call].launches == len(found)
 
 
-@pytest.mark.parametrize("chunk_bytes", [32 << 20, 300 << 20])
-def test_launches_of_the_loss_are_two_a_chunk(recorded, chunk_bytes):
-    assert recorded[LOSS] == 2 * ["_sums_kernel", "_loss_kernel"]  # with the gradient, and without
-    rows = torch.empty(8192, 1024, dtype=BF16, device="meta")
-    chunks = len(list(_chunks(rows, None, 256206, chunk_bytes)))
-    expected = counts.linear_cross_entropy(8192, 1024, 256206, 2, chunk_bytes)
-    assert expected.launches == 2 * chunks and len(expected.kernels) == 4 * chunks
+@pytest.mark.parametrize("words", [256206, 32128, 40])
+@pytest.mark.parametrize("chunk_bytes", [2 << 20, 32 << 20, 300 << 20])
+def test_blocks_of_the_loss_are_the_ops(words, chunk_bytes):
+    for t, d, size, dtype in ((8192, 1024, 2, BF16), (700, 2048, 4, torch.float32)):
+        expected = blocks_of(t, d, words, dtype, "cuda", chunk_bytes, apart=False)
+        assert counts.loss_blocks(t, d, words, size, chunk_bytes) == expected
+        products = [
+            kernel for kernel in counts.linear_cross_entropy(t, d, words, size, chunk_bytes).kernels if kernel.flops
+        ]
+        assert sum(kernel.flops for kernel in products) == 4 * t * d * words

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 from petl_kernels import backends, ops, parity
 from petl_kernels.errors import InputError
-from petl_kernels.ops.linear_cross_entropy import compute
+from petl_kernels.ops import loss_by_rows
+from petl_kernels.ops.linear_cross_entropy import compute, kernels_of
 
 from . import contract
 
@@ -84,12 +85,14 @@ def test_chunks(backend, chunk_rows):
 
 def test_a_chunk_of_a_cpu_has_many_rows_where_nobody_says_how_many(monkeypatch):
     hidden, weight, labels = torch.randn(7, 4), torch.randn(11, 4), torch.arange(7)
-    chunks, cut = [], op._chunks
-    monkeypatch.setattr(op, "_chunks", lambda *given: [chunks.append(len(b)) or (i, b) for i, b in cut(*given)])
+    chunks, cut = [], loss_by_rows.chunks
+    monkeypatch.setattr(
+        loss_by_rows, "chunks", lambda *given: [chunks.append(len(b)) or (i, b) for i, b in cut(*given)]
+    )
     monkeypatch.setattr(op, "CHUNK_BYTES", 11 * 4)
     monkeypatch.setattr(op, "CPU_ROWS", 4)
-    ops.linear_cross_entropy(hidden, weight, labels)
-    ops.linear_cross_entropy(hidden, weight, labels, chunk_bytes=11 * 4)
+    ops.linear_cross_entropy(hidden, weight, labels, logit_scale=2.0)
+    ops.linear_cross_entropy(hidden, weight, labels, logit_scale=2.0, chunk_bytes=11 * 4)
     assert chunks == [4, 3] + 7 * [1]
     assert op._usual_chunk(torch.empty(7, 4, device="meta"), 11) == 11 * 4
 
@@ -276,11 +279,11 @@ def test_peak_memory_is_the_chunk(backend, needs, weight_dtype, blocks):
     hidden, labels = torch.randn(rows, d).bfloat16(), torch.randint(0, words, (rows,))
     labels[::7] = -100
     weight, bias = torch.randn(words, d).to(weight_dtype), torch.randn(words)
-    kernel = backends.kernel_of(OP, backend)
+    kernels = kernels_of(contract.CPU, backend, hidden.dtype)
     living = [hidden, labels, weight, bias]
 
     def work():
-        compute(kernel, hidden, [weight], labels, bias, 0.1, "uniform", 1.0, -100, chunk_bytes, -1, None, *needs)
+        compute(kernels, hidden, [weight], labels, bias, 0.1, "uniform", 1.0, -100, chunk_bytes, -1, None, *needs)
 
     peak = peak_bytes(work, living) - sum(tensor.nbytes for tensor in living)
     dhidden, dweight, dbias = (
@@ -324,13 +327,14 @@ def test_counted_changes_nothing(reduction, counted):
         torch.testing.assert_close(one, other, msg=name)
 
 
+@pytest.mark.parametrize("scale", [1.0, 2.0], ids=["by words", "by rows"])
 @pytest.mark.parametrize("counted", [5, 9, 20])
-def test_counted_asks_the_device_for_nothing(counted):
+def test_counted_asks_the_device_for_nothing(counted, scale):
     """A tensor without values cannot answer."""
     hidden, weight, labels = torch.randn(9, 8), torch.randn(30, 8), torch.zeros(9, dtype=torch.int64)
     hidden, weight, labels = (tensor.to("meta") for tensor in (hidden, weight, labels))
-    kernel = backends.kernel_of(OP, "reference")
-    given = (kernel, hidden, [weight], labels, None, 0.1, "uniform", 1.0, -100, 400)
+    kernels = kernels_of(contract.CPU, "reference", FP32)
+    given = (kernels, hidden, [weight], labels, None, 0.1, "uniform", scale, -100, 400)
     losses, dhidden, *_, count = compute(*given, counted, None, True, False, False)
     assert losses.shape == (9,) and dhidden.shape == (9, 8) and count.is_meta
     with pytest.raises(RuntimeError):

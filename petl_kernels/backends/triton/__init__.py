@@ -32,6 +32,7 @@ from petl_kernels.backends.triton import (  # noqa: E402
     layer_norm,
     linear_cross_entropy,
     lora_linear,
+    loss_by_words,
     quantised,
     rms_norm,
 )
@@ -67,8 +68,14 @@ for module in (
         if hasattr(module, name + part):
             _register(getattr(module, name + part))
 
-# No ops of their own, so their names are not the file's.
-for kernel in (quantised.quantised_project, quantised.quantised_project_back):
+# Their names are not the file's.
+for kernel in (
+    loss_by_words.linear_cross_entropy_begin,
+    loss_by_words.linear_cross_entropy_words,
+    loss_by_words.linear_cross_entropy_end,
+    quantised.quantised_project,
+    quantised.quantised_project_back,
+):
     _register(kernel)
 
 

@@ -107,6 +107,7 @@ class ElementwiseTile(NamedTuple):
 # The words that one program of the vocabulary loss holds in registers: 16 a thread.
 VOCABULARY_BLOCK = 4096
 VOCABULARY_WARPS = 8
+TOTAL_BLOCK = 1024  # numbers of a row of O that the loss by words multiplies at a time
 # Attention: blocks of m queries and n keys; the second entry serves more than ATTENTION_NARROW features.
 ATTENTION_FORWARD = {
     "small": (Tile(64, 64, 64, 4, 2), Tile(64, 32, 128, 4, 2)),
@@ -288,3 +289,8 @@ def chunk_rows(rows: torch.Tensor, hidden: int) -> int:
 
 def vocabulary_block(x: torch.Tensor) -> int:
     return 32 if key(x) == "interpreter" else VOCABULARY_BLOCK
+
+
+def word_warps(words: int) -> int:
+    """Warps for a row of so many logits in registers: 32 a thread."""
+    return max(1, min(16, words // 1024))

@@ -1,9 +1,9 @@
 """The row pass of linear_cross_entropy in Triton: everything between the products, over one chunk of logits.
 
-A chunk has few rows of many words, fewer rows than a card has multiprocessors. So a row is cut into blocks, and two
-kernels run over (rows, blocks): the first finds each block's maximum, Σ exp and Σ z, the second adds up the blocks of
-its row, in order, and writes its block of the gradient in place. In between, the chunk stays in the L2 cache. The
-products stay cuBLAS's: no gradient is known before the whole row is, so there is nothing to fuse them with.
+For what ``ops/loss_by_rows.py`` is for; the way by words is in loss_by_words.py here. A chunk has few rows of many
+words, fewer rows than a card has multiprocessors. So a row is cut into blocks, and two kernels run over (rows, blocks):
+the first finds each block's maximum, Σ exp and Σ z, the second adds up the blocks of its row, in order, and writes its
+block of the gradient in place. In between, the chunk stays in the L2 cache.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import triton.language as tl
 
 from petl_kernels.backends.triton import config
 from petl_kernels.backends.triton.common import launch
+from petl_kernels.ops.product import ALIGNED
 
 
 def linear_cross_entropy(
@@ -31,7 +32,7 @@ def linear_cross_entropy(
     if rows == 0:
         return losses
     # With the padding between rows, which ends where no mask keeps loads and stores from being wide. It is overwritten.
-    width = logits.stride(0) if 0 <= logits.stride(0) - words < 16 else words
+    width = logits.stride(0) if 0 <= logits.stride(0) - words < ALIGNED else words
     block = config.vocabulary_block(logits)
     blocks = config.cdiv(width, block)
     sums = logits.new_empty(3, rows, blocks, dtype=torch.float32)
