@@ -22,8 +22,8 @@ FP32 = 4
 # Parts of a sum over tokens that are written and added up: two programs for each multiprocessor, over the 16 tiles of
 # columns that d = 1024 has.
 PARTS = 17
-# The same where programs walk over whole rows: four for each multiprocessor (triton/config.py).
-ROW_PARTS = 4 * 132
+# The same where programs walk over whole rows (triton/config.py, ROW_PROGRAMS).
+ROW_PARTS = 2 * 132
 # Instructions an element, counted for sm_90.
 MASK = 22
 ACTIVATION = {"relu": (8.5, 9.5), "gated relu": (10.5, 17.5)}
@@ -355,7 +355,7 @@ def dropout_add_norm(t: int, d: int, size: int, trained: bool = False, centred: 
     work = [each * t * d for each in DROPOUT_ADD]
     kernels = [
         Launch("_sum_norm_kernel", bytes=forward, instructions=work[0]),
-        Launch("_sum_norm_backward_kernel", bytes=backward + trained * ROW_PARTS * sums, instructions=work[1]),
+        Launch("_norm_backward_kernel", bytes=backward + trained * ROW_PARTS * sums, instructions=work[1]),
     ]
     if trained:
         kernels.append(Launch("_sum_kernel", bytes=(ROW_PARTS + 1) * sums))
@@ -376,11 +376,13 @@ def _norm(t: int, d: int, size: int, trained: bool, parameters: int, statistics:
     x, rows = t * d * size, FP32 * statistics * t
     forward = 2 * x + rows + parameters * d * size
     backward = 3 * x + rows + d * size
-    kernels = [Launch("_norm_kernel", bytes=forward), Launch("_norm_dx_kernel", bytes=backward)]
+    sums = FP32 * parameters * d if trained else 0
+    kernels = [
+        Launch("_norm_kernel", bytes=forward),
+        Launch("_norm_backward_kernel", bytes=backward + ROW_PARTS * sums),
+    ]
     if trained:
-        sums = FP32 * parameters * d
-        kernels.append(Launch("_norm_sums_kernel", bytes=2 * x + rows + PARTS * sums))
-        kernels.append(Launch("_sum_kernel", bytes=(PARTS + 1) * sums))
+        kernels.append(Launch("_sum_kernel", bytes=(ROW_PARTS + 1) * sums))
         backward += sums
     return Counts(0, forward + backward, tuple(kernels))
 

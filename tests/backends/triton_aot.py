@@ -164,14 +164,17 @@ def adapter(
     )
 
 
-def norms(dtype: torch.dtype, d: int, parameters: torch.dtype, tokens: int = 8192) -> None:
+def norms(
+    dtype: torch.dtype, d: int, parameters: torch.dtype, needs: tuple[bool, ...] = (True,) * 3, tokens: int = 8192
+) -> None:
+    """needs: the gradients of x, the weight and the bias."""
     x, weight = _new(dtype, tokens, d), _new(parameters, d)
     y, mean, rstd = layer_norm.layer_norm(x, weight, weight, 1e-5)
     layer_norm.layer_norm_from_statistics(x, mean, rstd, weight, weight)
-    layer_norm.layer_norm_backward(y, x, mean, rstd, weight, True, True, True)
+    layer_norm.layer_norm_backward(y, x, mean, rstd, weight, *needs)
     y, rstd = rms_norm.rms_norm(x, weight, 1e-6)
     rms_norm.rms_norm_from_statistics(x, rstd, weight)
-    rms_norm.rms_norm_backward(y, x, rstd, weight, True, True)
+    rms_norm.rms_norm_backward(y, x, rstd, weight, *needs[:2])
 
 
 def ffn(dtype: torch.dtype, activation: str, gated: bool, keeps: str, tokens: int = 1024, d: int = 1024) -> None:
@@ -339,6 +342,10 @@ ONLY = {
     "sm90": [
         (loss_words, BF16, 8192),
         (lora, BF16, 3, 64, 0.0),
+        (norms, BF16, 1024, BF16, (True, False, False)),
+        (norms, BF16, 1024, BF16, (True, False, True)),
+        (norms, BF16, 2048, BF16, (False, True, True)),
+        (norms, FP32, 4090, FP32),
         (residual_norm, FP32, FP32, 1024, True),
         (residual_norm, BF16, FP32, 2048, False),
         (residual_norm, BF16, BF16, 768, True, False),

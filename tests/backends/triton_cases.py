@@ -342,7 +342,10 @@ LARGE = {
         for m, norm in ((64, True), (256, True), (512, True), (64, False))
     },
     "lora_linear-8192-rows-bias": ("lora_linear", lambda draw: lora(draw, (8192,), (1024,), 1024, (16,))),
-    **{f"layer_norm-{d}": ("layer_norm", lambda draw, d=d: layer_norm(draw, (2050,), d)) for d in (1032, 8200)},
+    **{
+        f"layer_norm-{d}": ("layer_norm", lambda draw, d=d: layer_norm(draw, (2050,), d))
+        for d in (1024, 1032, 4090, 8200)
+    },
     "rms_norm-1032": ("rms_norm", lambda draw: rms_norm(draw, (8200,), 1032, parameter_dtype=torch.float32)),
     **{
         f"frozen_ffn-{activation}-gated-{gated}": (

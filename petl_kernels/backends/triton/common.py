@@ -29,25 +29,27 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
 
 def sum_partials(partials: torch.Tensor, outs: list[torch.Tensor]) -> None:
     """outs, end to end = the sum of `partials` (splits, elements) over the splits, in each out's dtype."""
-    sizes = tuple(out.numel() for out in outs)
-    block = config.SUM_BLOCK
-    grid = (config.cdiv(max(sizes), block),)
     splits, total = partials.shape
-    launch(_sum_kernel, grid, partials, tuple(outs), sizes, splits, total, BLOCK=block, warps=4, stages=1)
+    rows, cols = config.sum_block(splits, total)
+    sizes = tuple(out.numel() for out in outs)
+    launch(
+        _sum_kernel, (config.cdiv(total, cols),), partials, tuple(outs), sizes, splits, total,
+        ROWS=rows, COLS=cols, warps=4, stages=1,
+    )  # fmt: skip
 
 
 @triton.jit
-def _sum_kernel(partials, outs, sizes, splits, total, BLOCK: tl.constexpr):
-    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+def _sum_kernel(partials, outs, sizes, splits, total, ROWS: tl.constexpr, COLS: tl.constexpr):
+    index = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    acc = tl.zeros((ROWS, COLS), tl.float32)
+    for start in range(0, splits, ROWS):
+        rows = (start + tl.arange(0, ROWS)).to(tl.int64)
+        acc += load(partials + rows[:, None] * total + index[None, :], rows < splits, index < total)
+    summed = tl.sum(acc, 0)
     start = 0
     for i in tl.static_range(len(outs)):
-        inside = index < sizes[i]
-        acc = tl.zeros((BLOCK,), tl.float32)
-        pointers = partials + start + index
-        for _ in range(splits):
-            acc += tl.load(pointers, mask=inside, other=0.0)
-            pointers += total
-        tl.store(outs[i] + index, acc.to(outs[i].dtype.element_ty), mask=inside)
+        at = index - start
+        tl.store(outs[i] + at, summed.to(outs[i].dtype.element_ty), mask=(at >= 0) & (at < sizes[i]))
         start += sizes[i]
 
 

@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 import torch
 
-SUM_BLOCK = 256
+# A sum of fewer elements over parts is spread over more programs.
+SUM_FEW = 32 << 10
 MAX_GROUPS = 3  # linears in one launch: q, k and v
 TILE_GROUP = 8  # rows of tiles that are walked together, see common.swizzle
 
@@ -74,6 +75,7 @@ ADAPTER_LIMIT = {"small": 128, "sm80": 256, "sm90": 256, "sm100": 256, "fp32": 6
 
 # Work without a product: m rows (k at a time, in sums over them) by n columns.
 POINTWISE = Tile(16, 128, 16, 4, 2)
+ROW_PROGRAMS = 2  # for each multiprocessor, of those that walk over rows and add up over them
 # The hidden values of a feed-forward network that exist at a time, and the fewest rows of them: 4,096 rows at f = 4096.
 # A chunk's product of d = 1024 columns has 256 tiles then, two for each of 132 multiprocessors; at 8 MB it had 64.
 CHUNK_BYTES, CHUNK_ROWS = 32 << 20, 256
@@ -248,34 +250,45 @@ def splits(x: torch.Tensor, tile: Tile, programs: int) -> int:
     return max(1, min(wanted, -(-tokens // (4 * tile.k))))
 
 
+def sum_block(splits: int, elements: int) -> tuple[int, int]:
+    """(parts, elements) that a program adds at a time: many parts of few elements are read side by side, since a
+    program that read them one after the other would wait for memory as often."""
+    few = elements < SUM_FEW
+    return 64 if few and splits > 8 else 8, 64 if few else 256
+
+
 def pointwise_tile(x: torch.Tensor) -> Tile:
     return POINTWISE._replace(n=32) if device_class(x.device) == "interpreter" else POINTWISE
 
 
 def row_block(rows: torch.Tensor) -> tuple[int, int]:
-    """(columns in one step along a row, warps): 16 columns a thread at most, and 4096 in all."""
-    block = min(1 << (rows.shape[1] - 1).bit_length(), 64 if device_class(rows.device) == "interpreter" else 4096)
-    return block, max(1, min(8, block // 256))
-
-
-def row_warps(rows: torch.Tensor) -> tuple[int, int] | None:
-    """(columns of a block that holds a whole row, warps), 32 columns a thread; None where 4096 columns are too few."""
-    block = 1 << (rows.shape[1] - 1).bit_length()
-    if block > (64 if device_class(rows.device) == "interpreter" else 4096):
-        return None
+    """(columns in one step along a row, warps): 32 columns a thread, so that a row of 1024 is one warp's, and 4096."""
+    block = min(1 << (rows.shape[1] - 1).bit_length(), _widest_row(rows))
     return block, max(1, block // 1024)
 
 
-def row_programs(rows: torch.Tensor, sums: bool) -> tuple[int, int, int]:
-    """(programs, columns, warps) for a pass over whole rows, one a program.
+def whole_rows(rows: torch.Tensor) -> bool:
+    """Whether one program holds a row."""
+    return rows.shape[1] <= _widest_row(rows)
 
-    With sums over the rows four programs for each multiprocessor, which walk over them: each holds its part of the
-    sums, so more warps share a row.
+
+def row_programs(rows: torch.Tensor, sums: bool) -> tuple[tuple[int, int], Tile]:
+    """(grid, tile) for a pass over whole rows, or blocks of columns of longer ones; 8 columns a thread, or 16 of 4096.
+
+    With sums over the rows, two programs for each multiprocessor walk over them and copy a tile ahead of its use.
     """
-    block, warps = row_warps(rows)
+    block = row_block(rows)[0]
+    tile = Tile(max(1, min(4, 4096 // block)), block, 0, max(1, min(8, block // 256)), 1)
+    blocks = cdiv(rows.shape[1], block)
+    if device_class(rows.device) == "interpreter":
+        tile = tile._replace(m=2)
     if not sums:
-        return rows.shape[0], block, warps
-    return min(rows.shape[0], 4 * processors(rows.device)), block, max(1, min(8, block // 256))
+        return (cdiv(rows.shape[0], tile.m), blocks), tile
+    return (min(cdiv(rows.shape[0], tile.m), ROW_PROGRAMS * processors(rows.device)), blocks), tile._replace(stages=2)
+
+
+def _widest_row(rows: torch.Tensor) -> int:
+    return 64 if device_class(rows.device) == "interpreter" else 4096
 
 
 def chunk_rows(rows: torch.Tensor, hidden: int) -> int:

@@ -1,8 +1,13 @@
 """layer_norm in Triton, and rms_norm, which is the same without a mean and a bias.
 
-Forward, the output again from its statistics, and dx: one program a row, in steps of as many columns as the row has or
-a block holds. Memory is read once: the second walk over a row finds it in the cache. The parameters' gradients, which
-frozen norms do not need, are a second launch over tiles of columns and parts of the tokens, added in a fixed order.
+Forward and the output again from its statistics: one program a row, in steps of as many columns as the row has or a
+block holds. Memory is read once: the second walk over a row finds it in the cache.
+
+Backward is one pass, which `dropout_add_norm` has too: a program holds a few whole rows, and each thread some columns of
+all of them, so that a sum over tokens crosses no thread. Where the parameters' gradients are wanted a fixed number of
+programs walks over the rows and copies the next ones ahead; each writes its part of the sums, which `sum_partials` adds
+in a fixed order. Rows of more than 4096 take two launches: one that steps along a row, and the pass without dx, which
+needs no whole row.
 """
 
 from __future__ import annotations
@@ -12,8 +17,7 @@ import triton
 import triton.language as tl
 
 from petl_kernels.backends.triton import config
-from petl_kernels.backends.triton.common import as_rows, launch, load, sum_partials
-from petl_kernels.backends.triton.frozen_linear import column_sums
+from petl_kernels.backends.triton.common import as_rows, drop, dropout_arguments, launch, load, store, sum_partials
 
 
 def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float):
@@ -26,13 +30,7 @@ def layer_norm_from_statistics(x, mean, rstd, weight, bias) -> torch.Tensor:
 
 
 def layer_norm_backward(dy, x, mean, rstd, weight, need_dx, need_dweight, need_dbias):
-    dx = norm_dx(dy, x, mean, rstd, weight) if need_dx else x.new_empty(0)
-    dweight, dbias = rstd.new_empty(0), rstd.new_empty(0)
-    if need_dweight:
-        dweight, *more = norm_sums(dy, x, mean, rstd, need_dbias)
-        dbias = more[0] if need_dbias else dbias
-    elif need_dbias:
-        dbias = column_sums(as_rows(dy))
+    dx, _, dweight, dbias = norm_backward(dy, x, mean, rstd, weight, need_dx, need_dweight, need_dbias)
     return dx, dweight, dbias
 
 
@@ -52,34 +50,47 @@ def norm_again(x, mean, rstd, weight, bias) -> torch.Tensor:
     return y
 
 
-def norm_dx(dy, x, mean, rstd, weight) -> torch.Tensor:
-    rows, dys = as_rows(x), as_rows(dy)
-    dx = x.new_empty(x.shape)
-    strides = (dys.stride(0), rows.stride(0))
-    _launch_rows(_norm_dx_kernel, rows, dx, dys, rows, mean, rstd, weight, rows.shape[1], *strides)
-    return dx
+def norm_backward(
+    du, x, mean, rstd, weight, need_dx: bool, need_dweight: bool, need_dbias: bool = False, dresidual=None, dtype=None,
+    p: float = 0.0, seed=None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """(dx, dy, dw, dv), of size 0 where not needed: dx = norm'(du) + dresidual, and dy = drop(dx) in ``dtype``.
 
-
-def norm_sums(dy, x, mean, rstd, with_bias: bool) -> list[torch.Tensor]:
-    """[dw], or [dw, dv]."""
-    rows, dys = as_rows(x), as_rows(dy)
+    Rows of more than `config.whole_rows` columns take neither dresidual nor ``dtype``.
+    """
+    rows, dus = as_rows(x), as_rows(du)
     tokens, d = rows.shape
-    sums = [x.new_zeros(d, dtype=torch.float32) for _ in range(2 if with_bias else 1)]
-    if tokens:
-        tile = config.pointwise_tile(x)
-        tiles = config.cdiv(d, tile.n)
-        splits = config.splits(rows, tile, tiles)
-        partials = x.new_empty(splits, len(sums) * d, dtype=torch.float32)
+    dx = x.new_empty(x.shape if need_dx else 0)
+    dy = x.new_empty(0 if dtype is None else x.shape, dtype=dtype)
+    sums = [x.new_zeros(d if needed else 0, dtype=torch.float32) for needed in (need_dweight, need_dbias)]
+    wanted = [own for own in sums if own.numel()]
+    mean, rstd, weight = contiguous(mean), rstd.contiguous(), weight.contiguous()
+    if need_dx and not config.whole_rows(rows):
+        _launch_rows(_norm_dx_kernel, rows, dx, dus, rows, mean, rstd, weight, d, dus.stride(0), rows.stride(0))
+        need_dx = False
+    if tokens and (need_dx or wanted):
+        dresiduals = None if dresidual is None else as_rows(dresidual)
+        grid, tile = config.row_programs(rows, bool(wanted))
+        partials = x.new_empty(grid[0], len(wanted) * d, dtype=torch.float32) if wanted else None
+        seed, threshold, keep_scale, constants = dropout_arguments(p, seed, d)
         launch(
-            _norm_sums_kernel, (tiles, splits), partials, dys, rows, mean, rstd, tokens, d, dys.stride(0),
-            rows.stride(0), BIAS=with_bias, BM=tile.k, BN=tile.n, warps=tile.warps, stages=tile.stages,
+            _norm_backward_kernel, grid, dx if need_dx else None, None if dtype is None else dy, partials, dus,
+            dresiduals, rows, mean, rstd, weight, seed, tokens, d, dus.stride(0),
+            0 if dresiduals is None else dresiduals.stride(0), rows.stride(0), threshold, keep_scale,
+            WEIGHT=need_dweight, BIAS=need_dbias, QUADS=constants["QUADS"], ROWS=tile.m, BN=tile.n,
+            AHEAD=tile.stages, warps=tile.warps, stages=1,
         )  # fmt: skip
-        sum_partials(partials, sums)
-    return sums
+        if wanted:
+            sum_partials(partials, wanted)
+    return dx, dy, *sums
 
 
 def _output(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype))
+
+
+def contiguous(vector: torch.Tensor | None) -> torch.Tensor | None:
+    return None if vector is None else vector.contiguous()
 
 
 def _launch_rows(kernel, rows: torch.Tensor, *args) -> None:
@@ -191,29 +202,52 @@ def _norm_dx_kernel(dx, dy, x, mean, rstd, weight, d, stride_dy, stride_x, BN: t
         tl.store(dx + cols, out.to(dx.dtype.element_ty), mask=cols < d)
 
 
-@triton.jit
-def _norm_sums_kernel(
-    partials, dy, x, mean, rstd, M, d, stride_dy, stride_x, BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+@triton.jit(do_not_specialize=["threshold"])
+def _norm_backward_kernel(
+    dx, dy, partials, du, dresidual, x, mean, rstd, weight, seed, M, d, stride_du, stride_dresidual, stride_x,
+    threshold, keep_scale, WEIGHT: tl.constexpr, BIAS: tl.constexpr, QUADS: tl.constexpr, ROWS: tl.constexpr,
+    BN: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """This split's part of dw = Σ dy x̂, and of dv = Σ dy behind it."""
-    split, splits = tl.program_id(1), tl.num_programs(1)
-    cols = tl.program_id(0) * BN + tl.arange(0, BN)
-    length = tl.cdiv(tl.cdiv(M, BM), splits) * BM
-    stop = min((split + 1) * length, M)
+    """dx and dy of whole rows, and this program's part of dw = Σ du x̂ with that of dv = Σ du behind it. Without dx the
+    second axis of the grid may have blocks of columns."""
+    cols = tl.program_id(1) * BN + tl.arange(0, BN)
+    col_inside = cols < d
+    gain = read(weight, cols, d)[None, :]
     weight_sum = tl.zeros((BN,), tl.float32)
     bias_sum = tl.zeros((BN,), tl.float32)
-    for start in range(split * length, stop, BM):
-        rows = (start + tl.arange(0, BM)).to(tl.int64)
-        inside = rows < stop
-        normalised = load(x + rows[:, None] * stride_x + cols[None, :], inside, cols < d).to(tl.float32)
+    for start in tl.range(tl.program_id(0) * ROWS, M, tl.num_programs(0) * ROWS, num_stages=AHEAD):
+        rows = (start + tl.arange(0, ROWS)).to(tl.int64)
+        inside = rows < M
+        r = tl.load(rstd + rows, mask=inside, other=0.0)[:, None]
+        grad = load(du + rows[:, None] * stride_du + cols[None, :], inside, col_inside).to(tl.float32)
+        normalised = load(x + rows[:, None] * stride_x + cols[None, :], inside, col_inside).to(tl.float32)
         if mean is not None:
             normalised -= tl.load(mean + rows, mask=inside, other=0.0)[:, None]
-        normalised *= tl.load(rstd + rows, mask=inside, other=0.0)[:, None]
-        grad = load(dy + rows[:, None] * stride_dy + cols[None, :], inside, cols < d).to(tl.float32)
-        weight_sum += tl.sum(grad * normalised, 0)
-        bias_sum += tl.sum(grad, 0)
-    if BIAS:
-        tl.store(partials + split * 2 * d + cols, weight_sum, mask=cols < d)
-        tl.store(partials + split * 2 * d + d + cols, bias_sum, mask=cols < d)
-    else:
-        tl.store(partials + split * d + cols, weight_sum, mask=cols < d)
+        normalised *= r
+        if WEIGHT:
+            weight_sum += tl.sum(grad * normalised, 0)
+        if BIAS:
+            bias_sum += tl.sum(grad, 0)
+        if dx is not None:
+            g = grad * gain
+            mean_g = 0.0
+            if mean is not None:
+                mean_g = (tl.sum(g, 1) / d)[:, None]
+            mean_gn = (tl.sum(g * normalised, 1) / d)[:, None]
+            stored = step_gradient(g, normalised, mean_g, mean_gn, r).to(dx.dtype.element_ty)
+            if dresidual is not None:
+                more = load(dresidual + rows[:, None] * stride_dresidual + cols[None, :], inside, col_inside)
+                stored = (stored.to(tl.float32) + more.to(tl.float32)).to(dx.dtype.element_ty)
+            at = rows[:, None] * d + cols[None, :]
+            store(dx + at, stored, inside, col_inside)
+            if dy is not None:
+                dropped = stored.to(tl.float32)
+                if seed is not None:
+                    dropped = drop(dropped, seed, rows, 0, d, threshold, keep_scale, QUADS)
+                store(dy + at, dropped, inside, col_inside)
+    if WEIGHT or BIAS:
+        partials += tl.program_id(0) * (WEIGHT + BIAS) * d
+        if WEIGHT:
+            tl.store(partials + cols, weight_sum, mask=col_inside)
+        if BIAS:
+            tl.store(partials + WEIGHT * d + cols, bias_sum, mask=col_inside)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from petl_kernels.backends.triton.layer_norm import norm, norm_again, norm_dx, norm_sums
+from petl_kernels.backends.triton.layer_norm import norm, norm_again, norm_backward
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -17,5 +17,5 @@ def rms_norm_from_statistics(x: torch.Tensor, rstd: torch.Tensor, weight: torch.
 
 
 def rms_norm_backward(dy, x, rstd, weight, need_dx, need_dweight) -> tuple[torch.Tensor, torch.Tensor]:
-    dx = norm_dx(dy, x, None, rstd, weight) if need_dx else x.new_empty(0)
-    return dx, norm_sums(dy, x, None, rstd, False)[0] if need_dweight else rstd.new_empty(0)
+    dx, _, dweight, _ = norm_backward(dy, x, None, rstd, weight, need_dx, need_dweight)
+    return dx, dweight
