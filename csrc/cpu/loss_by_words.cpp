@@ -137,9 +137,10 @@ Tensor linear_cross_entropy_begin(
         for_each_block(d, [&](int64_t first, int64_t columns) {
           const acc_t* x = converted(h + row * stride + first, left, columns);
           const acc_t* y = converted(w + label[row] * word_stride + first, right, columns);
-          const auto [of_label, of_words] = sum_pairs<acc_t>(columns, [&](int64_t j) {
-            return std::pair(x[j] * y[j], sum == nullptr ? acc_t(0) : x[j] * sum[first + j]);
-          });
+          using Vec = at::vec::Vectorized<acc_t>;
+          const auto terms = [](Vec x, Vec y, Vec sum) { return std::pair(x * y, x * sum); };
+          // Without sums the second number is not read.
+          const auto [of_label, of_words] = sum_pairs<acc_t>(columns, terms, x, y, sum == nullptr ? y : sum + first);
           state.label_logit[row] += of_label;
           state.word_logits[row] += of_words;
         });
