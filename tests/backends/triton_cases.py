@@ -246,8 +246,8 @@ LOSS = {
     "no-rows": lambda draw: loss(draw, (0,), words=40),
     "by-words-1-row-1-word": lambda draw: _loss_frozen(draw, 1, rows=(1,)),
     "by-words-fairseq-dlosses": lambda draw: _loss_frozen(draw, 131, rows=(3, 11), smoothing="fairseq", dlosses=True),
-    "by-words-rising": lambda draw: _loss_frozen(draw, 206, loud=30, rows=(17,), d=45, label_smoothing=0.0),
-    "by-words-smoothed-rising": lambda draw: _loss_frozen(draw, 206, loud=30, rows=(17,), chunk_rows=2),
+    "by-words-rising": lambda draw: _loss_frozen(draw, 2100, loud=30, rows=(17,), d=45, label_smoothing=0.0),
+    "by-words-smoothed-rising": lambda draw: _loss_frozen(draw, 2100, loud=30, rows=(17,), chunk_rows=3),
 }
 # Blocks with many sentences, sentences of many blocks, and empty ones, of which a graph has many at the end.
 SENTENCES = ((5, 7), (0, 3), (1, 1), (9, 4), (2, 0), (0, 0), (70, 41), (33, 40), (1, 2), *[(0, 0)] * 5)
