@@ -89,7 +89,7 @@ def derivative(z, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def store_bits(bits, positive, rows, first, N, row_inside):
-    """Store zeros and ones (BM, BN), whose columns start at ``first`` of a row of N, as the packed bits of their rows."""
+    """Pack zeros and ones (BM, BN), whose columns start at ``first`` of rows of N, into the bits of those rows."""
     BM: tl.constexpr = positive.shape[0]
     BN: tl.constexpr = positive.shape[1]
     flags = tl.reshape(positive, (BM, BN // 8, 8))

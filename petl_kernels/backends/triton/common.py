@@ -30,24 +30,29 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
 def sum_partials(partials: torch.Tensor, outs: list[torch.Tensor]) -> None:
     """outs, end to end = the sum of `partials` (splits, elements) over the splits, in each out's dtype."""
     sizes = tuple(out.numel() for out in outs)
-    block = config.SUM_BLOCK
-    grid = (config.cdiv(max(sizes), block),)
     splits, total = partials.shape
-    launch(_sum_kernel, grid, partials, tuple(outs), sizes, splits, total, BLOCK=block, warps=4, stages=1)
+    grid = (config.cdiv(max(sizes), config.SUM_BLOCK),)
+    parts = min(config.SUM_PARTS, triton.next_power_of_2(splits))
+    launch(
+        _sum_kernel, grid, partials, tuple(outs), sizes, splits, total, PARTS=parts, BLOCK=config.SUM_BLOCK,
+        warps=4, stages=1,
+    )  # fmt: skip
 
 
 @triton.jit
-def _sum_kernel(partials, outs, sizes, splits, total, BLOCK: tl.constexpr):
+def _sum_kernel(partials, outs, sizes, splits, total, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """PARTS parts are on their way at a time: one after the other each would wait for memory."""
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    parts = tl.arange(0, PARTS)
     start = 0
     for i in tl.static_range(len(outs)):
         inside = index < sizes[i]
-        acc = tl.zeros((BLOCK,), tl.float32)
-        pointers = partials + start + index
-        for _ in range(splits):
-            acc += tl.load(pointers, mask=inside, other=0.0)
-            pointers += total
-        tl.store(outs[i] + index, acc.to(outs[i].dtype.element_ty), mask=inside)
+        acc = tl.zeros((PARTS, BLOCK), tl.float32)
+        for first in range(0, splits, PARTS):
+            part = first + parts
+            at = part[:, None].to(tl.int64) * total + (start + index)[None, :]
+            acc += load(partials + at, part < splits, inside)
+        tl.store(outs[i] + index, tl.sum(acc, 0).to(outs[i].dtype.element_ty), mask=inside)
         start += sizes[i]
 
 

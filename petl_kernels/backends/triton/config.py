@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-SUM_BLOCK = 256
+SUM_BLOCK, SUM_PARTS = 64, 64  # elements of a program that adds up parts, and parts at a time
 MAX_GROUPS = 3  # linears in one launch: q, k and v
 TILE_GROUP = 8  # rows of tiles that are walked together, see common.swizzle
 
@@ -69,14 +69,16 @@ ADAPTER = {
     "interpreter": (Tile(32, 32, 32, 4, 1), Tile(32, 32, 32, 4, 1)),
 }
 ADAPTER_NARROW = 64
-# Widest accumulators in all (the bottleneck; twice that in backward) for which a block of rows stays fused.
-ADAPTER_LIMIT = {"small": 128, "sm80": 256, "sm90": 256, "sm100": 256, "fp32": 64, "interpreter": 64}
+# The widest bottleneck for which a block of rows stays fused, where its accumulators fit the registers; above, the
+# library multiplies, which row 34 of bench/GPU_PENDING.md holds against the fused kernels.
+ADAPTER_FUSED = {"small": 64, "sm80": 128, "sm90": 128, "sm100": 128, "fp32": 32, "interpreter": 32}
 
 # Work without a product: m rows (k at a time, in sums over them) by n columns.
 POINTWISE = Tile(16, 128, 16, 4, 2)
-# The hidden values of a feed-forward network that exist at a time, and the fewest rows of them: 4,096 rows at f = 4096.
-# A chunk's product of d = 1024 columns has 256 tiles then, two for each of 132 multiprocessors; at 8 MB it had 64.
-CHUNK_BYTES, CHUNK_ROWS = 32 << 20, 256
+# The hidden values of a feed-forward network that exist at a time, and the fewest rows of them: 8,192 rows at f = 4096,
+# so that a step of that many tokens has no chunks. Plans are the same with it as with 8 MB: where it is highest, a step
+# of theirs has the loss' chunk of logits.
+CHUNK_BYTES, CHUNK_ROWS = 64 << 20, 256
 INTERPRETER_CHUNK_ROWS = 48
 
 # Products with a quantised weight Ŵ. Up to so many rows it is dequantised in the main loop, again for each tile of
@@ -206,6 +208,17 @@ def adapter_tile(x: torch.Tensor, rows: int, width: int) -> Tile:
     while tile.m > 16 and -(-rows // tile.m) < 0.75 * processors(x.device):
         tile = tile._replace(m=tile.m // 2, warps=4)
     return tile
+
+
+def adapter_is_fused(x: torch.Tensor, bottleneck: int) -> bool:
+    return bottleneck <= ADAPTER_FUSED[key(x)]
+
+
+def latent_tile(x: torch.Tensor) -> ElementwiseTile:
+    """As many elements as ``elementwise_tile`` has, of as many columns as a bottleneck, 512 at most."""
+    tile = elementwise_tile(x)
+    columns = min(tile.n, padded(x.shape[1], tile.n))
+    return ElementwiseTile(tile.m * tile.n // columns, columns, tile.warps)
 
 
 def attention_tile(

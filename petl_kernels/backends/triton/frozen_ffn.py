@@ -2,8 +2,8 @@
 
 A ReLU without a gate is applied by its product, and a pass over h packs which of it is positive; backward, the mask is
 applied in place. With other activations and gates one pass makes h of the pre-activations, in their place where they
-are not kept, and one dz of dh. c1 is added in its product, before the sum is rounded: behind it, ReLU would keep another
-sign than the sum has.
+are not kept, and one dz of dh. c1 is added in its product, before the sum is rounded: behind it, ReLU would keep
+another sign than the sum has.
 
 h (tokens, f) exists as a whole where it takes no more than config.CHUNK_BYTES, else in chunks of rows.
 """
@@ -40,7 +40,8 @@ def frozen_ffn(x, w1, c1, w2, c2, gate, activation: str, keeps: str):
         else:
             z_rows = _multiply(rows[part], w1, c1, h if z is None else z[part])
             if gate:
-                gate_rows(h, z_rows, _multiply(rows[part], gate, None, gates[chunk] if g is None else g[part]), activation)
+                g_rows = _multiply(rows[part], gate, None, gates[chunk] if g is None else g[part])
+                gate_rows(h, z_rows, g_rows, activation)
             else:
                 activate_rows(h, None, z_rows, activation)
         _multiply(h, w2, c2, y[part])
