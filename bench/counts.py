@@ -227,11 +227,10 @@ def _adapter_backward(t: int, d: int, m: int, size: int, need_dx: bool, norm: bo
     kernels += [_library(t, m, d, size)] * 2  # z and dy U
     kernels += [Launch("_latent_gradient_kernel", bytes=3 * z + sums * m), Launch("_sum_kernel", bytes=sums * m)]
     kernels += [_library(d, m, t, size)] * 2  # dU and dD
-    kernels += [Launch("_column_sums_kernel", bytes=x), Launch("_sum_kernel", bytes=FP32 * PARTS * d)]
     if norm:
-        kernels += [_library(t, d, m, size), Launch("_sum_norm_backward_kernel", bytes=4 * x + 2 * sums * d)]
-        kernels.append(Launch("_sum_kernel", bytes=2 * sums * d))
-    return kernels
+        kernels += [_library(t, d, m, size), Launch("_norm_backward_kernel", bytes=4 * x + 3 * sums * d)]
+        return [*kernels, Launch("_sum_kernel", bytes=3 * sums * d)]
+    return [*kernels, Launch("_column_sums_kernel", bytes=x), Launch("_sum_kernel", bytes=FP32 * PARTS * d)]
 
 
 def _adapter_backward_fused(t: int, d: int, m: int, size: int, need_dx: bool, norm: bool) -> list[Launch]:

@@ -19,8 +19,8 @@ SHARED_MEMORY = {"sm80": 163 * 1024, "sm90": 227 * 1024, "sm100": 227 * 1024, "s
 MATRIX_INSTRUCTION = {"sm90": "wgmma.mma_async", "sm100": "tcgen05.mma"}
 WITHOUT_PRODUCT = {
     *("_sum_kernel", "_column_sums_kernel", "_fold_kernel", "_norm_gradients_kernel", "_rows_kernel"),
-    *("_latent_gradient_kernel", "_norm_kernel", "_norm_again_kernel", "_norm_dx_kernel", "_norm_sums_kernel"),
-    *("_sums_kernel", "_loss_kernel", "_dequantise_kernel"),
+    *("_latent_gradient_kernel", "_norm_backward_kernel", "_norm_kernel", "_norm_again_kernel", "_norm_dx_kernel"),
+    *("_norm_sums_kernel", "_sums_kernel", "_loss_kernel", "_dequantise_kernel"),
 }
 ELEMENTWISE = {
     *("_activation_kernel", "_activation_backward_kernel", "_gated_kernel", "_gated_backward_kernel"),

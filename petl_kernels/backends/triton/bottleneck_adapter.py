@@ -37,9 +37,16 @@ from petl_kernels.backends import products
 from petl_kernels.backends.triton import config
 from petl_kernels.backends.triton.activation import activate, activate_rows, derivative
 from petl_kernels.backends.triton.common import as_rows, launch, load, load_rows, store, sum_partials
-from petl_kernels.backends.triton.dropout_add_norm import dropout_add_norm_backward
 from petl_kernels.backends.triton.frozen_linear import column_sums
-from petl_kernels.backends.triton.layer_norm import add_step, layer_norm, read, statistics, write_step
+from petl_kernels.backends.triton.layer_norm import (
+    add_step,
+    layer_norm,
+    layer_norm_backward,
+    read,
+    statistics,
+    step_gradient,
+    write_step,
+)
 
 
 def bottleneck_adapter(
@@ -221,17 +228,15 @@ def _backward_by_products(
     dup = products.product_in_fp32(dy.t(), a)
     dup = dup if scale == 1 else dup.mul_(scale)
     ddown = products.product_in_fp32(dz.t(), h)
-    dup_bias = scale * column_sums(dy) if has_up_bias else None
     if ln_weight is None:
+        dup_bias = scale * column_sums(dy) if has_up_bias else None
         dx = None
         if need_dx:
-            dx = dy.to(x.dtype, copy=True).addmm_(dz, down) if residual_is_x else torch.mm(dz, down)
+            dx = dy.clone().addmm_(dz, down) if residual_is_x else torch.mm(dz, down)
         return dx, None, None, ddown, ddown_bias, dup, dup_bias
     dh = torch.mm(dz, down, out=h)
-    residual = dy if residual_is_x else None
-    dx, _, dln_weight, dln_bias = dropout_add_norm_backward(
-        dh, residual, x, mean, rstd, ln_weight, None, 0.0, None, True, ln_bias is not None
-    )
+    found = _norm_backward(dh, dy, x, mean, rstd, residual_is_x, ln_weight, ln_bias, scale, need_dx, has_up_bias)
+    dx, dln_weight, dln_bias, dup_bias = found
     return dx, dln_weight, dln_bias, ddown, ddown_bias, dup, dup_bias
 
 
@@ -262,6 +267,27 @@ def _launch_rows(h, mean, rstd, y, x, res, ln_weight, ln_bias, up_bias, eps, sca
         _rows_kernel, (x.shape[0],), h, mean, rstd, y, x, res, *vectors, x.shape[1], x.stride(0),
         0 if res is None else res.stride(0), eps, scale, BN=block, warps=warps, stages=1,
     )  # fmt: skip
+
+
+def _norm_backward(dh, dy, x, mean, rstd, residual_is_x, ln_weight, ln_bias, scale, need_dx, has_up_bias):
+    """(dx, dw, dv, scale Σ dy)"""
+    rows, d = x.shape
+    if config.row_warps(x) is None:
+        has_bias = ln_bias is not None
+        dx, dln_weight, dln_bias = layer_norm_backward(dh, x, mean, rstd, ln_weight, need_dx, True, has_bias)
+        dx = dx.add_(dy) if need_dx and residual_is_x else dx
+        return dx, dln_weight, dln_bias, scale * column_sums(dy) if has_up_bias else None
+    dx = x.new_empty(x.shape if need_dx else 0)
+    sums = x.new_empty(2 + has_up_bias, d, dtype=torch.float32)
+    programs, block, warps = config.row_programs(x, True)
+    partials = x.new_empty(programs, sums.numel(), dtype=torch.float32)
+    launch(
+        _norm_backward_kernel, (programs,), dx if need_dx else None, partials, dh, dy, x, mean, rstd,
+        ln_weight.contiguous(), rows, d, dy.stride(0), x.stride(0), scale, RESIDUAL=residual_is_x, UP_BIAS=has_up_bias,
+        BN=block, warps=warps, stages=1,
+    )  # fmt: skip
+    sum_partials(partials, [sums])
+    return dx, sums[0], sums[1], sums[2] if has_up_bias else None
 
 
 def _activate_backward(a, dz, activation: str, scale: float) -> torch.Tensor:
@@ -547,6 +573,42 @@ def _rows_kernel(
     if mean is not None:
         tl.store(mean + row, centre)
         tl.store(rstd + row, r)
+
+
+@triton.jit
+def _norm_backward_kernel(
+    dx, partials, dh, dy, x, mean, rstd, weight, M, d, stride_dy, stride_x, scale,
+    RESIDUAL: tl.constexpr, UP_BIAS: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """dx of the rows that are its own, and this program's part of dw, dv and scale Σ dy."""
+    cols = tl.arange(0, BN)
+    inside = cols < d
+    gain = read(weight, cols, d)
+    weight_sum = tl.zeros((BN,), tl.float32)
+    bias_sum = tl.zeros((BN,), tl.float32)
+    up_sum = tl.zeros((BN,), tl.float32)
+    for index in range(tl.program_id(0), M, tl.num_programs(0)):
+        row = tl.cast(index, tl.int64)
+        r = tl.load(rstd + row)
+        grad = read(dh + row * d, cols, d)
+        normalised = tl.where(inside, (read(x + row * stride_x, cols, d) - tl.load(mean + row)) * r, 0.0)
+        weight_sum += grad * normalised
+        bias_sum += grad
+        more = tl.zeros((BN,), tl.float32)
+        if RESIDUAL or UP_BIAS:
+            more = read(dy + row * stride_dy, cols, d)
+        up_sum += more
+        if dx is not None:
+            g = grad * gain
+            out = step_gradient(g, normalised, tl.sum(g, 0) / d, tl.sum(g * normalised, 0) / d, r)
+            if RESIDUAL:
+                out += more
+            tl.store(dx + row * d + cols, out.to(dx.dtype.element_ty), mask=inside)
+    partials += tl.program_id(0) * (2 + UP_BIAS) * d
+    tl.store(partials + cols, weight_sum, mask=inside)
+    tl.store(partials + d + cols, bias_sum, mask=inside)
+    if UP_BIAS:
+        tl.store(partials + 2 * d + cols, scale * up_sum, mask=inside)
 
 
 @triton.jit
