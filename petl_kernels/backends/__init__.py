@@ -35,6 +35,8 @@ DEFAULT_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
 DEFAULT_ORDER_OF = {
     # cuBLAS already runs a frozen linear layer at the speed of the hardware.
     ("frozen_linear", "cuda"): ("reference",),
+    # Triton's passes between cuBLASLt's products, where the extension has those, or between PyTorch's.
+    ("frozen_ffn", "cuda"): ("cuda", "triton", "reference"),
     # Passes over bytes and bits, which Triton has no kernels for.
     ("quantise_int8", "cuda"): ("cuda", "reference"),
     ("quantise_nf4", "cuda"): ("cuda", "reference"),
@@ -179,7 +181,9 @@ def dispatch(op: str, device: torch.device, backend: str, dtype: torch.dtype) ->
 
 def default_order(op: str, device: torch.device) -> tuple[str, ...]:
     """Returns the backends that may serve ``op`` when none is named, first choice first."""
-    return DEFAULT_ORDER_OF.get((_family(op), device.type), DEFAULT_ORDER.get(device.type, ("reference",)))
+    order = DEFAULT_ORDER_OF.get((_family(op), device.type), DEFAULT_ORDER.get(device.type, ("reference",)))
+    # Without CUDA C++ Triton serves as ever, which is no news.
+    return order if order[:2] != ("cuda", "triton") or load_error("cuda") is None else order[1:]
 
 
 def _choose(op: str, device: torch.device, backend: str, dtype: torch.dtype) -> tuple[str, bool]:

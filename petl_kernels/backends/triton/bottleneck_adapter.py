@@ -33,7 +33,7 @@ import triton
 import triton.language as tl
 from torch.nn import functional as F
 
-from petl_kernels.backends import products
+from petl_kernels.backends.products import in_dtype, product_in_fp32
 from petl_kernels.backends.triton import config
 from petl_kernels.backends.triton.activation import activate, activate_rows, derivative
 from petl_kernels.backends.triton.common import as_rows, launch, load, load_rows, store, sum_partials
@@ -210,7 +210,7 @@ def _forward_by_products(
     else:
         h, y = x.new_empty(2, *x.shape)
         _launch_rows(h, None, None, y, x, res, ln_weight, ln_bias, up_bias, eps, scale)
-    down, down_bias, up = products.in_dtype(x.dtype, down, down_bias, up)
+    down, down_bias, up = in_dtype(x.dtype, down, down_bias, up)
     a = _hidden(h, down, down_bias, activation)
     if activation != "relu":
         activate_rows(a, None, a, activation)
@@ -221,13 +221,13 @@ def _backward_by_products(
     dy, x, residual_is_x, ln_weight, ln_bias, down, down_bias, up, eps, activation, scale, need_dx, has_up_bias
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     h, mean, rstd = _normalised_again(x, ln_weight, ln_bias, eps)
-    down, down_bias, up = products.in_dtype(x.dtype, down, down_bias, up)
+    down, down_bias, up = in_dtype(x.dtype, down, down_bias, up)
     a = _hidden(h, down, down_bias, activation)  # z, but for a ReLU, until the pass over dz
     dz = torch.mm(dy, up)
     ddown_bias = _activate_backward(a, dz, activation, scale)
-    dup = products.product_in_fp32(dy.t(), a)
+    dup = product_in_fp32(dy.t(), a)
     dup = dup if scale == 1 else dup.mul_(scale)
-    ddown = products.product_in_fp32(dz.t(), h)
+    ddown = product_in_fp32(dz.t(), h)
     if ln_weight is None:
         dup_bias = scale * column_sums(dy) if has_up_bias else None
         dx = None

@@ -1,21 +1,23 @@
 """frozen_ffn in Triton: the products are the library's; what lies between two is a pass of the activation's kernels.
 
-A ReLU without a gate is applied by its product, and a pass over h packs which of it is positive; backward, the mask is
-applied in place. With other activations and gates one pass makes h of the pre-activations, in their place where they
-are not kept, and one dz of dh. c1 is added in its product, before the sum is rounded: behind it, ReLU would keep
-another sign than the sum has.
+A ReLU without a gate is applied by its product, and a pass over h packs which of it is positive, where the product has
+not done it as well (cuBLASLt's can); backward, the mask is applied in place. With other activations and gates one pass
+makes h of the pre-activations, in their place where they are not kept, and one dz of dh. c1 is added in its product,
+before the sum is rounded: behind it, ReLU would keep another sign than the sum has.
 
 h (tokens, f) exists as a whole where it takes no more than config.CHUNK_BYTES, else in chunks of rows.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
 import triton
 import triton.language as tl
 
+from petl_kernels.backends.products import PyTorchProducts
 from petl_kernels.backends.triton import config
 from petl_kernels.backends.triton.activation import activate_rows, activate_rows_backward, store_bits
 from petl_kernels.backends.triton.common import as_rows, launch, load, store
@@ -24,7 +26,8 @@ from petl_kernels.backends.triton.gated_activation import gate_rows, gate_rows_b
 from petl_kernels.ops.quantised import is_quantised, out_features, project, project_back
 
 
-def frozen_ffn(x, w1, c1, w2, c2, gate, activation: str, keeps: str):
+def frozen_ffn(x, w1, c1, w2, c2, gate, activation: str, keeps: str, products=PyTorchProducts):
+    multiply = functools.partial(_multiply, products)
     rows = as_rows(x)
     tokens, f = rows.shape[0], out_features(w1, rows.shape[1])
     y = x.new_empty(rows.shape)
@@ -36,22 +39,24 @@ def frozen_ffn(x, w1, c1, w2, c2, gate, activation: str, keeps: str):
     for part, chunk in _chunks(rows, f):
         h = hidden[chunk]
         if activation == "relu" and not gate:
-            _rectified(rows[part], w1, c1, h, None if bits is None else bits[part])
+            _rectified(products, rows[part], w1, c1, h, None if bits is None else bits[part])
         else:
-            z_rows = _multiply(rows[part], w1, c1, h if z is None else z[part])
+            z_rows = multiply(rows[part], w1, c1, h if z is None else z[part])
             if gate:
-                g_rows = _multiply(rows[part], gate, None, gates[chunk] if g is None else g[part])
+                g_rows = multiply(rows[part], gate, None, gates[chunk] if g is None else g[part])
                 gate_rows(h, z_rows, g_rows, activation)
             else:
                 activate_rows(h, None, z_rows, activation)
-        _multiply(h, w2, c2, y[part])
+        multiply(h, w2, c2, y[part])
     kept = bits if bits is not None else z
     return y.view(x.shape), *(x.new_empty(0) if value is None else value for value in (kept, g))
 
 
 def frozen_ffn_backward(
-    dy, x, kept_z, kept_g, w1, c1, w2, gate, activation: str, keeps: str, need_dx, need_dc1, need_dc2
+    dy, x, kept_z, kept_g, w1, c1, w2, gate, activation: str, keeps: str, need_dx, need_dc1, need_dc2,
+    products=PyTorchProducts,
 ):  # fmt: skip
+    multiply, multiply_back = functools.partial(_multiply, products), functools.partial(_multiply_back, products)
     rows = as_rows(dy)
     f = out_features(w1, rows.shape[1])
     x_rows = None if x is None else as_rows(x)
@@ -62,38 +67,37 @@ def frozen_ffn_backward(
     again = torch.empty_like(hidden) if wanted and keeps == "x" else None
     gates = torch.empty_like(hidden) if wanted and gate else None
     for part, chunk in _chunks(rows, f) if wanted else ():
-        dz, dg = _multiply_back(rows[part], w2, hidden[chunk]), gates[chunk] if gate else None
+        dz, dg = multiply_back(rows[part], w2, hidden[chunk]), gates[chunk] if gate else None
         if activation == "relu" and not gate:
             bits = kept_z[part] if keeps == "bits" else _empty_bits(dz, f)
             if keeps == "x":
-                _rectified(x_rows[part], w1, c1, again[chunk], bits)
+                _rectified(products, x_rows[part], w1, c1, again[chunk], bits)
             activate_rows_backward(dz, dz, bits, activation)
         else:
-            z = kept_z[part] if keeps == "z" else _multiply(x_rows[part], w1, c1, again[chunk])
+            z = kept_z[part] if keeps == "z" else multiply(x_rows[part], w1, c1, again[chunk])
             if gate:
-                g = kept_g[part] if keeps == "z" else _multiply(x_rows[part], gate, None, dg)
+                g = kept_g[part] if keeps == "z" else multiply(x_rows[part], gate, None, dg)
                 gate_rows_backward(dz, dg, dz, z, g, activation)
             else:
                 activate_rows_backward(dz, dz, z, activation)
         if need_dc1:
             dc1 += column_sums(dz)
         if need_dx:
-            _multiply_back(dz, w1, dx[part])
+            multiply_back(dz, w1, dx[part])
             if gate:
-                _multiply_back(dg, gate, dx[part], add=True)
+                multiply_back(dg, gate, dx[part], add=True)
     dc2 = column_sums(rows) if need_dc2 else dy.new_empty(0, dtype=torch.float32)
     return dx.view(dy.shape if need_dx else (0,)), dc1, dc2
 
 
-def _rectified(rows, weight, bias, h, bits) -> None:
+def _rectified(products, rows, weight, bias, h, bits) -> None:
     """h = relu(rows Wᵀ + bias); bits, unless None: which of h is positive."""
-    by_product = not is_quantised(weight)
+    by_product, packed = not is_quantised(weight), False
     if by_product:
-        bias = rows.new_zeros(h.shape[1]) if bias is None else bias
-        torch._addmm_activation(bias, rows, weight[0].t(), out=h)
+        packed = products.relu_linear(rows, weight[0], bias, h, bits)
     else:
-        _multiply(rows, weight, bias, h)
-    if h.numel() and not (by_product and bits is None):
+        _multiply(products, rows, weight, bias, h)
+    if h.numel() and not (by_product and (packed or bits is None)):
         tile = config.elementwise_tile(h)
         launch(
             _positive_kernel, tile.grid(h), h, bits, *h.shape, RELU=not by_product, BM=tile.m, BN=tile.n,
@@ -101,21 +105,19 @@ def _rectified(rows, weight, bias, h, bits) -> None:
         )  # fmt: skip
 
 
-def _multiply(rows, weight, bias, out) -> torch.Tensor:
+def _multiply(products, rows, weight, bias, out) -> torch.Tensor:
     """out = rows Wᵀ + bias"""
     if is_quantised(weight):
         return out.copy_(project(rows, weight, bias, "triton"))
-    if bias is None:
-        return torch.mm(rows, weight[0].t(), out=out)
-    return torch.addmm(bias, rows, weight[0].t(), out=out)
+    return products.linear(rows, weight[0], bias, out)
 
 
-def _multiply_back(rows, weight, out, add: bool = False) -> torch.Tensor:
+def _multiply_back(products, rows, weight, out, add: bool = False) -> torch.Tensor:
     """out = or += rows W"""
     if is_quantised(weight):
         product = project_back(rows, weight, "triton")
         return out.add_(product) if add else out.copy_(product)
-    return out.addmm_(rows, weight[0]) if add else torch.mm(rows, weight[0], out=out)
+    return products.multiply(rows, weight[0], out, add)
 
 
 def _chunks(rows: torch.Tensor, hidden: int) -> Iterator[tuple[slice, slice]]:
