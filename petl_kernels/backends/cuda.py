@@ -47,9 +47,17 @@ def dequantise(parts: list[Tensor], first_row: int, rows: int, columns: int, dty
     return torch.ops.petl_cuda.dequantise(parts, first_row, rows, columns, dtype, dynamic_map(parts[0].device))
 
 
-# Where cuBLASLt's headers were there when it was built. What lies between its products is Triton's.
-if hasattr(torch.ops.petl_cuda, "multiply") and load_error("triton") is None:
+def _register_network(name: str) -> None:
     from petl_kernels.backends.triton import frozen_ffn as network
 
-    for kernel in (network.frozen_ffn, network.frozen_ffn_backward):
-        register(kernel.__name__, "cuda")(functools.partial(kernel, products=CuBLASLtProducts))
+    own = functools.partial(getattr(network, name), products=CuBLASLtProducts)
+
+    @register(name, "cuda")
+    def serve(first, *args):
+        return (own if first.dtype.itemsize == 2 else kernel_of(name, "triton"))(first, *args)
+
+
+# Where cuBLASLt's headers were there when it was built. What lies between its products is Triton's.
+if hasattr(torch.ops.petl_cuda, "multiply") and load_error("triton") is None:
+    for part in ("", "_backward"):
+        _register_network(f"frozen_ffn{part}")

@@ -6,6 +6,7 @@ import functools
 import importlib
 import os
 import sys
+import types
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ from ops.test_dropout_add_norm import one_after_the_other
 from ops.test_parallel_ffn import arguments_of, assert_right
 
 from petl_kernels import backends, ops, parity
+from petl_kernels.backends.products import CuBLASLtProducts, PyTorchProducts
 from petl_kernels.ops import philox
+from petl_kernels.ops.bits import pack_bits
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="a CUDA device runs the kernels")
 
@@ -146,6 +149,48 @@ def test_only_the_gradients_of_a_sum_and_its_norm_asked_for():
     found = backward(*arguments, *dropout, False, True)
     assert [own.numel() for own in found] == [60, 60, 0, 12]
     torch.testing.assert_close(found[3], given["du"].sum(0))
+
+
+@pytest.mark.parametrize(("rows", "f", "aligned"), [((33,), 128, True), ((33,), 64, False), ((3, 7), 43, False)])
+@pytest.mark.parametrize("keeps", ["bits", "x"])
+def test_cublaslt_s_products_between_the_kernels(monkeypatch, rows, f, aligned, keeps):
+    """With PyTorch's in the place of cuBLASLt's: what is asked of it, and that the bits are taken from it."""
+    asked = []
+
+    def multiply(out, left, right, transposed, bias, bits, add):
+        asked.append("bits" if bits is not None else "transposed" if transposed else "plain")
+        product = left.float() @ (right.float().t() if transposed else right.float())
+        product += out.float() if add else 0 if bias is None else bias.float()
+        if bits is not None:
+            bits.copy_(pack_bits(product > 0))
+            product = product.relu()
+        out.copy_(product)
+
+    monkeypatch.setattr(torch.ops, "petl_cuda", types.SimpleNamespace(multiply=multiply))
+    given = parity.frozen_ffn_arguments(parity.Source(CPU, torch.float16), rows, d=24, f=f, recompute=keeps == "x")
+    network = importlib.import_module("petl_kernels.backends.triton.frozen_ffn")
+    forward, backward = (
+        functools.partial(kernel, products=CuBLASLtProducts)
+        for kernel in (network.frozen_ffn, network.frozen_ffn_backward)
+    )
+    computed = parity._run_frozen_ffn(forward, backward, given)
+    reference, exact = (parity.run("frozen_ffn", "reference", g) for g in (given, parity._in_float64(given)))
+    for name in exact:
+        assert parity.compare_tensors(name, computed[name], reference[name], exact[name], 200) is None
+    made = ["bits" if aligned and keeps == "bits" else None, "transposed", "plain"]
+    made += ["bits" if aligned and keeps == "x" else None, "plain"]
+    assert asked == ([kind for kind in made if kind] if f % 8 == 0 else [])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_products_that_are_added_up_in_fp32(dtype):
+    left, right = torch.randn(5, 8).to(dtype), torch.randn(8, 16).to(dtype)
+    expected = left.double() @ right.double()
+    out = torch.ones(5, 16)
+    for products in (PyTorchProducts, CuBLASLtProducts if dtype == torch.float32 else PyTorchProducts):
+        assert products.multiply(left, right, out.clone()).dtype == torch.float32
+        added = products.multiply(left, right, out.clone(), add=True)
+        torch.testing.assert_close(added.double(), 1 + expected, rtol=1e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize("f", [5, 40, 75])
