@@ -370,6 +370,7 @@ EXPLAINED = (
     Reason("attention", "", "scores are made three times, and a backward kernel copies nothing ahead"),
     Reason("bottleneck_adapter", "m=1024", "a block for every 64 hidden units reads x and dy again, 16 times in all"),
     Reason("bottleneck_adapter", "", "64 programs add the parts of sums, weights are folded twice; with the race"),
+    Reason("frozen_ffn", "", "two chunks, and between their products kernels that took 160 µs for 69 of bytes"),
     Reason("layer_norm", "frozen", "a row a program, and three sums across its warps"),
     Reason("layer_norm", "trained", "the sums over tokens read x and dy again, at 0.5 TB/s"),
     Reason("rms_norm", "trained", "as layer_norm"),

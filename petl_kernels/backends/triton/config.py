@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import torch
 
+from petl_kernels.ops.frozen_ffn import chunk_rows as ffn_chunk_rows
+
 SUM_BLOCK, SUM_PARTS = 64, 64  # elements of a program that adds up parts, and parts at a time
 MAX_GROUPS = 3  # linears in one launch: q, k and v
 TILE_GROUP = 8  # rows of tiles that are walked together, see common.swizzle
@@ -70,15 +72,11 @@ ADAPTER = {
 }
 ADAPTER_NARROW = 64
 # The widest bottleneck for which a block of rows stays fused, where its accumulators fit the registers; above, the
-# library multiplies, which row 34 of bench/GPU_PENDING.md holds against the fused kernels.
+# library multiplies. Both are predicted to cross between 128 and 192; bench/GPU_PENDING.md has what decides it.
 ADAPTER_FUSED = {"small": 64, "sm80": 128, "sm90": 128, "sm100": 128, "fp32": 32, "interpreter": 32}
 
 # Work without a product: m rows (k at a time, in sums over them) by n columns.
 POINTWISE = Tile(16, 128, 16, 4, 2)
-# The hidden values of a feed-forward network that exist at a time, and the fewest rows of them: 8,192 rows at f = 4096,
-# so that a step of that many tokens has no chunks. Plans are the same with it as with 8 MB: where it is highest, a step
-# of theirs has the loss' chunk of logits.
-CHUNK_BYTES, CHUNK_ROWS = 64 << 20, 256
 INTERPRETER_CHUNK_ROWS = 48
 
 # Products with a quantised weight Ŵ. Up to so many rows it is dequantised in the main loop, again for each tile of
@@ -291,12 +289,11 @@ def row_programs(rows: torch.Tensor, sums: bool) -> tuple[int, int, int]:
 
 
 def chunk_rows(rows: torch.Tensor, hidden: int) -> int:
-    """How many rows a chunk has, in chunks of equal length."""
-    most = max(CHUNK_ROWS, CHUNK_BYTES // (hidden * rows.element_size()))
-    if device_class(rows.device) == "interpreter":
-        most = INTERPRETER_CHUNK_ROWS
+    """How many rows of hidden values exist at a time, in chunks of equal length."""
     tokens = max(1, rows.shape[0])
-    return -(-tokens // -(-tokens // most))
+    if device_class(rows.device) == "interpreter":
+        return -(-tokens // -(-tokens // INTERPRETER_CHUNK_ROWS))
+    return ffn_chunk_rows(tokens, hidden, rows.element_size(), "cuda")
 
 
 def vocabulary_block(x: torch.Tensor) -> int:

@@ -5,7 +5,7 @@ not done it as well (cuBLASLt's can); backward, the mask is applied in place. Wi
 makes h of the pre-activations, in their place where they are not kept, and one dz of dh. c1 is added in its product,
 before the sum is rounded: behind it, ReLU would keep another sign than the sum has.
 
-h (tokens, f) exists as a whole where it takes no more than config.CHUNK_BYTES, else in chunks of rows.
+h (tokens, f) exists as a whole where it takes no more than 64 MiB (``ops/frozen_ffn.py``), else in chunks of rows.
 """
 
 from __future__ import annotations
