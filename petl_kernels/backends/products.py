@@ -70,8 +70,13 @@ def _fit(*matrices: Tensor) -> bool:
         left.dtype == right.dtype
         and left.dtype in (torch.bfloat16, torch.float16)
         and out.dtype in (left.dtype, torch.float32)
-        and all(m.numel() and m.stride(1) == 1 and m.shape[1] % 8 == m.stride(0) % 8 == 0 for m in matrices)
+        and all(map(_has_aligned_rows, matrices))
     )
+
+
+def _has_aligned_rows(matrix: Tensor) -> bool:
+    columns, stride = matrix.shape[1], matrix.stride(0)
+    return matrix.numel() > 0 and matrix.stride(1) == 1 and columns % 8 == stride % 8 == 0 and stride >= columns
 
 
 def product_in_fp32(left: Tensor, right: Tensor) -> Tensor:

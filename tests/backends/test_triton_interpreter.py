@@ -217,6 +217,20 @@ def test_only_the_gradients_of_a_norm_and_a_network_asked_for():
     assert [grad.numel() for grad in grads] == [0, 16, 0]
 
 
+@pytest.mark.parametrize("m", [16, 40])
+@pytest.mark.parametrize("norm", [True, False])
+def test_an_adapter_s_parameters_alone(m, norm):
+    """The gradients that a block needs whose input has none, and those of a parallel adapter inside its network."""
+    given = parity.bottleneck_adapter_arguments(parity.Source(CPU, torch.float32), (5,), d=12, m=m, norm=norm)
+    names = ("dy", "x", "ln_weight", "ln_bias", "down", "down_bias", "up")
+    dy, x, *parameters = (given[name] for name in names)
+    backward, options = backends.kernel_of("bottleneck_adapter_backward", "triton"), (1e-5, "relu", 0.7)
+    every, own = (backward(dy, x, False, *parameters, *options, need, True) for need in (True, False))
+    assert own[0].numel() == 0 and every[0].shape == x.shape
+    assert all(map(torch.equal, own[1:], every[1:]))
+    assert [grad.numel() for grad in own[1:]] == [12 * norm, 12 * norm, 12 * m, m, 12 * m, 12]
+
+
 def test_padded_rows_of_logits():
     """A CUDA device gets rows that begin at multiples of 16 numbers; what lies between them counts for nothing."""
     padded, labels = torch.randn(5, 48), torch.tensor([0, 39, 7, 31, 32])
