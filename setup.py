@@ -14,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import setup
@@ -59,6 +60,14 @@ def has_target(torch) -> bool:
     return False
 
 
+def cublaslt(home: str) -> list[str] | None:
+    """Where cuBLASLt's header is: no folder beside the toolkit's, or that of the package nvidia-cublas; else None."""
+    if Path(home, "include", "cublasLt.h").exists():
+        return []
+    folders = sorted(Path(sysconfig.get_path("purelib"), "nvidia").glob("*/include"))
+    return next(([str(folder)] for folder in folders if (folder / "cublasLt.h").exists()), None)
+
+
 def extension():
     import torch
     from torch.utils import cpp_extension
@@ -73,11 +82,18 @@ def extension():
         )
     cpp_extension.CUDA_HOME = home
     flags.append(f"-DPETL_CUDA={torch.version.cuda}")
+    kernels, folders = sources("cuda"), cublaslt(home)
+    if folders is None:
+        print("petl-kernels: no cublasLt.h; PyTorch's own products serve", file=sys.stderr)
+        kernels.remove("csrc/cuda/products.cpp")
+    else:
+        flags.append("-DPETL_CUBLASLT")
     return cpp_extension.CUDAExtension(
         "petl_kernels._C",
-        [*files, *sources("cuda")],
+        [*files, *kernels],
+        include_dirs=folders,
         extra_compile_args={"cxx": flags, "nvcc": ["-O3"]},
-        extra_link_args=["-fopenmp"],
+        extra_link_args=["-fopenmp", "-ldl"],
     )
 
 

@@ -16,7 +16,7 @@ import functools
 import math
 import operator
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 FP32 = 4
 # Parts of a sum over tokens that are written and added up: two programs for each multiprocessor, over the 16 tiles of
@@ -32,8 +32,8 @@ EXPONENTIAL = 16.5
 QUANTISED_LOOP = {"int8": (8.4, 8.8), "nf4": (21, 21)}
 DEQUANTISE = {"int8": 8.5, "nf4": 24.8}
 # What the wrappers decide by (petl_kernels/backends/triton/config.py).
-ADAPTER_LIMIT = 256
-FFN_CHUNK_BYTES, FFN_CHUNK_ROWS = 32 << 20, 256
+ADAPTER_FUSED = 128
+FFN_CHUNK_BYTES, FFN_CHUNK_ROWS = 64 << 20, 256
 QUANTISED_LOOP_ROWS = {"int8": 512, "nf4": 256}
 QUANTISED_TILE_BYTES = 32 << 20
 PROCESSORS = 132
@@ -186,43 +186,69 @@ def conversion(n: int, k: int, storage: str, size: int) -> Counts:
 # ---- adapters, feed-forward blocks, the vocabulary loss -------------------------------------------------------------
 
 
-def bottleneck_adapter(t: int, d: int, m: int, size: int, backward: bool = True) -> Counts:
+def bottleneck_adapter(t: int, d: int, m: int, size: int, backward: bool = True, fused: bool | None = None) -> Counts:
     """LayerNorm, down, activation, up, residual: 4·t·d·m forward and 8·t·d·m backward.
 
-    Ours does 10 backward, since it keeps x alone and forms LN(x) and the down product again.
+    Ours does 10 backward, since it keeps x alone and forms LN(x) and the down product again. fused: a block of rows in
+    one launch, or products of the library; as the wrapper decides where it is not given.
     """
-    x, z, matrix, product = t * d * size, t * m * size, d * m, 2 * t * d * m
+    x, matrix, product = t * d * size, d * m, 2 * t * d * m
     parameters = FP32 * (2 * matrix + m + 3 * d)
-    padded = max(16, 1 << (m - 1).bit_length())
+    fused = m <= ADAPTER_FUSED if fused is None else fused
     weights = 2 * matrix * size
     fold = Launch("_fold_kernel", bytes=FP32 * 2 * matrix + weights)
-    if padded <= ADAPTER_LIMIT:
+    if fused:
         kernels = [fold, Launch("_forward_kernel", 2 * product, 2 * x + weights)]
     else:
-        latent = Launch("_latent_kernel", product, x + z + weights // 2)
-        kernels = [fold, latent, Launch("_up_kernel", product, z + 2 * x + weights // 2)]
+        kernels = [_cast(matrix, size), Launch("_rows_kernel", bytes=3 * x), _library(t, m, d, size)]
+        kernels.append(_adding(t, d, m, size))
     moved, flops = 2 * x + parameters, 2 * product
     if backward:
-        kernels += [fold, *_adapter_backward(t, d, m, size, need_dx=True)]
+        kernels += [*([fold] if fused else []), *_adapter_backward(t, d, m, size, True, True, fused)]
         moved += 3 * x + (parameters - FP32 * d) + parameters  # the up bias has no part in backward
         flops += 4 * product
     return Counts(flops, moved, tuple(kernels))
 
 
-def _adapter_backward(t: int, d: int, m: int, size: int, need_dx: bool) -> list[Launch]:
+def _cast(matrix: int, size: int) -> Launch:
+    return Launch("library cast", bytes=2 * matrix * (FP32 + size), library=True)
+
+
+def _adding(rows: int, cols: int, inner: int, size: int) -> Launch:
+    """A product that is added to what is there."""
+    product = _library(rows, cols, inner, size)
+    return replace(product, bytes=product.bytes + rows * cols * size)
+
+
+def _adapter_backward(t: int, d: int, m: int, size: int, need_dx: bool, norm: bool, fused: bool) -> list[Launch]:
+    if fused:
+        return _adapter_backward_fused(t, d, m, size, need_dx, norm)
+    x, z, sums = t * d * size, t * m * size, FP32 * 4 * PROCESSORS
+    kernels = [_cast(d * m, size)] + ([Launch("_rows_kernel", bytes=2 * x)] if norm else [])
+    kernels += [_library(t, m, d, size)] * 2  # z and dy U
+    kernels += [Launch("_latent_gradient_kernel", bytes=3 * z + sums * m), Launch("_sum_kernel", bytes=sums * m)]
+    kernels += [_library(d, m, t, size)] * 2  # dU and dD
+    if norm:
+        kernels += [_library(t, d, m, size), Launch("_norm_backward_kernel", bytes=4 * x + 3 * FP32 * ROW_PARTS * d)]
+        return [*kernels, Launch("_sum_kernel", bytes=3 * FP32 * (ROW_PARTS + 1) * d)]
+    return [*kernels, Launch("_column_sums_kernel", bytes=x), Launch("_sum_kernel", bytes=FP32 * PARTS * d)]
+
+
+def _adapter_backward_fused(t: int, d: int, m: int, size: int, need_dx: bool, norm: bool) -> list[Launch]:
     x, z, matrix, product = t * d * size, t * m * size, d * m, 2 * t * d * m
-    weights = 2 * matrix * size
-    if 2 * max(16, 1 << (m - 1).bit_length()) <= ADAPTER_LIMIT:
-        made = [Launch("_backward_kernel", (2 + need_dx) * product, (2 + need_dx) * x + 2 * z + weights)]
-    else:
-        made = [Launch("_latent_backward_kernel", 2 * product, 2 * x + 2 * z + weights)]
-        made += [Launch("_dx_kernel", product, z + 3 * x + weights // 2)] if need_dx else []
-    sums = Launch("_token_sums_kernel", 2 * product, 2 * x + 2 * z + FP32 * PARTS * 2 * matrix)
-    return [*made, sums, Launch("_finish_kernel", bytes=FP32 * (PARTS + 2) * 2 * matrix)]
+    kernels = [
+        Launch("_backward_kernel", (2 + need_dx) * product, (2 + need_dx) * x + 2 * z + 2 * matrix * size),
+        Launch("_token_sums_kernel", 2 * product, 2 * x + 2 * z + FP32 * PARTS * 2 * matrix),
+        Launch("_sum_kernel", bytes=FP32 * (PARTS + 1) * 2 * matrix),
+    ]
+    return kernels + ([Launch("_norm_gradients_kernel", bytes=FP32 * 3 * matrix)] if norm else [])
 
 
 def frozen_ffn(t: int, d: int, f: int, activation: str, gated: bool, size: int, recompute: bool = False) -> Counts:
-    """Two or three frozen products with what lies between, in chunks of rows; biases (frozen) unless gated."""
+    """Two or three frozen products with what lies between, in chunks of rows; biases (frozen) unless gated.
+
+    A ReLU without a gate rides in its product.
+    """
     weights = 3 if gated else 2
     keeps_bits = activation == "relu" and not gated and not recompute
     kept = 0 if recompute else t * math.ceil(f / 8) if keeps_bits else t * f * size * (weights - 1)
@@ -234,7 +260,7 @@ def frozen_ffn(t: int, d: int, f: int, activation: str, gated: bool, size: int, 
     rows = math.ceil(t / math.ceil(t / most))
     kernels = []
     for first in range(0, t, rows):
-        kernels += _ffn_chunk(min(rows, t - first), d, f, weights, kept / t, size, recompute)
+        kernels += _ffn_chunk(min(rows, t - first), d, f, activation, gated, size, recompute)
     return Counts(4 * weights * t * d * f, moved, tuple(kernels))
 
 
@@ -248,20 +274,32 @@ def parallel_ffn(t: int, d: int, f: int, m: int, activation: str, size: int) -> 
     adapter = FP32 * (2 * d * m + m)
     moved = network.bytes + adapter + FP32 * d  # forward, with the up bias
     moved += t * d * size + 2 * adapter + FP32 * d  # x and the adapter into backward, its gradients out
-    small = [Launch(name, library=True) for name in ("copy D", "copy d", "multiply U", "add u", "cast D", "cast U")]
-    kernels = (*small, *network.kernels, *_adapter_backward(t, d, m, size, need_dx=False))
+    names = ("copy D", "copy d", "multiply U", "add u", *(("cast D", "cast U") if m <= ADAPTER_FUSED else ()))
+    small = [Launch(name, library=True) for name in names]
+    own = _adapter_backward(t, d, m, size, need_dx=False, norm=False, fused=m <= ADAPTER_FUSED)
+    kernels = (*small, *network.kernels, *own)
     return Counts(8 * t * d * f + 12 * t * d * m, moved, kernels)
 
 
-def _ffn_chunk(t: int, d: int, f: int, weights: int, kept_a_row: float, size: int, recompute: bool) -> list[Launch]:
-    into, out_of = _library(t, f, d, size), _library(t, d, f, size)
-    inner = t * f * size
-    forward_work, backward_work = ACTIVATION["relu" if weights == 2 else "gated relu"]
-    forward = Launch("_hidden_kernel", bytes=weights * inner + int(kept_a_row * t), instructions=forward_work * t * f)
-    moved = 2 * inner + (int(kept_a_row * t) if kept_a_row else (weights - 1) * inner) + (weights - 2) * inner
-    backward = Launch("_hidden_backward_kernel", bytes=moved, instructions=backward_work * t * f)
-    again = [into] * (weights - 1) if recompute else []
-    return [*[into] * (weights - 1), forward, out_of, into, *again, backward, *[out_of] * (weights - 1)]
+def _ffn_chunk(t: int, d: int, f: int, activation: str, gated: bool, size: int, recompute: bool) -> list[Launch]:
+    into, out_of = [_library(t, f, d, size)], [_library(t, d, f, size)]
+    inner, bits, elements = t * f * size, t * math.ceil(f / 8), t * f
+    relu = activation == "relu" and not gated
+    work = [each * elements for each in ACTIVATION["gated relu" if gated else "relu"]]
+    if gated:
+        forward = [Launch("_gated_kernel", bytes=3 * inner, instructions=work[0])]
+        backward = [Launch("_gated_backward_kernel", bytes=5 * inner, instructions=work[1])]
+    elif relu:
+        forward = [Launch("_positive_kernel", bytes=inner + bits, instructions=work[0])]
+        backward = [Launch("_activation_backward_kernel", bytes=2 * inner + bits, instructions=work[1])]
+    else:
+        forward = [Launch("_activation_kernel", bytes=2 * inner, instructions=work[0])]
+        backward = [Launch("_activation_backward_kernel", bytes=3 * inner, instructions=work[1])]
+    inputs = 1 + gated
+    again = into * inputs + (forward if relu else []) if recompute else []
+    if relu and recompute:
+        forward = []  # its bits are made in backward
+    return [*into * inputs, *forward, *out_of, *into, *again, *backward, *out_of * inputs]
 
 
 def linear_cross_entropy(t: int, d: int, words: int, size: int, chunk_bytes: int = 32 << 20) -> Counts:

@@ -728,6 +728,10 @@ def _relu_bits(device, dtype):
     return frozen_ffn_arguments(Source(device, dtype), rows=(3, 43), f=75)
 
 
+def _relu_bits_in_whole_words(device, dtype):
+    return frozen_ffn_arguments(Source(device, dtype), rows=(130,), d=64, f=256)
+
+
 def _gelu_recomputed(device, dtype):
     return frozen_ffn_arguments(Source(device, dtype), activation="gelu", recompute=True)
 
@@ -869,7 +873,7 @@ CASES = {
     "bottleneck_adapter": (_relu, _gelu_fp32_adapter, _silu_parallel),
     "layer_norm": (_norm, _norm_fp32_parameters, _norm_without_bias),
     "rms_norm": (_rms, _rms_fp32_weight),
-    "frozen_ffn": (_relu_bits, _gelu_recomputed, _gelu_tanh_gated, _silu_kept),
+    "frozen_ffn": (_relu_bits, _relu_bits_in_whole_words, _gelu_recomputed, _gelu_tanh_gated, _silu_kept),
     "attention": (_causal_with_dropout, _relative_bias, _prefix_of_cross_attention, _packed_sentences),
     "linear_cross_entropy": (_uniform, _fairseq_scaled_rows, _no_smoothing, _frozen_table),
     "activation": (_packed_relu, _gelu_with_dropout, _gelu_tanh, _silu),

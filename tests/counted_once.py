@@ -37,7 +37,8 @@ def counted_once() -> Iterator[None]:
     def phases_once(self, *given):
         self.kind = getattr(self, "kind", None) or kind_of(self.model)
         patched = simulate.step, simulate.shallow  # by some tests
-        key = self.kind, self.longest, self.autocast, self.packed, torch.get_num_threads(), *patched, *given
+        device = self.device.type, torch.get_num_threads()
+        key = self.kind, self.longest, self.autocast, self.packed, *device, *patched, *given
         if key not in known:
             known[key] = phases(self, *given)
         return known[key]

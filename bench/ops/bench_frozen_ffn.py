@@ -39,10 +39,17 @@ def recomputing(*arguments, activation):
     return ops.frozen_ffn(*arguments, activation, recompute=True)
 
 
+def by_pytorch(*arguments, activation):
+    """Ours with PyTorch's products, where cuBLASLt's serve."""
+    with ops.use("triton"):
+        return ops.frozen_ffn(*arguments, activation)
+
+
 IMPLEMENTATIONS = {
     "limit": products,
     "ours": ops.frozen_ffn,
     "ours, recomputing": recomputing,
+    "ours, PyTorch's products": by_pytorch,
     "eager": eager,
     "torch.compile": eager,
 }
@@ -56,6 +63,8 @@ def test_frozen_ffn(benchmark, name, dtype, form, implementation, device):
     activation, gated = FORMS[form]
     if gated != (name in ("t5", "madlad-3b", "madlad-10b")) or (form == "gelu" and name != "nllb-600m"):
         pytest.skip("another family's form")
+    if implementation == "ours, PyTorch's products" and device != "cuda":
+        pytest.skip("for a card")
     require(name, device, implementation, small=dtype == "bfloat16" and name != "nllb-3.3b")
     s, size = shape(name, device), getattr(torch, dtype).itemsize
     forward = IMPLEMENTATIONS[implementation]

@@ -5,10 +5,14 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 
+#include <optional>
 #include <vector>
 
 #include "column_sum.h"
 #include "packed_relu.h"
+#ifdef PETL_CUBLASLT
+#include "products.h"
+#endif
 #include "quantised.h"
 
 namespace petl {
@@ -176,6 +180,46 @@ Tensor dequantise_cuda(
   return out.to(dtype);
 }
 
+#ifdef PETL_CUBLASLT
+// petl_kernels/backends/products.py: out = or += left right, or left rightᵀ where `transposed`.
+void multiply_cuda(
+    const Tensor& out,
+    const Tensor& left,
+    const Tensor& right,
+    bool transposed,
+    const std::optional<Tensor>& bias,
+    const std::optional<Tensor>& bits,
+    bool add) {
+  const c10::cuda::CUDAGuard guard(out.device());
+  const Tensor own_bias = bias ? bias->to(left.scalar_type()).contiguous() : Tensor();
+  Product product{};
+  product.type = type_of(left);
+  product.out_type = type_of(out);
+  product.rows = out.size(0);
+  product.columns = out.size(1);
+  product.inner = left.size(1);
+  product.left = left.const_data_ptr();
+  product.right = right.const_data_ptr();
+  product.left_stride = left.stride(0);
+  product.right_stride = right.stride(0);
+  product.transposed = transposed;
+  product.out = out.mutable_data_ptr();
+  product.out_stride = out.stride(0);
+  product.alpha = 1;
+  product.beta = add ? 1 : 0;
+  product.behind = bits ? Behind::relu_bits : bias ? Behind::bias : Behind::nothing;
+  product.bias = bias ? own_bias.const_data_ptr() : nullptr;
+  product.bits = bits ? bits->mutable_data_ptr<uint8_t>() : nullptr;
+  product.bits_stride = bits ? bits->stride(0) : 0;
+  const auto bytes = static_cast<int64_t>(product_workspace(product));
+  const Tensor workspace = at::empty({bytes}, out.options().dtype(at::kByte));
+  const bool timed = !at::globalContext().deterministicAlgorithms();
+  const char* wrong =
+      multiply(product, workspace.mutable_data_ptr(), bytes, timed, c10::cuda::getCurrentCUDAStream());
+  TORCH_CHECK(wrong == nullptr, "cuBLASLt: ", wrong);
+}
+#endif
+
 } // namespace
 } // namespace petl
 
@@ -191,4 +235,10 @@ TORCH_LIBRARY(petl_cuda, m) {
   m.def(
       "dequantise(Tensor[] parts, int first_row, int rows, int columns, ScalarType dtype, Tensor map) -> Tensor",
       torch::dispatch(c10::DispatchKey::CUDA, TORCH_FN(petl::dequantise_cuda)));
+#ifdef PETL_CUBLASLT
+  m.def(
+      "multiply(Tensor(a!) out, Tensor left, Tensor right, bool transposed, Tensor? bias, Tensor(b!)? bits, bool add)"
+      " -> ()",
+      torch::dispatch(c10::DispatchKey::CUDA, TORCH_FN(petl::multiply_cuda)));
+#endif
 }

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-from petl_kernels.backends import kernel_of, register
+from petl_kernels.backends import kernel_of, load_error, register
 from petl_kernels.backends.nf4 import dynamic_map
+from petl_kernels.backends.products import CuBLASLtProducts
 
 try:
     import petl_kernels._C  # registers torch.ops.petl_cuda where it was built with CUDA
@@ -42,3 +45,19 @@ def quantise_nf4(weight: Tensor) -> list[Tensor]:
 @register("dequantise", "cuda")
 def dequantise(parts: list[Tensor], first_row: int, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     return torch.ops.petl_cuda.dequantise(parts, first_row, rows, columns, dtype, dynamic_map(parts[0].device))
+
+
+def _register_network(name: str) -> None:
+    from petl_kernels.backends.triton import frozen_ffn as network
+
+    own = functools.partial(getattr(network, name), products=CuBLASLtProducts)
+
+    @register(name, "cuda")
+    def serve(first, *args):
+        return (own if first.dtype.itemsize == 2 else kernel_of(name, "triton"))(first, *args)
+
+
+# Where cuBLASLt's headers were there when it was built. What lies between its products is Triton's.
+if hasattr(torch.ops.petl_cuda, "multiply") and load_error("triton") is None:
+    for part in ("", "_backward"):
+        _register_network(f"frozen_ffn{part}")

@@ -19,8 +19,10 @@ class Ledger(TorchDispatchMode):
     What a kernel allocates and frees inside itself is not seen, but known for the ops of this package (``scratch``).
     """
 
-    def __init__(self, living: Iterable[Tensor]):
+    def __init__(self, living: Iterable[Tensor], device: str = "cpu"):
+        """living: what is there already. device: whose kernels are counted."""
         super().__init__()
+        self.device = device
         self.live = self.peak = 0
         self._known: dict[int, int] = {}
         for tensor in living:
@@ -46,5 +48,5 @@ class Ledger(TorchDispatchMode):
             if isinstance(leaf, Tensor):
                 for part in parts_of(leaf):
                     self._enter(part)
-        self.peak = max(self.peak, self.live + scratch_bytes(function, args))
+        self.peak = max(self.peak, self.live + scratch_bytes(function, args, self.device))
         return result

@@ -419,7 +419,7 @@ class Planner:
             simulate.set_tiers(model, [tier] * sum(depth))
             model.petl_chunk_bytes = chunk_bytes
             batch = Batch(rows, self.longest, self.longest)
-            return simulate.step(model, batch, self.autocast, gradients, self.packed)
+            return simulate.step(model, batch, self.autocast, gradients, self.packed, self.device.type)
 
     def _input_bytes(self, rows: int) -> int:
         itemsize = 2 if self.autocast is None and self.weights.dtype.itemsize == 2 else 4

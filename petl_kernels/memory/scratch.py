@@ -1,6 +1,7 @@
 """What one call of an op allocates inside itself, beside its inputs and outputs, on the CPU's C++ kernels.
 
-Only ops whose scratch grows with the batch or is a matter of megabytes; the others stay below the planner's slack.
+On CUDA the feed-forward block has larger chunks. Only ops whose scratch grows with the batch or is a matter of
+megabytes; the others stay below the planner's slack.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from petl_kernels.ops.quantised import TILE_BYTES, in_features, is_quantised, ou
 _TILES = TILE_BYTES
 
 
-def scratch_bytes(function, args: tuple) -> int:
-    """Bytes for ``function`` (a ``torch.ops.petl`` overload) called with ``args``; 0 for any other."""
+def scratch_bytes(function, args: tuple, device: str = "cpu") -> int:
+    """Bytes for ``function`` (a ``torch.ops.petl`` overload) called with ``args`` on ``device``; 0 for any other."""
     name = function.name()
     if not name.startswith("petl::"):
         return 0
@@ -29,7 +30,7 @@ def scratch_bytes(function, args: tuple) -> int:
     if rule is None:
         return 0
     given = {argument.name: value for argument, value in zip(function._schema.arguments, args, strict=False)}
-    return rule(given)
+    return rule({**given, "device": device})
 
 
 def _linear_cross_entropy(given: dict) -> int:
@@ -132,7 +133,7 @@ def _frozen_ffn_backward(given: dict) -> int:
 def _ffn_chunks(given: dict, x: Tensor, chunks: int) -> int:
     d = x.shape[-1]
     hidden = out_features(given["w1"], d)
-    rows = chunk_rows(x.numel() // d, hidden, x.itemsize)
+    rows = chunk_rows(x.numel() // d, hidden, x.itemsize, given["device"])
     values = chunks * rows * hidden * x.itemsize + _products(rows, d, hidden, x.dtype)
     return values + (_back(x) if is_quantised(given["w1"]) else 0)
 

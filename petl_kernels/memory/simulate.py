@@ -96,16 +96,17 @@ def step(
     autocast: torch.dtype | None = None,
     gradients: str = "float32",
     packed: bool = False,
+    device: str = "cpu",
 ) -> Phases:
     """Forward and backward of ``model``, whose parameters are fake; its gradients exist already.
 
     gradients: "bfloat16" when they wait for the update in ``RoundedGradients``. packed: the sentences of ``batch`` are
-    one packed row, where ``model`` reads such rows.
+    one packed row, where ``model`` reads such rows. device: whose kernels are counted; the tensors are the CPU's.
     """
     inputs = _packed_row(batch) if packed and not packing_obstacle(model) else _padded_rows(batch)
     trained = [p for p in model.parameters() if p.requires_grad]
     living = [*model.parameters(), *model.buffers()]
-    with _waiting(trained, gradients) as sums, Ledger([*living, *sums]) as ledger, _autocast(autocast):
+    with _waiting(trained, gradients) as sums, Ledger([*living, *sums], device) as ledger, _autocast(autocast):
         always = ledger.live
         output = model(**inputs, label_smoothing=0.1, reduction="sum")
         loss = output.loss

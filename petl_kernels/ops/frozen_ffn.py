@@ -18,8 +18,8 @@ Saves: in bytes per token, where x or c1 has a gradient (nothing where not):
     otherwise                   z, and g with a gate, in x's dtype (2f or 4f in bf16)
     ``recompute=True``          x (2d in bf16), nothing where x is kept anyway; backward forms z and g again, which
                                 adds a product (two with a gate) to the two (three) that it has
-Forward and backward go through the tokens in chunks whose hidden values take about 8 MB, so no (tokens, f) tensor
-exists beside what is saved.
+Forward and backward go through the tokens in chunks whose hidden values take about 8 MB (64 in Triton), so no larger
+(tokens, f) tensor exists beside what is saved.
 Source: the derivative of two matrix products with dW left out; gated form: Shazeer, arXiv 2002.05202.
 """
 
@@ -49,6 +49,8 @@ from petl_kernels.ops.quantised import out_features, parts_in, parts_of, project
 
 CHUNK_BYTES = 8 << 20
 CHUNK_ROWS = 256
+# On CUDA 8,192 rows of f = 4096 exist as a whole, so that a step of so many tokens has no chunks.
+CUDA_CHUNK_BYTES = 64 << 20
 
 
 def frozen_ffn(
@@ -97,9 +99,9 @@ def _check(x, w1, c1, w2, c2, gate, activation) -> None:
         raise InputError(f"{op}: activation is {activation!r}: expected one of {', '.join(ACTIVATIONS)}")
 
 
-def chunk_rows(rows: int, hidden: int, itemsize: int) -> int:
+def chunk_rows(rows: int, hidden: int, itemsize: int, device: str = "cpu") -> int:
     """How many rows a chunk has: about CHUNK_BYTES of hidden values, at least CHUNK_ROWS, chunks of equal length."""
-    most = max(CHUNK_ROWS, CHUNK_BYTES // max(1, hidden * itemsize))
+    most = max(CHUNK_ROWS, (CUDA_CHUNK_BYTES if device == "cuda" else CHUNK_BYTES) // max(1, hidden * itemsize))
     chunks = max(1, -(-rows // most))
     return max(1, -(-rows // chunks))
 

@@ -32,4 +32,5 @@ def test_who_serves(op):
     quantises = "cuda" if backends.load_error("cuda") is None else "reference"
     others = {"frozen_linear": "reference", "quantised_embedding": "reference"}
     others |= {"quantise_int8": quantises, "quantise_nf4": quantises}
+    others |= {"frozen_ffn": "cuda"} if backends.kernel_of("frozen_ffn", "cuda") else {}  # cuBLASLt's products
     assert ops.backend_of(op, "cuda", torch.bfloat16) == others.get(op, "triton")

@@ -18,18 +18,17 @@ SCRIPT = Path(__file__).with_name("triton_aot.py")
 SHARED_MEMORY = {"sm80": 163 * 1024, "sm90": 227 * 1024, "sm100": 227 * 1024, "small": 99 * 1024}
 MATRIX_INSTRUCTION = {"sm90": "wgmma.mma_async", "sm100": "tcgen05.mma"}
 WITHOUT_PRODUCT = {
-    *("_sum_kernel", "_column_sums_kernel", "_fold_kernel", "_finish_kernel", "_hidden_kernel"),
-    *("_hidden_backward_kernel", "_norm_kernel", "_norm_again_kernel", "_norm_dx_kernel"),
+    *("_sum_kernel", "_column_sums_kernel", "_fold_kernel", "_norm_gradients_kernel", "_rows_kernel"),
+    *("_latent_gradient_kernel", "_norm_kernel", "_norm_again_kernel", "_norm_dx_kernel"),
     *("_sums_kernel", "_loss_kernel", "_dequantise_kernel"),
 }
 ELEMENTWISE = {
     *("_activation_kernel", "_activation_backward_kernel", "_gated_kernel", "_gated_backward_kernel"),
-    *("_dropout_add_kernel", "_sum_norm_kernel", "_norm_backward_kernel"),
+    *("_positive_kernel", "_dropout_add_kernel", "_sum_norm_kernel", "_norm_backward_kernel"),
 }
 WITH_PRODUCT = {
     *("_matmul_kernel", "_project_kernel", "_outputs_kernel", "_rank_gradients_kernel", "_input_gradient_kernel"),
     *("_adapter_gradients_kernel", "_forward_kernel", "_backward_kernel", "_token_sums_kernel"),
-    *("_latent_kernel", "_up_kernel", "_latent_backward_kernel", "_dx_kernel"),
     *("_attention_kernel", "_query_gradient_kernel", "_key_gradients_kernel", "_distance_gradient_kernel"),
     *("_quantised_project_kernel", "_quantised_project_back_kernel"),
 }
@@ -39,8 +38,7 @@ LEFT = {"_quantised_project_kernel": "BN"}
 # Those whose products run on while the tiles of a later step are copied, on cards with MATRIX_INSTRUCTION.
 BESIDE_COPIES = {
     *("_matmul_kernel", "_outputs_kernel", "_input_gradient_kernel", "_adapter_gradients_kernel", "_forward_kernel"),
-    *("_backward_kernel", "_latent_kernel", "_latent_backward_kernel", "_up_kernel", "_dx_kernel"),
-    *("_token_sums_kernel", "_quantised_project_kernel"),
+    *("_backward_kernel", "_token_sums_kernel", "_quantised_project_kernel"),
 }
 # A loop inside the one over its keys, which is not pipelined then.
 WITHOUT_COPIES = {"_distance_gradient_kernel"}

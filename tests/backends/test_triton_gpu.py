@@ -10,7 +10,7 @@ import pytest
 import torch
 import triton_cases
 
-from petl_kernels import parity
+from petl_kernels import backends, parity
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -27,6 +27,17 @@ CALLS = [
 def test_values_and_gradients(name, dtype):
     op, case = CASES[name]
     assert parity.compare(op, "triton", case(parity.Source(torch.device("cuda"), DTYPES[dtype]))) is None
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_the_relu_of_a_product_passes_on_what_is_not_a_number(backend):
+    """As F.relu does: a library whose ReLU is max(0, z) may make a zero of it."""
+    if (kernel := backends.kernel_of("frozen_ffn", backend)) is None:
+        pytest.skip("the extension was built without CUDA or cuBLASLt's headers")
+    given = parity.frozen_ffn_arguments(parity.Source(torch.device("cuda"), torch.bfloat16), rows=(130,), d=64, f=256)
+    given["x"][7, 3] = torch.nan
+    y, *_ = kernel(given["x"], [given["w1"]], given["c1"], [given["w2"]], given["c2"], [], "relu", "bits")
+    assert y[7].isnan().all() and y[:7].isfinite().all() and y[8:].isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["lora_linear-rank-16-dropout-0.1", "bottleneck_adapter-64-relu"])

@@ -6,6 +6,7 @@ import functools
 import importlib
 import os
 import sys
+import types
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ from ops.test_dropout_add_norm import one_after_the_other
 from ops.test_parallel_ffn import arguments_of, assert_right
 
 from petl_kernels import backends, ops, parity
+from petl_kernels.backends.products import CuBLASLtProducts, PyTorchProducts
 from petl_kernels.ops import philox
+from petl_kernels.ops.bits import pack_bits
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="a CUDA device runs the kernels")
 
@@ -148,6 +151,48 @@ def test_only_the_gradients_of_a_sum_and_its_norm_asked_for():
     torch.testing.assert_close(found[3], given["du"].sum(0))
 
 
+@pytest.mark.parametrize(("rows", "f", "aligned"), [((33,), 128, True), ((33,), 64, False), ((3, 7), 43, False)])
+@pytest.mark.parametrize("keeps", ["bits", "x"])
+def test_cublaslt_s_products_between_the_kernels(monkeypatch, rows, f, aligned, keeps):
+    """With PyTorch's in the place of cuBLASLt's: what is asked of it, and that the bits are taken from it."""
+    asked = []
+
+    def multiply(out, left, right, transposed, bias, bits, add):
+        asked.append("bits" if bits is not None else "transposed" if transposed else "plain")
+        product = left.float() @ (right.float().t() if transposed else right.float())
+        product += out.float() if add else 0 if bias is None else bias.float()
+        if bits is not None:
+            bits.copy_(pack_bits(product > 0))
+            product = product.relu()
+        out.copy_(product)
+
+    monkeypatch.setattr(torch.ops, "petl_cuda", types.SimpleNamespace(multiply=multiply))
+    given = parity.frozen_ffn_arguments(parity.Source(CPU, torch.float16), rows, d=24, f=f, recompute=keeps == "x")
+    network = importlib.import_module("petl_kernels.backends.triton.frozen_ffn")
+    forward, backward = (
+        functools.partial(kernel, products=CuBLASLtProducts)
+        for kernel in (network.frozen_ffn, network.frozen_ffn_backward)
+    )
+    computed = parity._run_frozen_ffn(forward, backward, given)
+    reference, exact = (parity.run("frozen_ffn", "reference", g) for g in (given, parity._in_float64(given)))
+    for name in exact:
+        assert parity.compare_tensors(name, computed[name], reference[name], exact[name], 200) is None
+    made = ["bits" if aligned and keeps == "bits" else None, "transposed", "plain"]
+    made += ["bits" if aligned and keeps == "x" else None, "plain"]
+    assert asked == ([kind for kind in made if kind] if f % 8 == 0 else [])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_products_that_are_added_up_in_fp32(dtype):
+    left, right = torch.randn(5, 8).to(dtype), torch.randn(8, 16).to(dtype)
+    expected = left.double() @ right.double()
+    out = torch.ones(5, 16)
+    for products in (PyTorchProducts, CuBLASLtProducts if dtype == torch.float32 else PyTorchProducts):
+        assert products.multiply(left, right, out.clone()).dtype == torch.float32
+        added = products.multiply(left, right, out.clone(), add=True)
+        torch.testing.assert_close(added.double(), 1 + expected, rtol=1e-6, atol=1e-5)
+
+
 @pytest.mark.parametrize("f", [5, 40, 75])
 def test_bits_are_packed_as_the_reference_packs_them(f):
     given = parity.frozen_ffn_arguments(parity.Source(CPU, torch.float32), (129,), d=24, f=f)
@@ -170,6 +215,20 @@ def test_only_the_gradients_of_a_norm_and_a_network_asked_for():
     backward = backends.kernel_of("frozen_ffn_backward", "triton")
     grads = backward(*saved, *weights, "silu", "x", False, True, False)
     assert [grad.numel() for grad in grads] == [0, 16, 0]
+
+
+@pytest.mark.parametrize("m", [16, 40])
+@pytest.mark.parametrize("norm", [True, False])
+def test_an_adapter_s_parameters_alone(m, norm):
+    """The gradients that a block needs whose input has none, and those of a parallel adapter inside its network."""
+    given = parity.bottleneck_adapter_arguments(parity.Source(CPU, torch.float32), (5,), d=12, m=m, norm=norm)
+    names = ("dy", "x", "ln_weight", "ln_bias", "down", "down_bias", "up")
+    dy, x, *parameters = (given[name] for name in names)
+    backward, options = backends.kernel_of("bottleneck_adapter_backward", "triton"), (1e-5, "relu", 0.7)
+    every, own = (backward(dy, x, False, *parameters, *options, need, True) for need in (True, False))
+    assert own[0].numel() == 0 and every[0].shape == x.shape
+    assert all(map(torch.equal, own[1:], every[1:]))
+    assert [grad.numel() for grad in own[1:]] == [12 * norm, 12 * norm, 12 * m, m, 12 * m, 12]
 
 
 def test_padded_rows_of_logits():

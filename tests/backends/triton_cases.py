@@ -1,7 +1,7 @@
 """Calls that between them take every path of the Triton kernels, at sizes that no tile divides.
 
 The interpreter's tiles are 32 wide or less: 33 rows are two tiles, 129 rows several parts of a sum over tokens, and an
-adapter with a bottleneck above 64 (32 in backward) takes two launches. On a GPU the same calls run, and `LARGE`
+adapter with a bottleneck above 32 has the library's products. On a GPU the same calls run, and `LARGE`
 beside them, at sizes that take the tiles of its tables.
 """
 
@@ -158,11 +158,12 @@ ADAPTER = {
     "no-norm-silu": lambda draw: adapter(draw, (17,), d=40, m=20, norm=False, activation="silu"),
     "no-bias-parallel": lambda draw: adapter(draw, (33,), d=40, m=8, bias=False, parallel=True),
     "no-norm-no-bias": lambda draw: adapter(draw, (9,), d=33, m=8, bias=False, norm=False),
-    "split-backward-silu": lambda draw: adapter(draw, (33,), d=45, m=40, activation="silu"),
-    "split-gelu-fp32-adapter": lambda draw: adapter(
+    "products-silu": lambda draw: adapter(draw, (33,), d=45, m=40, activation="silu"),
+    "products-gelu-fp32-adapter": lambda draw: adapter(
         draw, (33,), d=45, m=70, activation="gelu", parallel=True, adapter_dtype=torch.float32
     ),
-    "split-no-norm": lambda draw: adapter(draw, (17,), d=33, m=80, norm=False),
+    "products-no-norm": lambda draw: adapter(draw, (17,), d=33, m=80, norm=False),
+    "products-long-rows": lambda draw: adapter(draw, (9,), d=72, m=40, bias=False),
     "strided": _adapter_strided,
     "no-rows": lambda draw: adapter(draw, (0,), d=45, m=5),
 }

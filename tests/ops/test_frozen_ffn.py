@@ -12,7 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from petl_kernels import ops, parity
 from petl_kernels.backends import kernel_of
 from petl_kernels.errors import InputError
+from petl_kernels.memory.scratch import scratch_bytes
 from petl_kernels.ops.bits import unpack_bits
+from petl_kernels.ops.product import product_bytes
 
 from . import contract
 
@@ -84,6 +86,16 @@ def test_chunks_are_even_and_no_smaller_than_they_need_be(small_chunks):
 def test_a_chunk_takes_eight_megabytes():
     assert op.chunk_rows(1 << 20, 4096, 2) == 1024
     assert op.chunk_rows(1 << 20, 65536, 4) == 256
+
+
+def test_on_cuda_the_hidden_values_of_a_step_are_whole_and_a_plan_counts_them():
+    """64 MiB: 8,192 rows of 4096 in 16 bits; of twice as many, two chunks."""
+    assert op.chunk_rows(8192, 4096, 2, "cuda") == op.chunk_rows(16384, 4096, 2, "cuda") == 8192
+    x, w1, w2 = (torch.empty(*shape, dtype=BF16, device="meta") for shape in ((16384, 8), (4096, 8), (8, 4096)))
+    call = torch.ops.petl.frozen_ffn.default, (x, [w1], None, [w2], None, [], "relu", "bits", "")
+    blocks = product_bytes(8192, 8, 4096, BF16), product_bytes(1024, 8, 4096, BF16)
+    assert scratch_bytes(*call, "cuda") == (64 << 20) + max(blocks[0], product_bytes(8192, 4096, 8, BF16))
+    assert scratch_bytes(*call) == (8 << 20) + max(blocks[1], product_bytes(1024, 4096, 8, BF16))
 
 
 @held

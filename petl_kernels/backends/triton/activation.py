@@ -20,24 +20,36 @@ def activation(
     tokens, features = rows.shape
     y = rows.new_empty(tokens, features)
     bits = rows.new_empty((tokens, config.cdiv(features, 8)) if kind == "relu" else (0,), dtype=torch.uint8)
+    activate_rows(y, bits, rows, kind, dropout, seed)
+    return y.view(z.shape), bits
+
+
+def activate_rows(y, bits, rows, kind: str, dropout: float = 0.0, seed: torch.Tensor | None = None) -> None:
+    """y = drop(act(rows)), and a ReLU's bits; y may be ``rows``."""
     if rows.numel():
+        tokens, features = rows.shape
         tile = config.elementwise_tile(rows)
         seed, threshold, keep_scale, constants = dropout_arguments(dropout, seed, features)
         launch(
             _activation_kernel, tile.grid(rows), y, bits, rows, seed, tokens, features, rows.stride(0),
             threshold, keep_scale, ACTIVATION=kind, **constants, BM=tile.m, BN=tile.n, warps=tile.warps, stages=1,
         )  # fmt: skip
-    return y.view(z.shape), bits
 
 
 def activation_backward(
     dy: torch.Tensor, saved: torch.Tensor, kind: str, dropout: float, seed: torch.Tensor | None
 ) -> torch.Tensor:
     rows = as_rows(dy)
-    tokens, features = rows.shape
-    dz = rows.new_empty(tokens, features)
+    dz = rows.new_empty(rows.shape)
+    saved = saved.contiguous() if kind == "relu" else as_rows(saved)
+    activate_rows_backward(dz, rows, saved, kind, dropout, seed)
+    return dz.view(dy.shape)
+
+
+def activate_rows_backward(dz, rows, saved, kind: str, dropout: float = 0.0, seed: torch.Tensor | None = None) -> None:
+    """dz = drop(rows) act'(z) from z, or from a ReLU's bits; dz may be ``rows``."""
     if rows.numel():
-        saved = saved.contiguous() if kind == "relu" else as_rows(saved)
+        tokens, features = rows.shape
         tile = config.elementwise_tile(rows)
         seed, threshold, keep_scale, constants = dropout_arguments(dropout, seed, features)
         launch(
@@ -45,7 +57,6 @@ def activation_backward(
             saved.stride(0), threshold, keep_scale, ACTIVATION=kind, **constants, BM=tile.m, BN=tile.n,
             warps=tile.warps, stages=1,
         )  # fmt: skip
-    return dz.view(dy.shape)
 
 
 @triton.jit
@@ -76,6 +87,18 @@ def derivative(z, ACTIVATION: tl.constexpr):
         return gate * (1.0 + z * (1.0 - gate))
 
 
+@triton.jit
+def store_bits(bits, positive, rows, first, N, row_inside):
+    """Pack zeros and ones (BM, BN), whose columns start at ``first`` of rows of N, into the bits of those rows."""
+    BM: tl.constexpr = positive.shape[0]
+    BN: tl.constexpr = positive.shape[1]
+    flags = tl.reshape(positive, (BM, BN // 8, 8))
+    packed = tl.sum(flags << tl.arange(0, 8)[None, None, :], 2)
+    row_bytes = tl.cdiv(N, 8)
+    places = first // 8 + tl.arange(0, BN // 8)
+    store(bits + rows[:, None] * row_bytes + places[None, :], packed, row_inside, places < row_bytes)
+
+
 @triton.jit(do_not_specialize=["threshold"])
 def _activation_kernel(
     y, bits, z, seed, M, N, stride_z, threshold, keep_scale,
@@ -92,11 +115,7 @@ def _activation_kernel(
     store(y + rows[:, None] * N + cols[None, :], value, row_inside, col_inside)
     if ACTIVATION == "relu":
         # Outside, where the tile is 0, the bits are too.
-        flags = tl.reshape(tl.where(tile <= 0, 0, 1), (BM, BN // 8, 8))
-        packed = tl.sum(flags << tl.arange(0, 8)[None, None, :], 2)
-        row_bytes = tl.cdiv(N, 8)
-        places = first // 8 + tl.arange(0, BN // 8)
-        store(bits + rows[:, None] * row_bytes + places[None, :], packed, row_inside, places < row_bytes)
+        store_bits(bits, tl.where(tile <= 0, 0, 1), rows, first, N, row_inside)
 
 
 @triton.jit(do_not_specialize=["threshold"])

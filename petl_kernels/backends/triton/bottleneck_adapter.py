@@ -1,6 +1,7 @@
 """bottleneck_adapter in Triton: y = res + scale (act(LN(x) Dᵀ + d) Uᵀ + u), and all its gradients.
 
-The LayerNorm is folded into the products. With G = D ⊙ w (rounded to x's dtype once), c1 = Σ_k G and c2 = D v + d,
+Up to config.ADAPTER_FUSED hidden units one launch has the whole of a block of rows, and the LayerNorm is folded into
+its products. With G = D ⊙ w (rounded to x's dtype once), c1 = Σ_k G and c2 = D v + d,
 
     z = rstd (x Gᵀ - mean c1) + c2
 
@@ -17,10 +18,12 @@ Bytes, 16-bit, for t tokens of width d, bottleneck m, R rows in a block. Device 
 again for its statistics and for the residual (4td) and both matrices once for each block of rows (4dm t / R). Keeping a
 block of rows on chip instead (2Rd bytes: 128 KB at R = 64, d = 1024, of 227) leaves no room to pipeline the matrices,
 and R = 32 reads them twice as often: at m = 64 that costs 4td more to save 2td. So the columns are streamed twice, and
-any d works. Above `config.ADAPTER_LIMIT` the z of a block of rows no longer fits its registers: then one launch
-writes act(z) (2tm bytes) and a second multiplies it by U.
+any d works. Backward: one launch for dz, act(z) and dx, one for the sums over tokens, split, one that adds the parts,
+and one that makes dD, dw and dv of E.
 
-Backward: one launch for dz, act(z) and dx, one for the sums over tokens, split, and one that adds the parts.
+With more hidden units the library multiplies: two products forward and five backward, which makes LN(x) and z again. A
+pass over the rows writes LN(x), and forward what the second product is added to, res + scale u; a pass over the hidden
+units turns dy U into dz. Beside inputs and outputs that takes (tokens, d) once and (tokens, m) twice.
 """
 
 from __future__ import annotations
@@ -30,9 +33,19 @@ import triton
 import triton.language as tl
 from torch.nn import functional as F
 
+from petl_kernels.backends.products import in_dtype, product_in_fp32
 from petl_kernels.backends.triton import config
-from petl_kernels.backends.triton.activation import activate, derivative
-from petl_kernels.backends.triton.common import as_rows, launch, load, load_rows, store, swizzle
+from petl_kernels.backends.triton.activation import activate, activate_rows, derivative
+from petl_kernels.backends.triton.common import as_rows, launch, load, load_rows, store, sum_partials
+from petl_kernels.backends.triton.frozen_linear import column_sums
+from petl_kernels.backends.triton.layer_norm import (
+    add_step,
+    layer_norm,
+    norm_backward,
+    read,
+    statistics,
+    write_step,
+)
 
 
 def bottleneck_adapter(
@@ -50,12 +63,11 @@ def bottleneck_adapter(
 ) -> torch.Tensor:
     rows = as_rows(x)
     res = rows if residual is None else as_rows(residual)
-    y = x.new_empty(rows.shape)
-    if rows.shape[0]:
-        down, up, offsets = _fold(x.dtype, ln_weight, ln_bias, down, down_bias, up)
-        arguments = (y, rows, res, down, up, offsets, up_bias, eps, activation, scale, ln_weight is not None)
-        (_forward_fused if _is_fused(x, down, 1) else _forward_split)(*arguments)
-    return y.view(x.shape)
+    if not rows.shape[0]:
+        return x.new_empty(x.shape)
+    forward = _forward_fused if config.adapter_is_fused(x, down.shape[0]) else _forward_by_products
+    padded = _padded(down, down_bias, up)
+    return forward(rows, res, ln_weight, ln_bias, *padded, up_bias, eps, activation, scale).view(x.shape)
 
 
 def bottleneck_adapter_backward(
@@ -74,48 +86,39 @@ def bottleneck_adapter_backward(
     has_up_bias: bool,
 ) -> tuple[torch.Tensor, ...]:
     rows, dys = as_rows(x), as_rows(dy)
-    tokens, d = rows.shape
-    new = torch.Tensor.new_empty if tokens else torch.Tensor.new_zeros
-    dx = x.new_empty((tokens, d) if need_dx else 0)
-    dup_bias = new(x, d, dtype=torch.float32) if has_up_bias else None
-    dln_weight, dln_bias, ddown, ddown_bias, dup = (
-        None if p is None else new(p, p.shape) for p in (ln_weight, ln_bias, down, down_bias, up)
-    )
-    if tokens:
-        folded, up, offsets = _fold(x.dtype, ln_weight, ln_bias, down, down_bias, up)
-        # act(z) and dz (tokens, m); mean and rstd (tokens)
-        latent, dlatent = x.new_empty(2, tokens, folded.shape[0])
-        statistics = x.new_empty(2, tokens, dtype=torch.float32)
-        run = _backward_fused if _is_fused(x, down, 2) else _backward_split
-        has_ln = ln_weight is not None
-        run(
-            dx, dys, rows, folded, up, offsets, latent, dlatent, statistics, eps, activation, scale,
-            has_ln, need_dx, residual_is_x,
-        )  # fmt: skip
-        partials = _sums_over_tokens(dys, rows, latent, dlatent, statistics, scale, has_ln)
-        outs = (ddown, ddown_bias, dup, dup_bias, dln_weight, dln_bias)
-        launch(
-            _finish_kernel, (config.cdiv(d, 16),), partials, *outs, down.contiguous(), ln_weight, ln_bias,
-            partials.shape[0], d, down.shape[0], folded.shape[0], LN=has_ln, BD=16, BC=32, warps=4, stages=2,
-        )  # fmt: skip
+    m, d = down.shape
+    if rows.shape[0]:
+        backward = _backward_fused if config.adapter_is_fused(x, m) else _backward_by_products
+        options = eps, activation, scale, need_dx, has_up_bias
+        dx, dln_weight, dln_bias, ddown, ddown_bias, dup, dup_bias = backward(
+            dys, rows, residual_is_x, ln_weight, ln_bias, *_padded(down, down_bias, up), *options
+        )
+        ddown, ddown_bias, dup = ddown[:m], ddown_bias[:m], dup[:, :m].contiguous()
+    else:
+        dx = rows
+        dln_weight, dln_bias, ddown, ddown_bias, dup, dup_bias = (
+            x.new_zeros(size, dtype=torch.float32) for size in (d, d, (m, d), m, (d, m), d)
+        )
+    found = (dln_weight, dln_bias, ddown, ddown_bias, dup)
+    parameters = (ln_weight, ln_bias, down, down_bias, up)
     absent = x.new_empty(0)
-    grads = (dln_weight, dln_bias, ddown, ddown_bias, dup, dup_bias)
-    return dx.view(x.shape if need_dx else (0,)), *(absent if grad is None else grad for grad in grads)
+    grads = (absent if p is None else grad.to(p.dtype) for p, grad in zip(parameters, found, strict=True))
+    return dx.view(x.shape) if need_dx else absent, *grads, dup_bias if has_up_bias else absent
 
 
-def _is_fused(x: torch.Tensor, down: torch.Tensor, accumulators: int) -> bool:
-    return accumulators * config.padded(down.shape[0], 1 << 30) <= config.ADAPTER_LIMIT[config.key(x)]
-
-
-def _fold(dtype, ln_weight, ln_bias, down, down_bias, up):
-    """(G or D, U, [c1; c2] in fp32 or d): both matrices in x's dtype, from one launch when there is a LayerNorm.
-
-    A bottleneck that 16 does not divide is padded with zeros, which add nothing anywhere: loads stay 16 bytes wide.
-    """
+def _padded(down, down_bias, up) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """D, d and U with a bottleneck that 16 divides: zeros add nothing anywhere, and loads stay 16 bytes wide."""
     if odd := -down.shape[0] % 16:
         down, up = F.pad(down, (0, 0, 0, odd)), F.pad(up, (0, odd))
         down_bias = None if down_bias is None else F.pad(down_bias, (0, odd))
-    down, up = down.contiguous(), up.contiguous()
+    return down.contiguous(), down_bias, up.contiguous()
+
+
+# ---- a block of rows in one launch ----------------------------------------------------------------------------------
+
+
+def _fold(dtype, ln_weight, ln_bias, down, down_bias, up):
+    """(G or D, U, [c1; c2] in fp32 or d): both matrices in x's dtype, from one launch when there is a LayerNorm."""
     if ln_weight is None:
         return down.to(dtype), up.to(dtype), down_bias
     m, d = down.shape
@@ -128,74 +131,53 @@ def _fold(dtype, ln_weight, ln_bias, down, down_bias, up):
     return folded, cast, offsets
 
 
-def _forward_fused(y, x, res, down, up, offsets, up_bias, eps, activation, scale, has_ln) -> None:
+def _forward_fused(
+    x, res, ln_weight, ln_bias, down, down_bias, up, up_bias, eps, activation, scale
+) -> torch.Tensor:  # fmt: skip
     rows, d = x.shape
+    y = x.new_empty(rows, d)
+    down, up, offsets = _fold(x.dtype, ln_weight, ln_bias, down, down_bias, up)
     m = down.shape[0]
     block = config.padded(m, 1 << 30)
     tile = config.adapter_tile(x, rows, block)
     launch(
         _forward_kernel, (config.cdiv(rows, tile.m),), y, x, res, down, up, offsets, up_bias, rows, d, m,
-        x.stride(0), res.stride(0), eps, scale, ACTIVATION=activation, LN=has_ln,
+        x.stride(0), res.stride(0), eps, scale, ACTIVATION=activation, LN=ln_weight is not None,
         BM=tile.m, BN=tile.n, BK=tile.k, BR=block, warps=tile.warps, stages=tile.stages,
     )  # fmt: skip
-
-
-def _forward_split(y, x, res, down, up, offsets, up_bias, eps, activation, scale, has_ln) -> None:
-    rows, d = x.shape
-    m = down.shape[0]
-    latent = x.new_empty(rows, m)
-    block = config.ADAPTER_LIMIT[config.key(x)] // 2
-    tile = config.adapter_tile(x, rows, block)
-    launch(
-        _latent_kernel, (config.cdiv(rows, tile.m), config.cdiv(m, block)), latent, x, down, offsets, rows, d, m,
-        x.stride(0), eps, ACTIVATION=activation, LN=has_ln,
-        BM=tile.m, BK=tile.k, BR=block, warps=tile.warps, stages=tile.stages,
-    )  # fmt: skip
-    tile = config.matmul_tile(x, rows, d, elements=64)
-    launch(
-        _up_kernel, (config.cdiv(rows, tile.m) * config.cdiv(d, tile.n),), y, latent, res, up, up_bias, rows, d, m,
-        res.stride(0), scale, BM=tile.m, BN=tile.n, BK=tile.k, GROUP=config.TILE_GROUP,
-        warps=tile.warps, stages=tile.stages,
-    )  # fmt: skip
+    return y
 
 
 def _backward_fused(
-    dx, dy, x, down, up, offsets, latent, dlatent, statistics, eps, activation, scale, has_ln, need_dx, residual_is_x
-) -> None:  # fmt: skip
+    dy, x, residual_is_x, ln_weight, ln_bias, down, down_bias, up, eps, activation, scale, need_dx, has_up_bias
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
     rows, d = x.shape
-    m = down.shape[0]
+    dx = x.new_empty((rows, d) if need_dx else 0)
+    folded, cast, offsets = _fold(x.dtype, ln_weight, ln_bias, down, down_bias, up)
+    m, has_ln = folded.shape[0], ln_weight is not None
+    latent, dlatent = x.new_empty(2, rows, m)  # act(z) and dz
+    statistics = x.new_empty(2, rows, dtype=torch.float32)  # mean and rstd
     block = config.padded(m, 1 << 30)
     tile = config.adapter_tile(x, rows, 2 * block)
     launch(
-        _backward_kernel, (config.cdiv(rows, tile.m),), dx, latent, dlatent, statistics, dy, x, down, up, offsets,
+        _backward_kernel, (config.cdiv(rows, tile.m),), dx, latent, dlatent, statistics, dy, x, folded, cast, offsets,
         rows, d, m, dy.stride(0), x.stride(0), eps, scale,
         ACTIVATION=activation, LN=has_ln, NEED_DX=need_dx, RESIDUAL=residual_is_x,
         BM=tile.m, BN=tile.n, BK=tile.k, BR=block, warps=tile.warps, stages=tile.stages,
     )  # fmt: skip
-
-
-def _backward_split(
-    dx, dy, x, down, up, offsets, latent, dlatent, statistics, eps, activation, scale, has_ln, need_dx, residual_is_x
-) -> None:  # fmt: skip
-    rows, d = x.shape
-    m = down.shape[0]
-    block = config.ADAPTER_LIMIT[config.key(x)] // 4
-    tile = config.adapter_tile(x, rows, 2 * block)
-    chunks = config.cdiv(m, block)
-    row_sums = x.new_empty(chunks, 2, rows, dtype=torch.float32)
+    partials = _sums_over_tokens(dy, x, latent, dlatent, statistics, scale, has_ln)
+    ddown = down.new_empty(m, d, dtype=torch.float32 if has_ln else down.dtype)
+    dup, (dup_bias, ddown_bias) = torch.empty_like(up), (x.new_empty(n, dtype=torch.float32) for n in (d, m))
+    sum_partials(partials, [ddown, dup, dup_bias, ddown_bias])
+    if not has_ln:
+        return dx, None, None, ddown, ddown_bias, dup, dup_bias
+    sums, ddown = ddown, torch.empty_like(down)
+    dln_weight, dln_bias = x.new_empty(2, d, dtype=torch.float32)
     launch(
-        _latent_backward_kernel, (config.cdiv(rows, tile.m), chunks), latent, dlatent, statistics, row_sums,
-        dy, x, down, up, offsets, rows, d, m, dy.stride(0), x.stride(0), eps, scale, ACTIVATION=activation, LN=has_ln,
-        BM=tile.m, BK=tile.k, BR=block, warps=tile.warps, stages=tile.stages,
+        _norm_gradients_kernel, (config.cdiv(d, 32),), ddown, dln_weight, dln_bias, sums, ddown_bias, down, ln_weight,
+        ln_bias, d, m, BD=32, BC=16, warps=4, stages=1,
     )  # fmt: skip
-    if not need_dx:
-        return
-    tile = config.matmul_tile(x, rows, d, elements=64)
-    launch(
-        _dx_kernel, (config.cdiv(rows, tile.m) * config.cdiv(d, tile.n),), dx, dlatent, statistics, row_sums,
-        dy, x, down, chunks, rows, d, m, dy.stride(0), x.stride(0), LN=has_ln, RESIDUAL=residual_is_x,
-        BM=tile.m, BN=tile.n, BK=tile.k, GROUP=config.TILE_GROUP, warps=tile.warps, stages=tile.stages,
-    )  # fmt: skip
+    return dx, dln_weight, dln_bias, ddown, ddown_bias, dup, dup_bias
 
 
 def _sums_over_tokens(dy, x, latent, dlatent, statistics, scale, has_ln) -> torch.Tensor:
@@ -213,6 +195,105 @@ def _sums_over_tokens(dy, x, latent, dlatent, statistics, scale, has_ln) -> torc
         BM=tile.k, BN=tile.m, BR=block, warps=tile.warps, stages=tile.stages,
     )  # fmt: skip
     return partials
+
+
+# ---- products of the library ----------------------------------------------------------------------------------------
+
+
+def _forward_by_products(
+    x, res, ln_weight, ln_bias, down, down_bias, up, up_bias, eps, activation, scale
+) -> torch.Tensor:  # fmt: skip
+    if ln_weight is None or not config.whole_rows(x):
+        h = x if ln_weight is None else layer_norm(x, ln_weight, ln_bias, eps)[0].to(x.dtype)
+        y = res.clone() if up_bias is None else res + scale * up_bias.to(x.dtype)
+    else:
+        h, y = x.new_empty(2, *x.shape)
+        _launch_rows(h, None, None, y, x, res, ln_weight, ln_bias, up_bias, eps, scale)
+    down, down_bias, up = in_dtype(x.dtype, down, down_bias, up)
+    a = _hidden(h, down, down_bias, activation)
+    if activation != "relu":
+        activate_rows(a, None, a, activation)
+    return y.addmm_(a, up.t(), alpha=scale)
+
+
+def _backward_by_products(
+    dy, x, residual_is_x, ln_weight, ln_bias, down, down_bias, up, eps, activation, scale, need_dx, has_up_bias
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    h, mean, rstd = _normalised_again(x, ln_weight, ln_bias, eps)
+    down, down_bias, up = in_dtype(x.dtype, down, down_bias, up)
+    a = _hidden(h, down, down_bias, activation)  # z, but for a ReLU, until the pass over dz
+    dz = torch.mm(dy, up)
+    ddown_bias = _activate_backward(a, dz, activation, scale)
+    dup = product_in_fp32(dy.t(), a)
+    dup = dup if scale == 1 else dup.mul_(scale)
+    ddown = product_in_fp32(dz.t(), h)
+    if ln_weight is None:
+        dup_bias = scale * column_sums(dy) if has_up_bias else None
+        dx = None
+        if need_dx:
+            dx = dy.clone().addmm_(dz, down) if residual_is_x else torch.mm(dz, down)
+        return dx, None, None, ddown, ddown_bias, dup, dup_bias
+    dh = torch.mm(dz, down, out=h)
+    found = _norm_backward(dh, dy, x, mean, rstd, residual_is_x, ln_weight, ln_bias, scale, need_dx, has_up_bias)
+    dx, dln_weight, dln_bias, dup_bias = found
+    return dx, dln_weight, dln_bias, ddown, ddown_bias, dup, dup_bias
+
+
+def _hidden(h, down, down_bias, activation: str) -> torch.Tensor:
+    """z = h Dᵀ + d, or act(z) for a ReLU."""
+    if down_bias is None:
+        down_bias = h.new_zeros(down.shape[0])
+    multiply = torch._addmm_activation if activation == "relu" else torch.addmm
+    return multiply(down_bias, h, down.t())
+
+
+def _normalised_again(x, ln_weight, ln_bias, eps):
+    """(LN(x), mean, rstd), or x."""
+    if ln_weight is None:
+        return x, None, None
+    if not config.whole_rows(x):
+        h, mean, rstd = layer_norm(x, ln_weight, ln_bias, eps)
+        return h.to(x.dtype), mean, rstd
+    h, (mean, rstd) = x.new_empty(x.shape), x.new_empty(2, x.shape[0], dtype=torch.float32)
+    _launch_rows(h, mean, rstd, None, x, None, ln_weight, ln_bias, None, eps, 1.0)
+    return h, mean, rstd
+
+
+def _launch_rows(h, mean, rstd, y, x, res, ln_weight, ln_bias, up_bias, eps, scale) -> None:
+    vectors = (None if vector is None else vector.contiguous() for vector in (ln_weight, ln_bias, up_bias))
+    block, warps = config.row_block(x)
+    launch(
+        _rows_kernel, (x.shape[0],), h, mean, rstd, y, x, res, *vectors, x.shape[1], x.stride(0),
+        0 if res is None else res.stride(0), eps, scale, BN=block, warps=warps, stages=1,
+    )  # fmt: skip
+
+
+def _norm_backward(dh, dy, x, mean, rstd, residual_is_x, ln_weight, ln_bias, scale, need_dx, has_up_bias):
+    """(dx, dw, dv, scale Σ dy)"""
+    in_one_pass = need_dx and residual_is_x and config.whole_rows(x)
+    dx, _, dln_weight, dln_bias, dup_bias = norm_backward(
+        dh, x, mean, rstd, ln_weight, need_dx, True, ln_bias is not None, dy if in_one_pass else None,
+        need_residual_sum=in_one_pass and has_up_bias,
+    )  # fmt: skip
+    if not in_one_pass:
+        dx = dx.add_(dy) if need_dx and residual_is_x else dx
+        dup_bias = column_sums(dy) if has_up_bias else None
+    return dx, dln_weight, dln_bias, scale * dup_bias if has_up_bias else None
+
+
+def _activate_backward(a, dz, activation: str, scale: float) -> torch.Tensor:
+    """dy U in ``dz`` becomes dz, z in ``a`` becomes act(z) (a ReLU's is there already); returns Σ dz."""
+    rows, m = dz.shape
+    tile = config.latent_tile(dz)
+    tiles = config.cdiv(m, tile.n)
+    splits = max(1, min(config.cdiv(rows, tile.m), 4 * config.processors(dz.device) // tiles))
+    partials, sums = dz.new_empty(splits, m, dtype=torch.float32), dz.new_empty(m, dtype=torch.float32)
+    launch(
+        _latent_gradient_kernel, (tiles, splits), a, dz, partials, rows, m, scale, ACTIVATION=activation,
+        BM=tile.m, BN=tile.n, warps=tile.warps, stages=1,
+    )  # fmt: skip
+    sum_partials(partials, [sums])
+    return sums
 
 
 @triton.jit
@@ -323,54 +404,15 @@ def _forward_kernel(
 
 
 @triton.jit
-def _latent_kernel(
-    a, x, down, offsets, M, d, m, stride_x, eps,
-    ACTIVATION: tl.constexpr, LN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
-):  # fmt: skip
-    """act(z) for a block of rows and a block of the bottleneck."""
-    rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
-    latent = tl.program_id(1) * BR + tl.arange(0, BR)
-    z, _, _, _, _, _ = _latent(
-        x, x, down, x, offsets, rows, latent, M, d, m, stride_x, stride_x, eps, LN, False, BM, BK, BR
-    )
-    store(a + rows[:, None] * m + latent[None, :], activate(z, ACTIVATION), rows < M, latent < m)
-
-
-@triton.jit
-def _up_kernel(
-    y, a, res, up, up_bias, M, d, m, stride_res, scale,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """y = res + scale (a Uᵀ + u)."""
-    pid_m, pid_n = swizzle(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(d, BN), GROUP)
-    rows = (pid_m * BM + tl.arange(0, BM)).to(tl.int64)
-    cols = pid_n * BN + tl.arange(0, BN)
-    row_inside, col_inside = rows < M, cols < d
-    acc = tl.zeros((BM, BN), tl.float32)
-    for start in range(0, m, BK):
-        j = start + tl.arange(0, BK)
-        left = load(a + rows[:, None] * m + j[None, :], row_inside, j < m)
-        right = load(up + cols[None, :] * m + j[:, None], j < m, col_inside)
-        acc = tl.dot(left, right, acc, input_precision="ieee")
-    if up_bias is not None:
-        acc += tl.load(up_bias + cols, mask=cols < d, other=0.0).to(tl.float32)[None, :]
-    tile = load(res + rows[:, None] * stride_res + cols[None, :], row_inside, col_inside)
-    store(y + rows[:, None] * d + cols[None, :], tile.to(tl.float32) + scale * acc, row_inside, col_inside)
-
-
-@triton.jit
-def _latent_gradient(
-    a, dz, statistics, z, da, mean, rstd, c1, c2, rows, latent, first, M, m, scale, ACTIVATION: tl.constexpr
-):
+def _latent_gradient(a, dz, statistics, z, da, mean, rstd, c1, c2, rows, latent, M, m, scale, ACTIVATION: tl.constexpr):
     """Store act(z), dz and the row statistics; returns dz, Σ_j dz c1 and Σ_j dz (z - c2)."""
     row_inside, latent_inside = rows < M, latent < m
     block = rows[:, None] * m + latent[None, :]
     gradient = (scale * da * derivative(z, ACTIVATION)).to(dz.dtype.element_ty)
     store(a + block, activate(z, ACTIVATION), row_inside, latent_inside)
     store(dz + block, gradient, row_inside, latent_inside)
-    if first:
-        tl.store(statistics + rows, mean, mask=row_inside)
-        tl.store(statistics + M + rows, rstd, mask=row_inside)
+    tl.store(statistics + rows, mean, mask=row_inside)
+    tl.store(statistics + M + rows, rstd, mask=row_inside)
     exact = gradient.to(tl.float32)
     return gradient, tl.sum(exact * c1[None, :], 1), tl.sum(exact * (z - c2[None, :]), 1)
 
@@ -401,7 +443,7 @@ def _backward_kernel(
         x, dy, down, up, offsets, rows, latent, M, d, m, stride_x, stride_dy, eps, LN, True, BM, BK, BR
     )
     gradient, sum1, sum2 = _latent_gradient(
-        a, dz, statistics, z, da, mean, rstd, c1, c2, rows, latent, True, M, m, scale, ACTIVATION
+        a, dz, statistics, z, da, mean, rstd, c1, c2, rows, latent, M, m, scale, ACTIVATION
     )
     if NEED_DX:
         row_inside, latent_inside = rows < M, latent < m
@@ -418,56 +460,6 @@ def _backward_kernel(
             acc = tl.dot(gradient, right, input_precision="ieee")
             out = _dx_tile(acc, tile, grad, mean, rstd, sum1, sum2, d, LN, RESIDUAL)
             store(dx + rows[:, None] * d + cols[None, :], out, row_inside, cols < d)
-
-
-@triton.jit
-def _latent_backward_kernel(
-    a, dz, statistics, row_sums, dy, x, down, up, offsets, M, d, m, stride_dy, stride_x, eps, scale,
-    ACTIVATION: tl.constexpr, LN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
-):  # fmt: skip
-    """act(z), dz, mean and rstd for a block of rows and a block of the bottleneck; its part of the two row sums."""
-    chunk = tl.program_id(1)
-    rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
-    latent = chunk * BR + tl.arange(0, BR)
-    z, da, mean, rstd, c1, c2 = _latent(
-        x, dy, down, up, offsets, rows, latent, M, d, m, stride_x, stride_dy, eps, LN, True, BM, BK, BR
-    )
-    _, sum1, sum2 = _latent_gradient(
-        a, dz, statistics, z, da, mean, rstd, c1, c2, rows, latent, chunk == 0, M, m, scale, ACTIVATION
-    )
-    tl.store(row_sums + chunk * 2 * M + rows, sum1, mask=rows < M)
-    tl.store(row_sums + chunk * 2 * M + M + rows, sum2, mask=rows < M)
-
-
-@triton.jit
-def _dx_kernel(
-    dx, dz, statistics, row_sums, dy, x, down, chunks, M, d, m, stride_dy, stride_x,
-    LN: tl.constexpr, RESIDUAL: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """dx for one tile, from dz and the row sums of every block of the bottleneck."""
-    pid_m, pid_n = swizzle(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(d, BN), GROUP)
-    rows = (pid_m * BM + tl.arange(0, BM)).to(tl.int64)
-    cols = pid_n * BN + tl.arange(0, BN)
-    row_inside, col_inside = rows < M, cols < d
-    acc = tl.zeros((BM, BN), tl.float32)
-    for start in range(0, m, BK):
-        j = start + tl.arange(0, BK)
-        left = load(dz + rows[:, None] * m + j[None, :], row_inside, j < m)
-        right = load(down + j[:, None] * d + cols[None, :], j < m, col_inside)
-        acc = tl.dot(left, right, acc, input_precision="ieee")
-
-    sum1 = tl.zeros((BM,), tl.float32)
-    sum2 = tl.zeros((BM,), tl.float32)
-    for chunk in range(chunks):
-        sum1 += tl.load(row_sums + chunk * 2 * M + rows, mask=rows < M, other=0.0)
-        sum2 += tl.load(row_sums + chunk * 2 * M + M + rows, mask=rows < M, other=0.0)
-    mean = tl.load(statistics + rows, mask=rows < M, other=0.0)
-    rstd = tl.load(statistics + M + rows, mask=rows < M, other=0.0)
-    tile = load(x + rows[:, None] * stride_x + cols[None, :], row_inside & LN, col_inside)
-    grad = load(dy + rows[:, None] * stride_dy + cols[None, :], row_inside & RESIDUAL, col_inside)
-    out = _dx_tile(acc, tile, grad, mean, rstd, sum1, sum2, d, LN, RESIDUAL)
-    store(dx + rows[:, None] * d + cols[None, :], out, row_inside, col_inside)
 
 
 @triton.jit
@@ -526,51 +518,71 @@ def _token_sums_kernel(
 
 
 @triton.jit
-def _finish_kernel(
-    partials, ddown, ddown_bias, dup, dup_bias, dln_weight, dln_bias, down, ln_weight, ln_bias, splits, d, m, padded,
-    LN: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr,
+def _norm_gradients_kernel(
+    ddown, dln_weight, dln_bias, sums, ddown_bias, down, ln_weight, ln_bias, d, m, BD: tl.constexpr, BC: tl.constexpr
 ):  # fmt: skip
-    """Add the splits of a block of columns, and derive dD and the LayerNorm's gradients from E and Σ dz.
-
-    The parts have the padded bottleneck, the gradients the m it was given.
-    """
+    """dD, dw and dv of a block of columns, from E, Σ dz and D; BC divides m."""
     cols = tl.program_id(0) * BD + tl.arange(0, BD)
     col_inside = cols < d
-    total = 2 * d * padded + d + padded
-    weight_sum = tl.zeros((BD,), tl.float32)
-    bias_sum = tl.zeros((BD,), tl.float32)
+    weight = tl.load(ln_weight + cols, mask=col_inside, other=0.0).to(tl.float32)
+    bias = tl.zeros((BD,), tl.float32)
+    if ln_bias is not None:
+        bias += tl.load(ln_bias + cols, mask=col_inside, other=0.0).to(tl.float32)
+    weight_sum = tl.zeros((BC, BD), tl.float32)
+    bias_sum = tl.zeros((BC, BD), tl.float32)
     for start in range(0, m, BC):
         latent = start + tl.arange(0, BC)
-        inside = latent < m
-        e = tl.zeros((BC, BD), tl.float32)
-        u = tl.zeros((BC, BD), tl.float32)
-        dd = tl.zeros((BC,), tl.float32)
-        part = partials
-        for _ in range(splits):
-            e += load(part + latent[:, None] * d + cols[None, :], inside, col_inside)
-            u += load(part + d * padded + cols[None, :] * padded + latent[:, None], inside, col_inside)
-            dd += tl.load(part + 2 * d * padded + d + latent, mask=inside, other=0.0)
-            part += total
-        if LN:
-            row = load(down + latent[:, None] * d + cols[None, :], inside, col_inside).to(tl.float32)
-            weight_sum += tl.sum(row * e, 0)
-            bias_sum += tl.sum(row * dd[:, None], 0)
-            e *= tl.load(ln_weight + cols, mask=col_inside, other=0.0).to(tl.float32)[None, :]
-            if ln_bias is not None:
-                e += dd[:, None] * tl.load(ln_bias + cols, mask=col_inside, other=0.0).to(tl.float32)[None, :]
-        store(ddown + latent[:, None] * d + cols[None, :], e, inside, col_inside)
-        store(dup + cols[None, :] * m + latent[:, None], u, inside, col_inside)
-        if ddown_bias is not None:
-            if tl.program_id(0) == 0:
-                tl.store(ddown_bias + latent, dd.to(ddown_bias.dtype.element_ty), mask=inside)
-    if LN:
-        tl.store(dln_weight + cols, weight_sum.to(dln_weight.dtype.element_ty), mask=col_inside)
-        if ln_bias is not None:
-            tl.store(dln_bias + cols, bias_sum.to(dln_bias.dtype.element_ty), mask=col_inside)
-    if dup_bias is not None:
-        acc = tl.zeros((BD,), tl.float32)
-        part = partials + 2 * d * padded
-        for _ in range(splits):
-            acc += tl.load(part + cols, mask=col_inside, other=0.0)
-            part += total
-        tl.store(dup_bias + cols, acc, mask=col_inside)
+        inside, at = latent < m, latent[:, None] * d + cols[None, :]
+        e = load(sums + at, inside, col_inside)
+        dd = tl.load(ddown_bias + latent, mask=inside, other=0.0)[:, None]
+        row = load(down + at, inside, col_inside).to(tl.float32)
+        weight_sum += row * e
+        bias_sum += row * dd
+        store(ddown + at, e * weight[None, :] + dd * bias[None, :], inside, col_inside)
+    tl.store(dln_weight + cols, tl.sum(weight_sum, 0), mask=col_inside)
+    tl.store(dln_bias + cols, tl.sum(bias_sum, 0), mask=col_inside)
+
+
+@triton.jit
+def _rows_kernel(
+    h, mean, rstd, y, x, res, weight, bias, up_bias, d, stride_x, stride_res, eps, scale, BN: tl.constexpr
+):  # fmt: skip
+    """h = LN(x) of one row; its statistics, or y = res + scale u, where they are wanted."""
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BN)
+    values = read(x + row * stride_x, cols, d)
+    if y is not None:
+        out = read(res + row * stride_res, cols, d)
+        if up_bias is not None:
+            out += scale * read(up_bias, cols, d)
+        tl.store(y + row * d + cols, out.to(y.dtype.element_ty), mask=cols < d)
+    zeros = tl.zeros((BN,), tl.float32)
+    shift = tl.sum(values, 0) / d
+    total, square = add_step(zeros, zeros, values, shift, cols, d)
+    centre, r = statistics(total, square, shift, d, eps, True)
+    write_step(h + row * d, values, centre, r, weight, bias, cols, d)
+    if mean is not None:
+        tl.store(mean + row, centre)
+        tl.store(rstd + row, r)
+
+
+@triton.jit
+def _latent_gradient_kernel(
+    a, dz, partials, M, m, scale, ACTIVATION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+):  # fmt: skip
+    """dz = scale (dy U) act'(z) in the place of dy U, act(z) in that of z, and this split's part of Σ dz."""
+    split, splits = tl.program_id(1), tl.num_programs(1)
+    cols = tl.program_id(0) * BN + tl.arange(0, BN)
+    col_inside = cols < m
+    acc = tl.zeros((BM, BN), tl.float32)
+    for start in range(split * BM, M, splits * BM):
+        rows = (start + tl.arange(0, BM)).to(tl.int64)
+        row_inside, at = rows < M, rows[:, None] * m + cols[None, :]
+        z = load(a + at, row_inside, col_inside).to(tl.float32)
+        gradient = scale * load(dz + at, row_inside, col_inside).to(tl.float32) * derivative(z, ACTIVATION)
+        gradient = gradient.to(dz.dtype.element_ty)
+        store(dz + at, gradient, row_inside, col_inside)
+        if ACTIVATION != "relu":
+            store(a + at, activate(z, ACTIVATION), row_inside, col_inside)
+        acc += gradient.to(tl.float32)
+    tl.store(partials + split * m + cols, tl.sum(acc, 0), mask=col_inside)

@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import torch
 
+from petl_kernels.ops.frozen_ffn import chunk_rows as ffn_chunk_rows
+
 # A sum of fewer elements over parts is spread over more programs.
 SUM_FEW = 32 << 10
 MAX_GROUPS = 3  # linears in one launch: q, k and v
@@ -70,15 +72,13 @@ ADAPTER = {
     "interpreter": (Tile(32, 32, 32, 4, 1), Tile(32, 32, 32, 4, 1)),
 }
 ADAPTER_NARROW = 64
-# Widest accumulators in all (the bottleneck; twice that in backward) for which a block of rows stays fused.
-ADAPTER_LIMIT = {"small": 128, "sm80": 256, "sm90": 256, "sm100": 256, "fp32": 64, "interpreter": 64}
+# The widest bottleneck for which a block of rows stays fused, where its accumulators fit the registers; above, the
+# library multiplies. Both are predicted to cross between 128 and 192; bench/GPU_PENDING.md has what decides it.
+ADAPTER_FUSED = {"small": 64, "sm80": 128, "sm90": 128, "sm100": 128, "fp32": 32, "interpreter": 32}
 
 # Work without a product: m rows (k at a time, in sums over them) by n columns.
 POINTWISE = Tile(16, 128, 16, 4, 2)
 ROW_PROGRAMS = 2  # for each multiprocessor, of those that walk over rows and add up over them
-# The hidden values of a feed-forward network that exist at a time, and the fewest rows of them: 4,096 rows at f = 4096.
-# A chunk's product of d = 1024 columns has 256 tiles then, two for each of 132 multiprocessors; at 8 MB it had 64.
-CHUNK_BYTES, CHUNK_ROWS = 32 << 20, 256
 INTERPRETER_CHUNK_ROWS = 48
 
 # Products with a quantised weight Ŵ. Up to so many rows it is dequantised in the main loop, again for each tile of
@@ -211,6 +211,17 @@ def adapter_tile(x: torch.Tensor, rows: int, width: int) -> Tile:
     return tile
 
 
+def adapter_is_fused(x: torch.Tensor, bottleneck: int) -> bool:
+    return bottleneck <= ADAPTER_FUSED[key(x)]
+
+
+def latent_tile(x: torch.Tensor) -> ElementwiseTile:
+    """As many elements as ``elementwise_tile`` has, of as many columns as a bottleneck, 512 at most."""
+    tile = elementwise_tile(x)
+    columns = min(tile.n, padded(x.shape[1], tile.n))
+    return ElementwiseTile(tile.m * tile.n // columns, columns, tile.warps)
+
+
 def attention_tile(
     table: dict[str, tuple[Tile, Tile]], q: torch.Tensor, dropout: float, distances: bool = False
 ) -> Tile:
@@ -292,12 +303,11 @@ def _widest_row(rows: torch.Tensor) -> int:
 
 
 def chunk_rows(rows: torch.Tensor, hidden: int) -> int:
-    """How many rows a chunk has, in chunks of equal length."""
-    most = max(CHUNK_ROWS, CHUNK_BYTES // (hidden * rows.element_size()))
-    if device_class(rows.device) == "interpreter":
-        most = INTERPRETER_CHUNK_ROWS
+    """How many rows of hidden values exist at a time, in chunks of equal length."""
     tokens = max(1, rows.shape[0])
-    return -(-tokens // -(-tokens // most))
+    if device_class(rows.device) == "interpreter":
+        return -(-tokens // -(-tokens // INTERPRETER_CHUNK_ROWS))
+    return ffn_chunk_rows(tokens, hidden, rows.element_size(), "cuda")
 
 
 def vocabulary_block(x: torch.Tensor) -> int:

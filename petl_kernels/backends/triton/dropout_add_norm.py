@@ -50,8 +50,8 @@ def dropout_add_norm(y, residual, weight, bias, eps: float, p: float, seed, cent
 def dropout_add_norm_backward(du, dresidual, h, mean, rstd, weight, dtype, p: float, seed, need_dweight, need_dbias):
     given = (du, h, mean, rstd, weight, True, need_dweight, need_dbias)
     if config.whole_rows(as_rows(h)):
-        return norm_backward(*given, dresidual, dtype, p, seed)
-    dh, _, *sums = norm_backward(*given)
+        return norm_backward(*given, dresidual, dtype, p, seed)[:4]
+    dh, _, *sums, _ = norm_backward(*given)
     dh = dh if dresidual is None else dh.add_(dresidual)
     if dtype is None:
         return dh, h.new_empty(0), *sums

@@ -18,25 +18,38 @@ def gated_activation(
     z: torch.Tensor, g: torch.Tensor, kind: str, dropout: float, seed: torch.Tensor | None
 ) -> torch.Tensor:
     z_rows, g_rows = as_rows(z), as_rows(g)
-    tokens, features = z_rows.shape
-    y = z_rows.new_empty(tokens, features)
+    y = z_rows.new_empty(z_rows.shape)
+    gate_rows(y, z_rows, g_rows, kind, dropout, seed)
+    return y.view(z.shape)
+
+
+def gate_rows(y, z_rows, g_rows, kind: str, dropout: float = 0.0, seed: torch.Tensor | None = None) -> None:
+    """y = drop(act(z) g); y may be one of the two."""
     if y.numel():
+        tokens, features = y.shape
         tile = config.elementwise_tile(y)
         seed, threshold, keep_scale, constants = dropout_arguments(dropout, seed, features)
         launch(
             _gated_kernel, tile.grid(y), y, z_rows, g_rows, seed, tokens, features, z_rows.stride(0), g_rows.stride(0),
             threshold, keep_scale, ACTIVATION=kind, **constants, BM=tile.m, BN=tile.n, warps=tile.warps, stages=1,
         )  # fmt: skip
-    return y.view(z.shape)
 
 
 def gated_activation_backward(
     dy: torch.Tensor, z: torch.Tensor, g: torch.Tensor, kind: str, dropout: float, seed: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     dy_rows, z_rows, g_rows = as_rows(dy), as_rows(z), as_rows(g)
-    tokens, features = z_rows.shape
-    dz, dg = z_rows.new_empty(tokens, features), z_rows.new_empty(tokens, features)
+    dz, dg = z_rows.new_empty(z_rows.shape), z_rows.new_empty(z_rows.shape)
+    gate_rows_backward(dz, dg, dy_rows, z_rows, g_rows, kind, dropout, seed)
+    return dz.view(z.shape), dg.view(z.shape)
+
+
+def gate_rows_backward(
+    dz, dg, dy_rows, z_rows, g_rows, kind: str, dropout: float = 0.0, seed: torch.Tensor | None = None
+) -> None:
+    """dz = drop(dy) g act'(z) and dg = drop(dy) act(z); dz may be ``dy_rows``."""
     if dz.numel():
+        tokens, features = dz.shape
         tile = config.elementwise_tile(dz)
         seed, threshold, keep_scale, constants = dropout_arguments(dropout, seed, features)
         launch(
@@ -44,7 +57,6 @@ def gated_activation_backward(
             dy_rows.stride(0), z_rows.stride(0), g_rows.stride(0), threshold, keep_scale,
             ACTIVATION=kind, **constants, BM=tile.m, BN=tile.n, warps=tile.warps, stages=1,
         )  # fmt: skip
-    return dz.view(z.shape), dg.view(z.shape)
 
 
 @triton.jit(do_not_specialize=["threshold"])

@@ -3,11 +3,11 @@
 Forward and the output again from its statistics: one program a row, in steps of as many columns as the row has or a
 block holds. Memory is read once: the second walk over a row finds it in the cache.
 
-Backward is one pass, which `dropout_add_norm` has too: a program holds a few whole rows, and each thread some columns of
-all of them, so that a sum over tokens crosses no thread. Where the parameters' gradients are wanted a fixed number of
-programs walks over the rows and copies the next ones ahead; each writes its part of the sums, which `sum_partials` adds
-in a fixed order. Rows of more than 4096 take two launches: one that steps along a row, and the pass without dx, which
-needs no whole row.
+Backward is one pass, which `dropout_add_norm` has too: a program holds a few whole rows, and each thread some columns
+of all of them, so that a sum over tokens crosses no thread. Where the parameters' gradients are wanted a fixed number
+of programs walks over the rows and copies the next ones ahead; each writes its part of the sums, which `sum_partials`
+adds in a fixed order. Rows of more than 4096 take two launches: one that steps along a row, and the pass without dx,
+which needs no whole row.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def layer_norm_from_statistics(x, mean, rstd, weight, bias) -> torch.Tensor:
 
 
 def layer_norm_backward(dy, x, mean, rstd, weight, need_dx, need_dweight, need_dbias):
-    dx, _, dweight, dbias = norm_backward(dy, x, mean, rstd, weight, need_dx, need_dweight, need_dbias)
+    dx, _, dweight, dbias, _ = norm_backward(dy, x, mean, rstd, weight, need_dx, need_dweight, need_dbias)
     return dx, dweight, dbias
 
 
@@ -52,17 +52,19 @@ def norm_again(x, mean, rstd, weight, bias) -> torch.Tensor:
 
 def norm_backward(
     du, x, mean, rstd, weight, need_dx: bool, need_dweight: bool, need_dbias: bool = False, dresidual=None, dtype=None,
-    p: float = 0.0, seed=None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """(dx, dy, dw, dv), of size 0 where not needed: dx = norm'(du) + dresidual, and dy = drop(dx) in ``dtype``.
+    p: float = 0.0, seed=None, need_residual_sum: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """(dx, dy, dw, dv, Σ dresidual), of size 0 where not needed.
 
-    Rows of more than `config.whole_rows` columns take neither dresidual nor ``dtype``.
+    dx = norm'(du) + dresidual, and dy = drop(dx) in ``dtype``. Longer rows than
+    `config.whole_rows` allows take neither dresidual nor ``dtype``.
     """
     rows, dus = as_rows(x), as_rows(du)
     tokens, d = rows.shape
     dx = x.new_empty(x.shape if need_dx else 0)
     dy = x.new_empty(0 if dtype is None else x.shape, dtype=dtype)
-    sums = [x.new_zeros(d if needed else 0, dtype=torch.float32) for needed in (need_dweight, need_dbias)]
+    needs = need_dweight, need_dbias, need_residual_sum
+    sums = [x.new_zeros(d if needed else 0, dtype=torch.float32) for needed in needs]
     wanted = [own for own in sums if own.numel()]
     mean, rstd, weight = contiguous(mean), rstd.contiguous(), weight.contiguous()
     if need_dx and not config.whole_rows(rows):
@@ -77,8 +79,8 @@ def norm_backward(
             _norm_backward_kernel, grid, dx if need_dx else None, None if dtype is None else dy, partials, dus,
             dresiduals, rows, mean, rstd, weight, seed, tokens, d, dus.stride(0),
             0 if dresiduals is None else dresiduals.stride(0), rows.stride(0), threshold, keep_scale,
-            WEIGHT=need_dweight, BIAS=need_dbias, QUADS=constants["QUADS"], ROWS=tile.m, BN=tile.n,
-            AHEAD=tile.stages, warps=tile.warps, stages=1,
+            WEIGHT=need_dweight, BIAS=need_dbias, RESIDUAL_SUM=need_residual_sum, QUADS=constants["QUADS"],
+            ROWS=tile.m, BN=tile.n, AHEAD=tile.stages, warps=tile.warps, stages=1,
         )  # fmt: skip
         if wanted:
             sum_partials(partials, wanted)
@@ -205,16 +207,17 @@ def _norm_dx_kernel(dx, dy, x, mean, rstd, weight, d, stride_dy, stride_x, BN: t
 @triton.jit(do_not_specialize=["threshold"])
 def _norm_backward_kernel(
     dx, dy, partials, du, dresidual, x, mean, rstd, weight, seed, M, d, stride_du, stride_dresidual, stride_x,
-    threshold, keep_scale, WEIGHT: tl.constexpr, BIAS: tl.constexpr, QUADS: tl.constexpr, ROWS: tl.constexpr,
-    BN: tl.constexpr, AHEAD: tl.constexpr,
+    threshold, keep_scale, WEIGHT: tl.constexpr, BIAS: tl.constexpr, RESIDUAL_SUM: tl.constexpr,
+    QUADS: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """dx and dy of whole rows, and this program's part of dw = Σ du x̂ with that of dv = Σ du behind it. Without dx the
-    second axis of the grid may have blocks of columns."""
+    """dx and dy of whole rows, and this program's part of dw = Σ du x̂, with those of dv = Σ du and of Σ dresidual
+    behind it. Without dx the second axis of the grid may have blocks of columns."""
     cols = tl.program_id(1) * BN + tl.arange(0, BN)
     col_inside = cols < d
     gain = read(weight, cols, d)[None, :]
     weight_sum = tl.zeros((BN,), tl.float32)
     bias_sum = tl.zeros((BN,), tl.float32)
+    residual_sum = tl.zeros((BN,), tl.float32)
     for start in tl.range(tl.program_id(0) * ROWS, M, tl.num_programs(0) * ROWS, num_stages=AHEAD):
         rows = (start + tl.arange(0, ROWS)).to(tl.int64)
         inside = rows < M
@@ -238,6 +241,8 @@ def _norm_backward_kernel(
             if dresidual is not None:
                 more = load(dresidual + rows[:, None] * stride_dresidual + cols[None, :], inside, col_inside)
                 stored = (stored.to(tl.float32) + more.to(tl.float32)).to(dx.dtype.element_ty)
+                if RESIDUAL_SUM:
+                    residual_sum += tl.sum(more.to(tl.float32), 0)
             at = rows[:, None] * d + cols[None, :]
             store(dx + at, stored, inside, col_inside)
             if dy is not None:
@@ -245,9 +250,11 @@ def _norm_backward_kernel(
                 if seed is not None:
                     dropped = drop(dropped, seed, rows, 0, d, threshold, keep_scale, QUADS)
                 store(dy + at, dropped, inside, col_inside)
-    if WEIGHT or BIAS:
-        partials += tl.program_id(0) * (WEIGHT + BIAS) * d
+    if WEIGHT or BIAS or RESIDUAL_SUM:
+        partials += tl.program_id(0) * (WEIGHT + BIAS + RESIDUAL_SUM) * d
         if WEIGHT:
             tl.store(partials + cols, weight_sum, mask=col_inside)
         if BIAS:
             tl.store(partials + WEIGHT * d + cols, bias_sum, mask=col_inside)
+        if RESIDUAL_SUM:
+            tl.store(partials + (WEIGHT + BIAS) * d + cols, residual_sum, mask=col_inside)

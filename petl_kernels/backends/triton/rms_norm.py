@@ -17,5 +17,5 @@ def rms_norm_from_statistics(x: torch.Tensor, rstd: torch.Tensor, weight: torch.
 
 
 def rms_norm_backward(dy, x, rstd, weight, need_dx, need_dweight) -> tuple[torch.Tensor, torch.Tensor]:
-    dx, _, dweight, _ = norm_backward(dy, x, None, rstd, weight, need_dx, need_dweight)
+    dx, _, dweight, *_ = norm_backward(dy, x, None, rstd, weight, need_dx, need_dweight)
     return dx, dweight
