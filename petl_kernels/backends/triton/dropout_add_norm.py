@@ -38,10 +38,10 @@ def dropout_add_norm(y, residual, weight, bias, eps: float, p: float, seed, cent
     mean = torch.empty_like(rstd) if centred else None
     if tokens:
         block, warps = config.row_warps(rows)
-        seed, threshold, keep_scale, constants = dropout_arguments(p, seed, d)
+        seed, threshold, keep_scale, _ = dropout_arguments(p, seed)
         launch(
             _sum_norm_kernel, (tokens,), h, u, mean, rstd, rows, residuals, weight.contiguous(), _contiguous(bias),
-            seed, d, rows.stride(0), residuals.stride(0), eps, threshold, keep_scale, QUADS=constants["QUADS"],
+            seed, d, rows.stride(0), residuals.stride(0), eps, threshold, keep_scale,
             BN=block, warps=warps, stages=1,
         )  # fmt: skip
     return h, u, mean if centred else rstd.new_empty(0), rstd
@@ -62,12 +62,12 @@ def dropout_add_norm_backward(du, dresidual, h, mean, rstd, weight, dtype, p: fl
     if tokens:
         programs, block, warps = config.row_programs(rows, bool(wanted))
         partials = h.new_empty(programs, len(wanted) * d, dtype=torch.float32) if wanted else None
-        seed, threshold, keep_scale, constants = dropout_arguments(p, seed, d)
+        seed, threshold, keep_scale, _ = dropout_arguments(p, seed)
         launch(
             _sum_norm_backward_kernel, (programs,), dh, None if dtype is None else dy, partials, dus, dresiduals, rows,
             _contiguous(mean), rstd.contiguous(), weight.contiguous(), seed, tokens, d, dus.stride(0),
             0 if dresiduals is None else dresiduals.stride(0), rows.stride(0), threshold, keep_scale,
-            WEIGHT=need_dweight, BIAS=need_dbias, QUADS=constants["QUADS"], BN=block, warps=warps, stages=1,
+            WEIGHT=need_dweight, BIAS=need_dbias, BN=block, warps=warps, stages=1,
         )  # fmt: skip
         if wanted:
             sum_partials(partials, wanted)
@@ -101,11 +101,11 @@ def _contiguous(vector: torch.Tensor | None) -> torch.Tensor | None:
 
 
 @triton.jit
-def _dropped(values, seed, row, d, threshold, keep_scale, QUADS: tl.constexpr, BN: tl.constexpr):
+def _dropped(values, seed, row, d, threshold, keep_scale, BN: tl.constexpr):
     """drop() of one row that lies in registers."""
     if seed is not None:
         rows = row + tl.arange(0, 1)
-        tile = drop(tl.reshape(values, (1, BN)), seed, rows, 0, d, threshold, keep_scale, QUADS)
+        tile = drop(tl.reshape(values, (1, BN)), seed, rows, 0, d, threshold, keep_scale)
         values = tl.reshape(tile, (BN,))
     return values
 
@@ -113,11 +113,11 @@ def _dropped(values, seed, row, d, threshold, keep_scale, QUADS: tl.constexpr, B
 @triton.jit(do_not_specialize=["threshold"])
 def _sum_norm_kernel(
     h, u, mean, rstd, y, residual, weight, bias, seed, d, stride_y, stride_residual, eps, threshold, keep_scale,
-    QUADS: tl.constexpr, BN: tl.constexpr,
+    BN: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BN)
-    values = _dropped(read(y + row * stride_y, cols, d), seed, row, d, threshold, keep_scale, QUADS, BN)
+    values = _dropped(read(y + row * stride_y, cols, d), seed, row, d, threshold, keep_scale, BN)
     values += read(residual + row * stride_residual, cols, d)
     stored = values.to(h.dtype.element_ty)
     tl.store(h + row * d + cols, stored, mask=cols < d)
@@ -137,7 +137,7 @@ def _sum_norm_kernel(
 @triton.jit(do_not_specialize=["threshold"])
 def _sum_norm_backward_kernel(
     dh, dy, partials, du, dresidual, h, mean, rstd, weight, seed, M, d, stride_du, stride_dresidual, stride_h,
-    threshold, keep_scale, WEIGHT: tl.constexpr, BIAS: tl.constexpr, QUADS: tl.constexpr, BN: tl.constexpr,
+    threshold, keep_scale, WEIGHT: tl.constexpr, BIAS: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     cols = tl.arange(0, BN)
     inside = cols < d
@@ -163,7 +163,7 @@ def _sum_norm_backward_kernel(
             stored = (stored.to(tl.float32) + more).to(dh.dtype.element_ty)
         tl.store(dh + row * d + cols, stored, mask=inside)
         if dy is not None:
-            dropped = _dropped(stored.to(tl.float32), seed, row, d, threshold, keep_scale, QUADS, BN)
+            dropped = _dropped(stored.to(tl.float32), seed, row, d, threshold, keep_scale, BN)
             tl.store(dy + row * d + cols, dropped.to(dy.dtype.element_ty), mask=inside)
         if WEIGHT:
             weight_sum += grad * normalised
