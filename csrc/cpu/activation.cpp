@@ -179,7 +179,7 @@ void packed_relu_backward(const Tensor& dy, const Tensor& bits, const Dropout& d
 std::tuple<Tensor, Tensor> activation(
     const Tensor& z, std::string_view kind, double dropout, const OptionalTensor& seed) {
   const Tensor rows = as_rows(z);
-  const Dropout mask(dropout, seed);
+  const Dropout mask(dropout, seed, z.size(-1));
   const Activation act = parse_activation(kind);
   const Tensor no_bits = absent(at::kByte);
   if (!mask && (act == Activation::gelu || act == Activation::silu)) {
@@ -207,7 +207,7 @@ std::tuple<Tensor, Tensor> activation(
 Tensor activation_backward(
     const Tensor& dy, const Tensor& saved, std::string_view kind, double dropout, const OptionalTensor& seed) {
   const Tensor rows = as_rows(dy);
-  const Dropout mask(dropout, seed);
+  const Dropout mask(dropout, seed, dy.size(-1));
   const Activation act = parse_activation(kind);
   if (act == Activation::relu) {
     Tensor dz = empty(dy.sizes(), dy.scalar_type());

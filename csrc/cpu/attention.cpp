@@ -202,7 +202,7 @@ struct Problem {
         v(with_adjacent_features(v)),
         causal(causal),
         scale(scale),
-        drop(dropout, seed),
+        drop(dropout, seed, first_key(prefix_k) + in_whole_groups(k.size(2))),
         distance_bias(distance_bias),
         packed(cu_seqlens_q.has_value()),
         sentences(sentences_of(q, k, cu_seqlens_q, cu_seqlens_k)),
@@ -232,10 +232,12 @@ struct Problem {
     return p.transpose(0, 1).to(q.scalar_type()).to(compute_type(q)).contiguous();
   }
 
-  // Where the probabilities of query i begin in the contiguous (B, H, Lq, P + Lk).
-  int64_t first_probability(int64_t b, int64_t h, int64_t i) const {
-    return ((b * heads + h) * queries + i) * (prefix + keys);
-  }
+  // The row of the mask that query i has.
+  int64_t mask_row(int64_t b, int64_t h, int64_t i) const { return (b * heads + h) * queries + i; }
+
+  // In a row of the mask the keys begin where a group of counters does, behind the prefix.
+  static int64_t in_whole_groups(int64_t columns) { return at::divup(columns, 32) * 32; }
+  static int64_t first_key(const OptionalTensor& prefix_k) { return prefix_k ? in_whole_groups(prefix_k->size(0)) : 0; }
 
   Tensor q, k, v;
   bool causal;
@@ -377,13 +379,12 @@ struct Work {
 
   // The dropout factors of the block.
   void draw() const {
-    // The prefix and the row's first keys are neighbours; the keys of another sentence stand further on.
-    const int64_t together = sentence.first_key == 0 ? seen : p.prefix;
+    const int64_t first_key = Problem::in_whole_groups(p.prefix) + sentence.first_key;
     for (int64_t i = 0; i < count; ++i) {
       acc_t* row = row_of_block(factors, i);
-      const int64_t start = p.first_probability(sentence.b, h, row_of(i));
-      p.drop.factors(row, together, start);
-      p.drop.factors(row + together, seen - together, start + together + sentence.first_key);
+      const int64_t mask_row = p.mask_row(sentence.b, h, row_of(i));
+      p.drop.probability_factors(row, p.prefix, mask_row, 0);
+      p.drop.probability_factors(row + p.prefix, seen - p.prefix, mask_row, first_key);
     }
   }
 

@@ -7,7 +7,7 @@ namespace petl {
 Tensor dropout_add(const Tensor& x, const Tensor& residual, double p, const Tensor& seed) {
   const auto stream = at::promote_types(x.scalar_type(), residual.scalar_type());
   const Tensor rows = in_dtype(x, served(x.scalar_type(), stream)), residual_rows = in_dtype(residual, stream);
-  const Dropout mask(p, seed);
+  const Dropout mask(p, seed, x.size(-1));
   Tensor y = empty(x.sizes(), stream);
   dispatch_stream(rows.scalar_type(), stream, [&](auto narrow, auto wide) {
     const auto* x_data = rows.const_data_ptr<decltype(narrow)>();
@@ -22,7 +22,7 @@ Tensor dropout_add(const Tensor& x, const Tensor& residual, double p, const Tens
 
 Tensor dropout_add_backward(const Tensor& dy, at::ScalarType dtype, double p, const Tensor& seed) {
   const Tensor rows = dy.contiguous();
-  const Dropout mask(p, seed);
+  const Dropout mask(p, seed, dy.size(-1));
   Tensor dx = empty(dy.sizes(), served(dtype, dy.scalar_type()));
   dispatch_stream(dx.scalar_type(), dy.scalar_type(), [&](auto narrow, auto wide) {
     const auto* dy_data = rows.const_data_ptr<decltype(wide)>();

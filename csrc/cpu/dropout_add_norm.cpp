@@ -30,7 +30,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
     const OptionalTensor& seed) {
   const auto stream = at::promote_types(y.scalar_type(), residual.scalar_type());
   const Tensor dropped = in_dtype(y, served(y.scalar_type(), stream)), residuals = in_dtype(residual, stream);
-  const Dropout mask(p, seed);
+  const Dropout mask(p, seed, y.size(-1));
   Tensor h = empty(y.sizes(), stream), u;
   const Tensor rows = as_rows(h);
   const int64_t d = rows.size(1);
@@ -77,7 +77,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   const Tensor rows = as_rows(h), rstds = rstd.contiguous();
   const OptionalTensor means = kCentred ? OptionalTensor(mean->contiguous()) : std::nullopt;
   const OptionalTensor more = dresidual ? OptionalTensor(in_dtype(*dresidual, stream)) : std::nullopt;
-  const Dropout mask(p, seed);
+  const Dropout mask(p, seed, h.size(-1));
   const int64_t d = rows.size(1);
   const ParameterSums sums(rows, need_dweight, need_dbias);
   Tensor dh = empty(h.sizes(), stream), e = dtype ? empty(h.sizes(), narrow_type) : absent(narrow_type);

@@ -19,7 +19,7 @@ void multiply(const T* __restrict factors, T* __restrict values, int64_t count) 
 Tensor gated_activation(
     const Tensor& z, const Tensor& g, std::string_view kind, double dropout, const OptionalTensor& seed) {
   const Tensor z_rows = as_rows(z), g_rows = as_rows(g);
-  const Dropout mask(dropout, seed);
+  const Dropout mask(dropout, seed, z.size(-1));
   const Activation act = parse_activation(kind);
   Tensor y = at::empty_like(z_rows);
   PETL_DISPATCH_FLOATING(z.scalar_type(), "gated_activation", [&] {
@@ -46,7 +46,7 @@ std::tuple<Tensor, Tensor> gated_activation_backward(
     double dropout,
     const OptionalTensor& seed) {
   const Tensor rows = as_rows(dy), z_rows = as_rows(z), g_rows = as_rows(g);
-  const Dropout mask(dropout, seed);
+  const Dropout mask(dropout, seed, z.size(-1));
   const Activation act = parse_activation(kind);
   Tensor dz = at::empty_like(rows), dg = at::empty_like(rows);
   PETL_DISPATCH_FLOATING(dy.scalar_type(), "gated_activation_backward", [&] {

@@ -167,7 +167,7 @@ std::tuple<std::vector<Tensor>, Tensor> lora_linear(
   const Tensor rows = as_rows(x);
   const std::vector<Weight> weights = weights_with_in(parts, rows.size(1));
   const Tensor stacked_a = stacked(a, x.scalar_type());
-  const Dropout drop(dropout, seed);
+  const Dropout drop(dropout, seed, x.size(-1));
   Tensor s;
   if (drop) {
     s = dropped_product(rows, stacked_a, drop);
@@ -227,7 +227,7 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>
     first += rank;
   }
 
-  const Dropout drop(dropout, seed);
+  const Dropout drop(dropout, seed, x.size(-1));
   Tensor stacked_da;
   if (drop) {
     stacked_da = dropped_gradients(ds, rows, stacked_a, drop, need_dx ? OptionalTensor(dx) : std::nullopt);

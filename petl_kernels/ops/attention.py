@@ -34,8 +34,9 @@ cu_seqlens_q[s + 1], so that i and j may be positions in the row. causal hides j
 ddistance_bias = dS, summed in fp32 over batch rows and all pairs at that distance. With R = max_distance it is T5's
 bias, whose buckets are constant from there on.
 
-Dropout is that of ``philox`` over the contiguous (B, H, Lq, P + Lk) probabilities; backward draws the mask again. In a
-packed row, too, an element's index is that of its query and key in the row, as if the others were there and hidden.
+Dropout is that of ``philox`` in the order of its ``place``, with a row of the mask for each (B, H, Lq): the prefix in
+front, and the keys from the next multiple of 32 on, filled up to one. Backward draws the mask again. In a packed row,
+too, an element's place is that of its query and key in the row, as if the others were there and hidden.
 
 Saves: q, k, v and o (8HD bytes per token in bf16, where Lq = Lk) and lse (4H). mask, bias, prefix, seed, boundaries
 and distance_bias as given.
@@ -141,9 +142,8 @@ def _check(q, k, v, mask, bias, dropout, seed, prefix_k, prefix_v) -> None:
         if not bias.is_floating_point():
             raise InputError(f"{op}: bias has dtype {bias.dtype}: expected a floating-point tensor")
     prefix = _check_prefix(prefix_k, prefix_v, q)
-    if not 0 <= dropout < 1:
-        raise InputError(f"{op}: dropout is {dropout}: expected a number in [0, 1)")
-    probabilities = batch * heads * queries * (prefix + keys)
+    philox.check_rate(op, dropout)
+    probabilities = batch * heads * queries * mask_columns(prefix, keys)[1]
     if dropout and probabilities >= philox.MAX_ELEMENTS:
         raise InputError(f"{op}: there are {probabilities} probabilities: expected fewer than 2^32 with dropout")
     if seed is not None:
@@ -239,6 +239,12 @@ def transient_chunks(batch: int, heads: int, queries: int, columns: int) -> Iter
                     slice(h, min(h + head_step, heads)),
                     slice(i, min(i + query_step, queries)),
                 )
+
+
+def mask_columns(prefix: int, keys: int) -> tuple[int, int]:
+    """Where in a row of the dropout mask the keys begin, and how long a row is: both in whole groups."""
+    first, own = (-(-length // philox.GROUP) * philox.GROUP for length in (prefix, keys))
+    return first, first + own
 
 
 @register("attention", "reference")
@@ -423,23 +429,23 @@ class _Inputs:
         return torch.cat([(do @ _heads_first(self.prefix_v)[chunk.h].mT).to(self.sums), dp], -1)
 
     def kept(self, chunk: _Chunk) -> Tensor | float:
-        """0 where dropout drops a probability, 1 / (1 - p) where it keeps it."""
+        """0 where dropout drops a probability, else what it multiplies those that it keeps by."""
         if self.dropout == 0:
             return 1.0
         _, heads, queries, _ = self.q.shape
-        columns = self.prefix + self.k.shape[2]
         b, h, rows = chunk.queries
-        first = ((b.start * heads + h.start) * queries + rows.start) * columns
         size = (b.stop - b.start, h.stop - h.start, rows.stop - rows.start)
-        if chunk.keys == slice(0, self.k.shape[2]):
-            mask = philox.keep_mask(self.seed, (*size, columns), self.dropout, first)
+        first = (b.start * heads + h.start) * queries + rows.start
+        first_key, columns = mask_columns(self.prefix, self.k.shape[2])
+        own = torch.arange(chunk.keys.start, chunk.keys.stop, device=self.q.device) + first_key
+        places = philox.place(torch.cat([torch.arange(self.prefix, device=self.q.device), own]))
+        if own.shape[0] == self.k.shape[2]:
+            mask = philox.keep_mask(self.seed, (*size, columns), self.dropout, first)[..., places]
         else:  # one sentence of a packed row
-            own = torch.arange(chunk.keys.start, chunk.keys.stop, device=self.q.device) + self.prefix
-            seen = torch.cat([torch.arange(self.prefix, device=self.q.device), own])
             head, row = (torch.arange(n, device=self.q.device) for n in size[1:])
-            at = (head[:, None, None] * queries + row[:, None]) * columns + seen + first
-            mask = philox.keep_elements(self.seed, at[None], self.dropout)
-        return mask.to(self.sums) / (1 - self.dropout)
+            at = (head[:, None] * queries + row + first)[None]
+            mask = philox.keep_elements(self.seed, at, places, columns, self.dropout)
+        return mask.to(self.sums) * philox.keep_scale(self.dropout)
 
 
 def _is_read_without_waiting(cu: Tensor) -> bool:

@@ -1,14 +1,20 @@
 """Dropout from a seed: the mask is recomputed where it is needed and never stored.
 
-Element i of the contiguous (tokens, features) view gets u_i, output i % 4 of Philox4x32-10 with counter
-(i // 4, 0, 0, 0) and the two halves of the 64-bit seed as its key: one counter serves four elements. It is kept where
-u_i >= floor(p * 2^32), and kept elements are scaled by 1 / (1 - p); what is dropped is 0, even where it was not finite.
-Triton's ``tl.randint4x(seed, i // 4)`` gives the same stream.
+The mask of rows of n elements: eight neighbours share a counter, and a row begins with one of its own. Element j of
+row i gets 16 of the 128 bits that Philox4x32-7 makes of counter (i * ceil(n / 8) + j // 8, 0, 0, 0) and of the two
+halves of the 64-bit seed as its key: of output (j % 8) // 2 the low half where j is even, else the high one. It is kept
+where this number is at least p * 2^16, rounded, which makes p a multiple of 2^-16; kept elements are divided by the
+share that is kept, so that the mean stays. What is dropped is 0, even where it was not finite. Rows are the
+last dimension of a tensor. Triton's ``tl.randint4x(seed, counter, 7)`` gives the same outputs.
+
+Attention's probabilities, which tensor cores leave in pairs of columns that lie 8 apart, have another order (``place``):
+a thread that holds 8 of 32 columns then holds those of one counter.
 
 ``draw_seed`` is the one place where seeds are drawn. What runs a forward pass again to save memory records the seeds
 of the first run and replays them in the second: the masks are the same then, whatever the generator did in between.
 
-Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011 (Philox; seven rounds are the fewest that
+passed BigCrush).
 """
 
 from __future__ import annotations
@@ -24,7 +30,10 @@ from petl_kernels.errors import InputError
 from petl_kernels.ops.common import check_device, shape
 
 MAX_ELEMENTS = 2**32
-_ROUNDS = 10
+LEVELS = 2**16
+SHARED = 8  # elements of a counter
+GROUP = 32  # probabilities among which places are swapped; their counters are four
+_ROUNDS = 7
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _LOW = 0xFFFFFFFF
@@ -90,10 +99,10 @@ def draw_seed(device: torch.device) -> Tensor:
 def seed_for(op: str, x: Tensor, p: float, seed: Tensor | None) -> Tensor | None:
     """The seed with which ``op`` drops elements of x: the one given, a new one, or None when p is 0.
 
-    Raises InputError: p outside [0, 1), more elements than the stream has, a seed of another shape, dtype or device.
+    Raises InputError: p that ``check_rate`` refuses, more elements than the stream has, a seed of another shape, dtype
+    or device.
     """
-    if not 0 <= p < 1:
-        raise InputError(f"{op}: dropout is {p}: expected a number in [0, 1)")
+    check_rate(op, p)
     if p and x.numel() >= MAX_ELEMENTS:
         raise InputError(f"{op}: x has {x.numel()} elements: expected fewer than 2^32 with dropout")
     if seed is not None:
@@ -105,11 +114,35 @@ def seed_for(op: str, x: Tensor, p: float, seed: Tensor | None) -> Tensor | None
     return draw_seed(x.device) if seed is None else seed
 
 
+def check_rate(op: str, p: float) -> None:
+    """Raises InputError: p outside [0, 1), or so near to either end that no mask of 2^-16 steps could have it."""
+    if not 0 <= p < 1:
+        raise InputError(f"{op}: dropout is {p}: expected a number in [0, 1)")
+    if p and not 0 < threshold(p) < LEVELS:
+        raise InputError(f"{op}: dropout is {p}: expected 0, or a number that is 1 to 65535 when rounded to 1 / 65536")
+
+
+def threshold(p: float) -> int:
+    """The 16-bit numbers below it are dropped."""
+    return round(p * LEVELS)
+
+
+def keep_scale(p: float) -> float:
+    """What kept elements are multiplied by: the reciprocal of the share that is kept."""
+    return LEVELS / (LEVELS - threshold(p))
+
+
 def philox(seed: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The four 32-bit outputs for counter (index, 0, 0, 0), as int64 tensors of index' shape."""
+    zero = torch.zeros_like(index)
+    return rounds((index, zero, zero, zero), (seed & _LOW, (seed >> 32) & _LOW))
+
+
+def rounds(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Philox4x32-7 of 32-bit numbers in int64 tensors."""
     # int64 products wrap around, which leaves the bit pattern of the unsigned product.
-    c0, c1, c2, c3 = index, *(torch.zeros_like(index) for _ in range(3))
-    k0, k1 = seed & _LOW, (seed >> 32) & _LOW
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
     for _ in range(_ROUNDS):
         left, right = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0, c1, c2, c3 = _high(right) ^ c1 ^ k0, right & _LOW, _high(left) ^ c3 ^ k1, left & _LOW
@@ -121,36 +154,52 @@ def _high(product: Tensor) -> Tensor:
     return (product >> 32) & _LOW
 
 
-def threshold(p: float) -> int:
-    return int(p * 2**32)
-
-
 @torch.no_grad()
 def keep_mask(seed: Tensor, shape: tuple[int, ...], p: float, first: int = 0) -> Tensor:
-    """Which of the elements from ``first`` on stay: a bool tensor of ``shape``."""
+    """Which elements of the rows from ``first`` on stay: a bool tensor of ``shape``, whose last dimension is a row."""
     keep = torch.empty(shape, dtype=torch.bool, device=seed.device)
-    flat = keep.view(-1)
-    for start in range(0, flat.shape[0], 4 * _CHUNK):
-        part = flat[start : start + 4 * _CHUNK]
-        skipped = (first + start) % 4
-        counters = torch.arange((first + start) // 4, (first + start + part.shape[0] + 3) // 4, device=seed.device)
-        outputs = torch.stack(philox(seed, counters), 1).view(-1)
-        part.copy_(outputs[skipped : skipped + part.shape[0]] >= threshold(p))
+    if keep.numel() == 0:
+        return keep
+    rows, a_row = keep.view(-1, keep.shape[-1]), -(-keep.shape[-1] // SHARED)
+    step = max(1, _CHUNK // a_row)
+    for start in range(0, rows.shape[0], step):
+        part = rows[start : start + step]
+        counters = torch.arange(part.shape[0] * a_row, device=seed.device) + (first + start) * a_row
+        numbers = _halves(philox(seed, counters)).view(part.shape[0], -1)
+        part.copy_(numbers[:, : part.shape[1]] >= threshold(p))
     return keep
 
 
 @torch.no_grad()
-def keep_elements(seed: Tensor, index: Tensor, p: float) -> Tensor:
-    """Which of the elements at ``index`` (int64, any shape) stay: a bool tensor of its shape."""
-    keep = torch.empty(index.shape, dtype=torch.bool, device=seed.device)
-    for part, at in zip(keep.view(-1).split(_CHUNK), index.reshape(-1).split(_CHUNK), strict=True):
-        outputs = torch.stack(philox(seed, at // 4), 1)
-        part.copy_(outputs.gather(1, (at % 4)[:, None])[:, 0] >= threshold(p))
-    return keep
+def keep_elements(seed: Tensor, rows: Tensor, columns: Tensor, length: int, p: float) -> Tensor:
+    """Which elements stay: those at ``columns`` (n,) of ``rows`` (any shape), which have ``length`` elements each.
+
+    A bool tensor (*rows.shape, n); both are int64.
+    """
+    counters = (rows[..., None] * -(-length // SHARED) + columns // SHARED).view(-1)
+    places = (columns % SHARED).expand(*rows.shape, columns.shape[0]).reshape(-1)
+    keep = torch.empty(counters.shape, dtype=torch.bool, device=seed.device)
+    for part, at, place in zip(keep.split(_CHUNK), counters.split(_CHUNK), places.split(_CHUNK), strict=True):
+        part.copy_(_halves(philox(seed, at)).gather(1, place[:, None])[:, 0] >= threshold(p))
+    return keep.view(*rows.shape, columns.shape[0])
+
+
+def place(columns: Tensor) -> Tensor:
+    """Where in a row of the mask the probabilities of ``columns`` find their number.
+
+    Column 32 a + 8 b + 2 c + d is in place 32 a + 8 c + 2 b + d: it has the counter of its pair and the word of its 8.
+    """
+    return (columns & ~30) | (columns & 6) << 2 | (columns & 24) >> 2
+
+
+def _halves(outputs: tuple[Tensor, ...]) -> Tensor:
+    """(n, 8) numbers of 16 bits from four (n,) of 32."""
+    words = torch.stack(outputs, -1)
+    return torch.stack([words & (LEVELS - 1), words >> 16], -1).flatten(-2)
 
 
 def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     """drop(x) of a (tokens, features) tensor. It is its own derivative: dropout(dy) is the gradient."""
     if p == 0:
         return x
-    return torch.where(keep_mask(seed, tuple(x.shape), p), x * (1 / (1 - p)), 0)
+    return torch.where(keep_mask(seed, tuple(x.shape), p), x * keep_scale(p), 0)

@@ -91,7 +91,7 @@ SEEDS, RATES, WIDTHS = (0, 7, 2**62 + 12345), (0.1, 0.5, 0.9), (20, 64, 19)
     ],
 )
 def test_dropout_mask_is_the_reference_stream(seed, p, features):
-    """With A the identity, s is drop(x) itself; rows that 4 does not divide take the other path."""
+    """With A the identity, s is drop(x) itself; rows that 8 does not divide end within a counter."""
     x, eye, seed = torch.ones(33, features), torch.eye(features), torch.tensor([seed])
     weight, b = torch.zeros(4, features), torch.zeros(4, features)
     _, s = backends.kernel_of("lora_linear", "triton")(x, [weight], [None], [eye], [b], [1.0], p, seed)

@@ -325,6 +325,8 @@ EVERYWHERE = [
     (attend, BF16, 64, ("padding", "dropout")),
     (attend, FP16, 128, ("additive", "bias", "causal", "dropout", "prefix")),
     (attend, BF16, 64, ("packed", "causal", "dropout", "prefix", "distance")),
+    (attend, FP16, 64, ("padding", "dropout"), 128),
+    (attend, BF16, 64, ("packed", "causal", "dropout")),
 ]
 ONLY = {
     "sm80": [
@@ -366,6 +368,8 @@ ONLY = {
         (attend, BF16, 64, ("packed",)),
         (attend, FP16, 128, ("packed", "causal", "dropout", "distance")),
         (attend, BF16, 64, ("additive", "distance")),
+        (attend, BF16, 64, ("packed", "causal", "dropout"), 1024),
+        (attend, FP16, 128, ("causal", "dropout"), 128),
     ],
 }
 

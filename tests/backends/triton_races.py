@@ -53,7 +53,7 @@ ARITHMETIC = {
     "cmpi sge": operator.ge,
 }
 VIEWS = {"ttg.memdesc_trans", "ttg.memdesc_subslice", "ttg.memdesc_reshape", "ttg.memdesc_reinterpret"}
-HARMLESS = {"ttg.convert_layout", "ttng.fence_async_shared", "ttng.inval_barrier"}
+HARMLESS = {"ttg.convert_layout", "ttng.fence_async_shared", "ttng.inval_barrier", "ttg.barrier", "gpu.barrier"}
 
 
 class Audit(NamedTuple):

@@ -57,8 +57,18 @@ def plain(given: dict) -> Tensor:
         v = torch.cat([prefix_v, v], 2)
     p = s.masked_fill((s == -torch.inf).all(-1, keepdim=True), 0).softmax(-1).masked_fill(s == -torch.inf, 0)
     if given["dropout"]:
-        p = p * philox.keep_mask(given["seed"], tuple(p.shape), given["dropout"]) / (1 - given["dropout"])
+        prefix = 0 if given["prefix_k"] is None else given["prefix_k"].shape[0]
+        p = p * kept(given["seed"], (batch, heads, queries), prefix, keys, given["dropout"])
     return p @ v
+
+
+def kept(seed: Tensor, rows: tuple[int, ...], prefix: int, keys: int, dropout: float) -> Tensor:
+    """What probabilities are multiplied by: prefix and keys each begin a group of 32, in which places are swapped."""
+    places = [32 * (j // 32) + 8 * (j // 2 % 4) + 2 * (j // 8 % 4) + j % 2 for j in range(prefix)]
+    first = -(-prefix // 32) * 32
+    places += [first + 32 * (j // 32) + 8 * (j // 2 % 4) + 2 * (j // 8 % 4) + j % 2 for j in range(keys)]
+    mask = philox.keep_mask(seed, (*rows, first + -(-keys // 32) * 32), dropout)
+    return mask[..., places] * philox.keep_scale(dropout)
 
 
 def sentence_of(cu: Tensor) -> Tensor:

@@ -94,7 +94,7 @@ def test_autograd_equals_the_formula(backend, dropout):
 
     def plain(x, bias0, a0, b0, bias1, a1, b1):
         kept = philox.keep_mask(seed, (6, 7), dropout).view_as(x) if dropout else torch.ones_like(x)
-        dropped = x * kept / (1 - dropout)
+        dropped = x * kept * philox.keep_scale(dropout)
         y0 = F.linear(x, weights[0], bias0) + 2.0 * F.linear(F.linear(dropped, a0), b0)
         return torch.cat([y0, F.linear(x, weights[1], bias1) + 0.5 * F.linear(F.linear(dropped, a1), b1)], -1)
 

@@ -29,7 +29,7 @@ def activate_rows(y, bits, rows, kind: str, dropout: float = 0.0, seed: torch.Te
     if rows.numel():
         tokens, features = rows.shape
         tile = config.elementwise_tile(rows)
-        seed, threshold, keep_scale, constants = dropout_arguments(dropout, seed, features)
+        seed, threshold, keep_scale, constants = dropout_arguments(dropout, seed)
         launch(
             _activation_kernel, tile.grid(rows), y, bits, rows, seed, tokens, features, rows.stride(0),
             threshold, keep_scale, ACTIVATION=kind, **constants, BM=tile.m, BN=tile.n, warps=tile.warps, stages=1,
@@ -51,7 +51,7 @@ def activate_rows_backward(dz, rows, saved, kind: str, dropout: float = 0.0, see
     if rows.numel():
         tokens, features = rows.shape
         tile = config.elementwise_tile(rows)
-        seed, threshold, keep_scale, constants = dropout_arguments(dropout, seed, features)
+        seed, threshold, keep_scale, constants = dropout_arguments(dropout, seed)
         launch(
             _activation_backward_kernel, tile.grid(rows), dz, rows, saved, seed, tokens, features, rows.stride(0),
             saved.stride(0), threshold, keep_scale, ACTIVATION=kind, **constants, BM=tile.m, BN=tile.n,
@@ -102,7 +102,7 @@ def store_bits(bits, positive, rows, first, N, row_inside):
 @triton.jit(do_not_specialize=["threshold"])
 def _activation_kernel(
     y, bits, z, seed, M, N, stride_z, threshold, keep_scale,
-    ACTIVATION: tl.constexpr, DROPOUT: tl.constexpr, QUADS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    ACTIVATION: tl.constexpr, DROPOUT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     first = tl.program_id(1) * BN
@@ -111,7 +111,7 @@ def _activation_kernel(
     tile = load(z + rows[:, None] * stride_z + cols[None, :], row_inside, col_inside)
     value = activate(tile.to(tl.float32), ACTIVATION)
     if DROPOUT:
-        value = drop(value, seed, rows, first, N, threshold, keep_scale, QUADS)
+        value = drop(value, seed, rows, first, N, threshold, keep_scale)
     store(y + rows[:, None] * N + cols[None, :], value, row_inside, col_inside)
     if ACTIVATION == "relu":
         # Outside, where the tile is 0, the bits are too.
@@ -121,7 +121,7 @@ def _activation_kernel(
 @triton.jit(do_not_specialize=["threshold"])
 def _activation_backward_kernel(
     dz, dy, saved, seed, M, N, stride_dy, stride_saved, threshold, keep_scale,
-    ACTIVATION: tl.constexpr, DROPOUT: tl.constexpr, QUADS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    ACTIVATION: tl.constexpr, DROPOUT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     first = tl.program_id(1) * BN
@@ -129,7 +129,7 @@ def _activation_backward_kernel(
     row_inside, col_inside = rows < M, cols < N
     grad = load(dy + rows[:, None] * stride_dy + cols[None, :], row_inside, col_inside).to(tl.float32)
     if DROPOUT:
-        grad = drop(grad, seed, rows, first, N, threshold, keep_scale, QUADS)
+        grad = drop(grad, seed, rows, first, N, threshold, keep_scale)
     if ACTIVATION == "relu":
         places = first // 8 + tl.arange(0, BN // 8)
         packed = load(saved + rows[:, None] * stride_saved + places[None, :], row_inside, places < tl.cdiv(N, 8))

@@ -19,6 +19,7 @@ import triton.language as tl
 
 from petl_kernels.backends.triton import config
 from petl_kernels.backends.triton.launch import launch
+from petl_kernels.ops import philox
 
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:
@@ -124,36 +125,46 @@ def start_of(sizes, index):
 
 
 @triton.jit
-def drop(tile, seed, rows, first, K, threshold, keep_scale, QUADS: tl.constexpr):
-    """Inverted dropout of a tile whose columns start at `first`, with `threshold` = floor(p * 2^32).
+def drop(tile, seed, rows, first, K, threshold, keep_scale):
+    """Inverted dropout of a tile whose columns start at `first`, a multiple of 8, of rows of K columns.
 
-    The mask is never stored: element i = row * K + column of the (tokens, K) input is kept iff output i % 4 of
-    Philox4x32-10 at counter i // 4 is at least the threshold. QUADS: 4 divides K and `first`, so that a counter's
-    four elements lie side by side in a row and are decided together; otherwise each element computes its own counter.
+    The mask is never stored (ops/philox.py). `threshold` is that of 16 bits times 2^16.
     """
-    COLS: tl.constexpr = tile.shape[1]
-    seed, threshold = tl.load(seed), threshold.to(tl.uint32, bitcast=True)
-    if QUADS:
-        counter = rows[:, None].to(tl.uint32) * (K // 4) + (first // 4 + tl.arange(0, COLS // 4))[None, :]
-        r0, r1, r2, r3 = tl.randint4x(seed, counter.to(tl.uint32))
-        even = tl.interleave(r0 >= threshold, r2 >= threshold)
-        odd = tl.interleave(r1 >= threshold, r3 >= threshold)
-        kept = tl.interleave(even, odd)
-    else:
-        index = (rows[:, None].to(tl.uint32) * K + (first + tl.arange(0, COLS))[None, :]).to(tl.uint32)
-        r0, r1, r2, r3 = tl.randint4x(seed, index // 4)
-        output = index % 4
-        random = tl.where(output < 2, tl.where(output == 0, r0, r1), tl.where(output == 2, r2, r3))
-        kept = random >= threshold
+    numbers = tl.reshape(_numbers(seed, rows, first, K, tile.shape[1]), tile.shape)
+    kept = numbers >= threshold.to(tl.uint32, bitcast=True)
     return tl.where(kept, tile.to(tl.float32) * keep_scale, 0.0).to(tile.dtype)
 
 
+@triton.jit
+def keep_probabilities(seed, rows, first, K, threshold, COLS: tl.constexpr):
+    """Which of COLS columns of attention's probabilities stay; `first` is a multiple of 32, and so are COLS and K.
+
+    In the order of `philox.place`, tensor cores leave a thread the columns of whole counters: nothing is exchanged.
+    """
+    ROWS: tl.constexpr = rows.shape[0]
+    numbers = tl.reshape(_numbers(seed, rows, first, K, COLS), (ROWS, COLS // 32, 4, 4, 2))
+    numbers = tl.reshape(tl.permute(numbers, (0, 1, 3, 2, 4)), (ROWS, COLS))
+    return numbers >= threshold.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def _numbers(seed, rows, first, K, COLS: tl.constexpr):
+    """The random numbers of COLS columns: (rows, counters, 2, 2, 2), the last three being the bits of a place among 8.
+
+    They are the upper 16 bits; where they are the high half of a word, its low half stays and decides nothing. Nothing
+    is reshaped before all eight are there: a thread keeps the words of its counters.
+    """
+    counter = rows[:, None].to(tl.uint32) * tl.cdiv(K, 8) + (first // 8 + tl.arange(0, COLS // 8))[None, :]
+    r0, r1, r2, r3 = tl.randint4x(tl.load(seed), counter.to(tl.uint32), 7)
+    low = tl.join(tl.join(r0 << 16, r2 << 16), tl.join(r1 << 16, r3 << 16))
+    return tl.join(low, tl.join(tl.join(r0, r2), tl.join(r1, r3)))
+
+
 def dropout_arguments(
-    dropout: float, seed: torch.Tensor | None, features: int
+    dropout: float, seed: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, int, float, dict[str, bool]]:
-    """Returns what `drop` takes: (seed, threshold as a signed 32-bit number, 1 / (1 - p), constants)."""
-    threshold = int(dropout * 2**32)
+    """Returns what `drop` takes: (seed, threshold as a signed 32-bit number, keep scale, constants)."""
+    threshold = philox.threshold(dropout) << 16
     threshold = threshold - 2**32 if threshold >= 2**31 else threshold
     dropped = dropout > 0
-    constants = {"DROPOUT": dropped, "QUADS": dropped and features % 4 == 0}
-    return seed if dropped else None, threshold, 1.0 / (1.0 - dropout), constants
+    return seed if dropped else None, threshold, philox.keep_scale(dropout), {"DROPOUT": dropped}

@@ -124,8 +124,16 @@ ATTENTION_BACKWARD = {
     "sm80": (Tile(64, 64, 64, 8, 2), Tile(64, 64, 128, 8, 2)),
     "sm90": (Tile(64, 64, 64, 4, 2), Tile(64, 64, 128, 8, 2)),
     "sm100": (Tile(64, 64, 64, 4, 2), Tile(64, 64, 128, 8, 2)),
-    "fp32": (Tile(32, 32, 64, 4, 2), Tile(16, 16, 128, 4, 2)),
-    "interpreter": (Tile(32, 16, 64, 4, 1), Tile(32, 16, 128, 4, 1)),
+    "fp32": (Tile(32, 32, 64, 4, 2), Tile(16, 32, 128, 4, 2)),
+    "interpreter": (Tile(32, 32, 64, 4, 1), Tile(32, 32, 128, 4, 1)),
+}
+# Backward of whole sentences: up to m queries that stay, n keys at a time. fp32 has no registers for it.
+ATTENTION_SENTENCE = {
+    "small": (Tile(64, 32, 64, 4, 2), Tile(64, 32, 128, 8, 2)),
+    "sm80": (Tile(128, 64, 64, 8, 3), Tile(128, 64, 128, 8, 2)),
+    "sm90": (Tile(128, 64, 64, 8, 3), Tile(128, 64, 128, 8, 2)),
+    "sm100": (Tile(128, 64, 64, 8, 3), Tile(128, 64, 128, 8, 2)),
+    "interpreter": (Tile(64, 32, 64, 4, 1), Tile(64, 32, 128, 4, 1)),
 }
 ATTENTION_NARROW = 64
 ATTENTION_DISTANCES = Tile(32, 32, 16, 4, 1)  # k: how many distances of a bias one program adds up
@@ -225,9 +233,7 @@ def latent_tile(x: torch.Tensor) -> ElementwiseTile:
 def attention_tile(
     table: dict[str, tuple[Tile, Tile]], q: torch.Tensor, dropout: float, distances: bool = False
 ) -> Tile:
-    """Fewer keys at a time with dropout, whose four random numbers a counter need registers.
-
-    Fewer queries with a bias by distance in fp32 or beside wide heads, in backward: its places in the table need
+    """Fewer queries with a bias by distance in fp32 or beside wide heads, in backward: its places in the table need
     registers too. On sm_100 dropout alone needs more than there are.
     """
     kind, wide = key(q), q.shape[3] > ATTENTION_NARROW
@@ -236,7 +242,21 @@ def attention_tile(
         tile = tile._replace(m=tile.m // 2)
     if distances and (wide or q.dtype == torch.float32):
         tile = tile._replace(m=min(tile.m, 16 if q.dtype == torch.float32 else 32))
-    return tile._replace(n=tile.n // 2) if dropout and tile.n > 32 else tile
+    return tile
+
+
+def attention_sentence_tile(q: torch.Tensor, sentences: int, packed: bool) -> Tile | None:
+    """For gradients of whole sentences at once; None where these are too long for it, in a packed row on the average.
+
+    Wide heads in packed rows have no registers for the sentences that are longer.
+    """
+    table, wide = ATTENTION_SENTENCE.get(key(q)), q.shape[3] > ATTENTION_NARROW
+    if table is None or (packed and wide):
+        return None
+    tile, tokens = table[wide], q.shape[0] * q.shape[2]
+    if tile.m == 128 and not wide and tokens <= sentences * 64:
+        tile = tile._replace(m=64, warps=4)
+    return tile if tokens <= sentences * tile.m else None
 
 
 def padded(size: int, largest: int) -> int:
@@ -274,7 +294,7 @@ def pointwise_tile(x: torch.Tensor) -> Tile:
 
 def row_block(rows: torch.Tensor) -> tuple[int, int]:
     """(columns in one step along a row, warps): 32 columns a thread, so that a row of 1024 is one warp's, and 4096."""
-    block = min(1 << (rows.shape[1] - 1).bit_length(), _widest_row(rows))
+    block = max(8, min(1 << (rows.shape[1] - 1).bit_length(), _widest_row(rows)))  # 8 share a number of a mask
     return block, max(1, block // 1024)
 
 

@@ -29,10 +29,10 @@ def _launch(
     y = x.new_empty(tokens, features, dtype=dtype)
     if y.numel():
         tile = config.elementwise_tile(y)
-        seed, threshold, keep_scale, constants = dropout_arguments(p, seed, features)
+        seed, threshold, keep_scale, _ = dropout_arguments(p, seed)
         launch(
             _dropout_add_kernel, tile.grid(y), y, x, residual, seed, tokens, features, x.stride(0),
-            0 if residual is None else residual.stride(0), threshold, keep_scale, QUADS=constants["QUADS"],
+            0 if residual is None else residual.stride(0), threshold, keep_scale,
             BM=tile.m, BN=tile.n, warps=tile.warps, stages=1,
         )  # fmt: skip
     return y
@@ -41,14 +41,14 @@ def _launch(
 @triton.jit(do_not_specialize=["threshold"])
 def _dropout_add_kernel(
     y, x, residual, seed, M, N, stride_x, stride_residual, threshold, keep_scale,
-    QUADS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     first = tl.program_id(1) * BN
     cols = first + tl.arange(0, BN)
     row_inside, col_inside = rows < M, cols < N
     value = load(x + rows[:, None] * stride_x + cols[None, :], row_inside, col_inside).to(tl.float32)
-    value = drop(value, seed, rows, first, N, threshold, keep_scale, QUADS)
+    value = drop(value, seed, rows, first, N, threshold, keep_scale)
     if residual is not None:
         value += load(residual + rows[:, None] * stride_residual + cols[None, :], row_inside, col_inside).to(tl.float32)
     store(y + rows[:, None] * N + cols[None, :], value, row_inside, col_inside)

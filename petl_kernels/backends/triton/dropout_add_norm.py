@@ -38,10 +38,10 @@ def dropout_add_norm(y, residual, weight, bias, eps: float, p: float, seed, cent
     mean = torch.empty_like(rstd) if centred else None
     if tokens:
         block, warps = config.row_block(rows)
-        seed, threshold, keep_scale, constants = dropout_arguments(p, seed, d)
+        seed, threshold, keep_scale, _ = dropout_arguments(p, seed)
         launch(
             _sum_norm_kernel, (tokens,), h, u, mean, rstd, rows, residuals, weight.contiguous(), contiguous(bias),
-            seed, d, rows.stride(0), residuals.stride(0), eps, threshold, keep_scale, QUADS=constants["QUADS"],
+            seed, d, rows.stride(0), residuals.stride(0), eps, threshold, keep_scale,
             BN=block, warps=warps, stages=1,
         )  # fmt: skip
     return h, u, mean if centred else rstd.new_empty(0), rstd
@@ -67,11 +67,11 @@ def _one_after_the_other(y, residual, weight, bias, eps, p, seed, centred):
 
 
 @triton.jit
-def _dropped(values, seed, row, d, threshold, keep_scale, QUADS: tl.constexpr, BN: tl.constexpr):
+def _dropped(values, seed, row, d, threshold, keep_scale, BN: tl.constexpr):
     """drop() of one row that lies in registers."""
     if seed is not None:
         rows = row + tl.arange(0, 1)
-        tile = drop(tl.reshape(values, (1, BN)), seed, rows, 0, d, threshold, keep_scale, QUADS)
+        tile = drop(tl.reshape(values, (1, BN)), seed, rows, 0, d, threshold, keep_scale)
         values = tl.reshape(tile, (BN,))
     return values
 
@@ -79,11 +79,11 @@ def _dropped(values, seed, row, d, threshold, keep_scale, QUADS: tl.constexpr, B
 @triton.jit(do_not_specialize=["threshold"])
 def _sum_norm_kernel(
     h, u, mean, rstd, y, residual, weight, bias, seed, d, stride_y, stride_residual, eps, threshold, keep_scale,
-    QUADS: tl.constexpr, BN: tl.constexpr,
+    BN: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BN)
-    values = _dropped(read(y + row * stride_y, cols, d), seed, row, d, threshold, keep_scale, QUADS, BN)
+    values = _dropped(read(y + row * stride_y, cols, d), seed, row, d, threshold, keep_scale, BN)
     values += read(residual + row * stride_residual, cols, d)
     stored = values.to(h.dtype.element_ty)
     tl.store(h + row * d + cols, stored, mask=cols < d)

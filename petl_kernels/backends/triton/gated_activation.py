@@ -28,7 +28,7 @@ def gate_rows(y, z_rows, g_rows, kind: str, dropout: float = 0.0, seed: torch.Te
     if y.numel():
         tokens, features = y.shape
         tile = config.elementwise_tile(y)
-        seed, threshold, keep_scale, constants = dropout_arguments(dropout, seed, features)
+        seed, threshold, keep_scale, constants = dropout_arguments(dropout, seed)
         launch(
             _gated_kernel, tile.grid(y), y, z_rows, g_rows, seed, tokens, features, z_rows.stride(0), g_rows.stride(0),
             threshold, keep_scale, ACTIVATION=kind, **constants, BM=tile.m, BN=tile.n, warps=tile.warps, stages=1,
@@ -51,7 +51,7 @@ def gate_rows_backward(
     if dz.numel():
         tokens, features = dz.shape
         tile = config.elementwise_tile(dz)
-        seed, threshold, keep_scale, constants = dropout_arguments(dropout, seed, features)
+        seed, threshold, keep_scale, constants = dropout_arguments(dropout, seed)
         launch(
             _gated_backward_kernel, tile.grid(dz), dz, dg, dy_rows, z_rows, g_rows, seed, tokens, features,
             dy_rows.stride(0), z_rows.stride(0), g_rows.stride(0), threshold, keep_scale,
@@ -62,7 +62,7 @@ def gate_rows_backward(
 @triton.jit(do_not_specialize=["threshold"])
 def _gated_kernel(
     y, z, g, seed, M, N, stride_z, stride_g, threshold, keep_scale,
-    ACTIVATION: tl.constexpr, DROPOUT: tl.constexpr, QUADS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    ACTIVATION: tl.constexpr, DROPOUT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     first = tl.program_id(1) * BN
@@ -72,14 +72,14 @@ def _gated_kernel(
     gate = load(g + rows[:, None] * stride_g + cols[None, :], row_inside, col_inside).to(tl.float32)
     value = activate(tile, ACTIVATION) * gate
     if DROPOUT:
-        value = drop(value, seed, rows, first, N, threshold, keep_scale, QUADS)
+        value = drop(value, seed, rows, first, N, threshold, keep_scale)
     store(y + rows[:, None] * N + cols[None, :], value, row_inside, col_inside)
 
 
 @triton.jit(do_not_specialize=["threshold"])
 def _gated_backward_kernel(
     dz, dg, dy, z, g, seed, M, N, stride_dy, stride_z, stride_g, threshold, keep_scale,
-    ACTIVATION: tl.constexpr, DROPOUT: tl.constexpr, QUADS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    ACTIVATION: tl.constexpr, DROPOUT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     first = tl.program_id(1) * BN
@@ -89,7 +89,7 @@ def _gated_backward_kernel(
     tile = load(z + rows[:, None] * stride_z + cols[None, :], row_inside, col_inside).to(tl.float32)
     gate = load(g + rows[:, None] * stride_g + cols[None, :], row_inside, col_inside).to(tl.float32)
     if DROPOUT:
-        grad = drop(grad, seed, rows, first, N, threshold, keep_scale, QUADS)
+        grad = drop(grad, seed, rows, first, N, threshold, keep_scale)
     out = rows[:, None] * N + cols[None, :]
     store(dz + out, grad * gate * derivative(tile, ACTIVATION), row_inside, col_inside)
     store(dg + out, grad * activate(tile, ACTIVATION), row_inside, col_inside)

@@ -74,13 +74,12 @@ def norm_backward(
         dresiduals = None if dresidual is None else as_rows(dresidual)
         grid, tile = config.row_programs(rows, bool(wanted))
         partials = x.new_empty(grid[0], len(wanted) * d, dtype=torch.float32) if wanted else None
-        seed, threshold, keep_scale, constants = dropout_arguments(p, seed, d)
+        seed, threshold, keep_scale, _ = dropout_arguments(p, seed)
         launch(
             _norm_backward_kernel, grid, dx if need_dx else None, None if dtype is None else dy, partials, dus,
             dresiduals, rows, mean, rstd, weight, seed, tokens, d, dus.stride(0),
             0 if dresiduals is None else dresiduals.stride(0), rows.stride(0), threshold, keep_scale,
-            WEIGHT=need_dweight, BIAS=need_dbias, RESIDUAL_SUM=need_residual_sum, QUADS=constants["QUADS"],
-            ROWS=tile.m, BN=tile.n, AHEAD=tile.stages, warps=tile.warps, stages=1,
+            WEIGHT=need_dweight, BIAS=need_dbias, RESIDUAL_SUM=need_residual_sum, ROWS=tile.m, BN=tile.n, AHEAD=tile.stages, warps=tile.warps, stages=1,
         )  # fmt: skip
         if wanted:
             sum_partials(partials, wanted)
@@ -208,7 +207,7 @@ def _norm_dx_kernel(dx, dy, x, mean, rstd, weight, d, stride_dy, stride_x, BN: t
 def _norm_backward_kernel(
     dx, dy, partials, du, dresidual, x, mean, rstd, weight, seed, M, d, stride_du, stride_dresidual, stride_x,
     threshold, keep_scale, WEIGHT: tl.constexpr, BIAS: tl.constexpr, RESIDUAL_SUM: tl.constexpr,
-    QUADS: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, AHEAD: tl.constexpr,
+    ROWS: tl.constexpr, BN: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """dx and dy of whole rows, and this program's part of dw = Σ du x̂, with those of dv = Σ du and of Σ dresidual
     behind it. Without dx the second axis of the grid may have blocks of columns."""
@@ -248,7 +247,7 @@ def _norm_backward_kernel(
             if dy is not None:
                 dropped = stored.to(tl.float32)
                 if seed is not None:
-                    dropped = drop(dropped, seed, rows, 0, d, threshold, keep_scale, QUADS)
+                    dropped = drop(dropped, seed, rows, 0, d, threshold, keep_scale)
                 store(dy + at, dropped, inside, col_inside)
     if WEIGHT or BIAS or RESIDUAL_SUM:
         partials += tl.program_id(0) * (WEIGHT + BIAS + RESIDUAL_SUM) * d

@@ -134,7 +134,7 @@ def _project(s, x, a, dropout, seed) -> None:
     ranks = tuple(m.shape[0] for m in a)
     tile = config.SKINNY[config.key(x)]
     block = config.padded(sum(ranks), tile.n)
-    seed, threshold, keep_scale, constants = dropout_arguments(dropout, seed, inner)
+    seed, threshold, keep_scale, constants = dropout_arguments(dropout, seed)
     warps = 8 if dropout or block > 32 else tile.warps
     grid = (config.cdiv(rows, tile.m), config.cdiv(sum(ranks), block))
     launch(
@@ -187,7 +187,7 @@ def _input_gradient(dx, dys, ds, weights, a, dropout, seed, add: bool) -> None:
     # The mask takes registers beside the accumulator: some ten for each counter.
     elements = 128 if dropout == 0 else 16 if ds.dtype == torch.float32 else 64 if inner % 4 == 0 else 32
     tile = config.matmul_tile(ds, rows, inner, elements)
-    seed, threshold, keep_scale, constants = dropout_arguments(dropout, seed, inner)
+    seed, threshold, keep_scale, constants = dropout_arguments(dropout, seed)
     grid = (config.cdiv(rows, tile.m) * config.cdiv(inner, tile.n),)
     launch(
         _input_gradient_kernel, grid, dx, tuple(dys), ds, tuple(w.contiguous() for w in weights), a, seed, rows, inner,
@@ -220,7 +220,7 @@ def _adapter_gradients(da, db, dbias, dys, x, s, ds, scales, dropout, seed) -> N
     programs = a_grid[0] * a_grid[1] + b_grid[0] * b_grid[1]
     splits = config.splits(x, tile, programs)
     partials = x.new_empty(splits, ends[-1], dtype=torch.float32)
-    seed, threshold, keep_scale, constants = dropout_arguments(dropout, seed, inner)
+    seed, threshold, keep_scale, constants = dropout_arguments(dropout, seed)
     launch(
         _adapter_gradients_kernel, (programs, splits), partials, tuple(dys), x, s, ds, seed, tuple(map(float, scales)),
         rows, inner, sizes, ranks, tuple(dy.stride(0) for dy in dys), x.stride(0), s.stride(0), ds.stride(0), ends[-1],
@@ -234,7 +234,7 @@ def _adapter_gradients(da, db, dbias, dys, x, s, ds, scales, dropout, seed) -> N
 @triton.jit(do_not_specialize=["threshold"])
 def _project_kernel(
     s, x, a, seed, M, K, ranks, stride_s, stride_x, threshold, keep_scale,
-    DROPOUT: tl.constexpr, QUADS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+    DROPOUT: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """s = drop(x) [A_1; …; A_G]ᵀ: one read of x for the whole group."""
     rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
@@ -247,7 +247,7 @@ def _project_kernel(
         k = start + tl.arange(0, BK)
         tile = load(x + rows[:, None] * stride_x + k[None, :], row_inside, k < K)
         if DROPOUT:
-            tile = drop(tile, seed, rows, start, K, threshold, keep_scale, QUADS)
+            tile = drop(tile, seed, rows, start, K, threshold, keep_scale)
         factor = load(a_rows + k[:, None], k < K, rank_inside)
         acc = tl.dot(tile, factor.to(tile.dtype), acc, input_precision="ieee")
     store(s + rows[:, None] * stride_s + rank[None, :], acc, row_inside, rank_inside)
@@ -322,7 +322,7 @@ def _rank_gradients_kernel(
 @triton.jit(do_not_specialize=["threshold"])
 def _input_gradient_kernel(
     dx, dys, ds, weights, a, seed, M, K, sizes, ranks, strides_dy, stride_ds, threshold, keep_scale,
-    DROPOUT: tl.constexpr, QUADS: tl.constexpr, ADD: tl.constexpr,
+    DROPOUT: tl.constexpr, ADD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, ALIGN: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -342,7 +342,7 @@ def _input_gradient_kernel(
         right = load(a_rows[:, None] + cols[None, :], rank < R, col_inside)
         acc = tl.dot(left, right.to(left.dtype), acc, input_precision="ieee")
     if DROPOUT:
-        acc = drop(acc, seed, rows, pid_n * BN, K, threshold, keep_scale, QUADS)
+        acc = drop(acc, seed, rows, pid_n * BN, K, threshold, keep_scale)
 
     steps = 0
     for i in tl.static_range(len(sizes)):
@@ -369,7 +369,7 @@ def _input_gradient_kernel(
 def _adapter_gradients_kernel(
     partials, dys, x, s, ds, seed, scales, M, K, sizes, ranks, strides_dy, stride_x, stride_s, stride_ds, total,
     a_start, bias_start, b_tiles, b_chunks, a_tiles, threshold, keep_scale,
-    DROPOUT: tl.constexpr, QUADS: tl.constexpr, BIAS: tl.constexpr, ALIGN: tl.constexpr,
+    DROPOUT: tl.constexpr, BIAS: tl.constexpr, ALIGN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BR_A: tl.constexpr, BR_B: tl.constexpr,
 ):  # fmt: skip
     """This split's part of every dB_g, then of every dA_g: side by side in one grid."""
@@ -386,7 +386,7 @@ def _adapter_gradients_kernel(
         tile = pid - b_tiles * b_chunks
         _a_gradients(
             out + a_start, x, ds, seed, split * length, stop, K, total_size(ranks), stride_x, stride_ds, threshold,
-            keep_scale, tile % a_tiles, tile // a_tiles, DROPOUT, QUADS, ALIGN, BM, BN, BR_A,
+            keep_scale, tile % a_tiles, tile // a_tiles, DROPOUT, ALIGN, BM, BN, BR_A,
         )  # fmt: skip
 
 
@@ -430,7 +430,7 @@ def _b_gradients(
 @triton.jit
 def _a_gradients(
     out, x, ds, seed, begin, stop, K, R, stride_x, stride_ds, threshold, keep_scale, tile_n, chunk,
-    DROPOUT: tl.constexpr, QUADS: tl.constexpr, ALIGN: tl.constexpr,
+    DROPOUT: tl.constexpr, ALIGN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """Writes [dA_1; …; dA_G] = dsᵀ drop(x) of rows [begin, stop): x is read once for the whole group."""
@@ -444,7 +444,7 @@ def _a_gradients(
         inside = rows < stop
         tile = load(x + rows[:, None] * stride_x + cols[None, :], inside, cols < K)
         if DROPOUT:
-            tile = drop(tile, seed, rows, tile_n * BN, K, threshold, keep_scale, QUADS)
+            tile = drop(tile, seed, rows, tile_n * BN, K, threshold, keep_scale)
         right = load(ds + rows[:, None] * stride_ds + rank[None, :], inside, rank < R)
         acc = tl.dot(tl.trans(tile), right, acc, input_precision="ieee")
     store(out + rank[None, :] * K + cols[:, None], acc, cols < K, rank < R)
