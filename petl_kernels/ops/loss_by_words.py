@@ -132,17 +132,33 @@ def compute(
     for first in range(0, count, blocks.rows):
         last = min(first + blocks.rows, count)
         index = slice(first, last) if kept is None else kept[first:last]
-        some, some_labels = rows[index].contiguous(), labels[index]
-        some_total = None if total is None else total[: last - first]
-        state = kernels.begin(some, weight, some_labels, word_sum)
-        _all_words(kernels.words, some, weight, some_labels, logits[: last - first], state, some_total)
-        some_dlosses = None if dlosses is None else dlosses[index]
-        # Rows that were copied have no use any more: their gradient takes their place.
+        some, some_dlosses = rows[index].contiguous(), None if dlosses is None else dlosses[index]
+        # Rows that were copied have no use once their sums are made: their gradient takes their place.
         out = None if total is None else drows[index] if kept is None else some
-        losses[index] = kernels.end(weight, some_labels, state, some_total, word_sum, *weights, some_dlosses, out)
+        given = (weight, labels[index], logits[: last - first], None if total is None else total[: last - first])
+        losses[index] = _some_rows(kernels, some, *given, word_sum, weights, some_dlosses, out)
         if gradient and kept is not None:
             drows[index] = out
+        del some, out  # before the next are copied
     return losses, drows
+
+
+def _some_rows(
+    kernels: Kernels,
+    rows: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    logits: Tensor,
+    total: Tensor | None,
+    word_sum: Tensor | None,
+    weights: tuple[float, float],
+    dlosses: Tensor | None,
+    out: Tensor | None,
+) -> Tensor:
+    """The losses of one block of rows, whose gradient goes to ``out``."""
+    state = kernels.begin(rows, weight, labels, word_sum)
+    _all_words(kernels.words, rows, weight, labels, logits, state, total)
+    return kernels.end(weight, labels, state, total, word_sum, *weights, dlosses, out)
 
 
 def _all_words(

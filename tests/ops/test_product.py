@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from petl_kernels.backends import load_error, use
 from petl_kernels.ops import product
@@ -86,3 +87,36 @@ def test_the_blocks_are_counted(size):
         assert abs(measured - counted) <= 3 * 4096 < counted
     else:
         assert counted == 0
+
+
+def test_sums_in_their_own_dtype_are_the_library_s_where_it_has_them(monkeypatch):
+    """A tensor without values shows which product is called, with which arguments; a CPU has none of these."""
+    left, out = torch.zeros(16, 16, dtype=torch.bfloat16), torch.zeros(16, 16)
+    assert not product._writes_sums(torch.device("cpu"), torch.bfloat16)
+    with pytest.raises(NotImplementedError):
+        torch.addmm(out, left, left, out_dtype=out.dtype, out=out)
+    called = []
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            called.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(product, "_writes_sums", lambda device, dtype: True)
+    with Calls():
+        for add in (False, True):
+            product.reference(out.to("meta"), left.to("meta"), left.to("meta"), add)
+    assert [name for name in called if "mm" in name] == ["aten::mm.dtype_out", "aten::addmm.dtype_out"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sums_in_their_own_dtype_on_a_card(dtype):
+    left, right, out = (torch.randn(*size, device="cuda") for size in ((300, 520), (520, 136), (300, 136)))
+    left, right, before = left.to(dtype), right.to(dtype), out.clone()
+    assert product._writes_sums(out.device, dtype)
+    for add in (False, True):
+        product.product_into(out.copy_(before), left, right, add)
+        exact = left.double() @ right.double() + (before.double() if add else 0)
+        assert (out.double() - exact).abs().max() <= 1e-4
