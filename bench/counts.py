@@ -34,6 +34,7 @@ DEQUANTISE = {"int8": 8.5, "nf4": 24.8}
 ADAPTER_LIMIT = 256
 FFN_CHUNK_BYTES, FFN_CHUNK_ROWS = 32 << 20, 256
 QUANTISED_LOOP_ROWS = {"int8": 512, "nf4": 256}
+QUANTISED_VECTOR_ROWS = 4
 QUANTISED_TILE_BYTES = 32 << 20
 PROCESSORS = 132
 VOCABULARY_BLOCK = 4096
@@ -130,11 +131,13 @@ def lora_linear(
 
 
 def quantised_project(t: int, n: int, k: int, storage: str, size: int) -> Counts:
-    """x Ŵᵀ and dy Ŵ, without a bias; Ŵ is dequantised in the main loop, or ahead of the library's product."""
+    """x Ŵᵀ and dy Ŵ, without a bias; Ŵ is dequantised for each of a few rows, in the main loop, or ahead of the library's
+    product."""
     weight = stored_bytes(n, k, storage, size)
     moved = size * 2 * (t * k + t * n) + 2 * weight
     in_loop = k % 64 == 0 and t <= QUANTISED_LOOP_ROWS[storage]
-    product = _quantised_loop if in_loop else _quantised_ahead
+    alone = k % 64 == 0 and t <= QUANTISED_VECTOR_ROWS
+    product = _quantised_alone if alone else _quantised_loop if in_loop else _quantised_ahead
     kernels = (
         *product("_quantised_project_kernel", 0, t, n, k, storage, size, weight),
         *product("_quantised_project_back_kernel", 1, t, k, n, storage, size, weight),
@@ -142,10 +145,19 @@ def quantised_project(t: int, n: int, k: int, storage: str, size: int) -> Counts
     return Counts(4 * t * n * k, moved, kernels)
 
 
+def _quantised_alone(_, direction, t, cols, inner, storage, size, weight) -> list[Launch]:
+    """No products of tiles: multiplications are among the instructions."""
+    name = ("_project_rows_kernel", "_project_back_rows_kernel")[direction]
+    work = QUANTISED_LOOP[storage][direction] * t * cols * inner
+    return [Launch(name, bytes=size * t * (inner + cols) + weight, instructions=work)]
+
+
 def _quantised_loop(name, direction, t, cols, inner, storage, size, weight) -> list[Launch]:
     rows = min(max(16, 1 << (t - 1).bit_length()), 128)
     tiles = math.ceil(t / rows)
-    splits = max(1, min(math.ceil(2 * PROCESSORS / (tiles * math.ceil(cols / 64))), inner // (4 * 64)))
+    splits = max(
+        1, min(math.ceil(2 * PROCESSORS / (tiles * math.ceil(cols / 64))), inner // ((2 if rows == 16 else 4) * 64))
+    )
     parts = FP32 * splits * t * cols if splits > 1 else size * t * cols
     work = QUANTISED_LOOP[storage][direction] * tiles * cols * inner
     kernels = [Launch(name, 2 * t * cols * inner, size * t * inner + weight + parts, work)]

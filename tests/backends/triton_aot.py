@@ -291,6 +291,8 @@ EVERYWHERE = [
     (quantised_products, FP16, "nf4", 8192, 1024, 1000),
     (quantised_products, FP16, "int8", 512, 4096),
     (quantised_products, BF16, "int8", 1),
+    (quantised_products, FP16, "nf4", 4, 1024, 4096),
+    (quantised_products, FP16, "int8", 16),
     (quantised_products, BF16, "int8", 8192),
     (loss, BF16, 256206, False, 1e-6),
     (loss, FP16, 128112, True, 0.0),

@@ -3,11 +3,11 @@
 Forward and the output again from its statistics: one program a row, in steps of as many columns as the row has or a
 block holds. Memory is read once: the second walk over a row finds it in the cache.
 
-Backward is one pass, which `dropout_add_norm` has too: a program holds a few whole rows, and each thread some columns of
-all of them, so that a sum over tokens crosses no thread. Where the parameters' gradients are wanted a fixed number of
-programs walks over the rows and copies the next ones ahead; each writes its part of the sums, which `sum_partials` adds
-in a fixed order. Rows of more than 4096 take two launches: one that steps along a row, and the pass without dx, which
-needs no whole row.
+Backward is one pass, which `dropout_add_norm` has too: a program holds a few whole rows, and each thread some columns
+of all of them, so that a sum over tokens crosses no thread. Where the parameters' gradients are wanted a fixed number
+of programs walks over the rows and copies the next ones ahead; each writes its part of the sums, which `sum_partials`
+adds in a fixed order. Rows of more than 4096 take two launches: one that steps along a row, and the pass without dx,
+which needs no whole row.
 """
 
 from __future__ import annotations
