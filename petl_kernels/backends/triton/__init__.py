@@ -32,6 +32,7 @@ from petl_kernels.backends.triton import (  # noqa: E402
     layer_norm,
     linear_cross_entropy,
     lora_linear,
+    quantise,
     quantised,
     rms_norm,
 )
@@ -68,7 +69,12 @@ for module in (
             _register(getattr(module, name + part))
 
 # No ops of their own, so their names are not the file's.
-for kernel in (quantised.quantised_project, quantised.quantised_project_back):
+for kernel in (
+    quantise.quantise_int8,
+    quantise.quantise_nf4,
+    quantised.quantised_project,
+    quantised.quantised_project_back,
+):
     _register(kernel)
 
 

@@ -100,6 +100,7 @@ QUANTISED_ROW_BACK = Tile(1, 32, 256, 8, 3)
 QUANTISED_TILE_BYTES = 32 << 20
 INTERPRETER_QUANTISED_TILE_BYTES = 8 << 10
 DEQUANTISE = Tile(8, 256, 0, 4, 1)
+QUANTISE_BLOCKS = Tile(32, 64, 0, 4, 1)  # 16 values a thread
 
 
 class ElementwiseTile(NamedTuple):
