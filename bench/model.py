@@ -143,16 +143,18 @@ def _cases(name: str, tokens: int) -> Iterator[tuple[str, str]]:
     if gated:
         yield "gated_activation", "gelu_tanh"
         yield "rms_norm", "frozen"
+        yield "rms_norm", "trained"
     else:
         yield from (("parallel_ffn", f"relu m={m}") for m in (64, 256))
         yield "activation", "relu p=0"
         yield "layer_norm", "frozen"
+        yield "layer_norm", "trained"
     yield "dropout_add", "p=0.1"
     yield "dropout_add_norm", "frozen"
     if shape(name, "cuda").head_dim <= 128:  # wider heads have no kernel of ours
         yield "attention", f"{tokens // 128}x128 dropout 0"
     for storage in ("int8", "nf4"):
-        yield "quantised_project", f"{storage} d x d"
+        yield from (("quantised_project", f"{storage} {matrix}") for matrix in ("d x d", "ffn x d"))
     for chunk in (32, 300):
         yield "linear_cross_entropy", f"smoothing 0.1, {chunk} MiB of logits"
 
@@ -386,8 +388,10 @@ EXPLAINED = (
     Reason("bottleneck_adapter", "m=1024", "a block for every 64 hidden units reads x and dy again, 16 times in all"),
     Reason("bottleneck_adapter", "", "64 programs add the parts of sums, weights are folded twice; with the race"),
     Reason("frozen_ffn", "", "two chunks, and between their products kernels that took 160 µs for 69 of bytes"),
-    Reason("layer_norm", "frozen", "a row a program, and three sums across its warps"),
-    Reason("layer_norm", "trained", "the sums over tokens read x and dy again, at 0.5 TB/s"),
+    Reason("layer_norm", "frozen", "three sums across the warps of a row, which is one warp's since then"),
+    Reason(
+        "layer_norm", "trained", "the sums over tokens read x and dy again, at 0.5 TB/s; now in dx's pass"
+    ),
     Reason("rms_norm", "trained", "as layer_norm"),
     Reason(
         "linear_cross_entropy", "", "measured by rows, with products over 256,206 words, which take three times as long"

@@ -146,5 +146,5 @@ def test_conversion(benchmark, name, direction, storage, implementation, device)
         return Work(runs["limit" if implementation == "limit" else direction])
 
     runs = [step(prepare(*each)) for each in copies(lambda: inputs(n, k, torch.bfloat16, device, 1), device)]
-    counted = counts.streams(2, n * k, 2) if implementation == "limit" else counts.conversion(n, k, storage, 2)
+    counted = counts.streams(2, n * k, 2) if implementation == "limit" else getattr(counts, direction)(n, k, storage, 2)
     record(benchmark, Case(direction, name, n, "bfloat16", device, storage), implementation, rotation(runs), counted)

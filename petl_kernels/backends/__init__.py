@@ -6,8 +6,7 @@ when it is first needed. Adding one touches no op and no caller.
     reference   plain PyTorch, any device and dtype: the executable specification
     cpu         C++ kernels of the extension (``csrc/cpu``)
     triton      Triton kernels, on CUDA devices (and on the CPU under ``TRITON_INTERPRET=1``)
-    cuda        CUDA C++ kernels of the extension (``csrc/cuda``), by ``use("cuda")``, to quantise weights, and for the
-                products of a feed-forward block
+    cuda        CUDA C++ of the extension (``csrc/cuda``): cuBLASLt's products, for feed-forward blocks
 
 On a CUDA device a backend other than the reference becomes the default of an op only after a small comparison
 with the reference has passed on that device, once per process (``petl_kernels/parity.py``). ``turned_down`` lists
@@ -38,9 +37,6 @@ DEFAULT_ORDER_OF = {
     ("frozen_linear", "cuda"): ("reference",),
     # Triton's passes between cuBLASLt's products, where the extension has those, or between PyTorch's.
     ("frozen_ffn", "cuda"): ("cuda", "triton", "reference"),
-    # Passes over bytes and bits, which Triton has no kernels for.
-    ("quantise_int8", "cuda"): ("cuda", "reference"),
-    ("quantise_nf4", "cuda"): ("cuda", "reference"),
 }
 
 # The specification, and kernels that the same machine has compiled and that no driver or card can change.

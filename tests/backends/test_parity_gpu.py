@@ -28,9 +28,7 @@ def test_backends_agree_with_the_reference(op, dtype):
 
 @pytest.mark.parametrize("op", ops.OPS)
 def test_who_serves(op):
-    """cuBLAS where it is at the hardware's speed, CUDA C++ for passes over bits, Triton for the rest."""
-    quantises = "cuda" if backends.load_error("cuda") is None else "reference"
+    """cuBLAS where it is at the hardware's speed, Triton for the rest."""
     others = {"frozen_linear": "reference", "quantised_embedding": "reference"}
-    others |= {"quantise_int8": quantises, "quantise_nf4": quantises}
     others |= {"frozen_ffn": "cuda"} if backends.kernel_of("frozen_ffn", "cuda") else {}  # cuBLASLt's products
     assert ops.backend_of(op, "cuda", torch.bfloat16) == others.get(op, "triton")

@@ -19,8 +19,8 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 if DEVICE.type == "cuda":
     DTYPES["bf16"] = torch.bfloat16
 STORAGES = ("int8", "nf4")
-# (N, K). 64 divides K: dequantised in the main loop, with one part of the sum or several. Otherwise ahead of the
-# product, in one tile or several.
+# (N, K). 64 divides K: up to 4 rows one by one, more with Ŵ dequantised in the main loop, with one part of the sum or
+# several. Otherwise ahead of the product, in one tile or several.
 SHAPES = [(66, 64), (40, 320), (64, 96), (33, 130), (35, 192), (1, 2), (7, 1)]
 
 
@@ -82,6 +82,19 @@ def test_many_rows_take_tiles_dequantised_ahead(storage):
     x, dy = draw(1, 513, 128).half(), draw(2, 513, 96).half()
     held("y", run("quantised_project", x.to(DEVICE), on_device(parts), None), x, dense.T)
     held("dx", run("quantised_project_back", dy.to(DEVICE), on_device(parts)), dy, dense)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_a_row_alone_of_more_than_a_block(storage):
+    """A sum that ends within a second step, forward; rows of Ŵ that end within one, back; and rows further apart."""
+    parts = weight_of(260, 64, storage)
+    dense = reference_dequantise(parts, 0, 260, 64, torch.float32)
+    dy = draw(1, 2, 300)[:, :260]
+    held("dx", run("quantised_project_back", dy.to(DEVICE), on_device(parts)), dy, dense)
+    parts = weight_of(3, 4160, storage)
+    dense = reference_dequantise(parts, 0, 3, 4160, torch.float32)
+    x, bias = draw(2, 2, 4200)[:, :4160], draw(3, 3)
+    held("y", run("quantised_project", x.to(DEVICE), on_device(parts), bias.to(DEVICE)), x, dense.T, bias)
 
 
 @pytest.mark.parametrize("storage", STORAGES)

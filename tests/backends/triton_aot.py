@@ -36,6 +36,7 @@ from petl_kernels.backends.triton import (
     linear_cross_entropy,
     lora_linear,
     loss_by_words,
+    quantise,
     quantised,
     rms_norm,
 )
@@ -68,7 +69,16 @@ def record(card: str, call: Callable[[], None]) -> list[tuple]:
     config.device_class, config.processors = lambda device: card, lambda device: CARDS[card][1]
     modules = (
         *(activation, attention, bottleneck_adapter, common, dropout_add, dropout_add_norm, frozen_ffn, frozen_linear),
-        *(gated_activation, layer_norm, linear_cross_entropy, lora_linear, loss_by_words, quantised, rms_norm),
+        *(
+            gated_activation,
+            layer_norm,
+            linear_cross_entropy,
+            lora_linear,
+            loss_by_words,
+            quantise,
+            quantised,
+            rms_norm,
+        ),
     )
     original = common.launch
     for module in modules:
@@ -286,6 +296,12 @@ def quantised_products(dtype: torch.dtype, storage: str, tokens: int, n: int = 1
     quantised.quantised_project_back(_new(dtype, tokens, n), parts)
 
 
+def quantised_weight(dtype: torch.dtype, storage: str, n: int = 4096, k: int = 1024) -> None:
+    """A weight into a storage and back."""
+    parts = getattr(quantise, f"quantise_{storage}")(_new(dtype, n, k))
+    quantised.dequantise(parts, 0, n, k, dtype)
+
+
 def _new(dtype: torch.dtype, *shape: int) -> torch.Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
@@ -317,7 +333,11 @@ EVERYWHERE = [
     (quantised_products, FP16, "nf4", 8192, 1024, 1000),
     (quantised_products, FP16, "int8", 512, 4096),
     (quantised_products, BF16, "int8", 1),
+    (quantised_products, FP16, "nf4", 4, 1024, 4096),
+    (quantised_products, FP16, "int8", 16),
     (quantised_products, BF16, "int8", 8192),
+    (quantised_weight, BF16, "int8"),
+    (quantised_weight, BF16, "nf4"),
     (loss, BF16, 256206, False, 1e-6),
     (loss, FP16, 128112, True, 0.0),
     (loss_words, BF16, 2048),
@@ -377,7 +397,9 @@ ONLY = {
 # Another card has many launches of these in the same words. Between sm_80 and sm_86 that is the same code; on sm_100 it
 # is what sm_90 has where nothing is multiplied.
 LIKE = {"small": "sm80", "sm100": "sm90"}
-WITHOUT_PRODUCT = (activation, dropout_add, gated_activation, layer_norm, linear_cross_entropy, loss_by_words, rms_norm)
+WITHOUT_PRODUCT = (
+    *(activation, dropout_add, gated_activation, layer_norm, linear_cross_entropy, loss_by_words, quantise, rms_norm),
+)
 
 
 def launches(card: str) -> dict[tuple, tuple]:

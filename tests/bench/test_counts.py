@@ -219,7 +219,8 @@ def quantised_bytes():
         run = traffic(lambda x=x, w=w: ops.frozen_linear(x, w), x)
         yield run, counts.quantised_project(T, N, 64, storage, 2)
         parts = sum(part.nbytes for part in parts_of(w))
-        yield 2 * N * 64 + parts, counts.conversion(N, 64, storage, 2)
+        for conversion in (counts.quantise, counts.dequantise):
+            yield 2 * N * 64 + parts, conversion(N, 64, storage, 2)
 
 
 BYTES = (linear_bytes, lora_bytes, adapter_bytes, ffn_bytes, parallel_ffn_bytes, loss_bytes, elementwise_bytes)
@@ -257,9 +258,21 @@ LAUNCHES = {
     "attend(BF16, 64, ('padding',))": counts.attention(16, 16, 512, 512, 64, 2),
     "attend(BF16, 64, ('packed',))": counts.attention(1, 16, 8192, 8192, 64, 2),
     **{
+        f"quantised_weight(BF16, '{storage}')": counts.quantise(4096, 1024, storage, 2)
+        + counts.dequantise(4096, 1024, storage, 2)
+        for storage in ("int8", "nf4")
+    },
+    **{
         f"quantised_products(BF16, '{storage}', {t}, {n}, {k})": counts.quantised_project(t, n, k, storage, 2)
         for storage in ("int8", "nf4")
-        for t, n, k in ((1, 1024, 1024), (200, 4096, 1024), (512, 1024, 4096), (8192, 8192, 2048), (8192, 16384, 2048))
+        for t, n, k in (
+            (1, 1024, 1024),
+            (16, 1024, 1024),
+            (200, 4096, 1024),
+            (512, 1024, 4096),
+            (8192, 8192, 2048),
+            (8192, 16384, 2048),
+        )
     },
 }
 # What triton_aot asks for beside the counted work: outputs made again, and gradients of a feed-forward block's biases.

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.cpp_extension import COMMON_NVCC_FLAGS
 
 from . import contract
 
@@ -69,24 +68,6 @@ def test_the_toolkit_is_where_the_headers_are(tmp_path):
     run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     home = Path(run.stdout.splitlines()[-1])
     assert home != tmp_path and (home / "include" / "cuda_runtime_api.h").exists() and (home / "bin" / "nvcc").exists()
-
-
-@needs_sources
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-@pytest.mark.parametrize("architecture", ["90", *(pytest.param(sm, marks=pytest.mark.repeat) for sm in ("80", "100"))])
-def test_cuda_sources_compile_without_pytorch(tmp_path, architecture):
-    """Without its headers, but with the flags that it adds to those of setup.py."""
-    for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
-        command = ["nvcc", *COMMON_NVCC_FLAGS, "-std=c++17", "-O3", "-c", source, "-o", tmp_path / "out.o"]
-        command += ["-Xptxas", "-v"]
-        command += [f"-gencode=arch=compute_{architecture},code=sm_{architecture}"]
-        run = subprocess.run(command, capture_output=True, text=True)
-        assert run.returncode == 0, run.stderr
-        report = run.stdout + run.stderr
-        spills = [int(n) for n in re.findall(r"(\d+) bytes spill", report)]
-        registers = [int(n) for n in re.findall(r"Used (\d+) registers", report)]
-        assert spills and not any(spills), report
-        assert registers and max(registers) <= 64, report
 
 
 @needs_sources

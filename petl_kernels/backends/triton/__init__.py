@@ -33,6 +33,7 @@ from petl_kernels.backends.triton import (  # noqa: E402
     linear_cross_entropy,
     lora_linear,
     loss_by_words,
+    quantise,
     quantised,
     rms_norm,
 )
@@ -68,11 +69,13 @@ for module in (
         if hasattr(module, name + part):
             _register(getattr(module, name + part))
 
-# Their names are not the file's.
+# Their names are not the files'.
 for kernel in (
     loss_by_words.linear_cross_entropy_begin,
     loss_by_words.linear_cross_entropy_words,
     loss_by_words.linear_cross_entropy_end,
+    quantise.quantise_int8,
+    quantise.quantise_nf4,
     quantised.quantised_project,
     quantised.quantised_project_back,
 ):

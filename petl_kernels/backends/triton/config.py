@@ -92,9 +92,15 @@ QUANTISED = {
     "interpreter": Tile(32, 32, 32, 4, 1),
 }
 QUANTISED_LOOP_ROWS = {"int8": 512, "nf4": 256}
+# A few rows one by one, up to so many: blocks of values of Ŵ of which each thread has 32, and for dx 32 columns by 256
+# rows, the next ones ahead. A (1024, 1024) weight is on 256 programs, and 32 for dx, so all of it is under way at once.
+QUANTISED_VECTOR_ROWS = 4
+QUANTISED_ROW_VALUES = 4096
+QUANTISED_ROW_BACK = Tile(1, 32, 256, 8, 3)
 QUANTISED_TILE_BYTES = 32 << 20
 INTERPRETER_QUANTISED_TILE_BYTES = 8 << 10
 DEQUANTISE = Tile(8, 256, 0, 4, 1)
+QUANTISE_BLOCKS = Tile(32, 64, 0, 4, 1)  # 16 values a thread
 
 
 class ElementwiseTile(NamedTuple):
@@ -183,6 +189,17 @@ def matmul_tile(x: torch.Tensor, rows: int, cols: int, elements: int = 128) -> T
     return tile
 
 
+def takes_rows_alone(x: torch.Tensor, inner: int) -> bool:
+    """Whether each row of x passes over a quantised weight (N, inner) for itself."""
+    return inner % 64 == 0 and x.shape[0] <= QUANTISED_VECTOR_ROWS
+
+
+def quantised_row(inner: int) -> Tile:
+    """n rows of Ŵ and k of their columns: all of them, up to 4096."""
+    k = min(max(64, 1 << (inner - 1).bit_length()), QUANTISED_ROW_VALUES)
+    return Tile(1, QUANTISED_ROW_VALUES // k, k, 4, 1)
+
+
 def dequantises_in_loop(x: torch.Tensor, inner: int, storage: str) -> bool:
     """Whether the product of the rows of x with a quantised weight (N, inner) dequantises it in the main loop."""
     return inner % 64 == 0 and x.shape[0] <= QUANTISED_LOOP_ROWS[storage]
@@ -206,9 +223,10 @@ def quantised_tile_length(x: torch.Tensor, length: int, width: int) -> int:
 
 
 def inner_splits(x: torch.Tensor, tile: Tile, programs: int, summed: int) -> int:
-    """Parts of a product's summed dimension: two programs for each multiprocessor, but four steps in each part."""
+    """Parts of a product's summed dimension: two programs for each multiprocessor, but four steps in each part; two
+    where rows are few and the weight is all that is read."""
     wanted = -(-2 * processors(x.device) // programs)
-    return max(1, min(wanted, summed // (4 * tile.k)))
+    return max(1, min(wanted, summed // ((2 if tile.m == 16 else 4) * tile.k)))
 
 
 def adapter_tile(x: torch.Tensor, rows: int, width: int) -> Tile:

@@ -79,7 +79,8 @@ def norm_backward(
             _norm_backward_kernel, grid, dx if need_dx else None, None if dtype is None else dy, partials, dus,
             dresiduals, rows, mean, rstd, weight, seed, tokens, d, dus.stride(0),
             0 if dresiduals is None else dresiduals.stride(0), rows.stride(0), threshold, keep_scale,
-            WEIGHT=need_dweight, BIAS=need_dbias, RESIDUAL_SUM=need_residual_sum, ROWS=tile.m, BN=tile.n, AHEAD=tile.stages, warps=tile.warps, stages=1,
+            WEIGHT=need_dweight, BIAS=need_dbias, RESIDUAL_SUM=need_residual_sum, ROWS=tile.m, BN=tile.n,
+            AHEAD=tile.stages, warps=tile.warps, stages=1,
         )  # fmt: skip
         if wanted:
             sum_partials(partials, wanted)

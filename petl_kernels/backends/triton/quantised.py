@@ -1,9 +1,10 @@
 """Products with a quantised frozen weight Ŵ (N, K) in Triton: rows Ŵᵀ + c and rows Ŵ.
 
-Two ways. Few rows: tiles of Ŵ are dequantised in the main loop, so that half (int8) or a quarter (nf4) of the dense
-weight's bytes travel. Many rows, where the main loop would dequantise Ŵ again for each tile of them, and a K that 64
-does not divide: tiles of Ŵ of at most config.QUANTISED_TILE_BYTES are dequantised once, one after the other, ahead of
-the library's product.
+Three ways. Up to config.QUANTISED_VECTOR_ROWS rows: no product of tiles, but one pass over the weight's bytes for each
+row, in one launch with enough programs for a card; the second row finds them in the L2 cache. Few rows: tiles of Ŵ are
+dequantised in the main loop, so that half (int8) or a quarter (nf4) of the dense weight's bytes travel. Many rows,
+where the main loop would dequantise Ŵ again for each tile of them, and a K that 64 does not divide: tiles of Ŵ of at
+most config.QUANTISED_TILE_BYTES are dequantised once, one after the other, ahead of the library's product.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ def quantised_project(rows: torch.Tensor, parts: list[torch.Tensor], bias: torch
     """rows (tokens, K) Ŵᵀ + bias (N)"""
     inner = rows.shape[1]
     outputs = _other_size(parts, inner)
+    if config.takes_rows_alone(rows, inner):
+        return _rows_alone(_project_rows_kernel, rows, parts, bias, outputs, inner, config.quantised_row(inner))
     if config.dequantises_in_loop(rows, inner, _storage(parts)):
         return _product(_quantised_project_kernel, rows, parts, bias, outputs, inner)
     y = rows.new_empty(rows.shape[0], outputs)
@@ -39,6 +42,8 @@ def quantised_project_back(rows: torch.Tensor, parts: list[torch.Tensor]) -> tor
     """rows (tokens, N) Ŵ"""
     outputs = rows.shape[1]
     inner = _other_size(parts, outputs)
+    if config.takes_rows_alone(rows, inner):
+        return _rows_alone(_project_back_rows_kernel, rows, parts, None, inner, outputs, config.QUANTISED_ROW_BACK)
     if config.dequantises_in_loop(rows, inner, _storage(parts)):
         return _product(_quantised_project_back_kernel, rows, parts, None, inner, outputs)
     dx = rows.new_empty(rows.shape[0], inner)
@@ -72,6 +77,17 @@ def _product(kernel, x: torch.Tensor, parts: list[torch.Tensor], bias, cols: int
     )  # fmt: skip
     if splits > 1:
         sum_partials(out, [y])
+    return y
+
+
+def _rows_alone(kernel, x: torch.Tensor, parts: list[torch.Tensor], bias, cols: int, summed: int, tile: config.Tile):
+    """x (rows, summed) times Ŵ or Ŵᵀ (summed, cols), each row for itself."""
+    y = x.new_empty(x.shape[0], cols)
+    if y.numel():
+        launch(
+            kernel, (config.cdiv(cols, tile.n), x.shape[0]), y, x, *_arguments(parts), bias, cols, summed, x.stride(0),
+            BN=tile.n, BK=tile.k, AHEAD=tile.stages, warps=tile.warps, stages=1,
+        )  # fmt: skip
     return y
 
 
@@ -143,15 +159,24 @@ def _code(nibble):
 
 
 @triton.jit
-def _codes(packed):
-    """(rows, bytes) as the (rows, 2 bytes) codes of their nibbles, the high one first."""
+def _codes(packed, LOOK_UP: tl.constexpr):
+    """(rows, bytes) as the (rows, 2 bytes) codes of their nibbles, the high one first. LOOK_UP: from a table in shared
+    memory, 8 instructions a value fewer, but a barrier, which the loop around a product is better without."""
     packed = packed.to(tl.int32)
-    return tl.interleave(_code(packed >> 4), _code(packed & 15))
+    if LOOK_UP:
+        ROWS: tl.constexpr = packed.shape[0]
+        COLS: tl.constexpr = 2 * packed.shape[1]
+        nibbles = tl.reshape(tl.interleave(packed >> 4, packed & 15), (ROWS * COLS,))
+        codes = tl.reshape(tl.gather(_code(tl.arange(0, 16)), nibbles, 0), (ROWS, COLS))
+    else:
+        codes = tl.interleave(_code(packed >> 4), _code(packed & 15))
+    return codes
 
 
 @triton.jit
 def _aligned_tile(
-    row, col, row_inside, width, data, scale, absmax, offset, table, ROWS: tl.constexpr, COLS: tl.constexpr
+    row, col, row_inside, width, data, scale, absmax, offset, table,
+    ROWS: tl.constexpr, COLS: tl.constexpr, LOOK_UP: tl.constexpr,
 ):  # fmt: skip
     """Ŵ in fp32 for rows `row` and the COLS columns from `col` on, where 64 divides the width of Ŵ and `col`, or
     COLS divides both 64 and `col`."""
@@ -164,10 +189,63 @@ def _aligned_tile(
         byte = col // 2 + tl.arange(0, COLS // 2)
         block = col // 64 + tl.arange(0, BLOCKS)
         inside = row_inside[:, None] & (byte < width // 2)[None, :]
-        codes = _codes(tl.load(data + row[:, None] * (width // 2) + byte[None, :], mask=inside, other=0))
+        packed = tl.load(data + row[:, None] * (width // 2) + byte[None, :], mask=inside, other=0)
+        codes = _codes(packed, LOOK_UP)
         inside = row_inside[:, None] & (block < width // 64)[None, :]
         scales = _block_scales(row[:, None] * (width // 64) + block[None, :], inside, absmax, scale, offset, table)
         return tl.reshape(tl.reshape(codes, (ROWS, BLOCKS, COLS // BLOCKS)) * scales[:, :, None], (ROWS, COLS))
+
+
+@triton.jit
+def _project_rows_kernel(
+    y, x, data, scale, absmax, offset, table, bias, N, K, stride_x,
+    BN: tl.constexpr, BK: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """y = Ŵ x for BN rows of Ŵ and one row of x, in fp32: no two programs share a sum. 64 divides K and BK."""
+    row = tl.program_id(1).to(tl.int64)
+    cols = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)
+    inside = cols < N
+    acc = tl.zeros((BN, BK if absmax is None else BK // 64), tl.float32)
+    for start in tl.range(0, K, BK, num_stages=AHEAD):
+        k = start + tl.arange(0, BK)
+        factor = tl.load(x + row * stride_x + k, mask=k < K, other=0.0).to(tl.float32)
+        if absmax is None:
+            value = tl.load(data + cols[:, None] * K + k[None, :], mask=inside[:, None] & (k < K)[None, :], other=0)
+            acc += value.to(tl.float32) * factor[None, :]
+        else:
+            byte = start // 2 + tl.arange(0, BK // 2)
+            byte_inside = inside[:, None] & (byte < K // 2)[None, :]
+            packed = tl.load(data + cols[:, None] * (K // 2) + byte[None, :], mask=byte_inside, other=0)
+            block = start // 64 + tl.arange(0, BK // 64)
+            block_inside = inside[:, None] & (block < K // 64)[None, :]
+            at = cols[:, None] * (K // 64) + block[None, :]
+            largest = _block_scales(at, block_inside, absmax, scale, offset, table)
+            products = tl.reshape(_codes(packed, True) * factor[None, :], (BN, BK // 64, 64))
+            acc += tl.sum(products, 2) * tl.where(block_inside, largest, 0.0)
+    out = tl.sum(acc, 1)
+    if absmax is None:
+        out *= tl.load(scale + cols, mask=inside, other=0.0)
+    if bias is not None:
+        out += tl.load(bias + cols, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + row * N + cols, out.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _project_back_rows_kernel(
+    dx, dy, data, scale, absmax, offset, table, bias, K, N, stride_dy,
+    BN: tl.constexpr, BK: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """dx = dy Ŵ for BN columns of Ŵ and one row of dy, in fp32, BK rows of Ŵ at a time; no bias. BN divides 64, and 64
+    divides K."""
+    row = tl.program_id(1).to(tl.int64)
+    acc = tl.zeros((BK, BN), tl.float32)
+    for start in tl.range(0, N, BK, num_stages=AHEAD):
+        n = (start + tl.arange(0, BK)).to(tl.int64)
+        factor = tl.load(dy + row * stride_dy + n, mask=n < N, other=0.0).to(tl.float32)
+        tile = _aligned_tile(n, tl.program_id(0) * BN, n < N, K, data, scale, absmax, offset, table, BK, BN, True)
+        acc += tile * factor[:, None]
+    cols = tl.program_id(0) * BN + tl.arange(0, BN)
+    tl.store(dx + row * K + cols, tl.sum(acc, 0).to(dx.dtype.element_ty), mask=cols < K)
 
 
 @triton.jit
@@ -202,7 +280,7 @@ def _quantised_project_kernel(
         else:
             byte = start // 2 + tl.arange(0, BK // 2)
             packed = tl.load(data + cols[:, None] * (K // 2) + byte[None, :], mask=col_inside[:, None], other=0)
-            left = (_codes(packed) * scales[:, None]).to(right.dtype)
+            left = (_codes(packed, False) * scales[:, None]).to(right.dtype)
             # Ahead of their use: each is a chain of three loads.
             ahead = (start + BK) // 64
             scales = _block_scales(block + ahead, col_inside & (start + BK < end), absmax, scale, offset, table)
@@ -234,7 +312,7 @@ def _quantised_project_back_kernel(
     for start in range(begin, end, BK):
         n = (start + tl.arange(0, BK)).to(tl.int64)
         left = load(dy + rows[:, None] * stride_dy + n[None, :], row_inside, n < end)
-        right = _aligned_tile(n, tl.program_id(1) * BN, n < end, K, data, scale, absmax, offset, table, BK, BN)
+        right = _aligned_tile(n, tl.program_id(1) * BN, n < end, K, data, scale, absmax, offset, table, BK, BN, False)
         acc = tl.dot(left, right.to(left.dtype), acc, input_precision="ieee")
     dx += tl.program_id(2).to(tl.int64) * M * K
     store(dx + rows[:, None] * K + cols[None, :], acc, row_inside, col_inside)
@@ -251,7 +329,7 @@ def _dequantise_kernel(
     row_inside, col_inside = row < rows, col < cols
     if ALIGNED:
         start = first_col + tl.program_id(1) * BN
-        value = _aligned_tile(first_row + row, start, row_inside, K, data, scale, absmax, offset, table, BM, BN)
+        value = _aligned_tile(first_row + row, start, row_inside, K, data, scale, absmax, offset, table, BM, BN, True)
     else:
         inside = row_inside[:, None] & col_inside[None, :]
         index = (first_row + row)[:, None] * K + (first_col + col)[None, :]
