@@ -7,8 +7,8 @@ where this number is at least p * 2^16, rounded, which makes p a multiple of 2^-
 share that is kept, so that the mean stays. What is dropped is 0, even where it was not finite. Rows are the
 last dimension of a tensor. Triton's ``tl.randint4x(seed, counter, 7)`` gives the same outputs.
 
-Attention's probabilities, which tensor cores leave in pairs of columns that lie 8 apart, have another order (``place``):
-a thread that holds 8 of 32 columns then holds those of one counter.
+Attention's probabilities have another order (``place``). Tensor cores leave a thread pairs of columns that lie 8 apart:
+of 32 columns it then holds the 8 of one counter.
 
 ``draw_seed`` is the one place where seeds are drawn. What runs a forward pass again to save memory records the seeds
 of the first run and replays them in the second: the masks are the same then, whatever the generator did in between.

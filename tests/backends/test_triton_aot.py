@@ -30,7 +30,8 @@ WITH_PRODUCT = {
     *("_matmul_kernel", "_project_kernel", "_outputs_kernel", "_rank_gradients_kernel", "_input_gradient_kernel"),
     *("_adapter_gradients_kernel", "_forward_kernel", "_backward_kernel", "_token_sums_kernel"),
     *("_latent_kernel", "_up_kernel", "_latent_backward_kernel", "_dx_kernel"),
-    *("_attention_kernel", "_query_gradient_kernel", "_key_gradients_kernel", "_sentence_gradients_kernel", "_distance_gradient_kernel"),
+    *("_attention_kernel", "_sentence_gradients_kernel"),
+    *("_query_gradient_kernel", "_key_gradients_kernel", "_distance_gradient_kernel"),
     *("_quantised_project_kernel", "_quantised_project_back_kernel"),
 }
 KERNELS = WITHOUT_PRODUCT | WITH_PRODUCT | ELEMENTWISE
