@@ -25,10 +25,11 @@ PARTS = 17
 # The same where programs walk over whole rows (triton/config.py, ROW_PROGRAMS).
 ROW_PARTS = 2 * 132
 # Instructions an element, counted for sm_90.
-MASK = 22
+MASK = 12
 ACTIVATION = {"relu": (8.5, 9.5), "gated relu": (10.5, 17.5)}
-DROPOUT_ADD = (28, 26)
 EXPONENTIAL = 16.5
+DROPOUT_ADD = (18.4, 15.8)
+ATTENTION = {False: (12.7, 19.2), True: (21.6, 30.7)}  # of a score, without dropout and with it
 QUANTISED_LOOP = {"int8": (8.4, 8.8), "nf4": (21, 21)}
 QUANTISED_ALONE = {"int8": (10.6, 18), "nf4": (13.8, 23)}
 DEQUANTISE = {"int8": 8.5, "nf4": 17.1}
@@ -41,6 +42,7 @@ QUANTISED_VECTOR_ROWS = 4
 QUANTISED_TILE_BYTES = 32 << 20
 PROCESSORS = 132
 LOSS_WORDS, ALIGNED = (2048, 8192), 64  # of a block at least, unless there are not so many, and at most
+SENTENCE = 128  # queries of a sentence whose gradients one program makes
 
 
 @dataclass(frozen=True)
@@ -459,24 +461,29 @@ def _norm(t: int, d: int, size: int, trained: bool, parameters: int, statistics:
 
 
 def attention(
-    batch: int, heads: int, queries: int, keys: int, head_dim: int, size: int, mask: int = 0, pairs: int = 0
-) -> Counts:
-    """Two products forward, four backward; ours makes the scores again, twice, in backward.
+    batch: int, heads: int, queries: int, keys: int, head_dim: int, size: int, mask: int = 0, pairs: int = 0,
+    sentences: int = 0, dropout: bool = False,
+) -> Counts:  # fmt: skip
+    """Two products forward, four backward; ours makes the scores again in backward, twice where sentences are long.
 
     ``mask``: its bytes, or those of a packed row's boundaries. ``pairs``: those of a query and a key in one sentence,
-    where ``queries`` and ``keys`` are a packed row's.
+    of ``sentences``, where ``queries`` and ``keys`` are a packed row's.
     """
-    product = 2 * batch * heads * (pairs or queries * keys) * head_dim
+    scores = batch * heads * (pairs or queries * keys)
+    product = 2 * scores * head_dim
     q, kv = batch * heads * queries * head_dim * size, 2 * batch * heads * keys * head_dim * size
     lse = FP32 * batch * heads * queries
     forward = 2 * q + kv + lse + mask
     backward = 3 * q + kv + lse + mask + q + kv  # do, q, o, k, v in; dq, dk, dv out
-    kernels = (
-        Launch("_attention_kernel", 2 * product, forward),
-        Launch("_query_gradient_kernel", 3 * product, 4 * q + kv + 2 * lse + mask),
-        Launch("_key_gradients_kernel", 4 * product, 2 * q + 2 * kv + 2 * lse + mask),
-    )
-    return Counts(6 * product, forward + backward, kernels)
+    work = [each * scores for each in ATTENTION[dropout]]
+    kernels = [Launch("_attention_kernel", 2 * product, forward, work[0])]
+    wide = head_dim > 64
+    if size < FP32 and batch * queries <= (sentences or batch) * SENTENCE and not (sentences and wide):
+        kernels.append(Launch("_sentence_gradients_kernel", 5 * product, backward, work[1]))
+    else:
+        kernels.append(Launch("_query_gradient_kernel", 3 * product, 4 * q + kv + 2 * lse + mask, work[1]))
+        kernels.append(Launch("_key_gradients_kernel", 4 * product, 2 * q + 2 * kv + 2 * lse + mask, work[1]))
+    return Counts(6 * product, forward + backward, tuple(kernels))
 
 
 # ---- whole layers and steps -----------------------------------------------------------------------------------------

@@ -153,6 +153,7 @@ def _cases(name: str, tokens: int) -> Iterator[tuple[str, str]]:
     yield "dropout_add_norm", "frozen"
     if shape(name, "cuda").head_dim <= 128:  # wider heads have no kernel of ours
         yield "attention", f"{tokens // 128}x128 dropout 0"
+        yield "attention", f"{tokens // 128}x128 dropout 0.1"
     for storage in ("int8", "nf4"):
         yield from (("quantised_project", f"{storage} {matrix}") for matrix in ("d x d", "ffn x d"))
     for chunk in (32, 300):
@@ -218,7 +219,8 @@ def _dropout_add_norm(s: Shape, case: str, t: int, size: int) -> tuple[Counts, C
 
 def _attention(s: Shape, case: str, t: int, size: int) -> tuple[Counts, Counts]:
     rows, length = map(int, case.split()[0].split("x"))
-    scores = counts.attention(rows, s.heads, length, length, s.head_dim, size, mask=rows * length)
+    dropout = not case.endswith(" 0")
+    scores = counts.attention(rows, s.heads, length, length, s.head_dim, size, mask=rows * length, dropout=dropout)
     return scores, once(scores, 2)
 
 
@@ -383,15 +385,12 @@ class Reason(NamedTuple):
 # The first that fits a case is its reason. None is a fraction of the card: they are faults of kernels.
 EXPLAINED = (
     Reason("activation", "p=0.1", "the mask's instructions hide behind the bytes in part only"),
-    Reason("attention", "dropout 0.1", "as below; the mask is drawn five times, twice in either backward kernel"),
-    Reason("attention", "", "scores are made three times, and a backward kernel copies nothing ahead"),
+    Reason("attention", "", "two backward kernels then, which made scores and mask again, the mask at 22 instructions"),
     Reason("bottleneck_adapter", "m=1024", "a block for every 64 hidden units reads x and dy again, 16 times in all"),
     Reason("bottleneck_adapter", "", "64 programs add the parts of sums, weights are folded twice; with the race"),
     Reason("frozen_ffn", "", "two chunks, and between their products kernels that took 160 µs for 69 of bytes"),
     Reason("layer_norm", "frozen", "three sums across the warps of a row, which is one warp's since then"),
-    Reason(
-        "layer_norm", "trained", "the sums over tokens read x and dy again, at 0.5 TB/s; now in dx's pass"
-    ),
+    Reason("layer_norm", "trained", "the sums over tokens read x and dy again, at 0.5 TB/s; now in dx's pass"),
     Reason("rms_norm", "trained", "as layer_norm"),
     Reason(
         "linear_cross_entropy", "", "measured by rows, with products over 256,206 words, which take three times as long"

@@ -25,6 +25,7 @@ from petl_kernels.layers.rule import Call, Rule, Unknown, Watch
 from petl_kernels.layers.t5 import LeanT5Layer
 from petl_kernels.layers.wide_ffn import WideFFN, bottleneck_beside
 from petl_kernels.methods.structure import Layer, Structure, describe
+from petl_kernels.ops.philox import RATES, has_mask
 from petl_kernels.transformers_names import (
     attention_implementation,
     cache_in,
@@ -291,6 +292,7 @@ def _obstacle(layer: LeanLayer) -> str:
         or _changed_part(family, layer)
         or _watched(layer)
         or next((f"dropout {rate}, expected less than 1" for rate in family.rates(layer) if rate >= 1), "")
+        or next((f"dropout {rate}, expected {RATES}" for rate in family.rates(layer) if not has_mask(rate)), "")
     )
 
 

@@ -24,6 +24,7 @@ from petl_kernels import ops
 from petl_kernels.errors import InputError
 from petl_kernels.methods.base import Method, Named, Piece, attach, check_size, piece_dtype, stored_as, wide_copy
 from petl_kernels.methods.structure import describe, find_targets
+from petl_kernels.ops.philox import RATES, has_mask
 from petl_kernels.ops.quantised import tiles
 
 
@@ -210,6 +211,8 @@ class LoRA(Method):
         check_size("lora", "rank", self.rank)
         if not 0 <= self.dropout <= 1:
             raise InputError(f"lora dropout {self.dropout!r}: expected a number from 0 to 1")
+        if self.dropout < 1 and not has_mask(self.dropout):
+            raise InputError(f"lora dropout {self.dropout!r}: expected 1, {RATES}")
         for alpha in (self.alpha, *self.alpha_pattern.values()):
             if not alpha > 0:
                 raise InputError(f"lora alpha {alpha!r}: expected a number above 0")

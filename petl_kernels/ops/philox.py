@@ -7,8 +7,8 @@ where this number is at least p * 2^16, rounded, which makes p a multiple of 2^-
 share that is kept, so that the mean stays. What is dropped is 0, even where it was not finite. Rows are the
 last dimension of a tensor. Triton's ``tl.randint4x(seed, counter, 7)`` gives the same outputs.
 
-Attention's probabilities, which tensor cores leave in pairs of columns that lie 8 apart, have another order (``place``):
-a thread that holds 8 of 32 columns then holds those of one counter.
+Attention's probabilities have another order (``place``). Tensor cores leave a thread pairs of columns that lie 8 apart:
+of 32 columns it then holds the 8 of one counter.
 
 ``draw_seed`` is the one place where seeds are drawn. What runs a forward pass again to save memory records the seeds
 of the first run and replays them in the second: the masks are the same then, whatever the generator did in between.
@@ -33,6 +33,7 @@ MAX_ELEMENTS = 2**32
 LEVELS = 2**16
 SHARED = 8  # elements of a counter
 GROUP = 32  # probabilities among which places are swapped; their counters are four
+RATES = "0, or a number that is 1 to 65535 when rounded to 1 / 65536"
 _ROUNDS = 7
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
@@ -118,8 +119,13 @@ def check_rate(op: str, p: float) -> None:
     """Raises InputError: p outside [0, 1), or so near to either end that no mask of 2^-16 steps could have it."""
     if not 0 <= p < 1:
         raise InputError(f"{op}: dropout is {p}: expected a number in [0, 1)")
-    if p and not 0 < threshold(p) < LEVELS:
-        raise InputError(f"{op}: dropout is {p}: expected 0, or a number that is 1 to 65535 when rounded to 1 / 65536")
+    if not has_mask(p):
+        raise InputError(f"{op}: dropout is {p}: expected {RATES}")
+
+
+def has_mask(p: float) -> bool:
+    """Whether there is a mask that drops this share: of rates very near to 0 or 1 there is none."""
+    return p == 0 or 0 < threshold(p) < LEVELS
 
 
 def threshold(p: float) -> int:

@@ -252,6 +252,7 @@ LOSS = {
 }
 # Blocks with many sentences, sentences of many blocks, and empty ones, of which a graph has many at the end.
 SENTENCES = ((5, 7), (0, 3), (1, 1), (9, 4), (2, 0), (0, 0), (70, 41), (33, 40), (1, 2), *[(0, 0)] * 5)
+LONG_SENTENCES = ((5, 7), (0, 3), (2, 0), (131, 70), (3, 90), *[(0, 0)] * 3)  # of more than one block of queries, few
 FEW_SENTENCES = ((5, 7), (0, 3), (2, 0), (33, 40), (0, 0))
 ATTENTION = {
     "1-query": lambda draw: attention(draw, batch=1, heads=2, queries=1, keys=1, d=1),
@@ -266,6 +267,7 @@ ATTENTION = {
     "causal-fewer-keys": lambda draw: attention(draw, batch=1, heads=2, queries=70, keys=33, causal=True),
     "bias": lambda draw: attention(draw, batch=1, heads=2, queries=33, keys=33, bias=1, mask="padding"),
     "dropout": lambda draw: attention(draw, batch=1, heads=2, queries=33, keys=50, dropout=0.3),
+    "dropout-long": lambda draw: attention(draw, batch=1, heads=1, queries=70, keys=50, dropout=0.3),
     "prefix": lambda draw: attention(
         draw, batch=1, heads=2, queries=33, keys=50, prefix=20, prefix_dtype=torch.float32
     ),
@@ -277,6 +279,9 @@ ATTENTION = {
         draw, batch=1, heads=2, queries=33, keys=70, mask="rows", prefix=3, reach=20, causal=True
     ),
     "packed": lambda draw: attention(draw, heads=2, sentences=SENTENCES, dropout=0.3),
+    "packed-long-dropout": lambda draw: attention(
+        draw, heads=1, d=20, sentences=LONG_SENTENCES, dropout=0.2, causal=True
+    ),
     "packed-causal": lambda draw: attention(draw, heads=1, d=20, sentences=SENTENCES, causal=True, prefix=3),
     "packed-everything": lambda draw: attention(
         draw,

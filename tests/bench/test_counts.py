@@ -256,7 +256,11 @@ LAUNCHES = {
     "residual_norm(BF16, BF16, 1024, False)": counts.dropout_add_norm(8192, 1024, 2),
     "residual_norm(BF16, BF16, 1024, True)": counts.dropout_add_norm(8192, 1024, 2, True),
     "attend(BF16, 64, ('padding',))": counts.attention(16, 16, 512, 512, 64, 2),
-    "attend(BF16, 64, ('packed',))": counts.attention(1, 16, 8192, 8192, 64, 2),
+    "attend(BF16, 64, ('packed',))": counts.attention(1, 16, 8192, 8192, 64, 2, sentences=128),
+    "attend(BF16, 128, ('packed',))": counts.attention(1, 16, 8192, 8192, 128, 2, sentences=128),
+    "attend(BF16, 128, ('dropout',), 128)": counts.attention(16, 16, 128, 128, 128, 2, dropout=True),
+    "attend(BF16, 64, ('dropout',), 129)": counts.attention(16, 16, 129, 129, 64, 2, dropout=True),
+    "attend(FP32, 64, ('dropout',), 128)": counts.attention(16, 16, 128, 128, 64, 4, dropout=True),
     **{
         f"quantised_weight(BF16, '{storage}')": counts.quantise(4096, 1024, storage, 2)
         + counts.dequantise(4096, 1024, storage, 2)
@@ -284,7 +288,7 @@ def recorded() -> dict[str, list[str]]:
     """Kernels that each call launches on meta tensors; in a process of its own, where no interpreter is chosen."""
     pytest.importorskip("triton")
     script = (
-        "import json, torch\nimport triton_aot as aot\nBF16 = torch.bfloat16\n"
+        "import json, torch\nimport triton_aot as aot\nBF16, FP32 = torch.bfloat16, torch.float32\n"
         "print(json.dumps({call: [launch[0].__name__ for launch in aot.record('sm90', "
         f"lambda: eval('aot.' + call))] for call in {[*LAUNCHES]!r}}}))"
     )

@@ -202,6 +202,11 @@ def test_a_dispatched_model(ran):
 # ---- dropout -------------------------------------------------------------------------------------------------------
 
 
+def test_a_rate_that_no_mask_has():
+    model = pk.lean(build("m2m100", dropout=1e-6), 2).train()
+    assert reason(model, FIRST["m2m100"]).startswith("dropout 1e-06, expected 0, or a number that is 1 to 65535")
+
+
 @pytest.mark.parametrize("rate", ["dropout", "attention_dropout", "activation_dropout", "dropout_rate"])
 def test_all_is_dropped(rate):
     family = "t5" if rate == "dropout_rate" else "m2m100"

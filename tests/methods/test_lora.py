@@ -235,6 +235,10 @@ def test_dropout_of_one_drops_all_of_it():
         ({"alpha_pattern": {"q_proj": -1.0}}, "lora alpha -1.0: expected a number above 0"),
         ({"bias": "all"}, "lora bias 'all': expected 'none' or 'lora_only'"),
         ({"dropout": 1.1}, "lora dropout 1.1: expected a number from 0 to 1"),
+        (
+            {"dropout": 1e-6},
+            "lora dropout 1e-06: expected 1, 0, or a number that is 1 to 65535 when rounded to 1 / 65536",
+        ),
         ({"targets": ()}, r"lora targets \(\): expected at least one"),
         ({"targets": ("qproj",)}, "lora target 'qproj': matches no module of M2M100.*near: q_proj"),
         ({"targets": ("shared",)}, "lora target 'model.shared': .* expected 'embed_tokens'"),

@@ -68,7 +68,7 @@ def kept(seed: Tensor, rows: tuple[int, ...], prefix: int, keys: int, dropout: f
     first = -(-prefix // 32) * 32
     places += [first + 32 * (j // 32) + 8 * (j // 2 % 4) + 2 * (j // 8 % 4) + j % 2 for j in range(keys)]
     mask = philox.keep_mask(seed, (*rows, first + -(-keys // 32) * 32), dropout)
-    return mask[..., places] * philox.keep_scale(dropout)
+    return mask[..., places].double() * philox.keep_scale(dropout)
 
 
 def sentence_of(cu: Tensor) -> Tensor:
@@ -502,6 +502,7 @@ PACKED |= {"cu_seqlens_q": CU, "cu_seqlens_k": torch.tensor([0, 2, 5], dtype=tor
         ({"distance_bias": torch.ones(3, 5).int()}, "distance_bias has dtype torch.int32: expected a floating-point"),
         ({"distance_bias": torch.ones(3, 5, device="meta")}, "distance_bias is on meta"),
         ({"dropout": 1.0}, r"dropout is 1.0: expected a number in \[0, 1\)"),
+        ({"dropout": 1e-6}, "dropout is 1e-06: expected 0, or a number that is 1 to 65535 when rounded to 1 / 65536"),
         ({"dropout": 0.1, "seed": torch.ones(1)}, r"seed is torch.float32 of shape \(1,\)"),
         ({"dropout": 0.1, "seed": torch.ones(1, dtype=torch.int64, device="meta")}, "seed is on meta"),
         (

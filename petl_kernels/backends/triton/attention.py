@@ -60,7 +60,10 @@ def attention_backward(
     packed = cu_q, cu_k, distance_bias
     if need_dbias or q.shape[3] > MAX_FEATURES:
         reference = kernel_of("attention_backward", "reference")
-        return reference(do, q, k, v, o, lse, *arguments, need_dbias, *packed, need_ddistance_bias)
+        grads = reference(do, q, k, v, o, lse, *arguments, need_dbias, *packed, need_ddistance_bias)
+        if outs is None:
+            return grads
+        return *(out.copy_(own) for out, own in zip(outs, grads[:3], strict=True)), *grads[3:]
     given = _Inputs(q, k, v, *arguments, *packed)
     dq, dk, dv = (_like_heads(x) for x in (q, k, v)) if outs is None else outs
     do, o = _adjacent(do), _adjacent(o)
@@ -131,7 +134,8 @@ def _distance_gradient(do, lse, delta, given: _Inputs) -> torch.Tensor:
             _distance_gradient_kernel, (blocks, heads, parts),
             partials, do, lse, delta, *given.tensors()[:5], given.seed, *given.packed(), *given.sizes(), tiles,
             _strides(do), *given.strides(), *given.numbers(),
-            **given.constexprs(), BITS=given.bits(), BM=tile.m, BN=tile.n, BR=tile.k, warps=tile.warps, stages=tile.stages,
+            **given.constexprs(), BITS=given.bits(), BM=tile.m, BN=tile.n, BR=tile.k,
+            warps=tile.warps, stages=tile.stages,
         )  # fmt: skip
     return partials.sum(0)
 
@@ -512,7 +516,8 @@ def _add_key_gradients(
 def _key_gradients_kernel(
     dk, dv, do, lse, delta, q, k, v, mask, bias, seed, cu_q, cu_k, distance, sentences, reach,
     heads, queries, keys, features, first, columns,
-    strides_dk, strides_dv, strides_do, strides_q, strides_k, strides_v, strides_mask, strides_bias, scale, threshold, keep_scale,
+    strides_dk, strides_dv, strides_do, strides_q, strides_k, strides_v, strides_mask, strides_bias,
+    scale, threshold, keep_scale,
     CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
     BITS: tl.constexpr,
 ):  # fmt: skip
@@ -621,9 +626,9 @@ def _sentence_gradients_kernel(
             for at_key in range(start, last, BN):
                 dq_sum = _add_query_gradient(
                     dq_sum, q_tile, do_tile, lse_rows, hidden, delta_rows, k, v, None, None, distance, seed, at_key,
-                    rows, tl.zeros_like(rows) + first, tl.zeros_like(rows) + end, shift, counters + rows, stop, end, features, columns, 0, strides_k[2],
-                    strides_v[2], strides_mask, strides_bias, reach, scale, threshold, keep_scale,
-                    CAUSAL, DROPOUT, BN, BD,
+                    rows, tl.zeros_like(rows) + first, tl.zeros_like(rows) + end, shift, counters + rows, stop, end,
+                    features, columns, 0, strides_k[2], strides_v[2], strides_mask, strides_bias, reach, scale,
+                    threshold, keep_scale, CAUSAL, DROPOUT, BN, BD,
                 )  # fmt: skip
             _store_rows(dq, strides_dq, dq_sum * scale, rows, rows < stop, features, BD)
         tl.debug_barrier()  # every thread's delta is there

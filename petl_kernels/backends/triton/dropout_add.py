@@ -1,6 +1,6 @@
 """dropout_add in Triton: y = residual + drop(x), and dx = drop(dy).
 
-Bound by memory: 6 bytes an element forward and 4 backward in 16 bit, 22 instructions an element for the mask.
+Bound by memory: 6 bytes an element forward and 4 backward in 16 bit, 12 instructions an element for the mask.
 """
 
 from __future__ import annotations
