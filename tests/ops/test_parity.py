@@ -175,7 +175,7 @@ LORA = (
 
 @pytest.mark.parametrize("options", LORA, ids=["one", "group"])
 def test_a_kernel_may_add_up_in_another_order(monkeypatch, options):
-    """The order of the Triton kernels. On a card dx of seed 0 was off by 1.63e-5 with another mask; here it is by 1.68e-5."""
+    """The order of the Triton kernels. On a card dx of seed 0 was off by 1.63e-5, with another mask; here by 1.68e-5."""
     kernels = {("lora_linear", "cpu"): lora_in_order, ("lora_linear_backward", "cpu"): lora_backward_in_order}
     monkeypatch.setattr(backends, "_kernels", backends._kernels | kernels)
     monkeypatch.setitem(backends._load_errors, "cpu", None)
