@@ -20,7 +20,7 @@ MATRIX_INSTRUCTION = {"sm90": "wgmma.mma_async", "sm100": "tcgen05.mma"}
 WITHOUT_PRODUCT = {
     *("_sum_kernel", "_column_sums_kernel", "_fold_kernel", "_finish_kernel", "_hidden_kernel"),
     *("_hidden_backward_kernel", "_norm_kernel", "_norm_again_kernel", "_norm_dx_kernel", "_norm_sums_kernel"),
-    *("_sums_kernel", "_loss_kernel", "_dequantise_kernel"),
+    *("_sums_kernel", "_loss_kernel", "_begin_kernel", "_words_kernel", "_end_kernel", "_dequantise_kernel"),
 }
 ELEMENTWISE = {
     *("_activation_kernel", "_activation_backward_kernel", "_gated_kernel", "_gated_backward_kernel"),
