@@ -21,6 +21,7 @@ WITHOUT_PRODUCT = {
     *("_sum_kernel", "_column_sums_kernel", "_fold_kernel", "_norm_gradients_kernel", "_rows_kernel"),
     *("_latent_gradient_kernel", "_norm_kernel", "_norm_again_kernel", "_norm_dx_kernel"),
     *("_sums_kernel", "_loss_kernel", "_dequantise_kernel", "_project_rows_kernel", "_project_back_rows_kernel"),
+    *("_begin_kernel", "_words_kernel", "_end_kernel"),
     *("_quantise_int8_kernel", "_quantise_nf4_kernel", "_quantise_absmax_kernel"),
 }
 ELEMENTWISE = {
