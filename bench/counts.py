@@ -42,7 +42,7 @@ QUANTISED_VECTOR_ROWS = 4
 QUANTISED_TILE_BYTES = 32 << 20
 PROCESSORS = 132
 LOSS_WORDS, ALIGNED = (2048, 8192), 64  # of a block at least, unless there are not so many, and at most
-SENTENCE = 128  # queries of a sentence whose gradients one program makes
+SENTENCE = 128  # queries of a sentence whose gradients one program makes; before sm_90 64, which is not counted
 
 
 @dataclass(frozen=True)

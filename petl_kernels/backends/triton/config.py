@@ -133,10 +133,11 @@ ATTENTION_BACKWARD = {
     "fp32": (Tile(32, 32, 64, 4, 2), Tile(16, 32, 128, 4, 2)),
     "interpreter": (Tile(32, 32, 64, 4, 1), Tile(32, 32, 128, 4, 1)),
 }
-# Backward of whole sentences: up to m queries that stay, n keys at a time. fp32 has no registers for it.
+# Backward of whole sentences: up to m queries that stay, n keys at a time. Where operands of products are in registers
+# (Ampere's instructions) there are none for more queries or wider heads, and in fp32 none at all.
 ATTENTION_SENTENCE = {
-    "small": (Tile(64, 32, 64, 4, 2), Tile(64, 32, 128, 8, 2)),
-    "sm80": (Tile(128, 64, 64, 8, 3), Tile(128, 64, 128, 8, 2)),
+    "small": (Tile(64, 32, 64, 4, 2), None),
+    "sm80": (Tile(64, 32, 64, 4, 3), None),
     "sm90": (Tile(128, 64, 64, 8, 3), Tile(128, 64, 128, 8, 2)),
     "sm100": (Tile(128, 64, 64, 8, 3), Tile(128, 64, 128, 8, 2)),
     "interpreter": (Tile(64, 32, 64, 4, 1), Tile(64, 32, 128, 4, 1)),
@@ -252,12 +253,14 @@ def attention_tile(
     table: dict[str, tuple[Tile, Tile]], q: torch.Tensor, dropout: float, distances: bool = False
 ) -> Tile:
     """Fewer queries with a bias by distance in fp32 or beside wide heads, in backward: its places in the table need
-    registers too. On sm_100 dropout alone needs more than there are.
+    registers too. Fewer keys with dropout beside it, and where operands are in registers; on sm_100 fewer queries.
     """
     kind, wide = key(q), q.shape[3] > ATTENTION_NARROW
     tile = table[kind][wide]
     if dropout and kind == "sm100":
         tile = tile._replace(m=tile.m // 2)
+    if dropout and (distances or kind in ("sm80", "small")):
+        tile = tile._replace(n=32)
     if distances and (wide or q.dtype == torch.float32):
         tile = tile._replace(m=min(tile.m, 16 if q.dtype == torch.float32 else 32))
     return tile
@@ -268,10 +271,10 @@ def attention_sentence_tile(q: torch.Tensor, sentences: int, packed: bool) -> Ti
 
     Wide heads in packed rows have no registers for the sentences that are longer.
     """
-    table, wide = ATTENTION_SENTENCE.get(key(q)), q.shape[3] > ATTENTION_NARROW
-    if table is None or (packed and wide):
+    wide, tokens = q.shape[3] > ATTENTION_NARROW, q.shape[0] * q.shape[2]
+    tile = ATTENTION_SENTENCE.get(key(q), (None, None))[wide]
+    if tile is None or (packed and wide):
         return None
-    tile, tokens = table[wide], q.shape[0] * q.shape[2]
     if tile.m == 128 and not wide and tokens <= sentences * 64:
         tile = tile._replace(m=64, warps=4)
     return tile if tokens <= sentences * tile.m else None
