@@ -33,7 +33,8 @@ class Border:
     @torch.inference_mode(False)  # or the parameters could not be trained through later
     def __init__(self, linears: Sequence[nn.Linear]):
         self.linears = tuple(linears)
-        first, outputs, r = linears[0].weight.detach(), sum(linear.out_features for linear in linears), room_for(linears)
+        first, r = linears[0].weight.detach(), room_for(linears)
+        outputs = sum(linear.out_features for linear in linears)
         self.buffer: Tensor | None = first.new_zeros(outputs + r, first.shape[1] + r)
         for linear, place in self._places():
             place.copy_(linear.weight.detach())
@@ -51,9 +52,7 @@ class Border:
         return self.buffer is not None and tuple(linears) == self.linears and self._holds()
 
     def _holds(self) -> bool:
-        return all(
-            not linear.weight.requires_grad and _is_at(linear.weight, place) for linear, place in self._places()
-        )
+        return all(not linear.weight.requires_grad and _is_at(linear.weight, place) for linear, place in self._places())
 
     @torch.inference_mode(False)
     def undo(self) -> None:

@@ -21,6 +21,7 @@ from petl_kernels.ops.rms_norm import rms_norm, rms_norm_from_statistics, rms_no
 OPS = (
     "frozen_linear",
     "lora_linear",
+    "lora_border",
     "bottleneck_adapter",
     "layer_norm",
     "rms_norm",

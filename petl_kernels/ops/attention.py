@@ -504,7 +504,7 @@ def _backward(
     do, q, k, v, o, lse, mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed, need_dbias,
     cu_seqlens_q, cu_seqlens_k, distance_bias, need_ddistance_bias, backend, rooms=(),
 ):  # fmt: skip
-    """rooms: how much room is behind rows of [dq dk dv], or behind those of dq and of [dk dv]; without it each is alone."""
+    """rooms: how much is behind rows of [dq dk dv], or behind those of dq and of [dk dv]; without any each is alone."""
     kernel = dispatch("attention_backward", q.device, backend, q.dtype)
     arguments = (
         do, q, k, v, o, lse, mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed, need_dbias,
@@ -525,7 +525,7 @@ def _backward(
 
 
 def _side_by_side(q: Tensor, k: Tensor, v: Tensor, rooms: Sequence[int]) -> list[Tensor]:
-    """Empty tensors like q, k and v, in the columns of one matrix with room behind its rows, or of two for two rooms."""
+    """Empty tensors like q, k and v, in the columns of one matrix with room behind its rows, or of two matrices."""
     together = ([q, k, v],) if len(rooms) == 1 else ([q], [k, v])
     return [part for own, room in zip(together, rooms, strict=True) for part in _columns(own, room)]
 

@@ -183,15 +183,13 @@ def _gradients(ctx, needs, dy: Tensor | None, *_):
 
 define(
     "layer_norm",
-    "(Tensor x, Tensor weight, Tensor? bias, float eps, str backend, int room=0)"
-    " -> (Tensor, Tensor, Tensor)",
+    "(Tensor x, Tensor weight, Tensor? bias, float eps, str backend, int room=0) -> (Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
 )
 define(
     "layer_norm_from_statistics",
-    "(Tensor x, Tensor mean, Tensor rstd, Tensor weight, Tensor? bias, str backend,"
-    " int room=0) -> Tensor",
+    "(Tensor x, Tensor mean, Tensor rstd, Tensor weight, Tensor? bias, str backend, int room=0) -> Tensor",
     _from_statistics,
     _from_statistics_fake,
 )
