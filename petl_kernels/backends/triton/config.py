@@ -57,6 +57,16 @@ TOKEN_SUM = {
     "interpreter": Tile(32, 32, 16, 4, 1),
 }
 
+# Gradients of an output, read once: m tokens whose ds stays in registers, k columns at a time.
+GRADIENTS = {
+    "small": Tile(128, 0, 32, 8, 2),
+    "sm80": Tile(128, 0, 64, 4, 3),
+    "sm90": Tile(128, 0, 64, 4, 3),
+    "sm100": Tile(128, 0, 64, 4, 3),
+    "fp32": Tile(32, 0, 32, 4, 2),
+    "interpreter": Tile(32, 0, 32, 4, 1),
+}
+
 
 # The fused adapter: a block of m rows, n columns of the result at a time, steps of k columns of the input. The
 # second entry serves accumulators wider than ADAPTER_NARROW.
