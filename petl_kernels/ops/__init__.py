@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import petl_kernels.ops.lora_border  # noqa: F401  no function: a layer's rule runs it
 from petl_kernels.backends import available_backends, backend_of, use
 from petl_kernels.ops.activation import activation
 from petl_kernels.ops.attention import attention

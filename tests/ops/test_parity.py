@@ -26,9 +26,10 @@ def test_table(monkeypatch):
         for op in ops.OPS
         for backend in contract.BACKENDS
         for dtype in ("float32", "bfloat16", "float16")
+        if backend == "reference" or op not in contract.FOR_CARDS
     }
     assert {row[3] for row in rows} == {"pass"}
-    assert {row[1] for row in rows if row[4]} == {contract.BACKENDS[-1]}
+    assert {row[1] for row in rows if row[4] and row[0] not in contract.FOR_CARDS} == {contract.BACKENDS[-1]}
 
 
 @pytest.fixture
