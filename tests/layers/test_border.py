@@ -37,9 +37,7 @@ def ran(monkeypatch) -> Counter:
     counted = Counter()
     for name in ("lora_border", "lora_border_backward", "lora_linear", "frozen_linear"):
         kernel = common._kernels[name]
-        monkeypatch.setitem(
-            common._kernels, name, lambda *args, n=name, k=kernel: counted.update([n]) or k(*args)
-        )
+        monkeypatch.setitem(common._kernels, name, lambda *args, n=name, k=kernel: counted.update([n]) or k(*args))
     return counted
 
 
@@ -195,7 +193,9 @@ def test_the_weights_may_go_between_forward_and_backward():
     loss = pk.lean(model, 1)(**inputs).loss
     pk.lean(model, 0)
     loss.backward()
-    assert_same({"loss": loss.detach(), **{n: p.grad for n, p in model.named_parameters() if p.grad is not None}}, expected)
+    assert_same(
+        {"loss": loss.detach(), **{n: p.grad for n, p in model.named_parameters() if p.grad is not None}}, expected
+    )
 
 
 # ---- where the weights are ------------------------------------------------------------------------------------------
@@ -228,7 +228,7 @@ def test_bytes_are_what_a_plan_counts():
         storages = {linear.weight.untyped_storage()._cdata: linear.weight.untyped_storage() for linear in linears}
         room = sum(storage.nbytes() for storage in storages.values()) - sum(linear.weight.nbytes for linear in linears)
         own = model.get_submodule(layer.path).petl_bound[0]._rules.values()
-        biases = [l.bordered.bias for rule in own for a in rule.attentions for l in a.linears]
+        biases = [group.bordered.bias for rule in own for attention in rule.attentions for group in attention.linears]
         assert room + sum(bias.nbytes for bias in biases) == expected
 
 

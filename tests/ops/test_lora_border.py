@@ -1,4 +1,4 @@
-"""Linears in one product, with their adapters in a border of the weights: ``lora_linear`` and ``frozen_linear`` at once."""
+"""Linears in one product, with their adapters in a border of the weights, beside the linears one by one."""
 
 from __future__ import annotations
 

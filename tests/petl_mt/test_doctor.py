@@ -54,7 +54,9 @@ def test_what_it_says_of_this_machine(monkeypatch, capsys):
     if backends.load_error("cpu") is None:
         assert "served by plain PyTorch: lora_border\n" in report
         found = lines_of(report)
-        assert [line[:2] for line in found] == [[kind, op] for kind in ("bfloat16", "float32", "float16") for op in HERE]
+        assert [line[:2] for line in found] == [
+            [kind, op] for kind in ("bfloat16", "float32", "float16") for op in HERE
+        ]
         assert all(line[2:] == ["cpu", "pass, serves"] for line in found)
 
 

@@ -245,9 +245,13 @@ def alignment(ranks: tuple[int, ...]) -> int:
     return math.gcd(16, *ranks)
 
 
-def rank_block(x: torch.Tensor, ranks: tuple[int, ...], size: int) -> int:
-    """A block of ranks beside a full accumulator: small where fp32 or unaligned ranks need more registers."""
-    return padded(size, 64 if alignment(ranks) == 16 and x.dtype != torch.float32 else 16)
+def rank_columns(x: torch.Tensor, dropout: float, features: int) -> int:
+    """Columns at a time of what is made from s or ds of a block of rows; a mask takes registers beside them."""
+    if device_class(x.device) == "interpreter":
+        return 32
+    if x.dtype == torch.float32 or (dropout and features % 4):
+        return 32
+    return 64 if dropout else 128
 
 
 def splits(x: torch.Tensor, tile: Tile, programs: int) -> int:

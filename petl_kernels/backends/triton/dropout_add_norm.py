@@ -42,8 +42,8 @@ def dropout_add_norm(y, residual, weight, bias, eps: float, p: float, seed, cent
         seed, threshold, keep_scale, constants = dropout_arguments(p, seed, d)
         launch(
             _sum_norm_kernel, (tokens,), h, u, mean, rstd, rows, residuals, weight.contiguous(), _contiguous(bias),
-            seed, d, d + room, rows.stride(0), residuals.stride(0), eps, threshold, keep_scale, QUADS=constants["QUADS"],
-            BN=block, warps=warps, stages=1,
+            seed, d, d + room, rows.stride(0), residuals.stride(0), eps, threshold, keep_scale,
+            QUADS=constants["QUADS"], BN=block, warps=warps, stages=1,
         )  # fmt: skip
     return h, u, mean if centred else rstd.new_empty(0), rstd
 

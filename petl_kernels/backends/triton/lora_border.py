@@ -157,7 +157,9 @@ def _inputs_kernel(
             if bias is not None:
                 total += tl.load(biases[i] + n, mask=(n >= 0) & (n < bias_sizes[i]), other=0.0).to(tl.float32)
             first, column = first + sizes[i], column + ranks[i]
-        store(border + rows.to(tl.int64)[:, None] * stride_border + K + cols[None, :], values, rows < first, cols < room)
+        store(
+            border + rows.to(tl.int64)[:, None] * stride_border + K + cols[None, :], values, rows < first, cols < room
+        )
         if bias is not None:
             tl.store(bias + rows, total.to(bias.dtype.element_ty), mask=rows < first)
 
@@ -167,7 +169,7 @@ def _project_rows(
     s, wide, a, row, first, M, K, room, ranks, stride_s, stride_wide,
     BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """s of rows from `row` on, in the columns from `first` on: behind x, with zeros where no rank is left, and alone."""
+    """s of rows from `row` on, columns from `first` on: behind x, with zeros where no rank is left, and alone."""
     rows = (row + tl.arange(0, BM)).to(tl.int64)
     rank = first + tl.arange(0, BR)
     row_inside, rank_inside = rows < M, rank < total_size(ranks)
