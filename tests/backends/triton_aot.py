@@ -279,6 +279,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 EVERYWHERE = [
     (lora, BF16, 3, 16, 0.1),
     (lora, FP16, 1, 16, 0.0),
+    (lora, BF16, 3, 64, 0.1),
     (border, BF16, (16, 0, 16)),
     (border, FP16, (64,), True),
     (frozen, BF16, 8192),
@@ -324,7 +325,6 @@ ONLY = {
         (attend, FP32, 64, ("packed", "distance")),
     ],
     "sm90": [
-        (lora, BF16, 3, 64, 0.0),
         (residual_norm, FP32, FP32, 1024, True),
         (residual_norm, BF16, FP32, 2048, False),
         (residual_norm, BF16, BF16, 768, True, False),
