@@ -390,6 +390,8 @@ EXPLAINED = (
     Reason("layer_norm", "trained", "the sums over tokens read x and dy again, at 0.5 TB/s"),
     Reason("rms_norm", "trained", "as layer_norm"),
     Reason("linear_cross_entropy", "", "256,206 is no multiple of 8: the library's products take three times as long"),
+    Reason("lora_linear", "nllb", "measured with products of ours, which are the library's now"),
+    Reason("lora_linear", "wide", "as above"),
     Reason("lora_linear", "t5", "192 tiles for 132 multiprocessors: of two waves the second is half empty"),
     Reason("parallel_ffn", "m=256", "the adapter's gradients come from the adapter's kernels"),
     Reason("quantised_project", "", "not our kernels: their check failed below autograd, and the reference served"),
