@@ -37,6 +37,7 @@ QUANTISE = {"int8": 26, "nf4": 54}
 # What the wrappers decide by (petl_kernels/backends/triton/config.py).
 ADAPTER_FUSED = 128
 FFN_CHUNK_BYTES, FFN_CHUNK_ROWS = 64 << 20, 256
+FUSED_RANKS = 64
 QUANTISED_LOOP_ROWS = {"int8": 512, "nf4": 256}
 QUANTISED_VECTOR_ROWS = 4
 QUANTISED_TILE_BYTES = 32 << 20
@@ -124,15 +125,61 @@ def lora_linear(
     mask = MASK * t * k if dropout else 0.0
     forward = x + w + n * size + adapters + y + s
     backward = y + x + s + w + adapters + x + adapters
+    rank_part = _rank_part if r <= FUSED_RANKS else _rank_part_apart
     kernels = (
-        Launch("_project_kernel", 2 * t * a, x + FP32 * a + s, mask),
-        Launch("_outputs_kernel", 2 * t * n * k + 2 * t * b, x + w + n * size + s + FP32 * b + y),
-        Launch("_rank_gradients_kernel", 2 * t * b, y + FP32 * b + s),
-        Launch("_input_gradient_kernel", 2 * t * n * k + 2 * t * a, y + w + s + FP32 * a + x, mask),
+        *rank_part("_rank_outputs_kernel", "_project_kernel", t, k, outputs, ranks, size, mask),
+        *(_adding(t, n_g, k, size) for n_g in outputs),
+        *rank_part("_rank_input_kernel", "_rank_gradients_kernel", t, k, outputs, ranks, size, mask),
+        *(_adding(t, k, n_g, size) for n_g in outputs),
         Launch("_adapter_gradients_kernel", 2 * t * (a + b), y + x + 2 * s + PARTS * adapters, mask),
         Launch("_sum_kernel", bytes=(PARTS + 1) * adapters),
     )
     return Counts(4 * t * n * k + 6 * t * (a + b), forward + backward, kernels)
+
+
+def _rank_part(fused, _, t, k, outputs, ranks, size, mask) -> list[Launch]:
+    """s and the rank part of y, or ds and that of dx, from one read of x or dy."""
+    n, r = sum(outputs), sum(ranks)
+    a, b = r * k, sum(n_g * r_g for n_g, r_g in zip(outputs, ranks, strict=True))
+    return [Launch(fused, 2 * t * (a + b), size * t * (k + n + r) + FP32 * (a + b), mask)]
+
+
+def _rank_part_apart(fused, alone, t, k, outputs, ranks, size, mask) -> list[Launch]:
+    """The same where the ranks are too many: s or ds, then products of the library's; casts and scales are left out."""
+    r, into = sum(ranks), fused == "_rank_outputs_kernel"
+    b = sum(n_g * r_g for n_g, r_g in zip(outputs, ranks, strict=True))
+    if into:
+        first = Launch(alone, 2 * t * r * k, size * t * (k + r) + FP32 * r * k, mask)
+        return [first, *(_library(t, n_g, r_g, size) for n_g, r_g in zip(outputs, ranks, strict=True))]
+    first = Launch(alone, 2 * t * b, size * t * (sum(outputs) + r) + FP32 * b)
+    written = [Launch("library pass", bytes=2 * t * k * size, library=True)]
+    dropped = [Launch("_dropout_add_kernel", bytes=2 * t * k * size, instructions=mask)] if mask else []
+    return [first, _library(t, k, r, size), *dropped, *written]
+
+
+def lora_border(t: int, k: int, outputs: Sequence[int], ranks: Sequence[int], size: int) -> Counts:
+    """The same linears as one product each way, r_g = 0 for one without an adapter; x and dy come in rows with room."""
+    n, r = sum(outputs), math.ceil(sum(ranks) / 8) * 8
+    a, b = sum(ranks) * k, sum(n_g * r_g for n_g, r_g in zip(outputs, ranks, strict=True))
+    counted = lora_linear(t, k, outputs, ranks, size)
+    if not r:
+        return replace(counted, kernels=(_filled(n, size), _library(t, n, k, size), _library(t, k, n, size)))
+    x, s, adapters = t * k * size, t * sum(ranks) * size, FP32 * (a + b)
+    read = size * t * sum(n_g for n_g, r_g in zip(outputs, ranks, strict=True) if r_g)
+    parts = math.ceil(t / 128)
+    kernels = (
+        Launch("_inputs_kernel", 2 * t * a, x + 2 * s + adapters + n * r * size),
+        _library(t, n, k + r, size),
+        Launch("_gradients_kernel", 4 * t * b, read + 2 * s + adapters + r * k * size + FP32 * parts * b),
+        Launch("_token_sum_kernel", 2 * t * a, x + s + FP32 * PARTS * a),
+        Launch("_sum_kernel", bytes=FP32 * ((parts + 1) * b + (PARTS + 1) * a)),
+        _library(t, k, n + r, size),
+    )
+    return replace(counted, kernels=kernels)
+
+
+def _filled(n: int, size: int) -> Launch:
+    return Launch("_inputs_kernel", bytes=2 * n * size)
 
 
 def quantised_project(t: int, n: int, k: int, storage: str, size: int) -> Counts:
@@ -250,7 +297,7 @@ def _cast(matrix: int, size: int) -> Launch:
 
 
 def _adding(rows: int, cols: int, inner: int, size: int) -> Launch:
-    """A product that is added to what is there."""
+    """A product of the library's that is added to what is there."""
     product = _library(rows, cols, inner, size)
     return replace(product, bytes=product.bytes + rows * cols * size)
 

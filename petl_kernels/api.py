@@ -161,6 +161,7 @@ def merge(model: nn.Module) -> nn.Module:
             _move(original, torch.device("cpu"))
     run_pieces(model, None)
     model.requires_grad_(False)
+    widen(model)
     return model
 
 
@@ -197,6 +198,7 @@ def unmerge(model: nn.Module) -> nn.Module:
     if record.was_tied:
         model.config.tie_word_embeddings, record.was_tied = True, False
     activate(model, name)
+    widen(model)
     return model
 
 

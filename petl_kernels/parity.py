@@ -228,6 +228,24 @@ def _run_lora_linear(forward: Callable, backward: Callable, given: dict) -> Valu
     return values
 
 
+def _run_lora_border(forward: Callable, backward: Callable, given: dict) -> Values:
+    from petl_kernels.ops.lora_border import room  # see table()
+    from petl_kernels.ops.room import copied_rows
+
+    x, biases, a, b, scales = (given[name] for name in ("x", "biases", "a", "b", "scales"))
+    outputs, r = sum(b_g.shape[0] for b_g in b), room(sum(a_g.shape[0] for a_g in a))
+    border = given["border"].clone()[: outputs + r, : x.shape[1] + r]
+    need_dbias = [c.numel() > 0 for c in biases]
+    bias = x.new_empty(outputs) if any(need_dbias) else None
+    y, s = forward(copied_rows([x], r), border, bias, biases, a, b, scales)
+    dys = copied_rows(given["dys"], r)
+    dx, da, db, dbias = backward(dys, x, s, border, a, b, scales, True, need_dbias)
+    values = {"y": y, "s": s, "dx": dx}
+    for g, (own, need) in enumerate(zip(dbias, need_dbias, strict=True)):
+        values |= {f"da{g}": da[g], f"db{g}": db[g], **({f"dbias{g}": _sum_dtype(own)} if need else {})}
+    return values
+
+
 def _run_bottleneck_adapter(forward: Callable, backward: Callable, given: dict) -> Values:
     x, residual, up_bias = given["x"], given["residual"], given["up_bias"]
     norm = [given[name] for name in ("ln_weight", "ln_bias")]
@@ -358,6 +376,7 @@ def _run_quantised_embedding(forward: Callable, backward: Callable, given: dict)
 _RUN = {
     "frozen_linear": _run_frozen_linear,
     "lora_linear": _run_lora_linear,
+    "lora_border": _run_lora_border,
     "bottleneck_adapter": _run_bottleneck_adapter,
     "layer_norm": _run_layer_norm,
     "rms_norm": _run_rms_norm,
@@ -434,6 +453,29 @@ def lora_linear_arguments(
         "dropout": dropout,
         "seed": draw.seed() if dropout else None,
         "dys": [draw(*rows, n) for n in ns],
+    }
+
+
+def lora_border_arguments(
+    draw: Source, rows=17, ns=(40, 24, 33), k=72, ranks=(4, 0, 8), bias=True, more=0, adapter_dtype=None
+) -> dict:
+    """The weights stand in ``border``, in which nothing else is set; more: room for other adapters. Every second linear
+    has no bias."""
+    from petl_kernels.ops.lora_border import room  # see table()
+
+    r = room(sum(ranks)) + more
+    weights = [draw(n, k, std=k**-0.5) for n in ns]
+    border = weights[0].new_full((sum(ns) + r, k + r), torch.nan)
+    border[: sum(ns), :k] = torch.cat(weights)
+    return {
+        "x": draw(rows, k),
+        "border": border,
+        "weights": weights,
+        "biases": [draw(n if bias and i % 2 == 0 else 0) for i, n in enumerate(ns)],
+        "a": [draw(r_g, k, std=k**-0.5, dtype=adapter_dtype) for r_g in ranks],
+        "b": [draw(n, r_g, dtype=adapter_dtype) for n, r_g in zip(ns, ranks, strict=True)],
+        "scales": [2.0 + i for i in range(len(ns))],
+        "dys": [draw(rows, n) for n in ns],
     }
 
 
@@ -682,6 +724,16 @@ def _group_with_dropout(device, dtype):
     )
 
 
+def _two_of_three(device, dtype):
+    return lora_border_arguments(
+        Source(device, dtype), rows=43, ns=(40, 56, 40), ranks=(4, 0, 8), adapter_dtype=torch.float32
+    )
+
+
+def _frozen_together(device, dtype):
+    return lora_border_arguments(Source(device, dtype), ranks=(0, 0), ns=(40, 24), more=8)
+
+
 def _relu(device, dtype):
     return bottleneck_adapter_arguments(Source(device, dtype), rows=(33,))
 
@@ -870,6 +922,7 @@ def _nf4_ids(device, dtype):
 CASES = {
     "frozen_linear": (_with_bias, _without_bias),
     "lora_linear": (_one_layer, _group_with_dropout),
+    "lora_border": (_two_of_three, _frozen_together),
     "bottleneck_adapter": (_relu, _gelu_fp32_adapter, _silu_parallel),
     "layer_norm": (_norm, _norm_fp32_parameters, _norm_without_bias),
     "rms_norm": (_rms, _rms_fp32_weight),

@@ -24,6 +24,7 @@ from petl_kernels.methods.base import (
     adapter_parameters,
     adapter_state,
     find_record,
+    host_copy,
     load_adapter_state,
     load_training_state,
     records,
@@ -186,7 +187,9 @@ def plain_state(model: nn.Module, state: dict[str, torch.Tensor] | None = None) 
             shapes = f"shape {tuple(tensor.shape)}, the model's has {tuple(parameter.shape)}"
             raise InputError(f"state_dict: {key!r} has {shapes}; adapters are saved from a whole model")
         if key not in own and not key.startswith(ASIDE):
-            found[key] = other[id(parameter)].to(tensor.dtype) if id(parameter) in other else tensor.detach()
+            own_value = other[id(parameter)].to(tensor.dtype) if id(parameter) in other else tensor.detach()
+            # What stands in wider memory, with others (layers/border.py), is no tensor that a file can have.
+            found[key] = own_value if own_value.is_contiguous() else host_copy(own_value)
     return found
 
 

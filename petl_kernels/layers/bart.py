@@ -108,6 +108,7 @@ class LeanBartLayer:
             residual_dropout=self.dropout if self.training else 0.0,
             pre_norm=self.petl_pre_norm,
             adds_bias=False,
+            borders=self.petl_borders,
         )
 
     def _feed_forward(self) -> FeedForwardBlock:

@@ -34,6 +34,7 @@ from petl_kernels.methods.prefix import Prefix
 from petl_kernels.transformers_names import activation_name, attention_implementation
 
 if TYPE_CHECKING:
+    from petl_kernels.layers.border import Border
     from petl_kernels.layers.wide_ffn import WideFFN
 
 # What each tier makes again, first tier that does.
@@ -60,6 +61,7 @@ class AttentionBlock:
     residual_dropout: float
     pre_norm: bool
     adds_bias: bool
+    borders: dict[str, Border] | None  # of q, k and v, where their weights stand together (``layers/border.py``)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from petl_kernels import versions
 from petl_kernels.errors import InputError, shown
 from petl_kernels.layers.bart import LeanBartLayer
+from petl_kernels.layers.border import Border, groups_of, renew
 from petl_kernels.layers.boundaries import is_packed
 from petl_kernels.layers.hooks import hooked_all, hooks_on, is_foreign
 from petl_kernels.layers.recompute import checkpointed, forget, forget_all
@@ -60,6 +61,7 @@ class LeanLayer:
     petl_tier: int
     petl_path: str
     petl_wide: WideFFN | None = None
+    petl_borders: dict[str, Border] | None = None  # None: the weights' memory is not the layer's
     petl_bound: list[_Bound | None]
 
     def _apply(self, fn, recurse=True):
@@ -68,7 +70,20 @@ class LeanLayer:
         super()._apply(fn, recurse)
         if self.petl_wide is not None:
             self.petl_wide = self.petl_wide.moved()
+        self.renew_borders()
         return self
+
+    def renew_borders(self) -> None:
+        """Let the linears that read one input stand together where they can; what has moved moves there again."""
+        if self.petl_borders is not None:
+            self.petl_bound[0] = None
+            renew(self.petl_borders, groups_of(self.blocks(True)[0]))
+
+    def _replicate_for_data_parallel(self):
+        """A replica has weights of its own on a device of its own, in no border, and no rule yet."""
+        replica = super()._replicate_for_data_parallel()
+        replica.petl_bound, replica.petl_borders, replica.petl_wide = [None], None, None
+        return replica
 
     def run(self, kwargs: dict, x: Tensor, *inputs) -> Tensor:
         """The layer's output; a cache among ``kwargs`` gets what the layer's own forward puts there."""
@@ -118,7 +133,7 @@ class LeanLayer:
 
     def __reduce_ex__(self, protocol):
         mixin, original = type(self).petl_bases
-        return _bare, (mixin, original), {**self.__dict__, "petl_bound": [None]}
+        return _bare, (mixin, original), {**self.__dict__, "petl_bound": [None], "petl_borders": None}
 
 
 class _Bound:
@@ -186,9 +201,10 @@ def lean_layers(model: nn.Module, tier: int | Sequence[int]) -> None:
 
 
 def widen(model: nn.Module) -> None:
-    """Give lean layers room for the parallel adapter that is active, in the weights of their feed-forward networks.
+    """Give lean layers room for the active adapter in their weights: for a parallel one in those of the feed-forward
+    network, for LoRA in those of attentions, where q, k and v then stand together.
 
-    Streamed layers have none: their weights' memory is not theirs. Where the adapter has gone, so does its room.
+    Streamed layers have none: their weights' memory is not theirs. Where a parallel adapter has gone, so does its room.
     """
     lean = {path: module for path, module in model.named_modules() if isinstance(module, LeanLayer)}
     if not lean:
@@ -198,9 +214,11 @@ def widen(model: nn.Module) -> None:
         module = lean.get(layer.path)
         if module is None or (streamed is not None and layer.path in streamed.paths):
             continue
+        module.petl_borders = {} if module.petl_borders is None else module.petl_borders
+        module.renew_borders()
         linears = [model.get_submodule(path) for path in layer.ffn.linears]
         if not bottleneck_beside(model, layer):
-            narrow(module)
+            _narrow_ffn(module)
             continue
         modules = *linears, linears[-1].petl.current()
         if module.petl_wide is None or not module.petl_wide.serves(*modules):
@@ -209,6 +227,14 @@ def widen(model: nn.Module) -> None:
 
 def narrow(layer: nn.Module) -> None:
     """Undo ``widen`` for one layer."""
+    for border in (getattr(layer, "petl_borders", None) or {}).values():
+        border.undo()
+    if isinstance(layer, LeanLayer):
+        layer.petl_bound[0] = layer.petl_borders = None
+    _narrow_ffn(layer)
+
+
+def _narrow_ffn(layer: nn.Module) -> None:
     if getattr(layer, "petl_wide", None) is not None:
         layer.petl_bound[0] = None
         layer.petl_wide.undo()

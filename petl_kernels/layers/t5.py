@@ -130,6 +130,7 @@ class LeanT5Layer:
             residual_dropout=_rate(part.dropout),
             pre_norm=True,
             adds_bias=True,
+            borders=self.petl_borders,
         )
 
     def _feed_forward(self) -> FeedForwardBlock:

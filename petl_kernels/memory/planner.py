@@ -201,7 +201,7 @@ class Planner:
             (layer.side, layer_work(model, self.structure, layer)) for layer in self.structure.layers
         ]
         self.optimizer = optimizer
-        self.weights = FrozenWeights(model, self.structure)
+        self.weights = FrozenWeights(model, self.structure, device.type)
         frozen = (p.dtype for p in model.parameters() if p.dim() > 1 and not p.requires_grad)
         self.product: torch.dtype = autocast or next(frozen, torch.float32)
         self.rates: Rates = measure_rates(device, self.product)
@@ -581,7 +581,7 @@ def plan_search(
     longest translation. Where one such sentence does not fit: InputError, with the least that works, or if not
     ``refuse`` the leanest way, in which shorter ones may.
     """
-    weights, count = FrozenWeights(model, describe(model)), len(describe(model).layers)
+    weights, count = FrozenWeights(model, describe(model), device.type), len(describe(model).layers)
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     search = Search(model, beam, 1, autocast).bytes(0, longest)
     one = search.always + search.of(longest, output_length(longest, longest))

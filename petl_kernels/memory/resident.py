@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from petl_kernels.layers.border import border_bytes
 from petl_kernels.layers.wide_ffn import room_bytes
 from petl_kernels.memory.quantise_model import quantisable, storage_of
 from petl_kernels.methods.structure import Layer, Structure, describe
@@ -35,7 +36,8 @@ SLOTS = 2  # on the device, for streamed layers
 class FrozenWeights:
     """The frozen weights of a model: bytes in each storage, by layer and in all."""
 
-    def __init__(self, model: nn.Module, structure: Structure):
+    def __init__(self, model: nn.Module, structure: Structure, device: str):
+        """device: the kind of device that the model will be on."""
         frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
         places = quantisable(model)
         can = {id(owners[0].weight) for owners in places}
@@ -53,7 +55,7 @@ class FrozenWeights:
             storage: sum(self.bytes[storage].values()) - self._tables_of[storage] for storage in STORAGES
         }
         self.layers = [_streamable(model, layer) for layer in structure.layers]
-        self.rooms = [room_bytes(model, layer) for layer in structure.layers]
+        self.rooms = [room_bytes(model, layer) + border_bytes(model, layer, device) for layer in structure.layers]
         self.can_round, self.can_stream = bool(can), all(self.layers)
         head = getattr(model, "lm_head", None)
         self.head = 0 if head is None else head.weight.numel()
@@ -76,7 +78,7 @@ class FrozenWeights:
 
     def resident(self, storage: str, tables: str, streamed: int) -> int:
         """On the device: without the streamed layers, with the slots that they travel through, and with the room that
-        dense feed-forward weights have for a parallel adapter."""
+        dense weights have for a parallel adapter or for LoRA."""
         layers = self.layer_sizes(storage, streamed)
         slots = min(SLOTS, streamed) * max(layers, default=0)
         rooms = sum(self.rooms[streamed:]) if storage == "dense" else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import petl_kernels.ops.lora_border  # noqa: F401  no function: a layer's rule runs it
 from petl_kernels.backends import available_backends, backend_of, use
 from petl_kernels.ops.activation import activation
 from petl_kernels.ops.attention import attention
@@ -21,6 +22,7 @@ from petl_kernels.ops.rms_norm import rms_norm, rms_norm_from_statistics, rms_no
 OPS = (
     "frozen_linear",
     "lora_linear",
+    "lora_border",
     "bottleneck_adapter",
     "layer_norm",
     "rms_norm",

@@ -47,13 +47,13 @@ Source: Dao, arXiv 2307.08691 (lse, delta); Li and Liang, arXiv 2101.00190 (pref
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from petl_kernels.backends import active, dispatch, register
+from petl_kernels.backends import active, dispatch, kernel_of, register
 from petl_kernels.errors import InputError
 from petl_kernels.ops import philox
 from petl_kernels.ops.common import (
@@ -65,6 +65,7 @@ from petl_kernels.ops.common import (
     empty,
     shape,
 )
+from petl_kernels.ops.room import roomy
 
 CHUNK_BYTES = 16 * 2**20
 
@@ -507,27 +508,51 @@ def _forward_fake(q, *_):
 
 def _backward(
     do, q, k, v, o, lse, mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed, need_dbias,
-    cu_seqlens_q, cu_seqlens_k, distance_bias, need_ddistance_bias, backend,
+    cu_seqlens_q, cu_seqlens_k, distance_bias, need_ddistance_bias, backend, rooms=(),
 ):  # fmt: skip
+    """rooms: how much is behind rows of [dq dk dv], or behind those of dq and of [dk dv]; without any each is alone."""
     kernel = dispatch("attention_backward", q.device, backend, q.dtype)
-    dq, dk, dv, *to_sums = kernel(
+    arguments = (
         do, q, k, v, o, lse, mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed, need_dbias,
         cu_seqlens_q, cu_seqlens_k, distance_bias, need_ddistance_bias,
     )  # fmt: skip
+    into = _side_by_side(q, k, v, rooms) if rooms else None
+    if into is not None and kernel is kernel_of("attention_backward", "triton"):
+        dq, dk, dv, *to_sums = kernel(*arguments, into)
+    else:
+        dq, dk, dv, *to_sums = kernel(*arguments)
+    if into is not None:
+        for own, grad in zip(into, (dq, dk, dv), strict=True):
+            if grad is not own:
+                own.copy_(grad)
+        dq, dk, dv = into
     sums = accumulate_dtype(q.dtype)
     return dq, dk, dv, *(grad.to(sums) for grad in to_sums)
 
 
+def _side_by_side(q: Tensor, k: Tensor, v: Tensor, rooms: Sequence[int]) -> list[Tensor]:
+    """Empty tensors like q, k and v, in the columns of one matrix with room behind its rows, or of two matrices."""
+    together = ([q, k, v],) if len(rooms) == 1 else ([q], [k, v])
+    return [part for own, room in zip(together, rooms, strict=True) for part in _columns(own, room)]
+
+
+def _columns(like: list[Tensor], room: int) -> list[Tensor]:
+    batch, heads, length, features = like[0].shape
+    rows = roomy(like[0], (batch, length, len(like) * heads * features), room)
+    return [part.unflatten(2, (heads, features)).transpose(1, 2) for part in rows.chunk(len(like), 2)]
+
+
 def _backward_fake(
     do, q, k, v, o, lse, mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed, need_dbias,
-    cu_seqlens_q, cu_seqlens_k, distance_bias, need_ddistance_bias, backend,
+    cu_seqlens_q, cu_seqlens_k, distance_bias, need_ddistance_bias, backend, rooms=(),
 ):  # fmt: skip
     sums = accumulate_dtype(q.dtype)
     prefix = (0, q.shape[1], q.shape[3]) if prefix_k is None else prefix_k.shape
     dbias = q.new_empty(bias.shape if need_dbias else 0, dtype=sums)
     dprefix = (q.new_empty(prefix, dtype=sums) for _ in range(2))
     ddistance = q.new_empty(distance_bias.shape if need_ddistance_bias else 0, dtype=sums)
-    return (*map(_like_heads, (q, k, v)), dbias, *dprefix, ddistance)
+    grads = _side_by_side(q, k, v, rooms) if rooms else map(_like_heads, (q, k, v))
+    return (*grads, dbias, *dprefix, ddistance)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -568,7 +593,7 @@ define(
     "attention_backward",
     "(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor? mask, Tensor? bias, Tensor? prefix_k,"
     " Tensor? prefix_v, bool causal, float scale, float dropout, Tensor? seed, bool need_dbias, Tensor? cu_seqlens_q,"
-    " Tensor? cu_seqlens_k, Tensor? distance_bias, bool need_ddistance_bias, str backend)"
+    " Tensor? cu_seqlens_k, Tensor? distance_bias, bool need_ddistance_bias, str backend, int[] rooms=[])"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,

@@ -106,7 +106,8 @@ def differentiate(name: str, save: Callable, backward: Callable) -> None:
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)):
             with torch._C._AutoDispatchBelowAutograd():
                 return overload(*inputs)
-        sizes = takes and [len(value) if lists else None for value, lists in zip(inputs, takes, strict=True)]
+        # A last input that has its default is left out by PyTorch.
+        sizes = takes and [len(value) if lists else None for value, lists in zip(inputs, takes, strict=False)]
         output_sizes = []
         output = Rule.apply(sizes, output_sizes, *_flatten(inputs, sizes))
         return output if gives is None else tuple(_nest(output, output_sizes))

@@ -43,6 +43,7 @@ from petl_kernels.ops.layer_norm import reference as layer_norm
 from petl_kernels.ops.layer_norm import reference_backward as layer_norm_backward
 from petl_kernels.ops.rms_norm import reference as rms_norm
 from petl_kernels.ops.rms_norm import reference_backward as rms_norm_backward
+from petl_kernels.ops.room import leaving_room, roomy
 
 
 def dropout_add_norm(
@@ -124,14 +125,14 @@ def reference_backward(
     return dh, dy, dweight, dbias
 
 
-def _forward(y, residual, weight, bias, eps, p, seed, centred, backend):
+def _forward(y, residual, weight, bias, eps, p, seed, centred, backend, room=0):
     kernel = dispatch("dropout_add_norm", y.device, backend, y.dtype)
-    return kernel(y, residual, weight, bias, eps, p, seed, centred)
+    return leaving_room("dropout_add_norm", kernel, room, 1, y, residual, weight, bias, eps, p, seed, centred)
 
 
-def _forward_fake(y, residual, weight, bias, eps, p, seed, centred, backend):
+def _forward_fake(y, residual, weight, bias, eps, p, seed, centred, backend, room=0):
     h = y.new_empty(y.shape, dtype=torch.promote_types(y.dtype, residual.dtype))
-    u = h.new_empty(h.shape, dtype=torch.promote_types(h.dtype, weight.dtype))
+    u = roomy(h, h.shape, room, torch.promote_types(h.dtype, weight.dtype))
     rstd = h.new_empty(h.shape[:-1], dtype=accumulate_dtype(h.dtype))
     return h, u, torch.empty_like(rstd) if centred else empty(rstd), rstd
 
@@ -184,7 +185,7 @@ def _gradients(ctx, needs, dh: Tensor | None, du: Tensor | None, *_):
 define(
     "dropout_add_norm",
     "(Tensor y, Tensor residual, Tensor weight, Tensor? bias, float eps, float p, Tensor? seed, bool centred,"
-    " str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    " str backend, int room=0) -> (Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
 )

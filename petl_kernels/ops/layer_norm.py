@@ -32,6 +32,7 @@ from petl_kernels.ops.common import (
     empty,
     shape,
 )
+from petl_kernels.ops.room import leaving_room, roomy
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
@@ -122,22 +123,25 @@ def _normalise(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
     return (x.to(mean.dtype) - mean.unsqueeze(-1)) * rstd.unsqueeze(-1)
 
 
-def _forward(x, weight, bias, eps, backend):
-    return dispatch("layer_norm", x.device, backend, x.dtype)(x, weight, bias, eps)
+def _forward(x, weight, bias, eps, backend, room=0):
+    kernel = dispatch("layer_norm", x.device, backend, x.dtype)
+    return leaving_room("layer_norm", kernel, room, 0, x, weight, bias, eps)
 
 
-def _forward_fake(x, weight, bias, eps, backend):
-    y = _from_statistics_fake(x, None, None, weight, bias, backend)
+def _forward_fake(x, weight, bias, eps, backend, room=0):
+    y = _from_statistics_fake(x, None, None, weight, bias, backend, room)
     statistics = [x.new_empty(x.shape[:-1], dtype=accumulate_dtype(x.dtype)) for _ in range(2)]
     return y, *statistics
 
 
-def _from_statistics(x, mean, rstd, weight, bias, backend) -> Tensor:
-    return dispatch("layer_norm_from_statistics", x.device, backend, x.dtype)(x, mean, rstd, weight, bias)
+def _from_statistics(x, mean, rstd, weight, bias, backend, room=0) -> Tensor:
+    op = "layer_norm_from_statistics"
+    kernel = dispatch(op, x.device, backend, x.dtype)
+    return leaving_room(op, kernel, room, None, x, mean, rstd, weight, bias)
 
 
-def _from_statistics_fake(x, mean, rstd, weight, bias, backend) -> Tensor:
-    return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype))
+def _from_statistics_fake(x, mean, rstd, weight, bias, backend, room=0) -> Tensor:
+    return roomy(x, x.shape, room, torch.promote_types(x.dtype, weight.dtype))
 
 
 def _backward(dy, x, mean, rstd, weight, need_dx, need_dweight, need_dbias, backend):
@@ -179,13 +183,13 @@ def _gradients(ctx, needs, dy: Tensor | None, *_):
 
 define(
     "layer_norm",
-    "(Tensor x, Tensor weight, Tensor? bias, float eps, str backend) -> (Tensor, Tensor, Tensor)",
+    "(Tensor x, Tensor weight, Tensor? bias, float eps, str backend, int room=0) -> (Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
 )
 define(
     "layer_norm_from_statistics",
-    "(Tensor x, Tensor mean, Tensor rstd, Tensor weight, Tensor? bias, str backend) -> Tensor",
+    "(Tensor x, Tensor mean, Tensor rstd, Tensor weight, Tensor? bias, str backend, int room=0) -> Tensor",
     _from_statistics,
     _from_statistics_fake,
 )

@@ -23,6 +23,7 @@ from torch import Tensor
 from petl_kernels.backends import active, dispatch, register
 from petl_kernels.ops.common import accumulate_dtype, check_activation, check_parameter, define, differentiate, empty
 from petl_kernels.ops.layer_norm import check_statistics
+from petl_kernels.ops.room import leaving_room, roomy
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
@@ -78,21 +79,23 @@ def reference_backward(
     return dx, dweight
 
 
-def _forward(x, weight, eps, backend):
-    return dispatch("rms_norm", x.device, backend, x.dtype)(x, weight, eps)
+def _forward(x, weight, eps, backend, room=0):
+    kernel = dispatch("rms_norm", x.device, backend, x.dtype)
+    return leaving_room("rms_norm", kernel, room, 0, x, weight, eps)
 
 
-def _forward_fake(x, weight, eps, backend):
+def _forward_fake(x, weight, eps, backend, room=0):
     rstd = x.new_empty(x.shape[:-1], dtype=accumulate_dtype(x.dtype))
-    return _from_statistics_fake(x, rstd, weight, backend), rstd
+    return _from_statistics_fake(x, rstd, weight, backend, room), rstd
 
 
-def _from_statistics(x, rstd, weight, backend) -> Tensor:
-    return dispatch("rms_norm_from_statistics", x.device, backend, x.dtype)(x, rstd, weight)
+def _from_statistics(x, rstd, weight, backend, room=0) -> Tensor:
+    kernel = dispatch("rms_norm_from_statistics", x.device, backend, x.dtype)
+    return leaving_room("rms_norm_from_statistics", kernel, room, None, x, rstd, weight)
 
 
-def _from_statistics_fake(x, rstd, weight, backend) -> Tensor:
-    return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype))
+def _from_statistics_fake(x, rstd, weight, backend, room=0) -> Tensor:
+    return roomy(x, x.shape, room, torch.promote_types(x.dtype, weight.dtype))
 
 
 def _backward(dy, x, rstd, weight, need_dx, need_dweight, backend):
@@ -123,13 +126,13 @@ def _gradients(ctx, needs, dy: Tensor | None, _):
 
 define(
     "rms_norm",
-    "(Tensor x, Tensor weight, float eps, str backend) -> (Tensor, Tensor)",
+    "(Tensor x, Tensor weight, float eps, str backend, int room=0) -> (Tensor, Tensor)",
     _forward,
     _forward_fake,
 )
 define(
     "rms_norm_from_statistics",
-    "(Tensor x, Tensor rstd, Tensor weight, str backend) -> Tensor",
+    "(Tensor x, Tensor rstd, Tensor weight, str backend, int room=0) -> Tensor",
     _from_statistics,
     _from_statistics_fake,
 )

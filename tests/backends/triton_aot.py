@@ -34,12 +34,14 @@ from petl_kernels.backends.triton import (
     gated_activation,
     layer_norm,
     linear_cross_entropy,
+    lora_border,
     lora_linear,
     loss_by_words,
     quantise,
     quantised,
     rms_norm,
 )
+from petl_kernels.ops.lora_border import room
 from petl_kernels.ops.loss_by_words import Kernels, compute
 from petl_kernels.ops.parallel_ffn import with_room
 
@@ -69,16 +71,8 @@ def record(card: str, call: Callable[[], None]) -> list[tuple]:
     config.device_class, config.processors = lambda device: card, lambda device: CARDS[card][1]
     modules = (
         *(activation, attention, bottleneck_adapter, common, dropout_add, dropout_add_norm, frozen_ffn, frozen_linear),
-        *(
-            gated_activation,
-            layer_norm,
-            linear_cross_entropy,
-            lora_linear,
-            loss_by_words,
-            quantise,
-            quantised,
-            rms_norm,
-        ),
+        *(gated_activation, layer_norm, linear_cross_entropy, lora_border, lora_linear, loss_by_words, quantise),
+        *(quantised, rms_norm),
     )
     original = common.launch
     for module in modules:
@@ -160,6 +154,17 @@ def lora(dtype: torch.dtype, groups: int, rank: int, dropout: float, tokens: int
     rest = ([2.0] * groups, dropout, _new(torch.int64, 1))
     _, s = lora_linear.lora_linear(x, weights, biases, a, b, *rest)
     lora_linear.lora_linear_backward(dys, x, s, weights, a, b, *rest, True, [True] * groups)
+
+
+def border(dtype: torch.dtype, ranks: tuple[int, ...], dbias: bool = False, tokens: int = 8192, d: int = 1024) -> None:
+    """As a layer calls it, whose linears have a bias each."""
+    n, r, g = len(ranks) * d, room(sum(ranks)), len(ranks)
+    wide, stacked, bias = _new(dtype, tokens, d + r), _new(dtype, n + r, d + r), _new(dtype, n)
+    a, b = [_new(torch.float32, each, d) for each in ranks], [_new(torch.float32, d, each) for each in ranks]
+    own = a, b, [2.0] * g
+    _, s = lora_border.lora_border(wide, stacked, bias, [_new(dtype, d) for _ in ranks], *own)
+    x, dys = wide[:, :d], _new(dtype, tokens, n + r)
+    lora_border.lora_border_backward(dys, x, s, stacked, *own, True, [dbias] * g)
 
 
 def adapter(
@@ -311,6 +316,9 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 EVERYWHERE = [
     (lora, BF16, 3, 16, 0.1),
     (lora, FP16, 1, 16, 0.0),
+    (lora, BF16, 3, 64, 0.1),
+    (border, BF16, (16, 0, 16)),
+    (border, FP16, (64,), True),
     (frozen, BF16, 8192),
     (frozen, FP16, 2048),
     (frozen, BF16, 512),
@@ -351,6 +359,7 @@ EVERYWHERE = [
 ONLY = {
     "sm80": [
         (lora, FP32, 3, 16, 0.1),
+        (border, FP32, (16, 0, 16), True),
         (adapter, FP32, 64),
         (norms, FP32, 1024, FP32),
         (ffn, FP32, "gelu", True, "x"),
@@ -363,7 +372,6 @@ ONLY = {
     ],
     "sm90": [
         (loss_words, BF16, 8192),
-        (lora, BF16, 3, 64, 0.0),
         (norms, BF16, 1024, BF16, (True, False, False)),
         (norms, BF16, 1024, BF16, (True, False, True)),
         (norms, BF16, 2048, BF16, (False, True, True)),

@@ -18,6 +18,7 @@ from petl_kernels.parity import frozen_ffn_arguments as ffn
 from petl_kernels.parity import frozen_linear_arguments as frozen
 from petl_kernels.parity import layer_norm_arguments as layer_norm
 from petl_kernels.parity import linear_cross_entropy_arguments as loss
+from petl_kernels.parity import lora_border_arguments as border
 from petl_kernels.parity import lora_linear_arguments as lora
 from petl_kernels.parity import quantised_weight
 from petl_kernels.parity import rms_norm_arguments as rms_norm
@@ -150,6 +151,17 @@ LORA = {
     "strided": _lora_strided,
     "quantised": _lora_quantised,
     "no-rows": lambda draw: lora(draw, (2, 0), ns=(37, 8), k=45, ranks=(4, 4), dropout=0.5),
+}
+BORDER = {
+    "1-row-rank-1": lambda draw: border(draw, 1, ns=(37,), k=45, ranks=(1,)),
+    "129-rows-2-of-3": lambda draw: border(
+        draw, 129, ns=(50, 33, 70), k=45, ranks=(4, 0, 20), more=8, adapter_dtype=torch.float32
+    ),
+    "rank-40": lambda draw: border(draw, 17, ns=(40, 24), k=33, ranks=(0, 40), bias=False),
+    "frozen": lambda draw: border(draw, 33, ns=(40, 24, 33), k=40, ranks=(0, 0, 0)),
+    "frozen-no-bias": lambda draw: border(draw, 5, ns=(40, 24), k=40, ranks=(0, 0), bias=False),
+    "last-without": lambda draw: border(draw, 40, ns=(16, 20), k=36, ranks=(8, 0)),
+    "no-rows": lambda draw: border(draw, 0, ns=(37, 8), k=45, ranks=(4, 4)),
 }
 ADAPTER = {
     "1-row": lambda draw: adapter(draw, (1,), d=45, m=5),
@@ -300,6 +312,7 @@ ATTENTION = {
 TABLES = {
     "frozen_linear": FROZEN,
     "lora_linear": LORA,
+    "lora_border": BORDER,
     "bottleneck_adapter": ADAPTER,
     "layer_norm": LAYER_NORM,
     "rms_norm": RMS_NORM,

@@ -240,6 +240,9 @@ def test_bytes_are_the_ops_inputs_and_outputs(cases):
 LAUNCHES = {
     "frozen(BF16, 8192)": counts.frozen_linear(8192, 1024, 1024, 2, dbias=True),
     "lora(BF16, 1, 16, 0.0)": counts.lora_linear(8192, 1024, [1024], [16], 2),
+    "border(BF16, (16, 0, 16))": counts.lora_border(8192, 1024, [1024] * 3, [16, 0, 16], 2),
+    "border(BF16, (0, 0))": counts.lora_border(8192, 1024, [1024] * 2, [0, 0], 2),
+    "lora(BF16, 3, 64, 0.0)": counts.lora_linear(8192, 1024, [1024] * 3, [64] * 3, 2),
     "lora(BF16, 3, 64, 0.1)": counts.lora_linear(8192, 1024, [1024] * 3, [64] * 3, 2, dropout=True),
     **{f"adapter(BF16, {m})": counts.bottleneck_adapter(8192, 1024, m, 2) for m in (64, 128, 192, 256, 512, 1024)},
     "norms(BF16, 1024, BF16)": counts.layer_norm(8192, 1024, 2, True) + counts.rms_norm(8192, 1024, 2, True),

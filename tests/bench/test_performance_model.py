@@ -36,7 +36,7 @@ def test_nothing_is_faster_than_its_limit(card):
 
 @pytest.mark.parametrize(("d", "limit"), [(1024, 1.11), (2048, 1.06), (4096, 1.03)])
 def test_limit_of_lora(d, limit):
-    assert round(model.lora_limit(H200, 8192, d, 16), 2) == limit
+    assert round(model.lora_limit(H200, 8192, d, (16,)), 2) == limit
 
 
 def test_a_launch_takes_the_longest_of_its_three_bounds_and_the_launch_itself():

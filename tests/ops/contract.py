@@ -15,6 +15,8 @@ CPU = torch.device("cpu")
 BACKENDS = [name for name in ("reference", "cpu") if backends.load_error(name) is None]
 # Those that ``assert_parity`` says something of. The reference is held to itself: it runs in that of the kernels, too.
 HELD = BACKENDS if BACKENDS == ["reference"] else [*BACKENDS[1:], pytest.param("reference", marks=pytest.mark.repeat)]
+# Ops that have no C++ kernel: no layer runs them on a CPU unless a test forces it.
+FOR_CARDS = ("lora_border",)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

@@ -26,9 +26,10 @@ def test_table(monkeypatch):
         for op in ops.OPS
         for backend in contract.BACKENDS
         for dtype in ("float32", "bfloat16", "float16")
+        if backend == "reference" or op not in contract.FOR_CARDS
     }
     assert {row[3] for row in rows} == {"pass"}
-    assert {row[1] for row in rows if row[4]} == {contract.BACKENDS[-1]}
+    assert {row[1] for row in rows if row[4] and row[0] not in contract.FOR_CARDS} == {contract.BACKENDS[-1]}
 
 
 @pytest.fixture
@@ -175,7 +176,7 @@ LORA = (
 
 @pytest.mark.parametrize("options", LORA, ids=["one", "group"])
 def test_a_kernel_may_add_up_in_another_order(monkeypatch, options):
-    """The order of the Triton kernels. On a card dx of seed 0 was off by 1.63e-5, with another mask; here by 1.68e-5."""
+    """The order of the Triton kernels. On a card dx of seed 0 was off by 1.63e-5 with another mask."""
     kernels = {("lora_linear", "cpu"): lora_in_order, ("lora_linear_backward", "cpu"): lora_backward_in_order}
     monkeypatch.setattr(backends, "_kernels", backends._kernels | kernels)
     monkeypatch.setitem(backends._load_errors, "cpu", None)

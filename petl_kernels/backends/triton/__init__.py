@@ -31,6 +31,7 @@ from petl_kernels.backends.triton import (  # noqa: E402
     gated_activation,
     layer_norm,
     linear_cross_entropy,
+    lora_border,
     lora_linear,
     loss_by_words,
     quantise,
@@ -53,6 +54,7 @@ def _register(kernel: Callable) -> None:
 for module in (
     frozen_linear,
     lora_linear,
+    lora_border,
     bottleneck_adapter,
     layer_norm,
     rms_norm,

@@ -60,6 +60,16 @@ TOKEN_SUM = {
     "interpreter": Tile(32, 32, 16, 4, 1),
 }
 
+# Gradients of an output, read once: m tokens whose ds stays in registers, k columns at a time.
+GRADIENTS = {
+    "small": Tile(128, 0, 32, 8, 2),
+    "sm80": Tile(128, 0, 64, 4, 3),
+    "sm90": Tile(128, 0, 64, 4, 3),
+    "sm100": Tile(128, 0, 64, 4, 3),
+    "fp32": Tile(32, 0, 32, 4, 2),
+    "interpreter": Tile(32, 0, 32, 4, 1),
+}
+
 
 # The fused adapter: a block of m rows, n columns of the result at a time, steps of k columns of the input. The
 # second entry serves accumulators wider than ADAPTER_NARROW.
@@ -290,9 +300,13 @@ def alignment(ranks: tuple[int, ...]) -> int:
     return math.gcd(16, *ranks)
 
 
-def rank_block(x: torch.Tensor, ranks: tuple[int, ...], size: int) -> int:
-    """A block of ranks beside a full accumulator: small where fp32 or unaligned ranks need more registers."""
-    return padded(size, 64 if alignment(ranks) == 16 and x.dtype != torch.float32 else 16)
+def rank_columns(x: torch.Tensor, dropout: float, features: int) -> int:
+    """Columns at a time of what is made from s or ds of a block of rows; a mask takes registers beside them."""
+    if device_class(x.device) == "interpreter":
+        return 32
+    if x.dtype == torch.float32 or (dropout and features % 4):
+        return 32
+    return 64 if dropout else 128
 
 
 def splits(x: torch.Tensor, tile: Tile, programs: int) -> int:

@@ -25,15 +25,16 @@ from petl_kernels.backends.triton.layer_norm import (
     write_step,
 )
 from petl_kernels.backends.triton.rms_norm import rms_norm
+from petl_kernels.ops.room import roomy
 
 
-def dropout_add_norm(y, residual, weight, bias, eps: float, p: float, seed, centred: bool):
+def dropout_add_norm(y, residual, weight, bias, eps: float, p: float, seed, centred: bool, room: int = 0):
     rows, residuals = as_rows(y), as_rows(residual)
     tokens, d = rows.shape
     if not config.whole_rows(rows):
-        return _one_after_the_other(y, residual, weight, bias, eps, p, seed, centred)
+        return _one_after_the_other(y, residual, weight, bias, eps, p, seed, centred, room)
     h = y.new_empty(y.shape, dtype=torch.promote_types(y.dtype, residual.dtype))
-    u = y.new_empty(y.shape, dtype=torch.promote_types(h.dtype, weight.dtype))
+    u = roomy(y, y.shape, room, torch.promote_types(h.dtype, weight.dtype))
     rstd = y.new_empty(y.shape[:-1], dtype=torch.float32)
     mean = torch.empty_like(rstd) if centred else None
     if tokens:
@@ -41,7 +42,7 @@ def dropout_add_norm(y, residual, weight, bias, eps: float, p: float, seed, cent
         seed, threshold, keep_scale, _ = dropout_arguments(p, seed)
         launch(
             _sum_norm_kernel, (tokens,), h, u, mean, rstd, rows, residuals, weight.contiguous(), contiguous(bias),
-            seed, d, rows.stride(0), residuals.stride(0), eps, threshold, keep_scale,
+            seed, d, d + room, rows.stride(0), residuals.stride(0), eps, threshold, keep_scale,
             BN=block, warps=warps, stages=1,
         )  # fmt: skip
     return h, u, mean if centred else rstd.new_empty(0), rstd
@@ -58,11 +59,11 @@ def dropout_add_norm_backward(du, dresidual, h, mean, rstd, weight, dtype, p: fl
     return dh, dropout_add_backward(dh, dtype, p, seed) if p else dh.to(dtype, copy=True), *sums
 
 
-def _one_after_the_other(y, residual, weight, bias, eps, p, seed, centred):
+def _one_after_the_other(y, residual, weight, bias, eps, p, seed, centred, room):
     h = dropout_add(y, residual, p, seed) if p else residual + y
     if centred:
-        return h, *layer_norm(h, weight, bias, eps)
-    u, rstd = rms_norm(h, weight, eps)
+        return h, *layer_norm(h, weight, bias, eps, room)
+    u, rstd = rms_norm(h, weight, eps, room)
     return h, u, rstd.new_empty(0), rstd
 
 
@@ -78,7 +79,8 @@ def _dropped(values, seed, row, d, threshold, keep_scale, BN: tl.constexpr):
 
 @triton.jit(do_not_specialize=["threshold"])
 def _sum_norm_kernel(
-    h, u, mean, rstd, y, residual, weight, bias, seed, d, stride_y, stride_residual, eps, threshold, keep_scale,
+    h, u, mean, rstd, y, residual, weight, bias, seed, d, stride_u, stride_y, stride_residual, eps, threshold,
+    keep_scale,
     BN: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -97,4 +99,4 @@ def _sum_norm_kernel(
     if mean is not None:
         tl.store(mean + row, centre)
     tl.store(rstd + row, r)
-    write_step(u + row * d, values, centre, r, weight, bias, cols, d)
+    write_step(u + row * stride_u, values, centre, r, weight, bias, cols, d)

@@ -18,15 +18,16 @@ import triton.language as tl
 
 from petl_kernels.backends.triton import config
 from petl_kernels.backends.triton.common import as_rows, drop, dropout_arguments, launch, load, store, sum_partials
+from petl_kernels.ops.room import roomy
 
 
-def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float):
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, room: int = 0):
     mean, rstd = (x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
-    return norm(x, mean, rstd, weight, bias, eps), mean, rstd
+    return norm(x, mean, rstd, weight, bias, eps, room), mean, rstd
 
 
-def layer_norm_from_statistics(x, mean, rstd, weight, bias) -> torch.Tensor:
-    return norm_again(x, mean, rstd, weight, bias)
+def layer_norm_from_statistics(x, mean, rstd, weight, bias, room: int = 0) -> torch.Tensor:
+    return norm_again(x, mean, rstd, weight, bias, room)
 
 
 def layer_norm_backward(dy, x, mean, rstd, weight, need_dx, need_dweight, need_dbias):
@@ -34,19 +35,19 @@ def layer_norm_backward(dy, x, mean, rstd, weight, need_dx, need_dweight, need_d
     return dx, dweight, dbias
 
 
-def norm(x, mean, rstd, weight, bias, eps: float) -> torch.Tensor:
-    """y; writes rstd, and the mean unless it is None."""
-    rows = as_rows(x)
-    y = _output(x, weight)
-    _launch_rows(_norm_kernel, rows, y, mean, rstd, rows, weight, bias, rows.shape[1], rows.stride(0), eps)
+def norm(x, mean, rstd, weight, bias, eps: float, room: int = 0) -> torch.Tensor:
+    """y, with ``room`` columns free behind each row; writes rstd, and the mean unless it is None."""
+    rows, d = as_rows(x), x.shape[-1]
+    y = _output(x, weight, room)
+    _launch_rows(_norm_kernel, rows, y, mean, rstd, rows, weight, bias, d, d + room, rows.stride(0), eps)
     return y
 
 
-def norm_again(x, mean, rstd, weight, bias) -> torch.Tensor:
-    rows = as_rows(x)
-    y = _output(x, weight)
+def norm_again(x, mean, rstd, weight, bias, room: int = 0) -> torch.Tensor:
+    rows, d = as_rows(x), x.shape[-1]
+    y = _output(x, weight, room)
     mean, rstd = None if mean is None else mean.contiguous(), rstd.contiguous()
-    _launch_rows(_norm_again_kernel, rows, y, mean, rstd, rows, weight, bias, rows.shape[1], rows.stride(0))
+    _launch_rows(_norm_again_kernel, rows, y, mean, rstd, rows, weight, bias, d, d + room, rows.stride(0))
     return y
 
 
@@ -87,8 +88,8 @@ def norm_backward(
     return dx, dy, *sums
 
 
-def _output(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype))
+def _output(x: torch.Tensor, weight: torch.Tensor, room: int) -> torch.Tensor:
+    return roomy(x, x.shape, room, torch.promote_types(x.dtype, weight.dtype))
 
 
 def contiguous(vector: torch.Tensor | None) -> torch.Tensor | None:
@@ -149,7 +150,7 @@ def _write_row(y, x, mean, rstd, weight, bias, d, BN: tl.constexpr):
 
 
 @triton.jit
-def _norm_kernel(y, mean, rstd, x, weight, bias, d, stride_x, eps, BN: tl.constexpr):
+def _norm_kernel(y, mean, rstd, x, weight, bias, d, stride_y, stride_x, eps, BN: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     x += row * stride_x
     shift = 0.0
@@ -166,16 +167,16 @@ def _norm_kernel(y, mean, rstd, x, weight, bias, d, stride_x, eps, BN: tl.conste
     if mean is not None:
         tl.store(mean + row, centre)
     tl.store(rstd + row, r)
-    _write_row(y + row * d, x, centre, r, weight, bias, d, BN)
+    _write_row(y + row * stride_y, x, centre, r, weight, bias, d, BN)
 
 
 @triton.jit
-def _norm_again_kernel(y, mean, rstd, x, weight, bias, d, stride_x, BN: tl.constexpr):
+def _norm_again_kernel(y, mean, rstd, x, weight, bias, d, stride_y, stride_x, BN: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     centre = 0.0
     if mean is not None:
         centre = tl.load(mean + row)
-    _write_row(y + row * d, x + row * stride_x, centre, tl.load(rstd + row), weight, bias, d, BN)
+    _write_row(y + row * stride_y, x + row * stride_x, centre, tl.load(rstd + row), weight, bias, d, BN)
 
 
 @triton.jit

@@ -2,15 +2,14 @@
 
     y_g = x W_gᵀ + c_g + scale_g s_g B_gᵀ,    s = drop(x) [A_1; …; A_G]ᵀ
 
-Forward, two launches: `s` for the whole group in one read of x, then every y_g in one grid whose accumulators start
-from the rank part. Backward, four: ds, dx, and the sums over tokens dB, dA with one pass that adds their parts. With
-t tokens, width d and total rank R, each skinny launch moves 2td bytes (16-bit) for 2tdR operations, so it is bound by
-memory below R of about 200 on an H200; the rank parts of y and dx add R/d to the frozen product and no traffic of note.
+The products with W are the library's, which add onto the rank part. Forward, one launch for the whole group: s and
+then c_g + scale_g s_g B_gᵀ as y_g, from one read of x; and y_g += x W_gᵀ. Backward, one: ds and then drop'(ds A) as dx,
+from one read of dy; dx += dy_g W_g; and two more for the sums over tokens dB, dA and what adds their parts. With
+t tokens, width d and total rank R, each launch moves 4td bytes (16-bit) for 4tdR operations, so it is bound by memory
+below R of about 200 on an H200; y and dx are read once more by the products, beside their work.
 
-A quantised W takes its product from ``quantised_project`` and the rank part from plain products.
-
-ds is not fused into dx: each of dx's column tiles would form it again, at R/BN of the product (6 to 25%), to save one
-read of dy that mostly hits the L2 cache.
+Where the ranks are too many for one program (FUSED_RANKS) s and ds have a launch of their own, and the library makes
+the rank part. A quantised W takes its product from ``quantised_project`` and the rank part from plain products.
 """
 
 from __future__ import annotations
@@ -35,11 +34,12 @@ from petl_kernels.backends.triton.common import (
     start_of,
     store,
     sum_partials,
-    swizzle,
     total_size,
 )
-from petl_kernels.ops import philox
+from petl_kernels.backends.triton.dropout_add import dropout_add_backward
 from petl_kernels.ops.quantised import is_quantised, project, project_back, split_parts
+
+FUSED_RANKS = 64  # in all, for a program that holds s or ds of a block of tokens
 
 
 def lora_linear(
@@ -60,12 +60,8 @@ def lora_linear(
     if rows.shape[0]:
         for part in _parts(len(weights)):
             s_part = _columns(s, ranks, part)
-            _project(s_part, rows, _same_dtype(a[part]), dropout, seed)
-            if any(map(is_quantised, weights[part])):
-                _quantised_outputs(ys[part], rows, s_part, weights[part], biases[part], b[part], scales[part])
-            else:
-                dense = [w for (w,) in weights[part]]
-                _outputs(ys[part], rows, s_part, dense, biases[part], _same_dtype(b[part]), scales[part])
+            given = ys[part], rows, s_part, weights[part], biases[part], a[part], b[part], scales[part], dropout, seed
+            (_quantised_outputs if any(map(is_quantised, weights[part])) else _outputs)(*given)
     return ys, s
 
 
@@ -91,24 +87,27 @@ def lora_linear_backward(
     bias_sizes = [b_g.shape[0] if need else 0 for b_g, need in zip(b, need_dbias, strict=True)]
     dbias = [new(x, size, dtype=torch.float32) for size in bias_sizes]
     parts = _parts(len(weights))
-    # One launch covers three linears; the dx of more of them is added up in fp32.
-    dx = rows.new_empty(rows.shape if need_dx else 0, dtype=x.dtype if len(parts) == 1 else torch.float32)
+    dx = rows.new_empty(rows.shape if need_dx else 0)
     if rows.shape[0]:
         for part in parts:
             s_part = _columns(s, ranks, part)
-            a_part, b_part = _same_dtype(a[part]), _same_dtype(b[part])
-            ds = _rank_gradients(dys[part], b_part, scales[part], s_part)
+            ds = _rank_part_of_gradients(
+                dx if need_dx else None,
+                dys[part],
+                s_part,
+                a[part],
+                b[part],
+                scales[part],
+                dropout,
+                seed,
+                part.start > 0,
+            )
             if need_dx:
-                add = part.start > 0
-                if any(map(is_quantised, weights[part])):
-                    _quantised_input_gradient(dx, dys[part], ds, weights[part], a_part, dropout, seed, add)
-                else:
-                    dense = [w for (w,) in weights[part]]
-                    _input_gradient(dx, dys[part], ds, dense, a_part, dropout, seed, add)
+                _add_products(dx, dys[part], weights[part])
             _adapter_gradients(
                 da[part], db[part], dbias[part], dys[part], rows, s_part, ds, scales[part], dropout, seed
             )
-    return dx.to(x.dtype).view(x.shape if need_dx else (0,)), da, db, dbias
+    return dx.view(x.shape if need_dx else (0,)), da, db, dbias
 
 
 def _parts(groups: int) -> list[slice]:
@@ -143,26 +142,76 @@ def _project(s, x, a, dropout, seed) -> None:
     )  # fmt: skip
 
 
-def _outputs(ys, x, s, weights, biases, b, scales) -> None:
+def _outputs(ys, x, s, weights, biases, a, b, scales, dropout, seed) -> None:
+    a, b, rows = _same_dtype(a), _same_dtype(b), [as_rows(y) for y in ys]
+    if s.shape[1] <= FUSED_RANKS:
+        _rank_outputs(rows, x, s, biases, a, b, scales, dropout, seed)
+    else:
+        _project(s, x, a, dropout, seed)
+        factors = s.split([b_g.shape[1] for b_g in b], 1)
+        for y, s_g, bias, b_g, scale in zip(rows, factors, biases, b, scales, strict=True):
+            right = (scale * b_g).to(s.dtype).t()
+            torch.mm(s_g, right, out=y) if bias is None else torch.addmm(bias, s_g, right, out=y)
+    for y, (weight,) in zip(rows, weights, strict=True):
+        y.addmm_(x, weight.t())
+
+
+def _quantised_outputs(ys, x, s, weights, biases, a, b, scales, dropout, seed) -> None:
+    _project(s, x, _same_dtype(a), dropout, seed)
+    factors = s.split([b_g.shape[1] for b_g in b], 1)
+    for y, weight, bias, s_g, b_g, scale in zip(ys, weights, biases, factors, b, scales, strict=True):
+        as_rows(y).copy_(project(x, weight, bias, "triton")).addmm_(s_g, b_g.to(s.dtype).t(), alpha=scale)
+
+
+def _rank_outputs(ys, x, s, biases, a, b, scales, dropout, seed) -> None:
+    """s, and y_g = c_g + scale_g s_g B_gᵀ."""
     rows, inner = x.shape
-    sizes = tuple(w.shape[0] for w in weights)
-    if any(c is None for c in biases) and any(c is not None for c in biases):
-        biases = [x.new_zeros(n) if c is None else c for n, c in zip(sizes, biases, strict=True)]
-    ranks = tuple(m.shape[1] for m in b)
-    tile = config.matmul_tile(x, rows, sum(sizes))
-    grid = (config.cdiv(rows, tile.m) * sum(config.cdiv(n, tile.n) for n in sizes),)
+    tile = config.SKINNY[config.key(x)]
+    seed, threshold, keep_scale, constants = dropout_arguments(dropout, seed)
+    block = config.padded(s.shape[1], FUSED_RANKS)
+    nothing = x.new_empty(0)
+    biases = tuple(nothing if c is None else c for c in biases)
     launch(
-        _outputs_kernel, grid, tuple(ys), x, s, tuple(w.contiguous() for w in weights),
-        None if biases[0] is None else tuple(biases), b, tuple(map(float, scales)), rows, inner, sizes, ranks,
-        x.stride(0), s.stride(0), BM=tile.m, BN=tile.n, BK=tile.k, BR=config.rank_block(x, ranks, max(ranks)),
-        ALIGN=config.alignment((*ranks, s.stride(0))), GROUP=config.TILE_GROUP, warps=tile.warps, stages=tile.stages,
+        _rank_outputs_kernel, (config.cdiv(rows, tile.m),), s, tuple(ys), x, a, b, tuple(map(float, scales)), biases,
+        tuple(c.numel() for c in biases), seed, rows, inner, tuple(y.shape[1] for y in ys),
+        tuple(m.shape[0] for m in a), s.stride(0), x.stride(0), threshold, keep_scale, **constants,
+        BM=tile.m, BK=tile.k, BN=config.rank_columns(x, 0.0, inner), BR=block,
+        warps=8 if dropout or block > 32 else tile.warps, stages=tile.stages,
     )  # fmt: skip
 
 
-def _quantised_outputs(ys, rows, s, weights, biases, b, scales) -> None:
-    factors = s.split([b_g.shape[1] for b_g in b], 1)
-    for y, weight, bias, s_g, b_g, scale in zip(ys, weights, biases, factors, b, scales, strict=True):
-        as_rows(y).copy_(project(rows, weight, bias, "triton")).addmm_(s_g, b_g.to(s.dtype).t(), alpha=scale)
+def _rank_part_of_gradients(dx, dys, s, a, b, scales, dropout, seed, add: bool) -> torch.Tensor:
+    """Returns ds, and writes drop'(ds A) into dx, or adds it there; dx may be None."""
+    a, b = _same_dtype(a), _same_dtype(b)
+    if dx is None or s.shape[1] > FUSED_RANKS:
+        ds = _rank_gradients(dys, b, scales, s)
+        if dx is not None:
+            through = ds @ torch.cat(a).to(ds.dtype)
+            through = dropout_add_backward(through, ds.dtype, dropout, seed) if dropout else through
+            dx.add_(through) if add else dx.copy_(through)
+        return ds
+    ds = s.new_empty(s.shape)
+    rows, inner = dx.shape
+    tile = config.SKINNY[config.key(s)]
+    seed, threshold, keep_scale, constants = dropout_arguments(dropout, seed)
+    block = config.padded(s.shape[1], FUSED_RANKS)
+    launch(
+        _rank_input_kernel, (config.cdiv(rows, tile.m),), ds, dx, tuple(dys), a, b, tuple(map(float, scales)), seed,
+        rows, inner, tuple(m.shape[0] for m in b), tuple(m.shape[0] for m in a), ds.stride(0),
+        tuple(dy.stride(0) for dy in dys), threshold, keep_scale, **constants, ADD=add,
+        BM=tile.m, BK=tile.k, BN=config.rank_columns(s, dropout, inner), BR=block,
+        warps=8 if dropout or block > 32 else tile.warps, stages=tile.stages,
+    )  # fmt: skip
+    return ds
+
+
+def _add_products(dx, dys, weights) -> None:
+    """dx += Σ_g dy_g W_g"""
+    for dy, weight in zip(dys, weights, strict=True):
+        if is_quantised(weight):
+            dx.add_(project_back(dy, weight, "triton"))
+        else:
+            dx.addmm_(dy, weight[0])
 
 
 def _rank_gradients(dys, b, scales, s) -> torch.Tensor:
@@ -178,31 +227,6 @@ def _rank_gradients(dys, b, scales, s) -> torch.Tensor:
         ALIGN=config.alignment(ranks), BM=tile.m, BK=tile.k, BR=block, warps=tile.warps, stages=tile.stages,
     )  # fmt: skip
     return ds
-
-
-def _input_gradient(dx, dys, ds, weights, a, dropout, seed, add: bool) -> None:
-    rows, inner = dx.shape
-    sizes = tuple(w.shape[0] for w in weights)
-    ranks = tuple(m.shape[0] for m in a)
-    # The mask takes registers beside the accumulator: some ten for each counter.
-    elements = 128 if dropout == 0 else 16 if ds.dtype == torch.float32 else 64 if inner % 4 == 0 else 32
-    tile = config.matmul_tile(ds, rows, inner, elements)
-    seed, threshold, keep_scale, constants = dropout_arguments(dropout, seed)
-    grid = (config.cdiv(rows, tile.m) * config.cdiv(inner, tile.n),)
-    launch(
-        _input_gradient_kernel, grid, dx, tuple(dys), ds, tuple(w.contiguous() for w in weights), a, seed, rows, inner,
-        sizes, ranks, tuple(dy.stride(0) for dy in dys), ds.stride(0), threshold, keep_scale,
-        **constants, ADD=add, BM=tile.m, BN=tile.n, BK=tile.k,
-        BR=config.rank_block(ds, ranks, sum(ranks)), ALIGN=config.alignment(ranks), GROUP=config.TILE_GROUP,
-        warps=tile.warps, stages=tile.stages,
-    )  # fmt: skip
-
-
-def _quantised_input_gradient(dx, dys, ds, weights, a, dropout, seed, add: bool) -> None:
-    total = philox.dropout(ds @ torch.cat(a).to(ds.dtype), dropout, seed)
-    for dy, weight in zip(dys, weights, strict=True):
-        total = total + project_back(dy, weight, "triton")
-    dx.add_(total) if add else dx.copy_(total)
 
 
 def _adapter_gradients(da, db, dbias, dys, x, s, ds, scales, dropout, seed) -> None:
@@ -253,47 +277,38 @@ def _project_kernel(
     store(s + rows[:, None] * stride_s + rank[None, :], acc, row_inside, rank_inside)
 
 
-@triton.jit
-def _outputs_kernel(
-    ys, x, s, weights, biases, b, scales, M, K, sizes, ranks, stride_x, stride_s,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, ALIGN: tl.constexpr,
-    GROUP: tl.constexpr,
+@triton.jit(do_not_specialize=["threshold"])
+def _rank_outputs_kernel(
+    s, ys, x, a, b, scales, biases, bias_sizes, seed, M, K, sizes, ranks, stride_s, stride_x, threshold, keep_scale,
+    DROPOUT: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """y_g = x W_gᵀ + c_g + scale_g s_g B_gᵀ: the column tiles of all linears stand side by side in one grid."""
-    tiles_n = 0
-    for i in tl.static_range(len(sizes)):
-        tiles_n += tl.cdiv(sizes[i], BN)
-    pid_m, pid_n = swizzle(tl.program_id(0), tl.cdiv(M, BM), tiles_n, GROUP)
-    g, first, end = 0, 0, 0
-    for i in tl.static_range(len(sizes) - 1):
-        end += tl.cdiv(sizes[i], BN)
-        g = tl.where(pid_n >= end, i + 1, g)
-        first = tl.where(pid_n >= end, end, first)
-    N, y, weight, b_g = pick(sizes, g), pick(ys, g), pick(weights, g), pick(b, g)
-    R, stride_s = aligned(pick(ranks, g), ALIGN), aligned(stride_s, ALIGN)
-    s_g = s + aligned(start_of(ranks, g), ALIGN)
+    """s of a block of tokens, as ``_project_kernel`` has it, and from it y_g = c_g + scale_g s_g B_gᵀ by columns."""
+    rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
+    rank = tl.arange(0, BR)
+    row_inside, rank_inside = rows < M, rank < total_size(ranks)
+    a_rows = stacked_rows(a, ranks, rank, K)[None, :]
 
-    rows = (pid_m * BM + tl.arange(0, BM)).to(tl.int64)
-    cols = ((pid_n - first) * BN + tl.arange(0, BN)).to(tl.int64)
-    row_inside, col_inside = rows < M, cols < N
-
-    acc = tl.zeros((BM, BN), tl.float32)
-    for start in tl.range(0, R, BR, num_stages=1):
-        rank = start + tl.arange(0, BR)
-        left = load(s_g + rows[:, None] * stride_s + rank[None, :], row_inside, rank < R)
-        right = load(b_g + cols[None, :] * R + rank[:, None], rank < R, col_inside)
-        acc = tl.dot(left, right.to(left.dtype), acc, input_precision="ieee")
-    acc *= pick(scales, g)
-
+    acc = tl.zeros((BM, BR), tl.float32)
     for start in range(0, K, BK):
         k = start + tl.arange(0, BK)
-        left = load(x + rows[:, None] * stride_x + k[None, :], row_inside, k < K)
-        right = load(weight + cols[None, :] * K + k[:, None], k < K, col_inside)
-        acc = tl.dot(left, right, acc, input_precision="ieee")
+        tile = load(x + rows[:, None] * stride_x + k[None, :], row_inside, k < K)
+        if DROPOUT:
+            tile = drop(tile, seed, rows, start, K, threshold, keep_scale)
+        factor = load(a_rows + k[:, None], k < K, rank_inside)
+        acc = tl.dot(tile, factor.to(tile.dtype), acc, input_precision="ieee")
+    left = acc.to(s.dtype.element_ty)
+    tl.store(s + rows[:, None] * stride_s + rank[None, :], left, mask=row_inside[:, None] & rank_inside[None, :])
 
-    if biases is not None:
-        acc += tl.load(pick(biases, g) + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
-    store(y + rows[:, None] * N + cols[None, :], acc, row_inside, col_inside)
+    first = 0
+    for g in tl.static_range(len(sizes)):
+        own = (rank >= first) & (rank < first + ranks[g])
+        for start in tl.range(0, sizes[g], BN, num_stages=1):
+            cols = start + tl.arange(0, BN)
+            right = load(b[g] + cols[None, :] * ranks[g] + (rank - first)[:, None], own, cols < sizes[g])
+            out = tl.dot(left, right.to(left.dtype), input_precision="ieee") * scales[g]
+            out += tl.load(biases[g] + cols, mask=cols < bias_sizes[g], other=0.0).to(tl.float32)[None, :]
+            store(ys[g] + rows[:, None] * sizes[g] + cols[None, :], out, row_inside, cols < sizes[g])
+        first += ranks[g]
 
 
 @triton.jit
@@ -320,49 +335,42 @@ def _rank_gradients_kernel(
 
 
 @triton.jit(do_not_specialize=["threshold"])
-def _input_gradient_kernel(
-    dx, dys, ds, weights, a, seed, M, K, sizes, ranks, strides_dy, stride_ds, threshold, keep_scale,
+def _rank_input_kernel(
+    ds, dx, dys, a, b, scales, seed, M, K, sizes, ranks, stride_ds, strides_dy, threshold, keep_scale,
     DROPOUT: tl.constexpr, ADD: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, ALIGN: tl.constexpr,
-    GROUP: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """dx = Σ_g dy_g W_g + drop'(Σ_g ds_g A_g): one loop over the output columns of all linears in turn."""
-    pid_m, pid_n = swizzle(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(K, BN), GROUP)
-    rows = (pid_m * BM + tl.arange(0, BM)).to(tl.int64)
-    cols = (pid_n * BN + tl.arange(0, BN)).to(tl.int64)
-    row_inside, col_inside = rows < M, cols < K
+    """ds of a block of tokens, all groups side by side, and from it dx = drop'(ds A) by columns."""
+    rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
+    rank = tl.arange(0, BR)
+    row_inside, rank_inside = rows < M, rank < total_size(ranks)
 
-    # The rank part comes first, so that the mask falls on the one accumulator before anything else is in it.
-    acc = tl.zeros((BM, BN), tl.float32)
-    R, stride_ds = aligned(total_size(ranks), ALIGN), aligned(stride_ds, ALIGN)
-    for start in tl.range(0, R, BR, num_stages=1):
-        rank = start + tl.arange(0, BR)
-        left = load(ds + rows[:, None] * stride_ds + rank[None, :], row_inside, rank < R)
-        a_rows = stacked_rows(a, ranks, rank, K)
-        right = load(a_rows[:, None] + cols[None, :], rank < R, col_inside)
-        acc = tl.dot(left, right.to(left.dtype), acc, input_precision="ieee")
-    if DROPOUT:
-        acc = drop(acc, seed, rows, pid_n * BN, K, threshold, keep_scale)
+    acc = tl.zeros((BM, BR), tl.float32)
+    factors = tl.zeros((BR,), tl.float32)
+    first = 0
+    for g in tl.static_range(len(sizes)):
+        own = (rank >= first) & (rank < first + ranks[g])
+        factors = tl.where(own, scales[g], factors)
+        for start in range(0, sizes[g], BK):
+            n = start + tl.arange(0, BK)
+            tile = load(dys[g] + rows[:, None] * strides_dy[g] + n[None, :], row_inside, n < sizes[g])
+            factor = load(b[g] + n[:, None] * ranks[g] + (rank - first)[None, :], n < sizes[g], own)
+            acc = tl.dot(tile, factor.to(tile.dtype), acc, input_precision="ieee")
+        first += ranks[g]
+    left = (acc * factors[None, :]).to(ds.dtype.element_ty)
+    tl.store(ds + rows[:, None] * stride_ds + rank[None, :], left, mask=row_inside[:, None] & rank_inside[None, :])
 
-    steps = 0
-    for i in tl.static_range(len(sizes)):
-        steps += tl.cdiv(sizes[i], BK)
-    for step in range(0, steps):
-        g, first, end = 0, 0, 0
-        for i in tl.static_range(len(sizes) - 1):
-            end += tl.cdiv(sizes[i], BK)
-            g = tl.where(step >= end, i + 1, g)
-            first = tl.where(step >= end, end, first)
-        N, dy, weight, stride_dy = pick(sizes, g), pick(dys, g), pick(weights, g), pick(strides_dy, g)
-        n = (step - first) * BK + tl.arange(0, BK)
-        left = load(dy + rows[:, None] * stride_dy + n[None, :], row_inside, n < N)
-        right = load(weight + n[:, None].to(tl.int64) * K + cols[None, :], n < N, col_inside)
-        acc = tl.dot(left, right, acc, input_precision="ieee")
-
-    out = dx + rows[:, None] * K + cols[None, :]
-    if ADD:
-        acc += load(out, row_inside, col_inside)
-    store(out, acc, row_inside, col_inside)
+    a_rows = stacked_rows(a, ranks, rank, K)[:, None]
+    for start in tl.range(0, K, BN, num_stages=1):
+        cols = start + tl.arange(0, BN)
+        right = load(a_rows + cols[None, :], rank_inside, cols < K)
+        out = tl.dot(left, right.to(left.dtype), input_precision="ieee")
+        if DROPOUT:
+            out = drop(out, seed, rows, start, K, threshold, keep_scale)
+        pointers = dx + rows[:, None] * K + cols[None, :]
+        if ADD:
+            out += load(pointers, row_inside, cols < K).to(tl.float32)
+        store(pointers, out, row_inside, cols < K)
 
 
 @triton.jit(do_not_specialize=["threshold"])

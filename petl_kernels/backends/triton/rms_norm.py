@@ -7,13 +7,13 @@ import torch
 from petl_kernels.backends.triton.layer_norm import norm, norm_again, norm_backward
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, room: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
-    return norm(x, None, rstd, weight, None, eps), rstd
+    return norm(x, None, rstd, weight, None, eps, room), rstd
 
 
-def rms_norm_from_statistics(x: torch.Tensor, rstd: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return norm_again(x, None, rstd, weight, None)
+def rms_norm_from_statistics(x: torch.Tensor, rstd: torch.Tensor, weight: torch.Tensor, room: int = 0) -> torch.Tensor:
+    return norm_again(x, None, rstd, weight, None, room)
 
 
 def rms_norm_backward(dy, x, rstd, weight, need_dx, need_dweight) -> tuple[torch.Tensor, torch.Tensor]:

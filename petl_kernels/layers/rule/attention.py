@@ -9,7 +9,7 @@ block's own LN, goes with the sum in one pass; so does its backward.
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from petl_kernels.layers.blocks import AttentionBlock, as_added
 from petl_kernels.layers.boundaries import boundaries
@@ -35,10 +35,10 @@ class Attention:
         self.reader = self.norm  # of h; with the norms in front the next block's, which the layer puts here
         if current(parts.norm) is not None:
             raise Unknown("an adapter on the norm of an attention")
-        if cross:
-            self.linears = [Linears(f"{block}.q", {"q": parts.q}), Linears(f"{block}.kv", {"k": parts.k, "v": parts.v})]
-        else:
-            self.linears = [Linears(f"{block}.qkv", {"q": parts.q, "k": parts.k, "v": parts.v})]
+        self.linears = [
+            Linears(name, named, (parts.borders or {}).get(name)) for name, named in _together(block, parts, cross)
+        ]
+        self._leave_room()
         self.named = [linear for group in self.linears for linear in group.all]
         self.out = Linears(f"{block}.out", {"out": parts.out})
         self.adapter = _adapter(self.out.all[0].piece)
@@ -55,6 +55,18 @@ class Attention:
         parts = (self.norm, *self.linears, self.out, *([self.adapter] if self.adapter else []))
         self.bound = [tensor for part in parts for tensor in part.bound]
         self.trains_norm = any(tensor.requires_grad for tensor in self.norm.bound)
+
+    def _leave_room(self) -> None:
+        """What is written behind the rows of u and of the gradients of q, k and v gets room where those are made."""
+        first = self.linears[0].bordered
+        if first and self.pre_norm:
+            first.own_input = True
+            self.norm.room = (first.room,) if first.room else ()
+        self.rooms = [own.room for own in self.linears] if any(own.bordered for own in self.linears) else ()
+
+    def holds(self) -> bool:
+        """Whether weights that stand together still do."""
+        return all(own.bordered.holds() for own in self.linears if own.bordered)
 
     def see(self, call: Call, mask: Tensor | None, bias: Tensor | None, x: Tensor) -> None:
         """Puts into ``call`` what queries may see: the mask and the bias as the kernels read them, the boundaries of
@@ -221,7 +233,8 @@ class Attention:
         inputs, distances = self._attention_inputs(call, bias), packed[-1]
         needs = gradients.wants(bias), gradients.wants(distances)
         dq, dk, dv, dbias, *dprefix, ddistances = run(
-            "attention_backward", do, q, k, v, o, lse, *inputs, needs[0], *packed, needs[1], call.backend
+            *("attention_backward", do, q, k, v, o, lse, *inputs, needs[0], *packed, needs[1], call.backend),
+            *([self.rooms] if self.rooms else ()),
         )
         for own, gradient, need in zip((bias, distances), (dbias, ddistances), needs, strict=True):
             if need:
@@ -230,6 +243,13 @@ class Attention:
             for own, gradient in zip(prefix, dprefix, strict=True):
                 gradients.add(own, gradient)
         return dq, dk, dv
+
+
+def _together(block: str, parts: AttentionBlock, cross: bool) -> list[tuple[str, dict[str, nn.Module]]]:
+    """Returns the linears that read one input, with the name of each such group."""
+    if cross:
+        return [(f"{block}.q", {"q": parts.q}), (f"{block}.kv", {"k": parts.k, "v": parts.v})]
+    return [(f"{block}.qkv", {"q": parts.q, "k": parts.k, "v": parts.v})]
 
 
 def prefix_of(parts: AttentionBlock) -> Prefix | None:

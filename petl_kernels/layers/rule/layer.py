@@ -47,11 +47,13 @@ class Rule:
         self.trained = list({id(tensor): tensor for tensor in bound if tensor.requires_grad}.values())
         self.bound = bound
         self.names = {id(own): f"{self.path}.{name}" for name, own in layer.named_parameters()}
+        for linears in (own for attention in self.attentions for own in attention.linears if own.bordered):
+            self.names |= {id(own): self.names[id(weight)] for own, weight in linears.bordered.watched}
         self._refuse_dtypes(x, attentions[0].adds_bias)
 
     def holds(self) -> bool:
         """Whether the weights are still where the rule has found them, which ``Watch`` does not see."""
-        return self.ffn.holds()
+        return self.ffn.holds() and all(attention.holds() for attention in self.attentions)
 
     def _refuse_dtypes(self, x: Tensor, is_t5: bool) -> None:
         if is_t5 and x.dtype == torch.float16:

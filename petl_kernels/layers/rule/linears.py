@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from petl_kernels.layers.border import Border
 from petl_kernels.layers.frozen_linear import FrozenLinear
+from petl_kernels.layers.rule.border import Bordered, bordered
 from petl_kernels.layers.rule.call import Call, Gradients, Place, summed
 from petl_kernels.methods.base import Piece
 from petl_kernels.methods.ia3 import Scale
@@ -97,22 +99,33 @@ class Group:
 
 
 class Linears:
-    """Linear layers that read the same x (..., K)."""
+    """Linear layers that read the same x (..., K). ``border`` has their weights, where they stand together."""
 
-    def __init__(self, block: str, named: dict[str, nn.Module]):
+    def __init__(self, block: str, named: dict[str, nn.Module], border: Border | None = None):
         self.all = [Linear(name, module) for name, module in named.items()]
+        self.bordered: Bordered | None = bordered(block, self.all, list(named.values()), border)
+        apart = [] if self.bordered else self.all
         together: dict[tuple, list[Linear]] = {}
-        for linear in self.all:
+        for linear in apart:
             if linear.lora is not None:
                 together.setdefault((linear.dropout, id(linear.before)), []).append(linear)
         self.groups = [Group(block, i, linears) for i, linears in enumerate(together.values())]
-        self.plain = [linear for linear in self.all if linear.lora is None]
+        self.plain = [linear for linear in apart if linear.lora is None]
         self.reads_input = any(linear.reads_input for linear in self.all)
         self.scales = any(linear.after is not None for linear in self.all)
-        self.bound = [tensor for linear in self.all for tensor in linear.bound]
+        self.bound = [tensor for linear in apart for tensor in linear.bound]
+        if self.bordered:
+            self.bound = self.bordered.bound
+
+    @property
+    def room(self) -> int:
+        """How many columns are written behind the rows of the input, and of the outputs' gradients."""
+        return self.bordered.room if self.bordered else 0
 
     def forward(self, x: Tensor, call: Call) -> list[Tensor]:
         """Returns each one's output before ``scaled``, in the order of ``named``."""
+        if self.bordered:
+            return self.bordered.forward(x, call)
         ys: dict[str, Tensor] = {}
         for group in self.groups:
             for linear, y in zip(group.linears, group.forward(x, call), strict=True):
@@ -132,6 +145,8 @@ class Linears:
     ) -> Tensor | None:
         """Returns dx where it is needed. x is None where ``reads_input`` is false; ``raw``: the outputs of forward,
         which only those with an l after them need."""
+        if self.bordered:
+            return self.bordered.backward(dys, x, call, gradients, need_dx)
         own = {}
         for linear, dy, y in zip(self.all, dys, raw, strict=True):
             own[linear.name] = dy if linear.after is None else _scale_backward(linear.after, dy, y, gradients)

@@ -20,6 +20,7 @@ class Norm:
         self.bias = norm.bias if self.centred else None
         self.eps = norm.eps if self.centred else norm.variance_epsilon
         self.bound = [tensor for tensor in (self.weight, self.bias) if tensor is not None]
+        self.room: tuple[int, ...] = ()  # one number: columns that its output leaves free behind each row
 
     def named(self, block: str) -> Norm:
         """Returns the same norm for another place, whose statistics are kept under the name ``block``."""
@@ -29,10 +30,10 @@ class Norm:
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
         if self.centred:
-            u, mean, rstd = run("layer_norm", x, self.weight, self.bias, self.eps, call.backend)
+            u, mean, rstd = run("layer_norm", x, self.weight, self.bias, self.eps, call.backend, *self.room)
             call.keep(self.mean, mean)
         else:
-            u, rstd = run("rms_norm", x, self.weight, self.eps, call.backend)
+            u, rstd = run("rms_norm", x, self.weight, self.eps, call.backend, *self.room)
         call.keep(self.rstd, rstd)
         return self._narrowed(u, x)
 
@@ -40,13 +41,14 @@ class Norm:
         rstd = call.kept[self.rstd.key]
         if self.centred:
             mean = call.kept[self.mean.key]
-            return run("layer_norm_from_statistics", x, mean, rstd, self.weight, self.bias, call.backend)
-        return self._narrowed(run("rms_norm_from_statistics", x, rstd, self.weight, call.backend), x)
+            own = self.weight, self.bias, call.backend, *self.room
+            return run("layer_norm_from_statistics", x, mean, rstd, *own)
+        return self._narrowed(run("rms_norm_from_statistics", x, rstd, self.weight, call.backend, *self.room), x)
 
     def forward_sum(self, y: Tensor, x: Tensor, rate: float, seed: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
         """Returns h = x + drop(y) and norm(h)."""
         own = self.weight, self.bias, self.eps, rate, seed, self.centred
-        h, u, mean, rstd = run("dropout_add_norm", y, x, *own, call.backend)
+        h, u, mean, rstd = run("dropout_add_norm", y, x, *own, call.backend, *self.room)
         if self.centred:
             call.keep(self.mean, mean)
         call.keep(self.rstd, rstd)

@@ -1,0 +1,248 @@
+"""lora_border in Triton: the two products are the library's, and the skinny passes beside them are here.
+
+    forward     one launch: s = x Aᵀ, written behind x and once more alone; S and c into the border. Then the product.
+    backward    one launch: ds = dy S behind dy and the parts of dB and dc, from one read of dy; A into the border.
+                Then dA = dsᵀ x in parts, the sums of all parts, and the product.
+
+With t tokens, K inputs and N_g outputs of those with an adapter, in 16 bit: s moves 2tK bytes, ds and dB 2t Σ N_g and
+4 Σ N_g r_g for every block of tokens, dA 2tK. What goes into the border has programs of its own in the same launch.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate
+
+import torch
+import triton
+import triton.language as tl
+
+from petl_kernels.backends.triton import config
+from petl_kernels.backends.triton.common import (
+    aligned,
+    launch,
+    load,
+    pick,
+    stacked_rows,
+    start_of,
+    store,
+    sum_partials,
+    total_size,
+)
+from petl_kernels.backends.triton.frozen_linear import column_sums
+from petl_kernels.backends.triton.lora_linear import _a_gradients, _same_dtype
+
+BORDER_ROWS = 64  # of S that one program writes
+
+
+def lora_border(wide, border, bias, biases, a, b, scales) -> tuple[torch.Tensor, torch.Tensor]:
+    """As ``ops.lora_border`` has it, for at most MAX_GROUPS linears."""
+    k, sizes, ranks = _sizes(a, b)
+    outputs, room = sum(sizes), wide.shape[1] - k
+    s = wide.new_empty(wide.shape[0], sum(ranks))
+    if room or bias is not None:
+        _write_inputs(s, wide, border, bias, biases, _same_dtype(a), _same_dtype(b), scales)
+    right = border[:outputs].t()
+    return wide @ right if bias is None else torch.addmm(bias, wide, right), s
+
+
+def lora_border_backward(wide, x, s, border, a, b, scales, need_dx, need_dbias):
+    k, sizes, ranks = _sizes(a, b)
+    new = torch.Tensor.new_empty if wide.shape[0] else torch.Tensor.new_zeros
+    da, db = [new(m, m.shape) for m in a], [new(m, m.shape) for m in b]
+    dbias = [new(wide, n if need else 0, dtype=torch.float32) for n, need in zip(sizes, need_dbias, strict=True)]
+    if sum(ranks):
+        _write_gradients(da, db, dbias, wide, x, s, border, _same_dtype(a), _same_dtype(b), scales)
+    elif any(need_dbias):
+        sums = column_sums(wide).split(sizes)
+        dbias = [own if need else grad for own, grad, need in zip(sums, dbias, need_dbias, strict=True)]
+    return wide @ border[:, :k] if need_dx else wide.new_empty(0), da, db, dbias
+
+
+def _sizes(a, b) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    """Inputs, outputs of each and ranks of each."""
+    assert len(a) <= config.MAX_GROUPS
+    return a[0].shape[1], tuple(m.shape[0] for m in b), tuple(m.shape[0] for m in a)
+
+
+def _write_inputs(s, wide, border, bias, biases, a, b, scales) -> None:
+    k, sizes, ranks = _sizes(a, b)
+    rows, room = wide.shape[0], wide.shape[1] - k
+    tile = config.SKINNY[config.key(wide)]
+    block = config.padded(max(1, room), tile.n)
+    chunks = config.cdiv(room, block)
+    programs = config.cdiv(rows, tile.m) * chunks
+    places = config.cdiv(sum(sizes), BORDER_ROWS)
+    launch(
+        _inputs_kernel, (programs + places,), s, wide, border, bias, tuple(biases), tuple(c.numel() for c in biases),
+        a, b, tuple(map(float, scales)), rows, k, room, sizes, ranks, programs, max(1, chunks),
+        s.stride(0), wide.stride(0), border.stride(0), BM=tile.m, BK=tile.k, BR=block, BN=BORDER_ROWS,
+        BW=_power_of_two(room), warps=8 if block > 32 else tile.warps, stages=tile.stages,
+    )  # fmt: skip
+
+
+def _write_gradients(da, db, dbias, wide, x, s, border, a, b, scales) -> None:
+    """Writes ds behind dy and A into the border, and adds up dA, dB and, where one is wanted, dc."""
+    k, sizes, ranks = _sizes(a, b)
+    rows, outputs = wide.shape[0], sum(sizes)
+    room, with_bias = wide.shape[1] - outputs, any(g.numel() for g in dbias)
+    tile, tokens = config.GRADIENTS[config.key(wide)], config.TOKEN_SUM[config.key(wide)]
+    block, most = config.padded(max(ranks), config.SKINNY[config.key(wide)].n), config.padded(sum(ranks), tokens.n)
+    if block > 16 and tile.m == 128:
+        tile = tile._replace(k=32, warps=8)  # the part of dB takes registers
+    chunks, row_blocks = config.cdiv(max(ranks), block), config.cdiv(rows, tile.m)
+    programs, places = row_blocks * chunks * len(sizes), config.cdiv(k, tile.k)
+    columns = config.cdiv(k, tokens.m) * config.cdiv(sum(ranks), most)
+    splits = config.splits(wide, tokens, columns) if rows else 0
+    # Biases that nobody asked for are summed too when one is wanted, and dropped.
+    sums = [g if g.numel() else wide.new_empty(n, dtype=torch.float32) for g, n in zip(dbias, sizes, strict=True)]
+    outs = [*db, *(sums if with_bias else ()), *da]
+    ends = list(accumulate((out.numel() for out in outs), initial=0))
+    partials = wide.new_empty(max(row_blocks, splits), ends[-1], dtype=torch.float32)
+    launch(
+        _gradients_kernel, (programs + places,), partials, wide, s, border, a, b, tuple(map(float, scales)),
+        rows, k, room, sizes, ranks, programs, chunks, wide.stride(0), s.stride(0), border.stride(0), ends[-1],
+        ends[len(sizes)], BIAS=with_bias, ALIGN=config.alignment((*ranks, s.stride(0))), BM=tile.m, BK=tile.k,
+        BR=block, BW=_power_of_two(room), warps=tile.warps, stages=tile.stages,
+    )  # fmt: skip
+    if rows:
+        ds, of_a = wide[:, outputs:], ends[-1] - sum(ranks) * k
+        launch(
+            _token_sum_kernel, (columns, splits), partials, x, ds, rows, k, sum(ranks), x.stride(0), ds.stride(0),
+            ends[-1], of_a, config.cdiv(k, tokens.m), ALIGN=config.alignment((sum(ranks), ds.stride(0))), BM=tokens.k,
+            BN=tokens.m, BR=most, warps=tokens.warps, stages=tokens.stages,
+        )  # fmt: skip
+        sum_partials(partials, outs, (row_blocks,) * (len(outs) - len(da)) + (splits,) * len(da))
+
+
+def _power_of_two(columns: int) -> int:
+    return max(16, 1 << (max(1, columns) - 1).bit_length())
+
+
+@triton.jit
+def _inputs_kernel(
+    s, wide, border, bias, biases, bias_sizes, a, b, scales, M, K, room, sizes, ranks, programs, chunks,
+    stride_s, stride_wide, stride_border,
+    BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr,
+):  # fmt: skip
+    """s of a block of tokens, or some rows of S and c."""
+    pid = tl.program_id(0)
+    if pid < programs:
+        _project_rows(
+            s, wide, a, (pid // chunks) * BM, (pid % chunks) * BR, M, K, room, ranks, stride_s, stride_wide, BM, BK, BR
+        )
+    else:
+        rows = (pid - programs) * BN + tl.arange(0, BN)
+        cols = tl.arange(0, BW)
+        values = tl.zeros((BN, BW), tl.float32)
+        total = tl.zeros((BN,), tl.float32)
+        first, column = 0, 0
+        for i in tl.static_range(len(sizes)):
+            n, rank = rows - first, cols - column
+            inside, own = (n >= 0) & (n < sizes[i]), (rank >= 0) & (rank < ranks[i])
+            values += load(b[i] + n[:, None] * ranks[i] + rank[None, :], inside, own).to(tl.float32) * scales[i]
+            if bias is not None:
+                total += tl.load(biases[i] + n, mask=(n >= 0) & (n < bias_sizes[i]), other=0.0).to(tl.float32)
+            first, column = first + sizes[i], column + ranks[i]
+        store(
+            border + rows.to(tl.int64)[:, None] * stride_border + K + cols[None, :], values, rows < first, cols < room
+        )
+        if bias is not None:
+            tl.store(bias + rows, total.to(bias.dtype.element_ty), mask=rows < first)
+
+
+@triton.jit
+def _project_rows(
+    s, wide, a, row, first, M, K, room, ranks, stride_s, stride_wide,
+    BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """s of rows from `row` on, columns from `first` on: behind x, with zeros where no rank is left, and alone."""
+    rows = (row + tl.arange(0, BM)).to(tl.int64)
+    rank = first + tl.arange(0, BR)
+    row_inside, rank_inside = rows < M, rank < total_size(ranks)
+    a_rows = stacked_rows(a, ranks, rank, K)[None, :]
+    acc = tl.zeros((BM, BR), tl.float32)
+    for start in range(0, K, BK):
+        k = start + tl.arange(0, BK)
+        tile = load(wide + rows[:, None] * stride_wide + k[None, :], row_inside, k < K)
+        factor = load(a_rows + k[:, None], k < K, rank_inside)
+        acc = tl.dot(tile, factor.to(tile.dtype), acc, input_precision="ieee")
+    store(wide + rows[:, None] * stride_wide + K + rank[None, :], acc, row_inside, rank < room)
+    store(s + rows[:, None] * stride_s + rank[None, :], acc, row_inside, rank_inside)
+
+
+@triton.jit
+def _gradients_kernel(
+    partials, wide, s, border, a, b, scales, M, K, room, sizes, ranks, programs, chunks, stride_wide, stride_s,
+    stride_border, total, bias_start,
+    BIAS: tl.constexpr, ALIGN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, BW: tl.constexpr,
+):  # fmt: skip
+    """ds_g = scale_g dy_g B_g of a block of tokens and its part of dB_g = scale_g dy_gᵀ s_g and of Σ dy_g; or a piece
+    of A."""
+    pid = tl.program_id(0)
+    if pid < programs:
+        g, chunk = pid % len(sizes), (pid // len(sizes)) % chunks
+        _gradient_rows(
+            partials, wide, s, b, scales, pid // len(sizes) // chunks, g, chunk, chunks, M, room, sizes, ranks,
+            stride_wide, stride_s, total, bias_start, BIAS, ALIGN, BM, BK, BR,
+        )  # fmt: skip
+    else:
+        k, rank = (pid - programs) * BK + tl.arange(0, BK), tl.arange(0, BW)
+        values = load(stacked_rows(a, ranks, rank, K)[:, None] + k[None, :], rank < total_size(ranks), k < K)
+        out = border + (total_size(sizes) + rank).to(tl.int64)[:, None] * stride_border + k[None, :]
+        store(out, values, rank < room, k < K)
+
+
+@triton.jit
+def _gradient_rows(
+    partials, wide, s, b, scales, block, g, chunk, chunks, M, room, sizes, ranks, stride_wide, stride_s, total,
+    bias_start, BIAS: tl.constexpr, ALIGN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    N, b_g, scale = pick(sizes, g), pick(b, g), pick(scales, g)
+    R, stride_s = aligned(pick(ranks, g), ALIGN), aligned(stride_s, ALIGN)
+    column = aligned(start_of(ranks, g), ALIGN)
+    dy, ds = wide + start_of(sizes, g), wide + total_size(sizes)
+    rows = (block * BM + tl.arange(0, BM)).to(tl.int64)
+    rank = chunk * BR + tl.arange(0, BR)
+    row_inside, rank_inside = rows < M, rank < R
+    out = partials + block.to(tl.int64) * total
+    before = 0
+    for i in tl.static_range(len(sizes) - 1):
+        before = tl.where(g > i, before + sizes[i] * ranks[i], before)
+
+    s_block = load(s + column + rows[:, None] * stride_s + rank[None, :], row_inside, rank_inside)
+    acc = tl.zeros((BM, BR), tl.float32)
+    stop = N
+    if BIAS:  # from a load that feeds no product (common.py)
+        ahead = load(dy + rows[:, None] * stride_wide + tl.arange(0, BK)[None, :], row_inside, tl.arange(0, BK) < N)
+    else:
+        stop = tl.where(R > 0, N, 0)
+    for start in range(0, stop, BK):
+        n = start + tl.arange(0, BK)
+        tile = load(dy + rows[:, None] * stride_wide + n[None, :], row_inside, n < N)
+        factor = load(b_g + n[:, None] * R + rank[None, :], n < N, rank_inside)
+        acc = tl.dot(tile, factor.to(tile.dtype), acc, input_precision="ieee")
+        part = tl.dot(tl.trans(tile), s_block, input_precision="ieee")
+        store(out + before + n[:, None] * R + rank[None, :], part * scale, n < N, rank_inside)
+        if BIAS:
+            if chunk == 0:
+                tl.store(out + bias_start + start_of(sizes, g) + n, tl.sum(ahead.to(tl.float32), 0), mask=n < N)
+            n += BK
+            ahead = load(dy + rows[:, None] * stride_wide + n[None, :], row_inside, n < N)
+    store(ds + column + rows[:, None] * stride_wide + rank[None, :], acc * scale, row_inside, rank_inside)
+    if (g == len(sizes) - 1) & (chunk == chunks - 1):
+        rest = total_size(ranks) + tl.arange(0, 16)
+        store(ds + rows[:, None] * stride_wide + rest[None, :], tl.zeros((BM, 16), tl.float32), row_inside, rest < room)
+
+
+@triton.jit
+def _token_sum_kernel(
+    partials, x, ds, M, K, R, stride_x, stride_ds, total, first, tiles,
+    ALIGN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """This split's part of [dA_1; …; dA_G]."""
+    pid, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    length = tl.cdiv(tl.cdiv(M, BM), splits) * BM
+    _a_gradients(
+        partials + split.to(tl.int64) * total + first, x, ds, None, split * length, min((split + 1) * length, M), K, R,
+        stride_x, stride_ds, 0, 1.0, pid % tiles, pid // tiles, False, False, ALIGN, BM, BN, BR,
+    )  # fmt: skip

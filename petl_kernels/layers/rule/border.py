@@ -1,0 +1,109 @@
+"""Linear layers that read one input as one product, with their adapters in a border of its weights.
+
+Where the weights stand in a ``Border`` and LoRA drops nothing: q, k and v of a self-attention, and so on. The input is
+the first columns of rows that end in x Aᵀ, as the norm before has left them, or else a copy; so are the gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from petl_kernels.layers.border import Border
+from petl_kernels.layers.rule.call import Call, Gradients, Place
+from petl_kernels.ops.common import run
+from petl_kernels.ops.lora_border import room
+from petl_kernels.ops.room import copied_rows, whole_rows
+
+
+class Bordered:
+    """The linears of one ``Linears``, all in ``border``. ``room``: columns behind the rows of its input's."""
+
+    def __init__(self, block: str, linears: Sequence, border: Border):
+        self.linears, self.latent = linears, Place(block, "latent0")
+        weights = [linear.weight for linear in linears]
+        self.sizes, self.inputs = [weight.shape[0] for weight in weights], weights[0].shape[1]
+        self.a = [_a(linear) for linear in linears]
+        self.b = [_b(linear) for linear in linears]
+        self.scales = [linear.scale for linear in linears]
+        self.ranks = sum(a.shape[0] for a in self.a)
+        self.room, self.outputs = room(self.ranks), sum(self.sizes)
+        self.buffer = border.buffer[: self.outputs + self.room, : self.inputs + self.room]
+        nothing = weights[0].new_empty(0)
+        self.biases = [nothing if linear.bias is None else linear.bias for linear in linears]
+        has_bias = any(linear.bias is not None for linear in linears)
+        self.bias = _to_be_written(border.buffer, self.outputs) if has_bias else None
+        self.places = [(weight, weight.data_ptr()) for weight in weights]
+        # Backward reads the border, wherever the parameters are by then. These notice who writes into them.
+        self.watched = [(weight.detach(), weight) for weight in weights]
+        others = (tensor for linear in linears for tensor in (linear.bias, *(linear.lora or ())))
+        self.bound = [*(watched for watched, _ in self.watched), *(own for own in others if own is not None)]
+        self.own_input = False  # whether the rows of the input are this layer's, to be written behind
+
+    def holds(self) -> bool:
+        """Whether the weights are still in the border."""
+        return all(weight.data_ptr() == place for weight, place in self.places)
+
+    def forward(self, x: Tensor, call: Call) -> list[Tensor]:
+        wide = self._rows_of_input(x)
+        y, latent = run(
+            "lora_border", wide, self.buffer, self.bias, self.biases, self.a, self.b, self.scales, call.backend
+        )
+        if self.ranks:
+            call.keep(self.latent, latent)
+        return list(y.view(*x.shape[:-1], self.outputs).split(self.sizes, -1))
+
+    def backward(self, dys: list[Tensor], x: Tensor | None, call: Call, gradients: Gradients, need_dx: bool):
+        need_dbias = [gradients.wants(linear.bias) for linear in self.linears]
+        wide = self._rows_of_gradients(dys)
+        latent = call.kept[self.latent.key] if self.ranks else wide.new_empty(wide.shape[0], 0)
+        rows = x.reshape(-1, self.inputs) if self.ranks else None
+        own = self.buffer, self.a, self.b, self.scales, need_dx, need_dbias
+        dx, das, dbs, dbiases = run("lora_border_backward", wide, rows, latent, *own, call.backend)
+        for linear, da, db, dbias, need in zip(self.linears, das, dbs, dbiases, need_dbias, strict=True):
+            if linear.lora is not None:
+                gradients.add(linear.lora[0], da)
+                gradients.add(linear.lora[1], db)
+            if need:
+                gradients.add(linear.bias, dbias)
+        return dx.view(*dys[0].shape[:-1], self.inputs) if need_dx else None
+
+    def _rows_of_input(self, x: Tensor) -> Tensor:
+        """(tokens, K + room) that begin with x."""
+        if not self.room:
+            return x.reshape(-1, self.inputs)
+        wide = whole_rows([x], self.room) if self.own_input else None
+        return copied_rows([x], self.room) if wide is None else wide
+
+    def _rows_of_gradients(self, dys: list[Tensor]) -> Tensor:
+        """(tokens, N + room) that begin with ``dys``, side by side."""
+        wide = whole_rows(dys, self.room)
+        return copied_rows(dys, self.room) if wide is None else wide
+
+
+def bordered(block: str, linears: Sequence, modules: Sequence[nn.Module], border: Border | None) -> Bordered | None:
+    """Returns what serves ``linears``, those of ``modules``; None where they have no border or it cannot."""
+    if border is None or tuple(modules) != border.linears:
+        return None
+    if not border.serves(modules):  # trained by now, or elsewhere: what is still inside gets memory of its own
+        border.undo()
+        return None
+    plain = all(linear.before is None and linear.after is None and linear.dropout == 0 for linear in linears)
+    ranks = sum(linear.lora[0].shape[0] for linear in linears if linear.lora is not None)
+    fits = border.buffer.shape[1] - modules[0].in_features >= room(ranks)
+    return Bordered(block, linears, border) if plain and fits else None
+
+
+@torch.inference_mode(False)
+def _to_be_written(like: Tensor, size: int) -> Tensor:
+    return like.new_empty(size)
+
+
+def _a(linear) -> Tensor:
+    return linear.weight.new_empty(0, linear.weight.shape[1]) if linear.lora is None else linear.lora[0]
+
+
+def _b(linear) -> Tensor:
+    return linear.weight.new_empty(linear.weight.shape[0], 0) if linear.lora is None else linear.lora[1]

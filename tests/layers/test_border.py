@@ -1,0 +1,403 @@
+"""Linears of a layer that stand together in one product, with LoRA in a border of their weights: forced on a CPU."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections import Counter
+
+import pytest
+import torch
+from methods.models import build, logits
+
+import petl_kernels as pk
+from petl_kernels.layers import border
+from petl_kernels.layers.lean import LeanLayer
+from petl_kernels.layers.rule import border as rule_border
+from petl_kernels.memory.quantise_model import quantise_model
+from petl_kernels.memory.stream import stream_layers, unstream
+from petl_kernels.methods.structure import describe
+from petl_kernels.ops import common
+
+from .lean_cases import DROPOUT, adapted, ragged, step, worst
+
+# m2m100's: two encoder layers with one border each, two decoder layers with three.
+LORA = ["self.qkv", "self.qkv", *["self.qkv", "cross.q", "cross.kv"] * 2]
+FROZEN = [name for name in LORA if name != "cross.q"]
+
+
+@pytest.fixture(autouse=True)
+def on_a_cpu(monkeypatch):
+    monkeypatch.setattr(border, "DEVICES", {"cpu", "cuda"})
+
+
+@pytest.fixture
+def ran(monkeypatch) -> Counter:
+    """How often each op of a layer's linears has run."""
+    counted = Counter()
+    for name in ("lora_border", "lora_border_backward", "lora_linear", "frozen_linear"):
+        kernel = common._kernels[name]
+        monkeypatch.setitem(common._kernels, name, lambda *args, n=name, k=kernel: counted.update([n]) or k(*args))
+    return counted
+
+
+def borders(model) -> list[str]:
+    layers = [module for module in model.modules() if isinstance(module, LeanLayer)]
+    return [name for layer in layers for name in layer.petl_borders or {}]
+
+
+def projections(model) -> dict[str, torch.nn.Module]:
+    """q, k and v of every attention, by path."""
+    paths = (path for attention in describe(model).attentions for path in (attention.q, attention.k, attention.v))
+    return {path: model.get_submodule(path) for path in paths}
+
+
+def assert_same(found, expected, tolerance=1e-9):
+    assert found.keys() == expected.keys()
+    difference, name = worst(found, expected)
+    assert difference < tolerance, (name, difference)
+
+
+CASES = [(family, method) for family in ("m2m100", "t5") for method in ("lora", "bitfit")] + [("marian", "lora")]
+
+
+@pytest.mark.parametrize("case", CASES, ids=" ".join)
+def test_exact(case, ran):
+    """Loss and every gradient, in each tier."""
+    model = adapted(*case)
+    inputs = ragged(model)
+    expected = step(model, inputs)
+    for tier in (1, 2, 3, 4, 5):
+        pk.lean(model, tier)
+        ran.clear()
+        assert_same(step(model, inputs), expected)
+        assert ran["lora_border_backward"] == len(borders(model)) > 0 and not ran["lora_linear"]
+        assert all(not state.composed for state in pk.report(model).layers)
+    assert borders(model) == (LORA if case[1] == "lora" else FROZEN)
+
+
+@pytest.mark.parametrize("bias", ["none", "lora_only"])
+def test_other_ranks_scales_and_trained_biases(bias):
+    settings = {"targets": ("q_proj", "k_proj", "v_proj"), "rank": 2, "bias": bias}
+    model = build("m2m100").double()
+    pk.adapt(model, pk.LoRA(**settings, rank_pattern={"v_proj": 7}, alpha_pattern={"k_proj": 3.0}))
+    for parameter in pk.trainable_parameters(model):
+        torch.nn.init.normal_(parameter, std=0.2)
+    inputs = ragged(model)
+    expected = step(model, inputs)
+    for tier in (1, 3):
+        assert_same(step(pk.lean(model, tier), inputs), expected)
+
+
+def test_dropout_elsewhere_and_autocast():
+    """Wherever rows are cast or come from somebody else, they are copied."""
+    for settings, autocast in ((DROPOUT, False), ({}, True)):
+        dtype = torch.float32 if autocast else torch.float64
+        plain = pk.lean(adapted("m2m100", "lora", dtype=dtype, **settings), 2)
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(border, "DEVICES", set())
+            apart = pk.lean(copy.deepcopy(plain), 2)
+        pk.lean(plain, 2)
+        assert borders(plain) == LORA and borders(apart) == []
+        inputs = ragged(plain)
+        exact = step(apart, inputs)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found, expected = step(plain, inputs), step(apart, inputs)
+        assert found.keys() == expected.keys()
+        assert worst(found, exact)[0] <= 1e-9 + 2 * worst(expected, exact)[0]
+
+
+def test_lora_dropout_leaves_the_linears_apart(ran):
+    model = build("m2m100").double()
+    pk.adapt(model, pk.LoRA(rank=2, dropout=0.3))
+    pk.lean(model, 1)
+    assert borders(model) == []
+    model.train()
+    step(model, ragged(model))
+    assert ran["lora_linear"] and not ran["lora_border"]
+
+
+def test_dropout_that_is_set_afterwards(ran):
+    model = pk.lean(adapted("m2m100", "lora"), 1)
+    for linear in projections(model).values():
+        if hasattr(linear, "lora"):
+            linear.lora.current().dropout = 0.5
+    step(model, ragged(model))
+    assert ran["lora_linear"] and not ran["lora_border"]
+
+
+# ---- nothing is stale -----------------------------------------------------------------------------------------------
+
+
+def with_another(model):
+    """With a second adapter of another rank, which is not active."""
+    pk.adapt(model, pk.LoRA(rank=11, alpha=5.0), "other")
+    for parameter in pk.trainable_parameters(model):
+        torch.nn.init.normal_(parameter, std=0.3)
+    return pk.use_adapter(model, "default")
+
+
+@pytest.mark.parametrize("tier", [1, 2, 4])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_another_adapter_runs_between_forward_and_backward(tier, when):
+    """It is on the model when the layers become lean, or comes later, so that the weights have to move."""
+    gradients = []
+    for lean in (False, True):
+        model = adapted("m2m100", "lora")
+        torch.manual_seed(3)
+        model = with_another(model) if when == "before" else model
+        model = pk.lean(model, tier) if lean else model
+        inputs = ragged(model)
+        loss = model(**inputs).loss
+        torch.manual_seed(3)
+        model = with_another(model) if when == "after" else model
+        pk.use_adapter(model, "other")
+        second = model(**inputs).loss
+        pk.use_adapter(model, "default")
+        loss.backward()
+        second.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert_same(gradients[1], gradients[0])
+
+
+def test_training_changes_what_the_border_has():
+    plain = adapted("m2m100", "lora")
+    lean = pk.lean(copy.deepcopy(plain), 1)
+    inputs = ragged(plain)
+    for model in (plain, lean):
+        optimizer = torch.optim.AdamW(pk.trainable_parameters(model), lr=0.05)
+        for _ in range(3):
+            step(model, inputs)
+            optimizer.step()
+    assert_same(step(lean, inputs), step(plain, inputs), 1e-8)
+    with torch.no_grad():
+        assert_same({"logits": logits(lean)}, {"logits": logits(plain)}, 1e-8)
+
+
+def test_what_is_changed_in_place_is_named():
+    model = pk.lean(adapted("m2m100", "lora"), 1)
+    for changed in ("k_proj.weight", "q_proj.weight", "v_proj.bias"):
+        loss = model(**ragged(model)).loss
+        path = f"model.encoder.layers.1.self_attn.{changed}"
+        with torch.no_grad():
+            model.get_parameter(path).mul_(1.5)
+        with pytest.raises(RuntimeError, match=path):
+            loss.backward()
+
+
+def test_the_weights_may_go_between_forward_and_backward():
+    model = adapted("m2m100", "lora")
+    inputs = ragged(model)
+    expected = step(model, inputs)
+    model.zero_grad()
+    loss = pk.lean(model, 1)(**inputs).loss
+    pk.lean(model, 0)
+    loss.backward()
+    assert_same(
+        {"loss": loss.detach(), **{n: p.grad for n, p in model.named_parameters() if p.grad is not None}}, expected
+    )
+
+
+# ---- where the weights are ------------------------------------------------------------------------------------------
+
+
+def test_the_weights_keep_their_values_and_stand_in_one_memory():
+    model = adapted("m2m100", "lora")
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    pk.lean(model, 1)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    first = describe(model).layers[0].attentions[0]
+    storages = {model.get_submodule(path).weight.untyped_storage()._cdata for path in (first.q, first.k, first.v)}
+    assert len(storages) == 1
+    pk.lean(model, 0)
+    assert all(torch.equal(p, before[name]) and p.is_contiguous() for name, p in model.named_parameters())
+    assert all(p.untyped_storage().nbytes() == p.nbytes for p in model.parameters())
+
+
+def test_bytes_are_what_a_plan_counts():
+    model = adapted("m2m100", "lora", dtype=torch.bfloat16)
+    layers = describe(model).layers
+    counted = [border.border_bytes(model, layer, "cuda") for layer in layers]
+    on_meta = copy.deepcopy(model).to("meta")
+    assert [border.border_bytes(on_meta, layer, "cuda") for layer in layers] == counted
+    assert border.border_bytes(model, layers[0], "mps") == 0
+    pk.lean(model, 1)
+    step(model, ragged(model))
+    for layer, expected in zip(layers, counted, strict=True):
+        linears = [model.get_submodule(path) for attention in layer.attentions for path in attention.linears[:3]]
+        storages = {linear.weight.untyped_storage()._cdata: linear.weight.untyped_storage() for linear in linears}
+        room = sum(storage.nbytes() for storage in storages.values()) - sum(linear.weight.nbytes for linear in linears)
+        own = model.get_submodule(layer.path).petl_bound[0]._rules.values()
+        biases = [group.bordered.bias for rule in own for attention in rule.attentions for group in attention.linears]
+        assert room + sum(bias.nbytes for bias in biases) == expected
+
+
+def test_copies_other_dtypes_and_devices():
+    model = pk.lean(adapted("m2m100", "lora"), 1)
+    inputs = ragged(model)
+    expected = step(model, inputs)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert borders(copied) == []  # until it is made lean, or an adapter is chosen
+        assert_same(step(copied, inputs), expected)
+        assert borders(pk.lean(copied, 1)) == LORA
+        assert_same(step(copied, inputs), expected)
+    model.to(torch.float32)
+    assert borders(model) == LORA
+    assert_same(step(model, inputs), expected, 1e-3)
+    model.to("meta")
+    assert borders(model) == [] and all(p.is_meta for p in model.parameters())
+
+
+def test_a_replica_of_another_device_has_its_own_weights():
+    """As DataParallel makes them: parameters are attributes there, and nothing of the first device is."""
+    model = pk.lean(adapted("m2m100", "lora"), 1)
+    layer = model.model.encoder.layers[0]
+    x = torch.randn(2, 5, 32, dtype=torch.float64)
+    expected = layer(x, None)
+    replica = layer._replicate_for_data_parallel()
+    assert replica.petl_bound is not layer.petl_bound and replica.petl_borders is None
+    assert torch.equal(layer(x, None), expected) and borders(model) == LORA
+
+
+def test_streamed_and_quantised_layers_have_none(tmp_path):
+    model = pk.lean(adapted("m2m100", "lora", dtype=torch.float32), 1)
+    inputs = ragged(model)
+    expected = step(model, inputs)
+    first = describe(model).layers[0].path
+    stream_layers(model, [first], folder=tmp_path)
+    pk.lean(model, 1)
+    assert borders(model) == LORA[1:]
+    assert_same(step(model, inputs), expected, 1e-4)
+    model.to(torch.float32)
+    assert borders(model) == LORA[1:]
+    unstream(model)
+    pk.lean(model, 1)
+    assert borders(model) == LORA
+    quantise_model(model, "int8", "dense")
+    assert borders(model) == []
+    assert worst(step(model, inputs), expected)[0] < 0.1
+    pk.lean(model, 1)
+    assert borders(model) == []
+
+
+def test_weights_of_other_dtypes_or_shared_ones_stay_apart():
+    model = adapted("m2m100", "lora", dtype=torch.float32)
+    layers = model.model.encoder.layers
+    layers[0].self_attn.k_proj.to(torch.float64)
+    layers[1].self_attn.k_proj.weight = layers[1].self_attn.q_proj.weight
+    assert borders(pk.lean(model, 1)) == LORA[2:]
+
+
+@pytest.mark.parametrize("trained", ["q_proj.weight", "v_proj.bias", ""])
+def test_base_tensors_that_somebody_trains(trained):
+    """They have gradients, and memory of their own: fused optimisers read parameters as contiguous."""
+    plain = adapted("m2m100", "bitfit")
+    lean = pk.lean(copy.deepcopy(plain), 1)
+    inputs = ragged(plain)
+    for model in (plain, lean):
+        chosen = [p for name, p in model.named_parameters() if name.endswith(trained)]
+        for parameter in chosen:
+            parameter.requires_grad_()
+        optimizer = torch.optim.SGD(chosen, lr=0.05, fused=True)
+        for _ in range(2):
+            step(model, inputs)
+            optimizer.step()
+    assert_same(step(lean, inputs), step(plain, inputs))
+
+
+def test_adapters_that_train_the_base_are_chosen():
+    plain = adapted("m2m100", "lora")
+    pk.adapt(plain, pk.methods.METHODS["cross-attention"](), "base")
+    pk.adapt(plain, pk.methods.METHODS["bitfit"](), "biases")
+    lean = pk.lean(copy.deepcopy(plain), 2)
+    inputs = ragged(plain)
+    for name, names in (("base", LORA[:2] + ["self.qkv"] * 2), ("default", LORA), ("biases", FROZEN), ("base", None)):
+        for model in (plain, lean):
+            pk.use_adapter(model, name)
+        assert_same(step(lean, inputs), step(plain, inputs))
+        assert names is None or sorted(borders(lean)) == sorted(names)
+
+
+def test_merging():
+    plain = adapted("m2m100", "lora")
+    lean = pk.lean(copy.deepcopy(plain), 1)
+    before = {name: p.clone() for name, p in lean.named_parameters()}
+    expected = logits(plain.eval())
+    pk.merge(lean.eval())
+    assert_same({"logits": logits(lean)}, {"logits": expected})
+    assert borders(lean) == FROZEN
+    pk.unmerge(lean)
+    assert borders(lean) == LORA
+    assert all(torch.equal(p, before[name]) for name, p in lean.named_parameters())
+    inputs = ragged(plain)
+    assert_same(step(lean.train(), inputs), step(plain.train(), inputs))
+
+
+def test_files_are_the_plain_models(tmp_path):
+    model = adapted("m2m100", "lora", dtype=torch.float32)
+    plain = {name: p.clone() for name, p in build("m2m100").state_dict().items()}
+    pk.lean(model, 1).save_pretrained(tmp_path)
+    found = type(build("m2m100")).from_pretrained(tmp_path)
+    assert all(torch.equal(value, found.state_dict()[name]) for name, value in plain.items())
+    state = {name: value + 1 for name, value in model.state_dict().items()}
+    model.load_state_dict(state)
+    assert borders(model) == LORA and all(torch.equal(v, state[n]) for n, v in model.state_dict().items())
+
+
+def test_files_of_a_frozen_model_without_adapters(tmp_path):
+    model = pk.lean(build("m2m100").requires_grad_(False), 1)
+    assert borders(model) == FROZEN and all(p.is_contiguous() for p in model.parameters())
+    model.save_pretrained(tmp_path)
+    found = type(model).from_pretrained(tmp_path)
+    assert all(torch.equal(value, found.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_generation_and_evaluation():
+    model = adapted("m2m100", "lora", dtype=torch.float32).eval()
+    inputs = {key: value for key, value in ragged(model).items() if not key.startswith(("decoder", "labels"))}
+    expected, outputs = model.generate(**inputs, num_beams=3, max_new_tokens=8), logits(model)
+    pk.lean(model, 2)
+    assert torch.equal(model.generate(**inputs, num_beams=3, max_new_tokens=8), expected)
+    torch.testing.assert_close(logits(model), outputs)
+
+
+def test_bound_in_inference_mode_and_trained_later():
+    model = adapted("m2m100", "lora", dtype=torch.float32)
+    with torch.inference_mode():
+        pk.lean(model, 1)
+        model(**ragged(model))
+    assert "loss" in step(model, ragged(model))
+    assert borders(model) == LORA and not any(parameter.is_inference() for parameter in model.parameters())
+
+
+def test_data_that_is_assigned_leaves_the_border(ran):
+    plain = adapted("m2m100", "lora")
+    lean = pk.lean(copy.deepcopy(plain), 1)
+    inputs = ragged(plain)
+    step(lean, inputs)
+    for model in (plain, lean):
+        model.model.encoder.layers[0].self_attn.k_proj.weight.data = torch.ones(32, 32, dtype=torch.float64) / 32
+    ran.clear()
+    assert_same(step(lean, inputs), step(plain, inputs))
+    assert ran["lora_border"] == len(LORA) - 1
+
+
+def test_a_source_of_the_same_layout_is_not_written_to(monkeypatch):
+    """The encoder's output as columns of somebody's tensor, which looks as if it had room behind its rows."""
+    model = pk.lean(adapted("m2m100", "lora"), 1)
+    layer, room = model.model.decoder.layers[0], 8
+    whole = torch.randn(2, 5, 32 + room, dtype=torch.float64)
+    before, x = whole.clone(), torch.randn(2, 3, 32, dtype=torch.float64)
+    layer(x, None, whole[..., :32], None)
+    assert layer.petl_borders["cross.kv"].buffer.shape[1] == 32 + room and torch.equal(whole, before)
+    assert rule_border.whole_rows([whole[..., :32]], room) is not None
+
+
+def test_what_the_norm_has_left_room_for_is_not_copied(monkeypatch):
+    """In a layer with its norms in front only the source is copied, and no gradient is."""
+    model = pk.lean(adapted("m2m100", "lora"), 1)
+    copied = []
+    own = rule_border.copied_rows
+    monkeypatch.setattr(rule_border, "copied_rows", lambda parts, room: copied.append(len(parts)) or own(parts, room))
+    step(model, ragged(model))
+    assert copied == [1, 1]  # k and v of the source, in both decoder layers
