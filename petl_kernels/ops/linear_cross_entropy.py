@@ -180,7 +180,7 @@ def compute(
     """
     d, sums = hidden.shape[-1], accumulate_dtype(hidden.dtype)
     words = out_features(weight, d)
-    rows, row_labels = hidden.reshape(-1, d), labels.reshape(-1)
+    rows, row_labels = hidden.reshape(-1, d), labels.reshape(-1).contiguous()
     if counted == ALL_ROWS:
         kept, share = _kept_rows(labels, words, ignore_index), None
         count = rows.shape[0] if kept is None else kept.shape[0]

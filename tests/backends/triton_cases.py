@@ -126,6 +126,13 @@ def _loss_switched_off(draw):
     return given | {"labels": given["labels"].where((given["labels"] < 32) | (given["labels"] >= 64), 0)}
 
 
+def _loss_labels_apart(draw, frozen):
+    """Labels that do not lie side by side, and have ones between them that are no words."""
+    given = loss(draw, (9,), words=40, bias=not frozen, frozen=frozen)
+    given["labels"] = given["labels"].clamp(min=0)
+    return given | {"labels": torch.stack([given["labels"], torch.full_like(given["labels"], -1)], 1)[:, 0]}
+
+
 def _loss_frozen(draw, words, loud=1, **options):
     """By words; a loud last word makes m rise in some rows."""
     given = loss(draw, words=words, bias=False, frozen=True, **options)
@@ -257,6 +264,8 @@ LOSS = {
     "switched-off": _loss_switched_off,
     "quantised": _loss_quantised,
     "no-rows": lambda draw: loss(draw, (0,), words=40),
+    "labels-apart": lambda draw: _loss_labels_apart(draw, False),
+    "by-words-labels-apart": lambda draw: _loss_labels_apart(draw, True),
     "by-words-1-row-1-word": lambda draw: _loss_frozen(draw, 1, rows=(1,)),
     "by-words-fairseq-dlosses": lambda draw: _loss_frozen(draw, 131, rows=(3, 11), smoothing="fairseq", dlosses=True),
     "by-words-rising": lambda draw: _loss_frozen(draw, 2100, loud=30, rows=(17,), d=45, label_smoothing=0.0),
