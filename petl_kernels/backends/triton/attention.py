@@ -49,9 +49,9 @@ def attention(q, k, v, mask, bias, prefix_k, prefix_v, causal, scale, dropout, s
 
 def attention_backward(
     do, q, k, v, o, lse, mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed, need_dbias,
-    cu_q, cu_k, distance_bias, need_ddistance_bias, into=None,
+    cu_q, cu_k, distance_bias, need_ddistance_bias, outs=None,
 ):  # fmt: skip
-    """into: where dq, dk and dv are to be written, by features of stride 1."""
+    """outs: dq, dk and dv are written there, views (B, H, L, D) of any strides but of adjacent features."""
     arguments = mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed
     packed = cu_q, cu_k, distance_bias
     if need_dbias or q.shape[3] > MAX_FEATURES:
@@ -59,7 +59,7 @@ def attention_backward(
         return reference(do, q, k, v, o, lse, *arguments, need_dbias, *packed, need_ddistance_bias)
     given = _Inputs(q, k, v, *arguments, *packed)
     batch, heads, queries, features = q.shape
-    dq, dk, dv = into or (_like_heads(x) for x in (q, k, v))
+    dq, dk, dv = (_like_heads(x) for x in (q, k, v)) if outs is None else outs
     delta = torch.empty_like(lse)
     do, o = _adjacent(do), _adjacent(o)
     tile = config.attention_tile(config.ATTENTION_BACKWARD, q, dropout, distance_bias is not None)

@@ -27,15 +27,12 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
-def sum_partials(partials: torch.Tensor, outs: list[torch.Tensor], splits: tuple[int, ...] | None = None) -> None:
-    """outs, end to end = the sum of `partials` (splits, elements) over the splits, in each out's dtype.
-
-    splits: how many each out has, where not all of them have as many."""
+def sum_partials(partials: torch.Tensor, outs: list[torch.Tensor]) -> None:
+    """outs, end to end = the sum of `partials` (splits, elements) over the splits, in each out's dtype."""
     sizes = tuple(out.numel() for out in outs)
     block = config.SUM_BLOCK
     grid = (config.cdiv(max(sizes), block),)
-    most, total = partials.shape
-    splits = splits or (most,) * len(outs)
+    splits, total = partials.shape
     launch(_sum_kernel, grid, partials, tuple(outs), sizes, splits, total, BLOCK=block, warps=4, stages=1)
 
 
@@ -47,7 +44,7 @@ def _sum_kernel(partials, outs, sizes, splits, total, BLOCK: tl.constexpr):
         inside = index < sizes[i]
         acc = tl.zeros((BLOCK,), tl.float32)
         pointers = partials + start + index
-        for _ in range(splits[i]):
+        for _ in range(splits):
             acc += tl.load(pointers, mask=inside, other=0.0)
             pointers += total
         tl.store(outs[i] + index, acc.to(outs[i].dtype.element_ty), mask=inside)
