@@ -171,8 +171,9 @@ def lora_border(t: int, k: int, outputs: Sequence[int], ranks: Sequence[int], si
         Launch("_inputs_kernel", 2 * t * a, x + 2 * s + adapters + n * r * size),
         _library(t, n, k + r, size),
         Launch("_gradients_kernel", 4 * t * b, read + 2 * s + adapters + r * k * size + FP32 * parts * b),
+        Launch("_sum_kernel", bytes=FP32 * (parts + 1) * b),
         Launch("_token_sum_kernel", 2 * t * a, x + s + FP32 * PARTS * a),
-        Launch("_sum_kernel", bytes=FP32 * ((parts + 1) * b + (PARTS + 1) * a)),
+        Launch("_sum_kernel", bytes=FP32 * (PARTS + 1) * a),
         _library(t, k, n + r, size),
     )
     return replace(counted, kernels=kernels)

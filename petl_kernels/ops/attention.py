@@ -53,7 +53,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from petl_kernels.backends import active, dispatch, kernel_of, register
+from petl_kernels.backends import active, dispatch, register
 from petl_kernels.errors import InputError
 from petl_kernels.ops import philox
 from petl_kernels.ops.common import (
@@ -65,7 +65,7 @@ from petl_kernels.ops.common import (
     empty,
     shape,
 )
-from petl_kernels.ops.room import roomy
+from petl_kernels.ops.room import roomy, writes_where_told
 
 CHUNK_BYTES = 16 * 2**20
 
@@ -517,7 +517,7 @@ def _backward(
         cu_seqlens_q, cu_seqlens_k, distance_bias, need_ddistance_bias,
     )  # fmt: skip
     into = _side_by_side(q, k, v, rooms) if rooms else None
-    if into is not None and kernel is kernel_of("attention_backward", "triton"):
+    if into is not None and writes_where_told("attention_backward", kernel, q):
         dq, dk, dv, *to_sums = kernel(*arguments, into)
     else:
         dq, dk, dv, *to_sums = kernel(*arguments)

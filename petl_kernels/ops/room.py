@@ -58,12 +58,21 @@ def leaving_room(op: str, kernel: Callable, room: int, place: int | None, *args)
     """
     if not room:
         return kernel(*args)
-    if kernel is kernel_of(op, "triton"):
+    if writes_where_told(op, kernel, args[0]):
         return kernel(*args, room)
     found = kernel(*args)
     if place is None:
         return _spread(found, room)
     return (*found[:place], _spread(found[place], room), *found[place + 1 :])
+
+
+def writes_where_told(op: str, kernel: Callable, x: Tensor) -> bool:
+    """Whether ``kernel`` of ``op`` is Triton's own for x, and not the reference that it hands other dtypes to."""
+    if kernel is not kernel_of(op, "triton"):
+        return False
+    from petl_kernels.backends.triton import DTYPES  # it is there
+
+    return x.dtype in DTYPES
 
 
 def _spread(y: Tensor, room: int) -> Tensor:

@@ -28,32 +28,24 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
-def sum_partials(partials: torch.Tensor, outs: list[torch.Tensor], splits: tuple[int, ...] | None = None) -> None:
-    """outs, end to end = the sum of `partials` (splits, elements) over the splits, in each out's dtype.
-
-    splits: how many each out has, where not all of them have as many.
-    """
-    most, total = partials.shape
-    rows, cols = config.sum_block(most, total)
+def sum_partials(partials: torch.Tensor, outs: list[torch.Tensor]) -> None:
+    """outs, end to end = the sum of `partials` (splits, elements) over the splits, in each out's dtype."""
+    splits, total = partials.shape
+    rows, cols = config.sum_block(splits, total)
     sizes = tuple(out.numel() for out in outs)
     launch(
-        _sum_kernel, (config.cdiv(total, cols),), partials, tuple(outs), sizes, splits or (most,) * len(outs), most,
-        total, ROWS=rows, COLS=cols, warps=4, stages=1,
+        _sum_kernel, (config.cdiv(total, cols),), partials, tuple(outs), sizes, splits, total,
+        ROWS=rows, COLS=cols, warps=4, stages=1,
     )  # fmt: skip
 
 
 @triton.jit
-def _sum_kernel(partials, outs, sizes, splits, most, total, ROWS: tl.constexpr, COLS: tl.constexpr):
+def _sum_kernel(partials, outs, sizes, splits, total, ROWS: tl.constexpr, COLS: tl.constexpr):
     index = tl.program_id(0) * COLS + tl.arange(0, COLS)
-    own = tl.zeros((COLS,), tl.int32)  # splits of each element
-    start = 0
-    for i in tl.static_range(len(outs)):
-        own = tl.where((index >= start) & (index < start + sizes[i]), splits[i], own)
-        start += sizes[i]
     acc = tl.zeros((ROWS, COLS), tl.float32)
-    for first in range(0, most, ROWS):
-        rows = (first + tl.arange(0, ROWS)).to(tl.int64)
-        acc += tl.load(partials + rows[:, None] * total + index[None, :], mask=rows[:, None] < own[None, :], other=0.0)
+    for start in range(0, splits, ROWS):
+        rows = (start + tl.arange(0, ROWS)).to(tl.int64)
+        acc += load(partials + rows[:, None] * total + index[None, :], rows < splits, index < total)
     summed = tl.sum(acc, 0)
     start = 0
     for i in tl.static_range(len(outs)):

@@ -2,7 +2,7 @@
 
     forward     one launch: s = x Aᵀ, written behind x and once more alone; S and c into the border. Then the product.
     backward    one launch: ds = dy S behind dy and the parts of dB and dc, from one read of dy; A into the border.
-                Then dA = dsᵀ x in parts, the sums of all parts, and the product.
+                Then dA = dsᵀ x, the sums of the parts, and the product.
 
 With t tokens, K inputs and N_g outputs of those with an adapter, in 16 bit: s moves 2tK bytes, ds and dB 2t Σ N_g and
 4 Σ N_g r_g for every block of tokens, dA 2tK. What goes into the border has programs of its own in the same launch.
@@ -51,7 +51,9 @@ def lora_border_backward(wide, x, s, border, a, b, scales, need_dx, need_dbias):
     da, db = [new(m, m.shape) for m in a], [new(m, m.shape) for m in b]
     dbias = [new(wide, n if need else 0, dtype=torch.float32) for n, need in zip(sizes, need_dbias, strict=True)]
     if sum(ranks):
-        _write_gradients(da, db, dbias, wide, x, s, border, _same_dtype(a), _same_dtype(b), scales)
+        _write_gradients(db, dbias, wide, s, border, _same_dtype(a), _same_dtype(b), scales)
+        if wide.shape[0]:
+            _sum_over_tokens(da, x, wide[:, sum(sizes) :])
     elif any(need_dbias):
         sums = column_sums(wide).split(sizes)
         dbias = [own if need else grad for own, grad, need in zip(sums, dbias, need_dbias, strict=True)]
@@ -80,24 +82,22 @@ def _write_inputs(s, wide, border, bias, biases, a, b, scales) -> None:
     )  # fmt: skip
 
 
-def _write_gradients(da, db, dbias, wide, x, s, border, a, b, scales) -> None:
-    """Writes ds behind dy and A into the border, and adds up dA, dB and, where one is wanted, dc."""
+def _write_gradients(db, dbias, wide, s, border, a, b, scales) -> None:
+    """Writes ds behind dy and A into the border, and adds up dB and, where one is wanted, dc."""
     k, sizes, ranks = _sizes(a, b)
-    rows, outputs = wide.shape[0], sum(sizes)
-    room, with_bias = wide.shape[1] - outputs, any(g.numel() for g in dbias)
-    tile, tokens = config.GRADIENTS[config.key(wide)], config.TOKEN_SUM[config.key(wide)]
-    block, most = config.padded(max(ranks), config.SKINNY[config.key(wide)].n), config.padded(sum(ranks), tokens.n)
+    rows, room = wide.shape[0], wide.shape[1] - sum(sizes)
+    with_bias = any(g.numel() for g in dbias)
+    tile = config.GRADIENTS[config.key(wide)]
+    block = config.padded(max(ranks), config.SKINNY[config.key(wide)].n)
     if block > 16 and tile.m == 128:
         tile = tile._replace(k=32, warps=8)  # the part of dB takes registers
     chunks, row_blocks = config.cdiv(max(ranks), block), config.cdiv(rows, tile.m)
     programs, places = row_blocks * chunks * len(sizes), config.cdiv(k, tile.k)
-    columns = config.cdiv(k, tokens.m) * config.cdiv(sum(ranks), most)
-    splits = config.splits(wide, tokens, columns) if rows else 0
     # Biases that nobody asked for are summed too when one is wanted, and dropped.
     sums = [g if g.numel() else wide.new_empty(n, dtype=torch.float32) for g, n in zip(dbias, sizes, strict=True)]
-    outs = [*db, *(sums if with_bias else ()), *da]
+    outs = [*db, *(sums if with_bias else ())]
     ends = list(accumulate((out.numel() for out in outs), initial=0))
-    partials = wide.new_empty(max(row_blocks, splits), ends[-1], dtype=torch.float32)
+    partials = wide.new_empty(row_blocks, ends[-1], dtype=torch.float32)
     launch(
         _gradients_kernel, (programs + places,), partials, wide, s, border, a, b, tuple(map(float, scales)),
         rows, k, room, sizes, ranks, programs, chunks, wide.stride(0), s.stride(0), border.stride(0), ends[-1],
@@ -105,13 +105,23 @@ def _write_gradients(da, db, dbias, wide, x, s, border, a, b, scales) -> None:
         BR=block, BW=_power_of_two(room), warps=tile.warps, stages=tile.stages,
     )  # fmt: skip
     if rows:
-        ds, of_a = wide[:, outputs:], ends[-1] - sum(ranks) * k
-        launch(
-            _token_sum_kernel, (columns, splits), partials, x, ds, rows, k, sum(ranks), x.stride(0), ds.stride(0),
-            ends[-1], of_a, config.cdiv(k, tokens.m), ALIGN=config.alignment((sum(ranks), ds.stride(0))), BM=tokens.k,
-            BN=tokens.m, BR=most, warps=tokens.warps, stages=tokens.stages,
-        )  # fmt: skip
-        sum_partials(partials, outs, (row_blocks,) * (len(outs) - len(da)) + (splits,) * len(da))
+        sum_partials(partials, outs)
+
+
+def _sum_over_tokens(da, x, ds) -> None:
+    """dA = dsᵀ x, without the columns of ds beyond the ranks."""
+    rows, inner = x.shape
+    ranks, tile = sum(m.shape[0] for m in da), config.TOKEN_SUM[config.key(x)]
+    block = config.padded(ranks, tile.n)
+    tiles, chunks = config.cdiv(inner, tile.m), config.cdiv(ranks, block)
+    splits = config.splits(x, tile, tiles * chunks)
+    partials = x.new_empty(splits, ranks * inner, dtype=torch.float32)
+    launch(
+        _token_sum_kernel, (tiles * chunks, splits), partials, x, ds, rows, inner, ranks, x.stride(0), ds.stride(0),
+        tiles, ALIGN=config.alignment((ranks, ds.stride(0))), BM=tile.k, BN=tile.m, BR=block, warps=tile.warps,
+        stages=tile.stages,
+    )  # fmt: skip
+    sum_partials(partials, da)
 
 
 def _power_of_two(columns: int) -> int:
@@ -236,13 +246,13 @@ def _gradient_rows(
 
 @triton.jit
 def _token_sum_kernel(
-    partials, x, ds, M, K, R, stride_x, stride_ds, total, first, tiles,
+    partials, x, ds, M, K, R, stride_x, stride_ds, tiles,
     ALIGN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """This split's part of [dA_1; …; dA_G]."""
     pid, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     length = tl.cdiv(tl.cdiv(M, BM), splits) * BM
     _a_gradients(
-        partials + split.to(tl.int64) * total + first, x, ds, None, split * length, min((split + 1) * length, M), K, R,
+        partials + split.to(tl.int64) * K * R, x, ds, None, split * length, min((split + 1) * length, M), K, R,
         stride_x, stride_ds, 0, 1.0, pid % tiles, pid // tiles, False, False, ALIGN, BM, BN, BR,
     )  # fmt: skip
