@@ -175,7 +175,8 @@ LORA = (
 
 @pytest.mark.parametrize("options", LORA, ids=["one", "group"])
 def test_a_kernel_may_add_up_in_another_order(monkeypatch, options):
-    """The order of the Triton kernels. On a card it was off by 1.63e-5 in dx of seed 0, as it is here."""
+    """The order of the Triton kernels. On a card it was off by 1.63e-5 in dx of seed 0, and so it was here with the
+    dropout mask of then; with today's it is 1.683e-5."""
     kernels = {("lora_linear", "cpu"): lora_in_order, ("lora_linear_backward", "cpu"): lora_backward_in_order}
     monkeypatch.setattr(backends, "_kernels", backends._kernels | kernels)
     monkeypatch.setitem(backends._load_errors, "cpu", None)
@@ -186,7 +187,7 @@ def test_a_kernel_may_add_up_in_another_order(monkeypatch, options):
         exact = parity.run("lora_linear", "reference", parity._in_float64(arguments))
         computed, reference = (parity.run("lora_linear", name, arguments) for name in ("cpu", "reference"))
         if seed == 0 and options["rows"] == (3, 43):
-            assert (computed["dx"] - exact["dx"]).abs().max().item() == pytest.approx(1.63e-5, rel=1e-3)
+            assert (computed["dx"] - exact["dx"]).abs().max().item() == pytest.approx(1.683e-5, rel=1e-3)
         two_units = [parity.compare_tensors(name, computed[name], reference[name], exact[name]) for name in exact]
         refused += any(two_units)
     assert refused  # two units are too few for an order that is as good as any
