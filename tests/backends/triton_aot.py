@@ -398,6 +398,7 @@ ONLY = {
         (attend, BF16, 64, ("additive", "distance")),
         (attend, BF16, 64, ("packed", "causal", "dropout"), 1024),
         (attend, FP16, 128, ("causal", "dropout"), 128),
+        (attend, FP16, 64, ("padding", "dropout"), 64),
     ],
 }
 

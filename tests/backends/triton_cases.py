@@ -429,6 +429,8 @@ LARGE = {
         for name, options in {
             "plain": {"queries": 500, "keys": 700},
             "causal-dropout": {"queries": 520, "keys": 520, "causal": True, "dropout": 0.1, "mask": "padding"},
+            "sentences": {"batch": 8, "queries": 128, "keys": 250, "dropout": 0.1, "mask": "padding"},
+            "a-long-sentence": {"sentences": ((300, 200), *((n, n + 1) for n in range(20))), "dropout": 0.1},
             "prefix-finfo": {"queries": 300, "keys": 300, "prefix": 100, "mask": "finfo"},
             "packed": {
                 "sentences": tuple((n, n + n % 3) for n in range(60)),

@@ -42,7 +42,7 @@ def attention(q, k, v, mask, bias, prefix_k, prefix_v, causal, scale, dropout, s
     if o.numel() == 0:
         return o, lse
     given = _Inputs(*arguments)
-    tile = config.attention_tile(config.ATTENTION_FORWARD, q, dropout)
+    tile = config.attention_tile(config.ATTENTION_FORWARD, q, dropout, distance_bias is not None)
     launch(
         _attention_kernel, (config.cdiv(queries, tile.m), batch * heads),
         o, lse, *given.tensors(), *given.packed(), *given.sizes(), _strides(o), *given.strides(), *given.numbers(),

@@ -259,9 +259,7 @@ def latent_tile(x: torch.Tensor) -> ElementwiseTile:
     return ElementwiseTile(tile.m * tile.n // columns, columns, tile.warps)
 
 
-def attention_tile(
-    table: dict[str, tuple[Tile, Tile]], q: torch.Tensor, dropout: float, distances: bool = False
-) -> Tile:
+def attention_tile(table: dict[str, tuple[Tile, Tile]], q: torch.Tensor, dropout: float, distances: bool) -> Tile:
     """Fewer queries with a bias by distance in fp32 or beside wide heads, in backward: its places in the table need
     registers too. Fewer keys with dropout beside it, and where operands are in registers; on sm_100 fewer queries.
     """
@@ -271,7 +269,7 @@ def attention_tile(
         tile = tile._replace(m=tile.m // 2)
     if dropout and (distances or kind in ("sm80", "small")):
         tile = tile._replace(n=32)
-    if distances and (wide or q.dtype == torch.float32):
+    if distances and table is ATTENTION_BACKWARD and (wide or q.dtype == torch.float32):
         tile = tile._replace(m=min(tile.m, 16 if q.dtype == torch.float32 else 32))
     return tile
 
