@@ -6,7 +6,7 @@ when it is first needed. Adding one touches no op and no caller.
     reference   plain PyTorch, any device and dtype: the executable specification
     cpu         C++ kernels of the extension (``csrc/cpu``)
     triton      Triton kernels, on CUDA devices (and on the CPU under ``TRITON_INTERPRET=1``)
-    cuda        CUDA C++ of the extension (``csrc/cuda``): cuBLASLt's products, for feed-forward blocks
+    cuda        CUDA C++ of the extension (``csrc/cuda``), by ``use("cuda")``: a feed-forward block on cuBLASLt's products
 
 On a CUDA device a backend other than the reference becomes the default of an op only after a small comparison
 with the reference has passed on that device, once per process (``petl_kernels/parity.py``). ``turned_down`` lists
@@ -35,8 +35,6 @@ DEFAULT_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
 DEFAULT_ORDER_OF = {
     # cuBLAS already runs a frozen linear layer at the speed of the hardware.
     ("frozen_linear", "cuda"): ("reference",),
-    # Triton's passes between cuBLASLt's products, where the extension has those, or between PyTorch's.
-    ("frozen_ffn", "cuda"): ("cuda", "triton", "reference"),
 }
 
 # The specification, and kernels that the same machine has compiled and that no driver or card can change.
@@ -178,9 +176,7 @@ def dispatch(op: str, device: torch.device, backend: str, dtype: torch.dtype) ->
 
 def default_order(op: str, device: torch.device) -> tuple[str, ...]:
     """Returns the backends that may serve ``op`` when none is named, first choice first."""
-    order = DEFAULT_ORDER_OF.get((_family(op), device.type), DEFAULT_ORDER.get(device.type, ("reference",)))
-    # Without CUDA C++ Triton serves as ever, which is no news.
-    return order if order[:2] != ("cuda", "triton") or load_error("cuda") is None else order[1:]
+    return DEFAULT_ORDER_OF.get((_family(op), device.type), DEFAULT_ORDER.get(device.type, ("reference",)))
 
 
 def _choose(op: str, device: torch.device, backend: str, dtype: torch.dtype) -> tuple[str, bool]:

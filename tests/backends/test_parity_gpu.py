@@ -30,5 +30,4 @@ def test_backends_agree_with_the_reference(op, dtype):
 def test_who_serves(op):
     """cuBLAS where it is at the hardware's speed, Triton for the rest."""
     others = {"frozen_linear": "reference", "quantised_embedding": "reference"}
-    others |= {"frozen_ffn": "cuda"} if backends.kernel_of("frozen_ffn", "cuda") else {}  # cuBLASLt's products
     assert ops.backend_of(op, "cuda", torch.bfloat16) == others.get(op, "triton")
