@@ -6,7 +6,7 @@ when it is first needed. Adding one touches no op and no caller.
     reference   plain PyTorch, any device and dtype: the executable specification
     cpu         C++ kernels of the extension (``csrc/cpu``)
     triton      Triton kernels, on CUDA devices (and on the CPU under ``TRITON_INTERPRET=1``)
-    cuda        CUDA C++ of the extension (``csrc/cuda``), by ``use("cuda")``: a feed-forward block on cuBLASLt's products
+    cuda        CUDA C++ of the extension (``csrc/cuda``), by ``use("cuda")``: feed-forward blocks on cuBLASLt
 
 On a CUDA device a backend other than the reference becomes the default of an op only after a small comparison
 with the reference has passed on that device, once per process (``petl_kernels/parity.py``). ``turned_down`` lists
