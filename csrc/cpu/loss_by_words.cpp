@@ -7,7 +7,7 @@
 namespace petl {
 namespace {
 
-constexpr double kRise = 32;
+constexpr double kRise = 8;
 // Columns at a time: few enough to stay in the first cache in the dtype of sums.
 constexpr int64_t kBlock = 1024;
 

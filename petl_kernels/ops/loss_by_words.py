@@ -1,9 +1,9 @@
 """The vocabulary loss of a frozen table, block of words by block of words: an attention whose keys and values are W.
 
-    z  = h W_cᵀ                                 one block of words c at a time, a product of the library's
+    z  = h W_kᵀ                                 one block k of words at a time, a product of the library's
     E  = exp(z - m), 0 for the label            in place of z, in the dtype of h
     r += Σ E                                    in the dtype of sums
-    O += E W_c                                  a product of the library's, in the dtype of sums
+    O += E W_k                                  a product of the library's, in the dtype of sums
 
     s    = r + exp(z_y - m)                     at the end; z_y = h · W_y
     loss = log s - a · (z_y - m) - c · Σ_v (z_v - m)         Σ_v z_v = h · w̄,  w̄ = Σ_v W_v
@@ -16,12 +16,13 @@ times as much.) Each logit is met once. The label's is a sum in the wide dtype t
 made without E, whose rounding would be the largest there.
 
 m is the row's own: first the larger of z_y and the first block's largest logit. Any m is right as long as no E is too
-large, so it rises only when a later block has a logit above m + 32: r and the row of O are then multiplied by
-exp(m - new m). E is 1 to e³² at most, far inside of the range that bf16 and fp32 share; what is below e⁻⁸⁷ of the
-largest is 0. Rows that rise are rare, others pay nothing, and the host waits for nothing. -inf, inf and NaN among
-logits give what they give in a softmax. fp16 has not that range.
+large, so it rises only when a later block has a logit above m + 8: r and the row of O are then multiplied by
+exp(m - new m). E is e⁸ at most, far inside of the range that bf16 and fp32 share; what is below e⁻⁸⁷ of the largest
+is 0. Rows that rise are rare, others pay nothing, and the host waits for nothing. -inf, inf and NaN among logits give
+what they give in a softmax. fp16 has not that range.
 
-O and E, and the rows of h where those that count lie apart, take `chunk_bytes` bytes, but one row of 64 words at least.
+O and E, and the rows of h where they are copied, take `chunk_bytes` bytes, but one row of 64 words at least. They are
+copied where those that count lie apart, or numbers of a row do.
 
 Saves: nothing of its own (``ops/linear_cross_entropy.py``).
 Source: softmax of one pass (arXiv 1805.02867) with lazy rescaling; no code of others.
@@ -39,7 +40,7 @@ from petl_kernels.backends import register
 from petl_kernels.ops.common import accumulate_dtype, empty
 from petl_kernels.ops.product import ALIGNED, aligned_parts, product_into
 
-RISE = 32.0  # how far above m a logit may be: see above
+RISE = 8.0  # how far above m a logit may be: see above
 # A CPU's second cache holds a block of E or of O, and the third both. A card needs tiles for all its multiprocessors,
 # and a block of E that has at least as many bytes as the rows of O that it is added to.
 CPU_ROWS, CPU_WORDS = 512, 1024
@@ -126,7 +127,8 @@ def compute(
     if count == 0:
         return losses, drows
     word_sum = _word_sum(weight, sums) if weights[1] else None
-    blocks = blocks_of(count, d, words, rows.dtype, rows.device.type, chunk_bytes, kept is not None, gradient)
+    apart = kept is not None or not rows.is_contiguous()
+    blocks = blocks_of(count, d, words, rows.dtype, rows.device.type, chunk_bytes, apart, gradient)
     logits = rows.new_empty(blocks.rows, blocks.words)
     total = rows.new_empty(blocks.rows, d, dtype=sums) if gradient else None
     for first in range(0, count, blocks.rows):
