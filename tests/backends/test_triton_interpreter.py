@@ -275,16 +275,16 @@ def test_autograd_through_the_public_op():
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
 
 
-@pytest.mark.parametrize("queries", [33, 70])  # in one program and in blocks
+@pytest.mark.parametrize("queries", [33, 65])  # in one program and in blocks
 def test_gradients_of_attention_are_written_side_by_side(triton, queries):
     """In rows of q, k and v that hold more beside them, from q, k and v that lie so, too."""
     given = parity.attention_arguments(
-        parity.Source(CPU, torch.float32), batch=2, heads=2, queries=queries, keys=queries, d=16, dropout=0.2
+        parity.Source(CPU, torch.float32), batch=1, heads=2, queries=queries, keys=queries, d=16, dropout=0.2
     )
     expected = parity.run("attention", "triton", given)
     beside = torch.stack([given[name].transpose(1, 2) for name in "qkv"], 2)
     q, k, v = (beside[:, :, i].transpose(1, 2) for i in range(3))
-    wide = torch.full((2, queries, 3 * 32 + 7), 5.0)
+    wide = torch.full((1, queries, 3 * 32 + 7), 5.0)
     outs = [wide[..., 32 * i : 32 * i + 32].unflatten(-1, (2, 16)).transpose(1, 2) for i in range(3)]
     rest = [None] * 4 + [False, given["scale"], 0.2, given["seed"]]
     kernels = triton.attention

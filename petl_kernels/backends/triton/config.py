@@ -139,7 +139,7 @@ ATTENTION_BACKWARD = {
     "small": (Tile(32, 64, 64, 4, 2), Tile(32, 32, 128, 4, 2)),
     "sm80": (Tile(64, 64, 64, 8, 3), Tile(64, 64, 128, 8, 2)),
     "sm90": (Tile(64, 64, 64, 4, 3), Tile(64, 64, 128, 8, 3)),
-    "sm100": (Tile(64, 64, 64, 4, 3), Tile(64, 64, 128, 8, 3)),
+    "sm100": (Tile(64, 64, 64, 4, 3), Tile(64, 64, 128, 8, 2)),
     "fp32": (Tile(32, 32, 64, 4, 2), Tile(16, 32, 128, 4, 2)),
     "interpreter": (Tile(32, 32, 64, 4, 1), Tile(32, 32, 128, 4, 1)),
 }
@@ -261,14 +261,14 @@ def latent_tile(x: torch.Tensor) -> ElementwiseTile:
 
 def attention_tile(table: dict[str, tuple[Tile, Tile]], q: torch.Tensor, dropout: float, distances: bool) -> Tile:
     """Fewer queries with a bias by distance in fp32 or beside wide heads, in backward: its places in the table need
-    registers too. Fewer keys with dropout beside it, and where operands are in registers; on sm_100 fewer queries.
+    registers too. With dropout fewer keys beside it, and where operands are in registers; on sm_100 fewer queries.
     """
     kind, wide = key(q), q.shape[3] > ATTENTION_NARROW
     tile = table[kind][wide]
-    if dropout and kind == "sm100":
-        tile = tile._replace(m=tile.m // 2)
     if dropout and (distances or kind in ("sm80", "small")):
         tile = tile._replace(n=32)
+    if dropout and distances and kind == "sm100":
+        tile = tile._replace(m=tile.m // 2)
     if distances and table is ATTENTION_BACKWARD and (wide or q.dtype == torch.float32):
         tile = tile._replace(m=min(tile.m, 16 if q.dtype == torch.float32 else 32))
     return tile
