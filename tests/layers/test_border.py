@@ -15,6 +15,7 @@ from petl_kernels.layers import border
 from petl_kernels.layers.lean import LeanLayer
 from petl_kernels.layers.rule import border as rule_border
 from petl_kernels.memory.quantise_model import quantise_model
+from petl_kernels.memory.saved import saved_bytes
 from petl_kernels.memory.stream import stream_layers, unstream
 from petl_kernels.methods.structure import describe
 from petl_kernels.ops import common
@@ -230,6 +231,23 @@ def test_bytes_are_what_a_plan_counts():
         own = model.get_submodule(layer.path).petl_bound[0]._rules.values()
         biases = [group.bordered.bias for rule in own for attention in rule.attentions for group in attention.linears]
         assert room + sum(bias.nbytes for bias in biases) == expected
+
+
+@pytest.mark.parametrize("method", ["lora", "bitfit"])
+def test_what_a_tier_keeps_is_what_it_keeps_apart(method, monkeypatch):
+    """q, k and v are columns of one tensor, and nothing of the wide rows is kept with them."""
+    model = adapted("m2m100", method, dtype=torch.float32)
+    inputs = ragged(model)
+    kept = {}
+    for devices in (set(), {"cpu"}):
+        monkeypatch.setattr(border, "DEVICES", devices)
+        for tier in (1, 2, 3):
+            pk.lean(model, tier)
+            with saved_bytes(exclude=list(model.parameters())) as saved:
+                loss = model(**inputs).loss
+            kept.setdefault(tier, []).append(saved.bytes)
+            del loss
+    assert all(apart == together for apart, together in kept.values()), kept
 
 
 def test_copies_other_dtypes_and_devices():
