@@ -254,5 +254,5 @@ def _token_sum_kernel(
     length = tl.cdiv(tl.cdiv(M, BM), splits) * BM
     _a_gradients(
         partials + split.to(tl.int64) * K * R, x, ds, None, split * length, min((split + 1) * length, M), K, R,
-        stride_x, stride_ds, 0, 1.0, pid % tiles, pid // tiles, False, False, ALIGN, BM, BN, BR,
+        stride_x, stride_ds, 0, 1.0, pid % tiles, pid // tiles, False, ALIGN, BM, BN, BR,
     )  # fmt: skip
