@@ -373,7 +373,7 @@ EXPLAINED = (
     Reason("bottleneck_adapter", "m=1024", "a block for every 64 hidden units reads x and dy again, 16 times in all"),
     Reason("bottleneck_adapter", "", "64 programs add the parts of sums, weights are folded twice; with the race"),
     Reason("layer_norm", "frozen", "three sums across the warps of a row, which is one warp's since then"),
-    Reason("layer_norm", "trained", "the sums over tokens read x and dy again, at 0.5 TB/s; since then in the pass of dx"),
+    Reason("layer_norm", "trained", "the sums over tokens read x and dy again, at 0.5 TB/s; now they ride with dx"),
     Reason("rms_norm", "trained", "as layer_norm"),
     Reason("linear_cross_entropy", "", "256,206 is no multiple of 8: the library's products take three times as long"),
     Reason("lora_linear", "t5", "192 tiles for 132 multiprocessors: of two waves the second is half empty"),
