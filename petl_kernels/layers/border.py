@@ -90,7 +90,7 @@ def wants_border(linears: Sequence[nn.Module], device: str | None = None) -> boo
     in front of an adapter. device: the kind that they will be on, where they are not there yet."""
     if not all(type(linear) in (nn.Linear, LoRALinear, FrozenLinear) for linear in linears):
         return False
-    weights, pieces = [linear.weight for linear in linears], [_lora(linear) for linear in linears]
+    weights, pieces = [linear.weight for linear in linears], [piece for linear in linears for piece in _lora(linear)]
     if any(isinstance(weight, QuantisedTensor) or weight.requires_grad for weight in weights):
         return False
     if len({id(weight) for weight in weights}) < len(weights):
@@ -99,17 +99,18 @@ def wants_border(linears: Sequence[nn.Module], device: str | None = None) -> boo
         return False
     if (device or weights[0].device.type) not in DEVICES:
         return False
-    if any(piece is not None and piece.stored_dropout > 0 for piece in pieces) or any(map(_is_scaled, linears)):
+    if any(piece.stored_dropout > 0 for piece in pieces) or any(map(_is_scaled, linears)):
         return False
-    return len(linears) > 1 or pieces[0] is not None
+    return len(linears) > 1 or bool(pieces)
 
 
-def _lora(linear: nn.Module):
-    return linear.lora.current() if type(linear) is LoRALinear else None
+def _lora(linear: nn.Module) -> list[nn.Module]:
+    """All that are there, active or not: what choosing one would move is missing in a backward pass still to come."""
+    return list(linear.lora.values()) if type(linear) is LoRALinear else []
 
 
 def _is_scaled(linear: nn.Module) -> bool:
-    return hasattr(linear, "petl") and isinstance(linear.petl.current(), Scale)
+    return hasattr(linear, "petl") and any(isinstance(piece, Scale) for piece in linear.petl.values())
 
 
 def room_for(linears: Sequence[nn.Module]) -> int:

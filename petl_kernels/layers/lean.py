@@ -133,7 +133,13 @@ class LeanLayer:
 
     def __reduce_ex__(self, protocol):
         mixin, original = type(self).petl_bases
-        return _bare, (mixin, original), {**self.__dict__, "petl_bound": [None], "petl_borders": None}
+        borders = None if self.petl_borders is None else {}
+        return _bare, (mixin, original), {**self.__dict__, "petl_bound": [None], "petl_borders": borders}
+
+    def __setstate__(self, state: dict) -> None:
+        """A copy has weights of its own, which stand together as those of its original do."""
+        super().__setstate__(state)
+        self.renew_borders()
 
 
 class _Bound:

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from petl_kernels.backends import dispatch, register
 from petl_kernels.ops.common import accumulate_dtype, define, empty, present
@@ -43,24 +44,25 @@ def room(ranks: int) -> int:
 
 
 def fill_outputs(border: Tensor, bias: Tensor | None, biases, a, b, scales) -> None:
-    """Write S and c."""
-    k, row, column = a[0].shape[1], 0, a[0].shape[1]
-    border[: sum(b_g.shape[0] for b_g in b), k:] = 0
-    for c, b_g, scale in zip(biases, b, scales, strict=True):
+    """Write S and c, each at once: another thread that runs the same adapters then meets nothing but their values."""
+    k, row, column = a[0].shape[1], 0, 0
+    s = border.new_zeros(sum(b_g.shape[0] for b_g in b), border.shape[1] - k)
+    c = s.new_zeros(s.shape[0])
+    for c_g, b_g, scale in zip(biases, b, scales, strict=True):
         rows, ranks = b_g.shape
-        border[row : row + rows, column : column + ranks] = scale * b_g.to(accumulate_dtype(b_g.dtype))
-        if bias is not None:
-            bias[row : row + rows] = 0 if present(c) is None else c
+        s[row : row + rows, column : column + ranks] = scale * b_g.to(accumulate_dtype(b_g.dtype))
+        if present(c_g) is not None:
+            c[row : row + rows] = c_g
         row, column = row + rows, column + ranks
+    border[: s.shape[0], k:] = s
+    if bias is not None:
+        bias.copy_(c)
 
 
 def fill_inputs(border: Tensor, a, outputs: int) -> None:
-    """Write A."""
-    row, k = outputs, a[0].shape[1]
-    for a_g in a:
-        border[row : row + a_g.shape[0], :k] = a_g
-        row += a_g.shape[0]
-    border[row:, :k] = 0
+    """Write A, with zeros below it."""
+    stacked = torch.cat(a).to(border.dtype)
+    border[outputs:, : stacked.shape[1]] = F.pad(stacked, (0, 0, 0, border.shape[0] - outputs - stacked.shape[0]))
 
 
 @register("lora_border", "reference")

@@ -255,10 +255,10 @@ def test_copies_other_dtypes_and_devices():
     inputs = ragged(model)
     expected = step(model, inputs)
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert borders(copied) == []  # until it is made lean, or an adapter is chosen
-        assert_same(step(copied, inputs), expected)
-        assert borders(pk.lean(copied, 1)) == LORA
-        assert_same(step(copied, inputs), expected)
+        assert borders(copied) == LORA
+        assert worst(step(copied, inputs), expected)[0] == 0  # to the bit
+        copied.model.encoder.layers[0].self_attn.k_proj.weight.data.zero_()
+    assert worst(step(model, inputs), expected)[0] == 0
     model.to(torch.float32)
     assert borders(model) == LORA
     assert_same(step(model, inputs), expected, 1e-3)
@@ -329,7 +329,7 @@ def test_adapters_that_train_the_base_are_chosen():
     pk.adapt(plain, pk.methods.METHODS["bitfit"](), "biases")
     lean = pk.lean(copy.deepcopy(plain), 2)
     inputs = ragged(plain)
-    for name, names in (("base", LORA[:2] + ["self.qkv"] * 2), ("default", LORA), ("biases", FROZEN), ("base", None)):
+    for name, names in (("base", LORA[:2] + ["self.qkv"] * 2), ("default", LORA), ("biases", LORA), ("base", None)):
         for model in (plain, lean):
             pk.use_adapter(model, name)
         assert_same(step(lean, inputs), step(plain, inputs))
@@ -343,7 +343,7 @@ def test_merging():
     expected = logits(plain.eval())
     pk.merge(lean.eval())
     assert_same({"logits": logits(lean)}, {"logits": expected})
-    assert borders(lean) == FROZEN
+    assert borders(lean) == LORA
     pk.unmerge(lean)
     assert borders(lean) == LORA
     assert all(torch.equal(p, before[name]) for name, p in lean.named_parameters())
@@ -398,6 +398,20 @@ def test_data_that_is_assigned_leaves_the_border(ran):
     ran.clear()
     assert_same(step(lean, inputs), step(plain, inputs))
     assert ran["lora_border"] == len(LORA) - 1
+
+
+def test_other_weights_for_one_call_are_not_moved():
+    """``functional_call`` puts somebody's tensors in the place of the parameters."""
+    model = pk.lean(adapted("m2m100", "lora"), 1)
+    inputs = ragged(model)
+    expected = step(model, inputs)
+    given = {name: p.detach() * 1.1 for name, p in model.named_parameters() if name.endswith("_proj.weight")}
+    before = {name: value.data_ptr() for name, value in given.items()}
+    found = torch.func.functional_call(model, given, (), inputs).loss
+    assert all(value.data_ptr() == before[name] for name, value in given.items())
+    plain = pk.lean(copy.deepcopy(model), 0)
+    assert_same({"loss": found}, {"loss": torch.func.functional_call(plain, given, (), inputs).loss})
+    assert worst(step(model, inputs), expected)[0] == 0 and borders(model) == LORA
 
 
 def test_a_source_of_the_same_layout_is_not_written_to(monkeypatch):

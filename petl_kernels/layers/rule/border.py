@@ -87,8 +87,9 @@ def bordered(block: str, linears: Sequence, modules: Sequence[nn.Module], border
     """Returns what serves ``linears``, those of ``modules``; None where they have no border or it cannot."""
     if border is None or tuple(modules) != border.linears:
         return None
-    if not border.serves(modules):  # trained by now, or elsewhere: what is still inside gets memory of its own
-        border.undo()
+    if not border.serves(modules):
+        if any(linear.weight.requires_grad for linear in linears):
+            border.undo()  # what is trained gets memory of its own, as an optimiser expects
         return None
     plain = all(linear.before is None and linear.after is None and linear.dropout == 0 for linear in linears)
     ranks = sum(linear.lora[0].shape[0] for linear in linears if linear.lora is not None)
