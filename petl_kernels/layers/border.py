@@ -79,10 +79,8 @@ def renew(borders: dict[str, Border], groups: dict[str, Sequence[nn.Module]]) ->
 
 
 def _serves_all(border: Border, linears: Sequence[nn.Module]) -> bool:
-    """Also the adapters that have come since."""
-    if not (wants_border(linears) and border.serves(linears)):
-        return False
-    return border.buffer.shape[1] - linears[0].in_features >= room_for(linears)
+    """Also the adapters that have come since. Where it has become of no use it stays: to move weights is not free."""
+    return border.serves(linears) and border.buffer.shape[1] - linears[0].in_features >= room_for(linears)
 
 
 def wants_border(linears: Sequence[nn.Module], device: str | None = None) -> bool:
