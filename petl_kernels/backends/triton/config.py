@@ -298,11 +298,9 @@ def alignment(ranks: tuple[int, ...]) -> int:
     return math.gcd(16, *ranks)
 
 
-def rank_columns(x: torch.Tensor, dropout: float, features: int) -> int:
+def rank_columns(x: torch.Tensor, dropout: float) -> int:
     """Columns at a time of what is made from s or ds of a block of rows; a mask takes registers beside them."""
-    if device_class(x.device) == "interpreter":
-        return 32
-    if x.dtype == torch.float32 or (dropout and features % 4):
+    if device_class(x.device) == "interpreter" or x.dtype == torch.float32:
         return 32
     return 64 if dropout else 128
 

@@ -175,7 +175,7 @@ def _rank_outputs(ys, x, s, biases, a, b, scales, dropout, seed) -> None:
         _rank_outputs_kernel, (config.cdiv(rows, tile.m),), s, tuple(ys), x, a, b, tuple(map(float, scales)), biases,
         tuple(c.numel() for c in biases), seed, rows, inner, tuple(y.shape[1] for y in ys),
         tuple(m.shape[0] for m in a), s.stride(0), x.stride(0), threshold, keep_scale, **constants,
-        BM=tile.m, BK=tile.k, BN=config.rank_columns(x, 0.0, inner), BR=block,
+        BM=tile.m, BK=tile.k, BN=config.rank_columns(x, 0.0), BR=block,
         warps=8 if dropout or block > 32 else tile.warps, stages=tile.stages,
     )  # fmt: skip
 
@@ -199,7 +199,7 @@ def _rank_part_of_gradients(dx, dys, s, a, b, scales, dropout, seed, add: bool) 
         _rank_input_kernel, (config.cdiv(rows, tile.m),), ds, dx, tuple(dys), a, b, tuple(map(float, scales)), seed,
         rows, inner, tuple(m.shape[0] for m in b), tuple(m.shape[0] for m in a), ds.stride(0),
         tuple(dy.stride(0) for dy in dys), threshold, keep_scale, **constants, ADD=add,
-        BM=tile.m, BK=tile.k, BN=config.rank_columns(s, dropout, inner), BR=block,
+        BM=tile.m, BK=tile.k, BN=config.rank_columns(s, dropout), BR=block,
         warps=8 if dropout or block > 32 else tile.warps, stages=tile.stages,
     )  # fmt: skip
     return ds
