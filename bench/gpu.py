@@ -36,6 +36,14 @@ OPS = (
     "or test_attention and 0.1 or test_bottleneck_adapter and bwd and not 1024 and not 128- "
     "or test_product and batch and not ffn)"
 )
+# What docs/PERFORMANCE.md asks of single ops, each beside its limit and its peers.
+ASKED = (
+    "not float32 and not torch.compile and (test_lora_border "
+    "or (nllb-600m or nllb-3.3b or wide) and test_lora_linear and not 8- and not 64- and not q/k/v "
+    "or nllb-600m and (test_linear_cross_entropy and 0.1 or test_frozen_ffn and not recomputing and not gated "
+    "or test_attention and 0.1 or test_bottleneck_adapter or test_norm and layer_norm and trained "
+    "or test_product and not ffn- or test_conversion))"
+)
 LAYERS = "nllb-600m and LoRA and (limit or eager or ours] or PEFT)"
 BENCH = ("-m", "petl_mt.cli", "bench")
 
@@ -85,6 +93,7 @@ def more_parts() -> list[Part]:
     """Returns the parts of `make gpu-more`: what a card is for once the parts of `make gpu` pass."""
     tests, budget = ("-m", "pytest", "-v", "--tb=short", *_workers()), "bench/budget.py"
     return [
+        Part("asked", 240, (*BENCH, "ops", "--peers", "--device", "cuda", "--only", ASKED)),
         Part("slow-tests", 300, (*tests, "-m", "gpu and slow", "tests")),
         Part("ahead-of-time", 200, (*tests, "tests/backends/test_triton_aot.py")),
         Part("doctor", 60, ("-m", "petl_mt.cli", "doctor")),
