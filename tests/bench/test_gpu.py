@@ -33,7 +33,7 @@ PARTS = [
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(gpu, "GRACE", 3)
+    monkeypatch.setattr(gpu, "GRACE", 1)
 
 
 def test_what_hangs_is_cut_and_the_next_part_runs(tmp_path, quick, capsys, monkeypatch):
