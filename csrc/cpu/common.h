@@ -139,13 +139,24 @@ class Slices {
 
   // The partial sums added in order.
   static Tensor total(const Tensor& partial_sums) {
-    if (partial_sums.size(0) == 1) {
+    const int64_t slices = partial_sums.size(0), count = partial_sums.numel() / std::max<int64_t>(1, slices);
+    if (slices == 1) {
       return with_sizes(partial_sums, partial_sums.sizes().slice(1));
     }
-    Tensor total = at::add(partial_sums[0], partial_sums[1]);
-    for (int64_t slice = 2; slice < partial_sums.size(0); ++slice) {
-      total.add_(partial_sums[slice]);
-    }
+    const Tensor total = empty(partial_sums.sizes().slice(1), partial_sums.scalar_type());
+    AT_DISPATCH_FLOATING_TYPES(partial_sums.scalar_type(), "total", [&] {
+      const auto* from = partial_sums.const_data_ptr<scalar_t>();
+      auto* __restrict to = total.mutable_data_ptr<scalar_t>();
+      at::parallel_for(0, count, 1 << 14, [&](int64_t begin, int64_t end) {
+        std::copy(from + begin, from + end, to + begin);
+        for (int64_t slice = 1; slice < slices; ++slice) {
+          const scalar_t* part = from + slice * count;
+          for (int64_t j = begin; j < end; ++j) {
+            to[j] += part[j];
+          }
+        }
+      });
+    });
     return total;
   }
 
