@@ -36,6 +36,9 @@ class Border:
         first, r = linears[0].weight.detach(), room_for(linears)
         outputs = sum(linear.out_features for linear in linears)
         self.buffer: Tensor | None = first.new_zeros(outputs + r, first.shape[1] + r)
+        # Written before each use, like the room; it stays as long as the buffer, for captured graphs write there.
+        has_bias = any(linear.bias is not None for linear in linears)
+        self.bias: Tensor | None = first.new_zeros(outputs) if has_bias else None
         for linear, place in self._places():
             place.copy_(linear.weight.detach())
             linear.weight.data = place
@@ -62,7 +65,7 @@ class Border:
         for linear, place in self._places():
             if _is_at(linear.weight, place):
                 linear.weight.data = place.clone(memory_format=torch.contiguous_format)
-        self.buffer = None
+        self.buffer = self.bias = None
 
     def __reduce__(self):
         return type(None), ()

@@ -79,6 +79,20 @@ class LeanLayer:
             self.petl_bound[0] = None
             renew(self.petl_borders, groups_of(self.blocks(True)[0]))
 
+    def state_dict(self, *args, destination=None, prefix="", keep_vars=False):
+        """The module's, but for weights that stand together: these are copies, as of tensors with memory of their own.
+
+        Whoever writes files leaves out, or refuses, all but one of the tensors that share memory.
+        """
+        found = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
+        if not keep_vars:
+            linears = (linear for border in (self.petl_borders or {}).values() for linear in border.linears)
+            together = {id(linear.weight) for linear in linears}
+            for name, parameter in self.named_parameters(remove_duplicate=False):
+                if id(parameter) in together:
+                    found[prefix + name] = found[prefix + name].clone(memory_format=torch.contiguous_format)
+        return found
+
     def _replicate_for_data_parallel(self):
         """A replica has weights of its own on a device of its own, in no border, and no rule yet."""
         replica = super()._replicate_for_data_parallel()

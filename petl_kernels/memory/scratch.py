@@ -42,7 +42,7 @@ def _linear_cross_entropy(given: dict) -> int:
 
 def _loss_by_words(given: dict) -> int:
     hidden, d, words = given["hidden"], given["hidden"].shape[-1], given["weight"][0].shape[0]
-    rows, dtype, device, gradient = hidden.numel() // d, hidden.dtype, hidden.device.type, given["need_dhidden"]
+    rows, dtype, device, gradient = hidden.numel() // d, hidden.dtype, given["device"], given["need_dhidden"]
     sizes = (d, words, dtype, device, given["chunk_bytes"])
     size, columns = loss_by_words.blocks_of(rows, *sizes, True, gradient)
     buffers, wide = loss_by_words.most_bytes(rows, *sizes, gradient), accumulate_dtype(dtype).itemsize

@@ -433,3 +433,35 @@ def test_what_the_norm_has_left_room_for_is_not_copied(monkeypatch):
     monkeypatch.setattr(rule_border, "copied_rows", lambda parts, room: copied.append(len(parts)) or own(parts, room))
     step(model, ragged(model))
     assert copied == [1, 1]  # k and v of the source, in both decoder layers
+
+
+@pytest.mark.parametrize("method", ["lora", "bitfit"])
+def test_a_state_dict_has_tensors_of_their_own(method):
+    """Writers of safetensors leave out all but one of those that share memory, or refuse them."""
+    model = adapted("m2m100", method, dtype=torch.float32)
+    expected = model.state_dict()
+    lean = pk.lean(model, 1)
+    assert borders(lean)
+    found, own = lean.state_dict(), lean.state_dict(keep_vars=True)
+    assert list(found) == list(expected) and all(found[name].equal(expected[name]) for name in found)
+    tied = {name for name in found if name.endswith(("embed_tokens.weight", "shared.weight", "lm_head.weight"))}
+    storages = [value.untyped_storage().data_ptr() for name, value in found.items() if name not in tied]
+    assert len(storages) == len(set(storages)) and all(value.is_contiguous() for value in found.values())
+    for name in projections(lean):
+        assert own[f"{name}.weight"] is lean.get_parameter(f"{name}.weight")
+    lean.load_state_dict(found)
+    assert borders(lean)
+
+
+def test_the_bias_stays_where_captured_graphs_write_it(monkeypatch):
+    """Whatever is found out about a layer anew, as after an evaluation."""
+    model = pk.lean(adapted("m2m100", "lora"), 1)
+    own = [border for layer in model.modules() for border in (getattr(layer, "petl_borders", None) or {}).values()]
+    written, kernel = [], common._kernels["lora_border"]
+    monkeypatch.setitem(common._kernels, "lora_border", lambda *args: written.append(args[2]) or kernel(*args))
+    step(model, ragged(model))
+    model.eval()
+    with torch.no_grad():
+        logits(model)
+    step(model.train(), ragged(model))
+    assert len(written) >= 2 * len(own) and all(any(bias is border.bias for border in own) for bias in written)

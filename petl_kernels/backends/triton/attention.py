@@ -584,7 +584,8 @@ def _sentence_gradients_kernel(
         bias = _head(bias, strides_bias, b, h)
     if distance is not None:
         distance += h * (2 * reach + 1)
-    start = first // 32 * 32  # where a group of the mask's counters begins
+    # Where a group of the mask's counters begins. Rows have more boundaries than sentences: no block without keys.
+    start = tl.where(first == end, end, first // 32 * 32)
     shift = end - stop
 
     fits = True

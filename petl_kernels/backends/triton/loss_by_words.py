@@ -123,8 +123,9 @@ def _words_kernel(
                     at = total + row.to(tl.int64) * d + cols_of_total
                     tl.store(at, tl.load(at, mask=cols_of_total < d) * factor, mask=cols_of_total < d)
     e = tl.exp(z - tl.where(top == float("-inf"), 0.0, top))  # so far all words are switched off
+    rest += tl.sum(e, 0)  # a barrier: no warp still reads the state that is written now
     tl.store(state, top)
-    tl.store(state + rows, rest + tl.sum(e, 0))
+    tl.store(state + rows, rest)
     if total is not None:
         if WHOLE:
             tl.store(logits + cols, e.to(logits.dtype.element_ty))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from petl_kernels.layers.border import Border
@@ -33,8 +32,7 @@ class Bordered:
         self.buffer = border.buffer[: self.outputs + self.room, : self.inputs + self.room]
         nothing = weights[0].new_empty(0)
         self.biases = [nothing if linear.bias is None else linear.bias for linear in linears]
-        has_bias = any(linear.bias is not None for linear in linears)
-        self.bias = _to_be_written(border.buffer, self.outputs) if has_bias else None
+        self.bias = border.bias
         self.places = [(weight, weight.data_ptr()) for weight in weights]
         # Backward reads the border, wherever the parameters are by then. These notice who writes into them.
         self.watched = [(weight.detach(), weight) for weight in weights]
@@ -95,11 +93,6 @@ def bordered(block: str, linears: Sequence, modules: Sequence[nn.Module], border
     ranks = sum(linear.lora[0].shape[0] for linear in linears if linear.lora is not None)
     fits = border.buffer.shape[1] - modules[0].in_features >= room(ranks)
     return Bordered(block, linears, border) if plain and fits else None
-
-
-@torch.inference_mode(False)
-def _to_be_written(like: Tensor, size: int) -> Tensor:
-    return like.new_empty(size)
 
 
 def _a(linear) -> Tensor:
