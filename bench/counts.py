@@ -101,18 +101,12 @@ def streams(count: int, elements: int, size: int) -> Counts:
 
 
 def frozen_linear(t: int, n: int, k: int, size: int, bias: bool = True, dbias: bool = False) -> Counts:
-    """y = x Wᵀ + c, dx = dy W, and dc where the bias is trained."""
+    """y = x Wᵀ + c, dx = dy W, both the library's, and dc where the bias is trained: the limit of every linear."""
     moved = size * (2 * t * k + 2 * t * n + 2 * n * k + (n if bias else 0)) + (FP32 * n if dbias else 0)
-    kernels = [_product("_matmul_kernel", t, n, k, size), _product("_matmul_kernel", t, k, n, size)]
+    kernels = [_library(t, n, k, size), _library(t, k, n, size)]
     if dbias:
         kernels += [Launch("_column_sums_kernel", bytes=t * n * size), Launch("_sum_kernel", bytes=FP32 * PARTS * n)]
     return Counts(4 * t * n * k, moved, tuple(kernels))
-
-
-def frozen_linear_library(t: int, n: int, k: int, size: int) -> Counts:
-    """The same from the library, as it runs by default on a GPU: the limit of every linear with an adapter."""
-    counts = frozen_linear(t, n, k, size)
-    return Counts(counts.flops, counts.bytes, (_library(t, n, k, size), _library(t, k, n, size)))
 
 
 def lora_linear(

@@ -88,7 +88,7 @@ def _scores(s: Shape, t: int, source: int, size: int) -> list[Part]:
 
 def _out(s: Shape, t: int, size: int) -> list[Part]:
     """The output projection, and the sum with the norm of the next block."""
-    out = counts.frozen_linear_library(t, s.d, s.heads * s.head_dim, size)
+    out = counts.frozen_linear(t, s.d, s.heads * s.head_dim, size)
     return [("frozen_linear", out), ("dropout_add_norm", counts.dropout_add_norm(t, s.d, size))]
 
 

@@ -107,7 +107,7 @@ def lora_limit(device: Device, tokens: int, d: int, ranks: tuple[int, ...]) -> f
 
     Products at the rate that is reached, the read at the published bandwidth: nothing can be faster than that.
     """
-    frozen = counts.frozen_linear_library(tokens, len(ranks) * d, d, 2)
+    frozen = counts.frozen_linear(tokens, len(ranks) * d, d, 2)
     more = counts.lora_linear(tokens, d, [d] * len(ranks), ranks, 2).flops - frozen.flops
     base = predicted(frozen, device)
     return 1 + (more / device.rate("bfloat16") + 2 * tokens * d / device.bandwidth) / base
@@ -169,21 +169,21 @@ def work(op: str, name: str, case: str, tokens: int, size: int) -> tuple[Counts,
 
 
 def _frozen_linear(s: Shape, case: str, t: int, size: int) -> tuple[Counts, Counts]:
-    frozen = counts.frozen_linear_library(t, s.d, s.d, size)  # the library's by default
+    frozen = counts.frozen_linear(t, s.d, s.d, size)  # the library's by default
     return frozen, frozen
 
 
 def _lora_linear(s: Shape, case: str, t: int, size: int) -> tuple[Counts, Counts]:
     groups = 3 if case.endswith("q/k/v") else 1
     ours = counts.lora_linear(t, s.d, [s.d] * groups, [_number(case)] * groups, size)
-    return ours, counts.total([counts.frozen_linear_library(t, s.d, s.d, size)] * groups)
+    return ours, counts.total([counts.frozen_linear(t, s.d, s.d, size)] * groups)
 
 
 def _lora_border(s: Shape, case: str, t: int, size: int) -> tuple[Counts, Counts]:
     """q, k and v as a layer has them, with LoRA on q and v, over the frozen three in one product."""
     rank = _number(case)
     ours = counts.lora_border(t, s.d, [s.d] * 3, [rank, 0, rank], size)
-    return ours, counts.frozen_linear_library(t, 3 * s.d, s.d, size)
+    return ours, counts.frozen_linear(t, 3 * s.d, s.d, size)
 
 
 def _bottleneck_adapter(s: Shape, case: str, t: int, size: int) -> tuple[Counts, Counts]:
@@ -237,7 +237,7 @@ def _attention(s: Shape, case: str, t: int, size: int) -> tuple[Counts, Counts]:
 def _quantised_project(s: Shape, case: str, t: int, size: int) -> tuple[Counts, Counts]:
     storage, matrix = case.split(maxsplit=1)
     n, k = ({"d": s.d, "ffn": s.ffn}[side] for side in matrix.split(" x "))
-    return counts.quantised_project(t, n, k, storage, size), counts.frozen_linear_library(t, n, k, size)
+    return counts.quantised_project(t, n, k, storage, size), counts.frozen_linear(t, n, k, size)
 
 
 def _linear_cross_entropy(s: Shape, case: str, t: int, size: int) -> tuple[Counts, Counts]:
@@ -277,7 +277,7 @@ def _passes(elements: int, size: int, *arrays: int) -> Counts:
 
 
 def _products(t: int, d: int, f: int, weights: int, size: int) -> Counts:
-    both = counts.frozen_linear_library(t, f, d, size)
+    both = counts.frozen_linear(t, f, d, size)
     return both + both + both if weights == 3 else both + both
 
 
@@ -434,7 +434,9 @@ REPLACED = (
     Replaced(
         "linear_cross_entropy", "", "by rows, with products over 256,206 words", "by words, 64 or a multiple at a time"
     ),
-    Replaced("lora_linear", "", "products of ours at 0.75 of cuBLAS, four skinny passes", "cuBLAS, three skinny passes"),
+    Replaced(
+        "lora_linear", "", "products of ours at 0.75 of cuBLAS, four skinny passes", "cuBLAS, three skinny passes"
+    ),
     Replaced("parallel_ffn", "m=256", "the adapter's gradients by the adapter's kernels", "by cuBLAS"),
     Replaced(
         "quantised_project", "", "the reference served, for the check had failed", "Triton; a kernel for few rows"

@@ -72,7 +72,7 @@ def test_frozen_ffn(benchmark, name, dtype, form, implementation, device):
     function = functools.partial(forward, activation=activation)
     if implementation == "torch.compile":
         function = compiled(function)
-    limit = counts.total([counts.frozen_linear_library(s.tokens, s.ffn, s.d, size)] * (3 if gated else 2))
+    limit = counts.total([counts.frozen_linear(s.tokens, s.ffn, s.d, size)] * (3 if gated else 2))
     again = implementation == "ours, recomputing"
     ffn = counts.frozen_ffn(s.tokens, s.d, s.ffn, activation, gated, size, again)
     measure(

@@ -35,6 +35,6 @@ def test_frozen_linear(benchmark, name, dtype, implementation, device):
         differentiated(IMPLEMENTATIONS[implementation]),
         functools.partial(inputs, s.d, getattr(torch, dtype), device),
         # The library's on a GPU, by default.
-        counts.frozen_linear_library(s.tokens, s.d, s.d, getattr(torch, dtype).itemsize),
+        counts.frozen_linear(s.tokens, s.d, s.d, getattr(torch, dtype).itemsize),
         F.linear,
     )

@@ -96,7 +96,7 @@ def test_lora_border(benchmark, name, implementation, device):
     require(name, device, implementation)
     s = shape(name, device)
     counted = counts.lora_border(s.tokens, s.d, [s.d] * 3, [RANK, 0, RANK], 2)
-    limit = counts.frozen_linear_library(s.tokens, 3 * s.d, s.d, 2)
+    limit = counts.frozen_linear(s.tokens, 3 * s.d, s.d, 2)
     measure(
         benchmark,
         Case("lora_border", name, s.tokens, "bfloat16", device, f"r={RANK} q/v"),

@@ -103,7 +103,7 @@ def test_lora_linear(benchmark, name, dtype, case, implementation, device):
     if dtype == "float32" and (case != "r=16" or implementation == "PEFT, bf16 adapters"):
         pytest.skip("fp32 for one rank; PEFT's two settings differ for 16-bit models alone")
     s, size = shape(name, device), getattr(torch, dtype).itemsize
-    frozen_counts = counts.frozen_linear_library(s.tokens, s.d, s.d, size)
+    frozen_counts = counts.frozen_linear(s.tokens, s.d, s.d, size)
     counted = counts.lora_linear(s.tokens, s.d, [s.d] * groups, [rank] * groups, size)
     is_limit = implementation == "limit"
     measure(

@@ -77,7 +77,7 @@ def test_parallel_ffn(benchmark, name, dtype, bottleneck, implementation, device
         prepare = differentiated(compiled(eager))
     else:
         prepare = differentiated(FORWARDS[implementation])
-    limit = counts.total([counts.frozen_linear_library(s.tokens, s.ffn, s.d, size)] * 2)
+    limit = counts.total([counts.frozen_linear(s.tokens, s.ffn, s.d, size)] * 2)
     measure(
         benchmark,
         Case("parallel_ffn", name, s.tokens, dtype, device, f"relu m={bottleneck}"),

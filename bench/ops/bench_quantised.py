@@ -105,7 +105,7 @@ def test_product(benchmark, name, matrix, dtype, tokens, storage, implementation
     make = functools.partial(inputs, n, k, kind, device)
     if implementation == "limit":
         prepare, formula = differentiated(lambda x, weight: F.linear(x, weight)), None
-        counted = counts.frozen_linear_library(rows, n, k, kind.itemsize)
+        counted = counts.frozen_linear(rows, n, k, kind.itemsize)
     else:
         prepare, formula = ours(storage), dense_of(storage, kind)
         counted = counts.quantised_project(rows, n, k, storage, kind.itemsize)

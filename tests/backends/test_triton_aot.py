@@ -29,7 +29,7 @@ ELEMENTWISE = {
     *("_positive_kernel", "_dropout_add_kernel", "_sum_norm_kernel", "_norm_backward_kernel"),
 }
 WITH_PRODUCT = {
-    *("_matmul_kernel", "_project_kernel", "_rank_outputs_kernel", "_rank_gradients_kernel", "_rank_input_kernel"),
+    *("_project_kernel", "_rank_outputs_kernel", "_rank_gradients_kernel", "_rank_input_kernel"),
     *("_inputs_kernel", "_gradients_kernel", "_token_sum_kernel"),
     *("_adapter_gradients_kernel", "_forward_kernel", "_backward_kernel", "_token_sums_kernel"),
     *("_attention_kernel", "_query_gradient_kernel", "_key_gradients_kernel", "_sentence_gradients_kernel"),
@@ -41,7 +41,7 @@ KERNELS = WITHOUT_PRODUCT | WITH_PRODUCT | ELEMENTWISE
 LEFT = {"_quantised_project_kernel": "BN"}
 # Those whose products run on while the tiles of a later step are copied, on cards with MATRIX_INSTRUCTION.
 BESIDE_COPIES = {
-    *("_matmul_kernel", "_adapter_gradients_kernel", "_forward_kernel", "_backward_kernel", "_token_sums_kernel"),
+    *("_adapter_gradients_kernel", "_forward_kernel", "_backward_kernel", "_token_sums_kernel"),
     "_quantised_project_kernel",
 }
 # A loop inside the one over its keys, which is not pipelined then.

@@ -80,7 +80,7 @@ def enabled(benchmark, monkeypatch):
 
 def test_what_is_written_down(enabled):
     case = measure.Case("frozen_linear", "t5", 6, "float32", "cpu", "small", rounds=3)
-    counted = counts.frozen_linear(6, 4, 8, 4)
+    counted = counts.frozen_linear(6, 4, 8, 4, dbias=True)
     measure.measure(enabled, case, "ours", measure.differentiated(linear), inputs, counted, linear)
     assert enabled.group == "frozen_linear t5 small 6 tokens float32"
     assert enabled.extra_info == {

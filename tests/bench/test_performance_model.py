@@ -103,7 +103,7 @@ def test_a_run_on_a_card_is_compared_with_what_the_model_says_today(tmp_path):
         bench("quantise", 0, 1, 1e-3, case="int8", **names),  # has no kernel that is counted
     )
     path = run_of(tmp_path / "ops.json", {"device": "NVIDIA H200"}, *benches)
-    linear = model.predicted(counts.frozen_linear_library(8192, 1024, 1024, 2), H200)
+    linear = model.predicted(counts.frozen_linear(8192, 1024, 1024, 2), H200)
     loss = model.predicted(counts.linear_cross_entropy(8192, 1024, 256206, 2, 300 << 20), H200)
     found = {op: ratio for op, _, ratio, _ in model.compare(path)}
     expected = {"frozen_linear": 1e-3 / linear, "linear_cross_entropy": 1e-3 / loss}
@@ -148,7 +148,7 @@ def test_tables_of_a_run_have_the_time_by_the_clock_and_say_what_was_not_timed(t
         bench("layer", 1, 1, 1.5e-3, wall_seconds=8e-3, **layer),
     )
     path = run_of(tmp_path / "ops.json", {"device": "NVIDIA H200"}, *benches)
-    now = model.spelled(model.predicted(counts.frozen_linear_library(8192, 1024, 1024, 2), H200))
+    now = model.spelled(model.predicted(counts.frozen_linear(8192, 1024, 1024, 2), H200))
     linear, adapter, *_ = model.measured_rows(path)
     over = (now, "65.0 µs (PEFT)", "600 µs", "99.0 µs")
     assert linear == ("frozen_linear", "nllb-600m", "", "50.0 µs", "75.0 µs", "1.50", *over)

@@ -73,15 +73,6 @@ def store(pointers, tile, row_inside, col_inside):
 
 
 @triton.jit
-def swizzle(pid, tiles_m, tiles_n, GROUP: tl.constexpr):
-    """Tile order that walks GROUP rows of tiles column by column: both operands stay in the L2 cache."""
-    first = pid // (GROUP * tiles_n) * GROUP
-    rows = min(tiles_m - first, GROUP)
-    inside = pid % (GROUP * tiles_n)
-    return first + inside % rows, inside // rows
-
-
-@triton.jit
 def pick(items, index):
     """items[index] for an index known only at run time; the items are pointers or numbers."""
     value = items[0]

@@ -22,7 +22,6 @@ from petl_kernels.ops.frozen_ffn import chunk_rows as ffn_chunk_rows
 # A sum of fewer elements over parts is spread over more programs.
 SUM_FEW = 32 << 10
 MAX_GROUPS = 3  # linears in one launch: q, k and v
-TILE_GROUP = 8  # rows of tiles that are walked together, see common.swizzle
 
 
 class Tile(NamedTuple):
@@ -33,14 +32,6 @@ class Tile(NamedTuple):
     stages: int
 
 
-MATMUL = {
-    "small": (Tile(128, 128, 32, 8, 4), Tile(64, 64, 64, 4, 3), Tile(16, 64, 64, 4, 4)),
-    "sm80": (Tile(128, 256, 32, 8, 4), Tile(128, 128, 32, 4, 4), Tile(64, 64, 64, 4, 4), Tile(16, 64, 128, 4, 4)),
-    "sm90": (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 4), Tile(16, 64, 128, 4, 4)),
-    "sm100": (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 4, 4), Tile(64, 64, 64, 4, 4), Tile(16, 64, 128, 4, 4)),
-    "fp32": (Tile(64, 64, 32, 4, 3), Tile(16, 64, 32, 4, 3)),
-    "interpreter": (Tile(32, 32, 32, 4, 1),),
-}
 # Products with a rank-r factor read the activation once and are bound by memory; n is the largest block of ranks.
 SKINNY = {
     "small": Tile(32, 64, 128, 4, 3),
@@ -86,8 +77,6 @@ ADAPTER_NARROW = 64
 # library multiplies. Both are predicted to cross between 128 and 192; bench/GPU_PENDING.md has what decides it.
 ADAPTER_FUSED = {"small": 64, "sm80": 128, "sm90": 128, "sm100": 128, "fp32": 32, "interpreter": 32}
 
-# Work without a product: m rows (k at a time, in sums over them) by n columns.
-POINTWISE = Tile(16, 128, 16, 4, 2)
 ROW_PROGRAMS = 2  # for each multiprocessor, of those that walk over rows and add up over them
 INTERPRETER_CHUNK_ROWS = 48
 
@@ -185,19 +174,6 @@ def key(x: torch.Tensor) -> str:
 def elementwise_tile(x: torch.Tensor) -> ElementwiseTile:
     """16 elements a thread: two loads of 16 bytes each, in 16 bit."""
     return ElementwiseTile(2, 32, 4) if device_class(x.device) == "interpreter" else ElementwiseTile(4, 512, 4)
-
-
-def matmul_tile(x: torch.Tensor, rows: int, cols: int, elements: int = 128) -> Tile:
-    """The largest tile that still fills three quarters of the multiprocessors; the smallest when none does.
-
-    elements: how many of the accumulator a thread may hold, below 128 where a kernel needs registers beside it.
-    """
-    ladder = [t for t in MATMUL[key(x)] if t.n <= 128 or elements >= 128]
-    wanted = 0.75 * processors(x.device)
-    tile = next((t for t in ladder if -(-rows // t.m) * -(-cols // t.n) >= wanted), ladder[-1])
-    while tile.m * tile.n > 32 * tile.warps * elements:
-        tile = tile._replace(warps=8) if tile.warps < 8 else tile._replace(m=tile.m // 2)
-    return tile
 
 
 def takes_rows_alone(x: torch.Tensor, inner: int) -> bool:
@@ -317,10 +293,6 @@ def sum_block(splits: int, elements: int) -> tuple[int, int]:
     program that read them one after the other would wait for memory as often."""
     few = elements < SUM_FEW
     return 64 if few and splits > 8 else 8, 64 if few else 256
-
-
-def pointwise_tile(x: torch.Tensor) -> Tile:
-    return POINTWISE._replace(n=32) if device_class(x.device) == "interpreter" else POINTWISE
 
 
 def row_block(rows: torch.Tensor) -> tuple[int, int]:
