@@ -38,6 +38,7 @@ QUANTISE = {"int8": 26, "nf4": 54}
 ADAPTER_FUSED = 128
 FFN_CHUNK_BYTES, FFN_CHUNK_ROWS = 64 << 20, 256
 FUSED_RANKS = 64
+BORDER_PARTS = 64
 QUANTISED_LOOP_ROWS = {"int8": 512, "nf4": 256}
 QUANTISED_VECTOR_ROWS = 4
 QUANTISED_TILE_BYTES = 32 << 20
@@ -160,11 +161,13 @@ def lora_border(t: int, k: int, outputs: Sequence[int], ranks: Sequence[int], si
         return replace(counted, kernels=(_filled(n, size), _library(t, n, k, size), _library(t, k, n, size)))
     x, s, adapters = t * k * size, t * sum(ranks) * size, FP32 * (a + b)
     read = size * t * sum(n_g for n_g, r_g in zip(outputs, ranks, strict=True) if r_g)
-    parts = math.ceil(t / 128)
+    blocks = math.ceil(t / 128)
+    parts = min(blocks, BORDER_PARTS)
+    written = FP32 * (2 * blocks - parts) * b  # all blocks but a part's first are added to what is there
     kernels = (
         Launch("_inputs_kernel", 2 * t * a, x + 2 * s + adapters + n * r * size),
         _library(t, n, k + r, size),
-        Launch("_gradients_kernel", 4 * t * b, read + 2 * s + adapters + r * k * size + FP32 * parts * b),
+        Launch("_gradients_kernel", 4 * t * b, read + 2 * s + adapters + r * k * size + written),
         Launch("_sum_kernel", bytes=FP32 * (parts + 1) * b),
         Launch("_token_sum_kernel", 2 * t * a, x + s + FP32 * PARTS * a),
         Launch("_sum_kernel", bytes=FP32 * (PARTS + 1) * a),

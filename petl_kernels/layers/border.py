@@ -8,6 +8,8 @@ them, R · (N + K + R) elements for R of ``room_for``. A layer's rule has one bi
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,17 @@ from petl_kernels.ops.quantised import QuantisedTensor
 
 # Kinds of devices whose layers have borders. A CPU gains nothing by them (bench/NOTES.md); tests add it.
 DEVICES = {"cuda"}
+_KIND: ContextVar[str | None] = ContextVar("petl_border_device", default=None)
+
+
+@contextmanager
+def as_on(device: str) -> Iterator[None]:
+    """Models that become lean have the borders that they would have on a kind of device, wherever their weights are."""
+    token = _KIND.set(device)
+    try:
+        yield
+    finally:
+        _KIND.reset(token)
 
 
 class Border:
@@ -98,7 +111,7 @@ def wants_border(linears: Sequence[nn.Module], device: str | None = None) -> boo
         return False
     if len({(weight.dtype, weight.device, weight.shape[1]) for weight in weights}) > 1:
         return False
-    if (device or weights[0].device.type) not in DEVICES:
+    if (device or _KIND.get() or weights[0].device.type) not in DEVICES:
         return False
     if any(piece.stored_dropout > 0 for piece in pieces) or any(map(_is_scaled, linears)):
         return False

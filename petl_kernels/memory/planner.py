@@ -416,7 +416,7 @@ class Planner:
             if key not in self._shallow:
                 self._shallow[key] = simulate.shallow(self.model, *depth, storage, tables)
             model = self._shallow[key]
-            simulate.set_tiers(model, [tier] * sum(depth))
+            simulate.set_tiers(model, [tier] * sum(depth), self.device.type)
             model.petl_chunk_bytes = chunk_bytes
             batch = Batch(rows, self.longest, self.longest)
             return simulate.step(model, batch, self.autocast, gradients, self.packed, self.device.type)

@@ -15,10 +15,9 @@ from petl_kernels.ops import loss_by_words
 from petl_kernels.ops.common import accumulate_dtype
 from petl_kernels.ops.frozen_ffn import chunk_rows
 from petl_kernels.ops.linear_cross_entropy import SCALED_BYTES
+from petl_kernels.ops.lora_border import CUDA_PARTS
 from petl_kernels.ops.product import product_bytes
-from petl_kernels.ops.quantised import TILE_BYTES, in_features, is_quantised, out_features, split_parts
-
-_TILES = TILE_BYTES
+from petl_kernels.ops.quantised import CUDA_TILE_BYTES, TILE_BYTES, in_features, is_quantised, out_features, split_parts
 
 
 def scratch_bytes(function, args: tuple, device: str = "cpu") -> int:
@@ -62,7 +61,8 @@ def _loss_by_rows(given: dict) -> int:
     block = max(1, min(words, chunk_bytes // 4 // (d * hidden.itemsize)))
     total += max(_products(size, d, words, hidden.dtype), product_bytes(block, size, d, hidden.dtype))
     if is_quantised(given["weight"]):  # the logits of a block of words, or what it adds to the gradient
-        return total + max(size * block * hidden.itemsize, sums + size * d * hidden.itemsize) + _TILES
+        total += _tile(given, block * d, hidden)
+        return total + max(size * block * hidden.itemsize, sums + size * d * hidden.itemsize)
     if given["weight"][0].dtype != hidden.dtype:  # a block in the dtype of hidden
         total += block * d * hidden.itemsize
     return total + sums  # over blocks of words in a wider dtype
@@ -78,7 +78,7 @@ def _frozen_linear(given: dict) -> int:
     x = given["x"]
     d = x.shape[-1]
     n = out_features(given["weight"], d)
-    tile = min(_TILES, n * d * x.itemsize) if is_quantised(given["weight"]) else 0
+    tile = min(_tile(given, n * d, x), n * d * x.itemsize) if is_quantised(given["weight"]) else 0
     return tile + product_bytes(x.numel() // max(1, d), d, n, x.dtype)
 
 
@@ -88,15 +88,20 @@ def _frozen_linear_backward(given: dict) -> int:
         return 0
     n = dy.shape[-1]
     k = in_features(given["weight"], n)
-    return (_back(dy) if quantised else 0) + product_bytes(dy.numel() // max(1, n), n, k, dy.dtype)
+    return (_back(given, dy, n * k) if quantised else 0) + product_bytes(dy.numel() // max(1, n), n, k, dy.dtype)
 
 
 def _lora_linear(given: dict) -> int:
-    return (_TILES if _any_quantised(given["weights"]) else 0) + _lora_products(given)
+    x, weights = given["x"], given["weights"]
+    return (_tile(given, _largest(weights, x.shape[-1]), x) if _any_quantised(weights) else 0) + _lora_products(given)
 
 
 def _lora_linear_backward(given: dict) -> int:
-    return (_back(given["x"]) if _any_quantised(given["weights"]) else 0) + _lora_products(given)
+    x, weights, products = given["x"], given["weights"], _lora_products(given)
+    if not _any_quantised(weights):
+        return products
+    back = _back(given, x, _largest(weights, x.shape[-1]))
+    return products + back + (x.nbytes if given["device"] == "cuda" else 0)  # what is added to dx
 
 
 def _lora_products(given: dict) -> int:
@@ -107,14 +112,41 @@ def _lora_products(given: dict) -> int:
     return max(_products(x.numel() // max(1, d), d, n, x.dtype) for n in (ranks, *widths))
 
 
+def _lora_border(given: dict) -> int:
+    """The border in the dtype of the rows, where it has another."""
+    border, wide = given["border"], given["wide"]
+    return border.numel() * wide.itemsize if border.dtype != wide.dtype else 0
+
+
+def _lora_border_backward(given: dict) -> int:
+    """And the parts of dB and of the biases' gradients, or after them of dA, of which there are fewer."""
+    a, b, wide = given["a"], given["b"], given["wide"]
+    outputs = sum(own.shape[0] for own in b)
+    biases = outputs if any(given["need_dbias"]) else 0
+    largest = max(sum(own.numel() for own in b) + biases, sum(own.numel() for own in a))
+    return _lora_border(given) + (min(CUDA_PARTS, -(-wide.shape[0] // 32)) * largest + biases) * 4
+
+
 def _any_quantised(parts: list[Tensor]) -> bool:
     """Of the parts of several weights, one after the other."""
     return not all(part.is_floating_point() for part in parts)
 
 
-def _back(rows: Tensor) -> int:
-    """Of a product with a quantised weight: a tile, and fp32 sums of some rows."""
-    return _TILES + 2 * min(rows.numel(), 1024 * rows.shape[-1]) * 4
+def _largest(parts: list[Tensor], columns: int) -> int:
+    """Values of the largest of several weights."""
+    return max(out_features(weight, columns) for weight in split_parts(parts)) * columns
+
+
+def _tile(given: dict, values: int, like: Tensor) -> int:
+    """Of a quantised weight of so many values, in the dtype of ``like``."""
+    return min(CUDA_TILE_BYTES, values * like.itemsize) if given["device"] == "cuda" else TILE_BYTES
+
+
+def _back(given: dict, rows: Tensor, values: int) -> int:
+    """Of a product with a quantised weight: a tile, and on a CPU fp32 sums of some rows."""
+    if given["device"] == "cuda":
+        return _tile(given, values, rows)
+    return TILE_BYTES + 2 * min(rows.numel(), 1024 * rows.shape[-1]) * 4
 
 
 def _scaled(given: dict) -> int:
@@ -135,7 +167,10 @@ def _ffn_chunks(given: dict, x: Tensor, chunks: int) -> int:
     hidden = out_features(given["w1"], d)
     rows = chunk_rows(x.numel() // d, hidden, x.itemsize, given["device"])
     values = chunks * rows * hidden * x.itemsize + _products(rows, d, hidden, x.dtype)
-    return values + (_back(x) if is_quantised(given["w1"]) else 0)
+    if not is_quantised(given["w1"]):
+        return values
+    added = rows * d * x.itemsize if given["gate"] and given["device"] == "cuda" else 0  # to dx, of the gate
+    return values + _back(given, x, hidden * d) + added
 
 
 def _parallel_ffn(given: dict) -> int:
@@ -181,6 +216,8 @@ _RULES: dict[str, Callable[[dict], int]] = {
     "frozen_linear_backward": _frozen_linear_backward,
     "lora_linear": _lora_linear,
     "lora_linear_backward": _lora_linear_backward,
+    "lora_border": _lora_border,
+    "lora_border_backward": _lora_border_backward,
     "frozen_ffn": _frozen_ffn,
     "frozen_ffn_backward": _frozen_ffn_backward,
     "parallel_ffn": _parallel_ffn,

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from petl_kernels.errors import InputError
 from petl_kernels.interop.hf import no_layerdrop
 from petl_kernels.interop.lean_loss import packing_obstacle
+from petl_kernels.layers.border import as_on
 from petl_kernels.memory.gradients import RoundedGradients
 from petl_kernels.memory.peak import Ledger
 from petl_kernels.memory.quantise_model import quantise_model
@@ -160,10 +161,12 @@ def fake_mode() -> FakeTensorMode:
     return FakeTensorMode()
 
 
-def set_tiers(model: nn.Module, tiers: Sequence[int]) -> None:
+def set_tiers(model: nn.Module, tiers: Sequence[int], device: str = "cpu") -> None:
+    """device: the kind that the step will run on, whose weights stand together there."""
     from petl_kernels.api import lean
 
-    lean(model, list(tiers))
+    with as_on(device):
+        lean(model, list(tiers))
 
 
 def _depth_names(config) -> tuple[str, str]:

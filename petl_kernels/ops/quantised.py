@@ -20,7 +20,7 @@ is rounded to the dtype of the product it enters, which is that of the other fac
     project_back    dx = dy Ŵ               dy (tokens, N); sums over parts of N are fp32
     embedding       y  = Ŵ[ids]             only the rows that are asked for are made
 
-Ŵ exists in tiles of at most 1 MiB, never as a whole. A frozen weight has no gradient, so nothing here saves anything.
+Ŵ exists in tiles of at most 1 MiB, or 32 MiB on CUDA. A frozen weight has no gradient, so nothing here saves anything.
 
 Saves: nothing beside the parts, which live anyway.
 Source: LLM.int8(), arXiv 2208.07339 (one scale a row, no outliers); QLoRA, arXiv 2305.14314 (NF4, double quantisation);
@@ -44,6 +44,7 @@ from petl_kernels.ops.common import accumulate_dtype, define
 
 STORAGES = ("int8", "nf4")
 TILE_BYTES = 1 << 20
+CUDA_TILE_BYTES = 32 << 20  # of what Triton's kernels dequantise ahead of the library's product
 BLOCK = 64  # values that share an absmax
 SUPERBLOCK = 256  # absmaxes that share a scale
 

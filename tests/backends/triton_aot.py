@@ -318,7 +318,7 @@ EVERYWHERE = [
     (lora, FP16, 1, 16, 0.0),
     (lora, BF16, 3, 64, 0.1),
     (border, BF16, (16, 0, 16)),
-    (border, FP16, (64,), True),
+    (border, FP16, (256, 256, 256), True),
     (frozen, BF16, 8192),
     (frozen, FP16, 2048),
     (frozen, BF16, 512),

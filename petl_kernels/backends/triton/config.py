@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 
 from petl_kernels.ops.frozen_ffn import chunk_rows as ffn_chunk_rows
+from petl_kernels.ops.lora_border import CUDA_PARTS
+from petl_kernels.ops.quantised import CUDA_TILE_BYTES
 
 # A sum of fewer elements over parts is spread over more programs.
 SUM_FEW = 32 << 10
@@ -60,7 +62,7 @@ GRADIENTS = {
     "fp32": Tile(32, 0, 32, 4, 2),
     "interpreter": Tile(32, 0, 32, 4, 1),
 }
-
+INTERPRETER_GRADIENT_PARTS = 2  # of a sum over blocks of such tokens
 
 # The fused adapter: a block of m rows, n columns of the result at a time, steps of k columns of the input. The
 # second entry serves accumulators wider than ADAPTER_NARROW.
@@ -81,7 +83,7 @@ ROW_PROGRAMS = 2  # for each multiprocessor, of those that walk over rows and ad
 INTERPRETER_CHUNK_ROWS = 48
 
 # Products with a quantised weight Ŵ. Up to so many rows it is dequantised in the main loop, again for each tile of
-# rows; above, tiles of at most QUANTISED_TILE_BYTES are, once, ahead of the library's product (bench/NOTES.md).
+# rows; above, tiles of at most CUDA_TILE_BYTES are, once, ahead of the library's product (bench/NOTES.md).
 QUANTISED = {
     "small": Tile(128, 64, 64, 4, 3),
     "sm80": Tile(128, 64, 64, 4, 3),
@@ -96,7 +98,6 @@ QUANTISED_LOOP_ROWS = {"int8": 512, "nf4": 256}
 QUANTISED_VECTOR_ROWS = 4
 QUANTISED_ROW_VALUES = 4096
 QUANTISED_ROW_BACK = Tile(1, 32, 256, 8, 3)
-QUANTISED_TILE_BYTES = 32 << 20
 INTERPRETER_QUANTISED_TILE_BYTES = 8 << 10
 DEQUANTISE = Tile(8, 256, 0, 4, 1)
 QUANTISE_BLOCKS = Tile(32, 64, 0, 4, 1)  # 16 values a thread
@@ -202,7 +203,7 @@ def quantised_tile_length(x: torch.Tensor, length: int, width: int) -> int:
 
     Tiles of about equal length, which begin at multiples of 64 where that fits.
     """
-    limit = INTERPRETER_QUANTISED_TILE_BYTES if device_class(x.device) == "interpreter" else QUANTISED_TILE_BYTES
+    limit = INTERPRETER_QUANTISED_TILE_BYTES if device_class(x.device) == "interpreter" else CUDA_TILE_BYTES
     most = max(1, limit // max(1, width * x.element_size()))
     most = most // 64 * 64 or most
     size = -(-length // max(1, -(-length // most)))
@@ -286,6 +287,12 @@ def splits(x: torch.Tensor, tile: Tile, programs: int) -> int:
     tokens = x.numel() // x.shape[-1]
     wanted = -(-2 * processors(x.device) // programs)
     return max(1, min(wanted, -(-tokens // (4 * tile.k))))
+
+
+def gradient_parts(x: torch.Tensor, blocks: int) -> int:
+    """Parts of a sum over `blocks` of GRADIENTS' tokens, of which each walks over every so many-th."""
+    interpreter = device_class(x.device) == "interpreter"
+    return min(blocks, INTERPRETER_GRADIENT_PARTS if interpreter else CUDA_PARTS)
 
 
 def sum_block(splits: int, elements: int) -> tuple[int, int]:

@@ -2,10 +2,11 @@
 
     forward     one launch: s = x Aᵀ, written behind x and once more alone; S and c into the border. Then the product.
     backward    one launch: ds = dy S behind dy and the parts of dB and dc, from one read of dy; A into the border.
+                A program walks over blocks of tokens and adds to its part, of which there are at most 64.
                 Then dA = dsᵀ x, the sums of the parts, and the product.
 
 With t tokens, K inputs and N_g outputs of those with an adapter, in 16 bit: s moves 2tK bytes, ds and dB 2t Σ N_g and
-4 Σ N_g r_g for every block of tokens, dA 2tK. What goes into the border has programs of its own in the same launch.
+8 Σ N_g r_g for every block of tokens, dA 2tK. What goes into the border has programs of its own in the same launch.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from petl_kernels.backends.triton.frozen_linear import column_sums
 from petl_kernels.backends.triton.lora_linear import _a_gradients, _same_dtype
 
 BORDER_ROWS = 64  # of S that one program writes
+BORDER_COLUMNS = 64  # of S and rows of A that it writes at a time: as many as its registers take
 
 
 def lora_border(wide, border, bias, biases, a, b, scales) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,7 +80,7 @@ def _write_inputs(s, wide, border, bias, biases, a, b, scales) -> None:
         _inputs_kernel, (programs + places,), s, wide, border, bias, tuple(biases), tuple(c.numel() for c in biases),
         a, b, tuple(map(float, scales)), rows, k, room, sizes, ranks, programs, max(1, chunks),
         s.stride(0), wide.stride(0), border.stride(0), BM=tile.m, BK=tile.k, BR=block, BN=BORDER_ROWS,
-        BW=_power_of_two(room), warps=8 if block > 32 else tile.warps, stages=tile.stages,
+        BW=config.padded(max(1, room), BORDER_COLUMNS), warps=8 if block > 32 else tile.warps, stages=tile.stages,
     )  # fmt: skip
 
 
@@ -92,17 +94,18 @@ def _write_gradients(db, dbias, wide, s, border, a, b, scales) -> None:
     if block > 16 and tile.m == 128:
         tile = tile._replace(k=32, warps=8)  # the part of dB takes registers
     chunks, row_blocks = config.cdiv(max(ranks), block), config.cdiv(rows, tile.m)
-    programs, places = row_blocks * chunks * len(sizes), config.cdiv(k, tile.k)
+    parts = config.gradient_parts(wide, row_blocks)
+    programs, places = parts * chunks * len(sizes), config.cdiv(k, tile.k)
     # Biases that nobody asked for are summed too when one is wanted, and dropped.
     sums = [g if g.numel() else wide.new_empty(n, dtype=torch.float32) for g, n in zip(dbias, sizes, strict=True)]
     outs = [*db, *(sums if with_bias else ())]
     ends = list(accumulate((out.numel() for out in outs), initial=0))
-    partials = wide.new_empty(row_blocks, ends[-1], dtype=torch.float32)
+    partials = wide.new_empty(parts, ends[-1], dtype=torch.float32)
     launch(
         _gradients_kernel, (programs + places,), partials, wide, s, border, a, b, tuple(map(float, scales)),
-        rows, k, room, sizes, ranks, programs, chunks, wide.stride(0), s.stride(0), border.stride(0), ends[-1],
+        rows, k, room, sizes, ranks, programs, chunks, parts, wide.stride(0), s.stride(0), border.stride(0), ends[-1],
         ends[len(sizes)], BIAS=with_bias, ALIGN=config.alignment((*ranks, s.stride(0))), BM=tile.m, BK=tile.k,
-        BR=block, BW=_power_of_two(room), warps=tile.warps, stages=tile.stages,
+        BR=block, BW=config.padded(max(1, room), BORDER_COLUMNS), warps=tile.warps, stages=tile.stages,
     )  # fmt: skip
     if rows:
         sum_partials(partials, outs)
@@ -124,10 +127,6 @@ def _sum_over_tokens(da, x, ds) -> None:
     sum_partials(partials, da)
 
 
-def _power_of_two(columns: int) -> int:
-    return max(16, 1 << (max(1, columns) - 1).bit_length())
-
-
 @triton.jit
 def _inputs_kernel(
     s, wide, border, bias, biases, bias_sizes, a, b, scales, M, K, room, sizes, ranks, programs, chunks,
@@ -142,21 +141,24 @@ def _inputs_kernel(
         )
     else:
         rows = (pid - programs) * BN + tl.arange(0, BN)
-        cols = tl.arange(0, BW)
-        values = tl.zeros((BN, BW), tl.float32)
-        total = tl.zeros((BN,), tl.float32)
-        first, column = 0, 0
-        for i in tl.static_range(len(sizes)):
-            n, rank = rows - first, cols - column
-            inside, own = (n >= 0) & (n < sizes[i]), (rank >= 0) & (rank < ranks[i])
-            values += load(b[i] + n[:, None] * ranks[i] + rank[None, :], inside, own).to(tl.float32) * scales[i]
-            if bias is not None:
-                total += tl.load(biases[i] + n, mask=(n >= 0) & (n < bias_sizes[i]), other=0.0).to(tl.float32)
-            first, column = first + sizes[i], column + ranks[i]
-        store(
-            border + rows.to(tl.int64)[:, None] * stride_border + K + cols[None, :], values, rows < first, cols < room
-        )
+        out = border + rows.to(tl.int64)[:, None] * stride_border + K
+        for start in tl.range(0, room, BW, num_stages=1):
+            cols = start + tl.arange(0, BW)
+            values = tl.zeros((BN, BW), tl.float32)
+            first, column = 0, 0
+            for i in tl.static_range(len(sizes)):
+                n, rank = rows - first, cols - column
+                inside, own = (n >= 0) & (n < sizes[i]), (rank >= 0) & (rank < ranks[i])
+                values += load(b[i] + n[:, None] * ranks[i] + rank[None, :], inside, own).to(tl.float32) * scales[i]
+                first, column = first + sizes[i], column + ranks[i]
+            store(out + cols[None, :], values, rows < first, cols < room)
         if bias is not None:
+            total = tl.zeros((BN,), tl.float32)
+            first = 0
+            for i in tl.static_range(len(sizes)):
+                n = rows - first
+                total += tl.load(biases[i] + n, mask=(n >= 0) & (n < bias_sizes[i]), other=0.0).to(tl.float32)
+                first += sizes[i]
             tl.store(bias + rows, total.to(bias.dtype.element_ty), mask=rows < first)
 
 
@@ -182,30 +184,36 @@ def _project_rows(
 
 @triton.jit
 def _gradients_kernel(
-    partials, wide, s, border, a, b, scales, M, K, room, sizes, ranks, programs, chunks, stride_wide, stride_s,
+    partials, wide, s, border, a, b, scales, M, K, room, sizes, ranks, programs, chunks, parts, stride_wide, stride_s,
     stride_border, total, bias_start,
     BIAS: tl.constexpr, ALIGN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
-    """ds_g = scale_g dy_g B_g of a block of tokens and its part of dB_g = scale_g dy_gᵀ s_g and of Σ dy_g; or a piece
-    of A."""
+    """ds_g = scale_g dy_g B_g of every `parts`-th block of tokens, and their part of dB_g = scale_g dy_gᵀ s_g and of
+    Σ dy_g; or a piece of A."""
     pid = tl.program_id(0)
     if pid < programs:
         g, chunk = pid % len(sizes), (pid // len(sizes)) % chunks
-        _gradient_rows(
-            partials, wide, s, b, scales, pid // len(sizes) // chunks, g, chunk, chunks, M, room, sizes, ranks,
-            stride_wide, stride_s, total, bias_start, BIAS, ALIGN, BM, BK, BR,
-        )  # fmt: skip
+        part = pid // len(sizes) // chunks
+        out = partials + part.to(tl.int64) * total
+        for block in tl.range(part, tl.cdiv(M, BM), parts, num_stages=1):
+            _gradient_rows(
+                out, wide, s, b, scales, block, block >= parts, g, chunk, chunks, M, room, sizes, ranks, stride_wide,
+                stride_s, bias_start, BIAS, ALIGN, BM, BK, BR,
+            )  # fmt: skip
+            tl.debug_barrier()  # what one thread has added to the part, another may read
     else:
-        k, rank = (pid - programs) * BK + tl.arange(0, BK), tl.arange(0, BW)
-        values = load(stacked_rows(a, ranks, rank, K)[:, None] + k[None, :], rank < total_size(ranks), k < K)
-        out = border + (total_size(sizes) + rank).to(tl.int64)[:, None] * stride_border + k[None, :]
-        store(out, values, rank < room, k < K)
+        k = (pid - programs) * BK + tl.arange(0, BK)
+        for start in tl.range(0, room, BW, num_stages=1):
+            rank = start + tl.arange(0, BW)
+            values = load(stacked_rows(a, ranks, rank, K)[:, None] + k[None, :], rank < total_size(ranks), k < K)
+            out = border + (total_size(sizes) + rank).to(tl.int64)[:, None] * stride_border + k[None, :]
+            store(out, values, rank < room, k < K)
 
 
 @triton.jit
 def _gradient_rows(
-    partials, wide, s, b, scales, block, g, chunk, chunks, M, room, sizes, ranks, stride_wide, stride_s, total,
-    bias_start, BIAS: tl.constexpr, ALIGN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+    out, wide, s, b, scales, block, add, g, chunk, chunks, M, room, sizes, ranks, stride_wide, stride_s, bias_start,
+    BIAS: tl.constexpr, ALIGN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     N, b_g, scale = pick(sizes, g), pick(b, g), pick(scales, g)
     R, stride_s = aligned(pick(ranks, g), ALIGN), aligned(stride_s, ALIGN)
@@ -214,7 +222,6 @@ def _gradient_rows(
     rows = (block * BM + tl.arange(0, BM)).to(tl.int64)
     rank = chunk * BR + tl.arange(0, BR)
     row_inside, rank_inside = rows < M, rank < R
-    out = partials + block.to(tl.int64) * total
     before = 0
     for i in tl.static_range(len(sizes) - 1):
         before = tl.where(g > i, before + sizes[i] * ranks[i], before)
@@ -232,10 +239,13 @@ def _gradient_rows(
         factor = load(b_g + n[:, None] * R + rank[None, :], n < N, rank_inside)
         acc = tl.dot(tile, factor.to(tile.dtype), acc, input_precision="ieee")
         part = tl.dot(tl.trans(tile), s_block, input_precision="ieee")
-        store(out + before + n[:, None] * R + rank[None, :], part * scale, n < N, rank_inside)
+        place = out + before + n[:, None] * R + rank[None, :]
+        store(place, part * scale + load(place, add & (n < N), rank_inside), n < N, rank_inside)
         if BIAS:
             if chunk == 0:
-                tl.store(out + bias_start + start_of(sizes, g) + n, tl.sum(ahead.to(tl.float32), 0), mask=n < N)
+                sums = out + bias_start + start_of(sizes, g) + n
+                so_far = tl.load(sums, mask=add & (n < N), other=0.0)
+                tl.store(sums, so_far + tl.sum(ahead.to(tl.float32), 0), mask=n < N)
             n += BK
             ahead = load(dy + rows[:, None] * stride_wide + n[None, :], row_inside, n < N)
     store(ds + column + rows[:, None] * stride_wide + rank[None, :], acc * scale, row_inside, rank_inside)

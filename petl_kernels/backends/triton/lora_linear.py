@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
+from petl_kernels.backends.products import PyTorchProducts
 from petl_kernels.backends.triton import config
 from petl_kernels.backends.triton.common import (
     aligned,
@@ -37,7 +38,8 @@ from petl_kernels.backends.triton.common import (
     total_size,
 )
 from petl_kernels.backends.triton.dropout_add import dropout_add_backward
-from petl_kernels.ops.quantised import is_quantised, project, project_back, split_parts
+from petl_kernels.backends.triton.quantised import quantised_project, quantised_project_back
+from petl_kernels.ops.quantised import is_quantised, split_parts
 
 FUSED_RANKS = 64  # in all, for a program that holds s or ds of a block of tokens
 
@@ -160,7 +162,12 @@ def _quantised_outputs(ys, x, s, weights, biases, a, b, scales, dropout, seed) -
     _project(s, x, _same_dtype(a), dropout, seed)
     factors = s.split([b_g.shape[1] for b_g in b], 1)
     for y, weight, bias, s_g, b_g, scale in zip(ys, weights, biases, factors, b, scales, strict=True):
-        as_rows(y).copy_(project(x, weight, bias, "triton")).addmm_(s_g, b_g.to(s.dtype).t(), alpha=scale)
+        product = quantised_project if is_quantised(weight) else _dense_product
+        product(x, weight, bias, as_rows(y)).addmm_(s_g, b_g.to(s.dtype).t(), alpha=scale)
+
+
+def _dense_product(x, weight, bias, y) -> torch.Tensor:
+    return PyTorchProducts.linear(x, weight[0], bias, y)
 
 
 def _rank_outputs(ys, x, s, biases, a, b, scales, dropout, seed) -> None:
@@ -209,7 +216,7 @@ def _add_products(dx, dys, weights) -> None:
     """dx += Σ_g dy_g W_g"""
     for dy, weight in zip(dys, weights, strict=True):
         if is_quantised(weight):
-            dx.add_(project_back(dy, weight, "triton"))
+            dx.add_(quantised_project_back(dy, weight))
         else:
             dx.addmm_(dy, weight[0])
 

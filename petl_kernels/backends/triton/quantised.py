@@ -4,7 +4,7 @@ Three ways. Up to config.QUANTISED_VECTOR_ROWS rows: no product of tiles, but on
 row, in one launch with enough programs for a card; the second row finds them in the L2 cache. Few rows: tiles of Ŵ are
 dequantised in the main loop, so that half (int8) or a quarter (nf4) of the dense weight's bytes travel. Many rows,
 where the main loop would dequantise Ŵ again for each tile of them, and a K that 64 does not divide: tiles of Ŵ of at
-most config.QUANTISED_TILE_BYTES are dequantised once, one after the other, ahead of the library's product.
+most CUDA_TILE_BYTES (ops/quantised.py) are dequantised once, one after the other, ahead of the library's product.
 """
 
 from __future__ import annotations
@@ -20,15 +20,17 @@ from petl_kernels.backends.triton import config
 from petl_kernels.backends.triton.common import launch, load, store, sum_partials
 
 
-def quantised_project(rows: torch.Tensor, parts: list[torch.Tensor], bias: torch.Tensor | None) -> torch.Tensor:
-    """rows (tokens, K) Ŵᵀ + bias (N)"""
+def quantised_project(
+    rows: torch.Tensor, parts: list[torch.Tensor], bias: torch.Tensor | None, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """rows (tokens, K) Ŵᵀ + bias (N), in `out` where that is given, which is contiguous."""
     inner = rows.shape[1]
     outputs = _other_size(parts, inner)
+    y = rows.new_empty(rows.shape[0], outputs) if out is None else out
     if config.takes_rows_alone(rows, inner):
-        return _rows_alone(_project_rows_kernel, rows, parts, bias, outputs, inner, config.quantised_row(inner))
+        return _rows_alone(_project_rows_kernel, y, rows, parts, bias, inner, config.quantised_row(inner))
     if config.dequantises_in_loop(rows, inner, _storage(parts)):
-        return _product(_quantised_project_kernel, rows, parts, bias, outputs, inner)
-    y = rows.new_empty(rows.shape[0], outputs)
+        return _product(_quantised_project_kernel, y, rows, parts, bias, inner)
     size = config.quantised_tile_length(rows, outputs, inner)
     for part, weight in _tiles(parts, rows, (outputs, inner), 0, size):
         if bias is None:
@@ -38,15 +40,17 @@ def quantised_project(rows: torch.Tensor, parts: list[torch.Tensor], bias: torch
     return y
 
 
-def quantised_project_back(rows: torch.Tensor, parts: list[torch.Tensor]) -> torch.Tensor:
-    """rows (tokens, N) Ŵ"""
+def quantised_project_back(
+    rows: torch.Tensor, parts: list[torch.Tensor], out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """rows (tokens, N) Ŵ, in `out` where that is given, which is contiguous."""
     outputs = rows.shape[1]
     inner = _other_size(parts, outputs)
+    dx = rows.new_empty(rows.shape[0], inner) if out is None else out
     if config.takes_rows_alone(rows, inner):
-        return _rows_alone(_project_back_rows_kernel, rows, parts, None, inner, outputs, config.QUANTISED_ROW_BACK)
+        return _rows_alone(_project_back_rows_kernel, dx, rows, parts, None, outputs, config.QUANTISED_ROW_BACK)
     if config.dequantises_in_loop(rows, inner, _storage(parts)):
-        return _product(_quantised_project_back_kernel, rows, parts, None, inner, outputs)
-    dx = rows.new_empty(rows.shape[0], inner)
+        return _product(_quantised_project_back_kernel, dx, rows, parts, None, outputs)
     # Tiles of columns: each sum over the rows of Ŵ is one product, so no partial sum is rounded.
     size = config.quantised_tile_length(rows, inner, outputs)
     for part, weight in _tiles(parts, rows, (outputs, inner), 1, size):
@@ -61,10 +65,9 @@ def dequantise(parts: list[torch.Tensor], first_row: int, rows: int, K: int, dty
     return out
 
 
-def _product(kernel, x: torch.Tensor, parts: list[torch.Tensor], bias, cols: int, summed: int) -> torch.Tensor:
-    """x (rows, summed) times Ŵ or Ŵᵀ (summed, cols), by a kernel that dequantises in its main loop."""
-    rows = x.shape[0]
-    y = x.new_empty(rows, cols)
+def _product(kernel, y: torch.Tensor, x: torch.Tensor, parts: list[torch.Tensor], bias, summed: int) -> torch.Tensor:
+    """y (rows, cols) = x (rows, summed) times Ŵ or Ŵᵀ (summed, cols), by a kernel that dequantises in its main loop."""
+    rows, cols = y.shape
     if y.numel() == 0:
         return y
     tile = config.quantised_tile(x, rows)
@@ -80,9 +83,9 @@ def _product(kernel, x: torch.Tensor, parts: list[torch.Tensor], bias, cols: int
     return y
 
 
-def _rows_alone(kernel, x: torch.Tensor, parts: list[torch.Tensor], bias, cols: int, summed: int, tile: config.Tile):
-    """x (rows, summed) times Ŵ or Ŵᵀ (summed, cols), each row for itself."""
-    y = x.new_empty(x.shape[0], cols)
+def _rows_alone(kernel, y: torch.Tensor, x: torch.Tensor, parts: list[torch.Tensor], bias, summed: int, tile):
+    """y (rows, cols) = x (rows, summed) times Ŵ or Ŵᵀ (summed, cols), each row for itself."""
+    cols = y.shape[1]
     if y.numel():
         launch(
             kernel, (config.cdiv(cols, tile.n), x.shape[0]), y, x, *_arguments(parts), bias, cols, summed, x.stride(0),

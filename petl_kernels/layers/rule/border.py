@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from petl_kernels.layers.border import Border
 from petl_kernels.layers.rule.call import Call, Gradients, Place
@@ -33,7 +34,8 @@ class Bordered:
         nothing = weights[0].new_empty(0)
         self.biases = [nothing if linear.bias is None else linear.bias for linear in linears]
         self.bias = border.bias
-        self.places = [(weight, weight.data_ptr()) for weight in weights]
+        # Weights of a simulation have no place.
+        self.places = [(own, own.data_ptr()) for own in weights if not isinstance(own, FakeTensor)]
         # Backward reads the border, wherever the parameters are by then. These notice who writes into them.
         self.watched = [(weight.detach(), weight) for weight in weights]
         others = (tensor for linear in linears for tensor in (linear.bias, *(linear.lora or ())))
