@@ -365,8 +365,27 @@ def targets() -> Iterator[tuple[str, ...]]:
         else:
             figures = f"≤ {_time(asked / 1e6)}", _time(limit), _time(ours), _time(then) if then else ""
         yield op, name, case, *figures
+    yield from _small_work(h200)
     for what, asked, seconds, then in _layers_and_steps(h200, t):
         yield what, "nllb-600m", "tier 1, LoRA r = 16 on q and v", f"≤ {asked}", "", _time(seconds), then
+
+
+def _small_work(device: Device) -> Iterator[tuple[str, ...]]:
+    """The targets of a token over a quantised weight (bitsandbytes' time) and of quantising a weight (three copies)."""
+    run = load(RESULTS / "ops.json").measurements
+    of_run = {(one.op, one.case, one.tokens): one.median for one in run if one.implementation == "ours"}
+    for storage, asked in (("int8", 39), ("nf4", 19)):
+        op, case = "quantised_project", f"{storage} d x d"
+        ours, limit = (predicted(each, device) for each in work(op, "nllb-600m", case, 1, 2))
+        figures = f"≤ {asked} µs", _time(limit), _time(ours), _time(of_run[op, case, 1])
+        yield op, "nllb-600m", f"{case}, one token", *figures
+    copy = predicted(counts.streams(2, 4096 * 1024, 2), device)
+    for storage in ("int8", "nf4"):
+        ours = predicted(counts.quantise(4096, 1024, storage, 2), device)
+        then = next(
+            one.median for one in run if (one.op, one.case, one.implementation) == ("quantise", storage, "ours")
+        )
+        yield "quantise", "nllb-600m", storage, "≤ 24 µs", _time(copy), _time(ours), _time(then)
 
 
 def _as_measured(case: str) -> tuple[str, str]:
