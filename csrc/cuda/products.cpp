@@ -18,22 +18,26 @@ namespace {
 constexpr size_t kWorkspace = 32 << 20;
 constexpr int kChoices = 8, kRuns = 3;
 
+// What is called of cuBLASLt.
+#define PETL_FUNCTIONS(each) \
+  each(cublasLtCreate) \
+  each(cublasLtMatmul) \
+  each(cublasLtMatmulAlgoGetHeuristic) \
+  each(cublasLtMatmulDescCreate) \
+  each(cublasLtMatmulDescSetAttribute) \
+  each(cublasLtMatmulDescDestroy) \
+  each(cublasLtMatrixLayoutCreate) \
+  each(cublasLtMatrixLayoutDestroy) \
+  each(cublasLtMatmulPreferenceCreate) \
+  each(cublasLtMatmulPreferenceSetAttribute) \
+  each(cublasLtMatmulPreferenceDestroy) \
+  each(cublasLtGetStatusString)
+
 // The library that PyTorch has loaded: the extension is not linked with it, so that it loads where there is none.
 struct Library {
-#define PETL_FUNCTION(name) decltype(&::name) name = nullptr
-  PETL_FUNCTION(cublasLtCreate);
-  PETL_FUNCTION(cublasLtMatmul);
-  PETL_FUNCTION(cublasLtMatmulAlgoGetHeuristic);
-  PETL_FUNCTION(cublasLtMatmulDescCreate);
-  PETL_FUNCTION(cublasLtMatmulDescSetAttribute);
-  PETL_FUNCTION(cublasLtMatmulDescDestroy);
-  PETL_FUNCTION(cublasLtMatrixLayoutCreate);
-  PETL_FUNCTION(cublasLtMatrixLayoutDestroy);
-  PETL_FUNCTION(cublasLtMatmulPreferenceCreate);
-  PETL_FUNCTION(cublasLtMatmulPreferenceSetAttribute);
-  PETL_FUNCTION(cublasLtMatmulPreferenceDestroy);
-  PETL_FUNCTION(cublasLtGetStatusString);
-#undef PETL_FUNCTION
+#define PETL_MEMBER(name) decltype(&::name) name = nullptr;
+  PETL_FUNCTIONS(PETL_MEMBER)
+#undef PETL_MEMBER
   bool loaded = false;
 
   Library() {
@@ -43,20 +47,9 @@ struct Library {
       return;
     }
     loaded = true;
-#define PETL_FUNCTION(name) loaded = loaded && (name = reinterpret_cast<decltype(name)>(dlsym(file, #name))) != nullptr
-    PETL_FUNCTION(cublasLtCreate);
-    PETL_FUNCTION(cublasLtMatmul);
-    PETL_FUNCTION(cublasLtMatmulAlgoGetHeuristic);
-    PETL_FUNCTION(cublasLtMatmulDescCreate);
-    PETL_FUNCTION(cublasLtMatmulDescSetAttribute);
-    PETL_FUNCTION(cublasLtMatmulDescDestroy);
-    PETL_FUNCTION(cublasLtMatrixLayoutCreate);
-    PETL_FUNCTION(cublasLtMatrixLayoutDestroy);
-    PETL_FUNCTION(cublasLtMatmulPreferenceCreate);
-    PETL_FUNCTION(cublasLtMatmulPreferenceSetAttribute);
-    PETL_FUNCTION(cublasLtMatmulPreferenceDestroy);
-    PETL_FUNCTION(cublasLtGetStatusString);
-#undef PETL_FUNCTION
+#define PETL_LOAD(name) loaded = loaded && (name = reinterpret_cast<decltype(name)>(dlsym(file, #name))) != nullptr;
+    PETL_FUNCTIONS(PETL_LOAD)
+#undef PETL_LOAD
   }
 };
 

@@ -8,6 +8,7 @@ The formulas are in ``ops/linear_cross_entropy.py``. One buffer holds a chunk's 
 chunk in blocks of words that take `chunk_bytes` / 4 more. Each product is over a multiple of 64 words, and over what is
 left apart (``aligned_parts``); dh is then summed in the wide dtype.
 
+Saves: nothing of its own (``ops/linear_cross_entropy.py``).
 Source: chunks by rows as in Liger (arXiv 2410.10989).
 """
 

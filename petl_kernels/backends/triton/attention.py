@@ -192,7 +192,7 @@ class _Inputs:
         return self.q.shape[0] if self.cu_q is None else self.cu_q.shape[0] - 1
 
     def bits(self) -> int:
-        """Of the number of a packed row's sentence."""
+        """Returns how many bits the number of a packed row's sentence has."""
         return max(0, self.packed()[3] - 1).bit_length()
 
 
@@ -399,7 +399,7 @@ def _score_gradients(
     columns, first, strides_mask, strides_bias, reach, scale, threshold, keep_scale,
     CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    """What is kept of P, not scaled, and dS, of a block of queries and a block of keys, column `first` its first."""
+    """Returns what is kept of P, not scaled, and dS for a block of queries and one of keys, which begins at `first`."""
     s = _scores(
         q, k, mask, bias, distance, seen, rows, cols, shift, queries, keys, strides_mask, strides_bias, reach, scale,
         hidden[:, None], CAUSAL,

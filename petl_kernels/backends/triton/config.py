@@ -230,7 +230,7 @@ def adapter_is_fused(x: torch.Tensor, bottleneck: int) -> bool:
 
 
 def latent_tile(x: torch.Tensor) -> ElementwiseTile:
-    """As many elements as ``elementwise_tile`` has, of as many columns as a bottleneck, 512 at most."""
+    """Returns a tile of as many elements as ``elementwise_tile``, with the columns of a bottleneck, 512 at most."""
     tile = elementwise_tile(x)
     columns = min(tile.n, padded(x.shape[1], tile.n))
     return ElementwiseTile(tile.m * tile.n // columns, columns, tile.warps)

@@ -37,7 +37,7 @@ BORDER_COLUMNS = 64  # of S and rows of A that it writes at a time: as many as i
 
 
 def lora_border(wide, border, bias, biases, a, b, scales) -> tuple[torch.Tensor, torch.Tensor]:
-    """As ``ops.lora_border`` has it, for at most MAX_GROUPS linears."""
+    """Returns y and s as ``ops.lora_border`` does, for at most MAX_GROUPS linears."""
     k, sizes, ranks = _sizes(a, b)
     outputs, room = sum(sizes), wide.shape[1] - k
     s = wide.new_empty(wide.shape[0], sum(ranks))
