@@ -19,14 +19,12 @@ FloatType type_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case at::kFloat:
       return FloatType::fp32;
-    case at::kDouble:
-      return FloatType::fp64;
     case at::kHalf:
       return FloatType::fp16;
     case at::kBFloat16:
       return FloatType::bf16;
     default:
-      TORCH_CHECK(false, "the kernel takes fp32, fp64, fp16 or bf16, not ", tensor.scalar_type());
+      TORCH_CHECK(false, "the product takes fp32, fp16 or bf16, not ", tensor.scalar_type());
   }
 }
 

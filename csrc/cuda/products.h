@@ -6,9 +6,10 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "float_type.h"
-
 namespace petl {
+
+// The dtype of a matrix.
+enum class FloatType { fp32, fp16, bf16 };
 
 enum class Behind {
   nothing,
