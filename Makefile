@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 # Folders of benchmarks that are there.
 BENCHES := $(foreach what,ops layers step,$(if $(wildcard bench/$(what)/bench_*.py),$(what)))
-SOURCES := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+SOURCES := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h')
 
 .PHONY: demo test test-all test-newest test-oldest test-oldest-quick bench gpu gpu-more lint memory-table clean
 

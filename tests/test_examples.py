@@ -1,0 +1,59 @@
+"""Every program of examples/ runs offline and prints what it promises."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "examples"
+pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="runs in a source tree")
+
+
+@pytest.fixture
+def printed(capsys, monkeypatch):
+    """printed(name): what the example prints on standard output."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def run(name: str) -> str:
+        runpy.run_path(str(FOLDER / name))
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_own_loop(printed):
+    text = printed("own_loop.py")
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+) nats", text)]
+    assert len(losses) == 4 and losses[-1] < losses[0] / 2
+    assert "6 of 6 layers at tier 2" in text
+    assert text.endswith("saved: adapter_config.json adapter_model.safetensors\n")
+
+
+def test_hf_trainer(printed):
+    text = printed("hf_trainer.py")
+    first, *_, last = map(float, re.search("losses: (.*)", text)[1].split())
+    assert last < 0.7 * first
+    assert abs(float(re.search("of the trained one: (.*)", text)[1])) < 1e-4
+
+
+def test_budget(printed):
+    text = printed("budget.py")
+    assert 4.5 < float(re.search(r"parameters, ([\d.]+)%", text)[1]) <= 5
+    assert re.search(r"^  peak +\d+ MiB$", text, re.M)
+    assert re.search(r"^refused: memory 16 MiB: .* needs [\d.]+ MiB", text, re.M)
+
+
+def test_bench_kernel(printed):
+    lines = printed("bench_kernel.py").splitlines()
+    assert any(line.startswith("reference") for line in lines)
+    assert all(float(line.split()[-1]) < 1e-4 for line in lines)
+
+
+def test_every_example_is_run_and_has_its_line():
+    programs = {path.name for path in FOLDER.glob("*.py")}
+    own = Path(__file__).read_text(encoding="utf-8")
+    readme = (FOLDER / "README.md").read_text(encoding="utf-8")
+    assert programs and all(f'printed("{name}")' in own and f"`{name}`" in readme for name in programs)
