@@ -75,7 +75,7 @@ def _meaning(name: str, default: Any) -> str:
     if re.fullmatch(r"[a-z0-9]+\|[a-z0-9|]+", str(settings.get("metavar"))):
         text = f"{settings['metavar'].replace('|', ' or ')}: {text}"
     if name in OF_A_NEW_MODEL:
-        text = f"with model: new alone: {text}"
+        text = f"of a new model: {text}"
     shown = words or ("" if default in ("", None, []) else _yaml(default))
     return f"{text} (default: {shown})" if shown else text
 
