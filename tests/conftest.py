@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import gc
+import os
 
 import pytest
+import torch
+
+# Without a CUDA device the Triton kernels run in Triton's interpreter, which has to be chosen before Triton's import.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(items: list) -> None:
