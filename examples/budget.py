@@ -12,7 +12,7 @@ PARENT = Path(__file__).resolve().parents[1] / "python/petl_mt/demo/parent"  # s
 model = AutoModelForSeq2SeqLM.from_pretrained(PARENT, dtype=torch.float32)
 total = sum(parameter.numel() for parameter in model.parameters())
 
-# Parameters: "5%" of the model's, 0.05 or "300k" is as good. What is reached is at most that.
+# Parameters: "5%" of the model's; 0.05 or "300k" would do as well. The size that comes nearest from below.
 adapter = pk.Adapter.for_budget(model, "5%")
 pk.adapt(model, adapter, name="small")
 trained = sum(parameter.numel() for parameter in pk.trainable_parameters(model))
@@ -21,11 +21,5 @@ print(f"bottleneck {adapter.bottleneck}: {trained:,} of {total:,} parameters, {t
 # Bytes: the fastest way to make an update of 2,048 tokens a side inside of 192 MiB, in all that training takes.
 plan = pk.plan(model, memory="192MiB", batch_tokens=2048, max_length=128, device="cpu")
 print(plan)
-plan.apply(model)  # puts tiers and the loss' chunk on the model; the loop makes plan.micro_batches of plan.rows pairs
-print(f"an update is {plan.micro_batches} micro-batches of at most {plan.rows} pairs of {plan.longest} tokens")
-
-# A budget that nothing fits into is refused, with the least that would do.
-try:
-    pk.plan(model, memory="16MiB", batch_tokens=2048, max_length=128, device="cpu")
-except pk.InputError as error:
-    print("refused:", error)
+plan.apply(model)  # puts tiers and the loss' chunk on the model; micro-batches are the loop's own
+print(f"micro-batches of an update: {plan.micro_batches}, each of at most {plan.micro_tokens:,} tokens a side")

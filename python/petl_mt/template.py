@@ -31,11 +31,11 @@ EXAMPLE: dict[str, Any] = {
     "src_lang": "en",
     "tgt_lang": "fi",
     "method": "adapter",
-    "params": "5%",
-    "steps": 100,
-    "batch_tokens": 512,
+    "params": "10%",
+    "steps": 120,
+    "batch_tokens": 1024,
     "max_length": 64,
-    "lr": 0.005,
+    "lr": 0.008,
     "beam": 2,
 }
 HEAD = """Options of `petl-mt train --config FILE`, written by `python -m petl_mt.template`. Flags go on top.
