@@ -15,6 +15,7 @@ from petl_kernels.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(not (ROOT / "docs").is_dir(), reason="runs in a source tree")
+PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md", "csrc/README.md", "docs/index.md")
 READ = re.compile(r"""environ(?:\.get\(|\.setdefault\(|\[)\s*"([A-Z_0-9]+)"|getenv\("([A-Z_0-9]+)"\)""")
 
 
@@ -82,9 +83,7 @@ def test_the_reference_has_each_public_name():
     assert set(petl_kernels.__all__) - {"nn", "ops", "parity"} <= documented
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md", "csrc/README.md"]
-)
+@pytest.mark.parametrize("page", PAGES)
 def test_lines_fit_and_links_lead_somewhere(page):
     lines = text(page).splitlines()
     assert not [line for line in lines if len(line) > 120]
