@@ -7,6 +7,9 @@ import runpy
 from pathlib import Path
 
 import pytest
+import torch
+
+from petl_kernels import ops
 
 FOLDER = Path(__file__).parents[1] / "examples"
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="runs in a source tree")
@@ -46,9 +49,11 @@ def test_budget(printed):
     assert re.search(r"micro-batches of an update: [1-9]", text)
 
 
-def test_bench_kernel(printed):
+def test_bench_kernel(printed, monkeypatch):
+    quick = [name for name in ops.available_backends() if name != "triton" or torch.cuda.is_available()]
+    monkeypatch.setattr(ops, "available_backends", lambda: quick)  # Triton's interpreter would take minutes
     lines = printed("bench_kernel.py").splitlines()
-    assert any(line.startswith("reference") for line in lines)
+    assert [line.split()[0] for line in lines] == [name for name in quick if name != "cuda"]
     assert all(float(line.split()[-1]) < 1e-4 for line in lines)
 
 
