@@ -30,15 +30,16 @@ def printed(capsys, monkeypatch):
 def test_own_loop(printed):
     text = printed("own_loop.py")
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+) nats", text)]
-    assert len(losses) == 4 and losses[-1] < losses[0] / 2
+    assert len(losses) == 12 and losses[-1] < losses[0] / 10
     assert "6 of 6 layers at tier 2" in text
+    assert "adapter None: Mittwoch, 4. März 2048\nadapter dates: Mittwoch, den 4. März 2048\n" in text
     assert text.endswith("saved: adapter_config.json adapter_model.safetensors\n")
 
 
 def test_hf_trainer(printed):
     text = printed("hf_trainer.py")
     first, *_, last = map(float, re.search("losses: (.*)", text)[1].split())
-    assert last < 0.7 * first
+    assert last < first / 4
     assert abs(float(re.search("of the trained one: (.*)", text)[1])) < 1e-4
 
 

@@ -22,20 +22,20 @@ from .config import OF_A_NEW_MODEL, TrainConfig
 from .options import TRAINING
 
 WIDTH = 110
-# Adapts the model that ships with the package to dates in Finnish, offline, from the folder of the sources.
+# Adapts the model that ships with the package to dates as its text writes them, offline, in the sources' folder.
 EXAMPLE: dict[str, Any] = {
     "model": "python/petl_mt/demo/parent",
     "out": "runs/example",
-    "train": ["examples/text/train.en", "examples/text/train.fi"],
-    "valid": ["examples/text/valid.en", "examples/text/valid.fi"],
+    "train": ["examples/text/train.en", "examples/text/train.de"],
+    "valid": ["examples/text/valid.en", "examples/text/valid.de"],
     "src_lang": "en",
-    "tgt_lang": "fi",
+    "tgt_lang": "de",
     "method": "adapter",
-    "params": "10%",
-    "steps": 120,
+    "params": "5%",
+    "steps": 40,
     "batch_tokens": 1024,
     "max_length": 64,
-    "lr": 0.008,
+    "lr": 0.005,
     "beam": 2,
 }
 HEAD = """Options of `petl-mt train --config FILE`, written by `python -m petl_mt.template`. Flags go on top.

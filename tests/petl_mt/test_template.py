@@ -24,7 +24,7 @@ def test_the_example_is_read_as_it_is(tmp_path):
     path.write_text(template(), encoding="utf-8")
     config = TrainConfig.from_dict(load_yaml(path), str(path))
     config.check()
-    assert (config.train[0].src_lang, config.train[0].target) == ("en", "examples/text/train.fi")
+    assert (config.train[0].src_lang, config.train[0].target) == ("en", "examples/text/train.de")
     plain = EXAMPLE.keys() - {"train", "valid", "src_lang", "tgt_lang"}
     assert {name: getattr(config, name) for name in plain} == {name: EXAMPLE[name] for name in plain}
 
