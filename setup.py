@@ -87,7 +87,7 @@ def extension():
     return cpp_extension.CUDAExtension(
         "petl_kernels._C",
         [*files, *cuda],
-        include_dirs=folders,
+        include_dirs=folders or [],
         extra_compile_args={"cxx": flags},
         extra_link_args=["-fopenmp", "-ldl"],
     )
