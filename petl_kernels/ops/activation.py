@@ -26,7 +26,8 @@ from petl_kernels.dispatch import active, dispatch, register
 from petl_kernels.errors import InputError
 from petl_kernels.ops import philox
 from petl_kernels.ops.bits import pack_bits, packed_width, unpack_bits
-from petl_kernels.ops.common import accumulate_dtype, check_activation, define, differentiate
+from petl_kernels.ops.checks import check_activation
+from petl_kernels.ops.define import accumulate_dtype, define, differentiate
 
 ACTIVATIONS = {
     "relu": F.relu,

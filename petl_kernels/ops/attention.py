@@ -53,19 +53,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from petl_kernels.dispatch import active, dispatch, register
+from petl_kernels.dispatch import active, dispatch, register, takes_room
 from petl_kernels.errors import InputError
 from petl_kernels.ops import philox
-from petl_kernels.ops.common import (
-    accumulate_dtype,
-    autocasts,
-    check_device,
-    define,
-    differentiate,
-    empty,
-    shape,
-)
-from petl_kernels.ops.room import roomy, writes_where_told
+from petl_kernels.ops.checks import autocasts, check_device, shape
+from petl_kernels.ops.define import accumulate_dtype, define, differentiate, empty
+from petl_kernels.ops.room import roomy
 
 CHUNK_BYTES = 16 * 2**20
 
@@ -517,7 +510,7 @@ def _backward(
         cu_seqlens_q, cu_seqlens_k, distance_bias, need_ddistance_bias,
     )  # fmt: skip
     into = _side_by_side(q, k, v, rooms) if rooms else None
-    if into is not None and writes_where_told("attention_backward", kernel, q):
+    if into is not None and takes_room(kernel, q.dtype):
         dq, dk, dv, *to_sums = kernel(*arguments, into)
     else:
         dq, dk, dv, *to_sums = kernel(*arguments)

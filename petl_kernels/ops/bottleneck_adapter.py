@@ -28,17 +28,8 @@ from torch.nn import functional as F
 from petl_kernels.dispatch import active, dispatch, register
 from petl_kernels.errors import InputError
 from petl_kernels.ops.activation import ACTIVATIONS, check_kind, derivative
-from petl_kernels.ops.common import (
-    accumulate_dtype,
-    autocasts,
-    check_activation,
-    check_device,
-    check_parameter,
-    define,
-    differentiate,
-    empty,
-    shape,
-)
+from petl_kernels.ops.checks import autocasts, check_activation, check_device, check_parameter, shape
+from petl_kernels.ops.define import accumulate_dtype, define, differentiate, empty
 
 
 def bottleneck_adapter(

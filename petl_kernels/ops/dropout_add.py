@@ -19,7 +19,8 @@ from torch import Tensor
 from petl_kernels.dispatch import active, dispatch, register
 from petl_kernels.errors import InputError
 from petl_kernels.ops import philox
-from petl_kernels.ops.common import accumulate_dtype, check_activation, check_device, define, differentiate, shape
+from petl_kernels.ops.checks import check_activation, check_device, shape
+from petl_kernels.ops.define import accumulate_dtype, define, differentiate
 
 
 def dropout_add(x: Tensor, residual: Tensor, p: float, seed: Tensor | None = None) -> Tensor:

@@ -27,16 +27,8 @@ from torch import Tensor
 from petl_kernels.dispatch import active, dispatch, register
 from petl_kernels.errors import InputError
 from petl_kernels.ops import philox
-from petl_kernels.ops.common import (
-    accumulate_dtype,
-    check_activation,
-    check_device,
-    check_parameter,
-    define,
-    differentiate,
-    empty,
-    shape,
-)
+from petl_kernels.ops.checks import check_activation, check_device, check_parameter, shape
+from petl_kernels.ops.define import accumulate_dtype, define, differentiate, empty
 from petl_kernels.ops.dropout_add import reference as added
 from petl_kernels.ops.dropout_add import reference_backward as dropped
 from petl_kernels.ops.layer_norm import reference as layer_norm
@@ -127,7 +119,7 @@ def reference_backward(
 
 def _forward(y, residual, weight, bias, eps, p, seed, centred, backend, room=0):
     kernel = dispatch("dropout_add_norm", y.device, backend, y.dtype)
-    return leaving_room("dropout_add_norm", kernel, room, 1, y, residual, weight, bias, eps, p, seed, centred)
+    return leaving_room(kernel, room, 1, y, residual, weight, bias, eps, p, seed, centred)
 
 
 def _forward_fake(y, residual, weight, bias, eps, p, seed, centred, backend, room=0):

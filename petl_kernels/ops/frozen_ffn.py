@@ -34,18 +34,11 @@ from petl_kernels.dispatch import active, dispatch, register
 from petl_kernels.errors import InputError
 from petl_kernels.ops.activation import ACTIVATIONS, derivative
 from petl_kernels.ops.bits import pack_bits, packed_width, unpack_bits
-from petl_kernels.ops.common import (
-    accumulate_dtype,
-    check_activation,
-    check_frozen,
-    check_parameter,
-    check_weight,
-    define,
-    differentiate,
-    empty,
-    shape,
-)
-from petl_kernels.ops.quantized import out_features, parts_in, parts_of, project, project_back
+from petl_kernels.ops.checks import check_activation, check_frozen, check_parameter, check_weight, shape
+from petl_kernels.ops.define import accumulate_dtype, define, differentiate, empty
+from petl_kernels.ops.quantized.products import project, project_back
+from petl_kernels.ops.quantized.storage import out_features, parts_in
+from petl_kernels.ops.quantized.tensor import parts_of
 
 CHUNK_BYTES = 8 << 20
 CHUNK_ROWS = 256

@@ -17,21 +17,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from petl_kernels.dispatch import active, dispatch, register
-from petl_kernels.ops.common import (
-    accumulate_dtype,
-    check_activation,
-    check_parameter,
-    check_weight,
-    define,
-    differentiate,
-    empty,
-)
-from petl_kernels.ops.quantized import in_features, is_quantized, out_features, parts_of, project, project_back
+from petl_kernels.dispatch import active, dispatch, prefer, register
+from petl_kernels.ops.checks import check_activation, check_parameter, check_weight
+from petl_kernels.ops.define import accumulate_dtype, define, differentiate, empty
+from petl_kernels.ops.quantized.products import project, project_back
+from petl_kernels.ops.quantized.storage import in_features, is_quantized, out_features
+from petl_kernels.ops.quantized.tensor import parts_of, takes_quantized
+
+# cuBLAS already runs a frozen linear layer at the speed of the hardware.
+prefer("frozen_linear", "cuda", "reference")
 
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """y = x Wᵀ + c for a frozen ``weight`` (N, K); x (..., K) -> (..., N). ``bias`` may be trained.
+    """Returns y = x Wᵀ + c for a frozen ``weight`` (N, K); x (..., K) -> (..., N). ``bias`` may be trained.
 
     Raises InputError: x of rank 0, shapes that do not fit, devices or dtypes that differ, a weight that requires grad.
     """
@@ -40,6 +38,11 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     if bias is not None:
         check_parameter("frozen_linear", "bias", bias, (weight.shape[0],), x)
     return torch.ops.petl.frozen_linear(x, parts_of(weight), bias, active())
+
+
+@takes_quantized(F.linear)
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return frozen_linear(input, weight, bias)
 
 
 @register("frozen_linear", "reference")

@@ -21,7 +21,8 @@ from petl_kernels.dispatch import active, dispatch, register
 from petl_kernels.errors import InputError
 from petl_kernels.ops import philox
 from petl_kernels.ops.activation import ACTIVATIONS, check_kind, derivative
-from petl_kernels.ops.common import accumulate_dtype, check_activation, check_device, define, differentiate, shape
+from petl_kernels.ops.checks import check_activation, check_device, shape
+from petl_kernels.ops.define import accumulate_dtype, define, differentiate
 
 
 def gated_activation(z: Tensor, g: Tensor, kind: str, dropout: float = 0.0, seed: Tensor | None = None) -> Tensor:

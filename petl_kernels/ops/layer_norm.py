@@ -22,16 +22,8 @@ from torch import Tensor
 
 from petl_kernels.dispatch import active, dispatch, register
 from petl_kernels.errors import InputError
-from petl_kernels.ops.common import (
-    accumulate_dtype,
-    check_activation,
-    check_device,
-    check_parameter,
-    define,
-    differentiate,
-    empty,
-    shape,
-)
+from petl_kernels.ops.checks import check_activation, check_device, check_parameter, shape
+from petl_kernels.ops.define import accumulate_dtype, define, differentiate, empty
 from petl_kernels.ops.room import leaving_room, roomy
 
 
@@ -88,7 +80,7 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tup
     return reference_from_statistics(x, mean, rstd, weight, bias), mean, rstd
 
 
-@register("layer_norm_from_statistics", "reference")
+@register("layer_norm_from_statistics", "reference", op="layer_norm")
 def reference_from_statistics(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     y = _normalise(x, mean, rstd) * weight.to(mean.dtype)
     y = y if bias is None else y + bias.to(mean.dtype)
@@ -125,7 +117,7 @@ def _normalise(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
 
 def _forward(x, weight, bias, eps, backend, room=0):
     kernel = dispatch("layer_norm", x.device, backend, x.dtype)
-    return leaving_room("layer_norm", kernel, room, 0, x, weight, bias, eps)
+    return leaving_room(kernel, room, 0, x, weight, bias, eps)
 
 
 def _forward_fake(x, weight, bias, eps, backend, room=0):
@@ -135,9 +127,8 @@ def _forward_fake(x, weight, bias, eps, backend, room=0):
 
 
 def _from_statistics(x, mean, rstd, weight, bias, backend, room=0) -> Tensor:
-    op = "layer_norm_from_statistics"
-    kernel = dispatch(op, x.device, backend, x.dtype)
-    return leaving_room(op, kernel, room, None, x, mean, rstd, weight, bias)
+    kernel = dispatch("layer_norm_from_statistics", x.device, backend, x.dtype)
+    return leaving_room(kernel, room, None, x, mean, rstd, weight, bias)
 
 
 def _from_statistics_fake(x, mean, rstd, weight, bias, backend, room=0) -> Tensor:

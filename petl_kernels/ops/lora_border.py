@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from petl_kernels.dispatch import dispatch, register
-from petl_kernels.ops.common import accumulate_dtype, define, empty, present
+from petl_kernels.ops.define import accumulate_dtype, define, empty, present
 
 CUDA_PARTS = 64  # at most, of dB's sum over tokens on CUDA: in fp32, each of N_g · r_g numbers for every adapter
 ALIGNMENT = 8  # columns: 16 bytes of a 16-bit row, which the library's products want rows to begin at

@@ -28,18 +28,11 @@ from torch import Tensor
 from petl_kernels.dispatch import active, dispatch, register
 from petl_kernels.errors import InputError
 from petl_kernels.ops import philox
-from petl_kernels.ops.common import (
-    accumulate_dtype,
-    check_activation,
-    check_parameter,
-    check_weight,
-    define,
-    differentiate,
-    empty,
-    present,
-    shape,
-)
-from petl_kernels.ops.quantized import parts_in, parts_of, project, project_back, split_parts
+from petl_kernels.ops.checks import check_activation, check_parameter, check_weight, shape
+from petl_kernels.ops.define import accumulate_dtype, define, differentiate, empty, present
+from petl_kernels.ops.quantized.products import project, project_back
+from petl_kernels.ops.quantized.storage import parts_in, split_parts
+from petl_kernels.ops.quantized.tensor import parts_of
 
 
 def lora_linear(

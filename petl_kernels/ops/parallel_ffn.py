@@ -32,18 +32,10 @@ from torch.nn import functional as F
 from petl_kernels.dispatch import active, dispatch
 from petl_kernels.errors import InputError
 from petl_kernels.ops.activation import check_kind
-from petl_kernels.ops.common import (
-    accumulate_dtype,
-    check_activation,
-    check_frozen,
-    check_parameter,
-    check_weight,
-    define,
-    differentiate,
-    empty,
-    shape,
-)
+from petl_kernels.ops.checks import check_activation, check_frozen, check_parameter, check_weight, shape
+from petl_kernels.ops.define import accumulate_dtype, define, differentiate, empty
 from petl_kernels.ops.frozen_ffn import empty_kept, what_to_keep
+from petl_kernels.ops.quantized.tensor import QuantizedTensor
 
 ALIGNMENT = 8  # hidden units: 16 bytes of a 16-bit row
 
@@ -100,7 +92,7 @@ def _check(x, w1, c1, w2, c2, down, down_bias, up, up_bias, activation) -> None:
         raise InputError(f"{op}: w2 has shape {shape(w2)}: expected {(d, wide)}")
     check_frozen(op, "w2", w2, x)
     for name, weight in (("w1", w1), ("w2", w2)):
-        if hasattr(weight, "parts"):
+        if isinstance(weight, QuantizedTensor):
             raise InputError(f"{op}: {name} is quantized ({weight.storage}): expected a dense weight")
     if down.dim() != 2 or room(down.shape[0]) > wide:
         raise InputError(f"{op}: down has shape {shape(down)}: expected (m, {d}) with room for m in w1 {shape(w1)}")

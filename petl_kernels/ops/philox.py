@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from petl_kernels.errors import InputError
-from petl_kernels.ops.common import check_device, shape
+from petl_kernels.ops.checks import check_device, shape
 
 MAX_ELEMENTS = 2**32
 LEVELS = 2**16

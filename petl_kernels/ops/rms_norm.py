@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from petl_kernels.dispatch import active, dispatch, register
-from petl_kernels.ops.common import accumulate_dtype, check_activation, check_parameter, define, differentiate, empty
+from petl_kernels.ops.checks import check_activation, check_parameter
+from petl_kernels.ops.define import accumulate_dtype, define, differentiate, empty
 from petl_kernels.ops.layer_norm import check_statistics
 from petl_kernels.ops.room import leaving_room, roomy
 
@@ -58,7 +59,7 @@ def reference(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return reference_from_statistics(x, rstd, weight), rstd
 
 
-@register("rms_norm_from_statistics", "reference")
+@register("rms_norm_from_statistics", "reference", op="rms_norm")
 def reference_from_statistics(x: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
     y = x.to(rstd.dtype) * rstd.unsqueeze(-1) * weight.to(rstd.dtype)
     return y.to(torch.promote_types(x.dtype, weight.dtype)).contiguous()
@@ -81,7 +82,7 @@ def reference_backward(
 
 def _forward(x, weight, eps, backend, room=0):
     kernel = dispatch("rms_norm", x.device, backend, x.dtype)
-    return leaving_room("rms_norm", kernel, room, 0, x, weight, eps)
+    return leaving_room(kernel, room, 0, x, weight, eps)
 
 
 def _forward_fake(x, weight, eps, backend, room=0):
@@ -91,7 +92,7 @@ def _forward_fake(x, weight, eps, backend, room=0):
 
 def _from_statistics(x, rstd, weight, backend, room=0) -> Tensor:
     kernel = dispatch("rms_norm_from_statistics", x.device, backend, x.dtype)
-    return leaving_room("rms_norm_from_statistics", kernel, room, None, x, rstd, weight)
+    return leaving_room(kernel, room, None, x, rstd, weight)
 
 
 def _from_statistics_fake(x, rstd, weight, backend, room=0) -> Tensor:

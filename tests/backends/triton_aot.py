@@ -43,6 +43,7 @@ from petl_kernels.backends.triton import (
 )
 from petl_kernels.ops.lora_border import room
 from petl_kernels.ops.loss_by_words import Kernels, compute
+from petl_kernels.ops.loss_options import ALL_ROWS, LossOptions
 from petl_kernels.ops.parallel_ffn import with_room
 
 # device class -> (compute capability to compile for, multiprocessors of its usual card)
@@ -269,7 +270,8 @@ def whole_loss(dtype: torch.dtype, chunk_bytes: int, rows: int = 8192, words: in
     kernels = loss_by_words.linear_cross_entropy_begin, loss_by_words.linear_cross_entropy_words
     kernels = Kernels(*kernels, loss_by_words.linear_cross_entropy_end)
     h, weight, labels = _new(dtype, rows, d), _new(dtype, words, d), _new(torch.int64, rows)
-    compute(kernels, h, weight, labels, None, (0.9, 1e-6), chunk_bytes, None, True)
+    options = LossOptions(0.1, "uniform", 1.0, -100, chunk_bytes, ALL_ROWS)
+    compute(kernels, h, weight, labels, None, None, options, gradient=True)
 
 
 def attend(dtype: torch.dtype, d: int, options: tuple[str, ...] = (), length: int = 512, heads: int = 16) -> None:

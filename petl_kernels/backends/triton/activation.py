@@ -11,8 +11,10 @@ import triton.language as tl
 
 from petl_kernels.backends.triton import config
 from petl_kernels.backends.triton.common import as_rows, drop, dropout_arguments, launch, load, store
+from petl_kernels.backends.triton.registry import serves
 
 
+@serves
 def activation(
     z: torch.Tensor, kind: str, dropout: float, seed: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -36,6 +38,7 @@ def activate_rows(y, bits, rows, kind: str, dropout: float = 0.0, seed: torch.Te
         )  # fmt: skip
 
 
+@serves
 def activation_backward(
     dy: torch.Tensor, saved: torch.Tensor, kind: str, dropout: float, seed: torch.Tensor | None
 ) -> torch.Tensor:

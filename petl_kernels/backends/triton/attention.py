@@ -25,6 +25,7 @@ import triton.language as tl
 
 from petl_kernels.backends.triton import config
 from petl_kernels.backends.triton.common import dropout_arguments, keep_probabilities, launch, load, store
+from petl_kernels.backends.triton.registry import serves, serves_with_room
 from petl_kernels.dispatch import kernel_of
 from petl_kernels.ops.attention import mask_columns
 
@@ -33,6 +34,7 @@ HIDDEN = tl.constexpr(-1e30)  # the score of a key that an additive mask hides w
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
+@serves
 def attention(q, k, v, mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed, cu_q, cu_k, distance_bias):
     arguments = q, k, v, mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed, cu_q, cu_k, distance_bias
     if q.shape[3] > MAX_FEATURES:
@@ -51,6 +53,7 @@ def attention(q, k, v, mask, bias, prefix_k, prefix_v, causal, scale, dropout, s
     return o, lse
 
 
+@serves_with_room
 def attention_backward(
     do, q, k, v, o, lse, mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed, need_dbias,
     cu_q, cu_k, distance_bias, need_ddistance_bias, outs=None,

@@ -46,8 +46,10 @@ from petl_kernels.backends.triton.layer_norm import (
     statistics,
     write_step,
 )
+from petl_kernels.backends.triton.registry import serves
 
 
+@serves
 def bottleneck_adapter(
     x: torch.Tensor,
     residual: torch.Tensor | None,
@@ -70,6 +72,7 @@ def bottleneck_adapter(
     return forward(rows, res, ln_weight, ln_bias, *padded, up_bias, eps, activation, scale).view(x.shape)
 
 
+@serves
 def bottleneck_adapter_backward(
     dy: torch.Tensor,
     x: torch.Tensor,

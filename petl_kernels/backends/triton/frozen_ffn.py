@@ -24,9 +24,11 @@ from petl_kernels.backends.triton.common import as_rows, launch, load, store
 from petl_kernels.backends.triton.frozen_linear import column_sums
 from petl_kernels.backends.triton.gated_activation import gate_rows, gate_rows_backward
 from petl_kernels.backends.triton.quantized import quantized_project, quantized_project_back
+from petl_kernels.backends.triton.registry import serves
 from petl_kernels.ops.quantized import is_quantized, out_features
 
 
+@serves
 def frozen_ffn(x, w1, c1, w2, c2, gate, activation: str, keeps: str, products=PyTorchProducts):
     multiply = functools.partial(_multiply, products)
     rows = as_rows(x)
@@ -53,6 +55,7 @@ def frozen_ffn(x, w1, c1, w2, c2, gate, activation: str, keeps: str, products=Py
     return y.view(x.shape), *(x.new_empty(0) if value is None else value for value in (kept, g))
 
 
+@serves
 def frozen_ffn_backward(
     dy, x, kept_z, kept_g, w1, c1, w2, gate, activation: str, keeps: str, need_dx, need_dc1, need_dc2,
     products=PyTorchProducts,

@@ -12,8 +12,10 @@ import triton.language as tl
 from petl_kernels.backends.triton import config
 from petl_kernels.backends.triton.activation import activate, derivative
 from petl_kernels.backends.triton.common import as_rows, drop, dropout_arguments, launch, load, store
+from petl_kernels.backends.triton.registry import serves
 
 
+@serves
 def gated_activation(
     z: torch.Tensor, g: torch.Tensor, kind: str, dropout: float, seed: torch.Tensor | None
 ) -> torch.Tensor:
@@ -35,6 +37,7 @@ def gate_rows(y, z_rows, g_rows, kind: str, dropout: float = 0.0, seed: torch.Te
         )  # fmt: skip
 
 
+@serves
 def gated_activation_backward(
     dy: torch.Tensor, z: torch.Tensor, g: torch.Tensor, kind: str, dropout: float, seed: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -24,13 +24,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver, jit
 from triton.runtime.jit import JITFunction
 
-try:
-    from petl_kernels._C import launch_key
-except ImportError:  # a machine without a compiler
-
-    def launch_key(args: tuple) -> tuple | None:
-        return _key_by_triton(args)
-
+from petl_kernels.extension import find_extension
 
 # Those whose JITFunction.run, CompiledKernel and specialisation were read beside this file.
 COMPARED = {"3.6", "3.7", "3.8"}
@@ -92,6 +86,10 @@ def _key_by_triton(args: tuple) -> tuple | None:
         return jit.native_specialize_impl(BaseBackend, args, False, True, True)
     except (TypeError, OverflowError):
         return None
+
+
+_extension = find_extension()
+launch_key = _key_by_triton if _extension is None else _extension.launch_key
 
 
 def _is_plain(kernel) -> bool:

@@ -18,18 +18,22 @@ import triton.language as tl
 
 from petl_kernels.backends.triton import config
 from petl_kernels.backends.triton.common import as_rows, drop, dropout_arguments, launch, load, store, sum_partials
+from petl_kernels.backends.triton.registry import serves, serves_with_room
 from petl_kernels.ops.room import roomy
 
 
+@serves_with_room
 def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, room: int = 0):
     mean, rstd = (x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
     return norm(x, mean, rstd, weight, bias, eps, room), mean, rstd
 
 
+@serves_with_room
 def layer_norm_from_statistics(x, mean, rstd, weight, bias, room: int = 0) -> torch.Tensor:
     return norm_again(x, mean, rstd, weight, bias, room)
 
 
+@serves
 def layer_norm_backward(dy, x, mean, rstd, weight, need_dx, need_dweight, need_dbias):
     dx, _, dweight, dbias, _ = norm_backward(dy, x, mean, rstd, weight, need_dx, need_dweight, need_dbias)
     return dx, dweight, dbias

@@ -14,9 +14,11 @@ import triton.language as tl
 
 from petl_kernels.backends.triton import config
 from petl_kernels.backends.triton.common import launch
+from petl_kernels.backends.triton.registry import serves
 from petl_kernels.ops.product import ALIGNED
 
 
+@serves
 def linear_cross_entropy(
     logits: torch.Tensor,
     labels: torch.Tensor,

@@ -31,11 +31,13 @@ from petl_kernels.backends.triton.common import (
 )
 from petl_kernels.backends.triton.frozen_linear import column_sums
 from petl_kernels.backends.triton.lora_linear import _a_gradients, _same_dtype
+from petl_kernels.backends.triton.registry import serves
 
 BORDER_ROWS = 64  # of S that one program writes
 BORDER_COLUMNS = 64  # of S and rows of A that it writes at a time: as many as its registers take
 
 
+@serves
 def lora_border(wide, border, bias, biases, a, b, scales) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns y and s as ``ops.lora_border`` does, for at most MAX_GROUPS linears."""
     k, sizes, ranks = _sizes(a, b)
@@ -47,6 +49,7 @@ def lora_border(wide, border, bias, biases, a, b, scales) -> tuple[torch.Tensor,
     return wide @ right if bias is None else torch.addmm(bias, wide, right), s
 
 
+@serves
 def lora_border_backward(wide, x, s, border, a, b, scales, need_dx, need_dbias):
     k, sizes, ranks = _sizes(a, b)
     new = torch.Tensor.new_empty if wide.shape[0] else torch.Tensor.new_zeros

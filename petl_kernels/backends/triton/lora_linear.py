@@ -39,11 +39,13 @@ from petl_kernels.backends.triton.common import (
 )
 from petl_kernels.backends.triton.dropout_add import dropout_add_backward
 from petl_kernels.backends.triton.quantized import quantized_project, quantized_project_back
+from petl_kernels.backends.triton.registry import serves
 from petl_kernels.ops.quantized import is_quantized, split_parts
 
 FUSED_RANKS = 64  # in all, for a program that holds s or ds of a block of tokens
 
 
+@serves
 def lora_linear(
     x: torch.Tensor,
     weights: list[torch.Tensor],
@@ -67,6 +69,7 @@ def lora_linear(
     return ys, s
 
 
+@serves
 def lora_linear_backward(
     dys: list[torch.Tensor],
     x: torch.Tensor,

@@ -13,9 +13,11 @@ import triton.language as tl
 
 from petl_kernels.backends.triton import config
 from petl_kernels.backends.triton.common import launch
+from petl_kernels.backends.triton.registry import serves
 from petl_kernels.ops.quantized.code_book import dynamic_map
 
 
+@serves
 def quantize_int8(weight: torch.Tensor) -> list[torch.Tensor]:
     """[data int8 (N, K), scale fp32 (N,)]"""
     weight = weight.contiguous()
@@ -26,6 +28,7 @@ def quantize_int8(weight: torch.Tensor) -> list[torch.Tensor]:
     return [data, scale]
 
 
+@serves
 def quantize_nf4(weight: torch.Tensor) -> list[torch.Tensor]:
     """[data uint8 (⌈NK / 2⌉,), absmax uint8 (blocks,), absmax_scale fp32 (⌈blocks / 256⌉,), absmax_offset fp32 (1,)]"""
     weight = weight.contiguous()

@@ -17,9 +17,13 @@ import triton.language as tl
 
 from petl_kernels.backends.triton import config
 from petl_kernels.backends.triton.common import launch, load, store, sum_partials
+from petl_kernels.backends.triton.registry import DTYPES, serves
+from petl_kernels.dispatch import register
 from petl_kernels.ops.quantized.code_book import dynamic_map
+from petl_kernels.ops.quantized.storage import reference_dequantize, storage_of
 
 
+@serves
 def quantized_project(
     rows: torch.Tensor, parts: list[torch.Tensor], bias: torch.Tensor | None, out: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -29,7 +33,7 @@ def quantized_project(
     y = rows.new_empty(rows.shape[0], outputs) if out is None else out
     if config.takes_rows_alone(rows, inner):
         return _rows_alone(_project_rows_kernel, y, rows, parts, bias, inner, config.quantized_row(inner))
-    if config.dequantizes_in_loop(rows, inner, _storage(parts)):
+    if config.dequantizes_in_loop(rows, inner, storage_of(parts)):
         return _product(_quantized_project_kernel, y, rows, parts, bias, inner)
     size = config.quantized_tile_length(rows, outputs, inner)
     for part, weight in _tiles(parts, rows, (outputs, inner), 0, size):
@@ -40,6 +44,7 @@ def quantized_project(
     return y
 
 
+@serves
 def quantized_project_back(
     rows: torch.Tensor, parts: list[torch.Tensor], out: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -49,7 +54,7 @@ def quantized_project_back(
     dx = rows.new_empty(rows.shape[0], inner) if out is None else out
     if config.takes_rows_alone(rows, inner):
         return _rows_alone(_project_back_rows_kernel, dx, rows, parts, None, outputs, config.QUANTIZED_ROW_BACK)
-    if config.dequantizes_in_loop(rows, inner, _storage(parts)):
+    if config.dequantizes_in_loop(rows, inner, storage_of(parts)):
         return _product(_quantized_project_back_kernel, dx, rows, parts, None, outputs)
     # Tiles of columns: each sum over the rows of Ŵ is one product, so no partial sum is rounded.
     size = config.quantized_tile_length(rows, inner, outputs)
@@ -58,8 +63,11 @@ def quantized_project_back(
     return dx
 
 
+@register("dequantize", "triton")
 def dequantize(parts: list[torch.Tensor], first_row: int, rows: int, K: int, dtype: torch.dtype) -> torch.Tensor:
-    """Rows first_row to first_row + rows of Ŵ (N, K)."""
+    """Returns rows first_row to first_row + rows of Ŵ (N, K) in ``dtype``."""
+    if dtype not in DTYPES:
+        return reference_dequantize(parts, first_row, rows, K, dtype)
     out = parts[0].new_empty(rows, K, dtype=dtype)
     _dequantize(parts, out, first_row, 0, K)
     return out
@@ -94,13 +102,9 @@ def _rows_alone(kernel, y: torch.Tensor, x: torch.Tensor, parts: list[torch.Tens
     return y
 
 
-def _storage(parts: list[torch.Tensor]) -> str:
-    return "int8" if len(parts) == 2 else "nf4"
-
-
 def _other_size(parts: list[torch.Tensor], size: int) -> int:
     """N for K, or K for N. Two values of nf4 share a byte, the last of which may be half empty."""
-    values = parts[0].numel() * (1 if _storage(parts) == "int8" else 2)
+    values = parts[0].numel() * (1 if storage_of(parts) == "int8" else 2)
     return values // size if size else 0
 
 
@@ -132,7 +136,7 @@ def _dequantize(parts: list[torch.Tensor], out: torch.Tensor, first_row: int, fi
 
 def _arguments(parts: list[torch.Tensor]) -> tuple[torch.Tensor | None, ...]:
     """(data, scale, absmax, offset, dynamic map); the last three are absent for int8."""
-    if _storage(parts) == "int8":
+    if storage_of(parts) == "int8":
         return *parts, None, None, None
     data, absmax, scale, offset = parts
     return data, scale, absmax, offset, dynamic_map(data.device)
