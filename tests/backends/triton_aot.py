@@ -7,7 +7,9 @@ no other card stands for, with the cards that it stands for; `CARD shared` those
 
 from __future__ import annotations
 
+import importlib
 import json
+import pkgutil
 import re
 import subprocess
 import sys
@@ -21,6 +23,7 @@ import triton_races
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from petl_kernels.backends import triton as package
 from petl_kernels.backends.triton import (
     activation,
     attention,
@@ -70,11 +73,9 @@ def record(card: str, call: Callable[[], None]) -> list[tuple]:
 
     saved = config.device_class, config.processors
     config.device_class, config.processors = lambda device: card, lambda device: CARDS[card][1]
-    modules = (
-        *(activation, attention, bottleneck_adapter, common, dropout_add, dropout_add_norm, frozen_ffn, frozen_linear),
-        *(gated_activation, layer_norm, linear_cross_entropy, lora_border, lora_linear, loss_by_words, quantize),
-        *(quantized, rms_norm),
-    )
+    names = [found.name for found in pkgutil.iter_modules(package.__path__) if found.name != "launch"]
+    folder = [importlib.import_module(f"{package.__name__}.{name}") for name in names]
+    modules = [module for module in folder if hasattr(module, "launch")]
     original = common.launch
     for module in modules:
         module.launch = launch
