@@ -38,7 +38,7 @@ ACTIVATIONS = {
 
 
 def activation(z: Tensor, kind: str, dropout: float = 0.0, seed: Tensor | None = None) -> Tensor:
-    """y = drop(act(z)); (..., features) -> (..., features).
+    """Returns y = drop(act(z)); (..., features) -> (..., features).
 
     seed: int64 tensor of shape (1,) on z's device, drawn with ``philox.draw_seed`` when dropout > 0 and none is given.
     Raises InputError: z of rank 0 or not floating-point, an unknown kind, dropout outside [0, 1).

@@ -75,7 +75,7 @@ def attention(
     cu_seqlens_k: Tensor | None = None,
     distance_bias: Tensor | None = None,
 ) -> Tensor:
-    """softmax(scale · q kᵀ + bias + mask) v; q (B, H, Lq, D), k and v (B, H, Lk, D) -> (B, H, Lq, D).
+    """Returns softmax(scale · q kᵀ + bias + mask) v; q (B, H, Lq, D), k and v (B, H, Lk, D) -> (B, H, Lq, D).
 
     scale is D^-0.5 by default. The result's memory is (B, Lq, H, D): ``o.transpose(1, 2).reshape(B, Lq, H * D)`` is a
     view. seed: int64 tensor of shape (1,) on q's device, drawn with ``torch.randint`` when dropout > 0 and none is
@@ -125,7 +125,7 @@ def _backward(
     do, q, k, v, o, lse, mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed, need_dbias,
     cu_seqlens_q, cu_seqlens_k, distance_bias, need_ddistance_bias, backend, rooms=(),
 ):  # fmt: skip
-    """rooms: how much is behind rows of [dq dk dv], or behind those of dq and of [dk dv]; without any each is alone."""
+    """Returns the gradients; ``rooms``: free columns behind the rows of [dq dk dv], or of dq and of [dk dv]."""
     kernel = dispatch("attention_backward", q.device, backend, q.dtype)
     arguments = (
         do, q, k, v, o, lse, mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed, need_dbias,
@@ -146,7 +146,7 @@ def _backward(
 
 
 def _side_by_side(q: Tensor, k: Tensor, v: Tensor, rooms: Sequence[int]) -> list[Tensor]:
-    """Empty tensors like q, k and v, in the columns of one matrix with room behind its rows, or of two matrices."""
+    """Returns empty tensors like q, k and v, in the columns of one matrix with room behind its rows, or of two."""
     together = ([q, k, v],) if len(rooms) == 1 else ([q], [k, v])
     return [part for own, room in zip(together, rooms, strict=True) for part in _columns(own, room)]
 

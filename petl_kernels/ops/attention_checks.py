@@ -60,7 +60,7 @@ def _check_broadcast(name: str, tensor: Tensor, allowed: tuple[tuple[int, ...], 
 
 
 def _check_prefix(prefix_k: Tensor | None, prefix_v: Tensor | None, q: Tensor) -> int:
-    """The length of the prefix."""
+    """Refuses prefixes that do not fit q, and returns their length."""
     if (prefix_k is None) != (prefix_v is None):
         missing = "prefix_k" if prefix_k is None else "prefix_v"
         raise InputError(f"attention: {missing} is None and the other half is not: expected both or none")

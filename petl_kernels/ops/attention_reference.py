@@ -17,7 +17,7 @@ CHUNK_BYTES = 16 * 2**20  # of the probabilities of a chunk, in fp32
 
 
 def transient_chunks(batch: int, heads: int, queries: int, columns: int) -> Iterator[tuple[slice, slice, slice]]:
-    """Slices of (batch, heads, queries), each a contiguous run of the probabilities (batch, heads, queries, columns).
+    """Yields slices of (batch, heads, queries), each a contiguous run of (batch, heads, queries, columns).
 
     A run has at most CHUNK_BYTES of fp32, but one row at least.
     """
@@ -36,7 +36,7 @@ def transient_chunks(batch: int, heads: int, queries: int, columns: int) -> Iter
 
 
 def mask_columns(prefix: int, keys: int) -> tuple[int, int]:
-    """Where in a row of the dropout mask the keys begin, and how long a row is: both in whole groups."""
+    """Returns where in a row of the dropout mask the keys begin, and the length of a row: multiples of a group."""
     first, own = (-(-length // philox.GROUP) * philox.GROUP for length in (prefix, keys))
     return first, first + own
 
@@ -67,7 +67,7 @@ def reference_backward(
     )
     prefix = inputs.prefix
     dq, dk, dv = (like_heads(tensor) for tensor in (q, k, v))
-    dk.zero_(), dv.zero_()  # keys that no query is held against
+    dk.zero_(), dv.zero_()  # for keys that no query sees
     dbias = bias.new_zeros(bias.shape, dtype=sums) if need_dbias else empty(q)
     ddistance = distance_bias.new_zeros(distance_bias.shape, dtype=sums) if need_ddistance_bias else empty(q)
     dprefix_k, dprefix_v = (q.new_zeros(_heads_first(p).shape, dtype=sums) for p in (inputs.prefix_k, inputs.prefix_v))
@@ -122,7 +122,7 @@ class Chunk(NamedTuple):
 
 
 class Inputs:
-    """What the scores of a chunk are made of."""
+    """The inputs of an attention, and the scores and sums of their chunks."""
 
     def __init__(
         self, q, k, v, mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed, cu_q, cu_k, distance_bias
@@ -150,7 +150,7 @@ class Inputs:
                 yield Chunk(b, h, inside, keys, rows.start == 0, rows.stop == count)
 
     def sentences(self) -> Iterator[tuple[slice, slice]]:
-        """Queries and keys of one sentence after the other; all of them together where reading the boundaries waits."""
+        """Yields queries and keys of each sentence; all of them together where reading the boundaries would wait."""
         if self.cu_q is None or not reads_without_waiting(self.cu_q):
             yield slice(0, self.q.shape[2]), slice(0, self.k.shape[2])
             return
@@ -158,7 +158,7 @@ class Inputs:
             yield slice(*queries), slice(*keys)
 
     def scores(self, chunk: Chunk) -> Tensor:
-        """S of one chunk: (batch, heads, queries, prefix + keys)."""
+        """Returns S of one chunk, (batch, heads, queries, prefix + keys)."""
         q = self.q[chunk.queries]
         s = (q @ self.k[chunk.seen].mT).to(self.sums) * self.scale
         if self.bias is not None:
@@ -181,14 +181,14 @@ class Inputs:
         return torch.cat([s_prefix, s], -1)
 
     def distances(self, chunk: Chunk) -> Tensor:
-        """How far behind its query a key is, where a sentence's last key and last query are level: (queries, keys)."""
+        """Returns how far behind its query a key is, (queries, keys); the last of both are level."""
         i = torch.arange(chunk.rows.start, chunk.rows.stop, device=self.q.device)
         j = torch.arange(chunk.keys.start, chunk.keys.stop, device=self.q.device)
         shift = self.k.shape[2] - self.q.shape[2] if self.cu_q is None else self.shift[chunk.rows]
         return j - (i + shift)[:, None]
 
     def summed_by_distance(self, chunk: Chunk, ds: Tensor) -> Tensor:
-        """(heads, queries, keys) as (heads, 2R + 1)."""
+        """Returns (heads, queries, keys) summed to (heads, 2R + 1)."""
         reach, keys = self.distance_bias.shape[1] // 2, ds.shape[2]
         distances = self.distances(chunk)
         total = ds.new_zeros(ds.shape[0], 2 * reach + 1)
@@ -204,11 +204,11 @@ class Inputs:
         return total
 
     def weighted_values(self, chunk: Chunk, p: Tensor) -> Tensor:
-        """p v"""
+        """Returns p v."""
         return self._weighted(chunk, p, self.v, self.prefix_v)
 
     def weighted_keys(self, chunk: Chunk, ds: Tensor) -> Tensor:
-        """ds k"""
+        """Returns ds k."""
         return self._weighted(chunk, ds, self.k, self.prefix_k)
 
     def _weighted(self, chunk: Chunk, weights: Tensor, rows: Tensor, prefix: Tensor) -> Tensor:
@@ -216,14 +216,14 @@ class Inputs:
         return total + weights[..., : self.prefix] @ _heads_first(prefix)[chunk.h] if self.prefix else total
 
     def against_values(self, chunk: Chunk, do: Tensor) -> Tensor:
-        """do vᵀ"""
+        """Returns do vᵀ."""
         dp = (do @ self.v[chunk.seen].mT).to(self.sums)
         if not self.prefix:
             return dp
         return torch.cat([(do @ _heads_first(self.prefix_v)[chunk.h].mT).to(self.sums), dp], -1)
 
     def kept(self, chunk: Chunk) -> Tensor | float:
-        """0 where dropout drops a probability, else what it multiplies those that it keeps by."""
+        """Returns dropout's factors: 0 for a dropped probability, and the keep scale for the others."""
         if self.dropout == 0:
             return 1.0
         _, heads, queries, _ = self.q.shape
@@ -247,14 +247,14 @@ def reads_without_waiting(cu: Tensor) -> bool:
 
 
 def _softmax(s: Tensor) -> tuple[Tensor, Tensor]:
-    """P and lse; a query that sees nothing has P = 0 and lse = inf."""
+    """Returns P and lse; a query that sees nothing has P = 0 and lse = inf."""
     lse = torch.logsumexp(s, -1)
     blind = lse == -torch.inf
     return s.softmax(-1).masked_fill(blind[..., None], 0), lse.masked_fill(blind, torch.inf)
 
 
 def _slice(tensor: Tensor, part: tuple[slice, slice, slice]) -> Tensor:
-    """The part of a mask or a bias, whose dimensions of size 1 are broadcast."""
+    """Returns the part of a mask or a bias, whose dimensions of size 1 are broadcast."""
     return tensor[tuple(s if size > 1 else slice(None) for s, size in zip(part, tensor.shape, strict=False))]
 
 
@@ -263,17 +263,17 @@ def _sum_to(ds: Tensor, batch: int) -> Tensor:
 
 
 def _heads_first(prefix: Tensor) -> Tensor:
-    """(P, H, D) as (H, P, D)"""
+    """Returns (P, H, D) as (H, P, D)."""
     return prefix.transpose(0, 1)
 
 
 def _over_batch(rows: Tensor) -> Tensor:
-    """(batch, heads, queries, n) as (heads, batch · queries, n): a sum over rows is one over the batch too."""
+    """Returns (batch, heads, queries, n) as (heads, batch · queries, n): a sum over rows is one over the batch too."""
     return rows.transpose(0, 1).flatten(1, 2)
 
 
 def like_heads(x: Tensor) -> Tensor:
-    """An empty (B, H, L, D) over memory of shape (B, L, H, D)."""
+    """Returns an empty (B, H, L, D) over memory of shape (B, L, H, D)."""
     batch, heads, length, features = x.shape
     return x.new_empty(batch, length, heads, features).transpose(1, 2)
 

@@ -45,7 +45,7 @@ def bottleneck_adapter(
     scale: float = 1.0,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """y = residual + scale · (act(LN(x) Dᵀ + d) Uᵀ + u); x (..., d) -> (..., d).
+    """Returns y = residual + scale · (act(LN(x) Dᵀ + d) Uᵀ + u); x (..., d) -> (..., d).
 
     down (m, d), up (d, m), biases (m,) and (d,) or None; without ``ln_weight`` there is no LayerNorm; residual (..., d)
     is x by default. Raises InputError: x of rank 0, shapes that do not fit, devices that differ, a residual of another
@@ -138,7 +138,7 @@ def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> T
 
 
 def _layer_norm_backward(dh: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float):
-    """(dx in fp32, dweight, dbias) of rows x (tokens, d)."""
+    """Returns (dx in fp32, dweight, dbias) of rows x (tokens, d)."""
     sums = accumulate_dtype(x.dtype)
     x, dh = x.to(sums), dh.to(sums)
     centred = x - x.mean(1, keepdim=True)

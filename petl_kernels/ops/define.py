@@ -116,7 +116,7 @@ def differentiate(name: str, save: Callable, backward: Callable) -> None:
 
 
 def _refuse_second_derivatives(name: str) -> None:
-    # The kernels of gradients have no rule of their own: what depends on them would get zeros, without a word.
+    # The kernels of gradients have no rule of their own: second derivatives through them would silently be zeros.
     if torch.is_grad_enabled():
         raise InputError(
             f"{name}: its gradient cannot be differentiated again (create_graph=True): expected first derivatives only"

@@ -24,7 +24,7 @@ from petl_kernels.ops.define import accumulate_dtype, define, differentiate
 
 
 def dropout_add(x: Tensor, residual: Tensor, p: float, seed: Tensor | None = None) -> Tensor:
-    """residual + drop(x); (..., features) -> (..., features). With p = 0 a plain addition.
+    """Returns residual + drop(x), a plain addition with p = 0; (..., features) -> (..., features).
 
     seed: int64 tensor of shape (1,) on x's device, drawn with ``philox.draw_seed`` when p > 0 and none is given.
     Raises InputError: x of rank 0 or not floating-point, a residual of another shape or device or not floating-point,

@@ -48,7 +48,7 @@ def dropout_add_norm(
     eps: float = 1e-5,
     centred: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """(h, u): h = residual + drop(y) and u = norm(h); y, residual, h, u (..., d), weight and bias (d,).
+    """Returns h = residual + drop(y) and u = norm(h); y, residual, h, u (..., d), weight and bias (d,).
 
     seed: int64 tensor of shape (1,) on y's device, drawn with ``philox.draw_seed`` when p > 0 and none is given.
     centred: LayerNorm; else RMSNorm, which has no bias.
@@ -104,8 +104,10 @@ def reference_backward(
     need_dweight: bool,
     need_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dh, dy, dweight, dbias), of size 0 where not needed. mean: None for RMSNorm. dtype: that of dy; None where dy
-    is not needed, or would be dh itself."""
+    """Returns (dh, dy, dweight, dbias), of size 0 where not needed.
+
+    mean: None for RMSNorm. dtype: the dtype of dy, or None where dy is not needed, or would be dh itself.
+    """
     dbias = empty(rstd)
     if mean is None:
         dh, dweight = rms_norm_backward(du, h, rstd, weight, True, need_dweight)

@@ -56,10 +56,10 @@ def frozen_ffn(
     activation: str = "relu",
     recompute: bool = False,
 ) -> Tensor:
-    """y = (act(x W1ᵀ + c1) [⊙ x Wgᵀ]) W2ᵀ + c2 for frozen w1 (f, d), w2 (d, f) and gate (f, d); x (..., d) -> (..., d).
+    """Returns y = (act(x W1ᵀ + c1) [⊙ x Wgᵀ]) W2ᵀ + c2; x (..., d) -> (..., d).
 
-    The biases may be trained. Raises InputError: x of rank 0, shapes that do not fit, devices or dtypes that differ, a
-    weight that requires grad, an unknown activation.
+    w1 (f, d), w2 (d, f) and gate (f, d) are frozen; the biases may be trained. Raises InputError: x of rank 0, shapes
+    that do not fit, devices or dtypes that differ, a weight that requires grad, an unknown activation.
     """
     _check(x, w1, c1, w2, c2, gate, activation)
     inner = torch.is_grad_enabled() and (x.requires_grad or (c1 is not None and c1.requires_grad))
@@ -69,7 +69,7 @@ def frozen_ffn(
 
 
 def what_to_keep(activation: str, gated: bool, recompute: bool) -> str:
-    """What forward keeps for dx and dc1 where they are wanted: "x", "bits" (one for each z) or "z" (and g)."""
+    """Returns what forward keeps for dx and dc1 where they are needed: "x", "bits" (one for each z) or "z" (and g)."""
     if recompute:
         return "x"
     return "bits" if activation == "relu" and not gated else "z"
@@ -93,14 +93,14 @@ def _check(x, w1, c1, w2, c2, gate, activation) -> None:
 
 
 def chunk_rows(rows: int, hidden: int, itemsize: int, device: str = "cpu") -> int:
-    """How many rows a chunk has: about CHUNK_BYTES of hidden values, at least CHUNK_ROWS, chunks of equal length."""
+    """Returns the rows of a chunk: about CHUNK_BYTES of hidden values, at least CHUNK_ROWS, chunks of equal length."""
     most = max(CHUNK_ROWS, (CUDA_CHUNK_BYTES if device == "cuda" else CHUNK_BYTES) // max(1, hidden * itemsize))
     chunks = max(1, -(-rows // most))
     return max(1, -(-rows // chunks))
 
 
 def chunks_of(x: Tensor, hidden: int) -> Iterator[slice]:
-    """The rows of x (tokens, ...) in chunks."""
+    """Yields the rows of x (tokens, ...) in chunks."""
     rows = x.shape[0]
     size = chunk_rows(rows, hidden, x.element_size())
     return (slice(first, min(first + size, rows)) for first in range(0, rows, size))
@@ -151,7 +151,7 @@ def reference_backward(
 
 
 def empty_kept(rows: Tensor, hidden: int, gated: bool, keeps: str) -> tuple[Tensor, Tensor]:
-    """What forward will keep beside its input: the bits or z, and g."""
+    """Returns empty tensors for the values that forward keeps beside its input: the bits or z, and g."""
     tokens = rows.shape[0]
     if keeps == "bits":
         return rows.new_empty(tokens, packed_width(hidden), dtype=torch.uint8), empty(rows)

@@ -26,7 +26,7 @@ from petl_kernels.ops.define import accumulate_dtype, define, differentiate
 
 
 def gated_activation(z: Tensor, g: Tensor, kind: str, dropout: float = 0.0, seed: Tensor | None = None) -> Tensor:
-    """y = drop(act(z) ⊙ g); (..., features) -> (..., features).
+    """Returns y = drop(act(z) ⊙ g); (..., features) -> (..., features).
 
     seed: int64 tensor of shape (1,) on z's device, drawn with ``philox.draw_seed`` when dropout > 0 and none is given.
     Raises InputError: z of rank 0 or not floating-point, a g of another shape, dtype or device, an unknown kind,

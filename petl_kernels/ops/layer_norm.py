@@ -1,4 +1,4 @@
-"""LayerNorm, whose output can be had again from its input and two numbers per token.
+"""LayerNorm, whose output can be made again from its input and two numbers per token.
 
     x̂     = (x - mean) · rstd           mean = Σ x / d        rstd = (Σ (x - mean)² / d + eps)^(-1/2)
     y     = x̂ ⊙ w + v
@@ -28,7 +28,8 @@ from petl_kernels.ops.room import leaving_room, roomy
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
-    """y = (x - mean) · rstd ⊙ w + v over the last dimension; x (..., d), weight and bias (d,), each may be trained.
+    """Returns y = (x - mean) · rstd ⊙ w + v over the last dimension; x (..., d), weight and bias (d,), each may be
+    trained.
 
     Raises InputError: x of rank 0, shapes that do not fit, devices that differ, parameters of an integer dtype.
     """
@@ -38,8 +39,10 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float
 def layer_norm_with_statistics(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, mean, rstd), for a layer that has y again by ``layer_norm_from_statistics``; no gradient flows through
-    mean (...) and rstd (...)."""
+    """Returns (y, mean, rstd), for a layer that makes y again by ``layer_norm_from_statistics``.
+
+    No gradient flows through mean (...) and rstd (...).
+    """
     _check("layer_norm", x, weight, bias)
     return torch.ops.petl.layer_norm(x, weight, bias, eps, active())
 
@@ -47,7 +50,7 @@ def layer_norm_with_statistics(
 def layer_norm_from_statistics(
     x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> Tensor:
-    """The y of ``layer_norm`` again, to the bit, for backward passes: it has no gradient of its own."""
+    """Returns the y of ``layer_norm``, bit for bit, for backward passes: it has no gradient of its own."""
     _check("layer_norm", x, weight, bias)
     check_statistics("layer_norm", x, mean=mean, rstd=rstd)
     return torch.ops.petl.layer_norm_from_statistics(x, mean, rstd, weight, bias, active())
@@ -61,7 +64,7 @@ def _check(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def check_statistics(op: str, x: Tensor, **statistics: Tensor) -> None:
-    """Numbers of each token of x, in the dtype of sums."""
+    """Refuses statistics that are not one number for each token of x in the dtype of sums."""
     for name, statistic in statistics.items():
         dtype = accumulate_dtype(x.dtype)
         if statistic.shape != x.shape[:-1] or statistic.dtype != dtype:

@@ -1,4 +1,4 @@
-"""The vocabulary loss of hidden states, without their logits.
+"""The vocabulary loss of hidden states, which never holds all of their logits.
 
     z     = s · (h Wᵀ) + b                              one row a token
     loss  = a · (-log p_y) + c · Σ_v (-log p_v)         with p = softmax(z), y the label

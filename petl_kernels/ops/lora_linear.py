@@ -45,7 +45,7 @@ def lora_linear(
     dropout: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """y = x Wᵀ + c + scale · drop(x) Aᵀ Bᵀ; x (..., K) -> (..., N). See ``lora_linear_grouped``."""
+    """Returns y = x Wᵀ + c + scale · drop(x) Aᵀ Bᵀ; x (..., K) -> (..., N). See ``lora_linear_grouped``."""
     return lora_linear_grouped(x, [weight], [bias], [a], [b], [scale], dropout, seed)[0]
 
 
@@ -59,7 +59,7 @@ def lora_linear_grouped(
     dropout: float = 0.0,
     seed: Tensor | None = None,
 ) -> list[Tensor]:
-    """The outputs (..., N_g) of G linear layers with adapters that read the same x (..., K).
+    """Returns the outputs (..., N_g) of G linear layers with adapters that read the same x (..., K).
 
     seed: int64 tensor of shape (1,) on x's device, drawn with ``torch.randint`` when dropout > 0 and none is given.
     Raises InputError: x of rank 0, lists of different lengths, shapes that do not fit, devices or dtypes of x and the
@@ -172,7 +172,7 @@ def _save(ctx, inputs, output) -> None:
     ctx.groups, ctx.parts = len(a), len(weights)
     ctx.bias_dtypes = [bias.dtype for bias in biases]
     ctx.save_for_backward(x, output[1], seed, *weights, *a, *b)
-    ctx.set_materialize_grads(False)  # no zeros for s, whose gradient nobody has
+    ctx.set_materialize_grads(False)  # no zeros for s, which has no gradient
 
 
 def _gradients(ctx, needs, dys: list[Tensor], _):

@@ -159,7 +159,7 @@ def _add_weight_gradient(dlogits: Tensor, rows: Tensor, block_bytes: int, total:
 
 def _add_bias_gradient(dlogits: Tensor, block_bytes: int, total: Tensor) -> None:
     """Adds Σ_rows dlogits to total (V,)."""
-    # Blocks, because a sum in a wider dtype makes a wide copy of what it sums on a CPU.
+    # Blocks, because a sum in a wider dtype makes a wide copy of its input on a CPU.
     for words in _word_blocks(dlogits.T.shape, total.dtype, block_bytes):
         total[words] += dlogits[:, words].sum(0, dtype=total.dtype)
 

@@ -47,7 +47,7 @@ RISE = 8.0  # how far above m a logit may be: see above
 # and a block of E that has at least as many bytes as the rows of O that it is added to.
 CPU_ROWS, CPU_WORDS = 512, 1024
 LEAST_WORDS, MOST_WORDS = 2048, 8192
-SUMMED_WORDS = 256  # at a time, because a sum in a wider dtype makes a wide copy of what it sums on a CPU
+SUMMED_WORDS = 256  # at a time, because a sum in a wider dtype makes a wide copy of its input on a CPU
 
 
 class Kernels(NamedTuple):
@@ -59,7 +59,7 @@ class Kernels(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """Sizes of the blocks: rows at a time, and words at a time."""
+    """The sizes of the blocks: rows at a time, and words at a time."""
 
     rows: int
     words: int

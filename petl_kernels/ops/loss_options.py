@@ -28,7 +28,7 @@ class LossOptions:
 
 
 class Needs(NamedTuple):
-    """Which gradients of the vocabulary loss are made."""
+    """The gradients of the vocabulary loss that are needed."""
 
     hidden: bool
     weight: bool

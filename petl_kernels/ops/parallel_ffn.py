@@ -41,12 +41,12 @@ ALIGNMENT = 8  # hidden units: 16 bytes of a 16-bit row
 
 
 def room(m: int) -> int:
-    """How many hidden units wider the weights of ``parallel_ffn`` are for an adapter of bottleneck m."""
+    """Returns how many hidden units wider the weights of ``parallel_ffn`` are for an adapter of bottleneck m."""
     return -(-m // ALIGNMENT) * ALIGNMENT
 
 
 def with_room(w1: Tensor, c1: Tensor | None, w2: Tensor, m: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Copies of w1 (f, d), c1 (f,) and w2 (d, f) with zeros for ``room(m)`` more hidden units; c1 is zeros for None."""
+    """Returns copies of w1 (f, d), c1 (f,) and w2 (d, f) with zeros for ``room(m)`` more hidden units."""
     p = room(m)
     c1 = w1.new_zeros(w1.shape[0]) if c1 is None else c1
     return F.pad(w1, (0, 0, 0, p)), F.pad(c1, (0, p)), F.pad(w2, (0, p))
@@ -66,10 +66,10 @@ def parallel_ffn(
     scale: float = 1.0,
     recompute: bool = False,
 ) -> Tensor:
-    """y = act(x W1ᵀ + c1) W2ᵀ + c2 + scale · (act(x Dᵀ + d) Uᵀ + u); x (..., d) -> (..., d).
+    """Returns y = act(x W1ᵀ + c1) W2ᵀ + c2 + scale · (act(x Dᵀ + d) Uᵀ + u); x (..., d) -> (..., d).
 
-    w1 (f + p, d), c1 (f + p,) and w2 (d, f + p) of ``with_room`` are frozen, and what they have for p = ``room(m)``
-    hidden units is overwritten. c2 (d,), frozen, or None. down (m, d), down_bias (m,) or None, up (d, m), up_bias (d,)
+    w1 (f + p, d), c1 (f + p,) and w2 (d, f + p) of ``with_room`` are frozen; their p = ``room(m)`` last hidden
+    units are overwritten. c2 (d,), frozen, or None. down (m, d), down_bias (m,) or None, up (d, m), up_bias (d,)
     or None.
     Raises InputError: x of rank 0, shapes that do not fit, devices or dtypes that differ, a weight or bias of the base
     that requires grad, a quantized weight, an unknown activation.
@@ -115,10 +115,11 @@ def _check(x, w1, c1, w2, c2, down, down_bias, up, up_bias, activation) -> None:
 
 @torch.no_grad()
 def fill(w1, c1, w2, c2, down, down_bias, up, up_bias, scale) -> Tensor | None:
-    """Put the adapter into the room; returns c2 + scale · u.
+    """Writes the adapter into the room; returns c2 + scale · u.
 
-    Through ``.data``: the values of a step do not change between forward and backward, and a second forward pass before
-    the first one's backward writes the same ones. Autograd would not notice others: each adapter has its own room.
+    The writes go through ``.data``, which autograd does not count as changes: the values of a step do not change
+    between forward and backward, and a second forward pass before the first one's backward writes the same ones. So
+    each adapter needs a room of its own.
     """
     m = down.shape[0]
     f = w1.shape[0] - room(m)
@@ -176,7 +177,7 @@ def _backward_fake(
 
 
 def _gradient_dtypes(dy, down, down_bias, up) -> tuple[torch.dtype, ...]:
-    """Of dD, dd, dU and du, which autograd's rule casts to that of u."""
+    """Returns the dtypes of dD, dd, dU and du; the autograd rule casts du to that of u."""
     sums = accumulate_dtype(dy.dtype)
     return down.dtype, sums if down_bias is None else down_bias.dtype, up.dtype, sums
 

@@ -1,4 +1,4 @@
-"""RMSNorm as T5 has it (no mean, no bias), whose output can be had again from its input and one number per token.
+"""RMSNorm as T5 has it (no mean, no bias), whose output can be made again from its input and one number per token.
 
     x̂     = x · rstd                    rstd = (Σ x² / d + eps)^(-1/2)
     y     = x̂ ⊙ w
@@ -28,7 +28,7 @@ from petl_kernels.ops.room import leaving_room, roomy
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
-    """y = x · rstd ⊙ w over the last dimension; x (..., d), weight (d,), which may be trained.
+    """Returns y = x · rstd ⊙ w over the last dimension; x (..., d), weight (d,), which may be trained.
 
     Raises InputError: x of rank 0, shapes that do not fit, devices that differ, a weight of an integer dtype.
     """
@@ -36,13 +36,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 def rms_norm_with_statistics(x: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """(y, rstd), for a layer that has y again by ``rms_norm_from_statistics``; no gradient flows through rstd (...)."""
+    """Returns (y, rstd), for a layer that makes y again by ``rms_norm_from_statistics``; rstd (...) has no gradient."""
     _check(x, weight)
     return torch.ops.petl.rms_norm(x, weight, eps, active())
 
 
 def rms_norm_from_statistics(x: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
-    """The y of ``rms_norm`` again, to the bit, for backward passes: it has no gradient of its own."""
+    """Returns the y of ``rms_norm``, bit for bit, for backward passes: it has no gradient of its own."""
     _check(x, weight)
     check_statistics("rms_norm", x, rstd=rstd)
     return torch.ops.petl.rms_norm_from_statistics(x, rstd, weight, active())

@@ -56,7 +56,9 @@ def attention_backward(
     do, q, k, v, o, lse, mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed, need_dbias,
     cu_q, cu_k, distance_bias, need_ddistance_bias, outs=None,
 ):  # fmt: skip
-    """outs: dq, dk and dv are written there, views (B, H, L, D) of any strides but of adjacent features."""
+    """Returns (dq, dk, dv, dbias, dprefix_k, dprefix_v, ddistance_bias); ``outs`` takes the first three.
+
+    outs: views (B, H, L, D) of any strides whose features are adjacent."""
     arguments = mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed
     packed = cu_q, cu_k, distance_bias
     if need_dbias or q.shape[3] > MAX_FEATURES:
@@ -80,7 +82,7 @@ def attention_backward(
 
 
 def _gradients_of_sentences(dq, dk, dv, delta, do, o, lse, given: _Inputs, tile: config.Tile) -> None:
-    """A program has one head of one sentence."""
+    """Launches one program for each head of each sentence."""
     if dq.numel() == dk.numel() == 0:
         return
     _, heads, queries, features = dq.shape
@@ -94,7 +96,7 @@ def _gradients_of_sentences(dq, dk, dv, delta, do, o, lse, given: _Inputs, tile:
 
 
 def _gradients_by_blocks(dq, dk, dv, delta, do, o, lse, given: _Inputs) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients of the prefix: dq by blocks of queries, the others by blocks of keys."""
+    """Writes dq by blocks of queries, dk and dv by blocks of keys; returns the gradients of the prefix."""
     batch, heads, queries, features = dq.shape
     tile = config.attention_tile(config.ATTENTION_BACKWARD, given.q, given.dropout, given.distance_bias is not None)
     options = {"BM": tile.m, "BN": tile.n, "warps": tile.warps, "stages": tile.stages}
@@ -124,7 +126,7 @@ def _gradients_by_blocks(dq, dk, dv, delta, do, o, lse, given: _Inputs) -> tuple
 
 
 def _distance_gradient(do, lse, delta, given: _Inputs) -> torch.Tensor:
-    """(H, 2R + 1): the sum of what each program finds in its blocks of queries, in their order."""
+    """Returns the gradient (H, 2R + 1) of the bias by distance: the programs' partial sums, added in their order."""
     batch, heads, queries, _ = given.q.shape
     distances, tile = given.distance_bias.shape[1], config.ATTENTION_DISTANCES
     blocks, tiles = config.cdiv(distances, tile.k), batch * config.cdiv(queries, tile.m)
@@ -142,7 +144,7 @@ def _distance_gradient(do, lse, delta, given: _Inputs) -> torch.Tensor:
 
 
 class _Inputs:
-    """The kernels' common arguments."""
+    """Holds the kernels' common arguments."""
 
     def __init__(
         self, q, k, v, mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed, cu_q, cu_k, distance_bias
@@ -159,7 +161,7 @@ class _Inputs:
         self.first, self.columns = mask_columns(self.prefix, k.shape[2])
 
     def of_prefix(self) -> _Inputs:
-        """The same queries before the prefix alone, which is hidden from nobody."""
+        """Returns the inputs of the same queries with the prefix as their only keys, all of which they see."""
         k, v = (p.transpose(0, 1).expand(self.q.shape[0], -1, -1, -1) for p in (self.prefix_k, self.prefix_v))
         nothing = (None,) * 3
         part = _Inputs(self.q, k, v, None, *nothing, False, self.scale, self.dropout, self.seed, *nothing)
@@ -217,6 +219,6 @@ def _broadcast(x: torch.Tensor | None) -> tuple[int, ...]:
 
 
 def _of_mask(mask: torch.Tensor | None) -> tuple[int | None, ...]:
-    """Without a stride of rows where all queries have the same: it is read once for a block of them then."""
+    """Returns the strides of a mask; None for that of rows where all queries share one row, which is then read once."""
     batch, head, row, column = _broadcast(mask)
     return batch, head, None if mask is not None and mask.shape[2] == 1 else row, column

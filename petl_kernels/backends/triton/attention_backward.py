@@ -30,7 +30,7 @@ def _add_query_gradient(
     keep_scale,
     CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """acc += dS k"""
+    """Returns acc + dS k for one block of keys."""
     cols, d = start + tl.arange(0, BN), tl.arange(0, BD)
     k_tile = load(k + cols[:, None] * stride_k + d[None, :], cols < keys, d < features)
     v_tile = load(v + cols[:, None] * stride_v + d[None, :], cols < keys, d < features)
@@ -102,7 +102,7 @@ def _add_key_gradients(
     keep_scale,
     CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """dk + dSᵀ q and dv + (what is kept of P)ᵀ do, for the queries from `start` on that are before `queries`."""
+    """Returns dk + dSᵀ q and dv + drop(P)ᵀ do, for the queries from `start` on that are before `queries`."""
     rows, d = start + tl.arange(0, BM), tl.arange(0, BD)
     inside = rows < queries
     q_tile = load(q + rows[:, None] * stride_q + d[None, :], inside, d < features)
@@ -130,7 +130,7 @@ def _key_gradients_kernel(
     CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
     BITS: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of a block of keys; they are columns first to first + keys of all that the queries see."""
+    """Writes dk and dv of a block of keys, which are columns first to first + keys of the scores' rows."""
     head = tl.program_id(1).to(tl.int64)
     b, h = head // heads, head % heads
     cols, d = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64), tl.arange(0, BD)
@@ -171,7 +171,7 @@ def _sentence_gradients_kernel(
     strides_q, strides_k, strides_v, strides_mask, strides_bias, scale, threshold, keep_scale,
     CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """dq, dk and dv of one head of a sentence, a row of the batch or a part of a packed row.
+    """Writes dq, dk and dv of one head of a sentence, a row of the batch or a part of a packed row.
 
     Up to BM queries stay, with their dq, while the keys go by: S, P and the mask are made once. A longer sentence of a
     packed row has them made twice, for dq by blocks of queries and for the others by blocks of keys.
@@ -266,7 +266,7 @@ def _sentence_gradients_kernel(
 
 @triton.jit
 def _seen(cols, first, cu):
-    """The keys that are not before `first`, which is 0 but in packed rows."""
+    """Returns which keys are not before `first`, None where none is: outside of packed rows."""
     if cu is None:
         return None
     else:
@@ -289,7 +289,7 @@ def _store_rows(x, strides, tile, rows, inside, features, BD: tl.constexpr):
 def _queries_of_sentence(
     q, do, o, lse, rows, stop, features, strides_q, strides_do, strides_o, BD: tl.constexpr
 ):  # fmt: skip
-    """A block of queries, with do, lse, its hidden score (load_lse) and delta."""
+    """Returns a block of queries, with do, lse, its hidden score (load_lse) and delta."""
     inside = rows < stop
     q_tile = _rows(q, strides_q, rows, stop, features, BD)
     do_tile = _rows(do, strides_do, rows, stop, features, BD)
@@ -306,7 +306,7 @@ def _distance_gradient_kernel(
     CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
     BITS: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """dS of one head, summed over the pairs at each of BR distances, in every so manieth block of queries.
+    """Writes dS of one head, summed over the pairs at each of BR distances, in one of `parts` blocks of queries.
 
     It makes the scores near BR diagonals again. The first and the last distance have all pairs beyond them too.
     """

@@ -22,7 +22,7 @@ def _attend(
     features, columns, first, stride_k, stride_v, strides_mask, strides_bias, reach, scale, threshold, keep_scale,
     CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax: acc = Σ kept exp(S - largest) v, total = Σ exp(S - largest)."""
+    """Returns one step of the online softmax: acc = Σ drop(exp(S - largest)) v, largest, total = Σ exp(S - largest)."""
     cols, d = start + tl.arange(0, BN), tl.arange(0, BD)
     k_tile = load(k + cols[:, None] * stride_k + d[None, :], cols < keys, d < features)
     seen = None

@@ -25,8 +25,9 @@ def head_of(pointer, strides, b, h):
 
 @triton.jit
 def span_across(cu, cu_other, tokens, length, sentences, BITS: tl.constexpr):
-    """Where the sentence that each of `tokens` is in begins and ends on the other side, and by how much further its
-    end is there. It is looked for in the boundaries: nothing outside of the device has to know them."""
+    """Returns where each token's sentence begins and ends on the other side, and by how much further its end is there.
+
+    A search in the boundaries finds the sentence, so the host need not read them."""
     tokens = tl.minimum(tokens, length - 1)
     sentence = tl.zeros_like(tokens)
     for i in tl.static_range(BITS):
@@ -39,7 +40,7 @@ def span_across(cu, cu_other, tokens, length, sentences, BITS: tl.constexpr):
 
 @triton.jit
 def steps_behind(rows, cols, shift, reach):
-    """How far each key is behind each query, at most `reach`. In 32 bits: a block of 64 costs twice the registers."""
+    """Returns how far each key is behind each query, at most `reach`, in 32 bits: 64 would take twice the registers."""
     steps = cols[None, :].to(tl.int32) - rows[:, None].to(tl.int32) - shift
     return tl.minimum(tl.maximum(steps, -reach), reach)
 
@@ -49,8 +50,11 @@ def block_scores(
     q, k, mask, bias, distance, seen, rows, cols, shift, queries, keys, strides_mask, strides_bias, reach, scale,
     hidden, CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """S of a block of queries and a block of keys, `hidden` where an additive mask hides a key; mask, bias and distance
-    point to the head. Query i is level with key i + shift; seen: the pairs of one sentence, None where all are."""
+    """Returns S of a block of queries and a block of keys, `hidden` where an additive mask hides a key.
+
+    mask, bias and distance point to the head. Query i is level with key i + shift; seen: the pairs of one sentence,
+    None where all are.
+    """
     s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
     inside = (rows < queries)[:, None] & (cols < keys)[None, :]
     if bias is not None:
@@ -77,15 +81,16 @@ def block_scores(
 
 @triton.jit
 def exp(x):
-    """exp(x), with numbers under 2^-126 as 0: four instructions fewer than tl.exp, which keeps them."""
+    """Returns exp(x), with 0 for numbers under 2^-126: four instructions fewer than tl.exp, which keeps them."""
     return tl.exp2(x * LOG2_E)
 
 
 @triton.jit
 def span_of_queries(cu_q, cu_k, rows, queries, keys, sentences, BITS: tl.constexpr):
-    """Where the keys that each query sees begin and end, and the key that query 0 would be level with.
+    """Returns where the keys that each query sees begin and end, and the key that query 0 would be level with.
 
-    No bounds and one number where the row is not packed, else a column of numbers."""
+    In a packed row each is a column of numbers; elsewhere the bounds are None and the key is one number.
+    """
     if cu_q is None:
         return None, None, keys - queries
     else:
@@ -95,7 +100,7 @@ def span_of_queries(cu_q, cu_k, rows, queries, keys, sentences, BITS: tl.constex
 
 @triton.jit
 def keys_to_walk(rows, begins, ends, shift, queries, keys, BN: tl.constexpr, CAUSAL: tl.constexpr):
-    """The keys that some of a block's queries see: first, a multiple of BN, and behind the last."""
+    """Returns the first of the keys that a block's queries see, rounded down to a multiple of BN, and their end."""
     begin, stop = 0, keys
     if begins is not None:
         begin, stop = tl.min(begins) // BN * BN, tl.max(ends)
@@ -106,7 +111,7 @@ def keys_to_walk(rows, begins, ends, shift, queries, keys, BN: tl.constexpr, CAU
 
 @triton.jit
 def load_lse(pointers, inside):
-    """lse, counting keys that an additive mask hides as `hidden`, which comes with it."""
+    """Returns lse, and the score `hidden` that keys hidden by an additive mask count with."""
     lse = tl.load(pointers, mask=inside, other=float("inf"))
     sees_hidden = lse <= HIDDEN
     return tl.where(sees_hidden, lse / HIDDEN - 1, lse), tl.where(sees_hidden, 0.0, -float("inf"))

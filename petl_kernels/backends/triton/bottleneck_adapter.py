@@ -77,7 +77,7 @@ def bottleneck_adapter_backward(
 
 
 def _padded(down, down_bias, up) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """D, d and U with a bottleneck that 16 divides: zeros add nothing anywhere, and loads stay 16 bytes wide."""
+    """Returns D, d and U with a bottleneck that 16 divides: zeros add nothing, and loads stay 16 bytes wide."""
     if odd := -down.shape[0] % 16:
         down, up = F.pad(down, (0, 0, 0, odd)), F.pad(up, (0, odd))
         down_bias = None if down_bias is None else F.pad(down_bias, (0, odd))

@@ -59,7 +59,7 @@ def backward(
 
 
 def _hidden(h, down, down_bias, activation: str) -> torch.Tensor:
-    """z = h Dᵀ + d, or act(z) for a ReLU."""
+    """Returns z = h Dᵀ + d, or act(z) for a ReLU."""
     if down_bias is None:
         down_bias = h.new_zeros(down.shape[0])
     multiply = torch._addmm_activation if activation == "relu" else torch.addmm
@@ -67,7 +67,7 @@ def _hidden(h, down, down_bias, activation: str) -> torch.Tensor:
 
 
 def _normalised_again(x, ln_weight, ln_bias, eps):
-    """(LN(x), mean, rstd), or x."""
+    """Returns (LN(x), mean, rstd), or (x, None, None) without a LayerNorm."""
     if ln_weight is None:
         return x, None, None
     if not config.whole_rows(x):
@@ -88,7 +88,7 @@ def _launch_rows(h, mean, rstd, y, x, res, ln_weight, ln_bias, up_bias, eps, sca
 
 
 def _norm_backward(dh, dy, x, mean, rstd, residual_is_x, ln_weight, ln_bias, scale, need_dx, has_up_bias):
-    """(dx, dw, dv, scale Σ dy)"""
+    """Returns (dx, dw, dv, scale Σ dy)."""
     in_one_pass = need_dx and residual_is_x and config.whole_rows(x)
     dx, _, dln_weight, dln_bias, dup_bias = norm_backward(
         dh, x, mean, rstd, ln_weight, need_dx, True, ln_bias is not None, dy if in_one_pass else None,
@@ -101,7 +101,7 @@ def _norm_backward(dh, dy, x, mean, rstd, residual_is_x, ln_weight, ln_bias, sca
 
 
 def _activate_backward(a, dz, activation: str, scale: float) -> torch.Tensor:
-    """dy U in ``dz`` becomes dz, z in ``a`` becomes act(z) (a ReLU's is there already); returns Σ dz."""
+    """Overwrites dy U in ``dz`` with dz, and z in ``a`` with act(z), which a ReLU's is already; returns Σ dz."""
     rows, m = dz.shape
     tile = config.latent_tile(dz)
     tiles = config.cdiv(m, tile.n)
@@ -119,7 +119,7 @@ def _activate_backward(a, dz, activation: str, scale: float) -> torch.Tensor:
 def _rows_kernel(
     h, mean, rstd, y, x, res, weight, bias, up_bias, d, stride_x, stride_res, eps, scale, BN: tl.constexpr
 ):  # fmt: skip
-    """h = LN(x) of one row; its statistics, or y = res + scale u, where they are wanted."""
+    """Writes h = LN(x) of one row; and its statistics, or y = res + scale u, where their pointers are given."""
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BN)
     values = read(x + row * stride_x, cols, d)
@@ -142,7 +142,7 @@ def _rows_kernel(
 def _latent_gradient_kernel(
     a, dz, partials, M, m, scale, ACTIVATION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
 ):  # fmt: skip
-    """dz = scale (dy U) act'(z) in the place of dy U, act(z) in that of z, and this split's part of Σ dz."""
+    """Writes dz = scale (dy U) act'(z) in the place of dy U, act(z) in that of z, and this split's part of Σ dz."""
     split, splits = tl.program_id(1), tl.num_programs(1)
     cols = tl.program_id(0) * BN + tl.arange(0, BN)
     col_inside = cols < m

@@ -82,7 +82,7 @@ def backward(
 
 
 def _fold(dtype, ln_weight, ln_bias, down, down_bias, up):
-    """(G or D, U, [c1; c2] in fp32 or d): both matrices in x's dtype, from one launch when there is a LayerNorm."""
+    """Returns (G or D, U, [c1; c2] in fp32 or d): both matrices in x's dtype, from one launch with a LayerNorm."""
     if ln_weight is None:
         return down.to(dtype), up.to(dtype), down_bias
     m, d = down.shape
@@ -96,7 +96,7 @@ def _fold(dtype, ln_weight, ln_bias, down, down_bias, up):
 
 
 def _sums_over_tokens(dy, x, latent, dlatent, statistics, scale, has_ln) -> torch.Tensor:
-    """(splits, elements) parts of E (m, d), dU (d, m), Σ dy (d) and Σ dz (m), end to end."""
+    """Returns (splits, elements), the parts of E (m, d), dU (d, m), Σ dy (d) and Σ dz (m), end to end."""
     rows, d = x.shape
     m = latent.shape[1]
     tile = config.TOKEN_SUM[config.key(x)]
@@ -116,7 +116,7 @@ def _sums_over_tokens(dy, x, latent, dlatent, statistics, scale, has_ln) -> torc
 def _fold_kernel(
     folded, offsets, up_cast, down, down_bias, ln_weight, ln_bias, up, d, m, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """One row j of D: G_j = D_j ⊙ w, c1_j = Σ G_j, c2_j = D_j · v + d_j; and as many elements of U cast."""
+    """Writes G_j = D_j ⊙ w, c1_j = Σ G_j and c2_j = D_j · v + d_j for row j of D, and casts as many elements of U."""
     j = tl.program_id(0)
     c1 = tl.zeros((BLOCK,), tl.float32)
     c2 = tl.zeros((BLOCK,), tl.float32)
@@ -145,7 +145,7 @@ def _latent(
     x, dy, down, up, offsets, rows, latent, M, d, m, stride_x, stride_dy, eps,
     LN: tl.constexpr, BACKWARD: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """One pass over the columns of a block of rows: z, dy U (when BACKWARD), mean, rstd, c1, c2."""
+    """Returns z, dy U (when BACKWARD), mean, rstd, c1 and c2 of a block of rows, from one pass over its columns."""
     row_inside, latent_inside = rows < M, latent < m
     shift = tl.zeros((BM,), tl.float32)
     if LN:
@@ -196,7 +196,7 @@ def _forward_kernel(
     ACTIVATION: tl.constexpr, LN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """y for a block of rows."""
+    """Writes y of a block of rows."""
     rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     latent = tl.arange(0, BR)
     z, _, _, _, _, _ = _latent(
@@ -221,7 +221,7 @@ def _forward_kernel(
 
 @triton.jit
 def _latent_gradient(a, dz, statistics, z, da, mean, rstd, c1, c2, rows, latent, M, m, scale, ACTIVATION: tl.constexpr):
-    """Store act(z), dz and the row statistics; returns dz, Σ_j dz c1 and Σ_j dz (z - c2)."""
+    """Stores act(z), dz and the row statistics; returns dz, Σ_j dz c1 and Σ_j dz (z - c2)."""
     row_inside, latent_inside = rows < M, latent < m
     block = rows[:, None] * m + latent[None, :]
     gradient = (scale * da * derivative(z, ACTIVATION)).to(dz.dtype.element_ty)
@@ -237,7 +237,7 @@ def _latent_gradient(a, dz, statistics, z, da, mean, rstd, c1, c2, rows, latent,
 def _dx_tile(
     acc, tile, grad, mean, rstd, sum1, sum2, d, LN: tl.constexpr, RESIDUAL: tl.constexpr
 ):  # fmt: skip
-    """dx from acc = dz G: through the LayerNorm, plus dy for the residual."""
+    """Returns dx from acc = dz G: through the LayerNorm, plus dy for the residual."""
     if LN:
         normalised = (tile.to(tl.float32) - mean[:, None]) * rstd[:, None]
         acc = rstd[:, None] * (acc - (sum1 / d)[:, None] - normalised * (sum2 / d)[:, None])
@@ -252,7 +252,7 @@ def _backward_kernel(
     ACTIVATION: tl.constexpr, LN: tl.constexpr, NEED_DX: tl.constexpr, RESIDUAL: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """act(z), dz, mean, rstd and dx for a block of rows."""
+    """Writes act(z), dz, mean, rstd and dx of a block of rows."""
     rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     latent = tl.arange(0, BR)
     z, da, mean, rstd, c1, c2 = _latent(
@@ -283,7 +283,7 @@ def _token_sums_kernel(
     partials, dy, x, a, dz, statistics, M, d, m, stride_dy, stride_x, scale,
     LN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """This split's part of E = dzᵀ x̂ and Σ dz, or of dU = scale dyᵀ act(z) and scale Σ dy."""
+    """Writes this split's part of E = dzᵀ x̂ and Σ dz, or of dU = scale dyᵀ act(z) and scale Σ dy."""
     is_up, chunk = tl.program_id(2) % 2 == 1, tl.program_id(2) // 2
     wide = tl.where(is_up, dy, x)
     narrow = tl.where(is_up, a, dz)
@@ -337,7 +337,7 @@ def _token_sums_kernel(
 def _norm_gradients_kernel(
     ddown, dln_weight, dln_bias, sums, ddown_bias, down, ln_weight, ln_bias, d, m, BD: tl.constexpr, BC: tl.constexpr
 ):  # fmt: skip
-    """dD, dw and dv of a block of columns, from E, Σ dz and D; BC divides m."""
+    """Writes dD, dw and dv of a block of columns, from E, Σ dz and D; BC divides m."""
     cols = tl.program_id(0) * BD + tl.arange(0, BD)
     col_inside = cols < d
     weight = tl.load(ln_weight + cols, mask=col_inside, other=0.0).to(tl.float32)

@@ -72,7 +72,7 @@ def _one_after_the_other(y, residual, weight, bias, eps, p, seed, centred, room)
 
 @triton.jit
 def _dropped(values, seed, row, d, threshold, keep_scale, BN: tl.constexpr):
-    """drop() of one row that lies in registers."""
+    """Returns one row, which is in registers, after dropout."""
     if seed is not None:
         rows = row + tl.arange(0, 1)
         tile = drop(tl.reshape(values, (1, BN)), seed, rows, 0, d, threshold, keep_scale)

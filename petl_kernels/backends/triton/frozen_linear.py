@@ -31,7 +31,7 @@ def frozen_linear_backward(
 
 
 def column_sums(x: torch.Tensor) -> torch.Tensor:
-    """Σ over the rows of x (M, N), in fp32."""
+    """Returns the sum over the rows of x (M, N), in fp32 (N,)."""
     rows, cols = x.shape
     sums = x.new_zeros(cols, dtype=torch.float32)
     if rows == 0:

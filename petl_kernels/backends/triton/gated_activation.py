@@ -26,7 +26,7 @@ def gated_activation(
 
 
 def gate_rows(y, z_rows, g_rows, kind: str, dropout: float = 0.0, seed: torch.Tensor | None = None) -> None:
-    """y = drop(act(z) g); y may be one of the two."""
+    """Writes drop(act(z) g) into y, which may be one of the two."""
     if y.numel():
         tokens, features = y.shape
         tile = config.elementwise_tile(y)
@@ -50,7 +50,7 @@ def gated_activation_backward(
 def gate_rows_backward(
     dz, dg, dy_rows, z_rows, g_rows, kind: str, dropout: float = 0.0, seed: torch.Tensor | None = None
 ) -> None:
-    """dz = drop(dy) g act'(z) and dg = drop(dy) act(z); dz may be ``dy_rows``."""
+    """Writes dz = drop(dy) g act'(z) and dg = drop(dy) act(z); dz may be ``dy_rows``."""
     if dz.numel():
         tokens, features = dz.shape
         tile = config.elementwise_tile(dz)

@@ -26,13 +26,13 @@ from triton.runtime.jit import JITFunction
 
 from petl_kernels.extension import find_extension
 
-# Those whose JITFunction.run, CompiledKernel and specialisation were read beside this file.
+# The versions of Triton whose JITFunction.run, CompiledKernel and specialisation were compared with this file.
 COMPARED = {"3.6", "3.7", "3.8"}
 _is_compared = ".".join(triton.__version__.split(".")[:2]) in COMPARED
 
 
 class _Prepared(NamedTuple):
-    """One compiled kernel as it is started. ``compiled`` and ``kernel`` keep its code loaded and its key its own."""
+    """A compiled kernel and how it is started. ``compiled`` and ``kernel`` keep its code loaded and its key unique."""
 
     compiled: CompiledKernel
     kernel: JITFunction
@@ -47,7 +47,7 @@ _prepared: dict[tuple, _Prepared] = {}
 
 
 def launch(kernel, grid: tuple[int, ...], *args, warps: int, stages: int, **constexprs) -> None:
-    """Run `kernel` on the device of its first tensor. FP fusion is set: Triton 3.10 changes its default."""
+    """Runs `kernel` on the device of its first tensor. FP fusion is set, since Triton 3.10 changes its default."""
     for tensor in args:
         if isinstance(tensor, torch.Tensor):
             break
@@ -93,7 +93,7 @@ launch_key = _key_by_triton if _extension is None else _extension.launch_key
 
 
 def _is_plain(kernel) -> bool:
-    """Whether Triton's own launch would do nothing but find the compiled kernel and start it."""
+    """Returns whether Triton's own launch would do nothing but find the compiled kernel and start it."""
     runtime = knobs.runtime
     try:
         return (
@@ -116,7 +116,7 @@ def _unchanged(used: tuple[tuple[dict, str, Any], ...]) -> bool:
 
 
 def _is_familiar(compiled, kernel: JITFunction, args: tuple, constexprs: dict[str, Any]) -> bool:
-    """Whether the arguments are the kernel's first parameters, in order, and its constants all others, by name."""
+    """Returns whether the arguments are the kernel's first parameters, in order, and the constants all others."""
     params = kernel.params
     return (
         type(compiled) is CompiledKernel

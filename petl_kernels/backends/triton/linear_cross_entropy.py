@@ -52,7 +52,7 @@ def linear_cross_entropy(
 
 @triton.jit
 def _z(logits, cols, words, width, bias, scale):
-    """z of some words in fp32, and -inf in the padding."""
+    """Returns z of some words in fp32, and -inf in the padding."""
     z = tl.load(logits + cols, mask=cols < width, other=0.0).to(tl.float32) * scale
     if bias is not None:
         z += tl.load(bias + cols, mask=cols < words, other=0.0)

@@ -120,14 +120,14 @@ def _parts(groups: int) -> list[slice]:
 
 
 def _columns(s: torch.Tensor, ranks: list[int], part: slice) -> torch.Tensor:
-    """The columns of s that belong to the linears of a part."""
+    """Returns the columns of s that belong to the linears of one launch."""
     if part.start == 0 and part.stop == len(ranks):
         return s
     return s.narrow(1, sum(ranks[: part.start]), sum(ranks[part]))
 
 
 def _same_dtype(matrices: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """One launch reads all its adapters through one pointer type; kernels cast the tiles to x's dtype."""
+    """Returns the adapters of one launch in one dtype, since it reads them through one pointer type."""
     dtypes = {m.dtype for m in matrices}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
     return tuple([m.contiguous() if m.dtype == dtype else m.to(dtype).contiguous() for m in matrices])
@@ -174,7 +174,7 @@ def _dense_product(x, weight, bias, y) -> torch.Tensor:
 
 
 def _rank_outputs(ys, x, s, biases, a, b, scales, dropout, seed) -> None:
-    """s, and y_g = c_g + scale_g s_g B_gᵀ."""
+    """Writes s, and c_g + scale_g s_g B_gᵀ into y_g."""
     rows, inner = x.shape
     tile = config.SKINNY[config.key(x)]
     seed, threshold, keep_scale, constants = dropout_arguments(dropout, seed)
@@ -216,7 +216,7 @@ def _rank_part_of_gradients(dx, dys, s, a, b, scales, dropout, seed, add: bool) 
 
 
 def _add_products(dx, dys, weights) -> None:
-    """dx += Σ_g dy_g W_g"""
+    """Adds Σ_g dy_g W_g to dx."""
     for dy, weight in zip(dys, weights, strict=True):
         if is_quantized(weight):
             dx.add_(quantized_project_back(dy, weight))
@@ -225,7 +225,7 @@ def _add_products(dx, dys, weights) -> None:
 
 
 def _rank_gradients(dys, b, scales, s) -> torch.Tensor:
-    """ds (tokens, Σr) with ds_g = scale_g dy_g B_g."""
+    """Returns ds (tokens, Σr) with ds_g = scale_g dy_g B_g."""
     ds = s.new_empty(s.shape)
     ranks = tuple(m.shape[1] for m in b)
     tile = config.SKINNY[config.key(s)]
@@ -244,7 +244,7 @@ def _adapter_gradients(da, db, dbias, dys, x, s, ds, scales, dropout, seed) -> N
     ranks, sizes = tuple(m.shape[0] for m in da), tuple(m.shape[0] for m in db)
     tile = config.TOKEN_SUM[config.key(x)]
     with_bias = any(g.numel() for g in dbias)
-    # Biases that nobody asked for are summed too when one is wanted, and dropped.
+    # Where one bias gradient is needed all are summed, and the others are dropped.
     outs = [*db, *da, *(g if g.numel() else x.new_empty(n) for g, n in zip(dbias, sizes, strict=True) if with_bias)]
     ends = list(accumulate((out.numel() for out in outs), initial=0))
 
@@ -270,7 +270,7 @@ def _project_kernel(
     s, x, a, seed, M, K, ranks, stride_s, stride_x, threshold, keep_scale,
     DROPOUT: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """s = drop(x) [A_1; …; A_G]ᵀ: one read of x for the whole group."""
+    """Writes s = drop(x) [A_1; …; A_G]ᵀ: one read of x for the whole group."""
     rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     rank = tl.program_id(1) * BR + tl.arange(0, BR)
     row_inside, rank_inside = rows < M, rank < total_size(ranks)
@@ -292,7 +292,7 @@ def _rank_outputs_kernel(
     s, ys, x, a, b, scales, biases, bias_sizes, seed, M, K, sizes, ranks, stride_s, stride_x, threshold, keep_scale,
     DROPOUT: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """s of a block of tokens, as ``_project_kernel`` has it, and from it y_g = c_g + scale_g s_g B_gᵀ by columns."""
+    """Writes s of a block of tokens like ``_project_kernel``, and from it y_g = c_g + scale_g s_g B_gᵀ by columns."""
     rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     rank = tl.arange(0, BR)
     row_inside, rank_inside = rows < M, rank < total_size(ranks)
@@ -326,7 +326,7 @@ def _rank_gradients_kernel(
     ds, dys, b, scales, M, sizes, ranks, stride_ds, strides_dy,
     ALIGN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """ds_g = scale_g dy_g B_g."""
+    """Writes ds_g = scale_g dy_g B_g."""
     g = tl.program_id(2)
     N, dy, b_g, stride_dy = pick(sizes, g), pick(dys, g), pick(b, g), pick(strides_dy, g)
     R, stride_ds = aligned(pick(ranks, g), ALIGN), aligned(stride_ds, ALIGN)
@@ -350,7 +350,7 @@ def _rank_input_kernel(
     DROPOUT: tl.constexpr, ADD: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """ds of a block of tokens, all groups side by side, and from it dx = drop'(ds A) by columns."""
+    """Writes ds of a block of tokens, all groups side by side, and from it dx = drop'(ds A) by columns."""
     rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     rank = tl.arange(0, BR)
     row_inside, rank_inside = rows < M, rank < total_size(ranks)
@@ -390,7 +390,7 @@ def _adapter_gradients_kernel(
     DROPOUT: tl.constexpr, BIAS: tl.constexpr, ALIGN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BR_A: tl.constexpr, BR_B: tl.constexpr,
 ):  # fmt: skip
-    """This split's part of every dB_g, then of every dA_g: side by side in one grid."""
+    """Writes this split's part of every dB_g, or of every dA_g: both stand side by side in one grid."""
     pid, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     length = tl.cdiv(tl.cdiv(M, BM), splits) * BM
     stop = min((split + 1) * length, M)

@@ -29,9 +29,11 @@ def attention_arguments(
     sentences=(),
     reach=None,
 ) -> dict:
-    """mask: None, "padding", "rows" (some queries see nothing), "additive" or "finfo"; bias: its batch size, or 0.
+    """Returns arguments by name. mask: None, "padding", "rows" (some queries see nothing), "additive" or "finfo".
 
-    sentences: (queries, keys) of each in a packed row, in place of batch, queries and keys; reach: R of distance_bias.
+
+    bias: its batch size, or 0; sentences: (queries, keys) of each in a packed row, in place of batch, queries and keys;
+    reach: R of distance_bias.
     """
     if sentences:
         batch, (queries, keys) = 1, map(sum, zip(*sentences, strict=True))

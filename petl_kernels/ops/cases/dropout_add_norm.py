@@ -10,7 +10,7 @@ from petl_kernels.ops.cases.case import Kernels, OpCases, Source, Values
 def dropout_add_norm_arguments(
     draw: Source, rows=(17,), d=72, p=0.3, centred=True, bias=True, stream=None, parameter_dtype=None, more=True
 ) -> dict:
-    """more: whether h has a gradient from elsewhere, as it has in a layer with its norms in front."""
+    """Returns arguments by name. more: h has a gradient from elsewhere, like in a layer with its norms in front."""
     stream, parameter_dtype = stream or draw.dtype, parameter_dtype or draw.dtype
     wide = torch.promote_types(draw.dtype, stream)
     return {

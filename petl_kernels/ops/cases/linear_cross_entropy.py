@@ -69,7 +69,7 @@ def _no_smoothing(device, dtype):
 
 
 def _frozen_table(device, dtype):
-    """The way by words, in several blocks; the last word is so likely in some rows that what was summed is rescaled."""
+    """Returns a loss by words, in several blocks; a likely last word makes some rows rescale their sums."""
     options = {"words": 2100, "bias": False, "frozen": True, "chunk_rows": 3}
     given = linear_cross_entropy_arguments(Source(device, dtype), (31,), **options)
     given["weight"][-1] *= 30

@@ -12,8 +12,10 @@ from petl_kernels.ops.room import copied_rows
 def lora_border_arguments(
     draw: Source, rows=17, ns=(40, 24, 33), k=72, ranks=(4, 0, 8), bias=True, more=0, adapter_dtype=None
 ) -> dict:
-    """The weights stand in ``border``, in which nothing else is set; more: room for other adapters. Every second linear
-    has no bias."""
+    """Returns arguments by name. The weights stand in ``border``, in which nothing else is set.
+
+    more: room for other adapters. Every second linear has no bias.
+    """
 
     r = room(sum(ranks)) + more
     weights = [draw(n, k, std=k**-0.5) for n in ns]
