@@ -9,7 +9,7 @@ at 0, and 1 at NaN. The dropout mask is recomputed from a seed (``petl_kernels/o
 
 Saves: relu: one bit an element, z > 0 (or NaN), ceil(features / 8) bytes per token: bit j % 8 of byte j // 8 of a
 token is feature j. The others: z (2 bytes an element in bf16). 8 bytes in all for the seed. ``F.relu`` keeps y, which
-the next linear layer keeps too if it is trained, but which nobody else needs if it is frozen.
+the next linear layer needs as well if it is trained; if it is frozen nothing else does.
 Source: GELU, arXiv 1606.08415; the rest is the derivative.
 """
 

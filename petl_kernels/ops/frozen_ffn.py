@@ -19,7 +19,7 @@ Saves: in bytes per token, where x or c1 has a gradient (nothing where not):
     ``recompute=True``          x (2d in bf16), nothing where x is kept anyway; backward forms z and g again, which
                                 adds a product (two with a gate) to the two (three) that it has
 Forward and backward go through the tokens in chunks whose hidden values take about 8 MB (64 in Triton), so no larger
-(tokens, f) tensor exists beside what is saved.
+(tokens, f) tensor exists beside the saved one.
 Source: the derivative of two matrix products with dW left out; gated form: Shazeer, arXiv 2002.05202.
 """
 

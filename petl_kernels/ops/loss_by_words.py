@@ -11,15 +11,15 @@
 
 a and c are those of ``ops/linear_cross_entropy.py``. No row has to be complete before the second product, so a block
 has all the rows that fit and few words: W is read once a block of rows and not once for some 60 of them, and both
-products are over a multiple of 64 words, but for what is left at the end. (An odd number of words costs a card three
+products are over a multiple of 64 words, but for the last few words. (An odd number of words costs a card three
 times as much.) Each logit is met once. The label's is a sum in the wide dtype that nothing rounds, and its gradient is
 made without E, whose rounding would be the largest there.
 
 Each row has its own m: first the larger of z_y and the first block's largest logit. Any m is right as long as no E is
 too large, so it rises only when a later block has a logit above m + 8: r and the row of O are then multiplied by
-exp(m - new m). E is e⁸ at most, far inside of the range that bf16 and fp32 share; what is below e⁻⁸⁷ of the largest
-is 0. Rows that rise are rare, others pay nothing, and the host waits for nothing. -inf, inf and NaN among logits give
-what they give in a softmax. fp16 has not that range.
+exp(m - new m). E is e⁸ at most, far inside of the range that bf16 and fp32 share; values below e⁻⁸⁷ of the largest
+are 0. Rows that rise are rare, others cost nothing, and the host waits for nothing. -inf, inf and NaN among logits have
+the effect that they have in a softmax. fp16 does not have that range.
 
 O and E, and the rows of h where they are copied, take `chunk_bytes` bytes, but one row of 64 words at least. They are
 copied where those that count lie apart, or numbers of a row do.

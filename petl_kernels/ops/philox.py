@@ -4,14 +4,15 @@ The mask of rows of n elements: eight neighbours share a counter, and a row begi
 row i gets 16 of the 128 bits that Philox4x32-7 makes of counter (i * ceil(n / 8) + j // 8, 0, 0, 0) and of the two
 halves of the 64-bit seed as its key: of output (j % 8) // 2 the low half where j is even, else the high one. It is kept
 where this number is at least p * 2^16, rounded, which makes p a multiple of 2^-16; kept elements are divided by the
-share that is kept, so that the mean stays. What is dropped is 0, even where it was not finite. Rows are the
+share that is kept, so that the mean stays. A dropped element is 0, even where it was not finite. Rows are the
 last dimension of a tensor. Triton's ``tl.randint4x(seed, counter, 7)`` gives the same outputs.
 
 Attention's probabilities have another order (``place``). Tensor cores leave a thread pairs of columns that lie 8 apart:
 of 32 columns it then holds the 8 of one counter.
 
-``draw_seed`` is the one place where seeds are drawn. What runs a forward pass again to save memory records the seeds
-of the first run and replays them in the second: the masks are the same then, whatever the generator did in between.
+``draw_seed`` is the one place where seeds are drawn. Code that runs a forward pass again to save memory records the
+seeds of the first run and replays them in the second: the masks are the same then, whatever the generator did in
+between.
 
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011 (Philox; seven rounds are the fewest that
 passed BigCrush).

@@ -2,9 +2,9 @@
 
 Forward, one launch: a block of queries walks over the blocks of the prefix, then over those of the keys, with one
 online softmax. Backward of short sentences, one launch: a program has a head of a sentence, and makes scores and mask
-once for all gradients. Of longer ones, or with a prefix, two launches: dq by blocks of queries (with delta, which it
-leaves for the other), dk and dv by blocks of keys; a prefix adds one of the latter kind, whose sums over each batch row
-are added in a fixed order.
+once for all gradients. Longer ones, and those with a prefix, have two launches: dq by blocks of queries (with delta,
+which it leaves for the other), dk and dv by blocks of keys; a prefix adds one of the latter kind, whose sums over each
+batch row are added in a fixed order.
 
 The gradient of a bias by distance is a launch of its own, which makes scores again by blocks of distances. The kernels
 are in ``attention_forward.py`` and ``attention_backward.py``, on the scores of ``attention_scores.py``.

@@ -245,7 +245,7 @@ def _sentence_gradients_kernel(
                     threshold, keep_scale, CAUSAL, DROPOUT, BN, BD,
                 )  # fmt: skip
             _store_rows(dq, strides_dq, dq_sum * scale, rows, rows < stop, features, BD)
-        tl.debug_barrier()  # every thread's delta is there
+        tl.debug_barrier()  # every thread has stored its delta
         for at in range(start, end, BN):
             cols = (at + tl.arange(0, BN)).to(tl.int64)
             k_tile, v_tile = _rows(k, strides_k, cols, end, features, BD), _rows(v, strides_v, cols, end, features, BD)

@@ -2,11 +2,11 @@
 
 ``kernel[grid](...)`` binds every argument by name, describes all of them and the options in a string and looks its
 compiled kernel up with that, some 40 times a layer (``petl-mt bench host`` times it). Here the key has what Triton
-compiles anew for and nothing else: the dtype of a pointer and whether 16 divides it, of an integer whether it is 1, a
-multiple of 16 or needs 64 bits, what is absent, how long a tuple is (``csrc/host/launch_key.cpp``, or Triton's own
-function where there is no compiler), and constants, warps and stages. A compiled kernel therefore only meets arguments
-for which Triton would have chosen it. Integers of ``do_not_specialize`` are told apart too: an entry more, and the same
-code.
+compiles anew for and nothing else: the dtype of a pointer and whether 16 divides it, whether an integer is 1, a
+multiple of 16 or needs 64 bits, which arguments are None, how long a tuple is (``csrc/host/launch_key.cpp``, or
+Triton's own function where there is no compiler), and constants, warps and stages. A compiled kernel therefore only
+meets arguments for which Triton would have chosen it. Integers of ``do_not_specialize`` are told apart too: an entry
+more, and the same code.
 
 Anything out of the ordinary goes Triton's way: the interpreter, hooks, debugging, instrumentation, arguments of
 another kind, a backend or a version of Triton whose launch was not compared with this one. No tensor is kept.

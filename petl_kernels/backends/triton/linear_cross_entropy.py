@@ -1,6 +1,6 @@
 """The row pass of linear_cross_entropy in Triton: everything between the products, over one chunk of logits.
 
-For what ``ops/loss_by_rows.py`` is for; the way by words is in loss_by_words.py here. A chunk has few rows of many
+It serves ``ops/loss_by_rows.py``; the way by words is in loss_by_words.py here. A chunk has few rows of many
 words, fewer rows than a card has multiprocessors. So a row is cut into blocks, and two kernels run over (rows, blocks):
 the first finds each block's maximum, Σ exp and Σ z, the second adds up the blocks of its row, in order, and writes its
 block of the gradient in place. In between, the chunk stays in the L2 cache.

@@ -6,7 +6,7 @@
                 Then dA = dsᵀ x, the sums of the parts, and the product.
 
 With t tokens, K inputs and N_g outputs of those with an adapter, in 16 bit: s moves 2tK bytes, ds and dB 2t Σ N_g and
-8 Σ N_g r_g for every block of tokens, dA 2tK. What goes into the border has programs of its own in the same launch.
+8 Σ N_g r_g for every block of tokens, dA 2tK. The same launch has programs that write the border.
 """
 
 from __future__ import annotations
@@ -191,9 +191,9 @@ def _gradients_kernel(
     stride_border, total, bias_start,
     BIAS: tl.constexpr, ALIGN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
-    """Writes ds_g = scale_g dy_g B_g of every `parts`-th block of tokens, and its part of dB_g and Σ dy_g; or a piece of A.
+    """Writes ds_g = scale_g dy_g B_g of every `parts`-th block of tokens, or a piece of A.
 
-    dB_g = scale_g dy_gᵀ s_g.
+    With ds_g go the blocks' parts of dB_g = scale_g dy_gᵀ s_g and of Σ dy_g.
     """
     pid = tl.program_id(0)
     if pid < programs:

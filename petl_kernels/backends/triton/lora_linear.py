@@ -2,13 +2,13 @@
 
     y_g = x W_gᵀ + c_g + scale_g s_g B_gᵀ,    s = drop(x) [A_1; …; A_G]ᵀ
 
-The products with W are the library's, which add onto the rank part. Forward, one launch for the whole group: s and
-then c_g + scale_g s_g B_gᵀ as y_g, from one read of x; and y_g += x W_gᵀ. Backward, one: ds and then drop'(ds A) as dx,
-from one read of dy; dx += dy_g W_g; and two more for the sums over tokens dB, dA and what adds their parts. With
-t tokens, width d and total rank R, each launch moves 4td bytes (16-bit) for 4tdR operations, so it is bound by memory
-below R of about 200 on an H200; y and dx are read once more by the products, beside their work.
+The library makes the products with W, which it adds to the rank part. Forward has one launch for the whole group: s and
+then c_g + scale_g s_g B_gᵀ as y_g, from one read of x; and y_g += x W_gᵀ. Backward has three launches: ds and then
+drop'(ds A) as dx, from one read of dy; the parts of the sums over tokens dB and dA; and the sums of these parts. The
+library adds dy_g W_g to dx. With t tokens, width d and total rank R, each launch moves 4td bytes (16-bit) for 4tdR
+operations, so it is bound by memory below R of about 200 on an H200; the products read y and dx once more.
 
-Where the ranks are too many for one program (FUSED_RANKS) s and ds have a launch of their own, and the library makes
+Where the ranks are too many for one program (FUSED_RANKS), s and ds have a launch of their own, and the library makes
 the rank part. A quantized W takes its product from ``quantized_project`` and the rank part from plain products.
 """
 
@@ -61,11 +61,10 @@ def lora_linear(
     s = x.new_empty(rows.shape[0], sum(ranks))
     weights = split_parts(weights)
     ys = [x.new_empty(*x.shape[:-1], b_g.shape[0]) for b_g in b]
-    if rows.shape[0]:
-        for part in _parts(len(weights)):
-            s_part = _columns(s, ranks, part)
-            given = ys[part], rows, s_part, weights[part], biases[part], a[part], b[part], scales[part], dropout, seed
-            (_quantized_outputs if any(map(is_quantized, weights[part])) else _outputs)(*given)
+    for own in _launches(len(weights)) if rows.shape[0] else ():
+        outputs = _quantized_outputs if any(map(is_quantized, weights[own])) else _outputs
+        layers = weights[own], biases[own], a[own], b[own], scales[own]
+        outputs(ys[own], rows, _columns(s, ranks, own), *layers, dropout, seed)
     return ys, s
 
 
@@ -91,39 +90,27 @@ def lora_linear_backward(
     weights = split_parts(weights)
     bias_sizes = [b_g.shape[0] if need else 0 for b_g, need in zip(b, need_dbias, strict=True)]
     dbias = [new(x, size, dtype=torch.float32) for size in bias_sizes]
-    parts = _parts(len(weights))
     dx = rows.new_empty(rows.shape if need_dx else 0)
-    if rows.shape[0]:
-        for part in parts:
-            s_part = _columns(s, ranks, part)
-            ds = _rank_part_of_gradients(
-                dx if need_dx else None,
-                dys[part],
-                s_part,
-                a[part],
-                b[part],
-                scales[part],
-                dropout,
-                seed,
-                part.start > 0,
-            )
-            if need_dx:
-                _add_products(dx, dys[part], weights[part])
-            _adapter_gradients(
-                da[part], db[part], dbias[part], dys[part], rows, s_part, ds, scales[part], dropout, seed
-            )
+    for own in _launches(len(weights)) if rows.shape[0] else ():
+        own_s, own_dys, mask = _columns(s, ranks, own), dys[own], (dropout, seed)
+        rank_dx = dx if need_dx else None
+        ds = _rank_part_of_gradients(rank_dx, own_dys, own_s, a[own], b[own], scales[own], *mask, add=own.start > 0)
+        if need_dx:
+            _add_products(dx, own_dys, weights[own])
+        _adapter_gradients(da[own], db[own], dbias[own], own_dys, rows, own_s, ds, scales[own], *mask)
     return dx.view(x.shape if need_dx else (0,)), da, db, dbias
 
 
-def _parts(groups: int) -> list[slice]:
+def _launches(groups: int) -> list[slice]:
+    """Returns the linears of each launch, MAX_GROUPS at most."""
     return [slice(i, min(i + config.MAX_GROUPS, groups)) for i in range(0, groups, config.MAX_GROUPS)]
 
 
-def _columns(s: torch.Tensor, ranks: list[int], part: slice) -> torch.Tensor:
+def _columns(s: torch.Tensor, ranks: list[int], own: slice) -> torch.Tensor:
     """Returns the columns of s that belong to the linears of one launch."""
-    if part.start == 0 and part.stop == len(ranks):
+    if own.start == 0 and own.stop == len(ranks):
         return s
-    return s.narrow(1, sum(ranks[: part.start]), sum(ranks[part]))
+    return s.narrow(1, sum(ranks[: own.start]), sum(ranks[own]))
 
 
 def _same_dtype(matrices: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
