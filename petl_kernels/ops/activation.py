@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,12 +107,12 @@ def _backward_fake(dy: Tensor, saved: Tensor, kind: str, dropout: float, seed: T
     return dy.new_empty(dy.shape)
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
     z, ctx.kind, ctx.dropout, seed, ctx.backend = inputs
     ctx.save_for_backward(output[1] if ctx.kind == "relu" else z, seed)
 
 
-def _gradients(ctx, needs, dy: Tensor, _):
+def _gradients(ctx: Any, needs: Sequence[Any], dy: Tensor, _) -> tuple[Any, ...]:
     saved, seed = ctx.saved_tensors
     dz = torch.ops.petl.activation_backward(dy, saved, ctx.kind, ctx.dropout, seed, ctx.backend)
     return dz, None, None, None, None

@@ -47,6 +47,7 @@ Source: Dao, arXiv 2307.08691 (lse, delta); Li and Liang, arXiv 2101.00190 (pref
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -170,7 +171,7 @@ def _backward_fake(
     return (*grads, dbias, *dprefix, ddistance)
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
     q, k, v, mask, bias, prefix_k, prefix_v, ctx.causal, ctx.scale, ctx.dropout, seed, *packed, ctx.backend = inputs
     o, lse = output
     ctx.save_for_backward(q, k, v, o, lse, mask, bias, prefix_k, prefix_v, seed, *packed)
@@ -178,7 +179,7 @@ def _save(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx, needs, do: Tensor | None, _):
+def _gradients(ctx: Any, needs: Sequence[Any], do: Tensor | None, _) -> tuple[Any, ...]:
     if do is None:
         return (None,) * len(needs)
     q, k, v, o, lse, mask, bias, prefix_k, prefix_v, seed, cu_q, cu_k, distance_bias = ctx.saved_tensors

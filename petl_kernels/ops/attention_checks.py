@@ -13,7 +13,17 @@ from petl_kernels.ops.attention_reference import mask_columns
 from petl_kernels.ops.checks import autocasts, check_device, shape
 
 
-def check(q, k, v, mask, bias, dropout, seed, prefix_k, prefix_v) -> None:
+def check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    dropout: float,
+    seed: Tensor | None,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+) -> None:
     op = "attention"
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.dim() != 4:
@@ -77,7 +87,14 @@ def _check_prefix(prefix_k: Tensor | None, prefix_v: Tensor | None, q: Tensor) -
     return prefix_k.shape[0]
 
 
-def check_packed(q, k, mask, bias, cu_seqlens_q, cu_seqlens_k) -> None:
+def check_packed(
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+) -> None:
     op = "attention"
     if (cu_seqlens_q is None) != (cu_seqlens_k is None):
         missing = "cu_seqlens_q" if cu_seqlens_q is None else "cu_seqlens_k"

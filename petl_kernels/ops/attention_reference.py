@@ -43,7 +43,20 @@ def mask_columns(prefix: int, keys: int) -> tuple[int, int]:
 
 @register("attention", "reference")
 def reference(
-    q, k, v, mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed, cu_seqlens_q, cu_seqlens_k, distance_bias
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout: float,
+    seed: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    distance_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     inputs = Inputs(
         q, k, v, mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed, cu_seqlens_q, cu_seqlens_k, distance_bias
@@ -58,9 +71,26 @@ def reference(
 
 @register("attention_backward", "reference")
 def reference_backward(
-    do, q, k, v, o, lse, mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed, need_dbias,
-    cu_seqlens_q, cu_seqlens_k, distance_bias, need_ddistance_bias,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout: float,
+    seed: Tensor | None,
+    need_dbias: bool,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    distance_bias: Tensor | None,
+    need_ddistance_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     sums = accumulate_dtype(q.dtype)
     inputs = Inputs(
         q, k, v, mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed, cu_seqlens_q, cu_seqlens_k, distance_bias
@@ -125,7 +155,21 @@ class Inputs:
     """The inputs of an attention, and the scores and sums of their chunks."""
 
     def __init__(
-        self, q, k, v, mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed, cu_q, cu_k, distance_bias
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        bias: Tensor | None,
+        prefix_k: Tensor | None,
+        prefix_v: Tensor | None,
+        causal: bool,
+        scale: float,
+        dropout: float,
+        seed: Tensor | None,
+        cu_q: Tensor | None,
+        cu_k: Tensor | None,
+        distance_bias: Tensor | None,
     ):
         self.q, self.k, self.v, self.mask, self.bias = q, k, v, mask, bias
         self.causal, self.scale, self.dropout, self.seed = causal, scale, dropout, seed

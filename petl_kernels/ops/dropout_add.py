@@ -13,6 +13,9 @@ Source: the derivative.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -72,13 +75,13 @@ def _backward_fake(dy: Tensor, dtype: torch.dtype, p: float, seed: Tensor, backe
     return dy.new_empty(dy.shape, dtype=dtype)
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
     x, residual, ctx.p, seed, ctx.backend = inputs
     ctx.dtype, ctx.residual_dtype = x.dtype, residual.dtype
     ctx.save_for_backward(seed)
 
 
-def _gradients(ctx, needs, dy: Tensor):
+def _gradients(ctx: Any, needs: Sequence[Any], dy: Tensor) -> tuple[Any, ...]:
     (seed,) = ctx.saved_tensors
     need_dx, need_dresidual, *_ = needs
     dx = torch.ops.petl.dropout_add_backward(dy, ctx.dtype, ctx.p, seed, ctx.backend) if need_dx else None

@@ -21,6 +21,9 @@ Source: the derivative.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -142,7 +145,7 @@ def _backward_fake(du, dresidual, h, mean, rstd, weight, dtype, p, seed, need_dw
     return dh, dy, *(rstd.new_empty(h.shape[-1] if needed else 0) for needed in (need_dweight, need_dbias))
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
     y, residual, weight, bias, _, ctx.p, seed, ctx.centred, ctx.backend = inputs
     h, _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
@@ -152,7 +155,7 @@ def _save(ctx, inputs, output) -> None:
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _gradients(ctx, needs, dh: Tensor | None, du: Tensor | None, *_):
+def _gradients(ctx: Any, needs: Sequence[Any], dh: Tensor | None, du: Tensor | None, *_) -> tuple[Any, ...]:
     h, mean, rstd, weight, seed = ctx.saved_tensors
     need_dy, need_dresidual, need_dweight, need_dbias, *_ = needs
     writes_dy = need_dy and (ctx.p > 0 or ctx.dtype != h.dtype)

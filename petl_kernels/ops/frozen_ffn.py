@@ -25,7 +25,8 @@ Source: the derivative of two matrix products with dW left out; gated form: Shaz
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,7 +76,9 @@ def what_to_keep(activation: str, gated: bool, recompute: bool) -> str:
     return "bits" if activation == "relu" and not gated else "z"
 
 
-def _check(x, w1, c1, w2, c2, gate, activation) -> None:
+def _check(
+    x: Tensor, w1: Tensor, c1: Tensor | None, w2: Tensor, c2: Tensor | None, gate: Tensor | None, activation: str
+) -> None:
     op = "frozen_ffn"
     check_activation(op, x)
     check_weight(op, "w1", w1, x)
@@ -107,7 +110,16 @@ def chunks_of(x: Tensor, hidden: int) -> Iterator[slice]:
 
 
 @register("frozen_ffn", "reference")
-def reference(x, w1, c1, w2, c2, gate, activation, keeps) -> tuple[Tensor, Tensor, Tensor]:
+def reference(
+    x: Tensor,
+    w1: list[Tensor],
+    c1: Tensor | None,
+    w2: list[Tensor],
+    c2: Tensor | None,
+    gate: list[Tensor],
+    activation: str,
+    keeps: str,
+) -> tuple[Tensor, Tensor, Tensor]:
     rows = x.reshape(-1, x.shape[-1])
     y, hidden = rows.new_empty(rows.shape), out_features(w1, x.shape[-1])
     kept_z, kept_g = empty_kept(rows, hidden, bool(gate), keeps)
@@ -125,7 +137,19 @@ def reference(x, w1, c1, w2, c2, gate, activation, keeps) -> tuple[Tensor, Tenso
 
 @register("frozen_ffn_backward", "reference")
 def reference_backward(
-    dy, x, kept_z, kept_g, w1, c1, w2, gate, activation, keeps, need_dx, need_dc1, need_dc2
+    dy: Tensor,
+    x: Tensor | None,
+    kept_z: Tensor,
+    kept_g: Tensor,
+    w1: list[Tensor],
+    c1: Tensor | None,
+    w2: list[Tensor],
+    gate: list[Tensor],
+    activation: str,
+    keeps: str,
+    need_dx: bool,
+    need_dc1: bool,
+    need_dc2: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     sums = accumulate_dtype(dy.dtype)
     rows = dy.reshape(-1, dy.shape[-1])
@@ -199,7 +223,7 @@ def _backward_fake(dy, x, kept_z, kept_g, w1, c1, w2, gate, activation, keeps, n
     return dx, dc1, dy.new_empty(dy.shape[-1] if need_dc2 else 0, dtype=sums)
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
     x, w1, c1, w2, c2, gate, ctx.activation, ctx.keeps, ctx.backend = inputs
     _, kept_z, kept_g = output
     ctx.mark_non_differentiable(kept_z, kept_g)
@@ -209,7 +233,7 @@ def _save(ctx, inputs, output) -> None:
     ctx.c2_dtype = None if c2 is None else c2.dtype
 
 
-def _gradients(ctx, needs, dy: Tensor | None, *_):
+def _gradients(ctx: Any, needs: Sequence[Any], dy: Tensor | None, *_) -> tuple[Any, ...]:
     first, second, _ = ctx.parts
     none = [[None] * size for size in ctx.parts]
     if dy is None:

@@ -13,6 +13,9 @@ Source: the derivative of a matrix product with dW left out.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -91,13 +94,13 @@ def _backward_fake(
     return dx, dy.new_empty(dy.shape[-1], dtype=accumulate_dtype(dy.dtype)) if need_dbias else empty(dy)
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
     _, weight, bias, ctx.backend = inputs
     ctx.save_for_backward(*weight)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _gradients(ctx, needs, dy: Tensor):
+def _gradients(ctx: Any, needs: Sequence[Any], dy: Tensor) -> tuple[Any, ...]:
     weight = list(ctx.saved_tensors)
     need_dx, _, need_dbias, _ = needs
     dx, dbias = torch.ops.petl.frozen_linear_backward(dy, weight, need_dx, need_dbias, ctx.backend)

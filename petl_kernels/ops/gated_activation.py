@@ -14,6 +14,9 @@ Source: Shazeer, "GLU variants improve transformer", arXiv 2002.05202.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -83,12 +86,12 @@ def _backward_fake(
     return z.new_empty(z.shape), z.new_empty(z.shape)
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
     z, g, ctx.kind, ctx.dropout, seed, ctx.backend = inputs
     ctx.save_for_backward(z, g, seed)
 
 
-def _gradients(ctx, needs, dy: Tensor):
+def _gradients(ctx: Any, needs: Sequence[Any], dy: Tensor) -> tuple[Any, ...]:
     z, g, seed = ctx.saved_tensors
     dz, dg = torch.ops.petl.gated_activation_backward(dy, z, g, ctx.kind, ctx.dropout, seed, ctx.backend)
     need_dz, need_dg, *_ = needs

@@ -17,6 +17,9 @@ Source: Ba et al., arXiv 1607.06450; the backward is its derivative.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -149,7 +152,7 @@ def _backward_fake(dy, x, mean, rstd, weight, need_dx, need_dweight, need_dbias,
     return dx, *sums
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
     x, weight, bias, _, ctx.backend = inputs
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
@@ -158,7 +161,7 @@ def _save(ctx, inputs, output) -> None:
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _gradients(ctx, needs, dy: Tensor | None, *_):
+def _gradients(ctx: Any, needs: Sequence[Any], dy: Tensor | None, *_) -> tuple[Any, ...]:
     if dy is None:
         return (None,) * 5
     x, mean, rstd, weight = ctx.saved_tensors

@@ -40,8 +40,8 @@ Source: the derivative of the above; fairseq's label_smoothed_nll_loss.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -107,7 +107,15 @@ def _usual_chunk(hidden: Tensor, words: int) -> int:
     return max(CHUNK_BYTES, least)
 
 
-def _check(hidden, weight, labels, bias, label_smoothing, reduction, smoothing) -> None:
+def _check(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    label_smoothing: float,
+    reduction: str,
+    smoothing: str,
+) -> None:
     if hidden.dim() == 0:
         raise InputError(f"{OP}: hidden has rank 0: expected (..., d)")
     if not hidden.is_floating_point():
@@ -306,7 +314,7 @@ def _scaled_fake(values: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return values.new_empty(values.shape, dtype=dtype)
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
     hidden, weight, labels, bias, *options, ctx.reduction, need_dhidden, need_dweight, need_dbias, ctx.backend = inputs
     _, *grads, count = output
     ctx.options = LossOptions(*options)
@@ -321,7 +329,7 @@ def _save(ctx, inputs, output) -> None:
         ctx.save_for_backward(*grads, count)
 
 
-def _gradients(ctx, needs, dloss: Tensor | None, *_):
+def _gradients(ctx: Any, needs: Sequence[Any], dloss: Tensor | None, *_) -> tuple[Any, ...]:
     if dloss is None:
         return None, [None] * ctx.weights, *[None] * (len(needs) - 2)
     need_dhidden, need_dweight, _, need_dbias, *_ = needs
@@ -332,7 +340,7 @@ def _gradients(ctx, needs, dloss: Tensor | None, *_):
     return dhidden, dweights, None, dbias, *[None] * (len(needs) - 4)
 
 
-def _recomputed(ctx, dlosses: Tensor, needs: Needs) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _recomputed(ctx: Any, dlosses: Tensor, needs: Needs) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     hidden, labels, bias, *weight = ctx.saved_tensors
     options = dataclasses.astuple(ctx.options)
     grads = torch.ops.petl.linear_cross_entropy_backward(
@@ -342,7 +350,7 @@ def _recomputed(ctx, dlosses: Tensor, needs: Needs) -> tuple[Tensor | None, Tens
     return dhidden, dweight, None if dbias is None else dbias.to(ctx.dtypes[1])
 
 
-def _finished(ctx, dloss: Tensor, needs: Needs) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _finished(ctx: Any, dloss: Tensor, needs: Needs) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     dhidden, dweight, dbias, count = ctx.saved_tensors
     if ctx.reduction == "mean":
         dloss = dloss / count.clamp(min=1)

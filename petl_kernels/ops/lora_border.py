@@ -44,7 +44,9 @@ def room(ranks: int) -> int:
     return -(-ranks // ALIGNMENT) * ALIGNMENT
 
 
-def fill_outputs(border: Tensor, bias: Tensor | None, biases, a, b, scales) -> None:
+def fill_outputs(
+    border: Tensor, bias: Tensor | None, biases: list[Tensor], a: list[Tensor], b: list[Tensor], scales: list[float]
+) -> None:
     """Writes S and c, each in one copy, so that another thread that runs the same adapters reads only their values."""
     k, row, column = a[0].shape[1], 0, 0
     s = border.new_zeros(sum(b_g.shape[0] for b_g in b), border.shape[1] - k)
@@ -60,14 +62,22 @@ def fill_outputs(border: Tensor, bias: Tensor | None, biases, a, b, scales) -> N
         bias.copy_(c)
 
 
-def fill_inputs(border: Tensor, a, outputs: int) -> None:
+def fill_inputs(border: Tensor, a: list[Tensor], outputs: int) -> None:
     """Writes A, with zeros below it."""
     stacked = torch.cat(a).to(border.dtype)
     border[outputs:, : stacked.shape[1]] = F.pad(stacked, (0, 0, 0, border.shape[0] - outputs - stacked.shape[0]))
 
 
 @register("lora_border", "reference")
-def reference(wide, border, bias, biases, a, b, scales) -> tuple[Tensor, Tensor]:
+def reference(
+    wide: Tensor,
+    border: Tensor,
+    bias: Tensor | None,
+    biases: list[Tensor],
+    a: list[Tensor],
+    b: list[Tensor],
+    scales: list[float],
+) -> tuple[Tensor, Tensor]:
     k, outputs = a[0].shape[1], sum(b_g.shape[0] for b_g in b)
     fill_outputs(border, bias, biases, a, b, scales)
     s = wide[:, :k] @ torch.cat(a).to(wide.dtype).T
@@ -77,7 +87,17 @@ def reference(wide, border, bias, biases, a, b, scales) -> tuple[Tensor, Tensor]
 
 
 @register("lora_border_backward", "reference")
-def reference_backward(wide, x, s, border, a, b, scales, need_dx, need_dbias):
+def reference_backward(
+    wide: Tensor,
+    x: Tensor | None,
+    s: Tensor,
+    border: Tensor,
+    a: list[Tensor],
+    b: list[Tensor],
+    scales: list[float],
+    need_dx: bool,
+    need_dbias: list[bool],
+):
     outputs, ranks = sum(b_g.shape[0] for b_g in b), [a_g.shape[0] for a_g in a]
     dys = wide[:, :outputs].split([b_g.shape[0] for b_g in b], 1)
     ds = [scale * (dy @ b_g.to(wide.dtype)) for dy, b_g, scale in zip(dys, b, scales, strict=True)]

@@ -22,6 +22,9 @@ Source: LoRA, arXiv 2106.09685.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -74,7 +77,9 @@ def lora_linear_grouped(
     return ys
 
 
-def _check(x, weights, biases, a, b, scales) -> None:
+def _check(
+    x: Tensor, weights: list[Tensor], biases: list[Tensor | None], a: list[Tensor], b: list[Tensor], scales: list[float]
+) -> None:
     op = "lora_linear"
     check_activation(op, x)
     lengths = [len(group) for group in (weights, biases, a, b, scales)]
@@ -93,7 +98,16 @@ def _check(x, weights, biases, a, b, scales) -> None:
 
 
 @register("lora_linear", "reference")
-def reference(x, weights, biases, a, b, scales, dropout, seed) -> tuple[list[Tensor], Tensor]:
+def reference(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    a: list[Tensor],
+    b: list[Tensor],
+    scales: list[float],
+    dropout: float,
+    seed: Tensor | None,
+) -> tuple[list[Tensor], Tensor]:
     rows = x.reshape(-1, x.shape[-1])
     s = philox.dropout(rows, dropout, seed) @ torch.cat(a).to(x.dtype).T
     ys = []
@@ -104,7 +118,19 @@ def reference(x, weights, biases, a, b, scales, dropout, seed) -> tuple[list[Ten
 
 
 @register("lora_linear_backward", "reference")
-def reference_backward(dys, x, s, weights, a, b, scales, dropout, seed, need_dx, need_dbias):
+def reference_backward(
+    dys: list[Tensor],
+    x: Tensor,
+    s: Tensor,
+    weights: list[Tensor],
+    a: list[Tensor],
+    b: list[Tensor],
+    scales: list[float],
+    dropout: float,
+    seed: Tensor | None,
+    need_dx: bool,
+    need_dbias: list[bool],
+):
     rows = x.reshape(-1, x.shape[-1])
     dys = [dy.reshape(-1, dy.shape[-1]) for dy in dys]
     ds = [scale * (dy @ b_g.to(x.dtype)) for dy, b_g, scale in zip(dys, b, scales, strict=True)]
@@ -167,7 +193,7 @@ def _backward_fake(dys, x, s, weights, a, b, scales, dropout, seed, need_dx, nee
     return dx, da, db, dbias
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
     x, weights, biases, a, b, ctx.scales, ctx.dropout, seed, ctx.backend = inputs
     ctx.groups, ctx.parts = len(a), len(weights)
     ctx.bias_dtypes = [bias.dtype for bias in biases]
@@ -175,7 +201,7 @@ def _save(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)  # no zeros for s, which has no gradient
 
 
-def _gradients(ctx, needs, dys: list[Tensor], _):
+def _gradients(ctx: Any, needs: Sequence[Any], dys: list[Tensor], _) -> tuple[Any, ...]:
     x, s, seed, *rest = ctx.saved_tensors
     weights, adapters = rest[: ctx.parts], rest[ctx.parts :]
     a, b = adapters[: ctx.groups], adapters[ctx.groups :]

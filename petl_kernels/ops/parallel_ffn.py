@@ -25,6 +25,9 @@ Source: He et al., arXiv 2110.04366 (parallel adapters); the sum of two such net
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -83,7 +86,18 @@ def parallel_ffn(
     return torch.ops.petl.parallel_ffn(x, w1, c1, w2, c2, *trained, activation, float(scale), keeps, active())[0]
 
 
-def _check(x, w1, c1, w2, c2, down, down_bias, up, up_bias, activation) -> None:
+def _check(
+    x: Tensor,
+    w1: Tensor,
+    c1: Tensor,
+    w2: Tensor,
+    c2: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    up: Tensor,
+    up_bias: Tensor | None,
+    activation: str,
+) -> None:
     op = "parallel_ffn"
     check_activation(op, x)
     check_weight(op, "w1", w1, x)
@@ -114,7 +128,17 @@ def _check(x, w1, c1, w2, c2, down, down_bias, up, up_bias, activation) -> None:
 
 
 @torch.no_grad()
-def fill(w1, c1, w2, c2, down, down_bias, up, up_bias, scale) -> Tensor | None:
+def fill(
+    w1: Tensor,
+    c1: Tensor,
+    w2: Tensor,
+    c2: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    up: Tensor,
+    up_bias: Tensor | None,
+    scale: float,
+) -> Tensor | None:
     """Writes the adapter into the room; returns c2 + scale · u.
 
     The writes go through ``.data``, which autograd does not count as changes: the values of a step do not change
@@ -176,13 +200,13 @@ def _backward_fake(
     return dx, *(dy.new_empty(size, dtype=dtype) for size, dtype in zip(sizes, dtypes, strict=True))
 
 
-def _gradient_dtypes(dy, down, down_bias, up) -> tuple[torch.dtype, ...]:
+def _gradient_dtypes(dy: Tensor, down: Tensor, down_bias: Tensor | None, up: Tensor) -> tuple[torch.dtype, ...]:
     """Returns the dtypes of dD, dd, dU and du; the autograd rule casts du to that of u."""
     sums = accumulate_dtype(dy.dtype)
     return down.dtype, sums if down_bias is None else down_bias.dtype, up.dtype, sums
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
     x, w1, c1, w2, _, down, down_bias, up, up_bias, ctx.activation, ctx.scale, ctx.keeps, ctx.backend = inputs
     _, kept = output
     ctx.mark_non_differentiable(kept)
@@ -192,7 +216,7 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(x if ctx.trains or ctx.keeps == "x" else None, kept, w1, c1, w2, down, down_bias, up)
 
 
-def _gradients(ctx, needs, dy: Tensor | None, *_):
+def _gradients(ctx: Any, needs: Sequence[Any], dy: Tensor | None, *_) -> tuple[Any, ...]:
     if dy is None:
         return (None,) * 13
     x, kept, *parameters = ctx.saved_tensors

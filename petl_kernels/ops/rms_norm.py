@@ -17,6 +17,9 @@ Source: Zhang and Sennrich, arXiv 1910.07467; the backward is its derivative.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -108,7 +111,7 @@ def _backward_fake(dy, x, rstd, weight, need_dx, need_dweight, backend):
     return dx, rstd.new_empty(x.shape[-1] if need_dweight else 0)
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
     x, weight, _, ctx.backend = inputs
     rstd = output[1]
     ctx.mark_non_differentiable(rstd)
@@ -116,7 +119,7 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(x, rstd, weight)
 
 
-def _gradients(ctx, needs, dy: Tensor | None, _):
+def _gradients(ctx: Any, needs: Sequence[Any], dy: Tensor | None, _) -> tuple[Any, ...]:
     if dy is None:
         return (None,) * 4
     x, rstd, weight = ctx.saved_tensors

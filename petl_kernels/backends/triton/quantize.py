@@ -14,7 +14,7 @@ import triton.language as tl
 from petl_kernels.backends.triton import config
 from petl_kernels.backends.triton.common import launch
 from petl_kernels.backends.triton.registry import serves
-from petl_kernels.ops.quantized.code_book import dynamic_map
+from petl_kernels.ops.quantized.code_book import BLOCK, SUPERBLOCK, dynamic_map
 
 
 @serves
@@ -33,7 +33,7 @@ def quantize_nf4(weight: torch.Tensor) -> list[torch.Tensor]:
     """Returns [data uint8 (⌈NK / 2⌉,), absmax uint8 (blocks,), scale fp32 (⌈blocks / 256⌉,), offset fp32 (1,)]."""
     weight = weight.contiguous()
     values = weight.numel()
-    blocks = config.cdiv(values, 64)
+    blocks = config.cdiv(values, BLOCK)
     data = weight.new_empty(config.cdiv(values, 2), dtype=torch.uint8)
     largest = weight.new_empty(blocks, dtype=torch.float32)
     tile = config.QUANTIZE_BLOCKS
@@ -43,10 +43,10 @@ def quantize_nf4(weight: torch.Tensor) -> list[torch.Tensor]:
     )  # fmt: skip
     offset = largest.mean(0, keepdim=True, dtype=torch.float64).float()
     absmax = largest.new_empty(blocks, dtype=torch.uint8)
-    scale = largest.new_empty(config.cdiv(blocks, 256))
+    scale = largest.new_empty(config.cdiv(blocks, SUPERBLOCK))
     table = dynamic_map(weight.device)
     launch(
-        _quantize_absmax_kernel, scale.shape, absmax, scale, largest, offset, table, blocks, BLOCK=256,
+        _quantize_absmax_kernel, scale.shape, absmax, scale, largest, offset, table, blocks, BLOCK=SUPERBLOCK,
         warps=4, stages=1,
     )  # fmt: skip
     return [data, absmax, scale, offset]

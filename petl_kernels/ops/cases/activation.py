@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import torch
+
 from petl_kernels.ops.cases.case import Kernels, OpCases, Source, Values, no_additions
 
 
-def activation_arguments(draw: Source, rows=(17,), features=72, kind="relu", dropout=0.0, gated=False) -> dict:
+def activation_arguments(
+    draw: Source,
+    rows: tuple[int, ...] = (17,),
+    features: int = 72,
+    kind: str = "relu",
+    dropout: float = 0.0,
+    gated: bool = False,
+) -> dict:
     z = draw(*rows, features, std=2.0)
     gate = {"g": draw(*rows, features)} if gated else {}
     seed = draw.seed() if dropout else None
@@ -19,19 +28,19 @@ def run(kernel: Kernels, given: dict) -> Values:
     return {"y": y, "dz": backward(given["dy"], bits if given["kind"] == "relu" else z, *options)}
 
 
-def _packed_relu(device, dtype):
+def _packed_relu(device: torch.device, dtype: torch.dtype) -> dict:
     return activation_arguments(Source(device, dtype), rows=(33,), features=77)
 
 
-def _gelu_with_dropout(device, dtype):
+def _gelu_with_dropout(device: torch.device, dtype: torch.dtype) -> dict:
     return activation_arguments(Source(device, dtype), rows=(3, 11), kind="gelu", dropout=0.3)
 
 
-def _gelu_tanh(device, dtype):
+def _gelu_tanh(device: torch.device, dtype: torch.dtype) -> dict:
     return activation_arguments(Source(device, dtype), kind="gelu_tanh")
 
 
-def _silu(device, dtype):
+def _silu(device: torch.device, dtype: torch.dtype) -> dict:
     return activation_arguments(Source(device, dtype), kind="silu")
 
 

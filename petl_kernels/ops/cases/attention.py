@@ -14,20 +14,20 @@ from petl_kernels.ops.cases.case import Kernels, OpCases, Source, Values, tensor
 
 def attention_arguments(
     draw: Source,
-    batch=2,
-    heads=3,
-    queries=17,
-    keys=17,
-    d=16,
-    mask=None,
-    bias=0,
-    causal=False,
-    dropout=0.0,
-    prefix=0,
-    scale=None,
-    prefix_dtype=None,
-    sentences=(),
-    reach=None,
+    batch: int = 2,
+    heads: int = 3,
+    queries: int = 17,
+    keys: int = 17,
+    d: int = 16,
+    mask: str | None = None,
+    bias: int = 0,
+    causal: bool = False,
+    dropout: float = 0.0,
+    prefix: int = 0,
+    scale: float | None = None,
+    prefix_dtype: torch.dtype | None = None,
+    sentences: Sequence[tuple[int, int]] = (),
+    reach: int | None = None,
 ) -> dict:
     """Returns arguments by name. mask: None, "padding", "rows" (some queries see nothing), "additive" or "finfo".
 
@@ -38,7 +38,7 @@ def attention_arguments(
     if sentences:
         batch, (queries, keys) = 1, map(sum, zip(*sentences, strict=True))
 
-    def heads_of(length):
+    def heads_of(length: int) -> Tensor:
         return draw(batch, length, heads, d).transpose(1, 2)
 
     prefix_dtype = prefix_dtype or draw.dtype
@@ -114,21 +114,21 @@ def _largest_score(given: dict) -> float:
     return scores.abs().max().item() if scores.numel() else 0.0
 
 
-def _causal_with_dropout(device, dtype):
+def _causal_with_dropout(device: torch.device, dtype: torch.dtype) -> dict:
     return attention_arguments(Source(device, dtype), queries=37, keys=43, mask="padding", causal=True, dropout=0.3)
 
 
-def _relative_bias(device, dtype):
+def _relative_bias(device: torch.device, dtype: torch.dtype) -> dict:
     return attention_arguments(Source(device, dtype), queries=33, keys=33, mask="rows", bias=1, scale=1.0)
 
 
-def _prefix_of_cross_attention(device, dtype):
+def _prefix_of_cross_attention(device: torch.device, dtype: torch.dtype) -> dict:
     return attention_arguments(
         Source(device, dtype), queries=37, keys=70, d=24, mask="rows", prefix=5, prefix_dtype=torch.float32
     )
 
 
-def _packed_sentences(device, dtype):
+def _packed_sentences(device: torch.device, dtype: torch.dtype) -> dict:
     sentences = ((37, 43), (0, 5), (1, 1), (30, 18), (4, 0), (0, 0))
     return attention_arguments(
         Source(device, dtype), sentences=sentences, reach=9, causal=True, dropout=0.3, prefix=4, scale=1.0

@@ -10,15 +10,15 @@ from petl_kernels.ops.cases.case import Kernels, OpCases, Source, Values, sum_dt
 
 def bottleneck_adapter_arguments(
     draw: Source,
-    rows=(17,),
-    d=72,
-    m=24,
-    bias=True,
-    norm=True,
-    parallel=False,
-    activation="relu",
-    scale=1.0,
-    adapter_dtype=None,
+    rows: tuple[int, ...] = (17,),
+    d: int = 72,
+    m: int = 24,
+    bias: bool = True,
+    norm: bool = True,
+    parallel: bool = False,
+    activation: str = "relu",
+    scale: float = 1.0,
+    adapter_dtype: torch.dtype | None = None,
 ) -> dict:
     adapter_dtype = adapter_dtype or draw.dtype
     down_bias = hidden_bias(draw, m, activation, adapter_dtype)
@@ -62,17 +62,17 @@ def run(kernel: Kernels, given: dict) -> Values:
     return {"y": y, **values}
 
 
-def _relu(device, dtype):
+def _relu(device: torch.device, dtype: torch.dtype) -> dict:
     return bottleneck_adapter_arguments(Source(device, dtype), rows=(33,))
 
 
-def _gelu_fp32_adapter(device, dtype):
+def _gelu_fp32_adapter(device: torch.device, dtype: torch.dtype) -> dict:
     return bottleneck_adapter_arguments(
         Source(device, dtype), rows=(3, 43), activation="gelu", adapter_dtype=torch.float32
     )
 
 
-def _silu_parallel(device, dtype):
+def _silu_parallel(device: torch.device, dtype: torch.dtype) -> dict:
     return bottleneck_adapter_arguments(
         Source(device, dtype),
         rows=(17,),

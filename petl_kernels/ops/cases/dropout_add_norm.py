@@ -8,7 +8,15 @@ from petl_kernels.ops.cases.case import Kernels, OpCases, Source, Values
 
 
 def dropout_add_norm_arguments(
-    draw: Source, rows=(17,), d=72, p=0.3, centred=True, bias=True, stream=None, parameter_dtype=None, more=True
+    draw: Source,
+    rows: tuple[int, ...] = (17,),
+    d: int = 72,
+    p: float = 0.3,
+    centred: bool = True,
+    bias: bool = True,
+    stream: torch.dtype | None = None,
+    parameter_dtype: torch.dtype | None = None,
+    more: bool = True,
 ) -> dict:
     """Returns arguments by name. more: h has a gradient from elsewhere, like in a layer with its norms in front."""
     stream, parameter_dtype = stream or draw.dtype, parameter_dtype or draw.dtype
@@ -37,17 +45,17 @@ def run(kernel: Kernels, given: dict) -> Values:
     return {"h": h, "u": u, "dresidual": dh, "dy": dy, "dweight": dweight, "dbias": dbias}
 
 
-def _sum_and_norm(device, dtype):
+def _sum_and_norm(device: torch.device, dtype: torch.dtype) -> dict:
     return dropout_add_norm_arguments(Source(device, dtype), rows=(3, 43))
 
 
-def _fp32_stream_and_norm(device, dtype):
+def _fp32_stream_and_norm(device: torch.device, dtype: torch.dtype) -> dict:
     return dropout_add_norm_arguments(
         Source(device, dtype), rows=(33,), d=61, stream=torch.float32, parameter_dtype=torch.float32, more=False
     )
 
 
-def _sum_and_rms(device, dtype):
+def _sum_and_rms(device: torch.device, dtype: torch.dtype) -> dict:
     return dropout_add_norm_arguments(Source(device, dtype), p=0.0, centred=False)
 
 

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import torch
+
 from petl_kernels.ops.cases.case import Kernels, OpCases, Source, Values, held
 from petl_kernels.ops.frozen_ffn import what_to_keep
 
 
 def frozen_ffn_arguments(
-    draw: Source, rows=(17,), d=40, f=72, bias=True, gated=False, activation="relu", recompute=False
+    draw: Source,
+    rows: tuple[int, ...] = (17,),
+    d: int = 40,
+    f: int = 72,
+    bias: bool = True,
+    gated: bool = False,
+    activation: str = "relu",
+    recompute: bool = False,
 ) -> dict:
     return {
         "x": draw(*rows, d),
@@ -35,23 +44,23 @@ def run(kernel: Kernels, given: dict) -> Values:
     return {"y": y, "dx": dx, "dc1": dc1, "dc2": dc2}
 
 
-def _relu_bits(device, dtype):
+def _relu_bits(device: torch.device, dtype: torch.dtype) -> dict:
     return frozen_ffn_arguments(Source(device, dtype), rows=(3, 43), f=75)
 
 
-def _relu_bits_in_whole_words(device, dtype):
+def _relu_bits_in_whole_words(device: torch.device, dtype: torch.dtype) -> dict:
     return frozen_ffn_arguments(Source(device, dtype), rows=(130,), d=64, f=256)
 
 
-def _gelu_recomputed(device, dtype):
+def _gelu_recomputed(device: torch.device, dtype: torch.dtype) -> dict:
     return frozen_ffn_arguments(Source(device, dtype), activation="gelu", recompute=True)
 
 
-def _gelu_tanh_gated(device, dtype):
+def _gelu_tanh_gated(device: torch.device, dtype: torch.dtype) -> dict:
     return frozen_ffn_arguments(Source(device, dtype), rows=(33,), bias=False, gated=True, activation="gelu_tanh")
 
 
-def _silu_kept(device, dtype):
+def _silu_kept(device: torch.device, dtype: torch.dtype) -> dict:
     return frozen_ffn_arguments(Source(device, dtype), activation="silu")
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import torch
+
 from petl_kernels.ops.cases.case import Kernels, OpCases, Source, Values, sum_dtype
 
 
-def frozen_linear_arguments(draw: Source, rows=(17,), n=40, k=72, bias=True) -> dict:
+def frozen_linear_arguments(
+    draw: Source, rows: tuple[int, ...] = (17,), n: int = 40, k: int = 72, bias: bool = True
+) -> dict:
     return {
         "x": draw(*rows, k),
         "weight": draw(n, k, std=k**-0.5),
@@ -21,11 +25,11 @@ def run(kernel: Kernels, given: dict) -> Values:
     return {"y": y, "dx": dx, "dbias": sum_dtype(dbias)}
 
 
-def _with_bias(device, dtype):
+def _with_bias(device: torch.device, dtype: torch.dtype) -> dict:
     return frozen_linear_arguments(Source(device, dtype), rows=(33,))
 
 
-def _without_bias(device, dtype):
+def _without_bias(device: torch.device, dtype: torch.dtype) -> dict:
     return frozen_linear_arguments(Source(device, dtype), rows=(2, 9), bias=False)
 
 

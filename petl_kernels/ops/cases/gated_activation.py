@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from petl_kernels.ops.cases.activation import activation_arguments
 from petl_kernels.ops.cases.case import Kernels, OpCases, Source, Values, no_additions
 
@@ -13,11 +15,11 @@ def run(kernel: Kernels, given: dict) -> Values:
     return {"y": forward(z, g, *options), "dz": dz, "dg": dg}
 
 
-def _gated_gelu_tanh(device, dtype):
+def _gated_gelu_tanh(device: torch.device, dtype: torch.dtype) -> dict:
     return activation_arguments(Source(device, dtype), rows=(33,), kind="gelu_tanh", gated=True)
 
 
-def _gated_silu_with_dropout(device, dtype):
+def _gated_silu_with_dropout(device: torch.device, dtype: torch.dtype) -> dict:
     return activation_arguments(Source(device, dtype), rows=(3, 11), features=77, kind="silu", dropout=0.3, gated=True)
 
 

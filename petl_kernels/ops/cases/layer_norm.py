@@ -7,7 +7,13 @@ import torch
 from petl_kernels.ops.cases.case import Kernels, OpCases, Source, Values
 
 
-def layer_norm_arguments(draw: Source, rows=(17,), d=72, bias=True, parameter_dtype=None) -> dict:
+def layer_norm_arguments(
+    draw: Source,
+    rows: tuple[int, ...] = (17,),
+    d: int = 72,
+    bias: bool = True,
+    parameter_dtype: torch.dtype | None = None,
+) -> dict:
     parameter_dtype = parameter_dtype or draw.dtype
     return {
         "x": draw(*rows, d),
@@ -28,15 +34,15 @@ def run(kernel: Kernels, given: dict) -> Values:
     return {"y": y, "again": again, "dx": dx, "dweight": dweight, "dbias": dbias}
 
 
-def _norm(device, dtype):
+def _norm(device: torch.device, dtype: torch.dtype) -> dict:
     return layer_norm_arguments(Source(device, dtype), rows=(3, 43))
 
 
-def _norm_fp32_parameters(device, dtype):
+def _norm_fp32_parameters(device: torch.device, dtype: torch.dtype) -> dict:
     return layer_norm_arguments(Source(device, dtype), rows=(33,), parameter_dtype=torch.float32)
 
 
-def _norm_without_bias(device, dtype):
+def _norm_without_bias(device: torch.device, dtype: torch.dtype) -> dict:
     return layer_norm_arguments(Source(device, dtype), bias=False)
 
 

@@ -14,18 +14,18 @@ from petl_kernels.ops.quantized.storage import is_quantized
 
 def linear_cross_entropy_arguments(
     draw: Source,
-    rows=(17,),
-    d=24,
-    words=72,
-    bias=True,
-    label_smoothing=0.1,
-    smoothing="uniform",
-    logit_scale=1.0,
-    chunk_rows=7,
-    dlosses=False,
-    weight_dtype=None,
-    counted=-1,
-    frozen=False,
+    rows: tuple[int, ...] = (17,),
+    d: int = 24,
+    words: int = 72,
+    bias: bool = True,
+    label_smoothing: float = 0.1,
+    smoothing: str = "uniform",
+    logit_scale: float = 1.0,
+    chunk_rows: int = 7,
+    dlosses: bool = False,
+    weight_dtype: torch.dtype | None = None,
+    counted: int = -1,
+    frozen: bool = False,
 ) -> dict:
     labels = torch.randint(0, words, rows, generator=draw.generator)
     labels.view(-1)[2::5] = -100
@@ -54,21 +54,21 @@ def run(kernel: Kernels, given: dict) -> Values:
     return {"losses": losses, "dhidden": dhidden, "dweight": dweight, "dbias": dbias}
 
 
-def _uniform(device, dtype):
+def _uniform(device: torch.device, dtype: torch.dtype) -> dict:
     return linear_cross_entropy_arguments(Source(device, dtype), rows=(3, 11))
 
 
-def _fairseq_scaled_rows(device, dtype):
+def _fairseq_scaled_rows(device: torch.device, dtype: torch.dtype) -> dict:
     return linear_cross_entropy_arguments(
         Source(device, dtype), (17,), words=131, bias=False, smoothing="fairseq", logit_scale=0.5, dlosses=True
     )
 
 
-def _no_smoothing(device, dtype):
+def _no_smoothing(device: torch.device, dtype: torch.dtype) -> dict:
     return linear_cross_entropy_arguments(Source(device, dtype), rows=(17,), label_smoothing=0.0)
 
 
-def _frozen_table(device, dtype):
+def _frozen_table(device: torch.device, dtype: torch.dtype) -> dict:
     """Returns a loss by words, in several blocks; a likely last word makes some rows rescale their sums."""
     options = {"words": 2100, "bias": False, "frozen": True, "chunk_rows": 3}
     given = linear_cross_entropy_arguments(Source(device, dtype), (31,), **options)

@@ -10,7 +10,14 @@ from petl_kernels.ops.room import copied_rows
 
 
 def lora_border_arguments(
-    draw: Source, rows=17, ns=(40, 24, 33), k=72, ranks=(4, 0, 8), bias=True, more=0, adapter_dtype=None
+    draw: Source,
+    rows: int = 17,
+    ns: tuple[int, ...] = (40, 24, 33),
+    k: int = 72,
+    ranks: tuple[int, ...] = (4, 0, 8),
+    bias: bool = True,
+    more: int = 0,
+    adapter_dtype: torch.dtype | None = None,
 ) -> dict:
     """Returns arguments by name. The weights stand in ``border``, in which nothing else is set.
 
@@ -49,13 +56,13 @@ def run(kernel: Kernels, given: dict) -> Values:
     return values
 
 
-def _two_of_three(device, dtype):
+def _two_of_three(device: torch.device, dtype: torch.dtype) -> dict:
     return lora_border_arguments(
         Source(device, dtype), rows=43, ns=(40, 56, 40), ranks=(4, 0, 8), adapter_dtype=torch.float32
     )
 
 
-def _frozen_together(device, dtype):
+def _frozen_together(device: torch.device, dtype: torch.dtype) -> dict:
     return lora_border_arguments(Source(device, dtype), ranks=(0, 0), ns=(40, 24), more=8)
 
 

@@ -8,7 +8,14 @@ from petl_kernels.ops.cases.case import Kernels, OpCases, Source, Values, held, 
 
 
 def lora_linear_arguments(
-    draw: Source, rows=(17,), ns=(40,), k=72, ranks=(4,), bias=True, dropout=0.0, adapter_dtype=None
+    draw: Source,
+    rows: tuple[int, ...] = (17,),
+    ns: tuple[int, ...] = (40,),
+    k: int = 72,
+    ranks: tuple[int, ...] = (4,),
+    bias: bool = True,
+    dropout: float = 0.0,
+    adapter_dtype: torch.dtype | None = None,
 ) -> dict:
     adapter_dtype = adapter_dtype or draw.dtype
     return {
@@ -38,11 +45,11 @@ def run(kernel: Kernels, given: dict) -> Values:
     return values
 
 
-def _one_layer(device, dtype):
+def _one_layer(device: torch.device, dtype: torch.dtype) -> dict:
     return lora_linear_arguments(Source(device, dtype), rows=(33,), bias=False)
 
 
-def _group_with_dropout(device, dtype):
+def _group_with_dropout(device: torch.device, dtype: torch.dtype) -> dict:
     return lora_linear_arguments(
         Source(device, dtype),
         rows=(3, 43),

@@ -19,7 +19,9 @@ def quantized_weight(draw: Source, n: int, k: int, storage: str) -> Tensor:
     return quantize(dense.to(draw.dtype), storage).to(draw.device)
 
 
-def quantized_project_arguments(draw: Source, rows=17, n=40, k=72, storage="nf4", bias=True) -> dict:
+def quantized_project_arguments(
+    draw: Source, rows: int = 17, n: int = 40, k: int = 72, storage: str = "nf4", bias: bool = True
+) -> dict:
     return {
         "x": draw(rows, k),
         "weight": quantized_weight(draw, n, k, storage),
@@ -54,36 +56,36 @@ def _run_embedding(kernel: Kernels, given: dict) -> Values:
     return {"y": forward(given["ids"], held(weight), weight.shape[1], weight.dtype)}
 
 
-def _matrix(device, dtype):
+def _matrix(device: torch.device, dtype: torch.dtype) -> dict:
     return {"weight": Source(device, dtype)(33, 75)}
 
 
-def _int8_rows(device, dtype):
+def _int8_rows(device: torch.device, dtype: torch.dtype) -> dict:
     return {"weight": quantized_weight(Source(device, dtype), 33, 75, "int8"), "first_row": 5}
 
 
-def _nf4_rows(device, dtype):
+def _nf4_rows(device: torch.device, dtype: torch.dtype) -> dict:
     return {"weight": quantized_weight(Source(device, dtype), 33, 75, "nf4"), "first_row": 5}
 
 
-def _int8_product(device, dtype):
+def _int8_product(device: torch.device, dtype: torch.dtype) -> dict:
     return quantized_project_arguments(Source(device, dtype), storage="int8")
 
 
-def _nf4_product(device, dtype):
+def _nf4_product(device: torch.device, dtype: torch.dtype) -> dict:
     return quantized_project_arguments(Source(device, dtype), rows=33, n=96, k=128)
 
 
-def _nf4_odd_product(device, dtype):
+def _nf4_odd_product(device: torch.device, dtype: torch.dtype) -> dict:
     return quantized_project_arguments(Source(device, dtype), rows=129, n=33, k=75, bias=False)
 
 
-def _int8_ids(device, dtype):
+def _int8_ids(device: torch.device, dtype: torch.dtype) -> dict:
     weight = quantized_weight(Source(device, dtype), 33, 75, "int8")
     return {"weight": weight, "ids": torch.tensor([0, 32, 7, 7, 1], device=device)}
 
 
-def _nf4_ids(device, dtype):
+def _nf4_ids(device: torch.device, dtype: torch.dtype) -> dict:
     weight = quantized_weight(Source(device, dtype), 33, 75, "nf4")
     return {"weight": weight, "ids": torch.tensor([0, 32, 7, 7, 1], device=device)}
 

@@ -8,7 +8,9 @@ from petl_kernels.ops.cases.case import Kernels, OpCases, Source, Values
 from petl_kernels.ops.cases.layer_norm import layer_norm_arguments
 
 
-def rms_norm_arguments(draw: Source, rows=(17,), d=72, parameter_dtype=None) -> dict:
+def rms_norm_arguments(
+    draw: Source, rows: tuple[int, ...] = (17,), d: int = 72, parameter_dtype: torch.dtype | None = None
+) -> dict:
     given = layer_norm_arguments(draw, rows, d, False, parameter_dtype)
     return {name: value for name, value in given.items() if name != "bias"}
 
@@ -22,11 +24,11 @@ def run(kernel: Kernels, given: dict) -> Values:
     return {"y": y, "again": from_statistics(x, rstd, weight), "dx": dx, "dweight": dweight}
 
 
-def _rms(device, dtype):
+def _rms(device: torch.device, dtype: torch.dtype) -> dict:
     return rms_norm_arguments(Source(device, dtype), rows=(3, 43))
 
 
-def _rms_fp32_weight(device, dtype):
+def _rms_fp32_weight(device: torch.device, dtype: torch.dtype) -> dict:
     return rms_norm_arguments(Source(device, dtype), rows=(33,), parameter_dtype=torch.float32)
 
 
