@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import petl_kernels
+from petl_kernels import nn, ops
 from petl_kernels.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
@@ -81,6 +82,11 @@ def test_the_reference_has_each_public_name():
     pages = "".join(path.read_text("utf-8") for path in (ROOT / "docs/reference").glob("*.md"))
     documented = set(re.findall(r"^::: petl_kernels\.(\S+)", pages, re.M))
     assert set(petl_kernels.__all__) - {"nn", "ops", "parity"} <= documented
+    assert all(f"nn.{name}" in documented for name in nn.__all__)
+    listed = {
+        name for line in re.findall(r"members: \[(.*)\]", text("docs/reference/ops.md")) for name in line.split(", ")
+    }
+    assert {name for name in ops.__all__ if name != "OPS" and f"ops.{name}" not in documented} <= listed
 
 
 @pytest.mark.parametrize("page", PAGES)
