@@ -66,10 +66,10 @@ def _check_broadcast(name: str, tensor: Tensor, allowed: tuple[tuple[int, ...], 
 
 def _check_prefix(prefix_k: Tensor | None, prefix_v: Tensor | None, q: Tensor) -> int:
     """Refuses prefixes that do not fit q, and returns their length."""
-    if (prefix_k is None) != (prefix_v is None):
-        missing = "prefix_k" if prefix_k is None else "prefix_v"
-        raise InputError(f"attention: {missing} is None and the other half is not: expected both or none")
-    if prefix_k is None:
+    if prefix_k is None or prefix_v is None:
+        if prefix_k is not prefix_v:
+            missing = "prefix_k" if prefix_k is None else "prefix_v"
+            raise InputError(f"attention: {missing} is None and the other half is not: expected both or none")
         return 0
     _, heads, _, features = q.shape
     for name, tensor in (("prefix_k", prefix_k), ("prefix_v", prefix_v)):
@@ -90,10 +90,10 @@ def check_packed(
     cu_seqlens_k: Tensor | None,
 ) -> None:
     op = "attention"
-    if (cu_seqlens_q is None) != (cu_seqlens_k is None):
-        missing = "cu_seqlens_q" if cu_seqlens_q is None else "cu_seqlens_k"
-        raise InputError(f"{op}: {missing} is None and the other one is not: expected both or none")
-    if cu_seqlens_q is None:
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        if cu_seqlens_q is not cu_seqlens_k:
+            missing = "cu_seqlens_q" if cu_seqlens_q is None else "cu_seqlens_k"
+            raise InputError(f"{op}: {missing} is None and the other one is not: expected both or none")
         return
     for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if cu.dtype != torch.int32:

@@ -87,7 +87,7 @@ def linear_cross_entropy(
     Raises InputError: shapes that do not fit, devices that differ, labels that are neither words nor ``ignore_index``,
     a label smoothing outside [0, 1], an unknown reduction or smoothing, fewer ``counted`` than there are.
     """
-    words = weight.shape[0] if weight.dim() == 2 else None
+    words = weight.shape[0] if weight.dim() else 0
     if bias is not None and tuple(bias.shape) == (1, words):
         bias = bias.view(words)
     _check(hidden, weight, labels, bias, label_smoothing, reduction, smoothing)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,7 +78,7 @@ def normal(generator: torch.Generator, *shape: int) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float32)
 
 
-def tensors(value) -> Iterator[Tensor]:
+def tensors(value: Any) -> Iterator[Tensor]:
     """Yields every tensor in nested dictionaries and lists."""
     if isinstance(value, Tensor):
         yield value
@@ -86,7 +87,7 @@ def tensors(value) -> Iterator[Tensor]:
             yield from tensors(member)
 
 
-def in_float64(value):
+def in_float64(value: Any) -> Any:
     """Returns ``value`` with every floating-point tensor in it, in nested dictionaries and lists, in fp64."""
     if isinstance(value, dict):
         return {name: in_float64(member) for name, member in value.items()}
