@@ -83,6 +83,16 @@ def test_nf4_is_off_by_half_a_gap_at_most(backend, dtype, shape):
     assert not made[64:128].any()
 
 
+@pytest.mark.parametrize("backend", contract.BACKENDS[1:])
+def test_values_at_a_threshold_have_the_code_of_the_reference(backend):
+    """The first threshold is halfway between two floats: it has to be rounded to the same one in both languages."""
+    thresholds = torch.tensor(op.NF4_THRESHOLDS)
+    below, above = (thresholds.nextafter(torch.tensor(end)) for end in (-torch.inf, torch.inf))
+    block = torch.cat([thresholds, below, above, torch.ones(19)]).view(1, 64)
+    codes = [dispatch.kernel_of("quantize_nf4", name)(block)[0] for name in ("reference", backend)]
+    assert torch.equal(*codes)
+
+
 def test_the_code_book_is_the_published_one():
     code, thresholds = torch.tensor(op.NF4_CODE, dtype=FP64), torch.tensor(op.NF4_THRESHOLDS, dtype=FP64)
     assert len(code) == 16 and code[0] == -1 and code[7] == 0 and code[15] == 1
