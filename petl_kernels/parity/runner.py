@@ -9,7 +9,7 @@ from concurrent.futures import Future
 
 import torch
 
-from petl_kernels import dispatch
+import petl_kernels.dispatch as dispatch
 from petl_kernels.device import resolve
 from petl_kernels.ops import OPS
 from petl_kernels.ops.cases import CASES as OP_CASES
