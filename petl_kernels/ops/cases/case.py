@@ -1,4 +1,4 @@
-"""What a file of this folder says about an op: inputs, how its kernels run on them, and the sums behind its values."""
+"""The form of a case: inputs of an op, how its kernels run on them, and the sums behind its values."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def over_axes(value: str, given: dict) -> int:
     """Returns the most additions behind one element of ``value``, nested sums together.
 
     Sums run over features and, in gradients of parameters, over tokens: the last axis of a tensor and the others, taken
-    as one. What is computed for each token has none over tokens.
+    as one. A value of one token has no sums over tokens.
     """
     axes, found = set(), [tensor for tensor in tensors(given) if tensor.dim()]
     for tensor in found:
