@@ -24,7 +24,7 @@ def laid_out(rows: int, columns: int, dtype: torch.dtype, layout: str) -> torch.
 
 
 def largest_error(exact: torch.Tensor, terms: torch.Tensor, out: torch.dtype, dtype: torch.dtype, once: bool):
-    """Returns the allowed error of each number: a rounding to ``out``, and fp32 (or fp64) sums of numbers as large as ``terms``."""
+    """Returns the allowed errors: a rounding to ``out``, and fp32 (or fp64) sums of numbers as large as ``terms``."""
     sums = 16 * torch.finfo(accumulate_dtype(dtype)).eps * terms
     return sums + (torch.finfo(out).eps / 2 * exact.abs() if once else 2 * torch.finfo(dtype).eps * terms)
 
