@@ -647,8 +647,8 @@ def test_a_bias_is_trained_beside_a_quantized_vocabulary(storage, reduction):
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 def test_nf4_is_that_of_bitsandbytes(dtype):
-    """Both have the same nibbles. Some of the absmaxes may be one entry of the map apart: between two entries its CPU code does
-    not always take the nearer one."""
+    """Both have the same nibbles. Some absmaxes may be one entry of the map apart: between two entries its CPU code
+    does not always take the nearer one."""
     functional = pytest.importorskip("bitsandbytes").functional
     weight = (torch.randn(256, 192, generator=torch.Generator().manual_seed(0)) * 0.02).to(dtype)
     packed, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
