@@ -21,6 +21,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("values", &petl::values, "The values of dictionaries, one after the other.");
   m.def("same_values", &petl::same_values, "Whether they are the very objects that `values` has returned.");
   m.def("stamps", &petl::stamps, "The versions and storages of tensors, to compare with later ones.");
-  m.def("launch_key", &petl::launch_key, "What Triton compiles a kernel anew for, of its arguments.");
+  m.def("launch_key", &petl::launch_key, "The properties of arguments for which Triton compiles a kernel anew.");
   petl::bind_streaming(m);
 }

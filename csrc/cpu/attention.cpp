@@ -180,7 +180,7 @@ int64_t largest(const std::vector<Sentence>& sentences, int64_t Sentence::*numbe
   return value;
 }
 
-// What both directions read.
+// The inputs of both directions.
 struct Problem {
   Problem(
       const Tensor& q,

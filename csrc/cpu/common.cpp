@@ -3,7 +3,7 @@
 namespace petl {
 namespace {
 
-// to = from, both contiguous; false where convert() knows no way from one dtype to the other.
+// to = from, both contiguous; false where convert() has no way from one dtype to the other.
 template <typename To>
 bool convert_values(const Tensor& from, To* to) {
   const auto dtype = from.scalar_type();

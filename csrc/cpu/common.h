@@ -1,4 +1,4 @@
-// What the CPU kernels share: blocks of rows that stay in cache, and wide arithmetic for narrow dtypes.
+// Shared by the CPU kernels: blocks of rows that stay in cache, and wide arithmetic for narrow dtypes.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -48,7 +48,7 @@ inline Tensor zeros(at::IntArrayRef sizes, at::ScalarType dtype) {
   return values;
 }
 
-// What stands for "not asked for" in results.
+// Stands for a result that is not needed.
 inline Tensor absent(at::ScalarType dtype) {
   return empty({0}, dtype);
 }

@@ -1,4 +1,4 @@
-// What linear_cross_entropy by rows does between its products, over one chunk of logits, a row at a time: a row stays in
+// The pass of linear_cross_entropy by rows between its products, over one chunk of logits, a row at a time: a row stays in
 // cache from its maximum to its gradient. The formulas are in petl_kernels/ops/linear_cross_entropy.py.
 #include "exponential.h"
 #include "kernel.h"

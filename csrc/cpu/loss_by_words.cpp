@@ -1,4 +1,4 @@
-// What linear_cross_entropy by words does between its products, a row at a time: petl_kernels/ops/loss_by_words.py has
+// The passes of linear_cross_entropy by words between its products, a row at a time: petl_kernels/ops/loss_by_words.py has
 // the formulas, and why m rises so rarely.
 #include "exponential.h"
 #include "kernel.h"

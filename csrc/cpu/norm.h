@@ -1,4 +1,4 @@
-// What layer_norm, rms_norm and dropout_add_norm share: loops over rows, with a mean (kCentred) or without.
+// Shared by layer_norm, rms_norm and dropout_add_norm: loops over rows, with a mean (kCentred) or without.
 //
 // scalar_t is the dtype of x, out_t that of y and dy, acc_t that of everything between them and of sums.
 #pragma once
@@ -134,7 +134,7 @@ struct Norm {
     }
   }
 
-  // In one pass: each alone waits for loads.
+  // One pass makes both, since each alone waits for loads.
   void add_both_gradients(
       const acc_t* __restrict row,
       const acc_t* __restrict dy,
@@ -178,7 +178,7 @@ const T* data_or_null(const OptionalTensor& tensor) {
   return tensor ? tensor->const_data_ptr<T>() : nullptr;
 }
 
-// What comes ahead of or behind a row of a norm that stands alone.
+// Takes the place of the work ahead of or behind a row where a norm stands alone.
 constexpr auto nothing = [](int64_t) {};
 
 // Where the gradients of a norm's parameters are summed: one part a slice of the rows, for each that is needed.

@@ -30,7 +30,7 @@ inline uint32_t high(uint64_t product) {
 template <bool kSwapped>
 inline void random_group(uint16_t* out, uint32_t counter, uint32_t k0, uint32_t k1) {
   const __m256i multiplier0 = _mm256_set1_epi64x(kMultiplier0), multiplier1 = _mm256_set1_epi64x(kMultiplier1);
-  // In this order the unpacking below leaves the counters in theirs.
+  // The unpacking below puts counters in this order into ascending order.
   __m256i c0 = _mm256_add_epi64(_mm256_set1_epi64x(counter), _mm256_setr_epi64x(0, 2, 1, 3));
   __m256i c1 = _mm256_setzero_si256(), c2 = c1, c3 = c1;
 #pragma GCC unroll 7

@@ -17,7 +17,7 @@ class Dropout {
   template <typename T>
   void factors(T* factors, int64_t count, int64_t first) const;
 
-  // The same of elements of one row of attention's probabilities, whose places are swapped (philox.place).
+  // Does the same for elements of one row of attention's probabilities, whose places are swapped (philox.place).
   template <typename T>
   void probability_factors(T* factors, int64_t count, int64_t row, int64_t column) const;
 

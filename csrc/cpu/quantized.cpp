@@ -1,6 +1,7 @@
 // The formulas, the layout of the parts and the constants' meaning are in petl_kernels/ops/quantized.
 //
-// The products go over tiles of the weight that are made in scratch memory and stay in the second cache. A block of NF4 has 16 values: they are scaled and rounded once, and its 64 numbers are looked up among them.
+// The products go over tiles of the weight that are made in scratch memory and stay in the second cache. A block of NF4
+// has 16 values: they are scaled and rounded once, and its 64 numbers are looked up among them.
 #include <ATen/Functions.h>
 
 #include <cmath>
@@ -24,7 +25,7 @@ size_t part_count(Storage storage) {
 constexpr int64_t kBackRows = 1024;  // rows whose fp32 sums exist at a time
 constexpr int64_t kLeastColumns = 256;  // of a tile with all rows: the library is slow with fewer
 
-// The same operations as in Python, for the same bits.
+// Made by the same operations as in Python, so that the bits are the same.
 const Tensor& dynamic_map() {
   static const Tensor map = [] {
     // fp32 on the CPU, whatever the defaults of the caller are
@@ -223,7 +224,7 @@ void add_tiles(Tensor out, const Tensor& dy, const Weight& weight, bool add) {
   });
 }
 
-// The same for 16-bit numbers, with fp32 sums over the tiles.
+// Does the same for 16-bit numbers, with fp32 sums over the tiles.
 void add_tiles_wide(Tensor out, const Tensor& dy, const Weight& weight, bool add) {
   const Tensor total = at::empty({dy.size(0), weight.in}, dy.options().dtype(at::kFloat));
   if (add) {

@@ -1,4 +1,4 @@
-// What dropout_add and dropout_add_norm share: dropped values, their sum with the residual stream, and the dtypes of both.
+// Shared by dropout_add and dropout_add_norm: dropped values, their sum with the residual stream, and the dtypes of both.
 #pragma once
 
 #include "elementwise.h"
@@ -44,7 +44,7 @@ void dispatch_stream(at::ScalarType x, at::ScalarType stream, const F& f) {
   PETL_DISPATCH_FLOATING(stream, "dropout_add", [&] { f(scalar_t(), scalar_t()); });
 }
 
-// The dtype in which x is read or written: its own beside the stream's where dispatch_stream() knows the pair.
+// The dtype in which x is read or written: its own beside the stream's where dispatch_stream() has the pair.
 inline at::ScalarType served(at::ScalarType x, at::ScalarType stream) {
   return stream == at::kFloat && (x == at::kBFloat16 || x == at::kHalf) ? x : stream;
 }

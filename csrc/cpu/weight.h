@@ -1,4 +1,4 @@
-// A frozen weight in any storage, and the products with it. What its parts are: petl_kernels/ops/quantized.
+// A frozen weight in any storage, and the products with it. The layout of its parts: petl_kernels/ops/quantized.
 #pragma once
 
 #include "common.h"

@@ -18,7 +18,7 @@ namespace {
 constexpr size_t kWorkspace = 32 << 20;
 constexpr int kChoices = 8, kRuns = 3;
 
-// What is called of cuBLASLt.
+// The functions of cuBLASLt that are called.
 #define PETL_FUNCTIONS(each) \
   each(cublasLtCreate) \
   each(cublasLtMatmul) \
@@ -58,7 +58,7 @@ const Library& library() {
   return found;
 }
 
-// What ends a product: a status of cuBLASLt or of the runtime, in words that live for ever.
+// The status of cuBLASLt or of the runtime that ends a product, as text that lives for ever.
 struct Failure {
   const char* what;
 };
@@ -134,7 +134,7 @@ struct Descriptors {
   }
 };
 
-// What cuBLASLt chooses a kernel by. Alignment: the largest power of two, up to 256, that divides all addresses.
+// The properties by which cuBLASLt chooses a kernel. Alignment: the largest power of two, up to 256, that divides all addresses.
 using Key = std::array<int64_t, 15>;
 
 int64_t alignment(std::initializer_list<const void*> addresses) {

@@ -15,7 +15,7 @@ namespace {
 
 std::atomic<int64_t> allocated{0}, peak{0}, limit{0};
 
-// As the C library rounds it, so that what is freed can be asked for its size.
+// The size as the C library rounds it, which it also reports for memory that is freed.
 int64_t size_of(void* data) {
 #if defined(__linux__)
   return static_cast<int64_t>(malloc_usable_size(data));

@@ -1,4 +1,4 @@
-// What petl_kernels/backends/triton/launch.py does at every launch: some ten to fifty arguments, told apart as Triton's
+// The work of petl_kernels/backends/triton/launch.py at every launch: ten to fifty arguments, distinguished as Triton's
 // own native_specialize_impl does.
 #include "launch_key.h"
 

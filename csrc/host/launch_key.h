@@ -4,7 +4,7 @@
 
 namespace petl {
 
-// What Triton compiles a kernel anew for, of its arguments: a byte or two for each of them and a pair of brackets for
+// The properties of arguments for which Triton compiles a kernel anew: a byte or two for each of them and a pair of brackets for
 // each tuple. Equal keys mean equal specialisations. None where an argument is of an unfamiliar kind.
 pybind11::object launch_key(const pybind11::tuple& args);
 

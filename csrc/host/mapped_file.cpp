@@ -93,7 +93,7 @@ void MappedFile::will_need(int64_t offset, int64_t bytes) const {
 void MappedFile::drop(int64_t offset, int64_t bytes) const {
   check(offset, bytes);
   const int64_t first = round_up(offset);
-  // the file's last page may be short, and nobody else is in it
+  // the file's last page may be short, and nothing else is in it
   const int64_t last = offset + bytes == size() ? round_up(size()) : round_down(offset + bytes);
   if (first < last && madvise(mapping_->start + first, last - first, MADV_DONTNEED) != 0) {
     fail(mapping_->path);

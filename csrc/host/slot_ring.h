@@ -27,7 +27,7 @@ class SlotRing {
   SlotRing(const SlotRing&) = delete;
   SlotRing& operator=(const SlotRing&) = delete;
 
-  // What went wrong when the stream and the events were made; the object is of no use then.
+  // The error in making the stream and the events, after which the object cannot be used.
   cudaError_t status() const {
     return status_;
   }

@@ -1,4 +1,4 @@
-// What petl_kernels/layers/rule/watch.py does at every call of a layer: some thousand comparisons of addresses.
+// The work of petl_kernels/layers/rule/watch.py at every call of a layer: some thousand comparisons of addresses.
 #include "watch.h"
 
 namespace py = pybind11;

@@ -12,7 +12,7 @@ pybind11::list values(const pybind11::list& dictionaries);
 // Whether they are the very objects in `before`, which `values` has returned.
 bool same_values(const pybind11::list& dictionaries, const pybind11::list& before);
 
-// What changes of a tensor when its values do, for each: its version, and (by assigning `data`) its storage.
+// The properties of each tensor that change with its values: its version, and (by assigning `data`) its storage.
 pybind11::bytes stamps(const std::vector<at::Tensor>& tensors);
 
 } // namespace petl

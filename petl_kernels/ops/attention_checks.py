@@ -10,7 +10,7 @@ from torch import Tensor
 from petl_kernels.errors import InputError
 from petl_kernels.ops import philox
 from petl_kernels.ops.attention_reference import mask_columns
-from petl_kernels.ops.checks import autocasts, check_device, shape
+from petl_kernels.ops.checks import autocasts, check_device, check_floating, shape
 
 
 def check(
@@ -28,8 +28,7 @@ def check(
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.dim() != 4:
             raise InputError(f"{op}: {name} has shape {shape(tensor)}: expected (batch, heads, length, features)")
-        if not tensor.is_floating_point():
-            raise InputError(f"{op}: {name} has dtype {tensor.dtype}: expected a floating-point tensor")
+        check_floating(op, name, tensor)
         if tensor.dtype != q.dtype and not autocasts(q):
             raise InputError(f"{op}: {name} has dtype {tensor.dtype}: expected that of q, {q.dtype}")
         check_device(op, name, tensor, q)
@@ -48,17 +47,13 @@ def check(
             raise InputError(f"{op}: mask requires grad: expected a constant (a trained bias goes into bias)")
     if bias is not None:
         _check_broadcast("bias", bias, ((batch, 1), (heads,), (queries,), (keys,)), q)
-        if not bias.is_floating_point():
-            raise InputError(f"{op}: bias has dtype {bias.dtype}: expected a floating-point tensor")
+        check_floating(op, "bias", bias)
     prefix = _check_prefix(prefix_k, prefix_v, q)
     philox.check_rate(op, dropout)
     probabilities = batch * heads * queries * mask_columns(prefix, keys)[1]
     if dropout and probabilities >= philox.MAX_ELEMENTS:
         raise InputError(f"{op}: there are {probabilities} probabilities: expected fewer than 2^32 with dropout")
-    if seed is not None:
-        if seed.dtype != torch.int64 or tuple(seed.shape) != (1,):
-            raise InputError(f"{op}: seed is {seed.dtype} of shape {shape(seed)}: expected int64 of shape (1,)")
-        check_device(op, "seed", seed, q)
+    philox.check_seed(op, seed, q)
 
 
 def _check_broadcast(name: str, tensor: Tensor, allowed: tuple[tuple[int, ...], ...], q: Tensor) -> None:
@@ -71,18 +66,17 @@ def _check_broadcast(name: str, tensor: Tensor, allowed: tuple[tuple[int, ...], 
 
 def _check_prefix(prefix_k: Tensor | None, prefix_v: Tensor | None, q: Tensor) -> int:
     """Refuses prefixes that do not fit q, and returns their length."""
-    if (prefix_k is None) != (prefix_v is None):
-        missing = "prefix_k" if prefix_k is None else "prefix_v"
-        raise InputError(f"attention: {missing} is None and the other half is not: expected both or none")
-    if prefix_k is None:
+    if prefix_k is None or prefix_v is None:
+        if prefix_k is not prefix_v:
+            missing = "prefix_k" if prefix_k is None else "prefix_v"
+            raise InputError(f"attention: {missing} is None and the other half is not: expected both or none")
         return 0
     _, heads, _, features = q.shape
     for name, tensor in (("prefix_k", prefix_k), ("prefix_v", prefix_v)):
         if tensor.dim() != 3 or tuple(tensor.shape) != (prefix_k.shape[0], heads, features):
             length = prefix_k.shape[0] if name == "prefix_v" else "prefix"
             raise InputError(f"attention: {name} has shape {shape(tensor)}: expected ({length}, {heads}, {features})")
-        if not tensor.is_floating_point():
-            raise InputError(f"attention: {name} has dtype {tensor.dtype}: expected a floating-point tensor")
+        check_floating("attention", name, tensor)
         check_device("attention", name, tensor, q)
     return prefix_k.shape[0]
 
@@ -96,10 +90,10 @@ def check_packed(
     cu_seqlens_k: Tensor | None,
 ) -> None:
     op = "attention"
-    if (cu_seqlens_q is None) != (cu_seqlens_k is None):
-        missing = "cu_seqlens_q" if cu_seqlens_q is None else "cu_seqlens_k"
-        raise InputError(f"{op}: {missing} is None and the other one is not: expected both or none")
-    if cu_seqlens_q is None:
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        if cu_seqlens_q is not cu_seqlens_k:
+            missing = "cu_seqlens_q" if cu_seqlens_q is None else "cu_seqlens_k"
+            raise InputError(f"{op}: {missing} is None and the other one is not: expected both or none")
         return
     for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if cu.dtype != torch.int32:
@@ -133,6 +127,5 @@ def check_distance_bias(distance_bias: Tensor | None, q: Tensor) -> None:
     if distance_bias.dim() != 2 or distance_bias.shape[0] != heads or distance_bias.shape[1] % 2 == 0:
         expected = f"({heads}, 2R + 1), an odd number of distances"
         raise InputError(f"attention: {name} has shape {shape(distance_bias)}: expected {expected}")
-    if not distance_bias.is_floating_point():
-        raise InputError(f"attention: {name} has dtype {distance_bias.dtype}: expected a floating-point tensor")
+    check_floating("attention", name, distance_bias)
     check_device("attention", name, distance_bias, q)

@@ -98,10 +98,10 @@ def reference_backward(
     prefix = inputs.prefix
     dq, dk, dv = (like_heads(tensor) for tensor in (q, k, v))
     dk.zero_(), dv.zero_()  # for keys that no query sees
-    dbias = bias.new_zeros(bias.shape, dtype=sums) if need_dbias else empty(q)
-    ddistance = distance_bias.new_zeros(distance_bias.shape, dtype=sums) if need_ddistance_bias else empty(q)
+    dbias = _zeros(bias, sums) if need_dbias else empty(q)
+    ddistance = _zeros(distance_bias, sums) if need_ddistance_bias else empty(q)
     dprefix_k, dprefix_v = (q.new_zeros(_heads_first(p).shape, dtype=sums) for p in (inputs.prefix_k, inputs.prefix_v))
-    dk_sum = dv_sum = None
+    dk_sum, dv_sum = empty(k), empty(v)
     for chunk in inputs.chunks():
         b, h, rows = part = chunk.queries
         # A row is whole here, so its softmax is taken again: unlike exp(S - lse) it survives an additive mask that
@@ -112,6 +112,7 @@ def reference_backward(
         delta = (do_part.to(sums) * o[part].to(sums)).sum(-1, keepdim=True)
         ds = p * (inputs.against_values(chunk, do_part) * kept - delta)
         if need_dbias:
+            assert bias is not None
             dbias[b if bias.shape[0] > 1 else slice(0, 1), h, rows] += _sum_to(ds[..., prefix:], bias.shape[0])
         if need_ddistance_bias:
             ddistance[h] += inputs.summed_by_distance(chunk, ds[..., prefix:].sum(0))
@@ -128,8 +129,8 @@ def reference_backward(
         if prefix:
             dprefix_k[h] += _over_batch(ds[..., :prefix]).to(sums).mT @ _over_batch(q[part]).to(sums)
             dprefix_v[h] += _over_batch(p[..., :prefix]).to(sums).mT @ _over_batch(do_part).to(sums)
-    dprefix = (grad.transpose(0, 1).contiguous() for grad in (dprefix_k, dprefix_v))
-    return dq, dk, dv, dbias, *dprefix, ddistance
+    dprefix_k, dprefix_v = (grad.transpose(0, 1).contiguous() for grad in (dprefix_k, dprefix_v))
+    return dq, dk, dv, dbias, dprefix_k, dprefix_v, ddistance
 
 
 class Chunk(NamedTuple):
@@ -300,6 +301,11 @@ def _softmax(s: Tensor) -> tuple[Tensor, Tensor]:
 def _slice(tensor: Tensor, part: tuple[slice, slice, slice]) -> Tensor:
     """Returns the part of a mask or a bias, whose dimensions of size 1 are broadcast."""
     return tensor[tuple(s if size > 1 else slice(None) for s, size in zip(part, tensor.shape, strict=False))]
+
+
+def _zeros(like: Tensor | None, dtype: torch.dtype) -> Tensor:
+    assert like is not None
+    return like.new_zeros(like.shape, dtype=dtype)
 
 
 def _sum_to(ds: Tensor, batch: int) -> Tensor:

@@ -13,8 +13,12 @@ from petl_kernels.ops.quantized.tensor import QuantizedTensor
 def check_activation(op: str, x: Tensor, name: str = "x") -> None:
     if x.dim() == 0:
         raise InputError(f"{op}: {name} has rank 0: expected (..., features)")
-    if not x.is_floating_point():
-        raise InputError(f"{op}: {name} has dtype {x.dtype}: expected a floating-point tensor")
+    check_floating(op, name, x)
+
+
+def check_floating(op: str, name: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise InputError(f"{op}: {name} has dtype {tensor.dtype}: expected a floating-point tensor")
 
 
 def check_weight(op: str, name: str, weight: Tensor, x: Tensor) -> None:
@@ -39,8 +43,7 @@ def check_parameter(op: str, name: str, parameter: Tensor, expected: tuple[int, 
     """Refuses a parameter of another shape than ``expected``, on another device than x, or of an integer dtype."""
     if tuple(parameter.shape) != expected:
         raise InputError(f"{op}: {name} has shape {shape(parameter)}: expected {expected}")
-    if not parameter.is_floating_point():
-        raise InputError(f"{op}: {name} has dtype {parameter.dtype}: expected a floating-point tensor")
+    check_floating(op, name, parameter)
     check_device(op, name, parameter, x)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ def define(name: str, schema: str, kernel: Callable, fake: Callable, autocast: t
     _kernels[name] = kernel
 
 
-def run(name: str, *args):
+def run(name: str, *args: Any) -> Any:
     """Returns the values of ``petl::name``, for a caller that has checked the arguments and has a gradient of its own.
 
     The kernel is called without the dispatcher, which takes longer than the kernels of a small layer. Only where a

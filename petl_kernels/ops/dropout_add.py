@@ -34,16 +34,21 @@ def dropout_add(x: Tensor, residual: Tensor, p: float, seed: Tensor | None = Non
     p outside [0, 1).
     """
     check_activation("dropout_add", x)
-    if residual.shape != x.shape or not residual.is_floating_point():
-        raise InputError(
-            f"dropout_add: residual is {residual.dtype} of shape {shape(residual)}: expected a floating-point tensor "
-            f"of {shape(x)}"
-        )
-    check_device("dropout_add", "residual", residual, x)
+    check_residual("dropout_add", residual, x)
     seed = philox.seed_for("dropout_add", x, p, seed)
     if p == 0:
         return residual + x
     return torch.ops.petl.dropout_add(x, residual, float(p), seed, active())
+
+
+def check_residual(op: str, residual: Tensor, x: Tensor) -> None:
+    """Refuses a residual that is not a floating-point tensor of the shape and on the device of x."""
+    if residual.shape != x.shape or not residual.is_floating_point():
+        raise InputError(
+            f"{op}: residual is {residual.dtype} of shape {shape(residual)}: expected a floating-point tensor "
+            f"of {shape(x)}"
+        )
+    check_device(op, "residual", residual, x)
 
 
 @register("dropout_add", "reference")

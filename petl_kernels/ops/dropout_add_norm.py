@@ -30,8 +30,9 @@ from torch import Tensor
 from petl_kernels.dispatch import active, dispatch, register
 from petl_kernels.errors import InputError
 from petl_kernels.ops import philox
-from petl_kernels.ops.checks import check_activation, check_device, check_parameter, shape
+from petl_kernels.ops.checks import check_activation, check_parameter
 from petl_kernels.ops.define import accumulate_dtype, define, differentiate, empty
+from petl_kernels.ops.dropout_add import check_residual
 from petl_kernels.ops.dropout_add import reference as added
 from petl_kernels.ops.dropout_add import reference_backward as dropped
 from petl_kernels.ops.layer_norm import reference as layer_norm
@@ -60,12 +61,7 @@ def dropout_add_norm(
     """
     op = "dropout_add_norm"
     check_activation(op, y, "y")
-    if residual.shape != y.shape or not residual.is_floating_point():
-        raise InputError(
-            f"{op}: residual is {residual.dtype} of shape {shape(residual)}: expected a floating-point tensor "
-            f"of {shape(y)}"
-        )
-    check_device(op, "residual", residual, y)
+    check_residual(op, residual, y)
     check_parameter(op, "weight", weight, (y.shape[-1],), y)
     if bias is not None:
         if not centred:

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from petl_kernels.dispatch import active, dispatch, register
 from petl_kernels.errors import InputError
-from petl_kernels.ops.activation import ACTIVATIONS, derivative
+from petl_kernels.ops.activation import ACTIVATIONS, check_kind, derivative
 from petl_kernels.ops.bits import pack_bits, packed_width, unpack_bits
 from petl_kernels.ops.checks import check_activation, check_frozen, check_parameter, check_weight, shape
 from petl_kernels.ops.define import accumulate_dtype, define, differentiate, empty
@@ -91,8 +91,7 @@ def _check(
     for name, bias, size in (("c1", c1, f), ("c2", c2, d)):
         if bias is not None:
             check_parameter(op, name, bias, (size,), x)
-    if activation not in ACTIVATIONS:
-        raise InputError(f"{op}: activation is {activation!r}: expected one of {', '.join(ACTIVATIONS)}")
+    check_kind(op, activation)
 
 
 def chunk_rows(rows: int, hidden: int, itemsize: int, device: str = "cpu") -> int:

@@ -49,7 +49,7 @@ from torch import Tensor
 from petl_kernels.dispatch import active, dispatch
 from petl_kernels.errors import InputError
 from petl_kernels.ops import loss_by_rows, loss_by_words
-from petl_kernels.ops.checks import check_device, check_parameter, shape
+from petl_kernels.ops.checks import check_device, check_floating, check_parameter, shape
 from petl_kernels.ops.define import accumulate_dtype, define, differentiate, empty
 from petl_kernels.ops.loss_options import ALL_ROWS, NOTHING, LossOptions, Needs
 from petl_kernels.ops.quantized.storage import is_quantized, out_features
@@ -87,7 +87,7 @@ def linear_cross_entropy(
     Raises InputError: shapes that do not fit, devices that differ, labels that are neither words nor ``ignore_index``,
     a label smoothing outside [0, 1], an unknown reduction or smoothing, fewer ``counted`` than there are.
     """
-    words = weight.shape[0] if weight.dim() == 2 else None
+    words = weight.shape[0] if weight.dim() else 0
     if bias is not None and tuple(bias.shape) == (1, words):
         bias = bias.view(words)
     _check(hidden, weight, labels, bias, label_smoothing, reduction, smoothing)
@@ -118,8 +118,7 @@ def _check(
 ) -> None:
     if hidden.dim() == 0:
         raise InputError(f"{OP}: hidden has rank 0: expected (..., d)")
-    if not hidden.is_floating_point():
-        raise InputError(f"{OP}: hidden has dtype {hidden.dtype}: expected a floating-point tensor")
+    check_floating(OP, "hidden", hidden)
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.numel() == 0:
         raise InputError(
             f"{OP}: weight has shape {shape(weight)}: expected (words, {hidden.shape[-1]})"

@@ -107,13 +107,18 @@ def seed_for(op: str, x: Tensor, p: float, seed: Tensor | None) -> Tensor | None
     check_rate(op, p)
     if p and x.numel() >= MAX_ELEMENTS:
         raise InputError(f"{op}: x has {x.numel()} elements: expected fewer than 2^32 with dropout")
+    check_seed(op, seed, x)
+    if p == 0:
+        return None
+    return draw_seed(x.device) if seed is None else seed
+
+
+def check_seed(op: str, seed: Tensor | None, x: Tensor) -> None:
+    """Refuses a seed that is not int64 (1,) on the device of x."""
     if seed is not None:
         if seed.dtype != torch.int64 or tuple(seed.shape) != (1,):
             raise InputError(f"{op}: seed is {seed.dtype} of shape {shape(seed)}: expected int64 of shape (1,)")
         check_device(op, "seed", seed, x)
-    if p == 0:
-        return None
-    return draw_seed(x.device) if seed is None else seed
 
 
 def check_rate(op: str, p: float) -> None:

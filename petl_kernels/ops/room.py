@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,7 +52,7 @@ def copied_rows(parts: Sequence[Tensor], room: int) -> Tensor:
     return whole
 
 
-def leaving_room(kernel: Callable, room: int, place: int | None, *args):
+def leaving_room(kernel: Callable, room: int, place: int | None, *args: Any) -> Any:
     """Returns what ``kernel`` returns, with the output at ``place`` (None: the only one) in rows with ``room`` behind.
 
     A kernel that takes the room as its last argument (``dispatch.takes_room``) writes such rows itself; the output of

@@ -9,14 +9,14 @@ from concurrent.futures import Future
 
 import torch
 
-from petl_kernels import dispatch
+import petl_kernels.dispatch as dispatch
 from petl_kernels.device import resolve
 from petl_kernels.ops import OPS
 from petl_kernels.ops.cases import CASES as OP_CASES
 from petl_kernels.ops.cases.case import Values, in_float64
 from petl_kernels.parity.criterion import compare_tensors
 
-# The dtypes that kernels are checked in. What a card uses first comes first.
+# The dtypes that kernels are checked in, the one that a card uses first in front.
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 
 # Op -> its cases: functions of (device, dtype) that return arguments by name. In the order of OPS.

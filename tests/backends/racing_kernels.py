@@ -29,7 +29,7 @@ def one_load(out, sums, x, y, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.cons
 
 @triton.jit
 def two_loads(out, sums, x, y, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    """The same, with a load a step ahead for the sum."""
+    """Does the same, with a load a step ahead for the sum."""
     rows, cols = tl.arange(0, BM), tl.arange(0, BN)
     acc, total = tl.zeros((BM, BN), tl.float32), tl.zeros((BM,), tl.float32)
     ahead = tl.load(x + rows[:, None] * K + tl.arange(0, BK)[None, :])

@@ -126,7 +126,7 @@ def test_what_is_added_to_is_added_to_once(card, dtype):
 
 
 def test_the_fastest_is_kept_with_its_workspace(card):
-    """Of 5, -, 3 and 4 the third; the second cannot run. At the same addresses, whose alignment counts."""
+    """The third of 5, -, 3 and 4 is kept; the second cannot run. All have the same addresses."""
     left, right, out = whole(5, 8), whole(8, 16), torch.empty(5, 16, dtype=BF16)
     assert card.multiply(out, left, right) == MOST
     assert set(card.runs()) == {0, 1, 2, 3}

@@ -39,7 +39,7 @@ WITH_PRODUCT = {
 KERNELS = WITHOUT_PRODUCT | WITH_PRODUCT | ELEMENTWISE
 # The rows of the matrix instruction, where they are not the rows of the result: BN counts the rows of the weight.
 LEFT = {"_quantized_project_kernel": "BN"}
-# Those whose products run on while the tiles of a later step are copied, on cards with MATRIX_INSTRUCTION.
+# The kernels whose products run on while the tiles of a later step are copied, on cards with MATRIX_INSTRUCTION.
 BESIDE_COPIES = {
     *("_adapter_gradients_kernel", "_forward_kernel", "_backward_kernel", "_token_sums_kernel"),
     "_quantized_project_kernel",

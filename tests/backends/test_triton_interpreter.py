@@ -155,7 +155,7 @@ def test_only_the_gradients_of_a_sum_and_its_norm_asked_for():
 @pytest.mark.parametrize(("rows", "f", "aligned"), [((33,), 128, True), ((33,), 64, False), ((3, 7), 43, False)])
 @pytest.mark.parametrize("keeps", ["bits", "x"])
 def test_cublaslt_s_products_between_the_kernels(monkeypatch, rows, f, aligned, keeps):
-    """With PyTorch's in the place of cuBLASLt's: what is asked of it, and that the bits are taken from it."""
+    """PyTorch's products take the place of cuBLASLt's: the calls are recorded, and the bits are taken from them."""
     asked = []
 
     def multiply(out, left, right, transposed, bias, bits, add):

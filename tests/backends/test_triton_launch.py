@@ -130,7 +130,7 @@ def some_options(draw: random.Random) -> dict:
 
 
 def start_twin(twin, *args, grid=(5, 2), warps=4, MODE="sum", BLOCK=64) -> None:
-    """What `start` does, as Triton itself would."""
+    """Does what `start` does, by Triton's own launch."""
     twin[grid](*args, MODE=MODE, BLOCK=BLOCK, num_warps=warps, num_stages=2, enable_fp_fusion=True)
 
 

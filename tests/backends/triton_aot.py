@@ -89,7 +89,7 @@ def record(card: str, call: Callable[[], None]) -> list[tuple]:
 
 
 def source(kernel, args: tuple, constexprs: dict) -> ASTSource:
-    """What Triton's launcher would specialise: alignment to 16, integers equal to 1, absent tensors."""
+    """Describes what Triton's launcher would specialise: alignment to 16, integers equal to 1, absent tensors."""
     constants, attributes = {}, {}
 
     def describe(path: tuple[int, ...], value, specialise: bool):
@@ -159,7 +159,7 @@ def lora(dtype: torch.dtype, groups: int, rank: int, dropout: float, tokens: int
 
 
 def border(dtype: torch.dtype, ranks: tuple[int, ...], dbias: bool = False, tokens: int = 8192, d: int = 1024) -> None:
-    """As a layer calls it, whose linears have a bias each."""
+    """Calls it like a layer whose linears have a bias each."""
     n, r, g = len(ranks) * d, room(sum(ranks)), len(ranks)
     wide, stacked, bias = _new(dtype, tokens, d + r), _new(dtype, n + r, d + r), _new(dtype, n)
     a, b = [_new(torch.float32, each, d) for each in ranks], [_new(torch.float32, d, each) for each in ranks]
@@ -202,7 +202,7 @@ def ffn(dtype: torch.dtype, activation: str, gated: bool, keeps: str, tokens: in
 
 
 def parallel(dtype: torch.dtype, m: int, tokens: int = 8192, d: int = 1024) -> None:
-    """What ``ops.parallel_ffn`` calls."""
+    """Calls the kernels of ``ops.parallel_ffn``."""
     x, w1, w2, c1, c2 = (_new(dtype, *shape) for shape in ((tokens, d), (4 * d, d), (d, 4 * d), (4 * d,), (d,)))
     w1, c1, w2 = with_room(w1, c1, w2, m)
     down, down_bias, up = (_new(torch.float32, *shape) for shape in ((m, d), (m,), (d, m)))
@@ -231,7 +231,7 @@ def residual_norm(
     dtype: torch.dtype, stream: torch.dtype, d: int, trained: bool, centred: bool = True, p: float = 0.1,
     tokens: int = 8192,
 ) -> None:  # fmt: skip
-    """As a layer with its norms in front calls it."""
+    """Calls it like a layer with its norms in front."""
     y, x, weight, seed = _new(dtype, tokens, d), _new(stream, tokens, d), _new(dtype, d), _new(torch.int64, 1)
     h, u, mean, rstd = dropout_add_norm.dropout_add_norm(
         y, x, weight, weight if centred else None, 1e-5, p, seed, centred
@@ -415,7 +415,7 @@ WITHOUT_PRODUCT = (
 
 
 def launches(card: str) -> dict[tuple, tuple]:
-    """Those that differ: what tells them apart -> (dtype, kernel, args, constexprs, options)."""
+    """Returns the launches that differ: their key -> (dtype, kernel, args, constexprs, options)."""
     found = {}
     for function, *arguments in EVERYWHERE + ONLY.get(card, []):
         dtype = str(arguments[0]).removeprefix("torch.")

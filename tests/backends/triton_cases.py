@@ -25,14 +25,14 @@ from petl_kernels.parity import rms_norm_arguments as rms_norm
 
 
 def _strided(tensor: torch.Tensor) -> torch.Tensor:
-    """The same values behind strides that neither rows nor columns are contiguous in."""
+    """Returns the same values behind strides in which neither rows nor columns are contiguous."""
     wide = tensor.new_zeros(*tensor.shape[:-1], 2 * tensor.shape[-1])
     wide[..., ::2] = tensor
     return wide[..., ::2]
 
 
 def _strided_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """The same values as columns of a wider tensor: rows further apart than they are long."""
+    """Returns the same values as columns of a wider tensor: rows further apart than they are long."""
     return torch.cat([tensor, torch.zeros_like(tensor)], -1)[..., : tensor.shape[-1]]
 
 
@@ -134,7 +134,7 @@ def _loss_labels_apart(draw, frozen):
 
 
 def _loss_frozen(draw, words, loud=1, **options):
-    """By words; a loud last word makes m rise in some rows."""
+    """Returns a loss by words; a large last word makes m rise in some rows."""
     given = loss(draw, words=words, bias=False, frozen=True, **options)
     given["weight"][-1] *= loud
     return given

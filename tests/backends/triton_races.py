@@ -107,7 +107,7 @@ class State:
 
 
 def audit(ttgir: str) -> Audit:
-    """What breaks the rule in a kernel's TTGIR; raises ValueError for an operation on buffers that it does not know."""
+    """Returns what breaks the rule in a kernel's TTGIR; raises ValueError for an unknown operation on buffers."""
     run = _Run()
     run.block(_parse(iter(ttgir.splitlines()))[0])
     return Audit(sorted(run.races), len(run.reads), len(run.overlaps))
@@ -135,7 +135,7 @@ def _parse(lines: Iterator[str]) -> tuple[list[Operation], str]:
 
 
 def _names(results: str | None) -> list[str]:
-    """Of `%a, %b:2`: %a, %b#0 and %b#1."""
+    """Returns %a, %b#0 and %b#1 for `%a, %b:2`."""
     names = []
     for group in results.split(", ") if results else []:
         name, _, count = group.partition(":")
@@ -243,7 +243,7 @@ class _Run:
         return value
 
     def buffers(self, names: list[str]) -> list[Buffer]:
-        """Those of the operands that are in memory; the others are in registers."""
+        """Returns the operands that are in memory; the others are in registers."""
         return [value for value in map(self.value, names) if isinstance(value, Buffer)]
 
     def bind(self, names: list[str], values: list[Value]) -> None:

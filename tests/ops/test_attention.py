@@ -60,7 +60,7 @@ def plain(given: dict) -> Tensor:
 
 
 def kept(seed: Tensor, rows: tuple[int, ...], prefix: int, keys: int, dropout: float) -> Tensor:
-    """What probabilities are multiplied by: prefix and keys each begin a group of 32, in which places are swapped."""
+    """Returns the factors of probabilities: prefix and keys each begin a group of 32, in which places are swapped."""
     places = [32 * (j // 32) + 8 * (j // 2 % 4) + 2 * (j // 8 % 4) + j % 2 for j in range(prefix)]
     first = -(-prefix // 32) * 32
     places += [first + 32 * (j // 32) + 8 * (j // 2 % 4) + 2 * (j // 8 % 4) + j % 2 for j in range(keys)]

@@ -116,7 +116,7 @@ def test_bias_may_be_wider_than_the_weight():
     torch.testing.assert_close(bias.grad, dy.double().sum(0).float(), rtol=1e-6, atol=1e-6)
 
 
-def test_no_gradient_is_computed_that_nobody_asked_for():
+def test_no_gradient_is_computed_that_is_not_needed():
     draw = contract.source(torch.float32)
     x, weight = draw(3, 8), draw(6, 8)
     dx, dbias = torch.ops.petl.frozen_linear_backward(draw(3, 6), [weight], False, True, "")

@@ -85,7 +85,7 @@ def test_chunks(backend, chunk_rows):
     contract.assert_parity(OP, backend, arguments_of(FP32, rows=(5, 5), chunk_rows=chunk_rows))
 
 
-def test_a_chunk_of_a_cpu_has_many_rows_where_nobody_says_how_many(monkeypatch):
+def test_a_chunk_of_a_cpu_has_many_rows_by_default(monkeypatch):
     hidden, weight, labels = torch.randn(7, 4), torch.randn(11, 4), torch.arange(7)
     chunks, cut = [], loss_by_rows.chunks
     monkeypatch.setattr(

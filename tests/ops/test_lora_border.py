@@ -22,7 +22,7 @@ def arguments(dtype=FP64, seed=0, **options) -> dict:
 
 
 def plain(given: dict) -> dict:
-    """The same by autograd, from the linears one by one."""
+    """Returns the same values by autograd, from the linears one by one."""
     leaves = {"x": given["x"], **{f"a{i}": a for i, a in enumerate(given["a"])}}
     leaves |= {f"b{i}": b for i, b in enumerate(given["b"])}
     leaves |= {f"bias{i}": c for i, c in enumerate(given["biases"]) if c.numel()}

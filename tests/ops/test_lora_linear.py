@@ -205,7 +205,7 @@ def test_without_dropout_the_generator_is_left_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_an_output_that_nobody_uses():
+def test_an_output_that_is_not_used():
     draw = contract.source(torch.float64)
     weights, leaves = [draw(5, 7), draw(5, 7)], leaves_of(draw)
     leaves = {name: leaf.requires_grad_() for name, leaf in leaves.items()}

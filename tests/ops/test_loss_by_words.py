@@ -182,7 +182,7 @@ def test_blocks_fit(device, gradient):
 
 
 def test_blocks_of_a_card():
-    """Those of docs/PERFORMANCE.md's two rows."""
+    """The sizes are those of docs/PERFORMANCE.md's two rows."""
     sizes = (8192, 1024, 256206, BF16, "cuda")
     assert loss_by_words.blocks_of(*sizes, 32 << 20, False) == (4096, 2048)
     assert loss_by_words.blocks_of(*sizes, 300 << 20, False) == (8192, 8192)

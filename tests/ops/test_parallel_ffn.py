@@ -24,7 +24,7 @@ recomputes = pytest.mark.parametrize("recompute", [False, True], ids=["kept", "r
 def arguments_of(
     dtype, rows=(17,), d=40, f=72, m=13, device="cpu", adapter_dtype=None, activation="relu", **options
 ) -> dict:
-    """What the function takes, without the room; dy for its result."""
+    """Returns the arguments of the function, without the room, and dy for its result."""
     draw = parity.Source(torch.device(device), dtype)
     network = parity.frozen_ffn_arguments(draw, rows, d, f, activation=activation, **options)
     adapter = parity.bottleneck_adapter_arguments(
@@ -225,7 +225,7 @@ def test_a_second_forward_before_the_first_backward():
 
 
 def test_the_room_follows_the_adapter():
-    """What an optimiser has done, without PyTorch's counting of changes, is in the next call."""
+    """An optimizer's change that PyTorch does not count is in the next call."""
     given = arguments_of(FP32, m=5)
     leaves, function = ours(given, scale=4.0)
     function(**leaves)

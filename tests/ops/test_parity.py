@@ -138,7 +138,7 @@ def in_order(left: torch.Tensor, right: torch.Tensor, start: torch.Tensor | floa
 
 
 def lora_in_order(x, weights, biases, a, b, scales, dropout, seed):
-    """As the Triton kernels add: the part of the rank first, then the frozen product on top of it."""
+    """Adds in the order of the Triton kernels: the part of the rank first, then the frozen product on top of it."""
     rows = x.flatten(0, -2)
     s = in_order(philox.dropout(rows, dropout, seed) if dropout else rows, torch.cat(a).T)
     ys = []

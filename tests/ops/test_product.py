@@ -24,7 +24,7 @@ def laid_out(rows: int, columns: int, dtype: torch.dtype, layout: str) -> torch.
 
 
 def largest_error(exact: torch.Tensor, terms: torch.Tensor, out: torch.dtype, dtype: torch.dtype, once: bool):
-    """What each number may be off: a rounding to ``out``, and fp32 (or fp64) sums of numbers as large as ``terms``."""
+    """Returns the allowed errors: a rounding to ``out``, and fp32 (or fp64) sums of numbers as large as ``terms``."""
     sums = 16 * torch.finfo(accumulate_dtype(dtype)).eps * terms
     return sums + (torch.finfo(out).eps / 2 * exact.abs() if once else 2 * torch.finfo(dtype).eps * terms)
 
@@ -70,7 +70,7 @@ def test_the_threads_change_no_bit(dtype):
 
 @pytest.mark.parametrize("size", [(5, 40, 9), (300, 600, 500), (16, 300, 700), (700, 300, 16)])
 def test_the_blocks_are_counted(size):
-    """As the allocator sees them: it rounds three blocks up, and a block below a page is not its memory at all.
+    """The allocator counts them: it rounds three blocks up, and a block below a page is not its memory at all.
 
     Nothing where products are not widened.
     """

@@ -32,7 +32,7 @@ def kernel(name: str, backend: str):
 
 def empty_quantized(shape: tuple[int, int], storage: str, dtype: torch.dtype, device: str = "cpu") -> QuantizedTensor:
     """A weight with memory and no values."""
-    parts = [torch.empty(size, dtype=kind, device=device) for size, kind in op.part_shapes(*shape, storage)]
+    parts = [torch.empty(size, dtype=kind, device=device) for size, kind in op.part_shapes(shape, storage)]
     return QuantizedTensor(parts, shape, dtype)
 
 
@@ -81,6 +81,16 @@ def test_nf4_is_off_by_half_a_gap_at_most(backend, dtype, shape):
     off = (made - weight.float().flatten()).abs()
     assert (off <= bound.repeat_interleave(64)[: off.shape[0]] * (1 + 1e-5) + 1e-7).all()
     assert not made[64:128].any()
+
+
+@pytest.mark.parametrize("backend", contract.BACKENDS[1:])
+def test_values_at_a_threshold_have_the_code_of_the_reference(backend):
+    """The first threshold is halfway between two floats: it has to be rounded to the same one in both languages."""
+    thresholds = torch.tensor(op.NF4_THRESHOLDS)
+    below, above = (thresholds.nextafter(torch.tensor(end)) for end in (-torch.inf, torch.inf))
+    block = torch.cat([thresholds, below, above, torch.ones(19)]).view(1, 64)
+    codes = [dispatch.kernel_of("quantize_nf4", name)(block)[0] for name in ("reference", backend)]
+    assert torch.equal(*codes)
 
 
 def test_the_code_book_is_the_published_one():
@@ -637,8 +647,8 @@ def test_a_bias_is_trained_beside_a_quantized_vocabulary(storage, reduction):
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 def test_nf4_is_that_of_bitsandbytes(dtype):
-    """The same nibbles. Of the absmaxes some may be one entry of the map apart: between two entries its CPU code does
-    not always take the nearer one."""
+    """Both have the same nibbles. Some absmaxes may be one entry of the map apart: between two entries its CPU code
+    does not always take the nearer one."""
     functional = pytest.importorskip("bitsandbytes").functional
     weight = (torch.randn(256, 192, generator=torch.Generator().manual_seed(0)) * 0.02).to(dtype)
     packed, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)

@@ -22,7 +22,7 @@ needs_extension = pytest.mark.skipif("cpu" not in contract.BACKENDS, reason="the
 
 @pytest.fixture
 def router(monkeypatch):
-    """A router whose state is put back, with a pretended Triton backend of lora_linear that only the test knows."""
+    """A router whose state is put back, with a pretended Triton backend of lora_linear alone."""
     for name in ("_kernels", "_load_errors"):
         monkeypatch.setattr(dispatch, name, dict(getattr(dispatch, name)))
     for name, fresh in (("_chosen", {}), ("_parity_errors", {}), ("_warned", set())):

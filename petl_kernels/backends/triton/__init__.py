@@ -10,7 +10,7 @@ import pkgutil
 
 import triton
 
-from petl_kernels import versions
+import petl_kernels.versions as versions
 from petl_kernels.dispatch import triton_interprets
 
 versions.check("triton")

@@ -1,10 +1,11 @@
-"""What a file of this folder says about an op: inputs, how its kernels run on them, and the sums behind its values."""
+"""The form of a case: inputs of an op, how its kernels run on them, and the sums behind its values."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ def over_axes(value: str, given: dict) -> int:
     """Returns the most additions behind one element of ``value``, nested sums together.
 
     Sums run over features and, in gradients of parameters, over tokens: the last axis of a tensor and the others, taken
-    as one. What is computed for each token has none over tokens.
+    as one. A value of one token has no sums over tokens.
     """
     axes, found = set(), [tensor for tensor in tensors(given) if tensor.dim()]
     for tensor in found:
@@ -77,7 +78,7 @@ def normal(generator: torch.Generator, *shape: int) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float32)
 
 
-def tensors(value) -> Iterator[Tensor]:
+def tensors(value: Any) -> Iterator[Tensor]:
     """Yields every tensor in nested dictionaries and lists."""
     if isinstance(value, Tensor):
         yield value
@@ -86,7 +87,7 @@ def tensors(value) -> Iterator[Tensor]:
             yield from tensors(member)
 
 
-def in_float64(value):
+def in_float64(value: Any) -> Any:
     """Returns ``value`` with every floating-point tensor in it, in nested dictionaries and lists, in fp64."""
     if isinstance(value, dict):
         return {name: in_float64(member) for name, member in value.items()}

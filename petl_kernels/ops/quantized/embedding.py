@@ -19,7 +19,7 @@ from petl_kernels.ops.quantized.storage import nf4_values, out_features, storage
 from petl_kernels.ops.quantized.tensor import QuantizedTensor, takes_quantized
 
 
-def quantized_embedding(ids: Tensor, weight: QuantizedTensor) -> Tensor:
+def quantized_embedding(ids: Tensor, weight: Tensor) -> Tensor:
     """Returns the rows ``ids`` (...) of ``weight`` (N, K): (..., K) in the weight's dtype.
 
     Raises InputError: ids that are no integers, another device, a weight that is not quantized. IndexError on the CPU

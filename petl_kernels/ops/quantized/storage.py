@@ -113,16 +113,17 @@ def tiles(rows: int, columns: int, dtype: torch.dtype) -> Iterator[slice]:
     return (slice(first, min(first + size, rows)) for first in range(0, rows, size))
 
 
-def storage_bytes(shape: tuple[int, int], storage: str | None, dtype: torch.dtype) -> int:
+def storage_bytes(shape: tuple[int, ...], storage: str | None, dtype: torch.dtype) -> int:
     """Returns the bytes of a weight of ``shape`` in ``storage``; None is dense, in ``dtype``."""
     if storage is None:
         return math.prod(shape) * dtype.itemsize
     check_layout(tuple(shape), storage)
-    return sum(math.prod(size) * kind.itemsize for size, kind in part_shapes(*shape, storage))
+    return sum(math.prod(size) * kind.itemsize for size, kind in part_shapes(shape, storage))
 
 
-def part_shapes(rows: int, columns: int, storage: str) -> list[tuple[tuple[int, ...], torch.dtype]]:
+def part_shapes(shape: tuple[int, ...], storage: str) -> list[tuple[tuple[int, ...], torch.dtype]]:
     """Returns the shapes and dtypes of the tensors that hold a weight (rows, columns) in ``storage``."""
+    rows, columns = shape
     if storage == "int8":
         return [((rows, columns), torch.int8), ((rows,), torch.float32)]
     blocks = -(-rows * columns // BLOCK)

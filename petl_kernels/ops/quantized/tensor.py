@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -37,8 +37,10 @@ class QuantizedTensor(torch.Tensor):
     Anything else is refused: see ``dequantize``.
     """
 
+    storage: str  # pyright: ignore[reportIncompatibleMethodOverride]
+
     @staticmethod
-    def __new__(cls, parts: list[Tensor], shape: tuple[int, int], dtype: torch.dtype) -> QuantizedTensor:
+    def __new__(cls, parts: list[Tensor], shape: Sequence[int], dtype: torch.dtype) -> QuantizedTensor:
         self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=parts[0].device)
         self.storage = storage_of(parts)
         for name, part in zip(PARTS[self.storage], parts, strict=True):
@@ -102,7 +104,7 @@ class QuantizedTensor(torch.Tensor):
         raise InputError(f"{name} of a quantized weight: expected F.linear, F.embedding, or its dequantize() first")
 
 
-def _rebuild(parts: list[Tensor], shape: tuple[int, int], dtype: torch.dtype, is_parameter: bool) -> Tensor:
+def _rebuild(parts: list[Tensor], shape: Sequence[int], dtype: torch.dtype, is_parameter: bool) -> Tensor:
     weight = QuantizedTensor(parts, shape, dtype)
     return torch.nn.Parameter(weight, requires_grad=False) if is_parameter else weight
 
@@ -176,7 +178,7 @@ def quantize(weight: Tensor, storage: str) -> QuantizedTensor:
         raise InputError("quantize: weight requires grad: expected a frozen weight")
     check_layout(tuple(weight.shape), storage)
     if weight.is_meta or isinstance(weight, FakeTensor):
-        parts = [weight.new_empty(size, dtype=kind) for size, kind in part_shapes(*weight.shape, storage)]
+        parts = [weight.new_empty(size, dtype=kind) for size, kind in part_shapes(tuple(weight.shape), storage)]
         return QuantizedTensor(parts, tuple(weight.shape), weight.dtype)
     parts = list(dispatch(f"quantize_{storage}", weight.device, active(), weight.dtype)(weight.detach()))
     # int8's scales, or the mean of NF4's absmaxes: neither is finite where a value of the weight is not.
