@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from petl_kernels.layers.blocks import as_causal
+from petl_kernels.layers.masks import as_causal
 from petl_kernels.models.transformers_names import attention_implementation, cache_in
 
 WAITED_FOR = ("cuda",)  # on a CPU the answer is there at once, and a mask that hides nothing is best left out

@@ -29,7 +29,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from petl_kernels.errors import InputError, check_whole, shown
 from petl_kernels.layers import device_masks
 from petl_kernels.layers.boundaries import packed_mask
-from petl_kernels.layers.lean import LeanLayer, layer_states
+from petl_kernels.layers.lean import layer_states
+from petl_kernels.layers.lean_layer import LeanLayer
 from petl_kernels.models.transformers_names import (
     POSITIONS,
     STACKS,

@@ -60,7 +60,7 @@ class Seen:
 
 def _named(layer: nn.Module | None) -> Iterator[tuple[str, nn.Module]]:
     if layer is not None:
-        start = getattr(layer, "petl_path", type(layer).__name__)
+        start = layer.petl_lean.path if hasattr(layer, "petl_lean") else type(layer).__name__
         for path, module in layer.named_modules():
             yield f"{start}.{path}".rstrip("."), module
 

@@ -44,7 +44,7 @@ def ran(monkeypatch) -> Counter:
 
 def borders(model) -> list[str]:
     layers = [module for module in model.modules() if isinstance(module, LeanLayer)]
-    return [name for layer in layers for name in layer.petl_borders or {}]
+    return [name for layer in layers for name in layer.petl_lean.borders or {}]
 
 
 def projections(model) -> dict[str, torch.nn.Module]:
@@ -228,7 +228,7 @@ def test_bytes_are_what_a_plan_counts():
         linears = [model.get_submodule(path) for attention in layer.attentions for path in attention.linears[:3]]
         storages = {linear.weight.untyped_storage()._cdata: linear.weight.untyped_storage() for linear in linears}
         room = sum(storage.nbytes() for storage in storages.values()) - sum(linear.weight.nbytes for linear in linears)
-        own = model.get_submodule(layer.path).petl_bound[0]._rules.values()
+        own = model.get_submodule(layer.path).petl_lean.bound._rules.values()
         biases = [group.bordered.bias for rule in own for attention in rule.attentions for group in attention.linears]
         assert room + sum(bias.nbytes for bias in biases) == expected
 
@@ -273,7 +273,7 @@ def test_a_replica_of_another_device_has_its_own_weights():
     x = torch.randn(2, 5, 32, dtype=torch.float64)
     expected = layer(x, None)
     replica = layer._replicate_for_data_parallel()
-    assert replica.petl_bound is not layer.petl_bound and replica.petl_borders is None
+    assert replica.petl_lean is not layer.petl_lean and replica.petl_lean.borders is None
     assert torch.equal(layer(x, None), expected) and borders(model) == LORA
 
 
@@ -421,7 +421,7 @@ def test_a_source_of_the_same_layout_is_not_written_to(monkeypatch):
     whole = torch.randn(2, 5, 32 + room, dtype=torch.float64)
     before, x = whole.clone(), torch.randn(2, 3, 32, dtype=torch.float64)
     layer(x, None, whole[..., :32], None)
-    assert layer.petl_borders["cross.kv"].buffer.shape[1] == 32 + room and torch.equal(whole, before)
+    assert layer.petl_lean.borders["cross.kv"].buffer.shape[1] == 32 + room and torch.equal(whole, before)
     assert rule_border.whole_rows([whole[..., :32]], room) is not None
 
 
@@ -456,7 +456,12 @@ def test_a_state_dict_has_tensors_of_their_own(method):
 def test_the_bias_stays_where_captured_graphs_write_it(monkeypatch):
     """Whatever is found out about a layer anew, as after an evaluation."""
     model = pk.lean(adapted("m2m100", "lora"), 1)
-    own = [border for layer in model.modules() for border in (getattr(layer, "petl_borders", None) or {}).values()]
+    own = [
+        border
+        for layer in model.modules()
+        if isinstance(layer, LeanLayer)
+        for border in layer.petl_lean.borders.values()
+    ]
     written, kernel = [], common._kernels["lora_border"]
     monkeypatch.setitem(common._kernels, "lora_border", lambda *args: written.append(args[2]) or kernel(*args))
     step(model, ragged(model))

@@ -125,7 +125,7 @@ def test_recipes_are_forgotten():
     model = pk.lean(adapted("marian", "lora"), 3)
     step(model, ragged(model))
     recompute.forget()
-    assert not recompute._made.recipes
+    assert not recompute._of_thread.recipes
 
 
 def test_a_layer_that_fails_leaves_no_recipes(monkeypatch):
@@ -136,10 +136,10 @@ def test_a_layer_that_fails_leaves_no_recipes(monkeypatch):
 
     model = pk.lean(adapted("marian", "lora"), 3)
     monkeypatch.setattr(LeanLayer, "_rule", lambda self, *_, **__: None)  # op by op
-    monkeypatch.setattr("petl_kernels.layers.bart.feed_forward_block", fail)
+    monkeypatch.setattr("petl_kernels.layers.lean_layer.feed_forward_block", fail)
     with pytest.raises(torch.OutOfMemoryError):
         step(model, ragged(model))
-    assert not recompute._made.recipes and recompute._made.layer is None
+    assert not recompute._of_thread.recipes and recompute._of_thread.layer is None
 
 
 def test_a_changed_input_is_noticed():

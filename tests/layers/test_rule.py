@@ -10,7 +10,7 @@ from torch import nn
 import petl_kernels as pk
 from petl_kernels.layers import rule
 from petl_kernels.layers.lean import LeanLayer
-from petl_kernels.layers.rule.call import KEPT
+from petl_kernels.layers.rule.call import SAVED
 from petl_kernels.ops import common
 from petl_kernels.ops.common import run
 
@@ -77,7 +77,7 @@ def test_what_is_kept_is_what_the_table_says(case):
 
 def test_every_name_of_the_table_has_a_tier():
     kept_names = {name for tiers in TABLE.values() for own in tiers.values() for name in own}
-    assert {name.rpartition(".")[2].rstrip("0123456789") for name in kept_names} == set(KEPT)
+    assert {name.rpartition(".")[2].rstrip("0123456789") for name in kept_names} == set(SAVED)
 
 
 def test_bytes_of_the_table():

@@ -26,7 +26,7 @@ FIRST = {"m2m100": "model.encoder.layers.0", "t5": "encoder.block.0", "mbart": "
 def ran(monkeypatch) -> list[str]:
     """The paths of the lean layers that run."""
     paths, run = [], LeanLayer.run
-    monkeypatch.setattr(LeanLayer, "run", lambda self, *args: paths.append(self.petl_path) or run(self, *args))
+    monkeypatch.setattr(LeanLayer, "run", lambda self, *args: paths.append(self.petl_lean.path) or run(self, *args))
     return paths
 
 
@@ -152,7 +152,7 @@ def test_a_changed_part(change):
 
 def test_a_class_of_layers_with_another_forward(monkeypatch):
     model = pk.lean(build("m2m100").double(), 2)
-    layer = type(model.model.encoder.layers[0]).petl_bases[1]
+    layer = type(model.model.encoder.layers[0]).petl_bases[-1]
     own = layer.forward
     monkeypatch.setattr(layer, "forward", lambda self, *args, **kwargs: own(self, *args, **kwargs) * 2)
     inputs = ragged(model)

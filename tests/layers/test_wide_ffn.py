@@ -144,7 +144,7 @@ def test_streamed_and_quantized_layers_have_none(tmp_path):
     quantize_model(model, "int8", "dense")
     assert calls(model) == (0, LAYERS, LAYERS)
     layers = [module for module in model.modules() if isinstance(module, LeanLayer)]
-    assert all(layer.petl_wide is None or layer.petl_wide.w1 is None for layer in layers)
+    assert all(layer.petl_lean.wide is None for layer in layers)
     assert worst(step(model, inputs), expected)[0] < 0.1
 
 
@@ -260,7 +260,7 @@ def test_chosen_in_inference_mode_and_trained_later():
 def test_quantized_weights_leave_nothing_of_the_dense_ones():
     model = pk.lean(adapted("m2m100", "parallel", dtype=torch.float32), 1)
     quantize_model(model, "int8", "dense")
-    assert not any(getattr(module, "petl_wide", None) for module in model.modules())
+    assert not any(module.petl_lean.wide for module in model.modules() if isinstance(module, LeanLayer))
     expected = logits(model.eval())
     assert torch.equal(logits(model.to(torch.float32)), expected)
 
