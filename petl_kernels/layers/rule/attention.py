@@ -138,8 +138,8 @@ class Attention:
         return run("attention", q, k, v, *self._attention_inputs(call, bias), *packed, call.backend)
 
     def _bias_and_boundaries(self, call: Call) -> tuple[Tensor | None, ...]:
-        """Returns the bias by query and key, the boundaries of queries and of keys, and a packed row's bias by distance,
-        each of them or None."""
+        """Returns the bias by query and key, the boundaries of queries and keys, and a packed row's bias by distance;
+        each may be None."""
         bias, packed = call.biases.get(self.name), call.boundaries.get(self.name)
         return (bias, None, None, None) if packed is None else (None, *packed, bias)
 
