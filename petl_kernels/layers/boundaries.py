@@ -1,8 +1,8 @@
 """The boundaries of a packed row's sentences, on the way from a model to the attentions of its lean layers.
 
 A model hands its layers masks, and nothing else that is about sentences. So the boundaries are an attribute of a mask:
-one without a column, which transformers passes on as it is, and which no attention but a lean one can use. A copy of it,
-on another device, say, has lost them, and ends in an error, never in other numbers.
+one without a column, which transformers passes on as it is, and which no attention but a lean one can use. A copy of
+it, on another device, say, has lost them, and ends in an error, never in other numbers.
 """
 
 from __future__ import annotations

@@ -128,3 +128,20 @@ def worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float,
         return ((found[name].double() - expected[name].double()).norm() / size).item()
 
     return max((difference(name), name) for name in expected)
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-9) -> None:
+    difference, name = worst(found, expected)
+    assert difference < tolerance, (name, difference)
+
+
+def borders(model: nn.Module) -> list[str]:
+    """The names of the borders of all layers, in their order."""
+    layers = [module for module in model.modules() if isinstance(module, LeanLayer)]
+    return [name for layer in layers for name in layer.petl_lean.borders or {}]
+
+
+def wide(model: nn.Module) -> list[str]:
+    """The paths of the layers whose feed-forward network has an adapter inside."""
+    layers = [module for module in model.modules() if isinstance(module, LeanLayer)]
+    return [layer.petl_lean.path for layer in layers if layer.petl_lean.wide is not None]

@@ -111,6 +111,26 @@ def test_copies_and_pickles_stay_lean(family):
         assert worst(step(other, inputs), expected)[0] == 0
 
 
+def test_a_layer_gets_one_attribute_which_goes_with_lean(family):
+    model = adapted(family, "lora")
+    inputs = ragged(model)
+    step(model, inputs)
+
+    def attributes() -> dict[str, set[str]]:
+        return {path: set(vars(module)) for path, module in model.named_modules()}
+
+    before, keys = attributes(), list(model.state_dict())
+    pk.lean(model, [1, 2, 3, 4])
+    step(model, inputs)
+    added = {path: own - before[path] for path, own in attributes().items() if own != before[path]}
+    assert list(added.values()) == [{"petl_lean"}] * 4 and list(model.state_dict()) == keys
+    assert {module.petl_lean.path: module.petl_lean.tier for module in map(model.get_submodule, added)} == dict(
+        zip(added, [1, 2, 3, 4], strict=True)
+    )
+    pk.lean(model, 0)
+    assert attributes() == before
+
+
 def test_backward_twice():
     model = pk.lean(adapted("marian", "lora"), 3)
     loss = model(**ragged(model)).loss
