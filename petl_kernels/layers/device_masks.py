@@ -18,8 +18,8 @@ WAITED_FOR = ("cuda",)  # on a CPU the answer is there at once, and a mask that 
 def without_waiting(model: nn.Module, inputs: dict) -> dict:
     """Returns ``inputs`` of a training step with bool masks of four dimensions in the place of those of two.
 
-    The source's is (rows, 1, 1, source tokens), the target's (1, 1, target tokens, target tokens). A decoder's mask that
-    is given stays; all stay for an attention function other than sdpa's, and under ``torch.compile``.
+    The source's is (rows, 1, 1, source tokens), the target's (1, 1, target tokens, target tokens). A decoder's mask
+    that is given stays; all stay for an attention function other than sdpa's, and under ``torch.compile``.
     """
     ids = inputs.get("decoder_input_ids")
     if ids is None and inputs.get("decoder_inputs_embeds") is None:

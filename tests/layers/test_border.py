@@ -1,4 +1,4 @@
-"""Linears of a layer that stand together in one product, with LoRA in a border of their weights: forced on a CPU."""
+"""Linears of a layer in one product, with LoRA in a border of their weights: forced on a CPU."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def on_a_cpu(monkeypatch):
 
 @pytest.fixture
 def ran(monkeypatch) -> Counter:
-    """How often each op of a layer's linears has run."""
+    """Counts the runs of each op of a layer's linears."""
     counted = Counter()
     for name in ("lora_border", "lora_border_backward", "lora_linear", "frozen_linear"):
         kernel = common._kernels[name]
@@ -43,7 +43,7 @@ def ran(monkeypatch) -> Counter:
 
 
 def projections(model) -> dict[str, torch.nn.Module]:
-    """q, k and v of every attention, by path."""
+    """Returns q, k and v of every attention, by path."""
     paths = (path for attention in describe(model).attentions for path in (attention.q, attention.k, attention.v))
     return {path: model.get_submodule(path) for path in paths}
 
@@ -80,7 +80,7 @@ def test_other_ranks_scales_and_trained_biases(bias):
 
 
 def test_dropout_elsewhere_and_autocast():
-    """Wherever rows are cast or come from somebody else, they are copied."""
+    """Rows that are cast, or come from outside of the layer, are copied."""
     for settings, autocast in ((DROPOUT, False), ({}, True)):
         dtype = torch.float32 if autocast else torch.float64
         plain = pk.lean(adapted("m2m100", "lora", dtype=dtype, **settings), 2)
@@ -116,7 +116,7 @@ def test_dropout_that_is_set_afterwards(ran):
     assert ran["lora_linear"] and not ran["lora_border"]
 
 
-# ---- nothing is stale -----------------------------------------------------------------------------------------------
+# ---- values between forward and backward -----------------------------------------------------------------------------
 
 
 def test_what_is_changed_in_place_is_named():
@@ -178,8 +178,8 @@ def test_bytes_are_what_a_plan_counts():
 
 
 @pytest.mark.parametrize("method", ["lora", "bitfit"])
-def test_what_a_tier_keeps_is_what_it_keeps_apart(method, monkeypatch):
-    """q, k and v are columns of one tensor, and nothing of the wide rows is kept with them."""
+def test_a_tier_saves_what_it_saves_without_a_border(method, monkeypatch):
+    """q, k and v are columns of one tensor, and nothing of the wide rows is saved with them."""
     model = adapted("m2m100", method, dtype=torch.float32)
     inputs = ragged(model)
     kept = {}
@@ -211,7 +211,7 @@ def test_copies_other_dtypes_and_devices():
 
 
 def test_a_replica_of_another_device_has_its_own_weights():
-    """As DataParallel makes them: parameters are attributes there, and nothing of the first device is."""
+    """DataParallel's replicas have parameters as attributes, and nothing of the first device."""
     model = pk.lean(adapted("m2m100", "lora"), 1)
     layer = model.model.encoder.layers[0]
     x = torch.randn(2, 5, 32, dtype=torch.float64)
@@ -306,7 +306,7 @@ def test_data_that_is_assigned_leaves_the_border(ran):
 
 
 def test_other_weights_for_one_call_are_not_moved():
-    """``functional_call`` puts somebody's tensors in the place of the parameters."""
+    """``functional_call`` puts tensors of the caller in the place of the parameters."""
     model = pk.lean(adapted("m2m100", "lora"), 1)
     inputs = ragged(model)
     expected = step(model, inputs)
@@ -320,7 +320,7 @@ def test_other_weights_for_one_call_are_not_moved():
 
 
 def test_a_source_of_the_same_layout_is_not_written_to(monkeypatch):
-    """The encoder's output as columns of somebody's tensor, which looks as if it had room behind its rows."""
+    """The source is columns of a wider tensor of the caller: what is behind its rows is no room."""
     model = pk.lean(adapted("m2m100", "lora"), 1)
     layer, room = model.model.decoder.layers[0], 8
     whole = torch.randn(2, 5, 32 + room, dtype=torch.float64)
@@ -331,7 +331,7 @@ def test_a_source_of_the_same_layout_is_not_written_to(monkeypatch):
 
 
 def test_what_the_norm_has_left_room_for_is_not_copied(monkeypatch):
-    """In a layer with its norms in front only the source is copied, and no gradient is."""
+    """In a pre-norm layer only the source is copied, and no gradient is."""
     model = pk.lean(adapted("m2m100", "lora"), 1)
     copied = []
     own = rule_border.copied_rows
@@ -342,7 +342,7 @@ def test_what_the_norm_has_left_room_for_is_not_copied(monkeypatch):
 
 @pytest.mark.parametrize("method", ["lora", "bitfit"])
 def test_a_state_dict_has_tensors_of_their_own(method):
-    """Writers of safetensors leave out all but one of those that share memory, or refuse them."""
+    """Writers of safetensors leave out all but one of the tensors that share memory, or refuse them."""
     model = adapted("m2m100", method, dtype=torch.float32)
     expected = model.state_dict()
     lean = pk.lean(model, 1)
@@ -359,7 +359,7 @@ def test_a_state_dict_has_tensors_of_their_own(method):
 
 
 def test_the_bias_stays_where_captured_graphs_write_it(monkeypatch):
-    """Whatever is found out about a layer anew, as after an evaluation."""
+    """It stays when the layer is bound anew, as after an evaluation."""
     model = pk.lean(adapted("m2m100", "lora"), 1)
     own = [
         border

@@ -149,7 +149,7 @@ def test_recipes_are_forgotten():
 
 
 def test_a_layer_that_fails_leaves_no_recipes(monkeypatch):
-    """They would hold the layer's tensors while a trainer tries the step again with less memory."""
+    """Recipes would hold the layer's tensors while a trainer tries the step again with less memory."""
 
     def fail(*_):
         raise torch.OutOfMemoryError("none is left")
@@ -183,7 +183,7 @@ def test_layer_drop(family):
     assert worst(step(pk.lean(model, 2), inputs, seed=2), plain)[0] < 1e-9
 
 
-# ---- what is not lean ----------------------------------------------------------------------------------------------
+# ---- models and layers that stay plain -----------------------------------------------------------------------------
 
 
 def test_report():
@@ -264,7 +264,7 @@ def test_wrong_tiers(tier, message):
     "tiers", [(1, 3), *(pytest.param(tiers, marks=pytest.mark.repeat) for tiers in ((3, 1), (4, 4)))]
 )
 def test_compiled(tiers):
-    """One layer a side: compiling is what takes the time."""
+    """It has one layer a side, since compiling takes the time."""
     model = adapted("m2m100", "lora", dtype=torch.float32, encoder_layers=1, decoder_layers=1)
     pk.lean(model, tiers)
     inputs = ragged(model)

@@ -24,7 +24,7 @@ LAYERS, M, ROOM = 4, 5, 8
 
 
 class Calls(TorchDispatchMode):
-    """How often each op of this package runs."""
+    """Counts the runs of each op of this package."""
 
     def __init__(self):
         super().__init__()
@@ -36,20 +36,20 @@ class Calls(TorchDispatchMode):
 
 
 def calls(model) -> tuple[int, int, int]:
-    """How many feed-forward networks run with an adapter inside, with one beside them, and adapters beside anything."""
+    """Returns the numbers of networks with an adapter inside, of frozen ones, and of adapters that run alone."""
     with Calls() as counted:
         model(**ragged(model))
     return counted.of["parallel_ffn"], counted.of["frozen_ffn"], counted.of["bottleneck_adapter"]
 
 
 def ffns(model):
-    """The first and the last linear of every layer's."""
+    """Returns the first and the last linear of every layer's feed-forward network."""
     paths = (layer.ffn.linears for layer in describe(model).layers)
     return [(model.get_submodule(linears[0]), model.get_submodule(linears[-1])) for linears in paths]
 
 
 def rooms(model) -> list[tuple[int, int]]:
-    """Elements that the memory of each layer's two weights has beside them."""
+    """Returns the elements beside each layer's two weights in their memory."""
     return [
         tuple(w.untyped_storage().nbytes() // w.element_size() - w.numel() for w in (first.weight, out.weight))
         for first, out in ffns(model)
@@ -152,7 +152,7 @@ def test_another_module_or_no_bias_in_its_place():
         first.bias = None
         owner = model.get_submodule(describe(model).layers[1].path)
         hooked = copy.deepcopy(other)
-        hooked.petl = other.petl  # with the piece that hands the adapter its input
+        hooked.petl = other.petl  # with the piece that passes the input to the adapter
         hooked.weight.mul_(2)
         owner.fc1 = hooked
     torch.testing.assert_close(logits(lean), logits(plain))
@@ -176,7 +176,7 @@ def test_quantized_weights_leave_nothing_of_the_dense_ones():
 
 def test_weights_of_another_kind_are_left_alone():
     class Own(torch.nn.Linear):
-        """As other libraries' quantized linears: the weight's shape says nothing."""
+        """Stands for another library's quantized linear, whose weight has a shape of its own."""
 
     model = adapted("t5", "parallel", feed_forward_proj="relu")
     for linear in ffns(model)[0]:
