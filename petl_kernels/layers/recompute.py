@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
+from petl_kernels.accounting.saved import observers
 from petl_kernels.layers.host_copy import host_copy
 from petl_kernels.layers.seen import Seen
 from petl_kernels.ops import philox
@@ -40,8 +41,6 @@ class _OfThread(threading.local):
 
 
 _of_thread = _OfThread()
-# Called with every tensor that ``saving`` saves: hooks of ``torch.autograd.graph`` outside of it get none of them.
-observers: list[Callable[[Tensor], object]] = []
 
 
 class Saved:

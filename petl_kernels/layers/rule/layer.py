@@ -17,7 +17,7 @@ from petl_kernels.layers.rule.call import Call, Gradients, joined
 from petl_kernels.layers.rule.feed_forward import FeedForward
 from petl_kernels.layers.rule.linears import Linear, Unknown
 from petl_kernels.layers.rule.watch import changed, stamps
-from petl_kernels.ops.common import below_autograd
+from petl_kernels.ops.define import below_autograd
 
 # From tier WHOLE on a layer saves its input alone, and backward runs its forward pass again at tier WITHIN.
 WHOLE, WITHIN = 4, 1
