@@ -2,7 +2,7 @@
 
 A layer stays the same module, with its parameters, hooks and path. Only its class changes, to one of the same name with
 a lean ``forward`` before the layer's own. That still runs for generation with a cache, and where there is an obstacle:
-somebody watches, or has changed, a module that the lean one does not call. ``layer_states`` returns what runs now.
+a hook or a change on a module that the lean one does not call, say. ``layer_states`` returns what runs now.
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,7 +31,7 @@ class Lean:
 
     tier: 1 to 5. path: that of the layer in its model, for errors. pre_norm: whether norms stand before the blocks.
     borders: by group of linears; None where the weights' memory is not the layer's (a streamed one's, a replica's).
-    wide: the buffers of the feed-forward network with a parallel adapter. bound: what was found out about the layer.
+    wide: the buffers of the feed-forward network with a parallel adapter. bound: the layer's obstacle and rules.
     """
 
     tier: int
@@ -45,12 +44,6 @@ class Lean:
     def of_copy(self, has_borders: bool) -> Lean:
         """Returns the state of a copy of the layer, whose weights are in no buffer."""
         return Lean(self.tier, self.path, self.pre_norm, {} if has_borders else None)
-
-    def renew_borders(self, attentions: Sequence) -> None:
-        """Moves linears that read one input into borders, where they can be and are not."""
-        if self.borders is not None:
-            self.bound = None
-            renew(self.borders, groups_of(attentions))
 
     def widen(self, *modules: nn.Module) -> None:
         """Moves the weights of a feed-forward network into buffers with room for its adapter, where they are not.
@@ -138,7 +131,7 @@ class LeanLayer:
             raise InputError(f"cu_seqlens: {self.petl_lean.path} reads no packed rows ({reason}); expected padded ones")
 
     def bound(self) -> Bound:
-        """Returns what was found out about the layer, found out anew where the layer has changed."""
+        """Returns the layer's obstacle and rules, made anew where the layer has changed."""
         found = self.petl_lean.bound
         if found is None or not found.watch.holds():
             self.petl_lean.bound = found = Bound(self)
@@ -153,7 +146,7 @@ class LeanLayer:
     # ---- what PyTorch does to modules -------------------------------------------------------------------------------
 
     def _apply(self, fn, recurse=True):
-        """Moves or casts each parameter apart from the others, and brings them together again."""
+        """Moves or casts each parameter alone, and puts them into buffers again."""
         lean = self.petl_lean
         lean.bound = None
         super()._apply(fn, recurse)
@@ -164,8 +157,10 @@ class LeanLayer:
 
     def renew_borders(self) -> None:
         """Moves the q, k and v that read one input into borders, where they can be and are not."""
-        if self.petl_lean.borders is not None:
-            self.petl_lean.renew_borders(self.blocks(True)[0])
+        lean = self.petl_lean
+        if lean.borders is not None:
+            lean.bound = None
+            renew(lean.borders, groups_of(self.blocks(True)[0]))
 
     def state_dict(self, *args, destination=None, prefix="", keep_vars=False):
         """Returns the module's, with copies of the weights in borders, as of tensors with memory of their own.
@@ -197,7 +192,7 @@ class LeanLayer:
 
 
 class Bound:
-    """What is found out about a lean layer, and holds until ``watch`` finds a change: its obstacle and its rules."""
+    """The obstacle and the rules of a lean layer, valid until ``watch`` finds a change."""
 
     def __init__(self, layer: LeanLayer):
         self.watch, self.obstacle = Watch(layer), obstacle(layer)

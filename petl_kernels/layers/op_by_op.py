@@ -177,7 +177,7 @@ def _adapt_and_add(block: AttentionBlock, piece: Piece | None, projected: Tensor
 def _activate(block: FeedForwardBlock, z: Tensor, *gate: Tensor) -> Tensor:
     activation = ops.gated_activation if gate else ops.activation
     a = activation(z, *gate, block.activation, block.dropout)
-    # T5 keeps its last projection in fp32 beside 16-bit ones
+    # T5 has its last projection in fp32 beside 16-bit ones
     weight = getattr(block.out, "weight", None)
     if not isinstance(weight, Tensor) or not weight.is_floating_point() or torch.is_autocast_enabled(a.device.type):
         return a

@@ -76,8 +76,8 @@ class LeanLoss:
         output = self._loss({**kwargs, "use_cache": False}, options)
         if getattr(self, "_is_replica", False):  # DataParallel would read the cache
             return output
-        again = {**kwargs, "use_cache": True, "return_dict": True}
-        return with_cache(output, late_cache(self, lambda: cache_of(self._loss(again, options))))
+        cached = {**kwargs, "use_cache": True, "return_dict": True}
+        return with_cache(output, late_cache(self, lambda: cache_of(self._loss(cached, options))))
 
     def _loss(self, kwargs: dict, options: dict) -> Any:
         if not head_obstacle(self._modules["lm_head"]):

@@ -38,7 +38,7 @@ class Bordered:
         self.bias = border.bias
         # Fake tensors, of a simulation, have no addresses.
         self.places = [(own, own.data_ptr()) for own in weights if not isinstance(own, FakeTensor)]
-        # Backward reads the border, wherever the parameters are by then. The versions of these tell of writes to it.
+        # Backward reads the border, wherever the parameters are by then. A write to it changes the versions of these.
         self.watched = [(weight.detach(), weight) for weight in weights]
         others = (tensor for linear in linears for tensor in (linear.bias, *(linear.lora or ())))
         self.bound = [*(watched for watched, _ in self.watched), *(own for own in others if own is not None)]

@@ -133,7 +133,7 @@ def _run(dtype: torch.dtype, shape: tuple[int, int], read: Sequence[Tensor]) -> 
 
 
 class _Network(torch.autograd.Function):
-    """The network as one node, which holds what its backward reads: it may run for parts of a model one by one."""
+    """The network as one node. It holds the tensors that backward reads, which may run for one layer after another."""
 
     @staticmethod
     def forward(ctx, dtype: torch.dtype, shape: tuple[int, int], *read: Tensor) -> tuple[Tensor, ...]:
