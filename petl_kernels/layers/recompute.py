@@ -1,9 +1,9 @@
 """Saved tensors that are recomputed.
 
-Autograd saves the tensors that its rules need. Inside ``saving()`` a tensor that came out of ``recomputed(fn, *inputs)``
-is not saved: a recipe takes its place, which is ``fn`` and the inputs, and those are saved or have recipes themselves.
-So the choice of steps that run through ``recomputed`` is the choice of what a layer saves. The rules of the ops, of
-adapters and of plain PyTorch stay as they are, and so do the gradients, bit for bit.
+Autograd saves the tensors that its rules need. Inside ``saving()`` the result of ``recomputed(fn, *inputs)`` is not
+saved: a recipe takes its place, which is ``fn`` and the inputs, and those are saved or have recipes themselves. So the
+choice of steps that run through ``recomputed`` is the choice of what a layer saves. The rules of the ops, of adapters
+and of plain PyTorch stay as they are, and so do the gradients, bit for bit.
 
 A recipe runs without autograd, under the autocast state and with the dropout seeds of its forward pass. Its results
 live until the last tensor that stands for one of them is read: k, v and the projections of one layer share one
