@@ -138,7 +138,7 @@ def test_lean_in_inference_mode_and_trained_later(kind):
     assert not any(parameter.is_inference() for parameter in model.parameters())
 
 
-def test_a_question_frees_nothing(kind):
+def test_serves_frees_nothing(kind):
     """``serves`` compares; ``undo`` frees."""
     model = pk.lean(kind.model(), 1)
     lean = model.model.encoder.layers[0].petl_lean
