@@ -88,6 +88,12 @@ def activation_name(module: nn.Module) -> str:
     return ACTIVATIONS.get(name, "")
 
 
+def activation_of(layer: nn.Module) -> str:
+    """Returns the ops' name for the activation of an encoder or decoder layer; "" for one that they do not have."""
+    function = getattr(layer, "activation_fn", None) or layer.layer[-1].DenseReluDense.act
+    return activation_name(function)
+
+
 def class_that_runs(module: nn.Module) -> str:
     """The class whose ``forward`` a call of ``module`` runs, as PyTorch or transformers have written it.
 

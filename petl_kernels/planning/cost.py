@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from petl_kernels.layers.blocks import activation_of
 from petl_kernels.models.structure import Attention, Layer, Structure
+from petl_kernels.models.transformers_names import activation_of
 from petl_kernels.ops.product import product_into
 from petl_kernels.planning.simulate import Batch
 

@@ -20,6 +20,7 @@ from petl_kernels.errors import InputError
 from petl_kernels.interop.hf import no_layerdrop
 from petl_kernels.layers.border import as_on
 from petl_kernels.layers.loss.lean_loss import packing_obstacle
+from petl_kernels.layers.mixed_in import original_class
 from petl_kernels.methods.base import active_name, records
 from petl_kernels.models.transformers_names import drop_no_layer, model_of
 from petl_kernels.planning.peak import Ledger
@@ -73,7 +74,7 @@ def shallow(
     for name, depth in zip(_depth_names(config), (encoder, decoder), strict=True):
         setattr(config, name, depth)
     no_layerdrop(config)  # drawn layer by layer, and the worst step drops none
-    like = model_of(_plain_class(model), config, torch.float32)
+    like = model_of(original_class(type(model)), config, torch.float32)
     given = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     _set_dtypes(like, given)
     name = active_name(model)
@@ -174,10 +175,6 @@ def _depth_names(config) -> tuple[str, str]:
         if all(getattr(config, name, None) is not None for name in names):
             return names
     raise InputError(f"config of {type(config).__name__}: no numbers of layers; expected an encoder-decoder's")
-
-
-def _plain_class(model: nn.Module) -> type:
-    return getattr(type(model), "petl_bases", (type(model),))[0]
 
 
 def _set_dtypes(like: nn.Module, given: dict[str, Tensor]) -> None:

@@ -99,7 +99,7 @@ def test_peft(family):
 def test_dropout(family, method):
     """Each layer's rule draws the masks of the ops that it stands for: all tiers agree with autograd over those ops.
 
-    The bound is for biases of keys, whose gradient is nothing but rounding.
+    The bound is for biases of keys, whose gradient is rounding alone.
     """
     settings = {"dropout_rate": 0.2} if family == "t5" else DROPOUT
     if family == "t5":
@@ -159,7 +159,7 @@ def test_sixteen_bits(family, precision, tier):
 
 
 def _distance(found, expected) -> float:
-    """The length of the difference over all gradients together, relative."""
+    """Returns the relative length of the difference over all gradients together."""
     names = [name for name in expected if name != "loss"]
     assert found.keys() == expected.keys()
     difference = sum((found[name].double() - expected[name]).square().sum() for name in names)

@@ -46,7 +46,7 @@ def test_a_replay_gives_the_gradients_of_the_cpu(family, method, tier):
     plain = pk.lean(adapted(family, method), tier)
     model = pk.lean(adapted(family, method), tier).to(CUDA)
     if method == "lora":  # q, k and v stand together on a card
-        assert all(module.petl_borders for module in model.modules() if isinstance(module, LeanLayer))
+        assert all(module.petl_lean.borders for module in model.modules() if isinstance(module, LeanLayer))
     parameters = pk.trainable_parameters(model)
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)

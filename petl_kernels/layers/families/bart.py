@@ -1,9 +1,9 @@
-"""Lean encoder and decoder layers of the BART family: M2M-100, NLLB, mBART, BART, Marian, Pegasus.
+"""Encoder and decoder layers of the BART family: M2M-100, NLLB, mBART, BART, Marian, Pegasus.
 
-pre-norm:   h = x + drop(attn(LN(x)))           post-norm:  h = LN(x + drop(attn(x)))
-            y = h + drop(ffn(LN(h)))                        y = LN(h + drop(ffn(h)))
+    pre-norm:   h = x + drop(attn(LN(x)))           post-norm:  h = LN(x + drop(attn(x)))
+                y = h + drop(ffn(LN(h)))                        y = LN(h + drop(ffn(h)))
 
-with a cross-attention between them in the decoder. The classes are mixed in before the layer's own class.
+A decoder layer has a cross-attention between the two.
 """
 
 from __future__ import annotations
@@ -13,14 +13,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from petl_kernels.layers.blocks import (
-    AttentionBlock,
-    FeedForwardBlock,
-    attention_block,
-    feed_forward_block,
-    shared_for_products,
-)
-from petl_kernels.layers.recompute import context
+from petl_kernels.layers.blocks import AttentionBlock, FeedForwardBlock
+from petl_kernels.layers.source import shared_for_products
 from petl_kernels.models.transformers_names import (
     ACTIVATIONS,
     BART_ATTENTION,
@@ -35,10 +29,8 @@ ATTENTIONS, NORMS = of(BART_NAMES, "Attention"), frozenset(["LayerNorm"])
 
 
 class LeanBartLayer:
-    """Before a layer class of the family. ``petl_tier`` and ``petl_pre_norm`` are set when it is mixed in."""
+    """Mixed in before a layer class of the family."""
 
-    petl_tier: int
-    petl_pre_norm: bool
     known = of(BART_NAMES, "EncoderLayer", "DecoderLayer")
 
     def forward(
@@ -64,33 +56,18 @@ class LeanBartLayer:
         return self.run(kwargs, hidden_states, attention_mask, None, source, encoder_attention_mask)
 
     def blocks(self, crosses: bool) -> tuple[list[AttentionBlock], FeedForwardBlock]:
-        """The layer's blocks in their order, with the attention to the source where the layer ``crosses``."""
+        """Returns the layer's blocks in their order; crosses: with the cross-attention, where the layer has one."""
         attentions = [self._attention("self_attn")]
         if crosses and hasattr(self, "encoder_attn"):
             attentions.append(self._attention("encoder_attn"))
         return attentions, self._feed_forward()
 
-    def finished(self, x: Tensor) -> Tensor:
-        """The layer's output, as what follows the last block leaves it."""
-        return x if hasattr(self, "encoder_attn") else _finite(x)
+    def after_block(self, x: Tensor) -> Tensor:
+        return x
 
-    def body(
-        self,
-        x: Tensor,
-        mask: Tensor | None,
-        bias: Tensor | None,
-        source: Tensor | None,
-        source_mask: Tensor | None,
-        tier: int,
-    ) -> tuple[Tensor, ...]:
-        """(output, k and v of the self-attention, those of the cross-attention)"""
-        keys: list[Tensor] = []
-        with context(tier > 0, self):
-            x = attention_block(self._attention("self_attn"), x, None, mask, None, tier, keys)
-            if source is not None and hasattr(self, "encoder_attn"):
-                x = attention_block(self._attention("encoder_attn"), x, source, source_mask, None, tier, keys)
-            x = feed_forward_block(self._feed_forward(), x, tier)
-            return x if hasattr(self, "encoder_attn") else _finite(x), *keys
+    def finished(self, x: Tensor) -> Tensor:
+        """Returns the layer's output; the family's encoders clamp it in fp16."""
+        return x if hasattr(self, "encoder_attn") else _finite(x)
 
     def _attention(self, name: str) -> AttentionBlock:
         attention = getattr(self, name)
@@ -106,9 +83,9 @@ class LeanBartLayer:
             causal=bool(attention.is_causal),
             dropout=attention.dropout if attention.training else 0.0,
             residual_dropout=self.dropout if self.training else 0.0,
-            pre_norm=self.petl_pre_norm,
+            pre_norm=self.petl_lean.pre_norm,
             adds_bias=False,
-            borders=self.petl_borders,
+            borders=self.petl_lean.borders,
         )
 
     def _feed_forward(self) -> FeedForwardBlock:
@@ -119,8 +96,8 @@ class LeanBartLayer:
             activation=activation_name(self.activation_fn),
             dropout=self.activation_dropout if self.training else 0.0,
             residual_dropout=self.dropout if self.training else 0.0,
-            pre_norm=self.petl_pre_norm,
-            wide=self.petl_wide,
+            pre_norm=self.petl_lean.pre_norm,
+            wide=self.petl_lean.wide,
         )
 
     def layer_index(self) -> int:
@@ -128,7 +105,7 @@ class LeanBartLayer:
 
     @staticmethod
     def parts(layer: nn.Module) -> Iterator[tuple[str, nn.Module, frozenset[str]]]:
-        """(name, module, classes whose ``forward`` it may have) of what the lean forward reads and does not call."""
+        """Yields (name, module, classes whose ``forward`` it may have) of what the lean forward does not call."""
         for name in ("self_attn", "encoder_attn"):
             if hasattr(layer, name):
                 norm = f"{name}_layer_norm"
@@ -139,14 +116,14 @@ class LeanBartLayer:
 
     @staticmethod
     def rates(layer: nn.Module) -> list[float]:
-        """The rates of dropout that are in effect."""
+        """Returns the rates of dropout that are in effect."""
         attentions = [getattr(layer, name) for name in ("self_attn", "encoder_attn") if hasattr(layer, name)]
         own = [layer.dropout, layer.activation_dropout] if layer.training else []
         return own + [attention.dropout for attention in attentions if attention.training]
 
     @staticmethod
     def uncovered(layer: nn.Module) -> str:
-        """Why a layer cannot be lean; empty when it can."""
+        """Returns why a layer cannot be lean; "" when it can."""
         reason = lacking(layer, BART_LAYER)
         for name in ("self_attn", "encoder_attn"):
             if hasattr(layer, name):
@@ -157,7 +134,7 @@ class LeanBartLayer:
 
 
 def _finite(x: Tensor) -> Tensor:
-    """As the family's encoders do in fp16."""
+    """Returns x, clamped in fp16 as the family's encoders do it."""
     if x.dtype != torch.float16:
         return x
     limit = torch.finfo(x.dtype).max - 1000

@@ -1,9 +1,9 @@
-"""Lean encoder and decoder blocks of the T5 family: T5, mT5, MADLAD-400.
+"""Encoder and decoder layers of the T5 family: T5, mT5, MADLAD-400. transformers calls such a layer a block.
 
-    h = x + drop(attn(RMSNorm(x)))      with a relative position bias, which the first block makes for all
-    y = h + drop(ffn(RMSNorm(h)))       with a gated or plain feed-forward block
+    h = x + drop(attn(RMSNorm(x)))      with a relative position bias, which the first layer makes for all
+    y = h + drop(ffn(RMSNorm(h)))       with a gated or plain feed-forward network
 
-and a cross-attention without a bias between them in the decoder. The class is mixed in before the block's own.
+A decoder layer has a cross-attention without a bias between the two.
 """
 
 from __future__ import annotations
@@ -13,15 +13,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from petl_kernels.layers.blocks import (
-    AttentionBlock,
-    FeedForwardBlock,
-    attention_block,
-    feed_forward_block,
-    shared_for_products,
-)
+from petl_kernels.layers.blocks import AttentionBlock, FeedForwardBlock
 from petl_kernels.layers.boundaries import is_packed
-from petl_kernels.layers.recompute import context
+from petl_kernels.layers.source import shared_for_products
 from petl_kernels.models.transformers_names import (
     ACTIVATIONS,
     T5_ATTENTION,
@@ -38,9 +32,8 @@ FEED_FORWARDS, DROPOUTS = of(T5_NAMES, "DenseActDense", "DenseGatedActDense"), f
 
 
 class LeanT5Layer:
-    """Before a block class of the family. ``petl_tier`` is set when it is mixed in."""
+    """Mixed in before a layer class of the family."""
 
-    petl_tier: int
     known = of(T5_NAMES, "Block")
 
     def forward(
@@ -53,7 +46,7 @@ class LeanT5Layer:
         encoder_decoder_position_bias: Tensor | None = None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """(hidden states, the self-attention's position bias, None: the cross-attention has no bias)"""
+        """Returns hidden states, the self-attention's position bias, and None: the cross-attention has no bias."""
         if self.steps_aside(kwargs):
             self.refuse_packed(attention_mask, kwargs)
             return super().forward(
@@ -72,38 +65,22 @@ class LeanT5Layer:
         return y, position_bias, encoder_decoder_position_bias
 
     def blocks(self, crosses: bool) -> tuple[list[AttentionBlock], FeedForwardBlock]:
-        """The layer's blocks in their order, with the attention to the source where the layer ``crosses``."""
+        """Returns the layer's blocks in their order; crosses: with the cross-attention, where the layer has one."""
         attentions = [self._attention(0, "SelfAttention")]
         if crosses and len(self.layer) == 3:
             attentions.append(self._attention(1, "EncDecAttention"))
         return attentions, self._feed_forward()
 
+    def after_block(self, x: Tensor) -> Tensor:
+        return _finite(x)
+
     def finished(self, x: Tensor) -> Tensor:
-        """The layer's output, as what follows the last block leaves it."""
         return x
 
-    def body(
-        self,
-        x: Tensor,
-        mask: Tensor | None,
-        bias: Tensor | None,
-        source: Tensor | None,
-        source_mask: Tensor | None,
-        tier: int,
-    ) -> tuple[Tensor, ...]:
-        """(output, k and v of the self-attention, those of the cross-attention)"""
-        keys: list[Tensor] = []
-        with context(tier > 0, self):
-            x = _finite(attention_block(self._attention(0, "SelfAttention"), x, None, mask, bias, tier, keys))
-            if source is not None and len(self.layer) == 3:
-                cross = self._attention(1, "EncDecAttention")
-                x = _finite(attention_block(cross, x, source, source_mask, None, tier, keys))
-            return _finite(feed_forward_block(self._feed_forward(), x, tier)), *keys
-
     def _position_bias(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
-        """(1, heads, tokens, tokens); for a packed row by distance: (heads, 2R + 1), from -R to R.
+        """Returns the bias (1, heads, tokens, tokens); for a packed row by distance, (heads, 2R + 1) from -R to R.
 
-        What is farther than the attention's largest distance R is in the bucket of R.
+        Distances beyond the attention's largest, R, are in the bucket of R. None for a layer that makes no bias.
         """
         attention = self.layer[0].SelfAttention
         if not attention.has_relative_attention_bias:
@@ -130,7 +107,7 @@ class LeanT5Layer:
             residual_dropout=_rate(part.dropout),
             pre_norm=True,
             adds_bias=True,
-            borders=self.petl_borders,
+            borders=self.petl_lean.borders,
         )
 
     def _feed_forward(self) -> FeedForwardBlock:
@@ -144,7 +121,7 @@ class LeanT5Layer:
             dropout=_rate(ffn.dropout),
             residual_dropout=_rate(part.dropout),
             pre_norm=True,
-            wide=self.petl_wide,
+            wide=self.petl_lean.wide,
         )
 
     def layer_index(self) -> int:
@@ -152,7 +129,7 @@ class LeanT5Layer:
 
     @staticmethod
     def parts(layer: nn.Module) -> Iterator[tuple[str, nn.Module, frozenset[str]]]:
-        """(path, module, classes whose ``forward`` it may have) of what the lean forward reads and does not call."""
+        """Yields (path, module, classes whose ``forward`` it may have) of what the lean forward does not call."""
         for i, part in enumerate(layer.layer):
             at = f"layer.{i}"
             yield at, part, WRAPPERS
@@ -168,14 +145,14 @@ class LeanT5Layer:
 
     @staticmethod
     def rates(layer: nn.Module) -> list[float]:
-        """The rates of dropout that are in effect."""
+        """Returns the rates of dropout that are in effect."""
         attentions = [layer.layer[0].SelfAttention, *(part.EncDecAttention for part in layer.layer[1:-1])]
         dropouts = [*(part.dropout for part in layer.layer), layer.layer[-1].DenseReluDense.dropout]
         return [*map(_rate, dropouts), *(attention.dropout for attention in attentions if attention.training)]
 
     @staticmethod
     def uncovered(layer: nn.Module) -> str:
-        """Why a block cannot be lean; empty when it can."""
+        """Returns why a layer cannot be lean; "" when it can."""
         ffn = layer.layer[-1].DenseReluDense
         reason = lacking(layer.layer[0].SelfAttention, T5_ATTENTION) or lacking(ffn, T5_FEED_FORWARD)
         if not reason and not activation_name(ffn.act):
@@ -188,7 +165,7 @@ def _rate(dropout: nn.Dropout) -> float:
 
 
 def _finite(x: Tensor) -> Tensor:
-    """As the family does in fp16, where its sums overflow."""
+    """Returns x, clamped in fp16, where the family's sums overflow."""
     if x.dtype != torch.float16:
         return x
     largest = torch.finfo(x.dtype).max
