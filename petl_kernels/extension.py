@@ -8,6 +8,7 @@ from petl_kernels.errors import InputError
 
 
 def find_extension() -> ModuleType | None:
+    """Returns the extension; None where it was not built."""
     try:
         from petl_kernels import _C
     except ImportError:
@@ -16,6 +17,7 @@ def find_extension() -> ModuleType | None:
 
 
 def extension() -> ModuleType:
+    """Returns the extension. Raises InputError where it was not built."""
     found = find_extension()
     if found is None:
         raise InputError("streamed layers: the C++ extension was not built; reinstall with a C++ compiler")

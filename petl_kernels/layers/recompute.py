@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
+from petl_kernels.accounting.saved import report_saved
 from petl_kernels.layers.host_copy import host_copy
 from petl_kernels.layers.seen import Seen
 from petl_kernels.ops import philox
@@ -42,8 +43,6 @@ class _Made(threading.local):
 
 
 _made = _Made()
-# Called with every tensor that ``saving`` keeps: hooks of ``torch.autograd.graph`` outside of it see none of them.
-observers: list[Callable[[Tensor], object]] = []
 
 
 class Kept:
@@ -149,13 +148,8 @@ def _capture(tensor: Tensor) -> Kept | Remade:
     found = _made.recipes.get(tensor.untyped_storage()._cdata)
     if found is not None and not found[0].expired():
         return Remade(found[1], found[2], tensor)
-    _observe(tensor)
+    report_saved(tensor)  # hooks of ``torch.autograd.graph`` outside of ``saving`` do not see it
     return Kept(tensor)
-
-
-def _observe(tensor: Tensor) -> None:
-    for observe in observers:
-        observe(tensor)
 
 
 @contextmanager
@@ -202,7 +196,7 @@ def checkpointed(layer: nn.Module, fn: Callable, x: Tensor, *inputs, offload: bo
     """
     for tensor in inputs if offload else (x, *inputs):
         if isinstance(tensor, Tensor):
-            _observe(tensor)
+            report_saved(tensor)
     if not torch.compiler.is_compiling():  # which bind to a graph what they read
         fn = _Repeated(layer, fn)
     if not offload:

@@ -161,10 +161,9 @@ def _device(name: str | None) -> str:
 
 def _results(device: str) -> Path:
     """Of the device: "cpu", or the card's name."""
-    import torch
+    from petl_kernels.machine import device_folder
 
-    name = torch.cuda.get_device_name().replace(" ", "-").lower() if device == "cuda" else "cpu"
-    return CHECKOUT / "bench" / "results" / name
+    return CHECKOUT / "bench" / "results" / device_folder(device)
 
 
 def _module(name: str) -> ModuleType:

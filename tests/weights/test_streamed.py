@@ -16,6 +16,7 @@ import petl_kernels as pk
 from petl_kernels.errors import InputError
 from petl_kernels.layers import border
 from petl_kernels.models.structure import describe
+from petl_kernels.ops.quantized import quantize
 from petl_kernels.weights import streamed as stream
 from petl_kernels.weights.mapped import FILE
 from petl_kernels.weights.slots import Slots
@@ -257,9 +258,8 @@ def test_a_parameter_of_several_plain_tensors(streamed):
     model = adapted("m2m100", "lora", dtype=torch.float32)
     held = []
     for layer in model.model.encoder.layers:
-        parts = [torch.randint(-127, 128, (57, 31), dtype=torch.int8), torch.rand(57)]  # an odd number of bytes
-        held += parts
-        layer.fc1.weight.parts = lambda parts=parts: parts
+        layer.fc1.weight = nn.Parameter(quantize(torch.randn(57, 31), "int8"), requires_grad=False)
+        held += layer.fc1.weight.parts()  # an odd number of bytes
     expected = [tensor.clone() for tensor in held]
     found = streamed(model, layers=["model.encoder.layers.0", "model.encoder.layers.1"])
     assert {f"model.encoder.layers.0.fc1.weight.{k}" for k in (0, 1)} < set(found._weights[0])
