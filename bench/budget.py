@@ -26,7 +26,6 @@ import petl_kernels as pk
 from petl_kernels.device import resolve
 from petl_kernels.files import atomic_write
 from petl_kernels.interop.hf import skeleton
-from petl_kernels.machine import device_folder
 from petl_kernels.planning.load import load_planned
 from petl_kernels.step import cap
 from petl_kernels.units import format_size, parse_size
@@ -126,7 +125,8 @@ def updates(model, plan, arguments: argparse.Namespace, device: torch.device) ->
 
 
 def record(line: dict, device: torch.device) -> None:
-    path = Path(__file__).parent / "results" / device_folder(device.type) / "budget.json"
+    name = torch.cuda.get_device_name().replace(" ", "-").lower() if device.type == "cuda" else "cpu"
+    path = Path(__file__).parent / "results" / name / "budget.json"
     lines = json.loads(path.read_text()) if path.exists() else []
     with atomic_write(path) as file:
         json.dump([old for old in lines if old["command"] != line["command"]] + [line], file, indent=1)

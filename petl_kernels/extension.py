@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from types import ModuleType
 
 from petl_kernels.errors import InputError
@@ -10,10 +11,9 @@ from petl_kernels.errors import InputError
 def find_extension() -> ModuleType | None:
     """Returns the extension; None where it was not built."""
     try:
-        from petl_kernels import _C
+        return importlib.import_module("petl_kernels._C")
     except ImportError:
         return None
-    return _C
 
 
 def extension() -> ModuleType:

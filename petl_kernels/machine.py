@@ -50,11 +50,6 @@ def device_name(kind: str) -> str:
     return torch.cuda.get_device_name() if kind == "cuda" else "cpu"
 
 
-def device_folder(kind: str) -> str:
-    """Returns the name of a device as the folder of its results is called."""
-    return device_name(kind).replace(" ", "-").lower()
-
-
 def version(package: str) -> str | None:
     """Returns the installed version of a package; None where it is not installed."""
     try:

@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -37,7 +38,6 @@ from sentences import Data  # noqa: E402
 from shapes import MODELS, m2m_config  # noqa: E402
 from trial import Result, Trial  # noqa: E402
 
-from petl_kernels import machine  # noqa: E402
 from petl_kernels.files import atomic_write  # noqa: E402
 from petl_kernels.units import format_size, parse_size  # noqa: E402
 
@@ -168,8 +168,8 @@ class Study:
         for (shape, cap, implementation), side in self.sides.items():
             cell = {"shape": shape, "cap": cap, "implementation": implementation, "setting": side.setting}
             cells.append(cell | dataclasses.asdict(side.result) | side.rates() | {"tried": side.tried})
-        about = {"device": path.parent.name, "cpu": cpuinfo.get_cpu_info().get("brand_raw"), "cores": machine.cores()}
-        about |= {"threads": machine.threads(), "torch": torch.__version__, "commit": commit()}
+        about = {"device": path.parent.name, "cpu": cpuinfo.get_cpu_info().get("brand_raw"), "cores": os.cpu_count()}
+        about |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "commit": commit()}
         about |= {"whole_grid": self.every, "data": dataclasses.asdict(DATA[self.device]), "rounds": ROUNDS}
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:
@@ -297,7 +297,8 @@ def beside_peft(study: Study, shape: str, cap: str, side: Side) -> dict:
 
 
 def results_of(device: str) -> Path:
-    return Path(__file__).parents[1] / "results" / machine.device_folder(device) / "caps.json"
+    name = torch.cuda.get_device_name().replace(" ", "-").lower() if device == "cuda" else "cpu"
+    return Path(__file__).parents[1] / "results" / name / "caps.json"
 
 
 # ---- as a program

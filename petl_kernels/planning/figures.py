@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import product
 
 import torch
 from torch import nn
@@ -20,7 +21,7 @@ from petl_kernels.models.structure import describe
 from petl_kernels.planning import budget
 from petl_kernels.planning.beam_search import Search, SearchBytes, output_length
 from petl_kernels.planning.cost import Rates, Traffic, model_work, update_seconds
-from petl_kernels.planning.levers import Candidate, Levers, Model, Request, choices
+from petl_kernels.planning.levers import STORAGES, Candidate, Levers, Request, streamed_layers
 from petl_kernels.planning.plan import PRECISIONS, Plan, approximations_of
 from petl_kernels.planning.resident import GRADIENT_BYTES, OPTIMIZER_BYTES, STEP_BYTES, FrozenWeights
 from petl_kernels.planning.simulate import Batch
@@ -57,11 +58,19 @@ class Figures:
         """Returns the figures of the same training without CUDA graphs."""
         return Figures(self.model, dataclasses.replace(self.request, graphs=False), self.rates, self.step)
 
-    def choices(self, chunk_bytes: int, allow: tuple[str, ...]) -> Iterator[Levers]:
-        """Yields the levers that this model and this training have."""
+    def choices(self, chunk_bytes: int, allow: Sequence[str]) -> Iterator[Levers]:
+        """Yields all levers that may be used with the approximations of ``allow``, the exact ones first."""
+        storages = STORAGES if "quantized" in allow and self.weights.can_round else STORAGES[:1]
+        optimizers = dict.fromkeys([self.request.optimizer, *(["adamw8bit"] if "8bit-optimizer" in allow else [])])
         wide = all(p.dtype == torch.float32 for p in self.trained)
-        model = Model(self.layers, self.weights.can_stream, self.weights.can_round, wide)
-        return choices(self.request, model, chunk_bytes, allow)
+        narrow = "bf16-gradients" in allow and wide and not self.request.graphs
+        gradients = ["float32", *(["bfloat16"] if narrow else [])]
+        can_stream = self.weights.can_stream and not self.request.graphs
+        streamed = streamed_layers(self.layers) if can_stream else [0]
+        for storage, tables, optimizer, dtype, count in product(storages, storages, optimizers, gradients, streamed):
+            if count and storage != "dense" and self.kind == "cpu":
+                continue  # they would have to be in memory once, to be rounded and written
+            yield Levers(storage, optimizer, count, chunk_bytes, tables, dtype)
 
     def pairs_of(self, micro_batches: int) -> int:
         """Returns the sentence pairs of the largest of so many micro-batches."""

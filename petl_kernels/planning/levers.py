@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -90,32 +89,6 @@ class Candidate:
     levers: Levers
     micro_batches: int
     tiers: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Model:
-    """What of a model decides the levers: its number of layers, and what of it can be streamed, rounded, narrowed."""
-
-    layers: int
-    can_stream: bool
-    can_round: bool
-    wide_gradients: bool  # all trained parameters are fp32
-
-
-def choices(request: Request, model: Model, chunk_bytes: int, allow: Sequence[str]) -> Iterator[Levers]:
-    """Yields all levers that may be used with the approximations of ``allow``, the exact ones first."""
-    storages = STORAGES if "quantized" in allow and model.can_round else STORAGES[:1]
-    optimizers = dict.fromkeys([request.optimizer, *(["adamw8bit"] if "8bit-optimizer" in allow else [])])
-    narrow = "bf16-gradients" in allow and model.wide_gradients and not request.graphs
-    gradients = ["float32", *(["bfloat16"] if narrow else [])]
-    can_stream = model.can_stream and not request.graphs
-    streamed = streamed_layers(model.layers) if can_stream else [0]
-    for storage, tables, optimizer, dtype, count in itertools.product(
-        storages, storages, optimizers, gradients, streamed
-    ):
-        if count and storage != "dense" and request.device.type == "cpu":
-            continue  # they would have to be in memory once, to be rounded and written
-        yield Levers(storage, optimizer, count, chunk_bytes, tables, dtype)
 
 
 def streamed_layers(layers: int) -> list[int]:

@@ -161,9 +161,10 @@ def _device(name: str | None) -> str:
 
 def _results(device: str) -> Path:
     """Of the device: "cpu", or the card's name."""
-    from petl_kernels.machine import device_folder
+    import torch
 
-    return CHECKOUT / "bench" / "results" / device_folder(device)
+    name = torch.cuda.get_device_name().replace(" ", "-").lower() if device == "cuda" else "cpu"
+    return CHECKOUT / "bench" / "results" / name
 
 
 def _module(name: str) -> ModuleType:

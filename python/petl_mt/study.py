@@ -20,6 +20,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -32,7 +33,6 @@ from typing import Any
 
 import torch
 
-from petl_kernels import machine as here
 from petl_kernels.device import resolve
 from petl_kernels.errors import InputError
 from petl_kernels.files import atomic_path, atomic_write
@@ -475,15 +475,31 @@ def plot(rows: Sequence[Row], path: str | os.PathLike, heading: str) -> None:
 
 def machine() -> dict[str, Any]:
     """Processor, memory, versions and commit: what a figure needs beside it."""
-    about: dict[str, Any] = {"processor": f"{here.processor()} ({here.cores()} cores)", "threads": here.threads()}
-    about["host memory"] = format_size(here.total_bytes())
+    from importlib.metadata import PackageNotFoundError, version
+
+    import psutil
+
+    about: dict[str, Any] = {"processor": _processor(), "threads": torch.get_num_threads()}
+    about["host memory"] = format_size(psutil.virtual_memory().total)
     if torch.cuda.is_available():
-        about["device"] = here.device_name("cuda")
+        about["device"] = torch.cuda.get_device_name()
     about["python"] = platform.python_version()
-    packages = ("petl-kernels", "torch", "transformers", "sentencepiece", "sacrebleu", "Babel")
-    about |= {package: version for package in packages if (version := here.version(package)) is not None}
+    for package in ("petl-kernels", "torch", "transformers", "sentencepiece", "sacrebleu", "Babel"):
+        try:
+            about[package] = version(package)
+        except PackageNotFoundError:
+            continue
     commit = _commit()
     return {**about, "commit": commit} if commit else about
+
+
+def _processor() -> str:
+    cores = os.cpu_count()
+    try:
+        name = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        name = None
+    return f"{name[1].strip() if name else platform.processor() or platform.machine()} ({cores} cores)"
 
 
 def _commit() -> str | None:

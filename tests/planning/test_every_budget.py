@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import re
+import weakref
 
 import numpy as np
 import pytest
@@ -97,10 +99,21 @@ def test_where_a_whole_update_fits_nothing_else_is_counted(monkeypatch):
     assert counted == [(1, 25, CHUNKS[0], EXACT)]
 
 
+def test_a_plan_holds_no_model(monkeypatch):
+    monkeypatch.setattr(StepBytes, "_counted", invented(1))
+    with torch.device("meta"):
+        model = pk.adapt(build("m2m100"), pk.LoRA(rank=4))
+    chooser_for(model, 1600, 64).best(2**32)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
 @pytest.mark.slow
 def test_a_model_from_the_least_on(monkeypatch):
-    """Where the demo's parent was refused under 33.3 MiB and 40 MiB, and 33.2 and 36 MiB were enough."""
-    monkeypatch.setattr(choosing, "APPROXIMATIONS", {})  # what they would bring takes time to count
+    """Once a parent was refused under 33.3 MiB and 40 MiB, where 33.2 and 36 MiB were enough."""
+    monkeypatch.setattr(choosing, "APPROXIMATIONS", {})  # their least takes time to count
     with torch.device("meta"):
         model = pk.adapt(build("m2m100", encoder_layers=2), pk.Adapter(bottleneck=16))
     chooser = chooser_for(model, 64, 16)

@@ -1,4 +1,4 @@
-"""MADLAD-400 10B, from its config: planned under 6 GiB with layers streamed and nothing approximated."""
+"""A plan for MADLAD-400 10B, from its config: under 6 GiB, with layers streamed and nothing approximated."""
 
 from __future__ import annotations
 

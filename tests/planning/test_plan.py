@@ -1,4 +1,4 @@
-"""Plans: their bytes against those that the allocator counts, what is chosen, and what is refused."""
+"""Plans: their bytes beside those that the allocator counts, the choice of levers, and refusals."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ _C = pytest.importorskip("petl_kernels._C")
 CPU = torch.device("cpu")
 MIB = 2**20
 WIDE = {"vocab_size": 4000, "d_model": 256, "encoder_ffn_dim": 1024, "decoder_ffn_dim": 1024, "encoder_layers": 3}
-# Few rows, and bf16 in one case alone: a CPU without instructions for it takes 40 times as long for a product.
+# Rows are few, and products in bf16 are in one case alone: they take a CPU without instructions for them 40 times as
+# long.
 ROWS, LENGTH = 4, 96
 WIDE |= {"max_position_embeddings": 512, "dropout": 0.1}
 
@@ -105,7 +106,7 @@ def fused_adamw(parameters) -> torch.optim.AdamW:
 def measured_peak(
     make, tiers, rows: int, length: int, autocast, make_optimizer=fused_adamw, dtype: str = "float32", packed=False
 ) -> int:
-    """Of everything that lives because of it: the model, its gradients, its optimiser, two updates."""
+    """Returns the peak bytes of all that two updates need: the model, its gradients and its optimiser included."""
     gc.collect()
     recompute.forget()  # of an earlier step: the next forward pass would free it, and it would not count
     _C.install_cpu_allocator()
@@ -138,7 +139,7 @@ def measured_peak(
 
 
 def test_the_predicted_peak_with_8_bit_moments():
-    """Large adapters, so that moments matter: most of them rounded, biases and norms in fp32."""
+    """The adapters are large, so that moments matter: most of them are rounded, those of biases and norms in fp32."""
     bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (extra 8bit)")
     family, method, tiers = "m2m100", pk.Adapter(bottleneck=1024), (2,) * 5
     with torch.device("meta"):
@@ -186,7 +187,7 @@ def test_the_predicted_peak_of_packed_rows(case):
 
 
 def test_the_predicted_peak_where_the_optimiser_steps():
-    """All of a model, a small batch: on the CPU bitsandbytes widens the largest matrix, when nothing else is kept."""
+    """All of a model is trained on a small batch: bitsandbytes widens the largest matrix when layers keep nothing."""
     bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (extra 8bit)")
 
     def make():
@@ -228,7 +229,7 @@ def test_what_one_step_of_each_optimiser_allocates(dtype):
 
 @pytest.fixture(autouse=True, scope="module")
 def fixed_rates():
-    """Measuring takes seconds where products in bf16 do; runs of petl-mt have it (tests/petl_mt/test_memory.py)."""
+    """Assumes rates: to measure them takes seconds where products in bf16 do. tests/petl_mt/test_memory.py does it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(planning, "measure_rates", lambda device, dtype: ASSUMED)
         yield
@@ -251,7 +252,7 @@ def small_plan() -> Plan:
 
 
 def test_one_layer_a_side_is_counted_with_a_second_like_it():
-    """In 16 bits, dropout rates changed by hand: the layer that only the simulation has is like the first."""
+    """The layer that only the simulation has gets the first one's dtypes and dropout rates, changed by hand here."""
     one, two = skeleton(encoder_layers=1, decoder_layers=1), skeleton(encoder_layers=2, decoder_layers=2)
     found = []
     for model in (one, two):
@@ -263,7 +264,7 @@ def test_one_layer_a_side_is_counted_with_a_second_like_it():
 
 
 def test_more_layers_cost_what_the_first_ones_do():
-    """Counting at two layers a side foretells four: the simulation of the whole model says the same."""
+    """The counts at one and two layers a side give those of four, as the simulation of the whole model does."""
     from petl_kernels.planning import simulate
 
     model, batch = skeleton(encoder_layers=4, decoder_layers=4), simulate.Batch(6, 64, 64)
@@ -278,7 +279,7 @@ def test_more_layers_cost_what_the_first_ones_do():
 
 
 def test_smaller_budgets_are_slower_and_kept():
-    chooser = Chooser(figures_of(skeleton(vocab_size=20_000), 1024, 128))  # one counts once for all
+    chooser = Chooser(figures_of(skeleton(vocab_size=20_000), 1024, 128))  # one, which counts once
     found = [chooser.best(size * MIB) for size in (400, 80, 30)]
     assert set(found[0].tiers) == {1} and found[0].micro_batches == 1 and not found[0].more
     for budget, (larger, smaller) in zip((80, 30), zip(found, found[1:], strict=False), strict=True):
