@@ -7,14 +7,14 @@ From the call down to the facts, each module above those that it uses:
     chooser       the fastest candidate that fits, or the leanest one that there is
     figures       the bytes by purpose and the seconds of a candidate
     plan          ``Plan``: what was chosen, as a table and as a file; ``Plan.apply``
-    step_bytes    what forward and backward add, from simulations of one and two layers
-    beam_search   what beam search adds, from a simulation of its first and last steps
+    step_bytes    bytes that forward and backward add, from simulations of one and two layers
+    beam_search   bytes that beam search adds, from a simulation of its first and last steps
     simulate      runs a training step of a shallow model on fake tensors
     peak, scratch the bytes that live at once in a simulation, and those that an op takes inside itself
     cost          rates of the device, matrix work of the layers, seconds of an update
-    resident      what is there all through a run: weights by storage, gradients, moments of the optimiser
-    levers        what may be chosen, and what training is planned for
-    budget        what a budget leaves for tensors
+    resident      bytes that live as long as a run: weights by storage, gradients, moments of the optimiser
+    levers        the training that is planned for, and the choices for it
+    budget        bytes that a budget leaves for tensors
 
 Terms that these modules use, and no others for the same things:
 
@@ -30,5 +30,5 @@ Terms that these modules use, and no others for the same things:
     working       bytes beside the kept ones at the worst moment of forward or backward
     by purpose    bytes of a step under the names that a plan shows. In plan files the key is ``parts``
     always        bytes by purpose that live as long as the run
-    recomputed    what backward computes anew instead of having kept it
+    recomputed    made anew in backward instead of kept
 """

@@ -1,4 +1,4 @@
-"""What a budget of bytes leaves for tensors, beside slack and CUDA's own context."""
+"""Bytes that a budget leaves for tensors, beside slack and CUDA's own context."""
 
 from __future__ import annotations
 

@@ -15,8 +15,8 @@ from petl_kernels.planning.plan import APPROXIMATIONS, Plan, levers_text
 from petl_kernels.units import format_below, format_least
 
 GIB = 2**30
-FURTHER = (1, 2, 4, 8)  # GiB beyond the budget, for which a plan tells what they would buy
-WORTH = 0.98  # a further GiB is told where an update then takes less than this share of the time
+FURTHER = (1, 2, 4, 8)  # GiB beyond the budget, whose gain in time a plan shows
+WORTH = 0.98  # a further GiB is shown where an update then takes less than this share of the time
 APPROXIMATION_PRICE = 1.1  # each approximation has to save a tenth of the time, or nothing else fits
 STREAMING_PRICE = 0.01  # streaming every layer has to save a hundredth
 
@@ -175,7 +175,7 @@ class Chooser:
                 mixtures.append((tier + 1,) * leaner + (tier,) * (self.layers - leaner))
         return min(mixtures, key=lambda tiers: sum(self.figures.step.mixed(tiers, slopes)))
 
-    # ---- what else a plan tells
+    # ---- larger and smaller budgets
 
     def more(self, plan: Plan) -> tuple[tuple[int, float, str], ...]:
         """Returns (budget, seconds, levers) of what each further GiB would buy, until nothing more."""

@@ -1,4 +1,4 @@
-"""What is planned for (``Request``) and what may be chosen (``Levers``, ``Candidate``)."""
+"""The training that is planned for (``Request``), and the choices for it (``Levers``, ``Candidate``)."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Levers:
-    """What holds for a whole plan, under the names of ``Plan``.
+    """The choices that hold for a whole plan, under the names of ``Plan``.
 
     streamed: how many layers, counted from the front. tables: as ``storage`` when not given.
     """

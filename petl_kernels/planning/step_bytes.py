@@ -1,4 +1,4 @@
-"""What forward and backward of a micro-batch add to the bytes that are always there.
+"""Bytes that forward and backward of a micro-batch add to those that are always there.
 
 Bytes are counted by simulating the step at depths of one and two layers a side: they are exactly affine in the number
 of layers of a kind. Between two numbers of pairs that were counted a line is near enough to choose by.
