@@ -1,9 +1,11 @@
 """The figures of a candidate: its bytes by purpose and its seconds.
 
-peak = weights by storage + trained + gradients + optimiser state              always there
-     + Σ_layers kept(tier, pairs) + what forward, loss or backward add at their worst   ``step_bytes``
-     or what the optimiser's step adds, where that is more: backward keeps nothing for it
-     + slack, and on CUDA the context
+Bytes by purpose are those of the worst moment of a step, and add up to its peak:
+
+    peak = weights by storage + trained + gradients + optimiser state              always there
+         + Σ_layers kept(tier, pairs) + the most that forward, loss or backward add   ``step_bytes``
+           or, if more, the bytes that the optimiser's step adds: layers keep nothing then
+         + slack, and on CUDA the context
 """
 
 from __future__ import annotations

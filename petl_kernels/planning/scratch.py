@@ -116,7 +116,7 @@ def _lora_products(given: dict) -> int:
     """Counts the blocks of the largest product, with W or with an adapter."""
     x = given["x"]
     d, ranks = x.shape[-1], sum(a.shape[0] for a in given["a"])
-    widths = [out_features(parts, d) for parts in split_parts(given["weights"])]
+    widths = [out_features(weight, d) for weight in split_parts(given["weights"])]
     return max(_products(x.numel() // max(1, d), d, n, x.dtype) for n in (ranks, *widths))
 
 
@@ -135,14 +135,14 @@ def _lora_border_backward(given: dict) -> int:
     return _lora_border(given) + (min(CUDA_PARTS, -(-wide.shape[0] // 32)) * largest + biases) * 4
 
 
-def _any_quantized(parts: list[Tensor]) -> bool:
-    """Returns whether one of several weights is quantized; ``parts`` holds their tensors, one weight after another."""
-    return not all(part.is_floating_point() for part in parts)
+def _any_quantized(tensors: list[Tensor]) -> bool:
+    """Returns whether one of several weights is quantized, whose tensors stand one weight after the other."""
+    return not all(tensor.is_floating_point() for tensor in tensors)
 
 
-def _largest(parts: list[Tensor], columns: int) -> int:
+def _largest(tensors: list[Tensor], columns: int) -> int:
     """Returns the number of values of the largest of several weights."""
-    return max(out_features(weight, columns) for weight in split_parts(parts)) * columns
+    return max(out_features(weight, columns) for weight in split_parts(tensors)) * columns
 
 
 def _tile(given: dict, values: int, like: Tensor) -> int:

@@ -150,7 +150,7 @@ class Graphed:
 
     @property
     def is_full(self) -> bool:
-        """Whether as many shapes are captured as may be."""
+        """Returns whether as many shapes are captured as may be."""
         return len(self) >= MOST
 
     def forget(self) -> None:
