@@ -11,14 +11,8 @@ from torch import Tensor
 
 from petl_kernels.ops.quantized import parts_of
 
-# Called with each tensor of ``report_saved``, one for each ``saved_bytes`` that is running.
-_observers: list[Callable[[Tensor], object]] = []
-
-
-def report_saved(tensor: Tensor) -> None:
-    """Counts ``tensor`` as saved for backward. For code whose own hooks hide what it saves from those of others."""
-    for observe in _observers:
-        observe(tensor)
+# Called with each tensor that lean layers save: hooks of ``torch.autograd.graph`` outside of theirs get none of them.
+observers: list[Callable[[Tensor], object]] = []
 
 
 @dataclass
@@ -54,9 +48,9 @@ def saved_bytes(exclude: Iterable[Tensor] = ()) -> Iterator[Saved]:
             saved._alive.append(tensor.detach())
         return tensor.detach()  # a node that keeps its own output, with its history, would never go
 
-    _observers.append(pack)
+    observers.append(pack)
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             yield saved
     finally:
-        _observers.remove(pack)
+        observers.remove(pack)

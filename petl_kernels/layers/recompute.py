@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
-from petl_kernels.accounting.saved import report_saved
+from petl_kernels.accounting.saved import observers
 from petl_kernels.layers.host_copy import host_copy
 from petl_kernels.layers.seen import Seen
 from petl_kernels.ops import philox
@@ -148,8 +148,13 @@ def _capture(tensor: Tensor) -> Kept | Remade:
     found = _made.recipes.get(tensor.untyped_storage()._cdata)
     if found is not None and not found[0].expired():
         return Remade(found[1], found[2], tensor)
-    report_saved(tensor)  # hooks of ``torch.autograd.graph`` outside of ``saving`` do not see it
+    _observe(tensor)
     return Kept(tensor)
+
+
+def _observe(tensor: Tensor) -> None:
+    for observe in observers:
+        observe(tensor)
 
 
 @contextmanager
@@ -196,7 +201,7 @@ def checkpointed(layer: nn.Module, fn: Callable, x: Tensor, *inputs, offload: bo
     """
     for tensor in inputs if offload else (x, *inputs):
         if isinstance(tensor, Tensor):
-            report_saved(tensor)
+            _observe(tensor)
     if not torch.compiler.is_compiling():  # which bind to a graph what they read
         fn = _Repeated(layer, fn)
     if not offload:

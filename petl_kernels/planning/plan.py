@@ -17,8 +17,7 @@ from torch import nn
 
 from petl_kernels.errors import InputError, shown
 from petl_kernels.files import atomic_write
-from petl_kernels.layers.lean import lean_layers
-from petl_kernels.layers.loss.lean_loss import lean_loss, set_chunk_bytes
+from petl_kernels.layers.lean_model import lean_model
 from petl_kernels.models.structure import check_model, describe
 from petl_kernels.planning.beam_search import SearchBytes
 from petl_kernels.planning.levers import CHUNKS, STORAGES, Levers
@@ -96,8 +95,7 @@ class Plan:
             paths = [layer.path for layer in describe(model).layers[: self.streamed]]
             with tempfile.TemporaryDirectory() as own:  # its file is mapped, and needs no name after that
                 stream_layers(model, paths, SLOTS, folder or own, files, device=self.device)
-        lean_layers(model, list(self.tiers))  # after streaming: it moves weights that stay
-        set_chunk_bytes(lean_loss(model), self.chunk_bytes)
+        lean_model(model, self.tiers, self.chunk_bytes)  # after streaming: it moves weights that stay
         self._set_gradients(model)
         return model
 

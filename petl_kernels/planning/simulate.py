@@ -19,8 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from petl_kernels.errors import InputError
 from petl_kernels.interop.hf import no_layerdrop
 from petl_kernels.layers.border import as_on
-from petl_kernels.layers.lean import lean_layers
-from petl_kernels.layers.loss.lean_loss import lean_loss, packing_obstacle
+from petl_kernels.layers.lean_model import lean_model
+from petl_kernels.layers.loss.lean_loss import packing_obstacle
 from petl_kernels.methods.base import active_name, records
 from petl_kernels.models.transformers_names import drop_no_layer, model_of
 from petl_kernels.planning.peak import Ledger
@@ -167,8 +167,7 @@ def fake_mode() -> FakeTensorMode:
 def set_tiers(model: nn.Module, tiers: Sequence[int], device: str = "cpu") -> None:
     """Makes ``model`` lean at ``tiers``, one a layer, as on a kind of device: weights stand together there or not."""
     with as_on(device):
-        lean_layers(model, list(tiers))
-        lean_loss(model)
+        lean_model(model, tiers)
 
 
 def depths(config) -> tuple[int, int]:
