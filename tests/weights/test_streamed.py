@@ -18,7 +18,7 @@ from petl_kernels.layers import border
 from petl_kernels.models.structure import describe
 from petl_kernels.ops.quantized import quantize
 from petl_kernels.weights import streamed as stream
-from petl_kernels.weights.mapped import FILE
+from petl_kernels.weights.mapped import FILE, mapped_weights
 from petl_kernels.weights.slots import Slots
 from petl_kernels.weights.streamed import copies_hide, stream_layers, unstream
 
@@ -166,6 +166,23 @@ def test_merging_and_other_adapters(tmp_path):
     expected = run()
     stream_layers(model, folder=tmp_path)
     assert_same(run(), expected)
+
+
+@pytest.mark.parametrize("kind", ["file", "slots"])
+def test_a_store_leaves_weights_where_they_are_until_it_takes_them(kind, tmp_path):
+    weights = [{name: torch.randn(8)} for name in "ab"]
+    values = {name: tensor.clone() for own in weights for name, tensor in own.items()}
+    places = [tensor.data_ptr() for own in weights for tensor in own.values()]
+    if kind == "file":
+        store = mapped_weights(weights, tmp_path, (), unread=False)
+    else:
+        store = Slots(weights, 2, torch.device("cpu"), Copies())
+    assert places == [tensor.data_ptr() for own in weights for tensor in own.values()]
+    store.take()
+    for i, own in enumerate(weights):
+        store.use(i, [])
+        for name, tensor in own.items():
+            assert tensor.data_ptr() not in places and torch.equal(tensor, values[name])
 
 
 def test_bf16_and_some_layers_only(streamed):
