@@ -79,7 +79,7 @@ def tiers_in_place(
 
     memory: a budget, or None for what is free. Raises InputError as ``pk.lean`` does.
     """
-    describe(model)  # refuses what has no layers to plan for
+    describe(model)  # raises InputError for what has no layers to plan for
     device = next(model.parameters()).device
     if device.type not in SLACK:
         raise InputError(f"tier 'auto': the model is on {str(device)!r}; expected cpu or cuda, or pk.plan for a device")
@@ -90,6 +90,7 @@ def tiers_in_place(
 
 
 def _chooser(model: nn.Module, request: Request) -> Chooser:
+    describe(model)  # raises InputError for another family, before anything is measured
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise InputError(f"model {type(model).__name__}: trains nothing; expected one with an adapter (pk.adapt)")
     rates = measure_rates(request.device, product_dtype(model, request.autocast))
