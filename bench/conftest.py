@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import importlib.metadata
-import os
 import platform
 import subprocess
 import sys
@@ -11,6 +9,7 @@ import pytest
 import torch
 from pytest_benchmark.utils import safe_dumps
 
+from petl_kernels import machine
 from petl_kernels.files import atomic_write
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -71,22 +70,15 @@ def pytest_benchmark_update_machine_info(config, machine_info):
 def _machine(device: str, cpu: dict) -> dict:
     """Versions, and the processor that did the work: "device" is "cpu" or the card's name."""
     return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "device": machine.device_name(device),
         "cpu_name": cpu.get("brand_raw") or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
+        "cores": machine.cores(),
+        "threads": machine.threads(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda if device == "cuda" else None,
         "float32_matmul": torch.get_float32_matmul_precision(),
-        **{name: _version(name) for name in PACKAGES},
+        **{name: machine.version(name) for name in PACKAGES},
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def pytest_benchmark_update_commit_info(commit_info):

@@ -15,11 +15,12 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from enum import IntEnum
-from importlib import metadata
 from queue import SimpleQueue
 from typing import NamedTuple
 
 import torch
+
+from petl_kernels import machine
 
 # After this no check begins. One that runs cannot be stopped: the longest take some seconds more.
 SECONDS = 20
@@ -156,7 +157,7 @@ def facts() -> list[str]:
     from petl_kernels.dispatch import BACKENDS, load_error
 
     lines = [f"petl-kernels {__version__}, Python {sys.version.split()[0]}, {platform.platform()}"]
-    lines.append(", ".join(f"{name} {_installed(name)}" for name in PACKAGES))
+    lines.append(", ".join(f"{name} {machine.version(name) or '-'}" for name in PACKAGES))
     lines.append(f"device: {_device()}")
     lines.append(f"extension: {_extension()}")
     for name in BACKENDS:
@@ -165,15 +166,8 @@ def facts() -> list[str]:
     return lines
 
 
-def _installed(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "-"
-
-
 def _device() -> str:
-    threads = f"{os.cpu_count()} CPUs, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    threads = f"{machine.cores()} CPUs, {machine.threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
     if not torch.cuda.is_available():
         return f"CPU ({threads}); no CUDA device"
     properties = torch.cuda.get_device_properties(0)

@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 WIDE = {"vocab_size": 2000, "d_model": 128, "encoder_ffn_dim": 256, "decoder_ffn_dim": 256, "encoder_layers": 3}
 WIDE |= {"decoder_layers": 3, "max_position_embeddings": 512}
 
-# family, beam, storage, rows, source, output
+# family, beam, storage, sentences, source tokens, output tokens
 CASES = {
     "m2m100, beam 5": ("m2m100", 5, "dense", 6, 40, 24),
     "m2m100, greedy": ("m2m100", 1, "dense", 16, 40, 24),
@@ -36,13 +36,13 @@ CASES = {
 
 
 class _NeverEnds(LogitsProcessor):
-    """Without it a random model may stop at once."""
+    """Forbids the end of a sentence, with which a random model may begin."""
 
     def __init__(self, eos: int):
         self.eos = eos
 
     def __call__(self, ids, scores):
-        scores[:, self.eos] = -1e9  # in place: no bytes of its own
+        scores[:, self.eos] = -1e9  # in place, which takes no bytes
         return scores
 
 
@@ -69,7 +69,7 @@ def measured(model, beam: int, rows: int, source: int, output: int) -> int:
     mask = torch.ones_like(ids)
     mask[0, -3:] = 0
     with torch.no_grad():
-        for length in (3, output):  # the first time something may be made that stays
+        for length in (3, output):  # the first run may make what stays
             gc.collect()
             with cap.capped(2**33, CPU):
                 from petl_kernels import _C

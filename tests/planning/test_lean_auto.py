@@ -63,7 +63,7 @@ def test_available_is_what_the_system_says_and_what_the_model_has(model):
     lines = open("/proc/meminfo").read().splitlines()
     total = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemTotal:"))
     size = sum(p.nbytes for p in model.parameters())
-    assert size < planning._available(model, torch.device("cpu")) <= total + size
+    assert size < planning._free_with(model, torch.device("cpu")) <= total + size
 
 
 @pytest.mark.parametrize(

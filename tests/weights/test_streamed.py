@@ -16,8 +16,9 @@ import petl_kernels as pk
 from petl_kernels.errors import InputError
 from petl_kernels.layers import border
 from petl_kernels.models.structure import describe
+from petl_kernels.ops.quantized import quantize
 from petl_kernels.weights import streamed as stream
-from petl_kernels.weights.mapped import FILE
+from petl_kernels.weights.mapped import FILE, mapped_weights
 from petl_kernels.weights.slots import Slots
 from petl_kernels.weights.streamed import copies_hide, stream_layers, unstream
 
@@ -167,6 +168,23 @@ def test_merging_and_other_adapters(tmp_path):
     assert_same(run(), expected)
 
 
+@pytest.mark.parametrize("kind", ["file", "slots"])
+def test_a_store_leaves_weights_where_they_are_until_it_takes_them(kind, tmp_path):
+    weights = [{name: torch.randn(8)} for name in "ab"]
+    values = {name: tensor.clone() for own in weights for name, tensor in own.items()}
+    places = [tensor.data_ptr() for own in weights for tensor in own.values()]
+    if kind == "file":
+        store = mapped_weights(weights, tmp_path, (), unread=False)
+    else:
+        store = Slots(weights, 2, torch.device("cpu"), Copies())
+    assert places == [tensor.data_ptr() for own in weights for tensor in own.values()]
+    store.take()
+    for i, own in enumerate(weights):
+        store.use(i, [])
+        for name, tensor in own.items():
+            assert tensor.data_ptr() not in places and torch.equal(tensor, values[name])
+
+
 def test_bf16_and_some_layers_only(streamed):
     plain = pk.lean(adapted("t5", "adapter", dtype=torch.float32).to(torch.bfloat16), 2)
     other = copy.deepcopy(plain)
@@ -257,9 +275,8 @@ def test_a_parameter_of_several_plain_tensors(streamed):
     model = adapted("m2m100", "lora", dtype=torch.float32)
     held = []
     for layer in model.model.encoder.layers:
-        parts = [torch.randint(-127, 128, (57, 31), dtype=torch.int8), torch.rand(57)]  # an odd number of bytes
-        held += parts
-        layer.fc1.weight.parts = lambda parts=parts: parts
+        layer.fc1.weight = nn.Parameter(quantize(torch.randn(57, 31), "int8"), requires_grad=False)
+        held += layer.fc1.weight.parts()  # an odd number of bytes
     expected = [tensor.clone() for tensor in held]
     found = streamed(model, layers=["model.encoder.layers.0", "model.encoder.layers.1"])
     assert {f"model.encoder.layers.0.fc1.weight.{k}" for k in (0, 1)} < set(found._weights[0])
