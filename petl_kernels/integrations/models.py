@@ -14,13 +14,16 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from types import ModuleType
 
-from torch import Tensor, nn
+from torch import nn
 
 from petl_kernels.errors import InputError
-from petl_kernels.methods.base import Named, active_name, records
+from petl_kernels.interop.adapters import write_adapters
+from petl_kernels.interop.plain import plain_state, state_to_save, without_adapters
+from petl_kernels.methods.owner import active_name, records
+from petl_kernels.methods.pieces import Named
 from petl_kernels.models.transformers_names import resized_embeddings
 from petl_kernels.ops.quantized import QuantizedTensor
 
@@ -44,13 +47,11 @@ def _saving(original: Callable) -> Callable:
 
     @functools.wraps(original)
     def save_pretrained(self, *args, **kwargs):
-        if (state := vars(self).get("petl_saved_as")) is not None:
+        if (state := state_to_save(self)) is not None:
             arguments = signature.bind(self, *args, **kwargs).arguments
             return original(self, *args, **(kwargs if "state_dict" in arguments else {**kwargs, "state_dict": state}))
         if not records(self):
             return original(self, *args, **kwargs)
-        from petl_kernels.interop.adapters import plain_state, without_adapters, write_adapters
-
         arguments = signature.bind(self, *args, **kwargs).arguments
         extra = arguments.pop("kwargs", {})
         del arguments["self"]
@@ -65,17 +66,6 @@ def _saving(original: Callable) -> Callable:
         return result
 
     return save_pretrained
-
-
-@contextmanager
-def saved_as_it_is(model: nn.Module, state: dict[str, Tensor]) -> Iterator[None]:
-    """Inside, ``model.save_pretrained`` writes no adapters beside the model: ``state``, where a subclass that has a
-    ``save_pretrained`` of its own gives no other."""
-    model.petl_saved_as = state
-    try:
-        yield
-    finally:
-        del model.petl_saved_as
 
 
 def _check_saving(model: nn.Module, arguments: dict) -> None:

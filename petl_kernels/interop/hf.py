@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from petl_kernels import versions
 from petl_kernels.errors import InputError
-from petl_kernels.methods.base import set_parameter
+from petl_kernels.methods.owner import own, owner
+from petl_kernels.models.structure import set_parameter
 from petl_kernels.models.transformers_names import has_own_head, language_ids, target_ids
 
 # config.model_type -> class; NLLB is an m2m_100, mBART-50 an mbart, MADLAD-400 a t5
@@ -58,8 +59,8 @@ def load_pretrained(path_or_id: str | os.PathLike, dtype: torch.dtype = torch.fl
 def load_skeleton(path_or_id: str | os.PathLike):
     """(model, tokenizer) as ``load_pretrained``, with parameters on the meta device, in fp32.
 
-    Of the weights, names and shapes are read, and the values of tables that may be tied or not. ``petl_sources`` of the
-    model says where each parameter and buffer comes from: the name of a tensor in the files, or the tensor itself where
+    Of the weights, names and shapes are read, and the values of tables that may be tied or not. ``model.petl.sources``
+    says where each parameter and buffer comes from: the name of a tensor in the files, or the tensor itself where
     transformers makes it. Raises InputError as ``load_pretrained`` does.
     """
     name, folder, config = _checked(path_or_id)
@@ -88,7 +89,7 @@ def load_weights(path_or_id: str | os.PathLike, model: nn.Module, place: Callabl
     name = os.fspath(path_or_id)
     tensors = _attempt(f"model {name!r}", _tensors, name, model.config)
 
-    sources = getattr(model, "petl_sources", None) or _laid_out(name, model.config).petl_sources
+    sources = owner(model).sources or owner(_laid_out(name, model.config)).sources
 
     def read(key: str) -> Tensor:
         source = sources[key]
@@ -146,7 +147,7 @@ _MARK = -(2.0**22)
 
 
 def _laid_out(name: str, config) -> nn.Module:
-    """The model on the meta device, with ``petl_sources``.
+    """Returns the model on the meta device, with ``model.petl.sources``.
 
     Which tensor of the files goes where, and what is tied to what, is the decision of transformers' own loader: it
     gets tensors of the files' shapes that take no memory, and hold in the place of values which tensor they stand for.
@@ -170,14 +171,14 @@ def _laid_out(name: str, config) -> nn.Module:
 
     parameters = dict(model.named_parameters(remove_duplicate=False))
     buffers = model.state_dict(keep_vars=True).keys() & dict(model.named_buffers()).keys()
-    model.petl_sources = {key: source(key, tensor) for key, tensor in parameters.items()}
+    sources = own(model).sources = {key: source(key, tensor) for key, tensor in parameters.items()}
     empty = {p: nn.Parameter(torch.empty(p.shape, device="meta"), p.requires_grad) for p in set(parameters.values())}
     for key, parameter in parameters.items():
         set_parameter(model, key, empty[parameter])
     for key in buffers:
         owner, _, attribute = key.rpartition(".")
         found = model.get_buffer(key)
-        model.petl_sources[key] = source(key, found)
+        sources[key] = source(key, found)
         model.get_submodule(owner)._buffers[attribute] = torch.zeros(found.shape)
     return model
 

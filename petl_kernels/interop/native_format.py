@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from petl_kernels.errors import InputError
 from petl_kernels.interop.store import read_json, read_tensors, write_adapter
 from petl_kernels.methods.base import Method
+from petl_kernels.methods.registry import from_dict
 from petl_kernels.models.structure import total_parameters
 
 CONFIG, WEIGHTS = "petl_adapter.json", "petl_adapter.safetensors"
@@ -45,8 +46,6 @@ def fingerprint(model: nn.Module) -> dict:
 
 
 def _read_config(path: Path, fields) -> Method:
-    from petl_kernels.methods import from_dict
-
     if not isinstance(fields, dict):
         raise InputError(f"{path}: method {fields!r}, expected an object with the method's settings")
     try:

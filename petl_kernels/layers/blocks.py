@@ -28,8 +28,8 @@ from petl_kernels.layers.frozen_linear import FrozenLinear
 from petl_kernels.layers.hooks import hooks_on
 from petl_kernels.layers.recompute import maybe, remade_by
 from petl_kernels.methods.adapter import ParallelAdapter, ReadInput
-from petl_kernels.methods.base import Piece
 from petl_kernels.methods.lora import LoRALinear
+from petl_kernels.methods.pieces import Piece
 from petl_kernels.methods.prefix import Prefix
 from petl_kernels.models.transformers_names import activation_name, attention_implementation
 

@@ -25,6 +25,8 @@ from petl_kernels.layers.recompute import checkpointed, forget, forget_all
 from petl_kernels.layers.rule import Call, Rule, Unknown, Watch
 from petl_kernels.layers.t5 import LeanT5Layer
 from petl_kernels.layers.wide_ffn import WideFFN, bottleneck_beside
+from petl_kernels.methods.owner import owner
+from petl_kernels.methods.switch import after_switch
 from petl_kernels.models.structure import Layer, Structure, describe
 from petl_kernels.models.transformers_names import (
     attention_implementation,
@@ -229,7 +231,7 @@ def widen(model: nn.Module) -> None:
     lean = {path: module for path, module in model.named_modules() if isinstance(module, LeanLayer)}
     if not lean:
         return
-    streamed = getattr(model, "petl_streamed", None)
+    streamed = owner(model).streamed
     for layer in describe(model).layers:
         module = lean.get(layer.path)
         if module is None or (streamed is not None and layer.path in streamed.paths):
@@ -243,6 +245,9 @@ def widen(model: nn.Module) -> None:
         modules = *linears, linears[-1].petl.current()
         if module.petl_wide is None or not module.petl_wide.serves(*modules):
             module.petl_wide = WideFFN(*modules)
+
+
+after_switch(widen)
 
 
 def narrow(layer: nn.Module) -> None:

@@ -31,7 +31,8 @@ from torch import Tensor, nn
 
 from petl_kernels import ops
 from petl_kernels.errors import InputError
-from petl_kernels.methods.base import Method, Piece, attach, check_size, piece_dtype
+from petl_kernels.methods.base import Method, check_size, setting
+from petl_kernels.methods.pieces import Piece, attach, piece_dtype
 from petl_kernels.models.structure import Structure, describe
 
 ACTIVATIONS = ("relu", "gelu", "silu")
@@ -165,14 +166,23 @@ class Adapter(Method):
     scale: factor on the adapter's result; None is 4 for parallel ones, else 1.
     """
 
-    bottleneck: int = 64
-    placement: str = "layer"
-    parallel: bool = False
-    pfeiffer: bool = False
-    activation: str = "relu"
-    scale: float | None = None
+    bottleneck: int = setting(64, "units of the bottleneck")
+    placement: str = setting("layer", "layer or sublayer: behind each layer, or each block in it")
+    parallel: bool = setting(False, "beside the feed-forward block, not behind the layer")
+    pfeiffer: bool = setting(False, "through the layer's own norm")
+    activation: str = setting("relu", "relu, gelu or silu")
+    scale: float | None = setting(None, "factor on the adapter's result; null: 4 for parallel, else 1")
 
     method: ClassVar[str] = "adapter"
+    trains: ClassVar[str] = "a bottleneck (down, activation, up) behind each layer"
+    variants: ClassVar[dict] = {
+        "adapter-sublayer": (
+            {"placement": "sublayer"},
+            "a bottleneck behind each attention and each feed-forward block",
+        ),
+        "pfeiffer": ({"pfeiffer": True}, "a bottleneck behind each layer, through the layer's own last norm"),
+        "parallel": ({"parallel": True}, "a bottleneck beside each feed-forward block"),
+    }
     size_field: ClassVar[str] = "bottleneck"
     ops: ClassVar[tuple[str, ...]] = ("bottleneck_adapter",)
 
@@ -188,12 +198,6 @@ class Adapter(Method):
             raise InputError(f"adapter scale {self.scale!r}: expected a finite number")
         if self.parallel + self.pfeiffer + (self.placement == "sublayer") > 1:
             raise InputError("adapter: placement 'sublayer', parallel and pfeiffer exclude each other")
-
-    @property
-    def label(self) -> str:
-        if self.parallel or self.pfeiffer:
-            return "parallel" if self.parallel else "pfeiffer"
-        return "adapter" if self.placement == "layer" else "adapter-sublayer"
 
     def inject(self, model: nn.Module, name: str) -> None:
         structure = describe(model)

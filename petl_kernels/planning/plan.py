@@ -17,6 +17,7 @@ from torch import nn
 
 from petl_kernels.errors import InputError, shown
 from petl_kernels.files import atomic_write
+from petl_kernels.layers.lean_model import lean_model
 from petl_kernels.models.structure import check_model, describe
 from petl_kernels.planning.beam_search import SearchBytes
 from petl_kernels.planning.resident import GRADIENT_BYTES, OPTIMIZER_BYTES, SLOTS, STORAGES
@@ -87,17 +88,13 @@ class Plan:
         ``folder``, of temporary files when not given. Raises InputError when the plan is for another model.
         """
         self.check(model)
-        from petl_kernels.api import lean
-        from petl_kernels.layers.loss.lean_loss import set_chunk_bytes
-
         if (self.storage, self.tables) != ("dense", "dense"):
             quantize_model(model, self.storage, self.tables)
         if self.streamed:
             paths = [layer.path for layer in describe(model).layers[: self.streamed]]
             with tempfile.TemporaryDirectory() as own:  # its file is mapped, and needs no name after that
                 stream_layers(model, paths, SLOTS, folder or own, files, device=self.device)
-        lean(model, list(self.tiers))  # after streaming: it moves weights that stay
-        set_chunk_bytes(model, self.chunk_bytes)
+        lean_model(model, self.tiers, self.chunk_bytes)  # after streaming: it moves weights that stay
         if (before := getattr(model, "petl_gradients", None)) is not None:  # of an earlier plan
             before.close()
             model.petl_gradients = None

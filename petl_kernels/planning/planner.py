@@ -27,7 +27,7 @@ from torch import nn
 
 from petl_kernels.device import resolve
 from petl_kernels.errors import InputError, check_whole, shown
-from petl_kernels.methods.base import records
+from petl_kernels.methods.owner import records
 from petl_kernels.models.structure import Structure, check_model, describe
 from petl_kernels.ops.quantized import parts_of
 from petl_kernels.planning import simulate

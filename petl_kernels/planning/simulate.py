@@ -19,8 +19,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from petl_kernels.errors import InputError
 from petl_kernels.interop.hf import no_layerdrop
 from petl_kernels.layers.border import as_on
+from petl_kernels.layers.lean_model import lean_model
 from petl_kernels.layers.loss.lean_loss import packing_obstacle
-from petl_kernels.methods.base import active_name, records
+from petl_kernels.methods.adapt import adapt
+from petl_kernels.methods.owner import active_name, records
 from petl_kernels.models.transformers_names import drop_no_layer, model_of
 from petl_kernels.planning.peak import Ledger
 from petl_kernels.step.gradients import RoundedGradients
@@ -81,8 +83,6 @@ def shallow(
         for key, parameter in like.named_parameters():
             parameter.requires_grad_(key in given and given[key].requires_grad)
     else:
-        from petl_kernels.api import adapt  # which stands above this module, and is all that knows how
-
         adapt(like, records(model)[name].config)
     _set_rates(like, model)
     drop_no_layer(like)
@@ -163,10 +163,8 @@ def fake_mode() -> FakeTensorMode:
 
 def set_tiers(model: nn.Module, tiers: Sequence[int], device: str = "cpu") -> None:
     """device: the kind that the step will run on, whose weights stand together there."""
-    from petl_kernels.api import lean
-
     with as_on(device):
-        lean(model, list(tiers))
+        lean_model(model, tiers)
 
 
 def _depth_names(config) -> tuple[str, str]:

@@ -43,6 +43,7 @@ from petl_kernels.device import resolve
 from petl_kernels.errors import InputError
 from petl_kernels.extension import extension
 from petl_kernels.layers.lean import narrow
+from petl_kernels.methods.owner import own, owner
 from petl_kernels.models.structure import Layer, describe
 from petl_kernels.weights.mapped import MappedWeights, Weights, from_files
 from petl_kernels.weights.slots import SlotCopies, Slots
@@ -90,7 +91,7 @@ def stream_layers(
     """
     if isinstance(slots, bool) or not isinstance(slots, int) or slots < 2:
         raise InputError(f"slots {slots!r}: expected a whole number of at least 2")
-    if getattr(model, "petl_streamed", None) is not None:
+    if owner(model).streamed is not None:
         raise InputError("stream_layers: the model is streamed already, unstream it first")
     chosen = _chosen_layers(model, layers)
     for layer in chosen:
@@ -106,7 +107,7 @@ def stream_layers(
 
 def unstream(model: nn.Module) -> nn.Module:
     """Put the weights of a streamed model back into memory; returns the model."""
-    streamed = getattr(model, "petl_streamed", None)
+    streamed = owner(model).streamed
     if streamed is None:
         raise InputError("unstream: the model is not streamed")
     streamed.unstream()
@@ -114,7 +115,7 @@ def unstream(model: nn.Module) -> nn.Module:
 
 
 class Streamed:
-    """A model's streamed layers, in ``model.petl_streamed``; ``layer_bytes`` is the largest one's."""
+    """A model's streamed layers, in ``model.petl.streamed``; ``layer_bytes`` is the largest one's."""
 
     def __init__(
         self, model: nn.Module, layers: list[Layer], weights: list[Weights], slots: int, store: MappedWeights | Slots
@@ -126,7 +127,7 @@ class Streamed:
         self._versions = [tensor._version for tensor in self._tensors()]
         self._decoder = next((i for i, layer in enumerate(layers) if layer.side == "decoder"), 0)
         self._handles = [handle for i, path in enumerate(self.paths) for handle in self._hook(i, path)]
-        model.petl_streamed = self
+        own(model).streamed = self
 
     def resident_bytes(self) -> int:
         """CPU: bytes of the files' pages that are in this process' memory now. CUDA: bytes of the slots."""
@@ -138,7 +139,7 @@ class Streamed:
         for tensor, values in self._store.values():
             tensor.data = values
         self._store = None
-        del self._model.petl_streamed
+        own(self._model).streamed = None
 
     def __reduce_ex__(self, protocol):
         raise InputError("a streamed model: unstream it before it is copied or pickled")

@@ -14,9 +14,9 @@ from petl_kernels.layers.border import Border
 from petl_kernels.layers.frozen_linear import FrozenLinear
 from petl_kernels.layers.rule.border import Bordered, bordered
 from petl_kernels.layers.rule.call import Call, Gradients, Place, summed
-from petl_kernels.methods.base import Piece
 from petl_kernels.methods.ia3 import Scale
 from petl_kernels.methods.lora import LoRALinear
+from petl_kernels.methods.pieces import Piece
 from petl_kernels.ops.common import accumulate_dtype, run
 from petl_kernels.ops.quantized import parts_of
 
