@@ -200,7 +200,7 @@ def _turned_down(model: nn.Module) -> tuple[str, ...]:
 
 
 def _places(model: nn.Module, name: str, record: Record) -> tuple[tuple[str, str, int, int], ...]:
-    """(module with layer numbers as *, what is trained there, modules, parameters), in the model's order."""
+    """Returns (module with layer numbers as *, what is trained there, modules, parameters), in the model's order."""
     found = [(path, piece.what, sum(p.numel() for p in piece.parameters())) for path, piece in pieces(model, name)]
     owners: dict[str, dict[str, int]] = {}
     for key in (*record.base, *record.added):

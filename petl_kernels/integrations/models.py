@@ -77,7 +77,7 @@ def _check_saving(model: nn.Module, arguments: dict) -> None:
 
 
 def _is_merged(model: nn.Module) -> bool:
-    """Whether the active adapter is in the weights; other adapters would stand on another base then, and are named."""
+    """Returns whether the active adapter is in the weights. Warns of the others, whose base is another one then."""
     name = active_name(model)
     merged = name is not None and records(model)[name].merged
     others = [other for other in records(model) if other != name]
@@ -123,7 +123,7 @@ def _concerns(model: nn.Module) -> bool:
 
 
 def _obstacle(model: nn.Module, rows: int) -> str:
-    """Why tables of ``rows`` tokens cannot be resized; empty where they can."""
+    """Returns why tables of ``rows`` tokens cannot be resized; empty where they can."""
     tables = dict(_tables(model, rows))
     tensors = {f"{path}.{kind}" for path in tables for kind in ("weight", "bias")}
     for path, table in tables.items():
@@ -145,7 +145,7 @@ def _obstacle(model: nn.Module, rows: int) -> str:
 
 
 def _tables(model: nn.Module, rows: int) -> Iterator[tuple[str, nn.Module]]:
-    """(path, module) of the token embeddings and the output projection."""
+    """Yields (path, module) of the token embeddings and the output projection."""
     head = model.get_output_embeddings()
     for path, module in model.named_modules():
         if module is head or (isinstance(module, nn.Embedding) and module.weight.shape[0] == rows):
@@ -153,7 +153,7 @@ def _tables(model: nn.Module, rows: int) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _aliases(model: nn.Module, names: tuple[str, ...]) -> set[str]:
-    """``names`` of parameters with all others that these have."""
+    """Returns ``names`` of parameters and all other names that these have."""
     named = dict(model.named_parameters(remove_duplicate=False))
     meant = {id(named[name]) for name in names if name in named}
     return {name for name, parameter in named.items() if id(parameter) in meant} | set(names)

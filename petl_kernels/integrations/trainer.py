@@ -80,7 +80,7 @@ def _loading_best(original: Callable) -> Callable:
 
 
 def _load(trainer, folder: str, load: Callable[[], None]) -> None:
-    """``load()`` of the plain model, and its adapters from ``folder``."""
+    """Runs ``load()`` for the plain model, and gives it its adapters from ``folder``."""
     from transformers import PreTrainedModel
 
     model: nn.Module = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)

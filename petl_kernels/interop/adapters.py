@@ -24,7 +24,7 @@ _TRAINING = "petl_training.safetensors"  # what training has in another form tha
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike, name: str | None = None) -> Path:
-    """Write the adapter `name` (default: the active one) and return the folder that holds its two files.
+    """Writes the adapter `name` (default: the active one) and returns the folder that holds its two files.
 
     LoRA, (IA)^3 and LayerNorm tuning are written as Hugging Face PEFT reads them (`adapter_config.json`,
     `adapter_model.safetensors`), the other methods in our own format (`petl_adapter.json`, `petl_adapter.safetensors`).
@@ -44,8 +44,9 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, name: str | None =
 
 
 def write_adapters(model: nn.Module, folder: str | os.PathLike) -> None:
-    """Write every adapter of `model` into a subfolder of its name, as in ``save_pretrained`` and Trainer's checkpoints:
-    the files of ``save_adapter``, and what training goes on from where that is another form (prefix-tuning).
+    """Writes every adapter of `model` into a subfolder of its name, for ``save_pretrained`` and Trainer's checkpoints.
+
+    These are the files of ``save_adapter``, and what training goes on from where that is another form (prefix-tuning).
 
     Raises as ``save_adapter`` does.
     """
@@ -71,7 +72,7 @@ def _write(model: nn.Module, name: str, home: Path) -> Path:
 
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike, name: str | None = None) -> nn.Module:
-    """Put the adapter of `folder` (PEFT's format or ours) into `model`, make it the active one, return the model.
+    """Puts the adapter of `folder` (PEFT's format or ours) into `model`, makes it the active one, returns the model.
 
     `folder` is what ``save_adapter``, PEFT, ``model.save_pretrained`` of an adapted model or a Trainer's checkpoint is.
 
@@ -93,7 +94,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, name: str | None =
 
 
 def fill_adapter(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
-    """Give the active adapter of ``model`` the values of the one in ``folder``, which has its name; returns the model.
+    """Gives the active adapter of ``model`` the values of the one in ``folder``, which has its name; returns the model.
 
     Raises InputError as ``load_adapter`` does.
     """
@@ -103,7 +104,7 @@ def fill_adapter(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
 
 
 def fill_adapters(model: nn.Module, folder: str | os.PathLike) -> None:
-    """Give every adapter of ``model`` the values that ``write_adapters`` has put into ``folder``, bit for bit.
+    """Gives every adapter of ``model`` the values that ``write_adapters`` has put into ``folder``, bit for bit.
 
     Raises InputError for an adapter that is not there, or that computes something else there (another alpha, say).
     """
@@ -122,7 +123,7 @@ def fill_adapters(model: nn.Module, folder: str | os.PathLike) -> None:
 
 
 def held_adapters(folder: str | os.PathLike) -> list[str]:
-    """Names of the adapters in subfolders of ``folder``, sorted."""
+    """Returns the names of the adapters in subfolders of ``folder``, sorted."""
     folder = Path(folder)
     if not folder.is_dir():
         return []
@@ -147,7 +148,7 @@ def _read(model: nn.Module, home: Path) -> tuple[Method, dict[str, torch.Tensor]
 
 
 def _check_same(model: nn.Module, home: Path, here: Method, there: Method) -> None:
-    """Refuse an adapter in ``home`` that computes something else with the same tensors."""
+    """Raises InputError for an adapter in ``home`` that computes something else with the same tensors."""
     ours, theirs = here.computes(model), there.computes(model)
     for what in {**ours, **theirs}:
         if ours.get(what) != theirs.get(what):
@@ -159,7 +160,7 @@ def _holds_adapter(folder: Path) -> bool:
 
 
 def _find(folder: Path, name: str | None) -> tuple[Path, str]:
-    """(folder with the two files, the adapter's name in the model)."""
+    """Returns (folder with the two files, the adapter's name in the model)."""
     if not folder.is_dir():
         raise InputError(f"adapter folder {str(folder)!r} does not exist")
     if all((folder / reader.CONFIG).is_file() for reader in _FORMATS):
@@ -179,7 +180,7 @@ def _find(folder: Path, name: str | None) -> tuple[Path, str]:
 
 
 def _check_fit(model: nn.Module, home: Path, config, name: str, state: dict[str, torch.Tensor]) -> None:
-    """Adapt a copy of the model that has shapes but no values, and compare: the model itself stays untouched."""
+    """Adapts a copy of the model that has shapes but no values, and compares; the model itself stays as it is."""
     shapes = _without_values(model)
     try:
         adapt(shapes, config, name)
@@ -189,7 +190,7 @@ def _check_fit(model: nn.Module, home: Path, config, name: str, state: dict[str,
 
 
 def _without_values(model: nn.Module) -> nn.Module:
-    """A copy of the model on the meta device; tied parameters stay tied."""
+    """Returns a copy of the model on the meta device; tied parameters stay tied."""
     set_aside = [
         tensor
         for record in records(model).values()

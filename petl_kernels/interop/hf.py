@@ -41,7 +41,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "*.model", "*.spm", "vocab.json")
 
 
 def load_pretrained(path_or_id: str | os.PathLike, dtype: torch.dtype = torch.float32):
-    """(model, tokenizer) of a checkpoint folder or a hub id; the model is on the CPU, in eval mode, in `dtype`.
+    """Returns (model, tokenizer) of a checkpoint folder or a hub id; the model is on the CPU, in eval mode, in `dtype`.
 
     Classes: M2M-100 and NLLB, mBART and mBART-50, Marian, T5, mT5 and MADLAD-400. Layerdrop, which skips whole layers
     at random in training (0.05 in M2M-100's configs), is set to 0: adapters must see the same layers in every step.
@@ -57,7 +57,7 @@ def load_pretrained(path_or_id: str | os.PathLike, dtype: torch.dtype = torch.fl
 
 
 def load_skeleton(path_or_id: str | os.PathLike):
-    """(model, tokenizer) as ``load_pretrained``, with parameters on the meta device, in fp32.
+    """Returns (model, tokenizer) as ``load_pretrained``, with parameters on the meta device, in fp32.
 
     Of the weights, names and shapes are read, and the values of tables that may be tied or not. ``model.petl.sources``
     says where each parameter and buffer comes from: the name of a tensor in the files, or the tensor itself where
@@ -72,7 +72,7 @@ def load_skeleton(path_or_id: str | os.PathLike):
 
 
 def _load_generation_config(name: str, model: nn.Module) -> None:
-    """Sets what ``from_pretrained`` sets for a folder: words that are never chosen, a forced end."""
+    """Sets what ``from_pretrained`` sets for a folder, such as words that are never chosen and a forced end."""
     from transformers import GenerationConfig
 
     with contextlib.suppress(OSError):  # a checkpoint without one: transformers makes it from the model's config
@@ -80,7 +80,7 @@ def _load_generation_config(name: str, model: nn.Module) -> None:
 
 
 def load_weights(path_or_id: str | os.PathLike, model: nn.Module, place: Callable[[str, Tensor], Tensor]) -> nn.Module:
-    """Give ``model``, a skeleton, the weights of its checkpoint, one tensor after the other; returns it.
+    """Gives ``model``, a skeleton, the weights of its checkpoint, one tensor after the other; returns it.
 
     place(name, tensor): what stands in the model in the place of ``tensor``, which is a view into a file: a copy in
     another dtype, say. Beside the finished model at most one tensor is in memory. Raises InputError as
@@ -110,7 +110,7 @@ def load_weights(path_or_id: str | os.PathLike, model: nn.Module, place: Callabl
 
 
 def checkpoint_dtype(path_or_id: str | os.PathLike) -> torch.dtype:
-    """The floating-point type that most bytes of a checkpoint's weights are in. Raises InputError."""
+    """Returns the floating-point type that most bytes of a checkpoint's weights are in. Raises InputError."""
     name, _, config = _checked(path_or_id)
     sizes: dict[torch.dtype, int] = {}
     for shape, read in _attempt(f"model {name!r}", _tensors, name, config).values():
@@ -121,7 +121,7 @@ def checkpoint_dtype(path_or_id: str | os.PathLike) -> torch.dtype:
 
 
 def _from_pretrained(name: str, config, files: str | None, **options) -> nn.Module:
-    """transformers' own loader, of ``files`` or of the state dict among the options.
+    """Runs transformers' own loader, on ``files`` or on the state dict among the options.
 
     Raises InputError for tensors that are missing, or of another shape than the config's."""
     model, info = _attempt(
@@ -184,7 +184,7 @@ def _laid_out(name: str, config) -> nn.Module:
 
 
 def _marks(tensors: dict[str, _Stored], config) -> dict[str, float]:
-    """A number for each tensor, one for tables of words that have the same values: transformers compares those."""
+    """Returns a number for each tensor, the same for tables of words with equal values, which transformers compares."""
     rows = {config.vocab_size, getattr(config, "decoder_vocab_size", None)}
     marks: dict[str, float] = {}
     tables: list[str] = []
@@ -208,7 +208,7 @@ _Stored = tuple[torch.Size, Callable[[], Tensor]]  # the shape of a tensor in a 
 
 
 def _tensors(name: str, config) -> dict[str, _Stored]:
-    """The tensors of a checkpoint's files by name; nothing is read yet."""
+    """Returns the tensors of a checkpoint's files by name; nothing is read yet."""
     folder = Path(name)
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
@@ -230,7 +230,7 @@ def _tensors(name: str, config) -> dict[str, _Stored]:
 
 
 def _weight_files(folder: Path, config) -> list[Path]:
-    """The files that transformers reads, all that an index names."""
+    """Returns the files that transformers reads, all that an index names."""
     own = getattr(config, "transformers_weights", None)
     first = next((folder / name for name in ([own] if own else _WEIGHT_FILES) if (folder / name).is_file()), None)
     if first is None:
@@ -241,7 +241,7 @@ def _weight_files(folder: Path, config) -> list[Path]:
 
 
 def load_config(path_or_id: str | os.PathLike):
-    """The config of a checkpoint folder, a hub id or a config's JSON file alone. Raises InputError."""
+    """Returns the config of a checkpoint folder, a hub id or a config's JSON file alone. Raises InputError."""
     versions.check("transformers")
     import transformers
 
@@ -255,7 +255,7 @@ def load_config(path_or_id: str | os.PathLike):
 
 
 def skeleton(config):
-    """The model of a config on the meta device, in fp32 and in eval mode; its buffers are real.
+    """Returns the model of a config on the meta device, in fp32 and in eval mode; its buffers are real.
 
     Whether its output projection has a weight of its own is what the config says; ``load_skeleton`` sees the weights.
     """
@@ -272,7 +272,7 @@ def skeleton(config):
 
 
 def load_outline(path_or_id: str | os.PathLike) -> nn.Module:
-    """The model that a plan is made from, on the meta device, in fp32 and in eval mode; a tokenizer is not needed.
+    """Returns the model that a plan is made from, on the meta device, in fp32 and in eval mode, without a tokenizer.
 
     What is tied to what is as the weights in a folder have it, as in ``load_skeleton``; where they are not all there,
     for a hub id or a config's JSON file, as the config says. Raises InputError as ``load_skeleton`` does.
@@ -284,7 +284,7 @@ def load_outline(path_or_id: str | os.PathLike) -> nn.Module:
 
 
 def _checked(path_or_id: str | os.PathLike, weights: bool = True):
-    """(name, folder or None, config), of what can be loaded as far as names tell."""
+    """Returns (name, folder or None, config) of what can be loaded as far as names tell."""
     versions.check("transformers")
     import transformers
 
@@ -320,7 +320,7 @@ def _model_class(config):
 
 
 def _check_vocabulary(name: str, model, tokenizer) -> None:
-    """Refuse a tokenizer that has an id without a row in the model's tables, of words or of a language."""
+    """Raises InputError for a tokenizer with an id, of a word or a language, that has no row in the model's tables."""
     known = {**tokenizer.get_vocab(), **(language_ids(tokenizer) or {})}
     rows = model.get_input_embeddings().num_embeddings
     if max(known.values()) >= rows:
@@ -333,7 +333,7 @@ def _check_vocabulary(name: str, model, tokenizer) -> None:
 
 
 def _folder(name: str) -> Path | None:
-    """The local folder, or None for a hub id ("name" or "owner/name")."""
+    """Returns the local folder, or None for a hub id ("name" or "owner/name")."""
     path = Path(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -362,7 +362,7 @@ def _load_tokenizer(name: str, folder: Path | None):
 
 
 def positions(config) -> int | None:
-    """How many tokens a side of a model can have; None where its table of positions grows, or it has none.
+    """Returns how many tokens a side of a model can have; None where its table of positions grows, or it has none.
 
     M2M-100 and NLLB make more positions as they are needed; T5's family counts distances.
     """
@@ -376,7 +376,7 @@ def no_layerdrop(config) -> None:
 
 
 def _attempt(what: str, load, *args, **kwargs):
-    """Call `load`; whatever transformers, the hub or safetensors raise becomes one line."""
+    """Calls `load`; whatever transformers, the hub or safetensors raise becomes one line."""
     try:
         return load(*args, **kwargs)
     except (KeyboardInterrupt, MemoryError, torch.OutOfMemoryError):

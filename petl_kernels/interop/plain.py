@@ -46,8 +46,10 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
 
 
 def plain_state(model: nn.Module, state: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-    """``state`` (the model's own tensors by name, when not given) without adapters: the base's values also where the
-    active adapter trains base tensors, unless it is merged. Quantized tensors are dense, tied ones still one.
+    """Returns ``state`` (the model's own tensors by name, when not given) without adapters.
+
+    It has the base's values also where the active adapter trains base tensors, unless that is merged. Quantized tensors
+    are dense, tied ones still one.
 
     Raises InputError for a state of other shapes than the model's, such as parts of a model on several devices.
     """
@@ -79,7 +81,7 @@ def save_merged(
     dtype: torch.dtype | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Path:
-    """Write model, active adapter merged in, and tokenizer as a plain checkpoint that `transformers` loads unchanged.
+    """Writes model, active adapter merged in, and tokenizer as a plain checkpoint that `transformers` loads unchanged.
 
     dtype: of all weights in the files; None: of each as the model has it. say: is called with a line on what rounding
     to `dtype` costs, where it costs anything.
@@ -99,7 +101,7 @@ def write_merged(
     dtype: torch.dtype | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Path:
-    """``save_merged`` into a folder that may exist: it is replaced as a whole."""
+    """Does what ``save_merged`` does, into a folder that may exist: it is replaced as a whole."""
     folder = Path(folder)
     if dtype is not None and not dtype.is_floating_point:
         raise InputError(f"dtype {dtype}: expected a floating-point type")
@@ -145,14 +147,14 @@ def state_to_save(model: nn.Module) -> dict[str, torch.Tensor] | None:
 
 
 def check_free(folder: str | os.PathLike) -> None:
-    """Refuse a folder that is not empty."""
+    """Raises InputError for a folder that is not empty."""
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"output {str(folder)!r} exists and is not empty")
 
 
 def _dense(model: nn.Module) -> dict[int, torch.Tensor]:
-    """id of each quantized parameter -> its values, on the CPU."""
+    """Returns id of each quantized parameter -> its values, on the CPU."""
     quantized = (parameter for parameter in model.parameters() if isinstance(parameter, QuantizedTensor))
     return {id(parameter): parameter.dequantize().cpu() for parameter in quantized}
 
@@ -160,7 +162,7 @@ def _dense(model: nn.Module) -> dict[int, torch.Tensor]:
 def _rounded(
     state: dict[str, torch.Tensor], dtype: torch.dtype, before: dict[str, torch.Tensor]
 ) -> tuple[dict[str, torch.Tensor], str]:
-    """``state`` in ``dtype``, tied tensors still one, and a line on what that costs; empty when all stays as it was.
+    """Returns ``state`` in ``dtype``, tied tensors still one, and a line on what that costs, which may be empty.
 
     before: the weights of ``state`` that a merge has changed, as they were. Raises InputError for what does not fit."""
     rounded: dict[tuple, torch.Tensor] = {}
@@ -191,7 +193,7 @@ def _place(tensor: torch.Tensor) -> tuple:
 
 
 def _write_dtype(path: Path, dtype: torch.dtype) -> None:
-    """Let a config that ``save_pretrained`` has written name the dtype of the files."""
+    """Writes the dtype of the files into a config that ``save_pretrained`` has written."""
     config = json.loads(path.read_text(encoding="utf-8"))
     config["dtype"] = str(dtype).removeprefix("torch.")
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

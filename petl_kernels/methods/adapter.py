@@ -69,7 +69,7 @@ class BottleneckAdapter(Piece):
         nn.init.zeros_(self.up.bias)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """``residual`` (..., d), x itself when None, is what the adapter's result is added to."""
+        """Returns the adapter's result for x (..., d), added to ``residual`` (..., d), which is x itself when None."""
         ln_weight, ln_bias, eps = (None, None, 1e-5) if self.norm is None else (*self.norm.parameters(), self.norm.eps)
         return ops.bottleneck_adapter(
             x,
@@ -93,7 +93,7 @@ class BottleneckAdapter(Piece):
 
 
 class PreNormPfeiffer(BottleneckAdapter):
-    """On a pre-norm layer: y = x + A(LN_f(x)). ``norm_name``: LN_f's path inside the layer."""
+    """A piece on a pre-norm layer: y = x + A(LN_f(x)). ``norm_name``: LN_f's path inside the layer."""
 
     def __init__(self, norm_name: str, *args, **kwargs):
         super().__init__(*args, norm=False, **kwargs)
@@ -104,7 +104,7 @@ class PreNormPfeiffer(BottleneckAdapter):
 
 
 class PostNormPfeiffer(BottleneckAdapter):
-    """On the norm that ends a post-norm layer: y = LN_f(x + A(LN_f(x)))."""
+    """A piece on the norm that ends a post-norm layer: y = LN_f(x + A(LN_f(x)))."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, norm=False, **kwargs)
@@ -118,7 +118,7 @@ def _frozen_norm(norm: nn.Module, x: Tensor) -> Tensor:
 
 
 class ParallelAdapter(BottleneckAdapter):
-    """On the feed-forward block's last linear: adds scale · A(x), x the block's input, which ``ReadInput`` hands it."""
+    """A piece on the feed-forward block's last linear: adds scale · A(x), x the block's input, from ``ReadInput``."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, norm=False, **kwargs)
@@ -138,7 +138,7 @@ _handed = _Handed()
 
 
 def _drop_after(layer: nn.Module) -> None:
-    """Let a layer that fails between the two leave nothing behind."""
+    """Lets a layer that fails between the two leave nothing behind."""
     if _drop not in layer._forward_hooks.values():
         layer.register_forward_hook(_drop, always_call=True)
 
@@ -148,7 +148,7 @@ def _drop(layer: nn.Module, args: tuple, output) -> None:
 
 
 class ReadInput(Piece):
-    """On the feed-forward block's first linear: hands its input to the parallel adapter of the block."""
+    """A piece on the feed-forward block's first linear: hands its input to the block's parallel adapter."""
 
     def __init__(self, adapter: ParallelAdapter):
         super().__init__()

@@ -21,7 +21,7 @@ from petl_kernels.models.structure import base_parameters, describe, norms
 
 @dataclass(frozen=True)
 class BitFit(Method):
-    """layer_norm: the LayerNorms' weights are trained as well."""
+    """Training of biases alone. layer_norm: the LayerNorms' weights are trained as well."""
 
     layer_norm: bool = setting(True, "the norms' weights are trained, too")
 

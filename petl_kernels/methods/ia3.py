@@ -46,9 +46,12 @@ class Scale(Piece):
 
 @dataclass(frozen=True)
 class IA3(Method):
-    """targets: names of linear layers, or a regular expression for whole paths; None is k and v of every attention and
+    """Scaling of what linear layers return or read.
+
+    targets: names of linear layers, or a regular expression for whole paths; None is k and v of every attention and
     the feed-forward blocks' last linear. feedforward: those of the targets whose input is scaled; None is the
-    feed-forward blocks' last linear."""
+    feed-forward blocks' last linear.
+    """
 
     targets: tuple[str, ...] | str | None = setting(
         None, "names of modules, or a regular expression for paths; null: those above"

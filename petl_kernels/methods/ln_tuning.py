@@ -15,7 +15,7 @@ from petl_kernels.models.structure import norms
 
 @dataclass(frozen=True)
 class LayerNormTuning(Method):
-    """targets: names of the norms, or a regular expression for whole paths; None is every norm."""
+    """Training of norms. targets: their names, or a regular expression for whole paths; None is every norm."""
 
     targets: tuple[str, ...] | str | None = setting(
         None, "names of modules, or a regular expression for paths; null: those above"

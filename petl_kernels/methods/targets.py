@@ -12,7 +12,7 @@ from petl_kernels.models.structure import base_modules, describe
 
 
 def find_targets(model: nn.Module, targets: tuple[str, ...] | str, kinds: tuple[type, ...], method: str) -> list[str]:
-    """Paths of the modules that ``targets`` names, in the model's order.
+    """Returns the paths of the modules that ``targets`` names, in the model's order.
 
     targets: names that match a path exactly or by ".name" at its end; a string is a regular expression for whole paths,
     or "all-linear" for every linear layer inside the encoder's and decoder's layers. Each name must match, and match

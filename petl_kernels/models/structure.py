@@ -65,7 +65,10 @@ class Layer:
 
 @dataclass(frozen=True)
 class Structure:
-    """``pre_norm``: each block normalises its input (else the sum of its input and output, as Marian does)."""
+    """The anatomy of one model.
+
+    pre_norm: each block normalises its input; else the sum of its input and output, as Marian does.
+    """
 
     family: str
     d_model: int
@@ -90,7 +93,7 @@ def check_model(model: object) -> None:
 
 
 def describe(model: nn.Module) -> Structure:
-    """The structure of ``model``; InputError when it is not an encoder-decoder of the two families."""
+    """Returns the structure of ``model``. Raises InputError for what is no encoder-decoder of the two families."""
     for family, stack_name, layer in (("bart", "layers", _bart_layer), ("t5", "block", _t5_layer)):
         sides = {side: _find_stack(model, side, stack_name) for side in ("encoder", "decoder")}
         if None in sides.values():
@@ -160,7 +163,7 @@ def _out_features(model: nn.Module, path: str) -> int:
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """``named_modules`` without what adapters have added."""
+    """Yields what ``named_modules`` does, without what adapters have added."""
     added = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, AddedModules))
     for path, module in model.named_modules():
         if not isinstance(module, AddedModules) and not f"{path}.".startswith(added):
@@ -168,7 +171,7 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The plain model's parameters by name, tied ones once and under their first name."""
+    """Returns the plain model's parameters by name, tied ones once and under their first name."""
     found: dict[str, nn.Parameter] = {}
     seen = set()
     for path, module in base_modules(model):
@@ -183,12 +186,12 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def total_parameters(model: nn.Module) -> int:
-    """The number of parameters of the plain model, tied ones counted once."""
+    """Returns the number of parameters of the plain model, tied ones counted once."""
     return sum(parameter.numel() for parameter in base_parameters(model).values())
 
 
 def norms(model: nn.Module) -> list[str]:
-    """Paths of every LayerNorm and RMSNorm."""
+    """Returns the paths of every LayerNorm and RMSNorm."""
     names = ("LayerNorm", "RMSNorm")
     return [path for path, module in base_modules(model) if type(module).__name__.endswith(names)]
 
