@@ -56,7 +56,7 @@ T5_FEED_FORWARD = ("act", "dropout")
 
 # Classes of position embeddings whose ``forward`` is known: it looks up, for each token, the row of its place in its
 # sentence in ``weight`` (behind ``offset`` rows), or as M2M-100 in ``weights``, where padding has a row of its own.
-# ``STACKS`` below are stacks of layers that treat every token alone, apart from their positions and layers. A model with
+# ``STACKS`` below are stacks of layers that treat every token alone, apart from positions and layers. A model with
 # others reads no packed rows.
 POSITIONS = frozenset(
     (
