@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 from weakref import WeakKeyDictionary
@@ -183,6 +182,7 @@ class Adapter(Method):
         "pfeiffer": ({"pfeiffer": True}, "a bottleneck behind each layer, through the layer's own last norm"),
         "parallel": ({"parallel": True}, "a bottleneck beside each feed-forward block"),
     }
+    cannot_merge: ClassVar[str] = "a bottleneck adapter is not linear, so no weight can hold it"
     size_field: ClassVar[str] = "bottleneck"
     ops: ClassVar[tuple[str, ...]] = ("bottleneck_adapter",)
 
@@ -215,9 +215,6 @@ class Adapter(Method):
         d, m = structure.d_model, self.bottleneck
         own_norm = 0 if self.parallel or self.pfeiffer else 2 * d
         return len(self._places(structure)) * (2 * d * m + m + d + own_norm)
-
-    def merged_weights(self, model: nn.Module, name: str) -> Iterator[tuple[str, Tensor]]:
-        raise InputError(f"adapter {name!r}: a bottleneck adapter is not linear, so no weight can hold it")
 
     def _places(self, structure: Structure) -> list[str]:
         if self.placement == "sublayer":

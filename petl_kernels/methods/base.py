@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from petl_kernels.errors import InputError
 from petl_kernels.methods.budget import budget_parameters, check_reached, largest_that_fits
+from petl_kernels.methods.pieces import pieces
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Method:
         starts at zero beside a frozen base wants 10 to 30 times that, single vectors and prefixes more still. Adam's
         best rate falls with the width, so ``petl-mt train`` multiplies it by 1024 / width.
     variants: further keys in ``METHODS`` -> (the settings that such a key stands for, what it trains).
+    cannot_merge: why no weight can hold it; empty for methods that can be merged.
     size_field: the field that a parameter budget solves. ops: the ops that serve it.
     peft_type: Hugging Face PEFT's type, for methods that ``interop/peft_format.py`` reads and writes; the files of the
         others are in our own format.
@@ -40,6 +42,7 @@ class Method:
     trains: ClassVar[str]
     learning_rate: ClassVar[float] = 5e-4
     variants: ClassVar[dict[str, tuple[dict[str, Any], str]]] = {}
+    cannot_merge: ClassVar[str] = ""
     size_field: ClassVar[str | None] = None
     ops: ClassVar[tuple[str, ...]] = ()
     peft_type: ClassVar[str | None] = None
@@ -76,10 +79,14 @@ class Method:
         return self.to_dict()
 
     def merged_weights(self, model: nn.Module, name: str) -> Iterator[tuple[str, Tensor]]:
-        """Yields (name, values) of base tensors with the adapter ``name`` inside, one made after the other.
+        """Returns (name, values) of base tensors with the adapter ``name`` inside, one made after the other.
 
-        Values are dense, in fp32 or wider. Raises InputError, before the first, where no weight can hold it.
+        Values are dense, in fp32 or wider. Raises InputError, before the first, where no weight can hold it. A method
+        without pieces has nothing to merge.
         """
+        if self.cannot_merge or any(pieces(model, name)):
+            reason = self.cannot_merge or f"{self.label} has pieces and no merged_weights"
+            raise InputError(f"adapter {name!r}: {reason}")
         return iter(())
 
     @classmethod

@@ -13,7 +13,6 @@ wrap its "eager" and "sdpa" ones. Masks and T5's position bias are extended by z
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -136,6 +135,7 @@ class PrefixTuning(Method):
     method: ClassVar[str] = "prefix"
     trains: ClassVar[str] = "keys and values before those of every attention"
     learning_rate: ClassVar[float] = 1e-3
+    cannot_merge: ClassVar[str] = "a prefix is not part of any weight, so it cannot be merged"
     size_field: ClassVar[str] = "length"
 
     def __post_init__(self):
@@ -163,9 +163,6 @@ class PrefixTuning(Method):
 
     def count(self, model: nn.Module) -> int:
         return sum(2 * self.length * attention.heads * attention.head_dim for attention in describe(model).attentions)
-
-    def merged_weights(self, model: nn.Module, name: str) -> Iterator[tuple[str, Tensor]]:
-        raise InputError(f"adapter {name!r}: a prefix is not part of any weight, so it cannot be merged")
 
 
 def fold(model: nn.Module, name: str) -> None:

@@ -16,6 +16,7 @@ import petl_kernels as pk
 from petl_kernels.errors import InputError
 from petl_kernels.layers import border
 from petl_kernels.methods.owner import owner
+from petl_kernels.methods.state import adapter_state
 from petl_kernels.models.structure import describe
 from petl_kernels.weights import streamed as stream
 from petl_kernels.weights.mapped import FILE
@@ -115,7 +116,7 @@ def _run(model: nn.Module) -> dict[str, torch.Tensor]:
         with torch.no_grad():
             found[f"loss {k}"] = model(**inputs).loss
         model.train()
-    return found | dict(pk.api.adapter_state(model, "default"))
+    return found | dict(adapter_state(model, "default"))
 
 
 def test_backward_twice_and_checkpointing_of_transformers(streamed):
