@@ -142,54 +142,49 @@ def report(model: nn.Module) -> Report:
     check_unwrapped(model)
     name = active_name(model)
     total = total_parameters(model)
-    others = tuple(other for other in records(model) if other != name)
     parameters = trainable_parameters(model)
     trained = sum(p.numel() for p in parameters)
-    lean = tuple(layer_states(model)), _loss_line(model), _storage_line(model), _streamed_layers(model)
+    whole = {
+        "model": type(model).__name__,
+        "adapter": name,
+        "trained": trained,
+        "total": total,
+        "others": tuple(other for other in records(model) if other != name),
+        "layers": tuple(layer_states(model)),
+        "loss": _loss_line(model),
+        "storage": _storage_line(model),
+        "streamed": _streamed_layers(model),
+    }
     if name is None:
         return Report(
-            type(model).__name__,
-            None,
-            None,
-            {},
-            trained,
-            trained,
-            total,
-            total - trained,
-            False,
-            None,
-            others,
-            (),
-            {},
-            *lean,
-            _turned_down(model),
+            **whole,
+            method=None,
+            settings={},
+            stored=trained,
+            frozen=total - trained,
+            merged=False,
+            merge_error=None,
+            places=(),
+            backends={},
+            turned_down=_turned_down(model),
         )
     record = records(model)[name]
-    settings = {
-        field.name: getattr(record.config, field.name)
-        for field in fields(record.config)
-        if field.name == record.config.size_field or getattr(record.config, field.name) not in (field.default, {})
-    }
     own = {p for _, piece in pieces(model, name) for p in piece.parameters()} | set(record.added.values())
     weight = next(model.parameters())
     return Report(
-        model=type(model).__name__,
-        adapter=name,
+        **whole,
         method=record.config.label,
-        settings=settings,
-        trained=trained,
+        settings={
+            field.name: getattr(record.config, field.name)
+            for field in fields(record.config)
+            if field.name == record.config.size_field or getattr(record.config, field.name) not in (field.default, {})
+        },
         stored=sum(tensor.numel() for tensor in adapter_state(model, name).values()),
-        total=total,
         frozen=total - sum(p.numel() for p in parameters if p not in own),
         merged=record.merged,
         merge_error=record.merge_error,
-        others=others,
         places=() if record.merged else _places(model, name, record),
         backends={op: ops.backend_of(op, weight.device, weight.dtype) for op in record.config.ops},
-        layers=lean[0],
-        loss=lean[1],
-        storage=lean[2],
-        streamed=lean[3],
         turned_down=_turned_down(model),  # after ``backends``, which makes checks
     )
 
