@@ -44,7 +44,7 @@ def lean(
     ``model(labels=...)`` then computes the loss without logits, in models whose own loss is known to be the
     cross-entropy of logits. They stand in the output as before and are made when they are read, which raises
     RuntimeError where weights have changed since.
-    Layers and models that cannot be lean stay as they are; ``report`` names them and says why.
+    Layers and models that cannot be lean stay as they are; ``report`` names them, with the reason.
     Raises InputError for a tier that does not exist, for a list of another length, and with "auto" for what does not
     fit (with the bytes it needs), for a memory that is no size and for a model of another family.
     """

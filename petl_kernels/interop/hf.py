@@ -30,7 +30,7 @@ SUPPORTED = {
     "mt5": "MT5ForConditionalGeneration",
 }
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
-# What transformers looks for, in this order: the first that is there is the checkpoint, alone.
+# Files that transformers looks for, in this order: the first that is there is the checkpoint, alone.
 _WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -60,7 +60,7 @@ def load_skeleton(path_or_id: str | os.PathLike):
     """Returns (model, tokenizer) as ``load_pretrained``, with parameters on the meta device, in fp32.
 
     Of the weights, names and shapes are read, and the values of tables that may be tied or not. ``model.petl.sources``
-    says where each parameter and buffer comes from: the name of a tensor in the files, or the tensor itself where
+    has where each parameter and buffer comes from: the name of a tensor in the files, or the tensor itself where
     transformers makes it. Raises InputError as ``load_pretrained`` does.
     """
     name, folder, config = _checked(path_or_id)
@@ -257,7 +257,7 @@ def load_config(path_or_id: str | os.PathLike):
 def skeleton(config):
     """Returns the model of a config on the meta device, in fp32 and in eval mode; its buffers are real.
 
-    Whether its output projection has a weight of its own is what the config says; ``load_skeleton`` sees the weights.
+    Its output projection has a weight of its own where the config has one; ``load_skeleton`` sees the weights.
     """
     versions.check("accelerate")
     from accelerate import init_empty_weights
@@ -275,7 +275,7 @@ def load_outline(path_or_id: str | os.PathLike) -> nn.Module:
     """Returns the model that a plan is made from, on the meta device, in fp32 and in eval mode, without a tokenizer.
 
     What is tied to what is as the weights in a folder have it, as in ``load_skeleton``; where they are not all there,
-    for a hub id or a config's JSON file, as the config says. Raises InputError as ``load_skeleton`` does.
+    for a hub id or a config's JSON file, as the config has it. Raises InputError as ``load_skeleton`` does.
     """
     config, folder = load_config(path_or_id), Path(path_or_id)
     if _has(folder, _WEIGHT_FILES) and all(path.is_file() for path in _weight_files(folder, config)):

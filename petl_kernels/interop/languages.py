@@ -66,7 +66,7 @@ _ALIASES = dict(
 )
 _ALIASES |= {flores.split("_")[0]: short for short, flores in _FLORES.items()}
 _SCRIPTS = {short: flores.split("_")[1] for short, flores in _FLORES.items()}
-# Of languages that no model here has a code for, or that have no short one; written without spaces, all of them.
+# Scripts of languages that no model here has a code for, or that have no short one; all are written without spaces.
 _MORE_SCRIPTS = dict(
     entry.split(":")
     for entry in """
@@ -266,7 +266,7 @@ def language_tokens(tokenizer) -> dict[str, int]:
         forms = ["nllb"]
     elif name.startswith("MBart"):
         forms = ["mbart"]
-    else:  # a tokenizer of the general class says nothing about its family: take the form that occurs
+    else:  # a tokenizer of the general class may be of any family: take the form that occurs
         forms = ["t5", "nllb", "m2m100", "mbart"]
     for form in forms:
         found = {token: i for token, i in vocabulary.items() if _TAG_FORMS[form].fullmatch(token)}

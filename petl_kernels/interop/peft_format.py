@@ -284,7 +284,7 @@ def _ia3_settings(model: nn.Module, config: IA3) -> dict:
     names = short_names(model, places)
     short = sorted({path.rpartition(".")[2] for path in inputs})
     if isinstance(names, str) or _ending(places, short) != inputs or not set(short) <= set(names):
-        names, short = sorted(places), inputs  # PEFT wants the feed-forward names among the targets' names
+        names, short = sorted(places), inputs  # PEFT expects the feed-forward names among the targets' names
     return {
         "target_modules": names,
         "feedforward_modules": sorted(short),

@@ -1,4 +1,4 @@
-"""Which modules PEFT's `target_modules` stands for, and how ours are written for it.
+"""PEFT's `target_modules`: the modules that it stands for, and how ours are written for it.
 
 PEFT 0.21 matches a list with a path exactly or by ".name" at its end, and a string as a regular expression for the
 whole path.

@@ -69,7 +69,7 @@ def plain_state(model: nn.Module, state: dict[str, torch.Tensor] | None = None) 
             raise InputError(f"state_dict: {key!r} has {shapes}; adapters are saved from a whole model")
         if key not in own and not key.startswith(ASIDE):
             own_value = other[id(parameter)].to(tensor.dtype) if id(parameter) in other else tensor.detach()
-            # What stands in wider memory, with others (layers/border.py), is no tensor that a file can have.
+            # A tensor that stands in wider memory, with others (layers/border.py), cannot be written as it is.
             found[key] = own_value if own_value.is_contiguous() else host_copy(own_value)
     return found
 

@@ -28,8 +28,8 @@ class Method:
     """A fine-tuning method; its fields are its settings, each made by ``setting``.
 
     method: its key in ``METHODS`` and in files. trains: what it trains, in a few words.
-    learning_rate: the peak for a model of width 1,024, where full fine-tuning wants 3e-5 (fairseq's mBART recipe). What
-        starts at zero beside a frozen base wants 10 to 30 times that, single vectors and prefixes more still. Adam's
+    learning_rate: the peak for a model of width 1,024, where full fine-tuning needs 3e-5 (fairseq's mBART recipe). What
+        starts at zero beside a frozen base needs 10 to 30 times that, single vectors and prefixes more still. Adam's
         best rate falls with the width, so ``petl-mt train`` multiplies it by 1024 / width.
     variants: further keys in ``METHODS`` -> (the settings that such a key stands for, what it trains).
     cannot_merge: why no weight can hold it; empty for methods that can be merged.

@@ -42,7 +42,7 @@ class Record:
 
 @dataclass(eq=False)
 class Owner(AddedParameters):
-    """What ``model.petl`` is.
+    """The object in ``model.petl``.
 
     adapters: name -> record. active: the name of the adapter that runs and trains; None is the plain base.
     base_only: the model's ``state_dict`` leaves adapters out and its loading does not miss them.

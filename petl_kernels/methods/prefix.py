@@ -47,7 +47,7 @@ class Prefix(Piece):
     """
 
     what = "prefix"
-    # Those that share the MLP, in a tuple as it is; none in models that were pickled early.
+    # The pieces that share the MLP, in a tuple as it is; none in models that were pickled early.
     kind: tuple[Prefix, ...] = ()
 
     def __init__(self, attention: Attention, length: int, mlp: nn.Module, weight: Tensor):

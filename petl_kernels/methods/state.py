@@ -1,4 +1,4 @@
-"""What an adapter stores, and what training it goes on from.
+"""The tensors that an adapter stores, and those that its training goes on from.
 
 Keys are "<module path in the plain model>.<suffix>", without the adapter's name and without any wrapper;
 ``petl_kernels.interop`` relies on that.

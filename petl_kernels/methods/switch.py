@@ -1,4 +1,4 @@
-"""Which adapter a model runs and trains.
+"""The switch from one adapter of a model to another.
 
 Base tensors that an adapter trains are exchanged: while it is active the model holds its values and its record the
 base's, else the other way round. Both come back bit for bit.
@@ -80,7 +80,7 @@ def _trained(model: nn.Module, name: str) -> list[nn.Parameter]:
 
 
 def refuse_merged(model: nn.Module, doing: str) -> None:
-    """Raises InputError where the active adapter is merged; ``doing`` says before what it has to be unmerged."""
+    """Raises InputError where the active adapter is merged; ``doing`` names what needs it unmerged."""
     name = active_name(model)
     if name is not None and records(model)[name].merged:
         raise InputError(f"adapter {name!r}: merged into the model, unmerge it before {doing}")

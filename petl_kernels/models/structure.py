@@ -1,4 +1,4 @@
-"""Where the parts of a sequence-to-sequence model are: layers, attentions, feed-forward blocks, norms, by dotted path.
+"""The anatomy of a sequence-to-sequence model: paths of its layers, attentions, feed-forward blocks and norms.
 
 Two families, told apart by what their layers hold and not by class, so that nothing of transformers is imported:
 

@@ -1,4 +1,4 @@
-"""Names of transformers that it does not promise to keep: each in one place, which says what happens when it is gone.
+"""Names of transformers that it does not promise to keep: each in one place, with what happens when it is gone.
 
 What is public there is used where it is needed: model classes, ``generate``, ``from_pretrained``, fields of
 configurations, and the names of modules that hold parameters, since checkpoints are made of those.
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from petl_kernels.errors import InputError
 
 # Class names of activation modules: the ops' names for them. A class that is none of these leaves its layers plain, and
-# ``pk.report`` says so.
+# ``pk.report`` names it.
 ACTIVATIONS = {
     "ReLU": "relu",
     "GELU": "gelu",
@@ -38,14 +38,14 @@ ACTIVATIONS = {
 
 # Prefixes of the classes whose ``forward`` lean layers have been compared with, formula by formula: "Bart" stands for
 # BartEncoderLayer, BartDecoderLayer and BartAttention. A layer that runs another ``forward`` stays plain, and
-# ``pk.report`` says which.
+# ``pk.report`` names that.
 BART_NAMES = (
     "Bart", "Blenderbot", "BlenderbotSmall", "M2M100", "MBart", "Marian", "PLBart", "Pegasus", "PegasusX",
     "Speech2Text", "Whisper",
 )  # fmt: skip
 T5_NAMES = ("MT5", "T5")
 
-# What lean layers read of a layer and of its attentions beside modules with parameters. A layer without one of these
+# Attributes that lean layers read of a layer and of its attentions, beside modules with parameters. A layer without one of these
 # stays plain, and ``pk.report`` names it (``lacking``).
 BART_LAYER = ("dropout", "activation_fn", "activation_dropout")
 BART_ATTENTION = ("scaling", "is_causal", "dropout")
@@ -228,7 +228,7 @@ def fill_cache(cache: Any, index: int, key: Tensor, value: Tensor, *cross: Tenso
 
 
 def self_attention_caches(cache: Any) -> list[Any]:
-    """What ``cache`` holds of the decoder's self-attentions, one for each layer that has any yet.
+    """Returns what ``cache`` holds of the decoder's self-attentions, one for each layer that has any yet.
 
     Each has ``keys`` and ``values`` (rows, heads, tokens, head_dim). If they are gone, raises InputError: bytes of a
     search cannot be counted, so ``--memory`` is refused.
@@ -269,7 +269,7 @@ def model_of(cls: type, config: Any, dtype: torch.dtype) -> nn.Module:
 
 # Classes whose forward, read line by line, takes the cross-entropy of its logits and labels, ``CrossEntropyLoss()``,
 # and nothing else of either, with the logits from ``lm_head`` and perhaps ``final_logits_bias``. True: with labels, it
-# returns a cache where the config says so. A class that is not here computes its loss in its own way.
+# returns a cache where the config has it. A class that is not here computes its loss in its own way.
 LOSSES = {
     "BartForConditionalGeneration": False,
     "BigBirdPegasusForConditionalGeneration": False,
