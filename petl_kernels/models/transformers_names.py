@@ -45,8 +45,8 @@ BART_NAMES = (
 )  # fmt: skip
 T5_NAMES = ("MT5", "T5")
 
-# Attributes that lean layers read of a layer and of its attentions, beside modules with parameters. A layer without one of these
-# stays plain, and ``pk.report`` names it (``lacking``).
+# Attributes that lean layers read of a layer and of its attentions, beside modules with parameters. A layer without one
+# of these stays plain, and ``pk.report`` names it (``lacking``).
 BART_LAYER = ("dropout", "activation_fn", "activation_dropout")
 BART_ATTENTION = ("scaling", "is_causal", "dropout")
 T5_ATTENTION = (
