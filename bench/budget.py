@@ -75,7 +75,7 @@ def run(folder: Path, arguments: argparse.Namespace, device: torch.device) -> di
         cap.reset_peak(device)
         seconds, losses = updates(model, plan, arguments, device)
         peak = cap.peak(device) - before
-        pages = model.petl_streamed.resident_bytes() if plan.streamed and device.type == "cpu" else 0
+        pages = model.petl.streamed.resident_bytes() if plan.streamed and device.type == "cpu" else 0
     return {
         "command": f"python bench/budget.py {arguments.shape} {arguments.memory} --allow {arguments.allow!r} "
         f"--batch-tokens {arguments.batch_tokens} --length {arguments.length}",

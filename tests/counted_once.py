@@ -13,7 +13,7 @@ RATES = ("p", "dropout", "stored_dropout", "activation_dropout")
 
 def kind_of(model: torch.nn.Module) -> str:
     """Returns all of ``model`` that its bytes depend on, as a key: class, configuration, tensors, rates, method."""
-    from petl_kernels.methods.base import active_name, records
+    from petl_kernels.methods.owner import active_name, records
 
     tensors = [
         (name, tuple(t.shape), t.dtype, t.requires_grad, type(t))

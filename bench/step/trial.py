@@ -35,6 +35,7 @@ from torch import Tensor, nn
 import petl_kernels as pk
 from petl_kernels import versions
 from petl_kernels.interop.hf import load_weights, skeleton
+from petl_kernels.methods.owner import owner
 from petl_kernels.planning.load import load_planned
 from petl_kernels.planning.plan import Plan
 from petl_kernels.step import cap
@@ -207,7 +208,7 @@ def _needed(model: nn.Module, before: int, trial: Trial, device: torch.device) -
     if device.type == "cuda":
         context = max(0, cap.context_bytes(device) - trial.taken)
         return torch.cuda.max_memory_allocated(device) + context, torch.cuda.max_memory_reserved(device) + context
-    streamed = getattr(model, "petl_streamed", None)
+    streamed = owner(model).streamed
     peak = cap.peak(device) - before + (streamed.resident_bytes() if streamed else 0)
     return peak, peak
 

@@ -19,6 +19,8 @@ from petl_kernels.layers.families import FAMILIES
 from petl_kernels.layers.lean_layer import LeanLayer, make_lean, make_plain
 from petl_kernels.layers.obstacles import obstacle, reason_of_build, replaced_forward
 from petl_kernels.layers.wide_ffn import bottleneck_beside
+from petl_kernels.methods.owner import owner
+from petl_kernels.methods.switch import after_switch
 from petl_kernels.models.structure import Layer, Structure, describe
 
 TIERS = (1, 2, 3, 4, 5)
@@ -64,7 +66,7 @@ def widen(model: nn.Module) -> None:
     lean = {path: module for path, module in model.named_modules() if isinstance(module, LeanLayer)}
     if not lean:
         return
-    streamed = getattr(model, "petl_streamed", None)
+    streamed = owner(model).streamed
     for layer in describe(model).layers:
         module = lean.get(layer.path)
         if module is None or (streamed is not None and layer.path in streamed.paths):
@@ -77,6 +79,9 @@ def widen(model: nn.Module) -> None:
             continue
         linears = [model.get_submodule(path) for path in layer.ffn.linears]
         state.widen(*linears, linears[-1].petl.current())
+
+
+after_switch(widen)
 
 
 def narrow(layer: nn.Module) -> None:

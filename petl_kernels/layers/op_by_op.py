@@ -28,8 +28,8 @@ from petl_kernels.layers.pieces import active_piece, is_plain
 from petl_kernels.layers.recompute import recomputed_by, recomputed_if
 from petl_kernels.layers.source import cast_for_products
 from petl_kernels.methods.adapter import ParallelAdapter, ReadInput
-from petl_kernels.methods.base import Piece
 from petl_kernels.methods.lora import LoRALinear
+from petl_kernels.methods.pieces import Piece
 from petl_kernels.methods.prefix import Prefix
 
 # The first tier that recomputes each kind of step.

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from petl_kernels.layers.frozen_linear import FrozenLinear
-from petl_kernels.methods.base import Piece
 from petl_kernels.methods.lora import LoRALinear
+from petl_kernels.methods.pieces import Piece
 
 # Classes of linear layers whose forward depends on their input and parameters alone.
 LINEARS = (nn.Linear, LoRALinear, FrozenLinear)

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from petl_kernels.methods.base import Named
+from petl_kernels.methods.pieces import Named
 from petl_kernels.ops.quantized import QuantizedTensor, parts_of
 
 _PLAIN = (bool, int, float, str, type(None))

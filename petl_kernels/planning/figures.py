@@ -18,7 +18,7 @@ from itertools import product
 import torch
 from torch import nn
 
-from petl_kernels.methods.base import records
+from petl_kernels.methods.owner import records
 from petl_kernels.models.structure import describe
 from petl_kernels.planning import budget
 from petl_kernels.planning.beam_search import Search, SearchBytes, output_length

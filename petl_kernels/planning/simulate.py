@@ -22,7 +22,8 @@ from petl_kernels.layers.border import as_on
 from petl_kernels.layers.lean_model import lean_model
 from petl_kernels.layers.loss.lean_loss import packing_obstacle
 from petl_kernels.layers.mixed_in import original_class
-from petl_kernels.methods.base import active_name, records
+from petl_kernels.methods.adapt import adapt
+from petl_kernels.methods.owner import active_name, records
 from petl_kernels.models.transformers_names import drop_no_layer, model_of
 from petl_kernels.planning.peak import Ledger
 from petl_kernels.step.gradients import RoundedGradients
@@ -83,8 +84,6 @@ def shallow(
         for key, parameter in like.named_parameters():
             parameter.requires_grad_(key in given and given[key].requires_grad)
     else:
-        from petl_kernels.api import adapt
-
         adapt(like, records(model)[name].config)
     _set_rates(like, model)
     drop_no_layer(like)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from petl_kernels.errors import InputError
 from petl_kernels.extension import extension
 from petl_kernels.files import atomic_path
-from petl_kernels.methods.base import set_parameter
+from petl_kernels.models.structure import set_parameter
 
 FILE = "frozen_layers.safetensors"
 _DTYPES = {

@@ -6,7 +6,7 @@ from torch import nn
 
 from petl_kernels.errors import InputError
 from petl_kernels.layers.lean import LeanLayer, narrow
-from petl_kernels.methods.base import records
+from petl_kernels.methods.owner import records
 from petl_kernels.models.structure import base_modules
 from petl_kernels.ops.quantized import STORAGES, QuantizedTensor, quantize
 

@@ -44,6 +44,7 @@ from petl_kernels.device import resolve
 from petl_kernels.errors import InputError
 from petl_kernels.extension import extension
 from petl_kernels.layers.lean import narrow
+from petl_kernels.methods.owner import own, owner
 from petl_kernels.models.structure import Layer, describe
 from petl_kernels.ops.quantized import parts_of
 from petl_kernels.weights.mapped import MappedWeights, Weights, from_files, mapped_weights
@@ -86,7 +87,7 @@ def stream_layers(
     """
     if isinstance(slots, bool) or not isinstance(slots, int) or slots < 2:
         raise InputError(f"slots {slots!r}: expected a whole number of at least 2")
-    if getattr(model, "petl_streamed", None) is not None:
+    if owner(model).streamed is not None:
         raise InputError("stream_layers: the model is streamed already, unstream it first")
     chosen = _chosen_layers(model, layers)
     for layer in chosen:
@@ -105,7 +106,7 @@ def stream_layers(
 
 def unstream(model: nn.Module) -> nn.Module:
     """Puts the weights of a streamed model back into memory; returns the model. Raises InputError for another one."""
-    streamed = getattr(model, "petl_streamed", None)
+    streamed = owner(model).streamed
     if streamed is None:
         raise InputError("unstream: the model is not streamed")
     streamed.unstream()
@@ -113,7 +114,7 @@ def unstream(model: nn.Module) -> nn.Module:
 
 
 class Streamed:
-    """A model's streamed layers, in ``model.petl_streamed``. bytes: of them all; layer_bytes: of the largest."""
+    """A model's streamed layers, in ``model.petl.streamed``. bytes: of them all; layer_bytes: of the largest."""
 
     def __init__(
         self, model: nn.Module, layers: list[Layer], weights: list[Weights], slots: int, store: MappedWeights | Slots
@@ -130,7 +131,7 @@ class Streamed:
         """Puts the hooks on the model that bring weights and take them away."""
         self._versions = [tensor._version for tensor in self._tensors()]
         self._handles = [handle for i, path in enumerate(self.paths) for handle in self._hook(i, path)]
-        self._model.petl_streamed = self
+        own(self._model).streamed = self
 
     def resident_bytes(self) -> int:
         """Returns on the CPU the bytes of the files' pages in this process' memory, on CUDA those of the slots."""
@@ -143,7 +144,7 @@ class Streamed:
         for tensor, values in self._store.values():
             tensor.data = values
         self._store = None
-        del self._model.petl_streamed
+        own(self._model).streamed = None
 
     def __reduce_ex__(self, protocol):
         raise InputError("a streamed model: unstream it before it is copied or pickled")

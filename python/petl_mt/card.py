@@ -5,13 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from petl_kernels.files import atomic_write
+from petl_kernels.methods import METHODS
 
 from .config import TrainConfig
 from .memory import memory_text
 from .runs import RunFolder
-
-# Methods that no weight of the model can hold.
-NOT_MERGED = ("adapter", "adapter-sublayer", "pfeiffer", "parallel", "prefix")
 
 
 def write_card(run: RunFolder, config: TrainConfig, result) -> None:
@@ -40,7 +38,7 @@ def card(config: TrainConfig, result) -> str:
         "## Use",
         "```",
         "petl-mt translate --run . < input.txt > output.txt",
-        *([] if config.method in NOT_MERGED else ["petl-mt merge --run . --out merged"]),
+        *([] if METHODS[config.method].config.cannot_merge else ["petl-mt merge --run . --out merged"]),
         "```",
         ("`model/` is a plain `transformers` folder." if whole else "`adapter/` holds the trained tensors only."),
         "",

@@ -417,7 +417,7 @@ def _report_cut(translator) -> None:
 
 def _merge(arguments: argparse.Namespace) -> int:
     import petl_kernels as pk
-    from petl_kernels.interop.adapters import check_free
+    from petl_kernels.interop.plain import check_free
 
     from .runs import hush, load_run, merged_dtype, quantize_as_trained, run_storages
 

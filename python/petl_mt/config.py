@@ -27,23 +27,6 @@ UNCAPTURED = {  # tiers that no CUDA graph holds, and why
     5: "a CUDA graph holds no inputs in host memory",
 }
 
-# Peak learning rates for a model of width 1,024, where full fine-tuning wants 3e-5 (fairseq's mBART recipe). What
-# starts at zero beside a frozen base wants 10 to 30 times that, single vectors and prefixes more still. Adam's best
-# rate falls with the width, so `default_lr` multiplies by 1024 / d_model.
-LEARNING_RATES = {
-    "full": 3e-5,
-    "cross-attention": 1e-4,
-    "adapter": 5e-4,
-    "adapter-sublayer": 5e-4,
-    "pfeiffer": 5e-4,
-    "parallel": 5e-4,
-    "lora": 5e-4,
-    "bitfit": 1e-3,
-    "bitfit-biases": 1e-3,
-    "ln": 1e-3,
-    "prefix": 1e-3,
-    "ia3": 3e-3,
-}
 NEW_MODEL_LEARNING_RATE = 5e-4  # at width 512, the transformer's usual rate with inverse-sqrt decay
 
 
@@ -237,9 +220,13 @@ def require_bitsandbytes(what: str) -> None:
 
 
 def default_lr(method: str, d_model: int, is_new: bool) -> float:
+    """Returns the peak learning rate of ``method`` for a model of width ``d_model``, or of a new model."""
     if is_new:
         return float(f"{NEW_MODEL_LEARNING_RATE * (512 / d_model) ** 0.5:.3g}")
-    return float(f"{LEARNING_RATES.get(method, 5e-4) * 1024 / d_model:.3g}")
+    from petl_kernels.methods import METHODS, Method
+
+    rate = METHODS[method].config.learning_rate if method in METHODS else Method.learning_rate
+    return float(f"{rate * 1024 / d_model:.3g}")
 
 
 _EXTRA_KEYS = ("src_lang", "tgt_lang")

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from petl_kernels.methods.owner import owner
 from petl_kernels.step import cap
 from petl_kernels.units import format_size
 
@@ -55,7 +56,7 @@ class MemoryMeter:
 
     def _pages(self) -> int:
         """Resident now, of files: the allocator of a CPU does not see them, that of a card has the slots."""
-        streamed = getattr(self.model, "petl_streamed", None)
+        streamed = owner(self.model).streamed
         return streamed.resident_bytes() if streamed is not None and self.device.type == "cpu" else 0
 
 

@@ -161,8 +161,8 @@ def _best_so_far(run: RunFolder, config: TrainConfig, folder: Path) -> tuple[dic
 def _write_weights(run: RunFolder, config: TrainConfig, checkpoint: Path, folder: Path) -> Path:
     """What the run would have written at ``checkpoint``, into ``folder``; no weights of the model are loaded for it."""
     import petl_kernels as pk
-    from petl_kernels.interop.adapters import write_merged
     from petl_kernels.interop.hf import load_skeleton, load_weights
+    from petl_kernels.interop.plain import write_merged
 
     from .new_model import load_vocabulary, make_model
     from .prepare import adapt

@@ -26,7 +26,7 @@ from petl_kernels.device import resolve
 from petl_kernels.dispatch import turned_down
 from petl_kernels.errors import InputError
 from petl_kernels.files import atomic_dir, atomic_write
-from petl_kernels.interop.adapters import write_merged
+from petl_kernels.interop.plain import write_merged
 from petl_kernels.layers.loss.lean_loss import packing_obstacle
 from petl_kernels.planning.beam_search import output_length
 from petl_kernels.planning.load import load_planned

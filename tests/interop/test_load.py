@@ -105,7 +105,7 @@ def test_streamed_layers_come_from_a_file(saved, tmp_path):
     pk.adapt(loaded, pk.LoRA(rank=2, targets="all-linear"))
     plan.apply(loaded, tmp_path, [file])
     file.unlink()  # it is mapped
-    assert len(loaded.petl_streamed.paths) == 2
+    assert len(loaded.petl.streamed.paths) == 2
     torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-5)
 
 

@@ -198,7 +198,7 @@ def test_streamed_layers_train_to_the_same_weights(settings, tmp_path, method):
     _, expected = run(settings, tmp_path / "free")
     path = saved_plan(settings, tmp_path / "plan.json", "2MiB", streamed=2)
     loop = training(settings, tmp_path / "streamed", memory="2MiB", plan=path)
-    assert len(loop.model.petl_streamed.paths) == 2
+    assert len(loop.model.petl.streamed.paths) == 2
     loop.run()
     found = load_file(RunFolder(tmp_path / "streamed").checkpoints / "latest" / "trained.safetensors")
     assert_same_weights(found, expected, 1e-3)  # AdamW divides by what may be almost nothing

@@ -16,6 +16,7 @@ from petl_mt.train import train
 from test_memory import saved_plan
 
 from petl_kernels.errors import InputError
+from petl_kernels.methods.owner import owner
 from petl_kernels.step import cap
 from petl_kernels.units import parse_size
 
@@ -65,7 +66,7 @@ def test_a_run_without_a_budget_translates_within_one(settings, tmp_path, text, 
     with ExitStack() as limits:
         translator = Translator(tmp_path / "run", beam=4, memory=memory, limits=limits)  # the cap holds while it loads
         cap.reset_peak(CPU)
-        assert (getattr(translator.model, "petl_streamed", None) is not None) == bool(streamed)
+        assert (owner(translator.model).streamed is not None) == bool(streamed)
         assert list(translator.stream(lines)) == free
         assert cap.peak(CPU) - before <= parse_size(memory)
 

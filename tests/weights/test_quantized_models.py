@@ -13,9 +13,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import petl_kernels as pk
-from petl_kernels.api import _move
 from petl_kernels.errors import InputError
 from petl_kernels.methods import METHODS
+from petl_kernels.methods.merge import _move
 from petl_kernels.ops.quantized import STORAGES, TILE_BYTES, QuantizedTensor, quantize, storage_bytes
 from petl_kernels.weights.quantized import quantize_model
 

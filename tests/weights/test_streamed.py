@@ -15,6 +15,8 @@ from torch import nn
 import petl_kernels as pk
 from petl_kernels.errors import InputError
 from petl_kernels.layers import border
+from petl_kernels.methods.owner import owner
+from petl_kernels.methods.state import adapter_state
 from petl_kernels.models.structure import describe
 from petl_kernels.ops.quantized import quantize
 from petl_kernels.weights import streamed as stream
@@ -115,7 +117,7 @@ def _run(model: nn.Module) -> dict[str, torch.Tensor]:
         with torch.no_grad():
             found[f"loss {k}"] = model(**inputs).loss
         model.train()
-    return found | dict(pk.api.adapter_state(model, "default"))
+    return found | dict(adapter_state(model, "default"))
 
 
 def test_backward_twice_and_checkpointing_of_transformers(streamed):
@@ -404,7 +406,7 @@ def test_wrong_input(tmp_path):
         with pytest.raises(InputError, match=message) as error:
             stream_layers(model, **arguments)
         assert "\n" not in str(error.value)
-    assert not hasattr(model, "petl_streamed")
+    assert owner(model).streamed is None
     with pytest.raises(InputError, match="on the meta device; expected the checkpoint's files, or load it"):
         stream_layers(copy.deepcopy(model).to("meta"), folder=tmp_path)
     half = copy.deepcopy(model)

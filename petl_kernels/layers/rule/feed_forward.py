@@ -25,8 +25,8 @@ from petl_kernels.layers.rule.linears import Linear, Linears, Unknown
 from petl_kernels.layers.rule.norm import Norm
 from petl_kernels.layers.rule.residual import Residual
 from petl_kernels.methods.adapter import BottleneckAdapter, ParallelAdapter, PostNormPfeiffer, ReadInput
-from petl_kernels.methods.base import Piece
 from petl_kernels.methods.ia3 import Scale
+from petl_kernels.methods.pieces import Piece
 from petl_kernels.ops.define import run
 from petl_kernels.ops.frozen_ffn import what_to_keep
 from petl_kernels.ops.parallel_ffn import fill
