@@ -6,6 +6,7 @@ processor. They are compiled side by side, those for bf16 first, and what is com
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import os
 import platform
@@ -59,6 +60,14 @@ class Check(NamedTuple):
     dtype: torch.dtype
     verdict: Verdict
     why: str
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds nothing: the command has no options."""
+
+
+def run_command(arguments: argparse.Namespace) -> int:
+    return doctor()
 
 
 def doctor() -> int:

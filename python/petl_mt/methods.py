@@ -101,12 +101,9 @@ def _wrapped(text: str, first: str, other: str) -> list[str]:
     return textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=other, break_on_hyphens=False)
 
 
-def add_parser(commands) -> None:
-    """``petl-mt methods``: adds the command to the subparsers of ``petl-mt``."""
-    parser = commands.add_parser("methods", help="each method: what it trains, its settings with defaults and types")
-    parser.set_defaults(run=_main)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds nothing: the command has no options."""
 
 
-def _main(arguments: argparse.Namespace) -> int:
+def run_command(arguments: argparse.Namespace) -> None:
     print("\n".join(overview()))
-    return 0

@@ -20,10 +20,14 @@ from petl_kernels.interop.languages import LanguagePair
 
 from ..checks import check_folder
 from ..config import Pair, TrainConfig
-from ..evaluate import Scores, score_lines, translate
+from ..evaluate import translate
 from ..progress import time_left
-from ..runs import hush
-from ..study import PARENT, Row, StudyConfig, cells, print_table, run_study, table_console, title
+from ..scores import Scores, score_lines
+from ..silence import hush
+from ..study.grid import StudyConfig
+from ..study.rows import PARENT, Row
+from ..study.run import run_study, title
+from ..study.tables import cells, print_table, table_console
 from ..train import train
 from .make_parent import parent_folder
 from .text import parallel_lines, write_pair
@@ -190,10 +194,7 @@ def shorten(line: str, longest: int = 60) -> str:
     return line if len(line) <= longest else line[: longest - 1] + "…"
 
 
-def add_parser(commands) -> None:
-    """``petl-mt demo``: adds the command to the subparsers of ``petl-mt``."""
-    parser = commands.add_parser("demo", help="the main job on text the package makes itself, no download")
-    parser.set_defaults(run=_main)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     demo = parser.add_argument_group("demo")
     told = "folder to write; finished rows in it are not run again (default: runs/demo)"
     demo.add_argument("--out", metavar="DIR", default="runs/demo", help=told)
@@ -202,10 +203,9 @@ def add_parser(commands) -> None:
     demo.add_argument("--minutes", type=float, metavar="X", default=5.0, help=told)
 
 
-def _main(arguments: argparse.Namespace) -> int:
+def run_command(arguments: argparse.Namespace) -> None:
     if not 0 < arguments.minutes < math.inf:
         raise InputError(f"minutes {arguments.minutes:g}: expected more than 0, and an end")
     if not arguments.out:
         raise InputError("out '': expected a folder")
     run_demo(arguments.out, PAIRS if arguments.pair == "both" else (arguments.pair,), arguments.minutes)
-    return 0

@@ -14,7 +14,7 @@ from petl_kernels.errors import InputError
 from petl_kernels.files import atomic_dir
 from petl_kernels.interop.hf import load_pretrained
 
-from ..runs import hush
+from ..silence import hush
 
 PARENT = Path(__file__).parent / "parent"
 
