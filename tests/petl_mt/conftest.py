@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from petl_mt import plan, study
 from petl_mt.config import Pair, TrainConfig
-from petl_mt.train import train
+from petl_mt.train import budget, train
 
 from petl_kernels.planning import planner
 
@@ -32,7 +31,7 @@ def one_thread():
 @pytest.fixture(autouse=True, scope="session")
 def plans_made_once():
     """Most runs under a budget here train one model in one way: a plan takes seconds, and is the same again."""
-    made, make = {}, plan.make_plan
+    made, make = {}, budget.make_plan
 
     def once(model, *given, **options):
         parameters = [(name, p.shape, p.dtype, p.requires_grad) for name, p in model.named_parameters()]
@@ -43,15 +42,15 @@ def plans_made_once():
             made[key] = make(model, *given, **options)
         return made[key]
 
-    plan.make_plan = once
+    budget.make_plan = once
     yield
-    plan.make_plan = make
+    budget.make_plan = make
 
 
 @pytest.fixture
 def in_this_process(monkeypatch):
     """Rows of a study as calls: a process each costs seconds, and one test has them."""
-    monkeypatch.setattr(study, "apart", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr("petl_mt.study.run.in_own_process", lambda function, *arguments: function(*arguments))
 
 
 def toy_lines(count: int, seed: int) -> tuple[list[str], list[str]]:

@@ -12,15 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from petl_mt import train as trainer
-from petl_mt import update
 from petl_mt.cli import main
 from petl_mt.config import Pair, TrainConfig
 from petl_mt.demo.make_parent import parent_folder
 from petl_mt.demo.text import parallel_lines
-from petl_mt.plan import plan_for, prepared
+from petl_mt.models.adapt import prepare_model
 from petl_mt.runs import RunFolder
-from petl_mt.train import train
+from petl_mt.train import setup, train, update
+from petl_mt.train.budget import plan_for
 from rehearsal import card
 from safetensors.torch import load_file
 from test_resume import Killed, assert_same_run, kill_at
@@ -109,7 +108,7 @@ def expected(lines, small, tmp_path_factory) -> dict[str, torch.Tensor]:
     out = tmp_path_factory.mktemp("expected") / "cpu"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_USE_CPU", "true")
-        patch.setattr(trainer, "width_multiple", lambda device: 8)  # which decides what stands in a batch
+        patch.setattr(setup, "width_multiple", lambda device: 8)  # which decides what stands in a batch
         AcceleratorState._reset_state(reset_partial_state=True)
         train(TrainConfig(**settings_of(lines, small, out)), quiet=True)
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -127,7 +126,7 @@ def saved_plan(settings: dict, path: Path, memory: str = BUDGET, **changes) -> s
     config = TrainConfig(**settings, memory=memory)
     model, _ = load_skeleton(config.model)
     config = config.resolve(model.config.d_model)
-    dataclasses.replace(plan_for(prepared(model, config), config, 48, CUDA), **changes).save(path)
+    dataclasses.replace(plan_for(prepare_model(model, config), config, 48, CUDA), **changes).save(path)
     return str(path)
 
 

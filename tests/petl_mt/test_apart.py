@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from petl_mt.apart import apart
-from petl_mt.memory import process_bytes
+from petl_mt.memory_meter import process_bytes
+from petl_mt.own_process import in_own_process
 
 from petl_kernels.errors import InputError
 
@@ -37,16 +37,16 @@ def die() -> None:
 
 def test_a_process_has_its_own_memory():
     """What one has taken is not seen by the next, whatever it leaves behind."""
-    (one, much, threads), (other, little, _) = apart(take, 300), apart(take, 1)
+    (one, much, threads), (other, little, _) = in_own_process(take, 300), in_own_process(take, 1)
     assert len({one, other, os.getpid()}) == 3 and threads == torch.get_num_threads()
     assert much - little > 250 << 20
 
 
 def test_errors_come_back_as_they_are():
     with pytest.raises(Stopped, match="loss is nan"):
-        apart(stop)
+        in_own_process(stop)
     with pytest.raises(InputError, match="the process of die was killed"):
-        apart(die)
+        in_own_process(die)
 
 
 def wait_for_signal(path: str) -> None:
@@ -74,6 +74,6 @@ def test_signals_end_the_process_too(tmp_path, number):
     thread = threading.Thread(target=send)
     thread.start()
     with pytest.raises(KeyboardInterrupt):
-        apart(wait_for_signal, str(path))
+        in_own_process(wait_for_signal, str(path))
     thread.join()
     assert path.read_text() == "SIGTERM" and signal.getsignal(number) is before

@@ -14,7 +14,7 @@ import torch
 import yaml
 from petl_mt.cli import main
 from petl_mt.config import TrainConfig
-from petl_mt.runs import quantize_as_trained
+from petl_mt.inference import quantize_as_trained
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 import petl_kernels as pk

@@ -7,7 +7,8 @@ import sacrebleu
 import torch
 from petl_mt.config import Pair
 from petl_mt.data import encode_pairs, read_pair
-from petl_mt.evaluate import bleu_tokenizer, score_lines, shortened, translate, validation_loss
+from petl_mt.evaluate import shortened, translate, validation_loss
+from petl_mt.scores import bleu_tokenizer, score_lines
 
 from petl_kernels.errors import InputError
 from petl_kernels.interop.hf import load_pretrained

@@ -13,9 +13,10 @@ from petl_mt.cli import main
 from petl_mt.config import Pair, TrainConfig
 from petl_mt.data import IGNORE, encode_pairs
 from petl_mt.evaluate import fitting_length, validation_loss
-from petl_mt.plan import plan
-from petl_mt.prepare import check_positions, decoder_start, set_dropout
+from petl_mt.models.adapt import set_dropout
+from petl_mt.models.load import check_positions, decoder_start
 from petl_mt.train import train
+from petl_mt.train.budget import plan_without_text
 from transformers import AutoModelForSeq2SeqLM
 
 from petl_kernels.errors import InputError
@@ -84,7 +85,7 @@ def test_sentences_longer_than_the_positions_are_refused_before_training(checkpo
     with pytest.raises(InputError, match="max_length 65: the model has 64 positions; expected at most as many"):
         train(config, quiet=True)
     with pytest.raises(InputError, match="max_length 65: the model has 64 positions"):
-        plan(dataclasses.replace(config, memory="1GiB"))
+        plan_without_text(dataclasses.replace(config, memory="1GiB"))
     assert not (tmp_path / "run").exists()
     ids = torch.full((1, 64), 5)
     assert torch.isfinite(model(input_ids=ids, decoder_input_ids=ids).logits).all()

@@ -19,7 +19,7 @@ GIVEN = {"--model", "--out", "--train", "--test", "--run", "run_folder", "--src-
 
 
 def parser_of(command: str) -> argparse.ArgumentParser:
-    (commands,) = (a for a in cli._parser(command)._actions if isinstance(a, argparse._SubParsersAction))
+    (commands,) = (a for a in cli.parser_for(command)._actions if isinstance(a, argparse._SubParsersAction))
     assert set(commands.choices) >= set(COMMANDS)
     return commands.choices[command]
 

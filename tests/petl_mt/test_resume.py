@@ -16,11 +16,11 @@ import pytest
 import torch
 import yaml
 from conftest import settings_of
-from petl_mt import checkpoint
 from petl_mt.cli import main
 from petl_mt.config import TrainConfig
-from petl_mt.train import _Training, train
-from petl_mt.update import Update
+from petl_mt.runs import checkpoint
+from petl_mt.train import loop, train
+from petl_mt.train.update import Update
 from safetensors.torch import load_file
 
 from petl_kernels.errors import InputError
@@ -32,18 +32,18 @@ class Killed(BaseException):
 
 def kill_at(monkeypatch, step: int) -> None:
     """Let the run die in the middle of update ``step``: gradients are there, the optimiser has not moved."""
-    update, move, now = _Training._update, Update.step, []
+    update, move, now = loop.train_one_update, Update.step, []
 
-    def numbered(self):
-        now[:] = [self.progress.step + 1]
-        update(self)
+    def numbered(run):
+        now[:] = [run.progress.step + 1]
+        update(run)
 
     def die(self, lr):
         if now == [step]:
             raise Killed
         return move(self, lr)
 
-    monkeypatch.setattr(_Training, "_update", numbered)
+    monkeypatch.setattr(loop, "train_one_update", numbered)
     monkeypatch.setattr(Update, "step", die)
 
 
@@ -125,7 +125,7 @@ def test_a_resumed_run_keeps_its_plan(settings, tmp_path, monkeypatch):
     with pytest.raises(Killed):
         train(TrainConfig(**settings), quiet=True)
     monkeypatch.undo()
-    monkeypatch.setattr("petl_mt.train.plan_for", None)
+    monkeypatch.setattr("petl_mt.train.budget.plan_for", None)
     train(TrainConfig(**settings), resume=True, quiet=True)
     assert_same_run(settings["out"], tmp_path / "whole")
 

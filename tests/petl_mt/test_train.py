@@ -10,7 +10,9 @@ import torch
 import yaml
 from petl_mt.config import TrainConfig
 from petl_mt.runs import RunFolder
-from petl_mt.train import TrainingStopped, _Training, train
+from petl_mt.train import TrainingStopped, result, train
+from petl_mt.train.loop import run_training, train_one_update
+from petl_mt.train.setup import Setup, set_up
 from safetensors.torch import load_file
 from transformers import M2M100ForConditionalGeneration
 
@@ -19,19 +21,19 @@ from petl_kernels.errors import InputError
 from petl_kernels.methods import METHODS
 
 
-def training(settings: dict, **changes) -> _Training:
+def training(settings: dict, **changes) -> Setup:
     """Everything that a run sets up, before its first step."""
     config = TrainConfig(**{**settings, **changes})
-    return _Training(config, RunFolder(Path(config.out)), resuming=False, quiet=True)
+    return set_up(config, RunFolder(Path(config.out)), resuming=False, quiet=True)
 
 
-def gradients_of_first_update(loop: _Training) -> dict[str, torch.Tensor]:
+def gradients_of_first_update(loop: Setup) -> dict[str, torch.Tensor]:
     found = {}
     loop.optimizer.step = lambda: found.update(
         {name: p.grad.clone() for name, p in loop.model.named_parameters() if p.grad is not None}
     )
     loop.model.train()
-    loop._update()
+    train_one_update(loop)
     return found
 
 
@@ -86,7 +88,7 @@ def test_every_method_trains_what_it_should_and_nothing_else(settings, parent, m
     base = M2M100ForConditionalGeneration.from_pretrained(parent / "model").state_dict()
     settings |= {"method": method, "method_args": {}, "steps": 3, "valid": [], "lr": None}
     loop = training(settings)
-    result, run = loop.run(), RunFolder(Path(settings["out"]))
+    result, run = run_training(loop), RunFolder(Path(settings["out"]))
     assert run.model.is_dir() == (method == "full") and run.adapter.is_dir() == (method != "full")
     trained = load_file(run.checkpoints / "latest" / "trained.safetensors")
     assert sum(t.numel() for t in trained.values()) == result.trained_parameters >= result.stored_parameters
@@ -139,7 +141,7 @@ def prescribed(monkeypatch):
 
     def prescribe(*losses: float) -> None:
         given = iter(losses)
-        monkeypatch.setattr("petl_mt.train.validation_loss", lambda *rest: next(given))
+        monkeypatch.setattr("petl_mt.train.evaluation.validation_loss", lambda *rest: next(given))
 
     return prescribe
 
@@ -166,7 +168,7 @@ def test_bf16_trains_fp32_adapters_beside_a_bf16_base(settings):
     loop = training(settings, precision="bf16", label_smoothing=0.0)
     dtypes = {p.requires_grad: p.dtype for p in loop.model.parameters() if p.dim() > 1}
     assert dtypes == {True: torch.float32, False: torch.bfloat16}
-    bf16 = loop.run()
+    bf16 = run_training(loop)
     fp32 = train(TrainConfig(**{**settings, "out": settings["out"] + "32", "label_smoothing": 0.0}), quiet=True)
     assert bf16.losses == pytest.approx(fp32.losses, rel=0.03) and bf16.losses != fp32.losses
     assert bf16.saved_bytes_per_token < fp32.saved_bytes_per_token
@@ -213,8 +215,8 @@ def test_what_a_check_turned_down_is_in_the_log_once(settings, monkeypatch, caps
     def found(op: str) -> None:
         errors[op, "triton", torch.device("cuda", 0), torch.bfloat16] = "y is off by 1, allowed 0.1"
 
-    loop = _Training(TrainConfig(**settings), RunFolder(Path(settings["out"])), resuming=False, quiet=False)
-    gradients, score = loop.update.gradients, loop._score
+    loop = set_up(TrainConfig(**settings), RunFolder(Path(settings["out"])), resuming=False, quiet=False)
+    gradients, score = loop.update.gradients, result.score_validation_text
     found_in = {0: ["lora_linear"], 2: ["attention"]}
 
     def with_first_uses(*given):
@@ -222,12 +224,13 @@ def test_what_a_check_turned_down_is_in_the_log_once(settings, monkeypatch, caps
             found(op)
         return gradients(*given)
 
-    def score_with_first_use():
+    def score_with_first_use(run):
         found("dequantize")
-        return score()
+        return score(run)
 
-    loop.update.gradients, loop._score = with_first_uses, score_with_first_use
-    loop.run()
+    loop.update.gradients = with_first_uses
+    monkeypatch.setattr(result, "score_validation_text", score_with_first_use)
+    run_training(loop)
     said = [line for line in capsys.readouterr().err.splitlines() if "is not used" in line]
     expected = [
         f"triton {op} is not used on cuda:0 in bfloat16: y is off by 1, allowed 0.1"

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from petl_mt.card import NOT_MERGED
 from petl_mt.cli import main
 from petl_mt.config import TrainConfig
+from petl_mt.runs.model_card import NOT_MERGED
 from petl_mt.train import train
 
 from petl_kernels.methods import METHODS

@@ -1,7 +1,8 @@
 """Lines of a file or a pipe, in windows that are translated together.
 
-A window ends when it is full, or when the input pauses: a lone line of ``tail -f`` does not wait for others. The first window
-is small, so that the first translations come soon, and each full window doubles the next. A file never pauses; its windows, and with them its translations, are the same each time.
+A window ends when it is full, or when the input pauses: a lone line of ``tail -f`` does not wait for others. The first
+window is small, so that the first translations come soon, and each full window doubles the next. A file never pauses;
+its windows, and with them its translations, are the same each time.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class LineWindows:
         self._unended = False  # no line feed after the last line
 
     def windows(self, most: int) -> Iterator[list[str]]:
-        """Yields lists of at most ``most`` lines. Raises InputError for a line that is not UTF-8, after the lines before."""
+        """Yields lists of at most ``most`` lines. Raises InputError for a line that is not UTF-8."""
         first, wanted, waiting = 1, min(FIRST, most), []
         for piece in self._pieces():
             waiting += piece
