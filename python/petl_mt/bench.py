@@ -1,4 +1,4 @@
-"""``petl-mt bench``: the benchmarks under ``bench/`` of a checkout, their report, and what changed between two runs."""
+"""``petl-mt bench``: the benchmarks under ``bench/`` of a checkout, their report, and a comparison of two runs."""
 
 from __future__ import annotations
 
@@ -61,10 +61,10 @@ def run_command(arguments: argparse.Namespace) -> int:
 
 
 def run(what: Sequence[str], device: str | None = None, peers: bool = False, only: str | None = None) -> int:
-    """Run the benchmarks of the folders ``what`` of ``bench/`` and write what they measured.
+    """Runs the benchmarks of the folders ``what`` of ``bench/`` and writes their results.
 
-    A complete run becomes ``bench/results/<device>/<what>.json``, and ``report.html`` beside it is made anew. What is
-    not the whole stays apart, in the folder ``part`` there, and leaves the file of the last complete run: a run with
+    A complete run becomes ``bench/results/<device>/<what>.json``, and ``report.html`` beside it is made anew. An
+    incomplete one goes into the folder ``part`` there, and leaves the file of the last complete run: a run with
     ``only`` (an expression over names, pytest's ``-k``), one that was interrupted, one in which a benchmark failed.
 
     Returns 0, 1 when a benchmark failed, 130 when interrupted. Raises InputError where there is no checkout, no such
@@ -98,7 +98,7 @@ def run(what: Sequence[str], device: str | None = None, peers: bool = False, onl
 
 
 class _Names:
-    """A plugin of pytest that hears what could be timed, before ``-k`` chooses."""
+    """A plugin of pytest that collects the names of all benchmarks, before ``-k`` chooses."""
 
     def __init__(self) -> None:
         self._found: set[str] = set()
@@ -107,7 +107,7 @@ class _Names:
         self._found.update(filter(None, re.split(r"[\[\]-]", item.name.removeprefix("test_"))))
 
     def near(self, only: str) -> str:
-        """What comes nearest to the words that are in no name."""
+        """Returns the names nearest to those words of ``only`` that are in no name."""
         words = set(re.findall(r"[\w.]+", only)) - {"and", "or", "not"}
         lower = [name.lower() for name in self._found]
         wrong = [word for word in sorted(words) if not any(word.lower() in name for name in lower)]
@@ -116,11 +116,11 @@ class _Names:
 
 
 def _measure(folder: Path, target: Path, options: list[str], names: _Names) -> tuple[int, bool]:
-    """Run pytest on one folder; what is timed is written to ``target`` at once, which stays as it was without anything.
+    """Runs pytest on one folder, which writes each time to ``target`` at once; without any, that stays as it was.
 
     Returns pytest's exit code, NOTHING_MATCHES also when all was skipped, and whether anything was timed.
     """
-    import pytest
+    import pytest  # here: only a checkout has it
 
     target.parent.mkdir(parents=True, exist_ok=True)
     before = _file_of(target)
@@ -131,7 +131,7 @@ def _measure(folder: Path, target: Path, options: list[str], names: _Names) -> t
 
 
 def _file_of(path: Path) -> tuple[int, int] | None:
-    """Which file stands at ``path``: one that is written anew is another."""
+    """Returns what identifies the file at ``path``: a file that is written anew is another."""
     return (path.stat().st_ino, path.stat().st_mtime_ns) if path.exists() else None
 
 
@@ -145,7 +145,7 @@ def _folder(name: str) -> Path:
 
 
 def _device(name: str | None) -> str:
-    import torch
+    import torch  # here: --help does without it
 
     here = torch.cuda.is_available()
     if name not in (None, "cpu", "cuda"):
@@ -156,15 +156,15 @@ def _device(name: str | None) -> str:
 
 
 def _results(device: str) -> Path:
-    """Of the device: "cpu", or the card's name."""
-    import torch
+    """Returns the folder of results of the device: "cpu", or the card's name."""
+    import torch  # here: --help does without it
 
     name = torch.cuda.get_device_name().replace(" ", "-").lower() if device == "cuda" else "cpu"
     return CHECKOUT / "bench" / "results" / name
 
 
 def _module(name: str) -> ModuleType:
-    """A module of ``bench/``, whose files import one another by their plain names, as its benchmarks do."""
+    """Returns a module of ``bench/``, whose files import one another by their plain names."""
     folder = str(CHECKOUT / "bench")
     if not (CHECKOUT / "bench" / f"{name}.py").exists():
         raise InputError(f"{name}: no bench/{name}.py beside the package; run it from a checkout")

@@ -98,12 +98,11 @@ def translate(
     autocast: Autocast = nullcontext,
     told: Callable[[int], None] = lambda done: None,
 ) -> tuple[list[str], int]:
-    """Translations by beam search, in the order of ``texts``, and how many sources were cut to ``max_length`` tokens,
-    or to the positions of a model that has fewer.
+    """Returns (translations by beam search, in the order of ``texts``; the number of sources that were cut).
 
-    A line without text gives an empty line, and so does one of characters that nobody sees. Searched in batches of like
-    length; limit: of a batch, or its tokens. told: is called after each batch with the
-    number of ``texts`` that are done.
+    A source is cut to ``max_length`` tokens, or to the positions of a model that has fewer. A line that shows nothing
+    gives an empty line. Sentences of like length are searched together. limit: the largest batch, or its tokens. told:
+    is called after each batch with the number of ``texts`` that are done.
     """
     device = next(model.parameters()).device
     max_length = fitting_length(model, max_length)

@@ -1,4 +1,4 @@
-"""``petl-mt methods``: what each method of ``--method`` trains, and its settings for ``--method-arg``."""
+"""``petl-mt methods``: for each ``--method`` the tensors that it trains, and its settings for ``--method-arg``."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ KINDS = {
 
 
 def overview() -> Iterator[str]:
-    """Lines of at most ``WIDTH`` columns: each method, what it trains, and its settings with type and default."""
+    """Yields lines of at most ``WIDTH`` columns: each method and its settings with type and default."""
     for name, variant in METHODS.items():
         yield from _wrapped(f"{name}: {TRAINS[name]}", "", "  ")
         yield f"  learning rate {LEARNING_RATES[name]:g} at width 1024, more for narrower models (--lr)"

@@ -1,4 +1,4 @@
-"""One piece of work in a process of its own, which gives back all that it took when it ends."""
+"""A function that runs in a process of its own, whose memory is free again when it ends."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 
 from petl_kernels.errors import InputError
 
-ONE_SIGNAL = 1.0  # seconds: signals to stop that are closer to each other than that are one
+ONE_SIGNAL = 1.0  # seconds; signals to stop that are closer together are one
 
 
 def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -45,7 +45,7 @@ def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
             raise InputError(
                 f"the process of {function.__name__.strip('_')} was killed; the host's memory may have run out"
             ) from None
-    if caught:  # too late to stop it
+    if caught:  # too late to stop the work
         raise KeyboardInterrupt
     return result
 
@@ -59,7 +59,7 @@ def _work(function: Callable[..., Any], arguments: tuple) -> Any:
     try:
         return function(*arguments)
     finally:
-        if not multiprocessing.parent_process().is_alive():  # nobody takes the result, or sends further work
+        if not multiprocessing.parent_process().is_alive():  # the result has no reader, and no work will follow
             os._exit(1)
 
 

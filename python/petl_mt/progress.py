@@ -1,4 +1,4 @@
-"""How far a piece of work is, on standard error: a bar with the time left on a terminal, else a line now and then."""
+"""The progress of work on standard error: a bar with the time left on a terminal, else a line now and then."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ EVERY = 10.0  # seconds between two lines
 
 
 def say(line: str) -> None:
-    """Print a line for the reader to standard error.
+    """Prints a line to standard error.
 
-    A reader that has gone (``2>&1 | tee``, which Ctrl-C ends first) ends no work; where standard error is closed the
+    A reader that has gone (``2>&1 | tee``, which Ctrl-C ends first) ends no work. Where standard error is closed the
     line is dropped, since ``print`` would take None for standard output.
     """
     if sys.stderr is not None:
@@ -25,10 +25,10 @@ _say = say  # under a name that no parameter has
 
 
 class Watch:
-    """``with Watch("score", 500, "lines") as progress: ... progress.at(20)``.
+    """Shows progress: ``with Watch("score", 500, "lines") as watch: ... watch.at(20)``.
 
-    total: None where nobody can say it; then there is no time left to tell. say: writes a line; standard error when not
-    given. Work that is done within ``EVERY`` seconds leaves no line, and a bar is wiped away when it ends.
+    total: None where it is not known; the time left is then not shown. quiet: shows nothing. say: prints a line; None
+    is standard error. Work that is done within ``EVERY`` seconds leaves no line, and a bar is wiped away at its end.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Watch:
             self._bar.stop()
 
     def at(self, done: int, figures: str = "") -> None:
-        """``done`` of the total are done; figures: what else there is to say."""
+        """Shows that ``done`` of the total are done, with ``figures`` behind it."""
         if self._bar is not None:
             self._bar.update(self._task, completed=done, figures=f"{self.unit} {figures}".strip())
         elif not self.quiet and time.monotonic() - self._said >= EVERY and done not in (self._told, self.total):
@@ -67,14 +67,14 @@ class Watch:
             self.say(self.line(done, figures))
 
     def line(self, done: int, figures: str = "") -> str:
-        """Such as ``score: 120 of 500 lines, about 40 s left``."""
+        """Returns a line such as ``score: 120 of 500 lines, about 40 s left``."""
         of = f"{done:,}" if self.total is None else f"{done:,} of {self.total:,}"
         left = time_left(time.monotonic() - self._began, done, self.total)
         return ", ".join(filter(None, (f"{self.what}: {of} {self.unit}", figures, left)))
 
 
 def time_left(seconds: float, done: int, total: int | None) -> str:
-    """What is left after ``done`` of ``total`` took ``seconds``, in words; empty where nothing is known."""
+    """Returns the time left after ``done`` of ``total`` took ``seconds``, in words; empty where it is not known."""
     if total is None or not 0 < done < total:
         return ""
     left = seconds / done * (total - done)
@@ -82,13 +82,13 @@ def time_left(seconds: float, done: int, total: int | None) -> str:
 
 
 def on_terminal() -> bool:
-    """Whether standard error is a terminal."""
+    """Returns whether standard error is a terminal."""
     return sys.stderr is not None and sys.stderr.isatty()
 
 
 def new_bar(transient: bool = False):
-    """A rich progress bar on standard error; each task brings ``figures``."""
-    from rich.console import Console
+    """Returns a rich progress bar on standard error, whose tasks have the field ``figures``."""
+    from rich.console import Console  # here: drawn on a terminal only
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.table import Column
 

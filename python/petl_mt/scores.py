@@ -32,6 +32,7 @@ class Scores:
     sentences: int
 
     def lines(self) -> list[str]:
+        """Returns a line for each score, with its signature."""
         return [f"BLEU {self.bleu:.2f} {self.bleu_signature}", f"chrF {self.chrf:.2f} {self.chrf_signature}"]
 
     def to_dict(self) -> dict:
@@ -39,8 +40,10 @@ class Scores:
 
 
 def bleu_tokenizer(tgt_lang: str) -> str:
-    """The tokenizer that BLEU is computed with when none is named: zh for Chinese characters, char for other scripts
-    without spaces between words (Japanese, Thai, Lao, Khmer, Burmese, Tibetan), else 13a. Any code of a language goes.
+    """Returns the tokenizer of BLEU where none is named: zh for Chinese characters, char for other scripts
+    without spaces between words (Japanese, Thai, Lao, Khmer, Burmese, Tibetan), else 13a.
+
+    tgt_lang: a language's code in any form, such as en, sw or swh_Latn.
     """
     return _TOKENIZE.get(script_of(tgt_lang), "13a")
 
@@ -50,7 +53,7 @@ _OTHERS = "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff"  # Thai, Lao, T
 
 
 def _tokenizer_for(tgt_lang: str, references: Sequence[str]) -> str:
-    """Returns the tokenizer of the language, or of most characters in ``references`` where its code says nothing."""
+    """Returns the tokenizer of the language, or of most characters in ``references`` where its script is unknown."""
     if script_of(tgt_lang):
         return bleu_tokenizer(tgt_lang)
     text = "".join("".join(references).split())
@@ -61,7 +64,7 @@ def _tokenizer_for(tgt_lang: str, references: Sequence[str]) -> str:
 
 
 def bleu_metric(tgt_lang: str, tokenize: str | None = None) -> BLEU:
-    """sacreBLEU for a target language. InputError for a tokenizer that is unknown or cannot run here."""
+    """Returns sacreBLEU for a target language. Raises InputError for a tokenizer that is unknown or cannot run here."""
     try:
         return BLEU(tokenize=tokenize or bleu_tokenizer(tgt_lang))
     except Exception as error:  # a package or a download that is missing, by whatever exception
@@ -73,7 +76,7 @@ def bleu_metric(tgt_lang: str, tokenize: str | None = None) -> BLEU:
 def score_lines(
     hypotheses: Sequence[str], references: Sequence[str], tgt_lang: str, tokenize: str | None = None
 ) -> Scores:
-    """BLEU and chrF2 of ``hypotheses`` against one reference each."""
+    """Returns BLEU and chrF2 of ``hypotheses`` against one reference each."""
     bleu, chrf = bleu_metric(tgt_lang, tokenize or _tokenizer_for(tgt_lang, references)), CHRF()
     b, c = (metric.corpus_score(list(hypotheses), [list(references)]) for metric in (bleu, chrf))
     signatures = str(bleu.get_signature()), str(chrf.get_signature())

@@ -16,35 +16,38 @@ from petl_kernels.step.graphs import row_sentences, row_tokens
 
 @dataclass(frozen=True)
 class Batch:
-    """source, labels: int64 (sentences, length); padding is the model's pad in source, ``IGNORE`` in labels.
+    """Padded sentence pairs.
 
-    What the host has to know of them it counts while it has them: asking a device would make it wait.
+    source, labels: int64 (sentences, length); padding is the model's pad in source, ``IGNORE`` in labels. Counts are
+    made while the tensors are on the host, since reading them from a device would make the host wait.
     """
 
     source: Tensor
     labels: Tensor
-    indices: np.ndarray
+    indices: np.ndarray  # of the sentence pairs in their corpus
     target_tokens: int
     padded: bool  # whether source has padding
 
     @classmethod
     def of(cls, source: Tensor, labels: Tensor, indices: np.ndarray, pad: int) -> Batch:
+        """Returns the batch of tensors on the host, with its counts; pad: the id of padding in ``source``."""
         return cls(source, labels, indices, int((labels != IGNORE).sum()), bool((source == pad).any()))
 
     def part(self, rows: slice, pad: int) -> Batch:
+        """Returns the batch of some of the sentences."""
         return Batch.of(self.source[rows], self.labels[rows], self.indices[rows], pad)
 
     def to(self, device: torch.device) -> Batch:
-        """On a CUDA device by way of pinned memory, without waiting for the copy."""
+        """Returns the batch on ``device``; copies to CUDA go by way of pinned memory, and nothing waits for them."""
         source, labels = _moved(self.source, device), _moved(self.labels, device)
         return Batch(source, labels, self.indices, self.target_tokens, self.padded)
 
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """The sentences of a ``Batch`` without padding: ``row`` is what ``petl_kernels.pack`` makes of them.
+    """Sentence pairs in one row without padding.
 
-    Decoder inputs are part of it. ``source`` (1, T) and ``labels`` (1, T') are int64.
+    row: the result of ``petl_kernels.pack``, with decoder inputs. source (1, T), labels (1, T'): int64.
     """
 
     row: dict
@@ -53,7 +56,7 @@ class PackedBatch:
 
     @classmethod
     def of(cls, pairs: list[tuple[np.ndarray, np.ndarray]], indices: np.ndarray, start: int) -> PackedBatch:
-        """start: the id that decoder inputs begin with."""
+        """Returns the batch of (source, target) token ids; start: the id that decoder inputs begin with."""
         row = pack([(source, target, np.concatenate(([start], target[:-1]))) for source, target in pairs])
         return cls(row, indices, row["labels"].numel())
 
@@ -66,7 +69,7 @@ class PackedBatch:
         return self.row["labels"]
 
     def parts(self, tokens: int) -> Iterator[PackedBatch]:
-        """The same sentences in rows of at most ``tokens`` a side, but of one sentence at least."""
+        """Yields the same sentences in rows of at most ``tokens`` a side, but of one sentence at least."""
         ends = self._ends()
         first, count = 0, len(self.indices)
         for last in range(1, count + 1):
@@ -101,7 +104,7 @@ class PackedBatch:
         return PackedBatch(row, self.indices, self.target_tokens)
 
     def to(self, device: torch.device) -> PackedBatch:
-        """On a CUDA device by way of pinned memory, without waiting for the copy."""
+        """Returns the batch on ``device``; copies to CUDA go by way of pinned memory, and nothing waits for them."""
         row = {name: value if name == "longest" else _moved(value, device) for name, value in self.row.items()}
         return PackedBatch(row, self.indices, self.target_tokens)
 

@@ -45,7 +45,7 @@ class Ragged:
         return self._ids[self._starts[index] : self._starts[index + 1]]
 
     def padded(self, indices: np.ndarray, pad: int, width: int) -> Tensor:
-        """Rows ``indices`` as int64 (rows, width), filled up with ``pad``."""
+        """Returns the rows ``indices`` as int64 (rows, width), filled up with ``pad``."""
         result = np.full((len(indices), width), pad, dtype=np.int64)
         for row, index in enumerate(indices):
             result[row, : self.lengths[index]] = self[index]
@@ -69,10 +69,10 @@ class Corpus:
         rng: np.random.Generator | None = None,
         costs: np.ndarray | None = None,
     ) -> list[np.ndarray]:
-        """Batches of sentence indices: longest sentence, rounded up to ``multiple``, × sentences <= batch_tokens.
+        """Returns batches as indices: longest sentence, rounded up to ``multiple``, × sentences <= batch_tokens.
 
-        costs: of each sentence, rising with its length, in the place of that length.
-        With ``rng`` sentences of one length mix anew and batches come in random order; without, by length.
+        costs: a number for each sentence that rises with its length, and replaces it. With ``rng`` sentences of one
+        length mix anew and batches come in random order; without it they come by length.
         """
         order = np.arange(len(self)) if rng is None else rng.permutation(len(self))
         order = order[np.lexsort((self.sources.lengths[order], self.lengths[order]))]
@@ -90,6 +90,8 @@ class Corpus:
         return batches
 
     def collate(self, indices: np.ndarray, multiple: int = 1) -> Batch:
+        """Returns the sentence pairs ``indices``, padded to widths that are multiples of ``multiple``."""
+
         def width(side: Ragged) -> int:
             return -(-int(side.lengths[indices].max()) // multiple) * multiple
 
@@ -98,7 +100,7 @@ class Corpus:
         return Batch.of(source, labels, indices, self.pad)
 
     def packed(self, indices: np.ndarray, start: int) -> PackedBatch:
-        """What ``collate`` gives, without padding; start: the id that decoder inputs begin with."""
+        """Returns the sentence pairs ``indices`` without padding; start: the id that decoder inputs begin with."""
         return PackedBatch.of([(self.sources[i], self.targets[i]) for i in indices], indices, start)
 
     def tokens(self, indices: np.ndarray) -> int:
@@ -127,6 +129,7 @@ class TrainBatches:
         self._epoch, self._plan = -1, []
 
     def plan(self, epoch: int) -> list[np.ndarray]:
+        """Returns the batches of an epoch, as indices of sentence pairs."""
         if epoch != self._epoch:
             rng = np.random.default_rng([self.seed, epoch])
             self._plan = self.corpus.plan(self.batch_tokens, self.multiple, rng)
@@ -134,7 +137,7 @@ class TrainBatches:
         return self._plan
 
     def take(self, position: Position) -> Batch | PackedBatch:
-        """The batch at ``position``, which moves on by one."""
+        """Returns the batch at ``position``, which moves on by one."""
         batch = self.of(self.plan(position.epoch)[position.batch])
         position.batch += 1
         if position.batch == len(self._plan):

@@ -15,7 +15,7 @@ ENCODE_AT_ONCE = 50_000  # lines; their ids are Python lists for a moment
 
 @dataclass
 class Counts:
-    """What became of the lines of one pair."""
+    """The lines of one pair, and how many of them are left out."""
 
     name: str
     lines: int
@@ -28,6 +28,7 @@ class Counts:
         return self.lines - self.empty - self.too_long
 
     def line(self) -> str:
+        """Returns the counts as a line of the log."""
         return (
             f"{self.name}: {self.kept:,} of {self.lines:,} pairs, {self.tokens:,} target tokens; "
             f"left out {self.empty:,} empty, {self.too_long:,} over-long"
@@ -41,11 +42,11 @@ def encode_pairs(
     use: str = "",
     told: Callable[[int], None] = lambda lines: None,
 ) -> tuple[Corpus, list[Counts]]:
-    """One corpus of all pairs; empty and over-long pairs are left out and counted.
+    """Returns (one corpus of all pairs, counts of each); empty and over-long pairs of lines are left out and counted.
 
-    ``languages`` maps a pair's name to its ``petl_kernels.interop.languages.LanguagePair``; ``use`` ("train",
-    "valid") goes before the pair's name in the counts; ``told`` is called with the number of
-    pairs of lines that are done.
+    languages: ``petl_kernels.interop.languages.LanguagePair`` by a pair's name. max_length: in tokens. use: "train" or
+    "valid", which stands before the pair's name in the counts. told: is called with the number of pairs of lines that
+    are done. Raises InputError where none is left.
     """
     sources, targets, counts, pad = Ragged(), Ragged(), [], 0
     for pair, source, target in texts:

@@ -14,7 +14,7 @@ from ..config import Pair
 
 Text = tuple[Pair, list[str], list[str]]  # a pair, its source lines, its target lines
 
-# First bytes of what is no UTF-8 text, and how an error names it. gzip is read in files.
+# First bytes of files that are no UTF-8 text, and their names in messages. Files in gzip are read.
 _MAGIC = {
     b"\x1f\x8b": "gzip",
     b"BZh": "bzip2",
@@ -33,15 +33,15 @@ _UNSEEN_CATEGORIES = {"Cc", "Cf", "Zs", "Zl", "Zp"}  # control, format, spaces
 
 
 def has_text(line: str) -> bool:
-    """Whether anything of ``line`` can be seen: not so of spaces, controls, zero-width and joining characters alone."""
+    """Returns whether ``line`` shows anything, which spaces, controls, zero-width and joining characters do not."""
     return any(unicodedata.category(c) not in _UNSEEN_CATEGORIES and not _UNSEEN.match(c) for c in line)
 
 
 def read_lines(path: str | Path) -> list[str]:
-    """The lines of a UTF-8 text file, plain or gzip (by its first bytes), without their ends.
+    """Returns the lines of a UTF-8 text file, plain or gzip (by its first bytes), without their ends.
 
     A line ends at "\\n" or "\\r\\n" only: other separators of Unicode stand inside sentences. Raises InputError that
-    names the file, and the line where there is one: unreadable, empty, not UTF-8, another kind of file.
+    names the file and the line, for a file that is unreadable, empty, not UTF-8 or of another kind.
     """
     path = Path(path)
     try:
@@ -59,9 +59,10 @@ def read_lines(path: str | Path) -> list[str]:
 
 
 def decode_lines(data: bytes, name: str, first: int = 1) -> list[str]:
-    """The lines of UTF-8 text; ``name`` is what an error calls it, ``first`` the number of its first line there.
+    """Returns the lines of UTF-8 text.
 
-    Raises InputError as ``read_lines`` does.
+    name, first: the name of the text and the number of its first line, for messages. Raises InputError for text that is
+    not UTF-8, or of another kind.
     """
     problem = "no text"
     try:
@@ -82,7 +83,7 @@ def decode_lines(data: bytes, name: str, first: int = 1) -> list[str]:
 
 
 def read_pair(pair: Pair) -> tuple[list[str], list[str]]:
-    """Both sides of a pair; refused unless they have the same number of lines."""
+    """Returns both sides of a pair. Raises InputError unless they have the same number of lines."""
     source, target = read_lines(pair.source), read_lines(pair.target)
     if len(source) != len(target):
         raise InputError(

@@ -1,4 +1,4 @@
-"""`--model new`: a SentencePiece vocabulary and an untrained M2M-100 model of any size.
+"""A new model (``--model new``): a SentencePiece vocabulary and an untrained M2M-100 model of any size.
 
 What is saved is an ordinary Hugging Face folder: M2M100ForConditionalGeneration and M2M100Tokenizer with the 100
 language tags of M2M-100.
@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+from torch import nn
 
 from petl_kernels.errors import InputError
 from petl_kernels.models.transformers_names import rows_of_m2m100
@@ -26,13 +27,13 @@ LINES_AT_MOST = 500_000  # lines that the vocabulary is learned from; a sample o
 
 
 def train_vocabulary(lines: Iterable[str], vocab_size: int, coverage: float, seed: int):
-    """An M2M100Tokenizer with ``vocab_size`` ids before its language tags, four of them special.
+    """Returns an M2M100Tokenizer with ``vocab_size`` ids before its language tags, four of them special.
 
     SentencePiece unigram (Kudo 2018). Text is not normalised (identity): decoding gives the line back as it was,
     so that BLEU is measured on the user's text. One thread and a sample drawn from ``seed``: the same vocabulary
     every time.
     """
-    import sentencepiece
+    import sentencepiece  # here, as below: only a new model needs these classes, which take seconds to load
     from transformers import M2M100Tokenizer
 
     lines = list(lines)
@@ -66,7 +67,7 @@ def train_vocabulary(lines: Iterable[str], vocab_size: int, coverage: float, see
 
 
 def _vocabulary_problem(message: str) -> str:
-    """SentencePiece's words, or ours where it names a limit that leaves <pad> out."""
+    """Returns SentencePiece's message, or another one where it names a limit that leaves <pad> out."""
     limit = re.search(r"<= (\d+)", message)
     if limit:
         return f"expected at most {int(limit[1]) + 1} for this text"
@@ -74,7 +75,7 @@ def _vocabulary_problem(message: str) -> str:
 
 
 def make_model(config: TrainConfig, tokenizer):
-    """An untrained model for ``tokenizer``; its weights follow from torch's global generator."""
+    """Returns an untrained model for ``tokenizer``; its weights follow from torch's global generator."""
     from transformers import M2M100Config, M2M100ForConditionalGeneration
 
     heads = config.heads or max(1, config.d_model // 64)
@@ -107,9 +108,7 @@ def make_model(config: TrainConfig, tokenizer):
 
 
 def _init_linears(model) -> None:
-    """Xavier for the linear layers: init_std above is meant for the embeddings (as in fairseq)."""
-    from torch import nn
-
+    """Initialises linear layers as Xavier: ``init_std`` is meant for the embeddings (as in fairseq)."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and name != "lm_head":
             nn.init.xavier_uniform_(module.weight)
@@ -117,6 +116,7 @@ def _init_linears(model) -> None:
 
 
 def load_vocabulary(folder: Path):
+    """Returns the tokenizer that a run has saved in ``folder``."""
     from transformers import M2M100Tokenizer
 
     return M2M100Tokenizer.from_pretrained(folder)

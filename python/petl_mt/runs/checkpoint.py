@@ -1,4 +1,4 @@
-"""Checkpoints: what training changed, the optimiser, the generators and where the data stood.
+"""Checkpoints: the trained tensors, the optimiser, the generators and the position in the data.
 
 checkpoints/step-N/ holds trained.safetensors (the trained tensors only: a frozen base is not copied),
 optimizer.safetensors, random.safetensors and progress.json; no file that could run code when it is read. checksums.json
@@ -27,21 +27,22 @@ from ..checks import file_sum
 
 MEMBERS = ("trained.safetensors", "optimizer.safetensors", "random.safetensors", "progress.json")
 SUMS = "checksums.json"
-TABLES = ("qmap1", "qmap2")  # of bitsandbytes: the values that 8 bits stand for, the same ones for all parameters
+TABLES = ("qmap1", "qmap2")  # bitsandbytes' values for 8 bits, which are the same for all parameters
 
 
 def trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Returns the trained parameters by name."""
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
 class Checkpoints:
-    """The checkpoints/ folder of a run; keeps what `latest` and `best` point at."""
+    """The checkpoints/ folder of a run, with the checkpoints that `latest` and `best` point at."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any], best: bool) -> Path:
-        """Write step-N whole, then move the links: an interruption at any moment leaves the older one usable."""
+        """Writes step-N whole, then moves the links: an interruption at any moment leaves the older one usable."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"step-{progress['step']}"
         with atomic_dir(path) as temporary:
@@ -60,16 +61,15 @@ class Checkpoints:
         return path
 
     def path(self, which: str) -> Path | None:
-        """The folder that ``latest`` or ``best`` means, or None."""
+        """Returns the folder that ``latest`` or ``best`` points at, or None."""
         path = self.folder / which
         return path.resolve() if path.exists() else None
 
     def whole(self, *links: str) -> tuple[Path | None, list[str]]:
-        """(the first whole checkpoint, lines on damaged ones before it): of ``links``, then the newest.
+        """Returns (the first whole checkpoint, lines on damaged ones before it): of ``links``, then the newest.
 
-        A line says, too, where only the formats of its files could be looked at, since it has no checksums.
-
-        (None, []) where there is none at all. InputError where all that there are are damaged.
+        A line also tells where only the formats of its files could be checked, since it has no checksums. Returns
+        (None, []) where there is no checkpoint. Raises InputError where all are damaged.
         """
         return while_it_trains(lambda: self._whole(links), self.there, lambda found: bool(found[1]))
 
@@ -88,26 +88,26 @@ class Checkpoints:
         return None, []
 
     def _target(self, link: str) -> Path | None:
-        """Where ``link`` points, whether or not something is there."""
+        """Returns the place that ``link`` points at, whether or not something is there."""
         path = self.folder / link
         return self.folder.resolve() / os.readlink(path) if path.is_symlink() else self.path(link)
 
     def there(self) -> list[Path]:
-        """The checkpoints that there are, the newest first."""
+        """Returns all checkpoints, the newest first."""
         steps = [path for path in self.folder.resolve().glob("step-*") if path.name[5:].isdigit()]
         return sorted(steps, key=lambda path: -int(path.name[5:]))
 
     def load_trained(self, path: Path, model: nn.Module) -> None:
-        """Put the tensors of a checkpoint into ``model``; refused unless names and shapes are the same."""
+        """Copies the tensors of a checkpoint into ``model``. Raises InputError unless names and shapes are the same."""
         saved = self.read_trained(path, model)
         with torch.no_grad():
             for name, tensor in trained_tensors(model).items():
                 tensor.copy_(saved[name])
 
     def read_trained(self, path: Path, model: nn.Module) -> dict[str, torch.Tensor]:
-        """The trained tensors of a checkpoint by name, as views into its file, so that they take no memory.
+        """Returns the trained tensors of a checkpoint by name, as views into its file, which take no memory.
 
-        InputError unless names and shapes are those of what ``model`` trains.
+        Raises InputError unless names and shapes are those of the trained tensors of ``model``.
         """
         ours = trained_tensors(model)
         try:
@@ -120,7 +120,7 @@ class Checkpoints:
         return saved
 
     def load(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """Restore everything; returns the progress that was saved. InputError for what cannot be read."""
+        """Restores everything; returns the progress that was saved. Raises InputError for what cannot be read."""
         self.load_trained(path, model)
         try:
             _load_optimizer(optimizer, load_file(path / "optimizer.safetensors"))
@@ -137,7 +137,7 @@ class Checkpoints:
 
     def _prune(self) -> None:
         kept = {os.readlink(self.folder / name) for name in ("latest", "best") if (self.folder / name).is_symlink()}
-        for path in [*self.folder.glob("step-*"), *self.folder.glob(".step-*.tmp")]:  # .tmp: of a killed run
+        for path in [*self.folder.glob("step-*"), *self.folder.glob(".step-*.tmp")]:  # .tmp: left by a killed run
             if path.name not in kept:
                 shutil.rmtree(path)
 
@@ -145,8 +145,10 @@ class Checkpoints:
 def while_it_trains(
     read: Callable[[], Any], there: Callable[[], list[Path]], doubtful: Callable[[Any], bool] = lambda found: False
 ) -> Any:
-    """``read()``, once more where it fails, or what it finds is doubtful, while ``there()`` changes: a run that is
-    training has removed checkpoints meanwhile. Ten times at most; then what is found counts, or the error."""
+    """Returns ``read()``, repeated where it fails or its result is ``doubtful`` and ``there()`` has changed meanwhile.
+
+    A run that is training removes checkpoints. After ten times the last result counts, or its error is raised.
+    """
     for last in [False] * 9 + [True]:
         before = there()
         try:
@@ -160,7 +162,7 @@ def while_it_trains(
 
 
 def read_progress(path: Path) -> dict[str, Any]:
-    """The progress that a checkpoint has saved."""
+    """Returns the progress that a checkpoint has saved. Raises InputError where it cannot be read."""
     try:
         values = json.loads((path / "progress.json").read_text(encoding="utf-8"))
         values["step"] + 0
@@ -211,7 +213,7 @@ def _unreadable(path: Path) -> str:
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Adam's moments and step counts, as "<index of the parameter>.<name>"; tables by name alone."""
+    """Returns Adam's moments and step counts, as "<index of the parameter>.<name>"; tables by name alone."""
     return {
         name if name in TABLES else f"{i}.{name}": torch.as_tensor(value).contiguous().cpu()
         for i, parameter in enumerate(_parameters(optimizer))
@@ -237,7 +239,7 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
 
 
 def _generators() -> dict[str, torch.Tensor]:
-    """PyTorch's generators, the only ones that training draws from in order."""
+    """Returns the states of PyTorch's generators, the only ones that training draws from in order."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states |= {f"cuda{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}

@@ -1,7 +1,7 @@
 """One process at a time on a run's folder.
 
 The lock is the system's own (``flock``): it ends with the process that holds it, however that ends, so that no stale
-one is left. The file beside it only tells who holds it.
+one is left. The file only tells which process holds it.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ NAME = ".lock"
 
 @contextmanager
 def locked(folder: Path, what: str = "run") -> Iterator[None]:
-    """While the block runs no other process (and no other block of this one) gets past here for ``folder``.
+    """Holds the lock of ``folder`` while the block runs, against other processes and other blocks of this one.
 
-    what: the folder is one's, in words. Raises InputError that names the process and the machine that hold the lock.
-    Where the file system has no locks, a line on stderr says so.
+    what: the kind of folder, for messages. Raises InputError that names the process and the machine that hold the lock.
+    Where the file system has no locks, a line on standard error warns.
     """
     path = folder / NAME
     handle = _acquire(path, what)
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)  # still locked: who waits for this file finds another, see _acquire
+        path.unlink(missing_ok=True)  # still locked: a process that opened this file finds another one, see _acquire
         os.close(handle)
 
 
@@ -57,7 +57,7 @@ def _acquire(path: Path, what: str) -> int:
 
 
 def _is_still(path: Path, handle: int) -> bool:
-    """Whether ``handle`` is the file of that name, and not one that its holder has removed meanwhile."""
+    """Returns whether ``handle`` is the file of that name, and not one that its holder has removed meanwhile."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(handle))
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Progress on the terminal, metrics.jsonl, and TensorBoard when asked."""
+"""The log of a run: the terminal, metrics.jsonl, and TensorBoard where the configuration has it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from petl_kernels.errors import InputError
+from petl_kernels.files import atomic_write
 
 from ..progress import Watch, new_bar, on_terminal, say
 
 
 class RunLog:
-    """Where a run reports to: a bar (or lines, when stderr is no terminal), metrics.jsonl, TensorBoard."""
+    """Writes a bar (or lines, where standard error is no terminal), metrics.jsonl, and TensorBoard's files."""
 
     def __init__(
         self, folder: Path, steps: int, start: int = 0, tensorboard: bool = False, quiet: bool = False
@@ -32,10 +33,10 @@ class RunLog:
             self._bar.start()
 
     def metrics(self, step: int, **values: Any) -> None:
-        """One line of metrics.jsonl."""
+        """Writes one line of metrics.jsonl, with the step in it."""
         try:
             self._file.write(json.dumps({"step": step, **values}) + "\n")
-        except OSError as error:  # a full disk: say which file
+        except OSError as error:  # a full disk; the error then names the file
             raise OSError(error.errno, error.strerror, self._file.name) from None
         if self._board is not None:
             for name, value in values.items():
@@ -43,7 +44,7 @@ class RunLog:
                     self._board.add_scalar(name, value, step)
 
     def progress(self, step: int, loss: float, tokens_per_second: float, memory: str) -> None:
-        """memory: what the run takes, as ``petl_mt.memory`` words it."""
+        """Shows figures in the bar, or in a line every ten seconds; memory: the text of ``MemoryMeter``."""
         if self.quiet:
             return
         figures = f"loss {loss:.3f}  {tokens_per_second:,.0f} target tokens/s  {memory}"
@@ -58,7 +59,7 @@ class RunLog:
         self.say(f"step {step}/{self.steps}  {figures}  {left / 60:.1f} min left")
 
     def say(self, text: str) -> None:
-        """A line for the reader, on stderr."""
+        """Prints a line to standard error, above the bar where there is one."""
         if self.quiet:
             return
         if self._bar is not None:
@@ -67,19 +68,20 @@ class RunLog:
             say(text)
 
     def searching(self, what: str, lines: int) -> Watch:
-        """The progress of a search over ``lines``, which takes the place of the bar of steps."""
+        """Returns the progress of a search over ``lines`` lines, which replaces the bar of steps."""
         self._stop_bar()
         return Watch(what, lines, "lines", self.quiet)
 
     def watching(self, what: str, total: int, unit: str) -> Watch:
-        """The progress of work between two steps: lines, above the bar of steps where there is one."""
+        """Returns the progress of work between two steps, shown as lines above the bar of steps."""
         return Watch(what, total, unit, self.quiet, self.say)
 
     def close(self) -> None:
+        """Removes the bar and closes the files."""
         self._stop_bar()
         if self._board is not None:
             self._board.close()
-        with contextlib.suppress(OSError):  # what could not be written has been reported
+        with contextlib.suppress(OSError):  # an error of writing has been reported before
             self._file.close()
 
     def _stop_bar(self) -> None:
@@ -89,9 +91,7 @@ class RunLog:
 
 
 def _drop_after(path: Path, step: int) -> None:
-    """A resumed run repeats the steps after its checkpoint: their lines go."""
-    from petl_kernels.files import atomic_write
-
+    """Drops the lines of steps after ``step``, which a resumed run makes again."""
     if not path.exists():
         return
     kept = []
@@ -107,7 +107,7 @@ def _drop_after(path: Path, step: int) -> None:
 
 def _board(folder: Path, start: int):
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard import SummaryWriter  # here: optional, and slow to load
     except ImportError:
         raise InputError("tensorboard: not installed; pip install tensorboard, or leave --tensorboard out") from None
     return SummaryWriter(str(folder), purge_step=start + 1)

@@ -1,4 +1,4 @@
-"""README.md of a run folder: the model card."""
+"""The model card, which is README.md in a run's folder."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ NOT_MERGED = ("adapter", "adapter-sublayer", "pfeiffer", "parallel", "prefix")
 
 
 def write_card(run: RunFolder, config: TrainConfig, result) -> None:
+    """Writes the card of a finished run; result: its ``RunResult``."""
     with atomic_write(run.path / "README.md") as file:
         file.write(card(config, result))
 
 
 def card(config: TrainConfig, result) -> str:
-    """Markdown: what this is, how to use it, how good it is, how it was made."""
+    """Returns the card as Markdown: use, quality, data and training."""
     pairs = sorted({pair.name for pair in config.train})
     languages = sorted({code for pair in config.train for code in (pair.src_lang, pair.tgt_lang)})
     base = "trained from scratch" if config.is_new else f"base model `{_name(config.model)}`"
@@ -93,5 +94,5 @@ def card(config: TrainConfig, result) -> str:
 
 
 def _name(model: str) -> str:
-    """A hub id as it is; of a folder only its last two names."""
+    """Returns a hub id as it is, and the last two names of a folder's path."""
     return "/".join(Path(model).parts[-2:]) if Path(model).is_absolute() else model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def lr_factor(schedule: str, step: int, warmup: int, steps: int, power: float = 2.0) -> float:
-    """The share of the peak rate at update ``step`` (the first is 1) of ``steps``.
+    """Returns the share of the peak rate at update ``step`` (the first is 1) of ``steps``.
 
     All rise linearly over ``warmup`` updates. Then, with p = (step - warmup) / (steps - warmup):
     inverse-sqrt falls as sqrt(warmup / step) (Vaswani et al. 2017), linear as 1 - p, polynomial as (1 - p)^power.

@@ -1,9 +1,8 @@
 """The CUDA graphs of a run: of a micro-batch's gradients, of the optimiser's step, of the validation loss.
 
-A replay takes the host some microseconds where the step's kernels, launched one by one, take it longer than the card
-needs to run them. Rows are packed and filled up to few shapes (``petl_kernels.step.graphs``). What
-fills them is no label,
-so it is in no loss and no gradient.
+A replay takes the host some microseconds; launching a step's kernels one by one takes it longer than the card needs to
+run them. Rows are packed and filled up to few shapes (``petl_kernels.step.graphs``), with tokens that have no labels
+and are in no loss and no gradient.
 """
 
 from __future__ import annotations
@@ -17,17 +16,16 @@ from petl_kernels.step.graphs import MOST, CudaGraphs, Graphed
 
 from ..data import PackedBatch
 
-# Of ``PackedBatch.row``, in the order in which graphs take them.
+# Tensors of ``PackedBatch.row``, in the order in which graphs take them.
 _ROW = ("input_ids", "labels", "decoder_input_ids", "cu_seqlens", "decoder_cu_seqlens")
 
 
 class StepGraphs:
-    """Runs parts of an update by graphs, or as they are where they cannot be captured, which ``say`` is told once.
+    """Runs parts of an update as graphs, or as they are where they cannot be captured, of which ``say`` prints a line.
 
-    ``gradients`` takes a row and the tokens of the update, adds the row's gradient and returns its share of the mean
-    loss. ``step`` takes the learning rate, in fp32, and returns the norm of the gradients; it is None where the
-    optimiser cannot be captured. ``loss`` takes a row and returns the sum of its losses. ``longest`` is the number of
-    tokens of the longest sentence that comes.
+    gradients: takes a row and the tokens of the update, adds the row's gradient and returns its share of the mean loss.
+    step: takes the learning rate, in fp32, and returns the norm of the gradients; None where the optimiser cannot be
+    captured. loss: takes a row and returns the sum of its losses. longest: tokens of the longest sentence.
     """
 
     def __init__(
@@ -40,7 +38,7 @@ class StepGraphs:
         say: Callable[[str], None],
     ) -> None:
         self.recorder, self.longest, self.say = recorder, longest, say
-        self._told = False  # that there are more shapes than graphs
+        self._told = False  # a line on more shapes than graphs has been printed
         if step is None:
             say("cuda_graphs: this optimiser's step cannot be captured, and runs as it is")
         self._gradients = Graphed(lambda *given: gradients(self._batch(given[:-1]), given[-1]), recorder)
@@ -49,7 +47,7 @@ class StepGraphs:
 
     @property
     def captures_step(self) -> bool:
-        """Whether ``step`` can be called."""
+        """Returns whether ``step`` can be called."""
         return self._step is not None
 
     def gradients(self, batch: PackedBatch, tokens: int) -> Tensor:
@@ -57,7 +55,7 @@ class StepGraphs:
         return self._run(self._gradients, *_tensors(batch), torch.tensor(float(tokens)))
 
     def step(self, lr: float) -> Tensor:
-        """Clips the gradients, moves the parameters, forgets the gradients; returns the norm that they had."""
+        """Clips the gradients, moves the parameters, clears the gradients; returns the norm before clipping."""
         return self._run(self._step, torch.tensor(lr))
 
     def loss(self, batch: PackedBatch, most: int) -> Tensor:
@@ -65,7 +63,7 @@ class StepGraphs:
         return self._run(self._loss, *_tensors(batch.filled(most)))
 
     def release(self) -> None:
-        """Gives the memory of all graphs back; shapes are captured anew when they come again."""
+        """Frees the memory of all graphs; shapes are captured anew when they come again."""
         self.recorder.release()
 
     def _run(self, graphed: Graphed, *inputs: Tensor) -> Tensor:

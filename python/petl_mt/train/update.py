@@ -1,6 +1,6 @@
 """One update of the trained parameters: gradients of its batches, micro-batch by micro-batch, clipping, the step.
 
-A plan says how large micro-batches are. Where its memory does not suffice, the same gradients are formed again under
+A plan has the size of micro-batches. Where its memory does not suffice, the same gradients are computed once more under
 the next tighter plan: the tokens, their order and the mathematics of an update stay the same.
 """
 
@@ -32,9 +32,10 @@ from .step_graphs import StepGraphs
 class Update:
     """The updates of one run.
 
-    start, pad: ids that decoder inputs begin with and padding has. say: tells a line to who watches. longest: tokens of
-    the longest sentence, where steps on packed rows are captured as CUDA graphs; gradients are then there from the
-    beginning, so that AdamW moves by its moments and decay also what no loss has read.
+    plan: None without a budget of memory. start, pad: the ids that decoder inputs begin with and that padding has. say:
+    prints a line. longest: tokens of the longest sentence, where steps on packed rows are captured as CUDA graphs;
+    gradients are then allocated from the beginning, so that AdamW's moments and decay also move a parameter that no
+    loss has read.
     """
 
     def __init__(
@@ -65,15 +66,15 @@ class Update:
                 parameter.grad = torch.zeros_like(parameter)
 
     def gradients(self, batches: list[Batch] | list[PackedBatch], tokens: int) -> Tensor:
-        """Add up the gradients of ``batches``, normalised by all their target ``tokens`` together; returns the loss."""
+        """Adds up the gradients of the mean loss of ``batches`` over all their target ``tokens``; returns that loss."""
         return self._until_it_fits(lambda: self._gradients(batches, tokens))
 
     def step(self, lr: float) -> Tensor:
-        """Clip the gradients, move the parameters, forget the gradients; returns the norm that they had."""
+        """Clips the gradients, moves the parameters, clears the gradients; returns the norm before clipping."""
         if self.graphs is None or not self.graphs.captures_step:
             return self._move(lr)
         norm = self.graphs.step(lr)
-        self._set_rate(lr)  # a number again, for who reads it
+        self._set_rate(lr)  # a number again, which checkpoints and logs read
         return norm
 
     def _move(self, lr: float | Tensor) -> Tensor:
@@ -91,24 +92,28 @@ class Update:
             group["lr"] = lr
 
     def clip(self, largest: float) -> Tensor:
-        """Scale the gradients to a norm of at most ``largest``; returns the norm that they had."""
+        """Scales the gradients to a norm of at most ``largest``; returns the norm before."""
         if self.rounded is not None:
             return self.rounded.clip(largest)
         return nn.utils.clip_grad_norm_(self.parameters, largest)
 
     def zero_gradients(self) -> None:
-        """Under a budget gradients stay allocated, as they are in the plan; graphs add to them where they are."""
+        """Clears the gradients, which stay allocated under a budget, as in its plan, and for graphs."""
         if self.rounded is not None:
             self.rounded.zero()
             return
         self.optimizer.zero_grad(set_to_none=self.plan is None and self.graphs is None)
 
     def loss(self, batch: Batch | PackedBatch, tokens: int | Tensor) -> Tensor:
-        """This part's share of the mean loss over ``tokens``."""
+        """Returns the share of ``batch`` in the mean loss over ``tokens``."""
         return self._sum_of_losses(batch) / tokens
 
     def try_worst_batch(self, token: int, meter: MemoryMeter, packed: bool = False) -> None:
-        """The largest micro-batch of the longest sentences, before anything else: a plan that is wrong shows now."""
+        """Computes the gradients of the largest micro-batch, so that a wrong plan shows before the first update.
+
+        token: the id that it is made of. meter: is restarted. packed: as a packed row. Prints the planned memory and
+        the memory that was taken.
+        """
         rows, longest = self.plan.rows, self.plan.longest
         self.model.train()
         meter.restart()
@@ -125,17 +130,18 @@ class Update:
         )
 
     def release(self) -> None:
-        """Give the memory of graphs back, for an evaluation inside the budget."""
+        """Frees the memory of graphs for an evaluation inside the budget."""
         if self.graphs is not None and self.plan is not None:
             self.graphs.release()
 
     def drop_graphs(self) -> None:
-        """Give the memory of graphs back for good."""
+        """Frees the memory of graphs for good."""
         if self.graphs is not None:
             self.graphs.release()
             self.graphs = None
 
     def tighten(self, plan: Plan) -> None:
+        """Goes on under ``plan``, which takes less memory; prints what changes."""
         if plan.tiers != self.plan.tiers or plan.chunk_bytes != self.plan.chunk_bytes:
             pk.lean(self.model, list(plan.tiers))
             set_chunk_bytes(self.model, plan.chunk_bytes)
@@ -158,7 +164,7 @@ class Update:
         return loss
 
     def _micro_batches(self, batch: Batch | PackedBatch) -> Iterator[Batch] | Iterator[PackedBatch]:
-        """Of as many tokens a side as a plan says, padding included; for graphs filled up, so that shapes are few."""
+        """Yields parts of at most the plan's tokens a side, padding included; for graphs filled up to few shapes."""
         tokens = self.micro_tokens or self.config.batch_tokens
         if isinstance(batch, PackedBatch):
             yield from (part if self.graphs is None else part.filled(tokens) for part in batch.parts(tokens))
@@ -168,7 +174,7 @@ class Update:
             yield batch.part(slice(i, i + rows), self.pad)
 
     def _backward(self, batch: Batch | PackedBatch, tokens: int) -> Tensor:
-        """Add the gradient of this part's share of the mean loss over ``tokens``; returns that share."""
+        """Adds the gradient of the share of ``batch`` in the mean loss over ``tokens``; returns that share."""
         if self.graphs is not None:
             return self.graphs.gradients(batch, tokens)
         return self._add_gradients(batch.to(self.device), tokens)
@@ -188,7 +194,7 @@ class Update:
             return sequence_loss(self.model, batch, self.start, self.pad, self.config.label_smoothing)
 
     def _until_it_fits(self, run: Callable[[], Any]) -> Any:
-        """``run()``, again and tighter where memory does not suffice: the same tokens in the same order."""
+        """Returns ``run()``, repeated under tighter plans while memory does not suffice, with the same generators."""
         while True:
             generators = torch.get_rng_state(), torch.cuda.get_rng_state() if self.device.type == "cuda" else None
             try:
@@ -207,11 +213,11 @@ class Update:
 
 
 def _made_capturable(optimizer) -> bool:
-    """Whether steps of ``optimizer`` can be captured, as PyTorch's own can when they are told."""
+    """Lets steps of ``optimizer`` be captured; returns whether they can be, as those of PyTorch's own optimisers."""
     if not all("capturable" in group for group in optimizer.param_groups):
         return False
     for group in optimizer.param_groups:
         group["capturable"] = True
-    # the first step is captured by nobody, of which PyTorch would warn
+    # PyTorch would warn of the first step, which is not captured
     warnings.filterwarnings("ignore", message="This instance was constructed with capturable=True")
     return True
