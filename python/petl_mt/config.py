@@ -364,7 +364,7 @@ def _pairs(items: list, languages: list[str | None], name: str, where: str) -> l
 
 
 def _is_short(items) -> bool:
-    """Whether a pair is given as two files, with its languages elsewhere."""
+    """Returns whether a pair is given as two files, with its languages elsewhere."""
     return len(items) == 2 and all(isinstance(item, str) for item in items)
 
 

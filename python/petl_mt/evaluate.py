@@ -75,7 +75,7 @@ def validation_loss(
     device, done = next(model.parameters()).device, 0
     total = torch.zeros((), dtype=torch.float64, device=device)
     with _evaluating(model):
-        for indices in corpus.plan(batch_tokens):
+        for indices in corpus.batch_indices(batch_tokens):
             batch = corpus.packed(indices, start) if packed else corpus.collate(indices)
             if captured is not None:
                 total += captured(batch, batch_tokens)
@@ -168,8 +168,8 @@ def _batches(corpus: Corpus, limit: BatchLimit, beam: int, max_length: int) -> l
     """Returns batches of sentences within both limits, of one sentence at least."""
     tokens, search = max(1, limit.tokens // beam), limit.search
     if search is None:
-        return corpus.plan(tokens)
+        return corpus.batch_indices(tokens)
     outputs = np.array([output_length(int(length), max_length) for length in corpus.lengths])
     room = max(1.0, search.memory - search.always)
     shares = np.maximum(corpus.lengths / tokens, search.of(corpus.lengths, outputs) / room)
-    return corpus.plan(1, costs=shares)
+    return corpus.batch_indices(1, costs=shares)

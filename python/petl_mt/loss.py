@@ -1,4 +1,4 @@
-"""The training loss, in one place."""
+"""The loss of a batch, for training and evaluation."""
 
 from __future__ import annotations
 

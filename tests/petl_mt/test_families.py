@@ -62,7 +62,7 @@ def read(checkpoint, pair, lines: int):
 def test_the_loss_is_that_of_the_family(checkpoint, pair):
     model, corpus, start = read(checkpoint, pair, 7)
     total, tokens = 0.0, 0
-    for indices in corpus.plan(1):  # one sentence a batch: the families' own shifts need no padding then
+    for indices in corpus.batch_indices(1):  # one sentence a batch: the families' own shifts need no padding then
         batch = corpus.collate(indices)
         count = int((batch.labels != IGNORE).sum())
         total += model(input_ids=batch.source, labels=batch.labels).loss.item() * count

@@ -128,7 +128,7 @@ def test_packed_batches_are_the_sentences_of_padded_ones():
     draw = np.random.default_rng(1)
     text = corpus([tuple(draw.integers(1, 12, 2)) for _ in range(40)])
     batches = TrainBatches(text, 60, seed=3)
-    for indices in batches.plan(0)[:4]:
+    for indices in batches.epoch_indices(0)[:4]:
         rows, packed = text.collate(indices), text.packed(indices, 2)
         assert packed.target_tokens == rows.target_tokens
         assert text.tokens(indices) == packed.source.numel() + packed.labels.numel()

@@ -48,9 +48,11 @@ def test_accumulation_gives_the_gradient_of_one_large_batch(settings, tmp_path):
     one = training(settings, batch_tokens=64, accumulate=3, max_length=30)
     accumulated = gradients_of_first_update(one)
     joined = training(settings, out=str(tmp_path / "joined"), batch_tokens=64, max_length=30)
-    indices = [i for batch in one.batches.plan(0)[:3] for i in batch]
-    joined.batches.plan(0)[0] = torch.tensor(indices).numpy()
-    assert len({len(batch) for batch in one.batches.plan(0)[:3]}) > 1  # unequal batches, or a mean of means would pass
+    indices = [i for batch in one.batches.epoch_indices(0)[:3] for i in batch]
+    joined.batches.epoch_indices(0)[0] = torch.tensor(indices).numpy()
+    assert (
+        len({len(batch) for batch in one.batches.epoch_indices(0)[:3]}) > 1
+    )  # unequal batches, or a mean of means would pass
     assert_same_gradients(accumulated, gradients_of_first_update(joined))
 
 

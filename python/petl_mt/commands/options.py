@@ -1,4 +1,4 @@
-"""Flags for the fields of ``TrainConfig``, and the few that several commands share.
+"""Flags for the fields of ``TrainConfig``, and those that several commands share.
 
 A flag that is not given leaves None, so that a value from a file stays; the default is told in the flag's help.
 """

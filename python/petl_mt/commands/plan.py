@@ -1,4 +1,4 @@
-"""``petl-mt plan``: how training would fit into a budget of memory, and how fast it would be."""
+"""``petl-mt plan``: the way in which training fits into a budget of memory, and its speed."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ class Corpus:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def plan(
+    def batch_indices(
         self,
         batch_tokens: int,
         multiple: int = 1,
@@ -126,21 +126,21 @@ class TrainBatches:
 
     def __init__(self, corpus: Corpus, batch_tokens: int, seed: int, multiple: int = 1) -> None:
         self.corpus, self.batch_tokens, self.seed, self.multiple = corpus, batch_tokens, seed, multiple
-        self._epoch, self._plan = -1, []
+        self._epoch, self._indices = -1, []
 
-    def plan(self, epoch: int) -> list[np.ndarray]:
+    def epoch_indices(self, epoch: int) -> list[np.ndarray]:
         """Returns the batches of an epoch, as indices of sentence pairs."""
         if epoch != self._epoch:
             rng = np.random.default_rng([self.seed, epoch])
-            self._plan = self.corpus.plan(self.batch_tokens, self.multiple, rng)
+            self._indices = self.corpus.batch_indices(self.batch_tokens, self.multiple, rng)
             self._epoch = epoch
-        return self._plan
+        return self._indices
 
     def take(self, position: Position) -> Batch | PackedBatch:
         """Returns the batch at ``position``, which moves on by one."""
-        batch = self.of(self.plan(position.epoch)[position.batch])
+        batch = self.of(self.epoch_indices(position.epoch)[position.batch])
         position.batch += 1
-        if position.batch == len(self._plan):
+        if position.batch == len(self._indices):
             position.epoch, position.batch = position.epoch + 1, 0
         return batch
 

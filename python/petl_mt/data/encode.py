@@ -1,4 +1,4 @@
-"""Text into tokens: each line once, with the model's own tokenizer."""
+"""Tokenising: each line once, with the model's own tokenizer."""
 
 from __future__ import annotations
 

@@ -191,6 +191,7 @@ def _print_examples(console, study: StudyConfig, rows: Sequence[Row], count: int
 
 
 def shorten(line: str, longest: int = 60) -> str:
+    """Returns the line, or its beginning with an ellipsis where it has more than ``longest`` characters."""
     return line if len(line) <= longest else line[: longest - 1] + "…"
 
 

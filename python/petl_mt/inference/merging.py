@@ -1,4 +1,4 @@
-"""What the weights of a merged run are: their dtype, and their rounding."""
+"""The weights of a merged run: their dtype, and their rounding."""
 
 from __future__ import annotations
 

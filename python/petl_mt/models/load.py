@@ -1,4 +1,4 @@
-"""The model of a configuration as it is before training, and what the configuration may ask of it."""
+"""The model of a configuration before training, and checks of the configuration against it."""
 
 from __future__ import annotations
 

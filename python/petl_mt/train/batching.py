@@ -1,4 +1,4 @@
-"""How a run's batches come: packed or padded, and captured as CUDA graphs or not."""
+"""The form of a run's batches: packed or padded, and captured as CUDA graphs or not."""
 
 from __future__ import annotations
 

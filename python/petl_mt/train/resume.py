@@ -1,4 +1,4 @@
-"""What a run that goes on takes from its earlier part."""
+"""The settings and the checkpoint that a resumed run takes from its earlier part."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ def measure_saved_bytes(run: Setup) -> None:
     """Puts the bytes a token into the run's progress: as it trains, and with the model's own layers and loss."""
     plan = run.update.plan  # perhaps tightened since the run began
     rows = min(4, plan.rows) if plan else 4
-    indices = run.batches.plan(run.progress.epoch)[run.progress.batch][:rows]
+    indices = run.batches.epoch_indices(run.progress.epoch)[run.progress.batch][:rows]
     tiers = list(plan.tiers) if plan else 1 if run.config.tier is None else run.config.tier
     plain = _bytes_per_token(run, 0, run.batches.of(indices, padded=True).to(run.device))
     lean = _bytes_per_token(run, tiers, run.batches.of(indices).to(run.device))
