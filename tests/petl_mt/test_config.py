@@ -1,4 +1,4 @@
-"""Options: from YAML, from flags, on top of each other, checked and resolved."""
+"""Options from YAML and from flags on top of them, checked and resolved."""
 
 from __future__ import annotations
 

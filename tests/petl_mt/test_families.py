@@ -32,7 +32,7 @@ LANGUAGES = {"nllb": ("eng_Latn", "swh_Latn"), "mbart50": ("en_XX", "de_DE"), "m
 
 @pytest.fixture(scope="module", params=["nllb", "mbart50", "mbart25", "marian", "marian-separate", "t5", "t5-tied"])
 def checkpoint(request, tmp_path_factory):
-    """(folder, source language, target language) of a random checkpoint."""
+    """Returns (folder, source language, target language) of a random checkpoint."""
     folder = tmp_path_factory.mktemp(request.param)
     tokenizer = families.make_tokenizer(request.param, folder / "pieces")
     rows = 1 + max(tokenizer.get_vocab().values())
@@ -51,7 +51,7 @@ def pair(checkpoint, tmp_path) -> Pair:
 
 
 def read(checkpoint, pair, lines: int):
-    """(model, its corpus of so many lines, where its decoder starts)"""
+    """Returns (model, its corpus of so many lines, the id that its decoder starts with)."""
     model, tokenizer = load_pretrained(checkpoint[0])
     language = LanguagePair(model, tokenizer, *checkpoint[1:])
     texts = [text.split("\n")[:lines] for text in (Path(pair.source).read_text(), Path(pair.target).read_text())]
@@ -72,7 +72,7 @@ def test_the_loss_is_that_of_the_family(checkpoint, pair):
 
 
 def test_sentences_longer_than_the_positions_are_refused_before_training(checkpoint, pair, tmp_path):
-    """64 here. M2M-100 and NLLB make more as they need them, T5 has none."""
+    """The models have 64 positions. M2M-100 and NLLB make more as they need them, T5 has none."""
     model, _, start = read(checkpoint, pair, 1)
     if model.config.model_type not in ("mbart", "marian"):
         check_positions(model, 400)

@@ -76,7 +76,7 @@ def test_methods_are_told_in_80_columns(capsys):
 
 @pytest.fixture
 def written_to(monkeypatch):
-    """Let standard output be a descriptor, with a buffer as Python's own has it."""
+    """Replaces standard output by a descriptor, with a buffer like Python's own."""
 
     def use(descriptor: int) -> None:
         monkeypatch.setattr(sys, "stdout", open(descriptor, "w"))  # noqa: SIM115

@@ -1,4 +1,4 @@
-"""Training under a budget of bytes: the plan is kept, and what it changes is how, not what."""
+"""Training under a budget of bytes: the plan is kept, and the trained weights are those without it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def run(settings: dict, out: Path, **changes):
 
 
 def saved_plan(settings: dict, path: Path, memory: str, **changes) -> str:
-    """A plan's file for the settings' model, with levers as a test wants them."""
+    """Writes a plan for the settings' model, with some of its fields changed; returns its path."""
     config = TrainConfig(**settings, memory=memory)
     model, _ = load_skeleton(config.model)
     config = config.resolve(model.config.d_model)
@@ -88,7 +88,7 @@ def _allocate(size: int) -> bool:
 
 
 def test_a_plan_that_asks_too_much_is_tightened_and_changes_no_weight(settings, tmp_path, capsys):
-    """The plan says whole batches, the allocator has room for less."""
+    """The plan has whole batches, and the allocator room for less."""
     _, expected = run(settings, tmp_path / "free")
     wrong = {"rows": 10, "micro_tokens": 400, "micro_batches": 1, "tiers": (1, 1), "streamed": 0}
     path = saved_plan(settings, tmp_path / "plan.json", "900KiB", **wrong)
@@ -100,7 +100,7 @@ def test_a_plan_that_asks_too_much_is_tightened_and_changes_no_weight(settings, 
 
 
 def test_a_tightened_plan_stays(settings, tmp_path):
-    """Measuring what is kept switches to the model's own layers and back: to the plan's tiers of now."""
+    """Measuring saved bytes switches to the model's own layers and back to the tiers of the tightened plan."""
     loop = training(settings, tmp_path / "run", memory="2MiB", tier=1)
     loop.update.tighten(dataclasses.replace(loop.plan, tiers=(4, 3)))
     measure_saved_bytes(loop)
@@ -135,7 +135,7 @@ def test_quantized_weights_train_and_translate(settings, tmp_path, storage, tabl
 
 
 def gradient_plan(settings: dict, path: Path, memory: str = "2MiB", **changes) -> dict:
-    """Options of a run that keeps gradients in bf16, by a plan that says so."""
+    """Returns the options of a run whose plan keeps gradients in bf16."""
     levers = {"rows": 3, "micro_tokens": 120, "micro_batches": 4, "gradients": "bfloat16", "streamed": 0}
     plan = saved_plan(settings, path, memory, **levers, approximations=["bf16-gradients"], **changes)
     return {"memory": memory, "plan": plan, "allow": ["bf16-gradients"]}

@@ -51,7 +51,7 @@ def metrics(loop: Setup) -> list[dict]:
 
 @pytest.fixture
 def said(monkeypatch) -> list[str]:
-    """What runs say."""
+    """The lines that runs log."""
     lines = []
     monkeypatch.setattr(RunLog, "say", lambda self, line: lines.append(line))
     return lines
@@ -91,7 +91,7 @@ def test_micro_batches_are_rows_of_at_most_so_many_tokens(tiny, tmp_path):
 
 
 def test_a_run_goes_on_as_it_began(tiny, monkeypatch, said):
-    """One of an earlier version has padded batches; one with packed rows cannot go on without them."""
+    """A run of an earlier version has padded batches; a run with packed rows cannot go on without them."""
     tiny |= {"dropout": 0.1}
     with monkeypatch.context() as patch:
         padded(patch)

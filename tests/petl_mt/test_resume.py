@@ -27,11 +27,11 @@ from petl_kernels.errors import InputError
 
 
 class Killed(BaseException):
-    """What nobody catches."""
+    """An error that nothing catches."""
 
 
 def kill_at(monkeypatch, step: int) -> None:
-    """Let the run die in the middle of update ``step``: gradients are there, the optimiser has not moved."""
+    """Kills the run in the middle of update ``step``: gradients are there, the optimiser has not moved."""
     update, move, now = loop.train_one_update, Update.step, []
 
     def numbered(run):
@@ -91,7 +91,7 @@ def test_killed_and_resumed(settings, whole, monkeypatch, step):
 
 
 def test_killed_twice_and_in_another_epoch(settings, tmp_path, monkeypatch):
-    """Two epochs and more, accumulation, dropout in the model and in LoRA, warm-up still going on."""
+    """The run has more than two epochs, accumulation, dropout in the model and in LoRA, warm-up still going on."""
     settings |= {"batch_tokens": 400, "accumulate": 2, "steps": 11, "eval_every": 2, "warmup": 9}
     train(TrainConfig(**{**settings, "out": str(tmp_path / "whole")}), quiet=True)
     for step in (4, 9):

@@ -1,4 +1,4 @@
-"""A run that was stopped can be used, ended, lengthened; and nothing damaged or changed is taken for what it was."""
+"""A stopped run can be used, ended and lengthened; damaged or changed files are noticed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Killed(BaseException):
 
 
 def stop_after(monkeypatch, step: int) -> None:
-    """Let a run die before update ``step`` + 1."""
+    """Kills a run before update ``step`` + 1."""
     update = loop.train_one_update
 
     def die(run):
@@ -137,7 +137,7 @@ def test_a_stopped_run_merges_and_scores(settings, text, monkeypatch, tmp_path, 
 
 
 def test_what_was_not_evaluated_is_at_the_end(settings, monkeypatch):
-    """Stopped by Ctrl-C after step 4, of which nothing says how good it is."""
+    """The run is stopped by Ctrl-C after step 4, which has not been evaluated."""
     update = loop.train_one_update
 
     def interrupt(run):
@@ -194,7 +194,7 @@ def test_what_a_signal_is_answered(settings, monkeypatch, capfd):
 
 
 def test_checkpoints_that_a_run_removes_meanwhile(settings, tmp_path, monkeypatch):
-    """The newest is taken then, without a word of damage; what nobody removes stays an error."""
+    """The newest one is used then, without a line on damage; a checkpoint that stays damaged is an error."""
     checkpoints = Checkpoints(RunFolder(Path(settings["out"])).checkpoints)
     run = set_up(TrainConfig(**settings), RunFolder(Path(settings["out"])), False, True)
     checkpoints.save(run.model, run.optimizer, {"step": 1, "best_step": 1}, best=True)
@@ -244,7 +244,7 @@ def test_a_run_that_was_killed_before_its_first_step_begins_anew(settings):
 
 
 def test_a_plan_is_found_from_another_folder(settings, tmp_path, monkeypatch):
-    """Also in runs of earlier versions, which wrote its path as it was given."""
+    """Runs of earlier versions wrote the path as it was given, and work, too."""
     monkeypatch.chdir(tmp_path)
     config = TrainConfig(**settings, memory="1GiB", plan="plan.json")
     run = RunFolder(Path(settings["out"]))
@@ -260,7 +260,7 @@ def test_a_plan_is_found_from_another_folder(settings, tmp_path, monkeypatch):
 
 
 def test_longer_is_the_longer_run(settings, tmp_path):
-    """With rates that do not depend on the end, bit by bit; 5 steps, then 8."""
+    """Where rates do not depend on the number of steps, 5 steps and then 8 end bit by bit as 8 do."""
     settings |= {"schedule": "inverse-sqrt", "warmup": 2, "eval_every": 8}
     train(TrainConfig(**{**settings, "out": str(tmp_path / "whole")}), quiet=True)
     out = settings["out"]

@@ -39,7 +39,7 @@ def test_what_a_line_is(tmp_path, data, lines):
 
 @pytest.fixture
 def pipe():
-    """(path to read, descriptor to write)."""
+    """Returns (path to read, descriptor to write)."""
     read, write = os.pipe()
     yield f"/dev/fd/{read}", write
     os.close(read)
@@ -99,7 +99,7 @@ def test_what_is_read_is_not_written_over(tmp_path, monkeypatch):
 
 
 def test_lines_for_a_reader_that_is_not_there_go_nowhere(monkeypatch, capsys):
-    """Not to standard output, where ``print`` puts what is for None; and no work ends for them."""
+    """They do not go to standard output, which ``print`` takes for None; and no work ends because of them."""
     monkeypatch.setattr("sys.stderr", None)
     say("one")
     with Watch("score", 5, "lines") as watch:

@@ -84,7 +84,7 @@ def test_rows_and_files(config, tmp_path):
 
 
 def test_a_row_has_its_own_memory_and_keeps_the_budget(config):
-    """Training and scoring, the parent's own row too; what came before leaves nothing in the figures."""
+    """The figures of a row, also of the parent's, have nothing of the rows before."""
     config.grid = ["full", "bitfit"]
     config.base = dataclasses.replace(config.base, memory="1MiB")
     parent, full, bitfit = run_study(config, quiet=True)
@@ -135,7 +135,7 @@ def test_another_configuration_in_the_same_folder_is_refused(config):
 
 
 def test_the_parents_row_is_of_one_budget(config):
-    """Rows of earlier versions do not say which, and stay."""
+    """Rows of earlier versions have no budget in them, and stay."""
     path = config.folder(None) / "row.json"
 
     def finished(**changes):

@@ -1,4 +1,4 @@
-"""The tables of study and demo: 80 columns, and the words for bytes."""
+"""The tables of study and demo: their 80 columns, and their words for bytes."""
 
 from __future__ import annotations
 

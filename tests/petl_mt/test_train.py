@@ -139,7 +139,7 @@ def test_what_a_run_folder_holds(settings, parent):
 
 @pytest.fixture
 def prescribed(monkeypatch):
-    """Validation losses as given, one an evaluation."""
+    """Replaces validation losses by given ones, one an evaluation."""
 
     def prescribe(*losses: float) -> None:
         given = iter(losses)
@@ -185,7 +185,7 @@ def test_dropout_settings_reach_the_model(settings):
 
 @pytest.mark.parametrize("lr", [1e38, 1e30])
 def test_a_loss_that_is_no_number_stops_the_run(settings, lr):
-    """The rate is zero-ish through warm-up to step 3, where a checkpoint is written, and absurd after that."""
+    """The rate is near zero through warm-up to step 3, where a checkpoint is written, and absurd after that."""
     settings |= {"steps": 40, "eval_every": 1, "lr": lr, "warmup": 0, "valid": []}
     with pytest.raises(TrainingStopped) as stop:
         train(TrainConfig(**settings), quiet=True)
@@ -209,7 +209,7 @@ def test_tensorboard_is_written_when_asked(settings):
 
 
 def test_what_a_check_turned_down_is_in_the_log_once(settings, monkeypatch, capsys):
-    """One in the first update, one in the third, one while the run is scored."""
+    """A backend is turned down in the first update, another in the third, another while the run is scored."""
     settings |= {"steps": 4, "eval_every": 4}
     errors = {}
     monkeypatch.setattr(dispatch, "_parity_errors", errors)

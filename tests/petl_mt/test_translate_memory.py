@@ -71,7 +71,7 @@ def test_a_run_without_a_budget_translates_within_one(settings, tmp_path, text, 
 
 
 def _least(run: Path) -> str:
-    """The least budget that it says would do."""
+    """Returns the least budget that the refusal names."""
     try:
         Translator(run, beam=4, memory="1KiB")
     except InputError as error:

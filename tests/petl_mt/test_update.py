@@ -26,7 +26,7 @@ from petl_kernels.step import graphs as graphs_module
 
 @pytest.fixture
 def graphs(monkeypatch) -> list[Recorder]:
-    """Graphs on the CPU, as far as the bookkeeping goes; the recorders that were made."""
+    """Replaces graphs by recorders that count on the CPU; returns the recorders that were made."""
     made = []
     monkeypatch.setattr(update, "CudaGraphs", lambda device: made.append(Recorder()) or made[-1])
     for module in (setup, planner):
@@ -125,7 +125,7 @@ def test_elsewhere_a_run_with_graphs_is_refused(settings, tmp_path, graphs, monk
 
 
 def test_graphs_do_not_make_a_plan_much_slower(settings, monkeypatch):
-    """What graphs cannot hold may be faster: without them then, unless somebody wants them."""
+    """A plan without graphs may be faster by what they cannot hold; it is taken unless graphs are wanted."""
     made = []
 
     def plan_like(model, config, longest, device, graphs):
@@ -193,12 +193,12 @@ def test_refused(settings, capsys):
 
 
 def _innermost(place: str) -> str:
-    """The function that asks, of ``waits``' lines."""
+    """Returns the function that waits, of a line of ``waits``."""
     return place.partition(" < ")[0].rpartition(":")[2]
 
 
 def test_an_update_waits_for_nothing(settings, tmp_path, monkeypatch):
-    """As a CUDA device would see it: numbers are read when the next update has been queued."""
+    """As on a CUDA device, numbers are read when the next update has been queued."""
     monkeypatch.setattr(device_masks, "WAITED_FOR", ("cpu",))
     loop = training(settings, out=str(tmp_path / "run"))
     loop.step_log.numbers._late = True

@@ -19,7 +19,7 @@ from petl_kernels.methods import METHODS
 
 @pytest.fixture
 def refusal(capfd):
-    """Run the program; returns its one line after checking the exit code."""
+    """Runs the program; returns its one line after checking the exit code."""
 
     def run(*flags: str) -> str:
         capfd.readouterr()
@@ -35,7 +35,7 @@ def refusal(capfd):
 
 @pytest.fixture
 def wrong_train(refusal, settings, tmp_path):
-    """Train with other flags than good ones; the line, after checking that nothing was written."""
+    """Trains with wrong flags; returns the line, after checking that nothing was written."""
     pair = settings["train"][0]
 
     def run(**changes) -> str:
