@@ -52,13 +52,16 @@ LEARNING_RATES = {
 NEW_MODEL_LEARNING_RATE = 5e-4  # at width 512, the transformer's usual rate with inverse-sqrt decay
 
 
-def option(default: Any, help: str, metavar: str | tuple[str, ...] = "", otherwise: str = "") -> Any:
-    """Returns a field of ``TrainConfig``, whose metadata has the three texts.
+def option(
+    default: Any, help: str, metavar: str | tuple[str, ...] = "", otherwise: str = "", joined: bool = False
+) -> Any:
+    """Returns a field of ``TrainConfig`` with its texts as metadata: "help", "metavar", "default" and "joined".
 
-    help: the meaning and the unit. metavar: the name of the value in ``--help``. otherwise: the default in words, where
-    the value alone does not tell it. A list, dict or other callable default is called for each configuration.
+    help: the meaning and the unit; {methods} stands for the names of all methods. metavar: the name of the value in
+    ``--help``. otherwise: the default in words, where the value alone does not tell it. joined: the flag takes a list as
+    one word, with commas. A list, dict or other callable default is called for each configuration.
     """
-    metadata = {"help": help, "metavar": metavar, "default": otherwise}
+    metadata = {"help": help, "metavar": metavar, "default": otherwise, "joined": joined}
     if callable(default):
         return field(default_factory=default, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -125,7 +128,9 @@ class TrainConfig:
         otherwise="no limit",
     )
     plan: str | None = option(None, "a plan of petl-mt plan --json", "FILE", otherwise="one is made now")
-    allow: list[str] = option(list, f"what a plan may round: {APPROXIMATIONS}", "NAMES", otherwise="nothing")
+    allow: list[str] = option(
+        list, f"what a plan may round: {APPROXIMATIONS}", "NAMES", otherwise="nothing", joined=True
+    )
     tier: int | None = option(
         None,
         "how little layers keep for the backward pass: 1 to 5, 0 for the model's own layers",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from sacrebleu.metrics import BLEU, CHRF
 
@@ -34,9 +34,6 @@ class Scores:
     def lines(self) -> list[str]:
         """Returns a line for each score, with its signature."""
         return [f"BLEU {self.bleu:.2f} {self.bleu_signature}", f"chrF {self.chrf:.2f} {self.chrf_signature}"]
-
-    def to_dict(self) -> dict:
-        return asdict(self)
 
 
 def bleu_tokenizer(tgt_lang: str) -> str:

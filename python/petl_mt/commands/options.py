@@ -40,7 +40,7 @@ def add_fields(group: argparse._ArgumentGroup, *names: str) -> None:
 def _settings(field: dataclasses.Field) -> dict[str, Any]:
     annotation = str(field.type)
     settings = dict(KINDS.get(annotation) or KINDS.get(annotation.removesuffix(" | None"), {}))
-    if field.name == "allow":
+    if field.metadata["joined"]:
         settings = {"type": _names}
     if field.metadata["metavar"]:
         settings["metavar"] = field.metadata["metavar"]

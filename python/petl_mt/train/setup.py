@@ -87,6 +87,7 @@ def set_up(
     if config.plan is not None:
         Plan.load(config.plan)  # refused now, not after the text has been read
     lines = read_text(config, run, resuming, quiet)
+
     if config.memory is not None:
         cap.expand_segments()
     accelerator = make_accelerator(config.precision)
