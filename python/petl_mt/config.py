@@ -58,8 +58,8 @@ def option(
     """Returns a field of ``TrainConfig`` with its texts as metadata: "help", "metavar", "default" and "joined".
 
     help: the meaning and the unit; {methods} stands for the names of all methods. metavar: the name of the value in
-    ``--help``. otherwise: the default in words, where the value alone does not tell it. joined: the flag takes a list as
-    one word, with commas. A list, dict or other callable default is called for each configuration.
+    ``--help``. otherwise: the default in words, where the value alone does not tell it. joined: the flag takes a list
+    as one word, with commas. A list, dict or other callable default is called for each configuration.
     """
     metadata = {"help": help, "metavar": metavar, "default": otherwise, "joined": joined}
     if callable(default):
