@@ -61,10 +61,10 @@ def run_command(arguments: argparse.Namespace) -> int:
 
 
 def run(what: Sequence[str], device: str | None = None, peers: bool = False, only: str | None = None) -> int:
-    """Runs the benchmarks of the folders ``what`` of ``bench/`` and writes their results.
+    """Run the benchmarks of the folders ``what`` of ``bench/`` and write what they measured.
 
-    A complete run becomes ``bench/results/<device>/<what>.json``, and ``report.html`` beside it is made anew. An
-    incomplete one goes into the folder ``part`` there, and leaves the file of the last complete run: a run with
+    A complete run becomes ``bench/results/<device>/<what>.json``, and ``report.html`` beside it is made anew. What is
+    not the whole stays apart, in the folder ``part`` there, and leaves the file of the last complete run: a run with
     ``only`` (an expression over names, pytest's ``-k``), one that was interrupted, one in which a benchmark failed.
 
     Returns 0, 1 when a benchmark failed, 130 when interrupted. Raises InputError where there is no checkout, no such
@@ -164,7 +164,7 @@ def _results(device: str) -> Path:
 
 
 def _module(name: str) -> ModuleType:
-    """Returns a module of ``bench/``, whose files import one another by their plain names."""
+    """A module of ``bench/``, whose files import one another by their plain names, as its benchmarks do."""
     folder = str(CHECKOUT / "bench")
     if not (CHECKOUT / "bench" / f"{name}.py").exists():
         raise InputError(f"{name}: no bench/{name}.py beside the package; run it from a checkout")
