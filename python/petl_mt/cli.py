@@ -15,7 +15,7 @@ except ImportError as error:  # PyTorch or numpy is missing, or too old
 
 from .commands.parser import Parser, tie_negative_values
 from .commands.standard_streams import drop_unread, hold_closed_descriptors
-from .progress import say
+from .terminal import say
 
 # command -> (module, its line in the overview). The module is imported for its own command alone, so that the others
 # start quickly: ``add_arguments`` fills in a parser, and ``run`` takes what that has parsed.

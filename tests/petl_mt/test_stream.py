@@ -12,7 +12,7 @@ from petl_mt.checks import check_folder
 from petl_mt.commands.input_lines import FIRST, LineWindows, check_other
 from petl_mt.commands.output_lines import OutputLines
 from petl_mt.commands.standard_streams import hold_closed_descriptors
-from petl_mt.progress import EVERY, Watch, say, time_left
+from petl_mt.terminal import EVERY, Watch, say, time_left
 
 from petl_kernels.errors import InputError
 
@@ -103,7 +103,7 @@ def test_lines_for_a_reader_that_is_not_there_go_nowhere(monkeypatch, capsys):
     monkeypatch.setattr("sys.stderr", None)
     say("one")
     with Watch("score", 5, "lines") as watch:
-        monkeypatch.setattr("petl_mt.progress.EVERY", 0.0)
+        monkeypatch.setattr("petl_mt.terminal.EVERY", 0.0)
         watch.at(3)
     reader, writer = os.pipe()
     os.close(reader)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ..checks import check_folder, check_space
-from ..progress import say
+from ..terminal import say
 from .options import add_run_folder
 
 

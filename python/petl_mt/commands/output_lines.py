@@ -8,7 +8,7 @@ import sys
 from petl_kernels.errors import InputError
 
 from ..checks import check_file
-from ..progress import say
+from ..terminal import say
 
 
 class OutputLines:

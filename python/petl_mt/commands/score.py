@@ -7,7 +7,7 @@ from contextlib import ExitStack
 
 from ..checks import check_file, check_two_files
 from ..config import Pair
-from ..progress import Watch
+from ..terminal import Watch
 from .options import FILES, add_run, search_options
 from .translate import report_cut
 

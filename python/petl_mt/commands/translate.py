@@ -6,7 +6,7 @@ import argparse
 import sys
 from contextlib import ExitStack
 
-from ..progress import Watch, on_terminal, say
+from ..terminal import Watch, on_terminal, say
 from .options import add_run, search_options
 
 

@@ -21,13 +21,13 @@ from petl_kernels.interop.languages import LanguagePair
 from ..checks import check_folder
 from ..config import Pair, TrainConfig
 from ..evaluate import translate
-from ..progress import time_left
 from ..scores import Scores, score_lines
 from ..silence import hush
 from ..study.grid import StudyConfig
 from ..study.rows import PARENT, Row
 from ..study.run import run_study, title
 from ..study.tables import cells, print_table, table_console
+from ..terminal import time_left
 from ..train import train
 from .make_parent import parent_folder
 from .text import parallel_lines, write_pair

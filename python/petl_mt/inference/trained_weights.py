@@ -17,9 +17,9 @@ from petl_kernels.interop.hf import load_skeleton, load_weights
 from ..config import TrainConfig
 from ..models.adapt import adapt
 from ..models.new_model import load_vocabulary, make_model
-from ..progress import say
 from ..runs import RunFolder
 from ..runs.checkpoint import Checkpoints, read_progress, while_it_trains
+from ..terminal import say
 
 
 @contextmanager

@@ -18,8 +18,8 @@ from ..checks import check_one_process
 from ..config import TrainConfig, check_count
 from ..evaluate import BatchLimit, fitting_length, translate, until_it_fits
 from ..models.load import check_beam
-from ..progress import say
 from ..silence import hush
+from ..terminal import say
 from .load import load_run, load_run_within, run_memory
 
 

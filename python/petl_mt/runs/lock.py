@@ -15,7 +15,7 @@ from pathlib import Path
 
 from petl_kernels.errors import InputError
 
-from ..progress import say
+from ..terminal import say
 
 NAME = ".lock"
 

@@ -11,7 +11,7 @@ from typing import Any
 from petl_kernels.errors import InputError
 from petl_kernels.files import atomic_write
 
-from ..progress import Watch, new_bar, on_terminal, say
+from ..terminal import Watch, new_bar, on_terminal, say
 
 
 class RunLog:

@@ -13,7 +13,7 @@ from petl_kernels.methods import METHODS
 from ..commands.options import FILES, add_fields, add_languages
 from ..config import Pair, TrainConfig, check_keys
 from ..config_file import each_once, load_yaml
-from ..progress import say
+from ..terminal import say
 from .grid import GRID, Entry, StudyConfig, parse_grid
 from .rows import Row
 from .run import run_study, title

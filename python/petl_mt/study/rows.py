@@ -18,9 +18,9 @@ from petl_kernels.files import atomic_write
 
 from ..inference import Translator
 from ..memory_meter import MemoryMeter, process_bytes
-from ..progress import Watch
 from ..runs import RunFolder
 from ..scores import Scores, score_lines
+from ..terminal import Watch
 from ..train import TrainingStopped, train
 from .grid import Entry, StudyConfig
 

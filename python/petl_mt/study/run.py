@@ -26,9 +26,9 @@ from petl_kernels.methods import METHODS, parse_budget
 from ..checks import check_folder
 from ..data import read_pair
 from ..own_process import in_own_process
-from ..progress import say
 from ..runs.lock import locked
 from ..silence import hush
+from ..terminal import say
 from .grid import Entry, StudyConfig
 from .machine import machine
 from .plot import plot

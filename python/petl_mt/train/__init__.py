@@ -11,12 +11,12 @@ from petl_kernels.errors import InputError
 
 from ..checks import check_folder, check_one_process
 from ..config import Pair, TrainConfig
-from ..progress import say
 from ..runs import RunFolder
 from ..runs.checkpoint import Checkpoints, read_progress
 from ..runs.folder import absolute
 from ..runs.lock import locked
 from ..silence import hush
+from ..terminal import say
 from .loop import finish_training, run_training
 from .result import RunResult
 from .setup import set_up

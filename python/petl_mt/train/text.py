@@ -10,9 +10,9 @@ from ..checks import check_files, check_same_text, names_of, text_sums
 from ..config import TrainConfig
 from ..data import Corpus, Counts, Text, encode_pairs, read_pair
 from ..models.load import decoder_start
-from ..progress import Watch
 from ..runs import RunFolder
 from ..scores import bleu_metric
+from ..terminal import Watch
 
 
 @dataclass(frozen=True)
