@@ -5,7 +5,7 @@ Each line imports from the lines below it alone:
     cli                                         the program: finds a command, and turns errors into exit codes
     demo                                        the main job on text that the package makes itself
     study                                       several methods and budgets on one language pair
-    commands, bench, doctor, methods            one file a command, and the flags that they share
+    commands, bench, doctor, methods, template  one file a command, and the flags that they share
     train, inference                            a run that is trained; a run that translates or is merged
     models                                      a model before training: loaded or new, with its method
     evaluate                                    validation loss and beam search

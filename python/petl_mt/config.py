@@ -114,7 +114,7 @@ class TrainConfig:
         otherwise="the method's own size",
     )
     method_args: dict[str, Any] = option(
-        dict, "settings of the method by name; petl-mt methods has them", otherwise="none"
+        dict, "settings of the method, such as {rank: 16}; `petl-mt methods` has them", otherwise="none"
     )
 
     steps: int = option(10_000, "updates of the parameters")
