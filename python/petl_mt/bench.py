@@ -1,4 +1,4 @@
-"""``petl-mt bench``: the benchmarks under ``bench/`` of a checkout, their report, and a comparison of two runs."""
+"""``petl-mt bench``: the benchmarks under ``bench/`` of a checkout, their report, and what changed between two runs."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def run(what: Sequence[str], device: str | None = None, peers: bool = False, onl
 
 
 class _Names:
-    """A plugin of pytest that collects the names of all benchmarks, before ``-k`` chooses."""
+    """A plugin of pytest that hears what could be timed, before ``-k`` chooses."""
 
     def __init__(self) -> None:
         self._found: set[str] = set()
@@ -107,7 +107,7 @@ class _Names:
         self._found.update(filter(None, re.split(r"[\[\]-]", item.name.removeprefix("test_"))))
 
     def near(self, only: str) -> str:
-        """Returns the names nearest to those words of ``only`` that are in no name."""
+        """What comes nearest to the words that are in no name."""
         words = set(re.findall(r"[\w.]+", only)) - {"and", "or", "not"}
         lower = [name.lower() for name in self._found]
         wrong = [word for word in sorted(words) if not any(word.lower() in name for name in lower)]
@@ -116,11 +116,11 @@ class _Names:
 
 
 def _measure(folder: Path, target: Path, options: list[str], names: _Names) -> tuple[int, bool]:
-    """Runs pytest on one folder, which writes each time to ``target`` at once; without any, that stays as it was.
+    """Run pytest on one folder; what is timed is written to ``target`` at once, which stays as it was without anything.
 
     Returns pytest's exit code, NOTHING_MATCHES also when all was skipped, and whether anything was timed.
     """
-    import pytest  # here: only a checkout has it
+    import pytest
 
     target.parent.mkdir(parents=True, exist_ok=True)
     before = _file_of(target)
@@ -131,7 +131,7 @@ def _measure(folder: Path, target: Path, options: list[str], names: _Names) -> t
 
 
 def _file_of(path: Path) -> tuple[int, int] | None:
-    """Returns what identifies the file at ``path``: a file that is written anew is another."""
+    """Which file stands at ``path``: one that is written anew is another."""
     return (path.stat().st_ino, path.stat().st_mtime_ns) if path.exists() else None
 
 
@@ -145,7 +145,7 @@ def _folder(name: str) -> Path:
 
 
 def _device(name: str | None) -> str:
-    import torch  # here: --help does without it
+    import torch
 
     here = torch.cuda.is_available()
     if name not in (None, "cpu", "cuda"):
@@ -156,8 +156,8 @@ def _device(name: str | None) -> str:
 
 
 def _results(device: str) -> Path:
-    """Returns the folder of results of the device: "cpu", or the card's name."""
-    import torch  # here: --help does without it
+    """Of the device: "cpu", or the card's name."""
+    import torch
 
     name = torch.cuda.get_device_name().replace(" ", "-").lower() if device == "cuda" else "cpu"
     return CHECKOUT / "bench" / "results" / name
