@@ -11,7 +11,7 @@ Each line imports from the lines below it alone:
     evaluate                                    validation loss and beam search
     loss, scores                                the loss of a batch; BLEU and chrF
     runs, data                                  a run on disk; text and batches
-    checks, memory_meter, own_process, silence, terminal
+    checks, json_file, memory_meter, own_process, silence, terminal
     config
     config_file
 """

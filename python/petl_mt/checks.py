@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from petl_kernels.errors import InputError
-from petl_kernels.files import atomic_write
 from petl_kernels.units import format_least, format_size
 
 from .config import Pair, TrainConfig
@@ -118,7 +117,7 @@ def file_sum(path: str | Path) -> dict:
 
 
 def check_same_text(path: Path, now: dict[str, dict]) -> None:
-    """Raises InputError where the sums ``now`` differ from those that ``write_text_sums`` has written to ``path``."""
+    """Raises InputError where the sums ``now`` differ from those that the JSON file ``path`` has."""
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
         before = {str(name): {"bytes": sums["bytes"], "sha256": sums["sha256"]} for name, sums in before.items()}
@@ -131,13 +130,6 @@ def check_same_text(path: Path, now: dict[str, dict]) -> None:
             old, new = before[name]["bytes"], sums["bytes"]
             sizes = f"{old:,} bytes then, {new:,} now" if old != new else f"{new:,} bytes as then, other content"
             raise InputError(f"{name}: has changed since the run began ({sizes}); expected the text of the run")
-
-
-def write_text_sums(path: Path, sums: dict[str, dict]) -> None:
-    """Writes ``text_sums`` to the JSON file ``path``."""
-    with atomic_write(path) as file:
-        json.dump(sums, file, indent=1, ensure_ascii=False)
-        file.write("\n")
 
 
 def check_folder(name: str, folder: str | Path) -> None:

@@ -329,7 +329,7 @@ def check_keys(values: Mapping[str, Any], where: str) -> dict[str, Any]:
         twice = next(key for key in values if "-" in str(key) and str(key).replace("-", "_") in values)
         raise InputError(f"{where}: {twice} and {twice.replace('-', '_')}: one option, given twice")
     languages = [values.get(key, values.get(key.replace("_", "-"))) for key in LANGUAGE_KEYS]
-    short = [name for name in ("train", "valid") if _is_short(result.get(name, ()))]
+    short = [name for name in ("train", "valid") if is_short(result.get(name, ()))]
     for key, language in zip(LANGUAGE_KEYS, languages, strict=True):
         _code(key, language, where)
         if language is not None and not short and (result.get("train") or result.get("valid")):
@@ -352,7 +352,7 @@ def _choice(name: str, value: Any, choices: tuple) -> None:
 
 def _pairs(items: list, languages: list[str | None], name: str, where: str) -> list[Pair]:
     """Returns the pairs of ``[SRC, TGT]`` with the languages beside it, or of a list of mappings or pairs."""
-    if _is_short(items):
+    if is_short(items):
         if None in languages:
             raise InputError(f"{where}: {name} is given as two files; src_lang and tgt_lang are needed with it")
         return [Pair(str(languages[0]), str(languages[1]), *items)]
@@ -368,7 +368,7 @@ def _pairs(items: list, languages: list[str | None], name: str, where: str) -> l
     return [item if isinstance(item, Pair) else Pair(**{k: str(v) for k, v in item.items()}) for item in items]
 
 
-def _is_short(items) -> bool:
+def is_short(items) -> bool:
     """Returns whether a pair is given as two files, with its languages elsewhere."""
     return len(items) == 2 and all(isinstance(item, str) for item in items)
 

@@ -11,8 +11,8 @@ from petl_kernels.errors import InputError
 from petl_kernels.methods import METHODS
 
 from ..commands.options import FILES, add_fields, add_languages
-from ..config import Pair, TrainConfig, check_keys
-from ..config_file import each_once, load_yaml
+from ..config import Pair, TrainConfig, check_keys, is_short
+from ..config_file import LANGUAGE_KEYS, each_once, load_yaml
 from ..terminal import say
 from .grid import GRID, Entry, StudyConfig, parse_grid
 from .rows import Row
@@ -79,8 +79,7 @@ def _test_pair(test: Any, values: Mapping[str, Any], where: str) -> Pair:
         raise InputError("test: not given; expected a source file and a target file")
     if not isinstance(test, list):
         raise InputError(f"{where}: test {test!r}: expected two files")
-    short = len(test) == 2 and all(isinstance(item, str) for item in test)
-    languages = {key: values[key] for key in ("src_lang", "tgt_lang") if key in values} if short else {}
+    languages = {key: values[key] for key in LANGUAGE_KEYS if key in values} if is_short(test) else {}
     try:
         pairs = check_keys({"train": test, **languages}, where)["train"]
     except InputError as error:

@@ -17,6 +17,7 @@ from petl_kernels.errors import InputError
 from petl_kernels.files import atomic_write
 
 from ..inference import Translator
+from ..json_file import write_json
 from ..memory_meter import MemoryMeter, process_bytes
 from ..runs import RunFolder
 from ..scores import Scores, score_lines
@@ -183,11 +184,3 @@ def finished_row(config: StudyConfig, entry: Entry | None) -> Row | None:
         shown = ", ".join(f"{key} ({before.get(key)} -> {wanted[key]})" for key in differing)
         raise InputError(f"out {path.parent}: holds a row of another study: {shown}; expected another --out")
     return row
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Writes ``values`` as the file ``path``, with its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as file:
-        json.dump(values, file, indent=1, ensure_ascii=False)
-        file.write("\n")

@@ -25,6 +25,7 @@ from petl_kernels.methods import METHODS, parse_budget
 
 from ..checks import check_folder
 from ..data import read_pair
+from ..json_file import write_json
 from ..own_process import in_own_process
 from ..runs.lock import locked
 from ..silence import hush
@@ -32,7 +33,7 @@ from ..terminal import say
 from .grid import Entry, StudyConfig
 from .machine import machine
 from .plot import plot
-from .rows import Row, finished_row, parent_row, run, write_json
+from .rows import Row, finished_row, parent_row, run
 from .tables import markdown
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +14,7 @@ from petl_kernels.interop.adapters import write_merged
 
 from ..checks import names_of
 from ..evaluate import BatchLimit, translate
+from ..json_file import write_json
 from ..memory_meter import process_bytes
 from ..runs.model_card import write_card
 from ..scores import Scores, score_lines
@@ -78,9 +78,7 @@ def write_result(run: Setup) -> RunResult:
     scores = _scores_or_why_not(run)
     run.step_log.tell_turned_down()
     result = _result(run, scores)
-    with atomic_write(run.folder.path / "result.json") as file:
-        json.dump(result.to_dict(), file, indent=1, ensure_ascii=False)
-        file.write("\n")
+    write_json(run.folder.path / "result.json", result.to_dict())
     write_card(run.folder, run.config, result)
     run.log.say(f"written: {run.config.out}")
     return result

@@ -21,10 +21,11 @@ from petl_kernels.step import cap
 from petl_kernels.step.graphs import check_device
 from petl_kernels.units import parse_size
 
-from ..checks import check_space, little_effect, write_text_sums
+from ..checks import check_space, little_effect
 from ..config import TrainConfig
 from ..data import TrainBatches
 from ..evaluate import BatchLimit
+from ..json_file import write_json
 from ..memory_meter import MemoryMeter
 from ..models.adapt import prepare_model
 from ..models.load import check_beam, check_positions, load_model
@@ -224,7 +225,7 @@ def _prepare_folder(
         if limits is not None:
             limits.enter_context(locked(run.path))
             run.check_free()  # once more: another process may have begun here meanwhile
-        write_text_sums(run.text, sums)
+        write_json(run.text, sums)
     if before != config:
         run.write_config(config)
     if config.is_new and not run.vocabulary.exists():
