@@ -100,7 +100,8 @@ def set_up(
         check_device(device)
     torch.manual_seed(config.seed)
 
-    meter = MemoryMeter(device)  # before weights are read
+    # the model, without weights where a plan has to be made first
+    meter = MemoryMeter(device)
     vocabulary = run.vocabulary if resuming and run.vocabulary.is_dir() else None
     model, tokenizer = load_model(config, vocabulary, lines.train, quiet)
     check_positions(model, config.max_length)
@@ -111,6 +112,7 @@ def set_up(
     text = tokenise(lines, config, model, tokenizer, quiet)
     batches = TrainBatches(text.train, config.batch_tokens, config.seed, width_multiple(device))
 
+    # the plan, the weights and the optimiser
     total_parameters = stored_parameters = sum(p.numel() for p in model.parameters())
     plan, like = None, None
     if config.memory is not None:
@@ -127,6 +129,7 @@ def set_up(
     optimizer_name = plan.optimizer if plan else config.optimizer
     optimizer = accelerator.prepare(make_optimizer(parameters, config, optimizer_name))
 
+    # the folder, and the state that a resumed run goes on from
     _check_space(run, parameters, optimizer_name)
     checkpoints, notes = Checkpoints(run.checkpoints), lines.notes + little_effect(config)
     latest = None
