@@ -210,7 +210,7 @@ def test_an_update_waits_for_nothing(settings, tmp_path, monkeypatch):
         loop.step_log.numbers.settle()
     # counting what is on the host, the checks of labels and of sentences (on CUDA the device's own, or none), and the
     # numbers that are due
-    allowed = ("of", "_ends", "_first_rows", "_kept_rows", "_check_boundaries", "sentences", "_read")
+    allowed = ("of", "_ends", "_first_rows", "_counting_rows", "check_boundaries", "sentences", "_read")
     assert [place for place in found if _innermost(place) not in allowed] == []
     assert loss.isfinite() and norm.isfinite() and len(loop.step_log.losses) == 1
 
