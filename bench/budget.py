@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import torch
-from petl_mt.prepare import cast_frozen_matrices
+from petl_mt.models.adapt import cast_frozen_matrices
 from random_model import write_checkpoint
 from shapes import MODELS, m2m_config
 

@@ -70,9 +70,9 @@ def test_the_page_of_methods_has_each_method():
 
 
 def test_the_page_of_commands_has_each_command():
-    from petl_mt.cli import _parser
+    from petl_mt.cli import parser_for
 
-    commands = next(action for action in _parser("")._actions if action.dest == "command")
+    commands = next(action for action in parser_for("")._actions if action.dest == "command")
     assert set(re.findall(r"^<!-- petl-mt (\w+) --help -->", text("docs/reference/commands.md"), re.M)) == set(
         commands.choices
     )

@@ -24,10 +24,10 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from peft_settings import Setting
-from petl_mt import update
 from petl_mt.config import TrainConfig
 from petl_mt.data import IGNORE, Batch, PackedBatch
 from petl_mt.loss import shift_right
+from petl_mt.train import update
 from sentences import PAD, START, Data, batches, packed, packed_batches, worst_batch
 from shapes import m2m_config
 from torch import Tensor, nn

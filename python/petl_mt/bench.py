@@ -28,12 +28,8 @@ EXAMPLES = """examples:
 """
 
 
-def add_parser(commands) -> None:
-    """Add the command ``bench`` to the program."""
-    parser = commands.add_parser(
-        "bench", help="benchmarks", epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.set_defaults(run=_command)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog, parser.formatter_class = EXAMPLES, argparse.RawDescriptionHelpFormatter
     what = parser.add_argument_group("what")
     told = "folders of bench/ to time, or report [DIR], or compare A.json B.json (default: ops)"
     what.add_argument("words", nargs="*", default=["ops"], metavar="ops|layers|step|host|report|compare", help=told)
@@ -45,7 +41,7 @@ def add_parser(commands) -> None:
     how.add_argument("--threshold", metavar="N%", help=told)
 
 
-def _command(arguments: argparse.Namespace) -> int:
+def run_command(arguments: argparse.Namespace) -> int:
     what, rest = arguments.words[0], arguments.words[1:]
     if what not in ("report", "compare"):
         _refuse(arguments, "compare", "threshold")

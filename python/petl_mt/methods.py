@@ -1,4 +1,4 @@
-"""``petl-mt methods``: what each method of ``--method`` trains, and its settings for ``--method-arg``."""
+"""``petl-mt methods``: for each ``--method`` the tensors that it trains, and its settings for ``--method-arg``."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ KINDS = {
 
 
 def overview() -> Iterator[str]:
-    """Lines of at most ``WIDTH`` columns: each method, what it trains, and its settings with type and default."""
+    """Yields lines of at most ``WIDTH`` columns: each method and its settings with type and default."""
     for name, variant in METHODS.items():
         yield from _wrapped(f"{name}: {variant.trains}", "", "  ")
         yield f"  learning rate {variant.config.learning_rate:g} at width 1024, more for narrower models (--lr)"
@@ -62,12 +62,9 @@ def _wrapped(text: str, first: str, other: str) -> list[str]:
     return textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=other, break_on_hyphens=False)
 
 
-def add_parser(commands) -> None:
-    """``petl-mt methods``: adds the command to the subparsers of ``petl-mt``."""
-    parser = commands.add_parser("methods", help="each method: what it trains, its settings with defaults and types")
-    parser.set_defaults(run=_main)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds nothing: the command has no options."""
 
 
-def _main(arguments: argparse.Namespace) -> int:
+def run_command(arguments: argparse.Namespace) -> None:
     print("\n".join(overview()))
-    return 0

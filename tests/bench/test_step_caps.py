@@ -18,8 +18,8 @@ import bench_caps  # noqa: E402
 import trial  # noqa: E402
 from bench_caps import NO_TIME, OURS, PEFT, Study, beside_peft, tells  # noqa: E402
 from peft_settings import BASES, Setting, best, halves, largest_that_fits, search, why_none  # noqa: E402
-from petl_mt import update  # noqa: E402
 from petl_mt.data import IGNORE  # noqa: E402
+from petl_mt.train import update  # noqa: E402
 from random_model import write_checkpoint  # noqa: E402
 from sentences import PAD, START, Data, batches, packed_batches, worst_batch  # noqa: E402
 from shapes import m2m_config  # noqa: E402

@@ -1,18 +1,20 @@
-"""Options: from YAML, from flags, on top of each other, checked and resolved."""
+"""Options from YAML and from flags on top of them, checked and resolved."""
 
 from __future__ import annotations
 
 import pytest
 import yaml
-from petl_mt.cli import _parser, train_config
-from petl_mt.config import Pair, TrainConfig, default_lr, load_yaml
+from petl_mt.cli import parser_for
+from petl_mt.commands.training_options import train_config
+from petl_mt.config import Pair, TrainConfig, default_lr
+from petl_mt.config_file import load_yaml
 
 from petl_kernels.errors import InputError
 from petl_kernels.methods import METHODS
 
 
 def from_flags(*flags: str) -> TrainConfig:
-    return train_config(_parser("train").parse_args(["train", *flags]))
+    return train_config(parser_for("train").parse_args(["train", *flags]))
 
 
 def test_flags_go_on_top_of_the_file(tmp_path):

@@ -19,7 +19,7 @@ GIVEN = {"--model", "--out", "--train", "--test", "--run", "run_folder", "--src-
 
 
 def parser_of(command: str) -> argparse.ArgumentParser:
-    (commands,) = (a for a in cli._parser(command)._actions if isinstance(a, argparse._SubParsersAction))
+    (commands,) = (a for a in cli.parser_for(command)._actions if isinstance(a, argparse._SubParsersAction))
     assert set(commands.choices) >= set(COMMANDS)
     return commands.choices[command]
 
@@ -76,7 +76,7 @@ def test_methods_are_told_in_80_columns(capsys):
 
 @pytest.fixture
 def written_to(monkeypatch):
-    """Let standard output be a descriptor, with a buffer as Python's own has it."""
+    """Replaces standard output by a descriptor, with a buffer like Python's own."""
 
     def use(descriptor: int) -> None:
         monkeypatch.setattr(sys, "stdout", open(descriptor, "w"))  # noqa: SIM115

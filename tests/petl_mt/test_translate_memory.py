@@ -11,7 +11,7 @@ import torch
 from petl_mt.cli import main
 from petl_mt.config import TrainConfig
 from petl_mt.evaluate import BatchLimit, until_it_fits
-from petl_mt.runs import Translator
+from petl_mt.inference import Translator
 from petl_mt.train import train
 from test_memory import saved_plan
 
@@ -57,7 +57,7 @@ def test_a_run_without_a_budget_translates_within_one(settings, tmp_path, text, 
         return dataclasses.replace(plan_search(*arguments), streamed=streamed)
 
     plan_search = planner.plan_search
-    monkeypatch.setattr(planner, "plan_search", found)
+    monkeypatch.setattr("petl_mt.inference.load.plan_search", found)
     trained(settings, tmp_path / "run")
     lines = Path(text["train"].source).read_text().splitlines()[:60]
     free = list(Translator(tmp_path / "run", beam=4).stream(lines))
@@ -72,7 +72,7 @@ def test_a_run_without_a_budget_translates_within_one(settings, tmp_path, text, 
 
 
 def _least(run: Path) -> str:
-    """The least budget that it says would do."""
+    """Returns the least budget that the refusal names."""
     try:
         Translator(run, beam=4, memory="1KiB")
     except InputError as error:

@@ -20,7 +20,7 @@ NOT_MERGED = [method for method, variant in METHODS.items() if variant.config.ca
 
 @pytest.fixture
 def refusal(capfd):
-    """Run the program; returns its one line after checking the exit code."""
+    """Runs the program; returns its one line after checking the exit code."""
 
     def run(*flags: str) -> str:
         capfd.readouterr()
@@ -36,7 +36,7 @@ def refusal(capfd):
 
 @pytest.fixture
 def wrong_train(refusal, settings, tmp_path):
-    """Train with other flags than good ones; the line, after checking that nothing was written."""
+    """Trains with wrong flags; returns the line, after checking that nothing was written."""
     pair = settings["train"][0]
 
     def run(**changes) -> str:
