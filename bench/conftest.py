@@ -3,21 +3,17 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from pytest_benchmark.utils import safe_dumps
 
+from bench.run.rates import measured_rates
+from bench.show.measurements import Run, by_op, measurement
+from bench.show.table import case_table, render
+from bench.where import git
 from petl_kernels.files import atomic_write
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from measurements import Run, by_op, measurement  # noqa: E402
-from rates import measured_rates  # noqa: E402
-from table import case_table, render  # noqa: E402
 
 RATES = pytest.StashKey[dict]()
 WHERE = pytest.StashKey[dict]()  # machine and commit, which stay the same in a run
@@ -92,19 +88,11 @@ def _version(package: str) -> str | None:
 def pytest_benchmark_update_commit_info(commit_info):
     # Results are results of a tree: say when it was not the commit's. Of this checkout, from whatever folder it is run.
     # Not by the results themselves, which the run before this one may have written.
-    status = _git("status", "--porcelain", "--", ".", ":(exclude)bench/results")
-    commit = _git("rev-parse", "HEAD")
-    time = _git("log", "-1", "--format=%cI")
+    status = git("status", "--porcelain", "--", ".", ":(exclude)bench/results")
+    commit = git("rev-parse", "HEAD")
+    time = git("log", "-1", "--format=%cI")
     commit_info.clear()
     commit_info.update(id=commit, time=time, dirty=None if status is None else bool(status))
-
-
-def _git(*arguments: str) -> str | None:
-    try:
-        done = subprocess.run(["git", "-C", str(Path(__file__).parents[1]), *arguments], capture_output=True, text=True)
-    except OSError:
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def pytest_runtest_teardown(item):

@@ -1,6 +1,6 @@
 """The table of docs/MEMORY.md: bytes kept between forward and backward, by model, method of saving, and tier.
 
-    python bench/kept_bytes.py            writes the table into docs/MEMORY.md, between its two markers
+    python -m bench.kept_bytes            writes the table into docs/MEMORY.md, between its two markers
 
 One encoder and one decoder layer of each shape, random weights, bf16, LoRA of rank 16 on q and v, dropout 0.1. Bytes
 are those of all storages that live after the forward pass because of it, per source and target token: the slope over
@@ -16,10 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from shapes import m2m_config
 from torch import nn
 
 import petl_kernels as pk
+from bench.shapes import m2m_config
 from petl_kernels.accounting.live import Born
 from petl_kernels.accounting.work import linear_flops
 
@@ -32,7 +32,7 @@ SHAPES = {
 LENGTH = 64
 BUDGETS = (1.0, 0.5, 0.25)
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "MEMORY.md"
-MARKERS = ("<!-- table: python bench/kept_bytes.py -->", "<!-- end of table -->")
+MARKERS = ("<!-- table: python -m bench.kept_bytes -->", "<!-- end of table -->")
 
 
 class Layers(nn.Module):

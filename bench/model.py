@@ -1,8 +1,8 @@
 """Predicted seconds of every op, shape and card, from what bench/counts.py counts.
 
-    python bench/model.py                       every op × shape × card: predicted time, ratio to the limit
-    python bench/model.py --markdown            the same into the tables of docs/PERFORMANCE.md
-    python bench/model.py --compare ops.json    predictions beside what a run measured, by op
+    python -m bench.model                       every op × shape × card: predicted time, ratio to the limit
+    python -m bench.model --markdown            the same into the tables of docs/PERFORMANCE.md
+    python -m bench.model --compare ops.json    predictions beside what a run measured, by op
 
     t(launch) = max(flops / (rate · fraction), bytes / (bandwidth · fraction), instructions / issue rate) + launch time
 
@@ -24,15 +24,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import counts
-import lean_step
-from counts import Counts, Launch
-from measurements import LIMIT, Measurement, Run, by_op, load
-from measurements import seconds as spelled
-from shapes import NAMES, TOKENS, Shape, shape
+from bench.predict import counts, lean_step
+from bench.predict.counts import Counts, Launch
+from bench.shapes import NAMES, TOKENS, Shape, shape
+from bench.show.measurements import LIMIT, Measurement, Run, by_op, load
+from bench.show.measurements import seconds as spelled
+from bench.where import RESULTS, ROOT
 
-DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "PERFORMANCE.md"
-RESULTS = Path(__file__).with_name("results") / "nvidia-h200"
+DOCUMENT = ROOT / "docs" / "PERFORMANCE.md"
+H200_RESULTS = RESULTS / "nvidia-h200"
 # Our own main loops over the library's: 0.72 to 0.83 for LoRA's two products on an H200 (d = 2048 and 4096, r = 8 and
 # 16), when its four passes over an activation are taken off the whole.
 OURS = 0.75
@@ -319,9 +319,9 @@ def _fill(text: str, name: str, lines: list[tuple[str, ...]], numbers: int) -> s
     head, *body = lines
     rule = ["---"] * (len(head) - numbers) + ["---:"] * numbers
     table = "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *body))
-    before, rest = text.split(f"<!-- {name}: python bench/model.py --markdown -->")
+    before, rest = text.split(f"<!-- {name}: python -m bench.model --markdown -->")
     after = rest.split(f"<!-- end of {name} -->")[1]
-    return f"{before}<!-- {name}: python bench/model.py --markdown -->\n\n{table}\n\n<!-- end of {name} -->{after}"
+    return f"{before}<!-- {name}: python -m bench.model --markdown -->\n\n{table}\n\n<!-- end of {name} -->{after}"
 
 
 # What is asked for on an H200: microseconds, or what may be taken over the limit ("×").
@@ -353,7 +353,7 @@ LORA_RANKS = {"lora_border": (16, 0, 16), "lora_linear": (16,)}
 def targets() -> Iterator[tuple[str, ...]]:
     """Returns what is asked for, the limit, what is predicted now, and what the H200 took with its run's kernels."""
     h200, t = DEVICES["H200"], TOKENS["cuda"]
-    run = (one for one in load(RESULTS / "ops.json").measurements if one.tokens == t)
+    run = (one for one in load(H200_RESULTS / "ops.json").measurements if one.tokens == t)
     timed = {(*one.key[:3], one.implementation): one.median for one in run}
     for op, name, case, asked, unit in ASKED:
         ours, limit = (predicted(each, h200) for each in work(op, name, case, t, 2))
@@ -372,7 +372,7 @@ def targets() -> Iterator[tuple[str, ...]]:
 
 def _small_work(device: Device) -> Iterator[tuple[str, ...]]:
     """The targets of a token over a quantized weight (bitsandbytes' time) and of quantizing a weight (three copies)."""
-    run = load(RESULTS / "ops.json").measurements
+    run = load(H200_RESULTS / "ops.json").measurements
     of_run = {(one.op, one.case, one.tokens): one.median for one in run if one.implementation == "ours"}
     for storage, asked in (("int8", 39), ("nf4", 19)):
         op, case = "quantized_project", f"{storage} d x d"
@@ -397,7 +397,7 @@ def _as_measured(case: str) -> tuple[str, str]:
 
 def _layers_and_steps(device: Device, t: int) -> Iterator[tuple[str, str, float, str]]:
     """(what, asked, predicted seconds of the device, measured) of layers and of a step with a loss in 300 MiB."""
-    layers = {(one.case, one.implementation): one for one in load(RESULTS / "layers.json").measurements}
+    layers = {(one.case, one.implementation): one for one in load(H200_RESULTS / "layers.json").measurements}
     s = shape("nllb-600m", "cuda")
     sides = {"encoder": lean_step.encoder_layer(s, t), "decoder": lean_step.decoder_layer(s, t, t)}
     for (side, ops), asked in zip(sides.items(), ("800 µs", "1.15 ms"), strict=True):
@@ -507,7 +507,7 @@ MEASURED_HEAD = (
 )  # fmt: skip
 
 
-def measured_rows(path: Path = RESULTS / "ops.json") -> Iterator[tuple[str, ...]]:
+def measured_rows(path: Path = H200_RESULTS / "ops.json") -> Iterator[tuple[str, ...]]:
     """A row for each case of a card's run; the device's times, and the host's and the device's together ("wall")."""
     run = load(path)
     expected = {one.key: predicted_seconds for one, predicted_seconds in against(run)}
@@ -530,7 +530,7 @@ def measured_rows(path: Path = RESULTS / "ops.json") -> Iterator[tuple[str, ...]
 LAYER_HEAD = ("layer", "implementation", "device", "over the frozen layer", "wall", "over the frozen layer's")
 
 
-def layer_rows(path: Path = RESULTS / "layers.json") -> Iterator[tuple[str, ...]]:
+def layer_rows(path: Path = H200_RESULTS / "layers.json") -> Iterator[tuple[str, ...]]:
     for case in by_op(load(path).measurements)["layer"]:
         limit = next(one for one in case if one.kind == LIMIT)
         for one in case:

@@ -1,8 +1,8 @@
 """The program, end to end, as a user runs it under a budget of memory: whether it works, how fast, and what it took.
 
-    python bench/product.py parent [--text SRC TGT --languages en-sw]    the demo's parent: train, killed by SIGKILL a
+    python -m bench.product parent [--text SRC TGT --languages en-sw]    the demo's parent: train, killed by SIGKILL a
         few updates after a checkpoint, resumed, translate, score, merge
-    python bench/product.py nllb-600m    that shape with random weights under 8 GiB and 4 GiB, on CUDA with graphs, too
+    python -m bench.product nllb-600m    that shape with random weights under 8 GiB and 4 GiB, on CUDA with graphs, too
 
 bf16 on CUDA, fp32 on a CPU. Each run is `petl-mt`'s own main in a process of its own, forked from one that has imported
 what is slow to import. Each is a line on the terminal, and in results/<device>/part/product-<what>.json as soon as it
@@ -31,16 +31,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from gpu import commit, device_name
 from petl_mt.demo.make_parent import parent_folder
-from random_model import write_checkpoint
-from shapes import MODELS, m2m_config
 
+from bench.gpu import device_name
+from bench.random_model import write_checkpoint
+from bench.shapes import MODELS, m2m_config
+from bench.where import RESULTS, commit
 from petl_kernels.errors import InputError
 from petl_kernels.files import atomic_write
 from petl_kernels.units import format_size
 
-RESULTS = Path(__file__).parent / "results"
 TOKENIZER = ("sentencepiece.bpe.model", "vocab.json", "tokenizer_config.json")
 NEAR = 1e-3  # relative: losses of the same updates before and after a kill; the CPU's are the same to the bit
 

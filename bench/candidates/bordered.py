@@ -20,8 +20,8 @@ into B_g, exactly where it is a power of two. No dropout: dx's mask falls on the
 from __future__ import annotations
 
 import torch
-from frame import shipped
 
+from bench.candidates.frame import shipped
 from petl_kernels.backends.triton import common
 
 

@@ -1,4 +1,4 @@
-"""The shipped LoRA kernels and the candidates on the same shapes: `python bench/candidates/contest.py`.
+"""The shipped LoRA kernels and the candidates on the same shapes: `python -m bench.candidates.contest`.
 
 Each shape: every value and gradient first, to the ops' own criterion, then medians of rounds in which each
 implementation runs once, as a CUDA graph (so that Python's launches are not what is measured), with the L2 cache
@@ -23,8 +23,6 @@ import torch.nn.functional as F
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
-
 from petl_kernels import parity  # noqa: E402
 from petl_kernels.files import atomic_write  # noqa: E402
 
@@ -41,10 +39,10 @@ FLUSH_BYTES = 256 << 20
 def functions(name: str, given: dict):
     """What has the candidate's lora_linear and lora_linear_backward; None where the device cannot run it."""
     if name == "bordered":
-        from bordered import Bordered
+        from bench.candidates.bordered import Bordered
 
         return Bordered(*(given[key] for key in ("x", "dys", "weights", "biases", "a", "b", "scales")))
-    module = importlib.import_module("frame" if name == "shipped" else name)
+    module = importlib.import_module(f"bench.candidates.{'frame' if name == 'shipped' else name}")
     if hasattr(module, "runs_on") and not module.runs_on(given["x"]):
         return None
     return module.shipped if name == "shipped" else module

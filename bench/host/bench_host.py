@@ -15,9 +15,9 @@ import itertools
 
 import pytest
 import torch
-import turns
 
 import petl_kernels as pk
+from bench.run import turns
 from petl_kernels.models.transformers_names import drop_no_layer
 
 ROUNDS, WARM = 40, 8

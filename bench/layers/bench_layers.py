@@ -13,10 +13,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 
-import counts
 import pytest
 import torch
-from measure import (
+from torch import Tensor, nn
+
+import petl_kernels as pk
+from bench.predict import counts
+from bench.run.measure import (
     Case,
     Work,
     close,
@@ -31,10 +34,7 @@ from measure import (
     rotation,
     step,
 )
-from shapes import MODELS, T5_MODELS, m2m_config, shape, t5_config
-from torch import Tensor, nn
-
-import petl_kernels as pk
+from bench.shapes import MODELS, T5_MODELS, m2m_config, shape, t5_config
 from petl_kernels.accounting.saved import saved_bytes
 
 LENGTH, WORDS = 128, 64

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import functools
 
-import counts
-import model
 import pytest
 import torch
 import torch.nn.functional as F
-from measure import (
+from torch import Tensor
+
+from bench import model
+from bench.predict import counts
+from bench.run.measure import (
     Case,
     Work,
     check,
@@ -29,9 +31,7 @@ from measure import (
     rotation,
     step,
 )
-from shapes import distinct, shape
-from torch import Tensor
-
+from bench.shapes import distinct, shape
 from petl_kernels import ops
 
 MIB = 1 << 20

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import functools
 
-import counts
 import pytest
 import torch
 import torch.nn.functional as F
-from measure import Case, Work, differentiated, measure, require
-from shapes import WIDE, distinct, shape
 
+from bench.predict import counts
+from bench.run.measure import Case, Work, differentiated, measure, require
+from bench.shapes import WIDE, distinct, shape
 from petl_kernels import ops
 from petl_kernels.ops.common import below_autograd, run
 from petl_kernels.ops.lora_border import room

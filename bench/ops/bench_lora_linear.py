@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 
-import counts
 import pytest
 import torch
 import torch.nn.functional as F
-from measure import Case, Work, compiled, differentiated, installed, measure, peer, require
-from shapes import WIDE, distinct, shape
 
+from bench.predict import counts
+from bench.run.measure import Case, Work, compiled, differentiated, installed, measure, peer, require
+from bench.shapes import WIDE, distinct, shape
 from petl_kernels import ops
 
 # name: linears in the group, rank

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import functools
 
-import counts
 import pytest
 import torch
 import torch.nn.functional as F
-from measure import Case, compiled, differentiated, measure, peer, require
-from shapes import distinct, shape
 
+from bench.predict import counts
+from bench.run.measure import Case, compiled, differentiated, measure, peer, require
+from bench.shapes import distinct, shape
 from petl_kernels import ops
 from petl_kernels.ops.parallel_ffn import room, with_room
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 
-import counts
 import pytest
 import torch
 import torch.nn.functional as F
-from measure import (
+
+from bench.predict import counts
+from bench.run.measure import (
     Case,
     Work,
     copies,
@@ -23,8 +24,7 @@ from measure import (
     rotation,
     step,
 )
-from shapes import distinct, shape
-
+from bench.shapes import distinct, shape
 from petl_kernels import ops
 from petl_kernels.ops.quantized import dequantize
 

@@ -1,6 +1,6 @@
 """Training under caps of memory: what our plan makes of each, beside PEFT with its fastest setting that fits.
 
-    python bench/step/bench_caps.py [--all] [--device cuda]      every trial, a table, results/<device>/caps.json
+    python -m bench.step.bench_caps [--all] [--device cuda]      every trial, a table, results/<device>/caps.json
     pytest bench/step/bench_caps.py ...                          the same in the bench, within SECONDS
 
 Both sides do the same updates on the same batches (``trial``). PEFT's settings are searched (``peft_settings``): in
@@ -16,8 +16,6 @@ import json
 import math
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -28,18 +26,16 @@ import cpuinfo
 import pytest
 import torch
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-
-import peft_settings  # noqa: E402
-import trial as trials  # noqa: E402
-from peft_settings import Setting, Tried  # noqa: E402
-from random_model import write_checkpoint  # noqa: E402
-from sentences import Data  # noqa: E402
-from shapes import MODELS, m2m_config  # noqa: E402
-from trial import Result, Trial  # noqa: E402
-
-from petl_kernels.files import atomic_write  # noqa: E402
-from petl_kernels.units import format_size, parse_size  # noqa: E402
+from bench.random_model import write_checkpoint
+from bench.shapes import MODELS, m2m_config
+from bench.step import peft_settings
+from bench.step import trial as trials
+from bench.step.peft_settings import Setting, Tried
+from bench.step.sentences import Data
+from bench.step.trial import Result, Trial
+from bench.where import commit, results_of
+from petl_kernels.files import atomic_write
+from petl_kernels.units import format_size, parse_size
 
 LAYERS, WIDTH, FFN, HEADS, WORDS = MODELS["nllb-600m"]
 SHAPES = {
@@ -55,6 +51,7 @@ SECONDS = {"cpu": 230, "cuda": 80}  # of all cells together within the bench; on
 LIMIT = 60  # of one trial within the bench
 LIMIT_OF_ALL = 600
 NO_TIME = "not tried: no time left"
+CAPS_FILE = "caps.json"
 OURS, QUANTIZED, PEFT = "ours", "ours, quantized", "PEFT, best"
 
 
@@ -186,11 +183,6 @@ def tells(before: int, found: Result, memory: int) -> bool:
     return memory >= min(before, found.most)
 
 
-def commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-
-
 def taken(device: str) -> int:
     """Bytes of the card that this very process holds, if it uses it at all."""
     if device != "cuda" or not torch.cuda.is_initialized():
@@ -241,7 +233,7 @@ class Clock:
 @pytest.fixture(scope="module")
 def study(request):
     device = request.config.getoption("--device")
-    whole = results_of(device)  # some cells of the grid, maybe: they replace nothing
+    whole = results_of(device) / CAPS_FILE  # some cells of the grid, maybe: they replace nothing
     results = whole.parent / "part" / whole.name if request.config.getoption("--peers") else None
     with tempfile.TemporaryDirectory() as folder:
         yield Study(device, Path(folder), time.monotonic() + SECONDS[device], LIMIT, every=False, results=results)
@@ -296,11 +288,6 @@ def beside_peft(study: Study, shape: str, cap: str, side: Side) -> dict:
     return {"peft": peft.setting, "ratio": peft.seconds / side.seconds}
 
 
-def results_of(device: str) -> Path:
-    name = torch.cuda.get_device_name().replace(" ", "-").lower() if device == "cuda" else "cpu"
-    return Path(__file__).parents[1] / "results" / name / "caps.json"
-
-
 # ---- as a program
 
 
@@ -312,7 +299,9 @@ def main() -> None:
     until = math.inf if arguments.all else time.monotonic() + SECONDS[arguments.device]
     limit = LIMIT_OF_ALL if arguments.all else LIMIT
     with tempfile.TemporaryDirectory() as folder:
-        study = Study(arguments.device, Path(folder), until, limit, arguments.all, results_of(arguments.device))
+        study = Study(
+            arguments.device, Path(folder), until, limit, arguments.all, results_of(arguments.device) / CAPS_FILE
+        )
         for shape, cap in CELLS[arguments.device]:
             print(f"{shape}, {cap}, {DATA[arguments.device].batch_tokens} tokens a side", flush=True)
             for name, side in zip((OURS, QUANTIZED, PEFT), study.cell(shape, cap), strict=True):

@@ -22,18 +22,18 @@ import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import counts
 import numpy as np
 import pytest
 import torch
-import turns
-from measure import Case, describe, record
 from petl_mt.data import Batch
-from random_model import frozen_model, random_weights
-from sentences import FIRST_WORD, PAD, Data, batches, packed, packed_batches
-from shapes import MODELS, m2m_config
 
 import petl_kernels as pk
+from bench.predict import counts
+from bench.random_model import frozen_model, random_weights
+from bench.run import turns
+from bench.run.measure import Case, describe, record
+from bench.shapes import MODELS, m2m_config
+from bench.step.sentences import FIRST_WORD, PAD, Data, batches, packed, packed_batches
 from petl_kernels.step.graphs import CudaGraphs, Graphed
 
 NAME = "nllb-600m"

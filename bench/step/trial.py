@@ -23,16 +23,16 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from peft_settings import Setting
 from petl_mt import update
 from petl_mt.config import TrainConfig
 from petl_mt.data import IGNORE, Batch, PackedBatch
 from petl_mt.loss import shift_right
-from sentences import PAD, START, Data, batches, packed, packed_batches, worst_batch
-from shapes import m2m_config
 from torch import Tensor, nn
 
 import petl_kernels as pk
+from bench.shapes import m2m_config
+from bench.step.peft_settings import Setting
+from bench.step.sentences import PAD, START, Data, batches, packed, packed_batches, worst_batch
 from petl_kernels import versions
 from petl_kernels.interop.hf import load_weights, skeleton
 from petl_kernels.planning.load import load_planned

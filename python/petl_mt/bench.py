@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import importlib.util
 import os
 import re
 import sys
@@ -55,12 +56,12 @@ def _command(arguments: argparse.Namespace) -> int:
         _refuse(arguments, "ops, layers and step", "device")
         if len(rest) != 2:
             raise InputError(f"compare: {len(rest)} files; expected two, A.json B.json")
-        return _module("compare").compare(*rest, _fraction(arguments.threshold or "5%"))
+        return _module("show.compare").compare(*rest, _fraction(arguments.threshold or "5%"))
     _refuse(arguments, "compare", "threshold")
     if len(rest) > 1:
         raise InputError(f"report: {len(rest)} folders; expected one at most")
     folder = Path(rest[0]) if rest else _results(_device(arguments.device))
-    print(f"written: {_module('report').write(folder)}", file=sys.stderr)
+    print(f"written: {_module('show.report').write(folder)}", file=sys.stderr)
     return 0
 
 
@@ -92,7 +93,7 @@ def run(what: Sequence[str], device: str | None = None, peers: bool = False, onl
         if code == INTERRUPTED:
             break
     for folder in dict.fromkeys(written):
-        print(f"written: {_module('report').write(folder)}", file=sys.stderr)
+        print(f"written: {_module('show.report').write(folder)}", file=sys.stderr)
     if only and WRONG_USAGE in codes:
         raise InputError(f"--only {only!r}: expected names joined by and, or, not, as pytest's -k has them")
     if set(codes) == {NOTHING_MATCHES}:
@@ -168,13 +169,15 @@ def _results(device: str) -> Path:
 
 
 def _module(name: str) -> ModuleType:
-    """A module of ``bench/``, whose files import one another by their plain names, as its benchmarks do."""
-    folder = str(CHECKOUT / "bench")
-    if not (CHECKOUT / "bench" / f"{name}.py").exists():
-        raise InputError(f"{name}: no bench/{name}.py beside the package; run it from a checkout")
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    return importlib.import_module(name)
+    """Returns a module of the checkout's package ``bench``, which is not installed and need not be on the path."""
+    package = CHECKOUT / "bench" / "__init__.py"
+    if not package.exists():
+        raise InputError(f"{name}: no folder bench/ beside the package; run it from a checkout")
+    if getattr(sys.modules.get("bench"), "__file__", None) != str(package):
+        places = [str(package.parent)]
+        spec = importlib.util.spec_from_file_location("bench", package, submodule_search_locations=places)
+        sys.modules["bench"] = importlib.util.module_from_spec(spec)
+    return importlib.import_module(f"bench.{name}")
 
 
 def _fraction(text: str) -> float:

@@ -10,11 +10,11 @@ import subprocess
 import sys
 
 import pytest
-import rates
-from measurements import load
 from petl_mt import bench, cli
+from result_files import CHECKOUT, entry
 
-from .conftest import CHECKOUT, entry
+from bench.run import rates
+from bench.show.measurements import load
 
 TINY = """
 import os, pathlib, signal, time
@@ -40,8 +40,7 @@ MAIN = """
 import sys, pathlib
 import petl_mt.bench
 petl_mt.bench.CHECKOUT = pathlib.Path(sys.argv[1])
-sys.path.insert(0, sys.argv[1] + "/bench")
-import rates
+from bench.run import rates
 rates.COPY_BYTES["cpu"], rates.SIDE["cpu"], rates.LEAST_SECONDS = 1 << 20, 16, 0.0
 from petl_mt.cli import main
 sys.exit(main(["bench", *sys.argv[2:]]))
@@ -57,6 +56,8 @@ def checkout(tmp_path):
         (tmp_path / "bench" / what / f"bench_tiny_{what}.py").write_text(TINY)
     for path in (CHECKOUT / "bench").glob("*.py"):
         shutil.copy(path, tmp_path / "bench")
+    for what in ("run", "show", "predict"):
+        shutil.copytree(CHECKOUT / "bench" / what, tmp_path / "bench" / what)
     return tmp_path
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from compare import compare, differences, paired
-from measurements import load
 from petl_mt.cli import main
+from result_files import entry
 
-from .conftest import entry
+from bench.show.compare import compare, differences, paired
+from bench.show.measurements import load
 
 BASE = [entry("limit", 0.010), entry("ours", 0.020), entry("eager", 0.030)]
 

@@ -15,15 +15,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench.predict import counts
 from petl_kernels import ops
 from petl_kernels.ops.loss_by_words import blocks_of
 from petl_kernels.ops.parallel_ffn import with_room
 from petl_kernels.ops.quantized import parts_of
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "bench"))
-
-import counts  # noqa: E402
 
 T, D, N, M, WORDS = 24, 32, 48, 16, 80
 BF16 = torch.bfloat16

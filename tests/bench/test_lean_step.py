@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
+from layers.lean_cases import adapted, ragged, step
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
-
-import counts  # noqa: E402
-import lean_step  # noqa: E402
-from layers.lean_cases import adapted, ragged, step  # noqa: E402
-from shapes import shape  # noqa: E402
-
-import petl_kernels as pk  # noqa: E402
-from petl_kernels.layers import border  # noqa: E402
-from petl_kernels.ops import common  # noqa: E402
+import petl_kernels as pk
+from bench.predict import counts, lean_step
+from bench.shapes import shape
+from petl_kernels.layers import border
+from petl_kernels.ops import common
 
 
 def test_a_layer_runs_what_is_listed(monkeypatch):

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
-
-import counts  # noqa: E402
-import measure  # noqa: E402
+from bench.predict import counts
+from bench.run import measure
 
 
 def inputs(tokens):

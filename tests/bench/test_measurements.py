@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 
-import measurements
 import pytest
-from measurements import load, load_folder
-from table import case_table, render
+from result_files import CHECKOUT, entry
 
+from bench.show import measurements
+from bench.show.measurements import load, load_folder
+from bench.show.table import case_table, render
 from petl_kernels.errors import InputError
-
-from .conftest import CHECKOUT, entry
 
 
 def test_figures_that_follow(result_file):

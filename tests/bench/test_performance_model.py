@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
-
-import counts  # noqa: E402
-import model  # noqa: E402
-from counts import Counts, Launch  # noqa: E402
-from measurements import load  # noqa: E402
+from bench import model
+from bench.predict import counts
+from bench.predict.counts import Counts, Launch
+from bench.show.measurements import load
 
 H200 = model.DEVICES["H200"]
 

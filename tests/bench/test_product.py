@@ -9,11 +9,11 @@ import signal
 import sys
 import time
 
-import product
 import pytest
 import torch
-from product import Program, checkpoint, make_text, under_budgets, whole_way
 
+from bench import product
+from bench.product import Program, checkpoint, make_text, under_budgets, whole_way
 from petl_kernels.errors import InputError
 
 TINY = (1, 32, 48, 2, 5000)

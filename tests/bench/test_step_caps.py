@@ -2,28 +2,26 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
-BENCH = Path(__file__).parents[2] / "bench"
-sys.path[:0] = [str(BENCH), str(BENCH / "step")]
-
 pytest.importorskip("transformers")
 
-import bench_caps  # noqa: E402
-import trial  # noqa: E402
-from bench_caps import NO_TIME, OURS, PEFT, Study, beside_peft, tells  # noqa: E402
-from peft_settings import BASES, Setting, best, halves, largest_that_fits, search, why_none  # noqa: E402
 from petl_mt import update  # noqa: E402
 from petl_mt.data import IGNORE  # noqa: E402
-from random_model import write_checkpoint  # noqa: E402
-from sentences import PAD, START, Data, batches, packed_batches, worst_batch  # noqa: E402
-from shapes import m2m_config  # noqa: E402
-from trial import Result, Trial, failed, micro_batches  # noqa: E402
+
+from bench.random_model import write_checkpoint  # noqa: E402
+from bench.shapes import m2m_config  # noqa: E402
+from bench.step import (
+    bench_caps,  # noqa: E402
+    trial,  # noqa: E402
+)
+from bench.step.bench_caps import NO_TIME, OURS, PEFT, Study, beside_peft, tells  # noqa: E402
+from bench.step.peft_settings import BASES, Setting, best, halves, largest_that_fits, search, why_none  # noqa: E402
+from bench.step.sentences import PAD, START, Data, batches, packed_batches, worst_batch  # noqa: E402
+from bench.step.trial import Result, Trial, failed, micro_batches  # noqa: E402
 
 PLAIN = Setting("bfloat16")
 NO_ROOM = Result("out of memory", out_of_memory=True)

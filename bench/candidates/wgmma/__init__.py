@@ -20,8 +20,8 @@ import tempfile
 from pathlib import Path
 
 import torch
-from frame import pair, shipped
 
+from bench.candidates.frame import pair, shipped
 from petl_kernels.backends.triton import config
 
 FOLDER = Path(__file__).parent

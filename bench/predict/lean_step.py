@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import counts
-from counts import Counts
-from shapes import MODELS, Shape, shape
+from bench.predict import counts
+from bench.predict.counts import Counts
+from bench.shapes import MODELS, Shape, shape
 
 RANK = 16
 SENTENCE = 128  # tokens of a sentence of a packed row, which attention's work follows from

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 
-from measurements import Measurement, Run, digits, limit_of, peft_settings, ratio, seconds, size
+from bench.show.measurements import Measurement, Run, digits, limit_of, peft_settings, ratio, seconds, size
 
 PLAIN_WIDTH = 1000  # no line is folded outside a terminal
 TAIL = ("GFLOP/s", "GB/s", "roofline", "peak memory")

@@ -8,9 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from measurements import VERSIONS, Measurement, Run, load, seconds
-from table import render
-
+from bench.show.measurements import VERSIONS, Measurement, Run, load, seconds
+from bench.show.table import render
 from petl_kernels.errors import InputError
 
 FEW_SAMPLES = 5

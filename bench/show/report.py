@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from measurements import (
+from bench.show.measurements import (
     VERSIONS,
     Measurement,
     Run,
@@ -20,9 +20,8 @@ from measurements import (
     seconds,
     size,
 )
-from plots import HUES, Bar, Point, bars, marker_legend, roofline
-from table import wall_of
-
+from bench.show.plots import HUES, Bar, Point, bars, marker_legend, roofline
+from bench.show.table import wall_of
 from petl_kernels.files import atomic_write
 
 ORDER = {"limit": 0, "ours": 1, "peer": 2}

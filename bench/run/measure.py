@@ -18,12 +18,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import model
 import pytest
 import torch
-from counts import Counts
-from shapes import runs_on
 from torch import Tensor
+
+from bench import model
+from bench.predict.counts import Counts
+from bench.shapes import runs_on
 
 CHECKED_ROWS = 64  # of a CPU's inputs, whose products in float64 would take longer than all that is timed
 MOST_COPIES = 64
