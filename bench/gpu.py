@@ -203,11 +203,12 @@ def times_of(folder: Path, began: float) -> list[dict]:
     The peer is PEFT with adapters in bf16 where it was timed, else the fastest other. began: seconds since 1970;
     a result file that is older is of another run.
     """
-    files = [place / f"{name}.json" for name in ("step", "layers", "ops") for place in (folder, folder.parent)]
+    files = [place / f"{name}.json" for name in ("step", "layers", "ops") for place in (folder, folder.parent / "raw")]
     fresh = [path for path in files if path.exists() and path.stat().st_mtime >= began]
     if not fresh:
         return []  # without an import that fails where the build did
-    from bench.show.measurements import by_op, limit_of, load
+    from bench.show.measurements import by_op, limit_of
+    from bench.show.raw import load
 
     found = []
     for path in fresh:
@@ -239,7 +240,7 @@ def page(done: Sequence[Done], times: Sequence[dict], folder: Path) -> str:
 
 
 def _table(times: Sequence[dict]) -> str:
-    from bench.show.measurements import digits, seconds
+    from bench.show.figures import digits, seconds
     from bench.show.table import render
 
     def cell(name: str, value) -> str:

@@ -13,25 +13,21 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import nn
 
 import petl_kernels as pk
-from bench.shapes import m2m_config
+from bench.shapes import MODELS, m2m_config
+from bench.show import markdown
+from bench.where import ROOT
 from petl_kernels.accounting.live import Born
 from petl_kernels.accounting.work import linear_flops
 
-# name: width, feed-forward width, heads, layers on each side
-SHAPES = {
-    "NLLB-600M": (1024, 4096, 16, 12),
-    "NLLB-1.3B": (1024, 8192, 16, 24),
-    "NLLB-3.3B": (2048, 8192, 16, 24),
-}
+NAMES = ("nllb-600m", "nllb-1.3b", "nllb-3.3b")
 LENGTH = 64
 BUDGETS = (1.0, 0.5, 0.25)
-DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "MEMORY.md"
+DOCUMENT = ROOT / "docs" / "MEMORY.md"
 MARKERS = ("<!-- table: python -m bench.kept_bytes -->", "<!-- end of table -->")
 
 
@@ -107,7 +103,7 @@ def flops(layers: nn.Module, d: int) -> int:
 
 def rows_of(name: str) -> list[tuple[str, ...]]:
     """The lines of one model."""
-    d, ffn, heads, layers = SHAPES[name]
+    layers, d, ffn, heads, _ = MODELS[name]
     model = base(d, ffn, heads)
     linear = 2 * 2 * 2 * LENGTH * (12 * d * d + 4 * d * ffn)  # forward and input gradients of both layers
     defaults = with_peft(model, True)
@@ -117,7 +113,7 @@ def rows_of(name: str) -> list[tuple[str, ...]]:
     def add(what: str, count: float, extra: float | None) -> None:
         whole = count * 2 * layers * 4096 / 2**30
         shown = "" if extra is None else f"{extra:+.1%}"
-        lines.append((name, what, f"{count:,.0f}", f"{count / reference:.2f}", f"{whole:.2f} GiB", shown))
+        lines.append((name.upper(), what, f"{count:,.0f}", f"{count / reference:.2f}", f"{whole:.2f} GiB", shown))
         print("  ".join(lines[-1]), file=sys.stderr)
 
     add("PEFT, defaults", reference, 0.0)
@@ -136,18 +132,16 @@ def rows_of(name: str) -> list[tuple[str, ...]]:
 
 def main() -> None:
     head = ("model", "what", "bytes per token and layer", "of PEFT's", "all layers, 4,096 + 4,096 tokens", "more work")
-    lines = [head, ("---", "---", "---:", "---:", "---:", "---:")]
-    for name in SHAPES:
+    lines = [head]
+    for name in NAMES:
         lines += rows_of(name)
-    write_table(lines, *MARKERS)
+    write_table(lines, 4, *MARKERS)
 
 
-def write_table(lines: list[tuple[str, ...]], begin: str, end: str) -> None:
-    """Put the table into docs/MEMORY.md, between the two markers."""
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    before, rest = DOCUMENT.read_text(encoding="utf-8").split(begin)
-    after = rest.split(end, 1)[1]
-    DOCUMENT.write_text(f"{before}{begin}\n\n{table}\n\n{end}{after}", encoding="utf-8")
+def write_table(lines: list[tuple[str, ...]], numbers: int, begin: str, end: str) -> None:
+    """Puts the table into docs/MEMORY.md, between the two markers."""
+    text = DOCUMENT.read_text(encoding="utf-8")
+    DOCUMENT.write_text(markdown.filled(text, begin, end, markdown.table(lines, numbers)), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def main() -> None:
     with atomic_write(PLANS) as file:
         json.dump({**head, "plans": found}, file, indent=1)
         file.write("\n")
-    write_table(table(found), *MARKERS)
+    write_table(table(found), 0, *MARKERS)
 
 
 def plans(name: str) -> dict[str, dict]:
@@ -63,7 +63,7 @@ def plans(name: str) -> dict[str, dict]:
 
 
 def table(found: dict[str, dict]) -> list[tuple[str, ...]]:
-    lines = [("model", *(f"{gib} GiB" for gib in BUDGETS)), ("---", *("---" for _ in BUDGETS))]
+    lines = [("model", *(f"{gib} GiB" for gib in BUDGETS))]
     for name in filter(found.__contains__, SHAPES):
         lines.append((name, *(cell(found[name][f"{gib}GiB"]) for gib in BUDGETS)))
     return lines

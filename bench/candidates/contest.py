@@ -16,15 +16,19 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
+from datetime import datetime, timezone
 
 import torch
 import torch.nn.functional as F
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-from petl_kernels import parity  # noqa: E402
-from petl_kernels.files import atomic_write  # noqa: E402
+from bench.run.machine import described
+from bench.show.measurements import Measurement, Run, Times
+from bench.show.medians import add
+from bench.where import ROOT, commit, results_of
+from petl_kernels import parity
+from petl_kernels.files import atomic_write
 
 # Rank by rank the shape of LoRA's first target, then the other widths, numbers of linears and of tokens.
 SHAPES = sorted(
@@ -170,6 +174,22 @@ def show(rows: list[dict]) -> None:
     sys.stdout.flush()
 
 
+def run_of(rows: list[dict], machine: dict, date: str) -> Run:
+    """Returns what was timed, for the table of the device."""
+    found = []
+    for row in (row for row in rows if "median" in row):
+        tokens, d, rank, groups = row["shape"]
+        names = {"op": "lora contest", "shape": f"d={d}", "case": f"r={rank}, {groups} linear{'s' * (groups > 1)}"}
+        group = f"{names['op']} {names['shape']} {names['case']} {tokens} tokens bfloat16"
+        times = Times.of(row["samples"])
+        found.append(
+            Measurement(
+                **names, dtype="bfloat16", tokens=tokens, group=group, times=times, implementation=row["implementation"]
+            )
+        )
+    return Run("candidates", machine, {"id": commit()}, date, found)
+
+
 def on_a_cpu(names: list[str]) -> int:
     print("The kernels' times need a GPU; here only their values are checked, in Triton's interpreter.")
     failed = 0
@@ -193,13 +213,13 @@ def main() -> int:
     if options.device == "cpu":
         return on_a_cpu(options.names)
     if not torch.cuda.is_available():
-        print("contest.py: --device cuda: no CUDA device here", file=sys.stderr)
+        print("bench.candidates.contest: --device cuda: no CUDA device here", file=sys.stderr)
         return 2
     scratch = torch.empty(FLUSH_BYTES, device="cuda", dtype=torch.uint8)
     began, results = time.monotonic(), []
-    card = torch.cuda.get_device_name()
-    print(card)
-    path = Path(__file__).parents[1] / "results" / card.replace(" ", "-").lower() / "candidates.json"
+    machine, date = described("cuda"), datetime.now(timezone.utc).isoformat()
+    print(machine["device"])
+    path = results_of("cuda") / "raw" / "candidates.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     for shape in SHAPES:
         if time.monotonic() - began > options.seconds:
@@ -209,9 +229,9 @@ def main() -> int:
         show(rows)
         results += rows
         with atomic_write(path) as file:  # after each shape: the run may be cut at any time
-            machine = {"device": card, "torch": torch.__version__}
             json.dump({"machine": machine, "unit": "seconds", "results": results}, file, indent=1)
-    print(f"\n{path.relative_to(Path(__file__).parents[2])}")
+        add(path.parents[1], run_of(results, machine, date))
+    print(f"\n{path.relative_to(ROOT)}")
     return 1 if any(row.get("note", "").startswith("WRONG") for row in results) else 0
 
 

@@ -22,7 +22,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import model
+from bench.predict import cards
 from bench.predict.counts import Counts
 from bench.shapes import runs_on
 
@@ -253,9 +253,9 @@ def describe(benchmark, case: Case, implementation: str, counted: Counts, peak_b
 
 
 def _record_cuda(benchmark, case: Case, run: Callable, counted: Counts, implementation: str) -> None:
-    card = model.device_of(torch.cuda.get_device_name())
+    card = cards.device_of(torch.cuda.get_device_name())
     if card is not None and implementation in ("ours", "limit"):
-        benchmark.extra_info["predicted_seconds"] = model.predicted(counted, card, case.dtype)
+        benchmark.extra_info["predicted_seconds"] = cards.predicted(counted, card, case.dtype)
     seconds, walls = device_seconds(run, case.rounds)
     benchmark.extra_info |= {"wall_seconds": statistics.median(walls), "wall_samples": walls}
     times = itertools.accumulate(itertools.chain(*([0.0, each] for each in seconds)))

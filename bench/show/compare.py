@@ -8,7 +8,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.show.measurements import VERSIONS, Measurement, Run, load, seconds
+from bench.show.figures import seconds
+from bench.show.measurements import VERSIONS, Measurement, Run
+from bench.show.medians import load
 from bench.show.table import render
 from petl_kernels.errors import InputError
 
@@ -120,7 +122,8 @@ def differences(a: Run, b: Run) -> str:
 
 
 def _middle(one: Measurement) -> tuple[float, float]:
-    return (one.q1, one.q3) if one.samples >= FEW_SAMPLES else (one.least, one.most)
+    times = one.times
+    return (times.q1, times.q3) if times.samples >= FEW_SAMPLES else (times.least, times.most)
 
 
 def _row(change: Change, threshold: float) -> list[str]:

@@ -6,20 +6,17 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from bench.show.figures import digits, rate, seconds, size
 from bench.show.measurements import (
     VERSIONS,
     Measurement,
     Run,
     by_op,
-    digits,
     limit_of,
-    load_folder,
     peft_settings,
-    rate,
     ratio,
-    seconds,
-    size,
 )
+from bench.show.medians import load_folder
 from bench.show.plots import HUES, Bar, Point, bars, marker_legend, roofline
 from bench.show.table import wall_of
 from petl_kernels.files import atomic_write
@@ -135,7 +132,7 @@ def _shape(one: Measurement) -> str:
 def _panels(cases: Sequence[list[Measurement]]) -> str:
     """Bar plots of all cases of an op, on one axis."""
     bases = [(limit_of(case) or min(case, key=lambda one: one.median)) for case in cases]
-    longest = max(one.q3 / base.median for case, base in zip(cases, bases, strict=True) for one in case)
+    longest = max(one.times.q3 / base.median for case, base in zip(cases, bases, strict=True) for one in case)
     longest = max(longest, *(one.median / base.median for case, base in zip(cases, bases, strict=True) for one in case))
     panels = []
     for case, base in zip(cases, bases, strict=True):
@@ -148,7 +145,7 @@ def _panels(cases: Sequence[list[Measurement]]) -> str:
 def _bar(one: Measurement, base: Measurement) -> Bar:
     length = one.median / base.median
     text = f"{digits(length)} × · {seconds(one.median)}" + (f" · wall {wall_of(one)}" if one.wall else "")
-    return Bar(one.implementation, length, text, one.kind, (one.q1 / base.median, one.q3 / base.median))
+    return Bar(one.implementation, length, text, one.kind, (one.times.q1 / base.median, one.times.q3 / base.median))
 
 
 def _figures(run: Run, cases: Sequence[list[Measurement]]) -> str:
@@ -183,7 +180,7 @@ def _cells(tag: str, texts: Sequence[str]) -> str:
 
 
 def _times_of(one: Measurement, others: Sequence[Measurement | None]) -> list[str]:
-    times = [one.implementation, seconds(one.median), f"{one.spread:.1%}", str(one.samples)]
+    times = [one.implementation, seconds(one.median), f"{one.spread:.1%}", str(one.times.samples)]
     return [*times, *(ratio(one, other) for other in others)]
 
 

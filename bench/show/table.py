@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 
-from bench.show.measurements import Measurement, Run, digits, limit_of, peft_settings, ratio, seconds, size
+from bench.show.figures import digits, seconds, size
+from bench.show.measurements import Measurement, Run, limit_of, peft_settings, ratio
 
 PLAIN_WIDTH = 1000  # no line is folded outside a terminal
 TAIL = ("GFLOP/s", "GB/s", "roofline", "peak memory")

@@ -19,13 +19,14 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 FAILED, INTERRUPTED, WRONG_USAGE, NOTHING_MATCHES = 1, 2, 4, 5  # pytest's exit codes
 EXAMPLES = """examples:
   petl-mt bench ops layers --peers
-      into bench/results/<device>/: ops.json, layers.json, report.html
+      medians into bench/results/<device>/medians.csv, every sample into raw/ there, and report.html
   petl-mt bench ops --only "lora_linear and bfloat16"
       into bench/results/<device>/part/
   petl-mt bench report [DIR]
-      report.html again, from the JSON files in DIR
+      report.html again, from the medians.csv in DIR, or its JSON files
   petl-mt bench compare A.json B.json
-      what became slower; exit code 1 when something of ours did
+      what became slower; exit code 1 when something of ours did. A medians.csv has the last runs of its device,
+      medians.csv@COMMIT those of a commit
 """
 
 
@@ -68,9 +69,10 @@ def _command(arguments: argparse.Namespace) -> int:
 def run(what: Sequence[str], device: str | None = None, peers: bool = False, only: str | None = None) -> int:
     """Run the benchmarks of the folders ``what`` of ``bench/`` and write what they measured.
 
-    A complete run becomes ``bench/results/<device>/<what>.json``, and ``report.html`` beside it is made anew. What is
-    not the whole stays apart, in the folder ``part`` there, and leaves the file of the last complete run: a run with
-    ``only`` (an expression over names, pytest's ``-k``), one that was interrupted, one in which a benchmark failed.
+    A complete run becomes ``bench/results/<device>/raw/<what>.json``, its medians are added to ``medians.csv`` in the
+    device's folder, and ``report.html`` there is made anew. What is not the whole stays apart, in the folder ``part``,
+    and leaves the rest as it was: a run with ``only`` (an expression over names, pytest's ``-k``), one that was
+    interrupted, one in which a benchmark failed.
 
     Returns 0, 1 when a benchmark failed, 130 when interrupted. Raises InputError where there is no checkout, no such
     folder or device, or when nothing matches ``only``.
@@ -85,7 +87,7 @@ def run(what: Sequence[str], device: str | None = None, peers: bool = False, onl
         code, timed = _measure(folder, part, options, names)
         codes.append(code)
         if timed and code == 0 and not only:
-            os.replace(part, results / part.name)
+            _keep(part, results)
             written.append(results)
         elif timed and code in (0, FAILED, INTERRUPTED):
             print(f"not the whole of bench {folder.name}: {part}", file=sys.stderr)
@@ -100,6 +102,14 @@ def run(what: Sequence[str], device: str | None = None, peers: bool = False, onl
         filtered = f" for --only {only!r}{names.near(only)}" if only else ""
         raise InputError(f"{' '.join(what)}: nothing to time{filtered}{'' if peers else '; peers need --peers'}")
     return 130 if INTERRUPTED in codes else 0 if set(codes) <= {0, NOTHING_MATCHES} else 1
+
+
+def _keep(part: Path, results: Path) -> None:
+    """Moves a complete run to the raw results of its device, and adds its medians to the table."""
+    path = results / "raw" / part.name
+    path.parent.mkdir(exist_ok=True)
+    os.replace(part, path)
+    _module("show.medians").add(results, _module("show.raw").load(path))
 
 
 class _Names:
