@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import petl_kernels as pk
-from bench.run import turns
+from bench.run import clock, turns
 from petl_kernels.models.transformers_names import drop_no_layer
 
 ROUNDS, WARM = 40, 8
@@ -48,7 +48,7 @@ def test_host(benchmark, device, method, implementation):
         implementation=implementation,
         of_peers={PEFT: turns.ratio(seconds, samples(device)["LoRA r=8", PEFT])},
     )
-    turns.write_down(benchmark, seconds)
+    clock.write_down(benchmark, seconds)
 
 
 @functools.cache

@@ -19,21 +19,10 @@ from torch import Tensor, nn
 
 import petl_kernels as pk
 from bench.predict import counts
-from bench.run.measure import (
-    Case,
-    Work,
-    close,
-    compiled,
-    copies,
-    error,
-    installed,
-    outcome,
-    peer,
-    record,
-    require,
-    rotation,
-    step,
-)
+from bench.run.check import close, error, outcome
+from bench.run.measure import copies, record, rotation
+from bench.run.peers import compiled, installed, peer, require
+from bench.run.work import Case, Work, step
 from bench.shapes import MODELS, T5_MODELS, m2m_config, shape, t5_config
 from petl_kernels.accounting.saved import saved_bytes
 

@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from bench.predict import counts
-from bench.run.measure import Case, compiled, differentiated, forward_only, measure, passes, peer, require
+from bench.run.measure import measure
+from bench.run.peers import compiled, peer, require
+from bench.run.work import Case, differentiated, forward_only, passes
 from bench.shapes import distinct, shape
 from petl_kernels import ops
 

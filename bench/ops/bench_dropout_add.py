@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from bench.predict import counts
-from bench.run.measure import Case, compiled, differentiated, measure, passes, peer, require
+from bench.run.measure import measure
+from bench.run.peers import compiled, peer, require
+from bench.run.work import Case, differentiated, passes
 from bench.shapes import distinct, shape
 from petl_kernels import ops
 from petl_kernels.ops.philox import draw_seed

@@ -17,20 +17,11 @@ from torch import Tensor
 
 from bench import model
 from bench.predict import counts
-from bench.run.measure import (
-    Case,
-    Work,
-    check,
-    copies,
-    differentiated,
-    installed,
-    peak_memory,
-    peer,
-    record,
-    require,
-    rotation,
-    step,
-)
+from bench.run.check import check
+from bench.run.measure import copies, record, rotation
+from bench.run.memory import peak_memory
+from bench.run.peers import installed, peer, require
+from bench.run.work import Case, Work, differentiated, step
 from bench.shapes import distinct, shape
 from petl_kernels import ops
 

@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from bench.predict import counts
-from bench.run.measure import Case, Work, differentiated, measure, require
+from bench.run.measure import measure
+from bench.run.peers import require
+from bench.run.work import Case, Work, differentiated
 from bench.shapes import WIDE, distinct, shape
 from petl_kernels import ops
 from petl_kernels.ops.common import below_autograd, run

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from bench.predict import counts
-from bench.run.measure import Case, Work, compiled, differentiated, installed, measure, peer, require
+from bench.run.measure import measure
+from bench.run.peers import compiled, installed, peer, require
+from bench.run.work import Case, Work, differentiated
 from bench.shapes import WIDE, distinct, shape
 from petl_kernels import ops
 

@@ -9,21 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from bench.predict import counts
-from bench.run.measure import (
-    Case,
-    Work,
-    copies,
-    differentiated,
-    error,
-    installed,
-    measure,
-    outcome,
-    peer,
-    record,
-    require,
-    rotation,
-    step,
-)
+from bench.run.check import error, outcome
+from bench.run.measure import copies, measure, record, rotation
+from bench.run.peers import installed, peer, require
+from bench.run.work import Case, Work, differentiated, step
 from bench.shapes import distinct, shape
 from petl_kernels import ops
 from petl_kernels.ops.quantized import dequantize

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -33,10 +32,3 @@ def seconds_in_turn(
 def ratio(seconds: list[float], others: list[float]) -> float:
     """The median over the rounds of one time over another of the same round."""
     return statistics.median(one / two for one, two in zip(seconds, others, strict=True))
-
-
-def write_down(benchmark, seconds: list[float]) -> None:
-    """Let ``benchmark`` have ``seconds``, which were measured before, as its rounds."""
-    times = itertools.accumulate(itertools.chain(*([0.0, each] for each in seconds)))
-    benchmark._timer = lambda: next(times)  # the fixture reads it before and after each round
-    benchmark.pedantic(lambda: None, rounds=len(seconds), iterations=1)

@@ -30,8 +30,9 @@ from petl_mt.data import Batch
 import petl_kernels as pk
 from bench.predict import counts
 from bench.random_model import frozen_model, random_weights
-from bench.run import turns
-from bench.run.measure import Case, describe, record
+from bench.run import clock, turns
+from bench.run.measure import describe, record
+from bench.run.work import Case
 from bench.shapes import MODELS, m2m_config
 from bench.step.sentences import FIRST_WORD, PAD, Data, batches, packed, packed_batches
 from petl_kernels.step.graphs import CudaGraphs, Graphed
@@ -200,7 +201,7 @@ def time_step(benchmark, text: Text, implementation: str, device: str, make, in_
     benchmark.extra_info["of_peers"] = peers
     if not dtype:
         benchmark.extra_info["bytes"] = None  # which differ, and there is no one roofline
-    turns.write_down(benchmark, seconds[implementation])
+    clock.write_down(benchmark, seconds[implementation])
 
 
 def step_of(net: torch.nn.Module, inputs: list[dict]) -> Callable[[], None]:

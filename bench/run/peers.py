@@ -1,0 +1,39 @@
+"""Other implementations: those that are timed only when asked for, and what a CPU leaves out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from bench.shapes import runs_on
+
+
+def peer(name: str):
+    """A parameter that is skipped unless peers are asked for."""
+    return pytest.param(name, marks=pytest.mark.peer)
+
+
+def installed(module: str, name: str, device: str = "cuda"):
+    """A peer's module, or a skip that says the peer's name. device: "cpu" for those whose kernels need a GPU."""
+    if device == "cpu":
+        pytest.skip(f"{name} needs a GPU")
+    return pytest.importorskip(module, reason=f"{name} is not installed", exc_type=ImportError)
+
+
+def compiled(function: Callable) -> Callable:
+    torch._dynamo.reset()
+    return torch.compile(function, dynamic=False)
+
+
+def require(name: str, device: str, implementation: str, small: bool = True) -> None:
+    """Skip what a CPU has no patience for.
+
+    Those are shapes that are not its own; cases that are not ``small``, but for nllb-600m; and compiling, which takes
+    longer than all else together, but for nllb-600m's small cases.
+    """
+    first = name == "nllb-600m"
+    patient = small and first if implementation == "torch.compile" else small or first
+    if device == "cpu" and not (runs_on(name, device) and patient):
+        pytest.skip("a CPU runs fewer shapes and cases: see bench/shapes.py")
