@@ -2,7 +2,7 @@
 
     python -m bench.budget nllb-3.3b 4GiB --allow quantized
 
-Writes the checkpoint (bf16) into a temporary folder, plans from its config, loads it as the plan says under a cap that
+Writes the checkpoint (bf16) into a temporary folder, plans from its config, loads it by the plan under a cap that
 the allocator enforces, trains, and adds a line to results/<device>/budget.json: the plan, the peak that the allocator
 saw, and seconds an update. On the CPU the cap counts every tensor; pages of streamed layers are counted beside it.
 """

@@ -1,4 +1,4 @@
-"""What pytest does for every benchmark: options, the machine's rates, results after each, tables at the end."""
+"""Hooks of pytest for every benchmark: options, the machine's rates, results after each, tables at the end."""
 
 from __future__ import annotations
 

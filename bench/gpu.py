@@ -1,4 +1,4 @@
-"""What a card says in six minutes, `make gpu`: one part after the other, each with a limit of its own.
+"""Runs on a card for six minutes, `make gpu`: one part after the other, each with a limit of its own.
 
     python -m bench.gpu [NAME ...] [--more] [--text SRC TGT --languages en-sw]
 
@@ -30,14 +30,14 @@ from bench.where import ROOT, commit, folder_name
 GRACE = 4  # seconds of a limit in which a part that was interrupted may say where it was
 TAIL = 12  # lines of the log of a part that did not pass
 
-# Of the ops at two widths, NLLB-600M's and 3.3B's: LoRA, loss, FFN, attention, adapter, quantized. One layer a side.
+# Ops at two widths, NLLB-600M's and 3.3B's: LoRA, loss, FFN, attention, adapter, quantized. One layer a side.
 OPS = (
     "(nllb-600m or nllb-3.3b) and not float32 and not torch.compile and ("
     "test_lora_linear and not 8- and not 64- or test_linear_cross_entropy and 0.1 or test_frozen_ffn and relu "
     "or test_attention and 0.1 or test_bottleneck_adapter and bwd and not 1024 and not 128- "
     "or test_product and batch and not ffn)"
 )
-# What docs/PERFORMANCE.md asks of single ops, each beside its limit and its peers.
+# The cases of single ops that docs/PERFORMANCE.md has targets for, each beside its limit and its peers.
 ASKED = (
     "not float32 and not torch.compile and (test_lora_border "
     "or (nllb-600m or nllb-3.3b or wide) and test_lora_linear and not 8- and not 64- and not q/k/v "
@@ -60,7 +60,7 @@ class Part:
 
 @dataclass
 class Done:
-    """Says what became of a part: "passed", "failed" or "cut"; in a few words what its log says of it."""
+    """Describes what became of a part. state: "passed", "failed" or "cut"; said: a summary of its log."""
 
     name: str
     state: str

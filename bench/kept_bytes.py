@@ -68,7 +68,7 @@ def inputs(rows: int, d: int) -> list[torch.Tensor]:
 
 
 def kept(layers: nn.Module, d: int, rows: int, in_host_memory: int = 0) -> int:
-    """Bytes that a forward pass keeps, its inputs among them, its output not."""
+    """Returns the bytes that a forward pass keeps, its inputs among them, its output not."""
     given = inputs(rows, d)
     with Born() as born:
         output = layers(*given)
@@ -77,7 +77,7 @@ def kept(layers: nn.Module, d: int, rows: int, in_host_memory: int = 0) -> int:
 
 
 def kept_by_compiled(layers: nn.Module, d: int, rows: int, budget: float) -> int:
-    """The same under torch.compile, whose one backward node says what it holds."""
+    """Returns the same under torch.compile, whose one backward node has what it holds."""
     torch._dynamo.reset()
     torch._functorch.config.activation_memory_budget = budget
     given = inputs(rows, d)
@@ -92,7 +92,7 @@ def kept_by_compiled(layers: nn.Module, d: int, rows: int, budget: float) -> int
 
 
 def slope(measure: Callable[[int], int]) -> float:
-    """Bytes per source and target token and layer."""
+    """Returns bytes per source and target token and layer."""
     return (measure(4) - measure(2)) / (2 * 2 * LENGTH)
 
 
@@ -102,7 +102,7 @@ def flops(layers: nn.Module, d: int) -> int:
 
 
 def rows_of(name: str) -> list[tuple[str, ...]]:
-    """The lines of one model."""
+    """Returns the lines of one model."""
     layers, d, ffn, heads, _ = MODELS[name]
     model = base(d, ffn, heads)
     linear = 2 * 2 * 2 * LENGTH * (12 * d * d + 4 * d * ffn)  # forward and input gradients of both layers

@@ -8,7 +8,7 @@
 
 and a prediction is the sum over an op's launches. Published rates; an H200's fractions are fitted to its first run
 (bench/results/nvidia-h200), those of the other cards are assumptions. What that run measured stands in the document
-beside the predictions; REPLACED says which of its kernels are other ones now.
+beside the predictions; REPLACED lists which of its kernels are other ones now.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the planner makes of published shapes under budgets, for a card that is not here: nothing is trained.
+"""Plans for published shapes under budgets of memory, for a card that is not here: nothing is trained.
 
     python -m bench.plans [SHAPE ...]     writes results/cpu/plans.json and the table of docs/MEMORY.md
 
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def plans(name: str) -> dict[str, dict]:
-    """By budget: the plan, or why there is none; and the seconds that planning took."""
+    """Returns by budget the plan, or why there is none, and the seconds that planning took."""
     model, found = adapted(skeleton(config(name))), {}
     for gib in BUDGETS:
         began = time.perf_counter()

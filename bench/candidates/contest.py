@@ -41,7 +41,7 @@ FLUSH_BYTES = 256 << 20
 
 
 def functions(name: str, given: dict):
-    """What has the candidate's lora_linear and lora_linear_backward; None where the device cannot run it."""
+    """Returns the owner of a candidate's lora_linear and lora_linear_backward, None where the device cannot run it."""
     if name == "bordered":
         from bench.candidates.bordered import Bordered
 
@@ -53,7 +53,7 @@ def functions(name: str, given: dict):
 
 
 def difference(name: str, given: dict, exact: dict | None = None, reference: dict | None = None) -> str | None:
-    """The first value or gradient that misses the criterion of ``parity.compare``, or None."""
+    """Returns the first value or gradient that misses the criterion of ``parity.compare``, or None."""
     exact = exact or parity.run("lora_linear", "reference", parity._in_float64(given))
     reference = reference or parity.run("lora_linear", "reference", given)
     candidate = functions(name, given)
@@ -65,7 +65,7 @@ def difference(name: str, given: dict, exact: dict | None = None, reference: dic
 
 
 def steps(name: str, given: dict) -> Callable[[], None]:
-    """Forward and backward, the biases frozen."""
+    """Returns a call of forward and backward, the biases frozen."""
     weights, biases, x, dys = given["weights"], given["biases"], given["x"], given["dys"]
     if name == "frozen":
 
@@ -101,7 +101,7 @@ def graph_of(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
 
 
 def medians(runs: dict[str, Callable[[], None]], flush: Callable[[], None]) -> dict[str, list[float]]:
-    """Seconds of each run in ROUNDS rounds."""
+    """Returns the seconds of each run in ROUNDS rounds."""
     events = {name: [] for name in runs}
     for round_ in range(WARM + ROUNDS):
         for name, run in runs.items():
@@ -117,7 +117,7 @@ def medians(runs: dict[str, Callable[[], None]], flush: Callable[[], None]) -> d
 
 
 class OnDevice(parity.Source):
-    """Values drawn where they are used: a CPU would take longer over the larger shapes than the kernels."""
+    """Draws values where they are used: a CPU would take longer over the larger shapes than the kernels."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype):
         super().__init__(device, dtype)

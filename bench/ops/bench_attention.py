@@ -49,7 +49,7 @@ def sdpa(q, k, v, mask, dropout: float = 0.0):
 
 
 def lengths(tokens: int) -> list[int]:
-    """Of sentences that fill a row: log-normal around 20 tokens, the same at each call."""
+    """Returns lengths of sentences that fill a row: log-normal around 20 tokens, the same at each call."""
     generator, found = torch.Generator().manual_seed(0), []
     while sum(found) < tokens:
         drawn = (3 + 0.6 * torch.randn((), generator=generator)).exp()

@@ -48,7 +48,7 @@ def apart(x, *tensors):
 
 
 class _Border(torch.autograd.Function):
-    """One call of the op each way; rows with room are made once, ahead of the timed calls."""
+    """Calls the op once each way; rows with room are made once, ahead of the timed calls."""
 
     @staticmethod
     def forward(ctx, given: dict, x, *adapters):

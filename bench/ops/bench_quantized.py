@@ -41,7 +41,7 @@ def ours(storage: str):
 
 
 def dense_of(storage: str, dtype: torch.dtype):
-    """The product with what the storage says the weight is."""
+    """Returns the product with the values that the storage has of the weight."""
 
     def formula(x, weight):
         parts = ops.quantize(weight.to(dtype), storage).parts()

@@ -1,1 +1,1 @@
-"""What each op has to do, counted, and the seconds that cards are predicted to take for it."""
+"""Counts of the work of each op, and predictions of the seconds that cards take for it."""

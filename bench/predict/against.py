@@ -1,4 +1,4 @@
-"""What a run measured beside what is predicted, and which kernels of the H200's run are other ones now."""
+"""Measurements beside predictions, and the kernels of the H200's run that are other ones now."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ KEPT = (0.8, 1.25)
 
 
 class Replaced(NamedTuple):
-    """What an op's cases that have ``part`` in their shape and case were on the H200, and what stands there now."""
+    """Names the kernels of an op's cases with ``part`` in their shape or case: on the H200 then, and now."""
 
     op: str
     part: str
@@ -53,9 +53,9 @@ REPLACED = (
 
 
 def against(run: Run) -> Iterator[tuple[Measurement, float]]:
-    """Measurements of ours, each with the seconds that are predicted for it.
+    """Yields measurements of ours, each with the seconds that are predicted for it.
 
-    On a card of the table these are the seconds that this file says, whatever it said on the day of the run. A CPU's
+    On a card of the table these are today's predictions, not those of the day of the run. A CPU's
     are those of one launch: its kernels are other ones, its rates the run's (`machine_info.rates`), or measured now.
     """
     device = device_of(run.machine.get("device") or "")
@@ -76,7 +76,7 @@ def _on_card(one: Measurement, device: Device) -> float | None:
 
 
 def compare(runs: Iterable[Run]) -> Iterator[tuple[str, int, float, float]]:
-    """(op, measurements, median of measured over predicted, standard deviation of its logarithm) of ours."""
+    """Yields (op, measurements, median of measured over predicted, standard deviation of its logarithm) of ours."""
     ratios = defaultdict(list)
     for one, seconds in (pair for run in runs for pair in against(run)):
         ratios[one.op].append(one.median / seconds)

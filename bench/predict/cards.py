@@ -33,7 +33,7 @@ class Device:
 
     @property
     def instructions(self) -> float:
-        """Those of single threads a second: a multiply-add of fp32 is one."""
+        """Instructions of single threads a second: a multiply-add of fp32 is one."""
         return self.fp32 / 2
 
 
@@ -50,7 +50,7 @@ DEVICES = {
 
 
 def device_of(card: str) -> Device | None:
-    """The entry of a card by the name that CUDA gives it ("NVIDIA H200"), None where the table has none."""
+    """Returns the entry of a card by the name that CUDA gives it ("NVIDIA H200"), None where the table has none."""
     words = card.replace("-", " ").split()
     return next((device for name, device in DEVICES.items() if _main_word(name) in words), None)
 
@@ -68,7 +68,7 @@ def launch_seconds(launch: Launch, device: Device, dtype: str = "bfloat16") -> f
 
 
 def predicted(counted: Counts, device: Device, dtype: str = "bfloat16") -> float | None:
-    """Seconds, None where ours has no GPU kernel."""
+    """Returns seconds, None where ours has no GPU kernel."""
     if counted.kernels is None:
         return None
     return sum(launch_seconds(launch, device, dtype) for launch in counted.kernels)

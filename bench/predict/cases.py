@@ -23,7 +23,7 @@ class Entry(NamedTuple):
 
 
 def entries(tokens: int = TOKENS["cuda"], size: int = 2) -> Iterator[Entry]:
-    """What the op benchmarks run on a GPU, in bf16 (their main cases), each beside its limit."""
+    """Yields the cases of the op benchmarks on a GPU in bf16, each beside its limit."""
     for name in NAMES:
         for op, case in _cases(name, tokens):
             yield Entry(op, name, case, *work(op, name, case, tokens, size))
@@ -191,9 +191,9 @@ def products_of_head(t: int, d: int, words: int, size: int) -> Counts:
 
 
 def lora_limit(device: Device, tokens: int, d: int, ranks: tuple[int, ...]) -> float:
-    """What LoRA linears must take over the frozen ones in one product, forward and backward: their work, and one more
-    read of x.
+    """Returns what LoRA linears must take over the frozen ones in one product, forward and backward.
 
+    They have more work, and one more read of x.
     Products at the rate that is reached, the read at the published bandwidth: nothing can be faster than that.
     """
     frozen = counts.frozen_linear(tokens, len(ranks) * d, d, 2)

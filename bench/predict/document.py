@@ -21,7 +21,7 @@ H200_RESULTS = RESULTS / "nvidia-h200"
 
 
 def rows() -> Iterator[tuple[str, ...]]:
-    """One for each op and size: models that have it stand together."""
+    """Yields a row for each op and size: models of the same size stand together."""
     names = defaultdict(list)
     for entry in entries():
         names[entry._replace(shape="")].append(entry.shape)
@@ -37,7 +37,7 @@ def _time(seconds: float) -> str:
     return f"{seconds * 1e6:.0f} µs" if seconds < 1e-3 else f"{seconds * 1e3:.1f} ms"
 
 
-# What is asked for on an H200: microseconds, or what may be taken over the limit ("×").
+# Targets on an H200: microseconds, or times the limit ("×").
 ASKED = (
     ("lora_border", "nllb-600m", "r=16 q/v", 1.20, "×"),
     ("lora_border", "nllb-3.3b", "r=16 q/v", 1.10, "×"),
@@ -127,7 +127,7 @@ MEASURED_HEAD = (
 
 
 def measured_rows(run: Run) -> Iterator[tuple[str, ...]]:
-    """A row for each case of a card's run; the device's times, and the host's and the device's together ("wall")."""
+    """Yields a row for each case of a card's run: the device's times, and with the host's ("wall")."""
     expected = {one.key: predicted_seconds for one, predicted_seconds in against(run)}
     for case in (case for cases in by_op(run.measurements).values() for case in cases):
         limit = next(one for one in case if one.kind == LIMIT)

@@ -74,7 +74,7 @@ def _cross_attention(s: Shape, t: int, source: int, size: int) -> list[Part]:
 
 
 def _input_again(s: Shape, t: int, size: int) -> Part:
-    """What the adapters have read, made again in backward from the norm's statistics."""
+    """Returns the pass that makes the adapters' input again in backward, from the norm's statistics."""
     return "layer_norm_from_statistics", replace(counts.streams(2, t * s.d, size), bytes=0)
 
 

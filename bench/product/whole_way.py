@@ -45,7 +45,7 @@ def whole_way(program: Program, model: Path, text: Text, memory: str, steps: int
 
 
 def _far_enough(out: Path, step: int) -> bool:
-    """Whether a checkpoint is there, and updates behind it are done."""
+    """Returns whether a checkpoint is there, and updates behind it are done."""
     return (out / "checkpoints" / "latest").exists() and max(losses(out), default=0) >= step
 
 

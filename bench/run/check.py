@@ -13,11 +13,11 @@ from torch import Tensor
 
 from bench.run.work import Case, Inputs, Prepare, Work, differentiated, outputs_of
 
-CHECKED_ROWS = 64  # of a CPU's inputs, whose products in float64 would take longer than all that is timed
+CHECKED_ROWS = 64  # rows of a CPU's inputs, whose products in float64 would take longer than all that is timed
 
 
 def check(prepare: Prepare, formula: Callable, inputs: Inputs) -> None:
-    """Raise AssertionError where ``prepare`` is further from ``formula`` in float64 than twice ``formula`` in dtype."""
+    """Raises AssertionError where ``prepare`` is further from float64 than twice ``formula`` in the inputs' dtype."""
     found = outcome(prepare(*copied(inputs)))
     reference = outcome(differentiated(formula)(*copied(inputs)))
     exact = outcome(differentiated(formula)(*copied(inputs, torch.float64)))
@@ -27,7 +27,7 @@ def check(prepare: Prepare, formula: Callable, inputs: Inputs) -> None:
 
 
 def outcome(work: Work) -> list[Tensor]:
-    """Outputs, then gradients for ones that are random but the same each time."""
+    """Returns outputs, then gradients for ones that are random but the same each time."""
     outputs = outputs_of(work.forward())
     if not work.leaves:
         return outputs
@@ -37,7 +37,7 @@ def outcome(work: Work) -> list[Tensor]:
 
 
 def copied(inputs: Inputs, dtype: torch.dtype | None = None) -> Inputs:
-    """The same values in tensors of their own, floating-point ones in ``dtype``."""
+    """Returns the same values in tensors of their own, floating-point ones in ``dtype``."""
     return tuple(tensor if tensor is None else _copied(tensor, dtype) for tensor in inputs)
 
 
@@ -49,7 +49,7 @@ def _copied(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def close(ours: Tensor, reference: Tensor, exact: Tensor) -> bool:
-    """Whether our error against float64 is at most twice the reference's own (and a floor)."""
+    """Returns whether our error against float64 is at most twice the reference's own (and a floor)."""
     return error(ours, exact) <= 2 * error(reference, exact) + 1e-6
 
 

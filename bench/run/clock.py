@@ -16,7 +16,7 @@ import torch
 
 
 def device_seconds(run: Callable, rounds: int) -> tuple[list[float], list[float]]:
-    """(the device's seconds of each round, the host's and the device's together of some)
+    """Returns (the device's seconds of each round, the host's and the device's together of some).
 
     Where neither a queue nor the profiler can tell them apart, the second are also the first.
     """
@@ -35,7 +35,7 @@ def device_seconds(run: Callable, rounds: int) -> tuple[list[float], list[float]
 
 
 def queued_seconds(run: Callable, rounds: int, ahead: float) -> list[float]:
-    """Seconds of each round between events in a queue that the device starts on ``ahead`` seconds later.
+    """Returns seconds of each round between events in a queue that the device starts on ``ahead`` seconds later.
 
     The device sleeps while the host fills the queue, or the time between two events would be the host's. Empty where it
     was: a run that synchronises by itself, or has more launches than the queue holds (about a thousand).
@@ -56,7 +56,7 @@ def queued_seconds(run: Callable, rounds: int, ahead: float) -> list[float]:
 
 
 def busy_seconds(run: Callable, rounds: int) -> list[float]:
-    """Seconds of each round in which the device had something to do, by PyTorch's profiler; empty if it sees none."""
+    """Returns the seconds of each round in which the device was busy, by PyTorch's profiler; empty if it sees none."""
     found = []
     for _ in range(rounds):
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiled:
@@ -68,7 +68,7 @@ def busy_seconds(run: Callable, rounds: int) -> list[float]:
 
 
 def covered(spans: list[tuple[float, float]]) -> float:
-    """The length of the union of ``spans``, each from start to end."""
+    """Returns the length of the union of ``spans``, each from start to end."""
     total, reached = 0.0, -math.inf
     for start, end in sorted(spans):
         total += max(0.0, end - max(start, reached))
@@ -77,7 +77,7 @@ def covered(spans: list[tuple[float, float]]) -> float:
 
 
 def write_down(benchmark, seconds: list[float]) -> None:
-    """Let ``benchmark`` have ``seconds``, which were measured before, as its rounds."""
+    """Gives ``benchmark`` the ``seconds``, which were measured before, as its rounds."""
     times = itertools.accumulate(itertools.chain(*([0.0, each] for each in seconds)))
     benchmark._timer = lambda: next(times)  # the fixture reads it before and after each round
     benchmark.pedantic(lambda: None, rounds=len(seconds), iterations=1)

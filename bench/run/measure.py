@@ -33,7 +33,7 @@ def measure(
     formula: Callable | None = None,
     checked: Prepare | None = None,
 ) -> None:
-    """Check ``prepare`` against ``formula`` (None: it is a limit, which computes something else) and time it.
+    """Checks ``prepare`` against ``formula`` (None: it is a limit, which computes something else) and times it.
 
     inputs: number of tokens -> tensors drawn anew. counted: of the op, whoever computes it; of the limit its own.
     checked: what is checked in its place, where ``prepare`` draws random numbers that the formula cannot.
@@ -45,7 +45,7 @@ def measure(
 
 
 def copies(make: Callable[[], Inputs], device: str) -> list[Inputs]:
-    """As many draws of the inputs as fill the cache twice, so that none is in it when its turn comes."""
+    """Returns as many draws of the inputs as fill the cache twice, so that none is in it when its turn comes."""
     first = make()
     size = sum(tensor.nbytes for tensor in first if tensor is not None)
     count = min(MOST_COPIES, 1 + 2 * cache_bytes(device) // max(1, size))
@@ -60,7 +60,7 @@ def rotation(runs: Sequence[Callable]) -> Callable[[], None]:
 def record(
     benchmark, case: Case, implementation: str, run: Callable, counted: Counts, peak_bytes: int | None = None
 ) -> None:
-    """Time ``run`` and write down what it is, and the work that cannot be avoided."""
+    """Times ``run``, and writes down its names and the work that cannot be avoided."""
     describe(benchmark, case, implementation, counted, peak_bytes)
     if case.device == "cuda":
         _record_cuda(benchmark, case, run, counted, implementation)

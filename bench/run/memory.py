@@ -10,7 +10,7 @@ import torch
 
 
 def cache_bytes(device: str) -> int:
-    """The L2 cache of a GPU, the last-level cache of a CPU (32 MiB where the system does not say)."""
+    """Returns the bytes of a GPU's L2 cache or a CPU's last cache (32 MiB where the system names none)."""
     if device == "cuda":
         return torch.cuda.get_device_properties(0).L2_cache_size
     sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
@@ -18,7 +18,7 @@ def cache_bytes(device: str) -> int:
 
 
 def peak_memory(run: Callable, device: str) -> int:
-    """The most bytes that ``run`` takes beside what is there: of the allocator on a GPU, of the process on Linux."""
+    """Returns the most bytes that ``run`` takes beside what is there, by a GPU's allocator or the process on Linux."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

@@ -1,4 +1,4 @@
-"""Other implementations: those that are timed only when asked for, and what a CPU leaves out."""
+"""Other implementations, which are timed with --peers alone, and the cases that a CPU leaves out."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from bench.shapes import runs_on
 
 
 def peer(name: str):
-    """A parameter that is skipped unless peers are asked for."""
+    """Returns a parameter that is skipped without --peers."""
     return pytest.param(name, marks=pytest.mark.peer)
 
 
 def installed(module: str, name: str, device: str = "cuda"):
-    """A peer's module, or a skip that says the peer's name. device: "cpu" for those whose kernels need a GPU."""
+    """Returns a peer's module, or skips with the peer's name. device: "cpu" for those whose kernels need a GPU."""
     if device == "cpu":
         pytest.skip(f"{name} needs a GPU")
     return pytest.importorskip(module, reason=f"{name} is not installed", exc_type=ImportError)
@@ -28,7 +28,7 @@ def compiled(function: Callable) -> Callable:
 
 
 def require(name: str, device: str, implementation: str, small: bool = True) -> None:
-    """Skip what a CPU has no patience for.
+    """Skips what takes a CPU too long.
 
     Those are shapes that are not its own; cases that are not ``small``, but for nllb-600m; and compiling, which takes
     longer than all else together, but for nllb-600m's small cases.

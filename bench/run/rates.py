@@ -1,4 +1,4 @@
-"""What this machine can do, measured: a copy through memory and a square matrix product in each dtype.
+"""Rates of this machine, measured: a copy through memory and a square matrix product in each dtype.
 
 These two rates are the roof that ops are held against, so the fastest of a few rounds counts: what else the machine
 was doing just then is no part of it. About a second in all.

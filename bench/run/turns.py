@@ -13,7 +13,7 @@ import torch
 def seconds_in_turn(
     steps: Mapping[Any, Callable[[], None]], rounds: int, warm: int, device: str
 ) -> dict[Any, list[float]]:
-    """The seconds of each step in each of ``rounds`` rounds, in which each has one turn; ``warm`` rounds go before.
+    """Returns each step's seconds in ``rounds`` rounds, in which each has one turn, after ``warm`` others.
 
     On a GPU the time is that until the host has queued the step.
     """
@@ -30,5 +30,5 @@ def seconds_in_turn(
 
 
 def ratio(seconds: list[float], others: list[float]) -> float:
-    """The median over the rounds of one time over another of the same round."""
+    """Returns the median over the rounds of one time over another of the same round."""
     return statistics.median(one / two for one, two in zip(seconds, others, strict=True))

@@ -1,4 +1,4 @@
-"""What is timed: a case in the bench's names, and a call with the leaves whose gradients it forms."""
+"""The things that are timed: a case in the bench's names, and a call with the leaves whose gradients it forms."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Case:
-    """What one measurement is of; the names are those of bench/shapes.py and of the report."""
+    """Names the case of a measurement; the names are those of bench/shapes.py and of the report."""
 
     op: str
     shape: str
@@ -28,7 +28,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Work:
-    """A call to be differentiated: its outputs, and the leaves whose gradients a step forms (none: forward alone)."""
+    """Holds a call to be differentiated, and the leaves whose gradients a step forms (none: forward alone)."""
 
     forward: Callable[[], Tensor | Sequence[Tensor]]
     leaves: tuple[Tensor, ...] = ()
@@ -39,7 +39,7 @@ Prepare = Callable[..., Work]
 
 
 def differentiated(function: Callable) -> Prepare:
-    """``function(*inputs)``, and the gradients of those inputs that ask for one."""
+    """Prepares ``function(*inputs)`` and the gradients of those inputs that require one."""
 
     def prepare(*inputs: Tensor | None) -> Work:
         return Work(lambda: function(*inputs), leaves_of(inputs))
@@ -52,7 +52,7 @@ def forward_only(function: Callable) -> Prepare:
 
 
 def passes(*arrays: int) -> Prepare:
-    """A limit that does nothing but move bytes: for each number a pass over as many arrays of the first input's size.
+    """Prepares a limit that moves bytes alone: for each number a pass over as many arrays of the first input's size.
 
     Two are a copy, three a sum, four two copies, five a sum and a copy. Into memory that stands: a limit has nothing to
     allocate.
@@ -73,7 +73,7 @@ def leaves_of(inputs: Inputs) -> tuple[Tensor, ...]:
 
 
 def step(work: Work) -> Callable[[], None]:
-    """Forward and the leaves' gradients, for a gradient drawn once; without leaves, forward outside autograd."""
+    """Returns a call of forward and the leaves' gradients, or, without leaves, of forward outside autograd."""
     if not work.leaves:
         return torch.no_grad()(work.forward)
     gradients = [torch.randn_like(y) for y in outputs_of(work.forward())]

@@ -1,4 +1,4 @@
-"""What became slower between two result files of the bench."""
+"""Changes between two runs of the bench, and which of them are slower beyond noise."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HEAD = ["case", "implementation", "time", "A", "B", "B / A", "change"]
 
 @dataclass(frozen=True)
 class Change:
-    """The same measurement in both runs. time: "device" or "wall" where a run has both, else ""."""
+    """Holds the same measurement of two runs. time: "device" or "wall" where a run has both, else ""."""
 
     a: Measurement
     b: Measurement
@@ -52,9 +52,9 @@ class Change:
 
 
 def compare(path_a: str | Path, path_b: str | Path, threshold: float = 0.05) -> int:
-    """Print how the medians of B stand to those of A, and their walls where both runs have samples of them.
+    """Prints how the medians of B stand to those of A, and their walls where both runs have samples of them.
 
-    Measurements are paired by (op, shape, case, dtype, tokens, implementation), or, when a file is too old to say
+    Measurements are paired by (op, shape, case, dtype, tokens, implementation), or, when a file is too old to have
     these, by the text of their group and the implementation. Returns 1 when one of ours is slower beyond noise and
     ``threshold``, else 0. Raises InputError for a wrong file, one and the same file, or nothing in common.
     """
@@ -80,7 +80,7 @@ def compare(path_a: str | Path, path_b: str | Path, threshold: float = 0.05) -> 
 
 
 def paired(a: Run, b: Run) -> tuple[list[Change], list[Measurement], list[Measurement]]:
-    """Measurements that both runs have, those of A alone, those of B alone."""
+    """Returns measurements that both runs have, those of A alone, those of B alone."""
     old = not all(one.shape for one in (*a.measurements, *b.measurements))
     in_a, in_b = _by_key(a.measurements, old), _by_key(b.measurements, old)
     pairs = [Change(in_a[key], in_b[key]) for key in in_a if key in in_b]
@@ -88,7 +88,7 @@ def paired(a: Run, b: Run) -> tuple[list[Change], list[Measurement], list[Measur
 
 
 def with_walls(pairs: Iterable[Change]) -> list[Change]:
-    """The pairs, and behind each the same by the wall where both runs have samples of it."""
+    """Returns the pairs, and behind each the same by the wall where both runs have samples of it."""
     changes = []
     for pair in pairs:
         a, b = pair.a.by_the_wall(), pair.b.by_the_wall()
@@ -108,7 +108,7 @@ def _by_key(measurements: Iterable[Measurement], old: bool) -> dict[tuple, Measu
 
 
 def differences(a: Run, b: Run) -> str:
-    """One line on what else than the code differs, "" when nothing does."""
+    """Returns one line on what else than the code differs, "" when nothing does."""
     changed = [
         f"{name} {a.machine[name]} and {b.machine[name]}"
         for name in MACHINE

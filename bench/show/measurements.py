@@ -30,7 +30,7 @@ OUR_OLD_NAMES = ("int8", "nf4", "tier 1", "tier 2", "tier 3")
 
 @dataclass(frozen=True)
 class Times:
-    """What is kept of a measurement's samples, in seconds: median, quartiles, extremes, and how many there were."""
+    """Holds what is kept of samples in seconds: median, quartiles, extremes, and their number."""
 
     median: float
     q1: float
@@ -47,7 +47,7 @@ class Times:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One implementation of one case of an op. Seconds, bytes and operations are those of one call.
+    """Holds what was measured of one implementation of one case. Seconds, bytes and operations are of one call.
 
     ``shape``, ``case``, ``dtype`` and ``tokens`` are empty (None) where an old file lacks them; ``group`` is always
     there. ``bytes`` (read and written) and ``flops`` are those that no implementation can avoid, ``launches`` kernels,
@@ -85,7 +85,7 @@ class Measurement:
 
     @property
     def of_peers(self) -> dict[str, float]:
-        """By peer, where steps were taken in turn: the median over the rounds of its time over the peer's."""
+        """Ratios by peer where steps were taken in turn: the median over the rounds of its time over the peer's."""
         return self.more.get("of_peers") or {}
 
     @property
@@ -98,7 +98,7 @@ class Measurement:
 
     @property
     def key(self) -> tuple:
-        """The same measurement in another run has the same key."""
+        """Names that the same measurement has in another run, too."""
         names = (self.op, self.shape, self.case, self.dtype, self.tokens)
         return (*names, self.implementation) if self.shape else (self.group, self.implementation)
 
@@ -127,7 +127,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Run:
-    """Where and when benchmarks ran, on which tree, and what they measured. name: their folder ("ops")."""
+    """Holds what benchmarks measured, and where, when and on which tree they ran. name: their folder ("ops")."""
 
     name: str
     machine: dict
@@ -154,7 +154,7 @@ class Run:
 
 
 def by_op(measurements: Iterable[Measurement]) -> dict[str, list[list[Measurement]]]:
-    """For each op its cases, each a list of implementations; all in the order of the file."""
+    """Returns for each op its cases, each a list of implementations; all in the order of the file."""
     ops: dict[str, dict[tuple, list[Measurement]]] = {}
     for one in measurements:
         ops.setdefault(one.op, {}).setdefault(one.key[:-1], []).append(one)
@@ -166,12 +166,12 @@ def limit_of(case: list[Measurement]) -> Measurement | None:
 
 
 def peft_settings(case: Iterable[Measurement]) -> list[Measurement]:
-    """PEFT in each setting that was timed."""
+    """Returns PEFT in each setting that was timed."""
     return [one for one in case if one.implementation.lower().startswith("peft")]
 
 
 def ratio(one: Measurement, other: Measurement | None, wall: bool = False) -> str:
-    """One's median (or its wall) over the other's; "" where one of the two has none. By rounds where it is known."""
+    """Returns one's median (or wall) over the other's, by rounds where that is known; "" where one of them has none."""
     if other and not wall and other.implementation in one.of_peers:
         return digits(one.of_peers[other.implementation])
     ours, theirs = (each and (each.wall if wall else each.median) for each in (one, other))

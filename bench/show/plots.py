@@ -62,7 +62,7 @@ def roofline(
 
 
 def marker_legend(shapes: Sequence[str]) -> str:
-    """Which mark stands for which shape, in the order of ``roofline``."""
+    """Draws which mark stands for which shape, in the order of ``roofline``."""
     entries = []
     for number, shape in enumerate(shapes):
         mark = _mark(MARKERS[number % len(MARKERS)], 8, 8, 5.5)
@@ -71,7 +71,7 @@ def marker_legend(shapes: Sequence[str]) -> str:
 
 
 def bars(rows: Sequence[Bar], longest: float) -> str:
-    """One bar an implementation, name and figures above it; dashed: the limit's 1. ``longest`` ends the axis."""
+    """Draws a bar for each implementation, with name and figures; dashed: the limit's 1. ``longest`` ends the axis."""
     scale = (BAR_WIDTH - 2) / longest
     parts = []
     for number, row in enumerate(rows):
@@ -219,7 +219,7 @@ def _together(marks: Iterable[tuple[float, float]]) -> list[list[tuple[float, fl
 
 
 def _box(x: float, y: float, distance: float, angle: float, width: float) -> tuple[float, float, float, float]:
-    """The label's box at ``distance`` from a mark: left of it, right of it or centred, as the angle says."""
+    """The label's box at ``distance`` from a mark: left of it, right of it or centred, by the angle."""
     cx, cy = x + distance * math.cos(angle), y - distance * math.sin(angle)
     left = cx if math.cos(angle) > 0.3 else cx - width if math.cos(angle) < -0.3 else cx - width / 2
     return left, cy - LINE / 2, left + width, cy + LINE / 2

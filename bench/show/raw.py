@@ -31,7 +31,7 @@ def load(path: str | Path) -> Run:
 
 
 def parse(content: dict, name: str) -> Run:
-    """A run from pytest-benchmark's JSON. KeyError, TypeError or ValueError when it is none."""
+    """Returns a run from pytest-benchmark's JSON. Raises KeyError, TypeError or ValueError when it is none."""
     measurements = [measurement(entry) for entry in content["benchmarks"]]
     # Files from before these two keys have the processor in py-cpuinfo's words alone.
     cpu = content["machine_info"].get("cpu", {})
@@ -40,7 +40,7 @@ def parse(content: dict, name: str) -> Run:
 
 
 def measurement(entry: dict) -> Measurement:
-    """One entry of pytest-benchmark's "benchmarks"."""
+    """Returns a measurement from an entry of pytest-benchmark's "benchmarks"."""
     info, stats = entry["extra_info"], entry["stats"]
     seconds = [float(stats[name]) for name in ("median", "q1", "q3", "min", "max")]
     if not (all(map(math.isfinite, seconds)) and seconds[0] > 0):

@@ -1,4 +1,4 @@
-"""One page of HTML from the result files of a folder: no network, no script; a table and a plot for every figure."""
+"""A page of HTML from the results of a folder: no network, no script; a table and a plot for every figure."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ORDER = {"limit": 0, "ours": 1, "peer": 2}
 
 
 def write(folder: str | Path) -> Path:
-    """Make ``report.html`` in ``folder`` from the result files there, and return its path; InputError without any."""
+    """Writes ``report.html`` in ``folder`` from the results there and returns its path; InputError without any."""
     runs = load_folder(folder)
     path = Path(folder) / "report.html"
     with atomic_write(path) as file:

@@ -53,7 +53,7 @@ def with_tier(model, tier: int):
     return pk.lean(pk.adapt(model, pk.LoRA(rank=16, alpha=32.0)), tier)
 
 
-# What decides most comes first: time may run out.
+# Those that decide most come first: time may run out.
 IMPLEMENTATIONS = {
     "ours": lambda model: with_tier(model, 1),
     "ours, graph": lambda model: with_tier(model, 1),
@@ -75,7 +75,7 @@ QUICK = (QUICK[0], *FP32, *QUICK[1:])  # of a CPU without instructions for bf16
 
 @dataclass(frozen=True)
 class Text:
-    """What a step reads: rows x length tokens a side, or the batches of ``data``. rounds, warm: those of a CPU."""
+    """Holds what a step reads: rows x length tokens a side, or ``data``'s batches. rounds, warm: those of a CPU."""
 
     implementations: tuple[str, ...]
     rounds: int
@@ -98,11 +98,11 @@ class Text:
 
     @property
     def tokens(self) -> tuple[int, int]:
-        """Those of the source and of the target, without padding."""
+        """Tokens of the source and of the target, without padding."""
         return sum(int((b.source != PAD).sum()) for b in self.batches), sum(b.target_tokens for b in self.batches)
 
     def inputs(self, implementation: str, device: str) -> list[dict]:
-        """Of the model, for each batch of a step."""
+        """Returns the model's inputs for each batch of a step."""
         place = torch.device(device)
         if implementation == GRAPH:
             rows = packed_batches(self.data, WORDS) if self.data else map(packed, self.batches)
@@ -119,7 +119,7 @@ def padded(batch: Batch) -> dict:
 
 
 def texts(device: str) -> dict[str, list[Text]]:
-    """By the function that times them."""
+    """Returns the texts by the function that times them."""
     if device == "cuda":
         real = Data(8192, 256, updates=4, multiple=8)
         return {"test_step": [Text(CARD, 3, rows=64)], "test_real_lengths": [Text(CARD[:4], 3, data=real)]}
@@ -180,7 +180,7 @@ def test_real_lengths(benchmark, text, implementation, device, make, in_turn):
 
 
 def test_few_tokens(benchmark, text, implementation, device, make, in_turn):
-    """Where products in bf16 are slow."""
+    """Runs where products in bf16 are slow."""
     time_step(benchmark, text, implementation, device, make, in_turn)
 
 
@@ -215,7 +215,7 @@ def step_of(net: torch.nn.Module, inputs: list[dict]) -> Callable[[], None]:
 
 
 def captured_step_of(net: torch.nn.Module, inputs: list[dict]) -> Callable[[], None]:
-    """The same on packed rows on a GPU, captured when a shape first comes."""
+    """Returns the same on packed rows on a GPU, captured when a shape first comes."""
     for parameter in (own for own in net.parameters() if own.requires_grad):
         parameter.grad = torch.zeros_like(parameter)
     names = [name for name in inputs[0] if name != "longest"]

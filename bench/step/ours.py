@@ -1,4 +1,4 @@
-"""Our side of a trial: planned, loaded as the plan says, and updated by the trainer's own loop."""
+"""Our side of a trial: planned, loaded by the plan, and updated by the trainer's own loop."""
 
 from __future__ import annotations
 

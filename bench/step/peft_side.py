@@ -41,7 +41,7 @@ class Update:
 
 
 def peft_model(model: nn.Module, trial: Trial, device: torch.device) -> nn.Module:
-    """bf16 throughout but for what the setting says, which is the leanest and fastest that PEFT can be given.
+    """Returns PEFT's model in bf16 but for what the setting changes, the leanest and fastest that PEFT can be given.
 
     Of what bitsandbytes rounds, no dense copy is in memory. Without ``prepare_model_for_kbit_training``, which would
     hold embeddings and norms in fp32.
@@ -94,7 +94,7 @@ def _rounded_linear(linear: nn.Linear, base: str, device: torch.device) -> nn.Li
 
 
 def peft_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Of the logits in their own dtype, as transformers has it; PyTorch's own label smoothing."""
+    """Returns the loss of the logits in their own dtype, as transformers has it; PyTorch's own label smoothing."""
     logits = model(
         input_ids=batch.source,
         attention_mask=(batch.source != PAD).long() if batch.padded else None,

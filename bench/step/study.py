@@ -1,4 +1,4 @@
-"""What both sides come to under caps of memory: trials run when their results are needed, and once."""
+"""Trials of both sides under caps of memory, each run once, when its result is needed."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class Study:
         self._known: dict[tuple, list[tuple[int, Result]]] = {}
 
     def cell(self, shape: str, cap: str, peers: bool = True) -> list[Side]:
-        """Ours and, with ``peers``, PEFT's: ours come first, for a search may take all the time there is."""
+        """Returns ours and, with ``peers``, PEFT's: ours come first, for a search may take all the time there is."""
         return [self.side(shape, cap, name) for name in (OURS, QUANTIZED, PEFT) if peers or name != PEFT]
 
     def side(self, shape: str, cap: str, implementation: str) -> Side:
@@ -161,7 +161,7 @@ class Study:
 
 
 def tells(before: int, found: Result, memory: int) -> bool:
-    """Whether what a trial under ``before`` bytes came to is also what one under ``memory`` bytes would come to."""
+    """Returns whether the result of a trial under ``before`` bytes is also that of one under ``memory`` bytes."""
     if found.out_of_memory:
         return memory <= before
     if found.failure:
@@ -170,7 +170,7 @@ def tells(before: int, found: Result, memory: int) -> bool:
 
 
 def taken(device: str) -> int:
-    """Bytes of the card that this very process holds, if it uses it at all."""
+    """Returns the bytes of the card that this very process holds, if it uses it at all."""
     if device != "cuda" or not torch.cuda.is_initialized():
         return 0
     torch.cuda.empty_cache()
@@ -195,7 +195,7 @@ def work(device: str, shape: str, result: Result) -> counts.Counts:
 
 
 def beside_peft(study: Study, shape: str, cap: str, side: Side) -> dict:
-    """How many times PEFT's tokens a second, or why PEFT has none; empty where PEFT was not asked for."""
+    """Returns how many times PEFT's tokens a second, or why PEFT has none; empty without --peers."""
     peft = study.sides.get((shape, cap, PEFT))
     if peft is None or peft is side:
         return {}

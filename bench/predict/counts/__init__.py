@@ -1,10 +1,10 @@
-"""What each op has to do, counted: operations and bytes that nobody can avoid, and the launches that ours makes of it.
+"""Counts of each op: operations and bytes that nobody can avoid, and the launches that ours makes of them.
 
 Operations are those of matrix products, two a multiplication. Bytes are the op's own inputs and outputs, read or
 written once, forward and backward: what backward saves is an output of forward and an input of backward. The launches
 are those of the Triton wrappers at their tiles for sm_80 and newer; each has its operations, its device memory, and,
 where they bound it, the instructions a thread spends on each element (counted in the compiled code, bench/NOTES.md).
-A launch of the library (cuBLAS, PyTorch) says so. tests/bench/test_counts.py holds all of this to the code.
+A launch of the library (cuBLAS, PyTorch) is marked. tests/bench/test_counts.py holds all of this to the code.
 
 t tokens, k inputs and n outputs of a linear, d the width of the model, m a bottleneck, f the width of a feed-forward
 block's inside; `size` is the bytes of an element of the activations. Adapters are kept in fp32.

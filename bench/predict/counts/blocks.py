@@ -1,4 +1,4 @@
-"""Adapters, feed-forward blocks and the vocabulary loss."""
+"""Counts of adapters, feed-forward blocks and the vocabulary loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What lies between the products: activations, dropout, norms and attention."""
+"""Counts of what lies between the products: activations, dropout, norms and attention."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bench.predict.counts.work import FP32, MASK, Counts, Launch
 # Instructions a thread spends on an element, counted for sm_90: forward and backward.
 ACTIVATION = {"relu": (8.5, 9.5), "gated relu": (10.5, 17.5)}
 DROPOUT_ADD = (18.4, 15.8)
-ATTENTION = {False: (12.7, 19.2), True: (21.6, 30.7)}  # of a score, without dropout and with it
+ATTENTION = {False: (12.7, 19.2), True: (21.6, 30.7)}  # each score, without dropout and with it
 
 
 def activation(t: int, f: int, kind: str, size: int, dropout: bool = False) -> Counts:

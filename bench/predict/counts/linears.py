@@ -1,4 +1,4 @@
-"""Frozen linears, and linears with LoRA."""
+"""Counts of frozen linears, and of linears with LoRA."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def frozen_linear(t: int, n: int, k: int, size: int, bias: bool = True, dbias: b
 def lora_linear(
     t: int, k: int, outputs: Sequence[int], ranks: Sequence[int], size: int, dropout: bool = False
 ) -> Counts:
-    """Linears (N_g, k) with adapters of rank r_g that read one x: 4·t·k·N + 6·t·(k·R + Σ N_g·r_g)."""
+    """Counts linears (N_g, k) with adapters of rank r_g that read one x: 4·t·k·N + 6·t·(k·R + Σ N_g·r_g)."""
     n, r = sum(outputs), sum(ranks)
     a, b = r * k, sum(n_g * r_g for n_g, r_g in zip(outputs, ranks, strict=True))
     x, y, s, w, adapters = t * k * size, t * n * size, t * r * size, n * k * size, FP32 * (a + b)
@@ -44,14 +44,14 @@ def lora_linear(
 
 
 def _rank_part(fused, _alone, t, k, outputs, ranks, size, mask) -> list[Launch]:
-    """s and the rank part of y, or ds and that of dx, from one read of x or dy."""
+    """Returns the launch of s and the rank part of y, or of ds and that of dx, from one read of x or dy."""
     n, r = sum(outputs), sum(ranks)
     a, b = r * k, sum(n_g * r_g for n_g, r_g in zip(outputs, ranks, strict=True))
     return [Launch(fused, 2 * t * (a + b), size * t * (k + n + r) + FP32 * (a + b), mask)]
 
 
 def _rank_part_apart(fused, alone, t, k, outputs, ranks, size, mask) -> list[Launch]:
-    """The same where the ranks are too many: s or ds, then products of the library's; casts and scales are left out."""
+    """Returns the same where the ranks are too many: s or ds, then the library's products, without casts and scales."""
     r, into = sum(ranks), fused == "_rank_outputs_kernel"
     b = sum(n_g * r_g for n_g, r_g in zip(outputs, ranks, strict=True))
     if into:
@@ -64,7 +64,7 @@ def _rank_part_apart(fused, alone, t, k, outputs, ranks, size, mask) -> list[Lau
 
 
 def lora_border(t: int, k: int, outputs: Sequence[int], ranks: Sequence[int], size: int) -> Counts:
-    """The same linears as one product each way, r_g = 0 for one without an adapter; x and dy come in rows with room."""
+    """Counts the same as one product each way, r_g = 0 where there is no adapter; x and dy come in rows with room."""
     n, r = sum(outputs), math.ceil(sum(ranks) / ALIGNMENT) * ALIGNMENT
     a, b = sum(ranks) * k, sum(n_g * r_g for n_g, r_g in zip(outputs, ranks, strict=True))
     counted = lora_linear(t, k, outputs, ranks, size)

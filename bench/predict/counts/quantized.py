@@ -1,4 +1,4 @@
-"""Quantized weights: products with them, and conversions."""
+"""Counts of products with quantized weights, and of conversions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the Triton wrappers decide by on a card of sm_90, read from their own tables.
+"""Tables of the Triton wrappers for a card of sm_90, read from their own module.
 
 petl_kernels/backends/triton/config.py imports no Triton, but its package does, and counting needs none: the module is
 loaded by its file.

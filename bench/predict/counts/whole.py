@@ -1,4 +1,4 @@
-"""Whole layers and steps: what no implementation can avoid."""
+"""Counts of whole layers and steps: work that no implementation can avoid."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What counts are made of: an op's work, its launches, and products and passes of the library's."""
+"""The types of a count: an op's work and its launches; products and passes of the library's."""
 
 from __future__ import annotations
 
@@ -15,18 +15,20 @@ MASK = 12
 
 @dataclass(frozen=True)
 class Launch:
+    """Describes a launch by its operations, bytes of device memory, and instructions of all threads."""
+
     name: str
     flops: int = 0
     bytes: int = 0
     instructions: float = 0.0
-    cached: int = 0  # of the bytes: logits, which only travel where a chunk of them does not fit the L2 cache
+    cached: int = 0  # bytes of logits among them, which only travel where a chunk of them does not fit the L2 cache
     working_set: int = 0  # bytes of that chunk
     library: bool = False
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What cannot be avoided (flops, bytes), and the launches of ours; None where ours has no GPU kernel."""
+    """Holds flops and bytes that cannot be avoided, and the launches of ours; None where ours has no GPU kernel."""
 
     flops: int
     bytes: int
@@ -34,7 +36,7 @@ class Counts:
 
     @property
     def launches(self) -> int | None:
-        """Of our own kernels, forward and backward."""
+        """Number of launches of our own kernels, forward and backward."""
         return None if self.kernels is None else sum(not kernel.library for kernel in self.kernels)
 
     def __add__(self, other: Counts) -> Counts:
@@ -56,7 +58,7 @@ def library_product(rows: int, cols: int, inner: int, size: int) -> Launch:
 
 
 def streams(count: int, elements: int, size: int) -> Counts:
-    """One pass of the library's that reads and writes ``count`` arrays of as many elements: a copy has two."""
+    """Counts one pass of the library's that reads and writes ``count`` arrays of as many elements: a copy has two."""
     moved = count * elements * size
     return Counts(0, moved, (Launch("library pass", bytes=moved, library=True),))
 
