@@ -1,4 +1,4 @@
-"""Predicted seconds of every op, shape and card, from what bench/counts.py counts.
+"""Predicted seconds of every op, shape and card, from the counts of bench/predict/counts.
 
     python -m bench.model                       every op × shape × card: predicted time, ratio to the limit
     python -m bench.model --markdown            the same into the tables of docs/PERFORMANCE.md

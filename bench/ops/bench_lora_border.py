@@ -18,7 +18,7 @@ from bench.run.peers import require
 from bench.run.work import Case, Work, differentiated
 from bench.shapes import WIDE, distinct, shape
 from petl_kernels import ops
-from petl_kernels.ops.common import below_autograd, run
+from petl_kernels.ops.define import below_autograd, run
 from petl_kernels.ops.lora_border import room
 
 RANK = 16

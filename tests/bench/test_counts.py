@@ -1,4 +1,4 @@
-"""bench/counts.py against the code: products as PyTorch counts them, the ops' arguments, the wrappers' launches."""
+"""bench/predict/counts against the code: products as PyTorch counts them, the ops' arguments, the wrappers' launches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""bench/measure.py: what is wrong is refused, inputs rotate, and what is written down is what the report reads."""
+"""bench/run: wrong results are refused, inputs rotate, and the report's names are written down."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""bench/model.py: predictions grow with the work, and the limits of its targets come out of the arithmetic."""
+"""bench/predict: predictions grow with the work, and the limits of its targets come out of the arithmetic."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def test_the_document_holds_what_the_model_and_the_results_say():
         against.REPLACED,
     )
     for line in (line for table in tables for line in table):
-        assert f"| {' | '.join(line)} |" in text, "python bench/model.py --markdown writes it anew"
+        assert f"| {' | '.join(line)} |" in text, "python -m bench.model --markdown writes it anew"
 
 
 def test_a_copy_is_two_arrays():
