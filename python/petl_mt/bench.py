@@ -171,11 +171,8 @@ def _device(name: str | None) -> str:
 
 
 def _results(device: str) -> Path:
-    """Of the device: "cpu", or the card's name."""
-    import torch
-
-    name = torch.cuda.get_device_name().replace(" ", "-").lower() if device == "cuda" else "cpu"
-    return CHECKOUT / "bench" / "results" / name
+    """Returns the folder of the device's results."""
+    return _module("where").results_of(device)
 
 
 def _module(name: str) -> ModuleType:

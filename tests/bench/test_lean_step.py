@@ -1,4 +1,4 @@
-"""bench/lean_step.py: a layer's list has the ops that the rule runs, and a step the work that its linears have."""
+"""bench/predict/lean_step.py: a layer has the ops that the rule runs, and a step the work of its linears."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ block's inside; `size` is the bytes of an element of the activations. Adapters a
 
 from __future__ import annotations
 
-from bench.predict.counts.blocks import bottleneck_adapter, frozen_ffn, linear_cross_entropy, loss_blocks, parallel_ffn
+from bench.predict.counts.blocks import bottleneck_adapter, frozen_ffn, linear_cross_entropy, parallel_ffn
 from bench.predict.counts.elementwise import (
     activation,
     attention,
@@ -44,7 +44,6 @@ __all__ = [
     "linear_cross_entropy",
     "lora_border",
     "lora_linear",
-    "loss_blocks",
     "parallel_ffn",
     "quantize",
     "quantized_project",

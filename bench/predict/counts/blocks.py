@@ -136,7 +136,8 @@ def linear_cross_entropy(t: int, d: int, words: int, size: int, chunk_bytes: int
     x = t * d * size
     moved = words * d * size + 2 * x + 8 * t + FP32  # hidden, W and labels in, dh and the loss out
     moved += 2 * x  # dh times dloss
-    rows, columns = loss_blocks(t, d, words, size, chunk_bytes)
+    dtype = torch.float32 if size == FP32 else torch.bfloat16
+    rows, columns = blocks_of(t, d, words, dtype, "cuda", chunk_bytes, copied=False)
     kernels = [Launch("sum of words", bytes=words * d * size, library=True)]
     for first in range(0, t, rows):
         part = min(rows, t - first)
@@ -165,9 +166,3 @@ def _words_block(t: int, d: int, words: int, size: int, fresh: bool) -> list[Lau
             out_of.append(Launch("library product", bytes=moved, cached=moved, working_set=e + t * d * FP32, **work))
     work = EXPONENTIAL * t * words
     return [*into, Launch("_words_kernel", bytes=2 * e, instructions=work, cached=2 * e, working_set=e), *out_of]
-
-
-def loss_blocks(t: int, d: int, words: int, size: int, chunk_bytes: int) -> tuple[int, int]:
-    """Returns rows and words of a block on a card."""
-    dtype = torch.float32 if size == FP32 else torch.bfloat16
-    return blocks_of(t, d, words, dtype, "cuda", chunk_bytes, apart=False)
