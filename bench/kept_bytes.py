@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 import petl_kernels as pk
+from bench.run.peers import lora_by_peft
 from bench.shapes import MODELS, m2m_config
 from bench.show import markdown
 from bench.where import ROOT
@@ -50,12 +51,8 @@ def base(d: int, ffn: int, heads: int) -> nn.Module:
     return M2M100ForConditionalGeneration(config).to(torch.bfloat16)
 
 
-def with_peft(model: nn.Module, autocast_adapter_dtype: bool) -> Layers:
-    import peft
-
-    config = peft.LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"])
-    adapted = peft.get_peft_model(copy.deepcopy(model), config, autocast_adapter_dtype=autocast_adapter_dtype)
-    return Layers(adapted.base_model.model).train()
+def with_peft(model: nn.Module, fp32_adapters: bool) -> Layers:
+    return Layers(lora_by_peft(copy.deepcopy(model), fp32_adapters).base_model.model).train()
 
 
 def with_tier(model: nn.Module, tier: int) -> Layers:

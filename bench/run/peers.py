@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from torch import nn
 
 from bench.shapes import runs_on
 
@@ -20,6 +21,16 @@ def installed(module: str, name: str, device: str = "cuda"):
     if device == "cpu":
         pytest.skip(f"{name} needs a GPU")
     return pytest.importorskip(module, reason=f"{name} is not installed", exc_type=ImportError)
+
+
+def lora_by_peft(
+    model: nn.Module, fp32_adapters: bool, rank: int = 16, targets: Sequence[str] = ("q_proj", "v_proj")
+) -> nn.Module:
+    """Returns PEFT's model of ``model`` with LoRA of alpha 2 · rank; its defaults have adapters in fp32."""
+    import peft
+
+    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(targets))
+    return peft.get_peft_model(model, config, autocast_adapter_dtype=fp32_adapters)
 
 
 def compiled(function: Callable) -> Callable:

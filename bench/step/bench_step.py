@@ -32,6 +32,7 @@ from bench.predict import counts
 from bench.random_model import frozen_model, random_weights
 from bench.run import clock, turns
 from bench.run.measure import describe, record
+from bench.run.peers import lora_by_peft
 from bench.run.work import Case
 from bench.shapes import MODELS, m2m_config
 from bench.step.sentences import FIRST_WORD, PAD, Data, batches, packed, packed_batches
@@ -42,13 +43,6 @@ SHAPE = MODELS[NAME]
 WORDS = SHAPE[-1]
 
 
-def with_peft(model, autocast_adapter_dtype: bool):
-    import peft
-
-    config = peft.LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"])
-    return peft.get_peft_model(model, config, autocast_adapter_dtype=autocast_adapter_dtype)
-
-
 def with_tier(model, tier: int):
     return pk.lean(pk.adapt(model, pk.LoRA(rank=16, alpha=32.0)), tier)
 
@@ -57,10 +51,10 @@ def with_tier(model, tier: int):
 IMPLEMENTATIONS = {
     "ours": lambda model: with_tier(model, 1),
     "ours, graph": lambda model: with_tier(model, 1),
-    "PEFT, bf16 adapters": lambda model: with_peft(model, False),
-    "PEFT, defaults": lambda model: with_peft(model, True),
+    "PEFT, bf16 adapters": lambda model: lora_by_peft(model, False),
+    "PEFT, defaults": lambda model: lora_by_peft(model, True),
     "ours, fp32": lambda model: with_tier(model, 1),
-    "PEFT, fp32": lambda model: with_peft(model, True),
+    "PEFT, fp32": lambda model: lora_by_peft(model, True),
     "ours, tier 2": lambda model: with_tier(model, 2),
     "ours, tier 3": lambda model: with_tier(model, 3),
 }

@@ -10,6 +10,7 @@ from petl_mt.data import IGNORE, Batch
 from petl_mt.loss import shift_right
 from torch import Tensor, nn
 
+from bench.run.peers import lora_by_peft
 from bench.step.sentences import PAD, START
 from bench.step.task import RANK, SMOOTHING, TARGETS, Trial
 from petl_kernels import versions
@@ -47,8 +48,6 @@ def peft_model(model: nn.Module, trial: Trial, device: torch.device) -> nn.Modul
     hold embeddings and norms in fp32.
     """
     versions.check("peft")
-    import peft
-
     setting, model = trial.setting, model.to(torch.bfloat16)
     rounded = set()
     if setting.base != "bfloat16":
@@ -66,8 +65,7 @@ def peft_model(model: nn.Module, trial: Trial, device: torch.device) -> nn.Modul
         setattr(model.get_submodule(owner), attribute, _rounded_linear(linear, setting.base, device))
     model.is_loaded_in_8bit, model.is_loaded_in_4bit = setting.base == "int8", setting.base == "nf4"
     model.to(device)
-    config = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=list(TARGETS))
-    model = peft.get_peft_model(model, config, autocast_adapter_dtype=setting.fp32_adapters).train()
+    model = lora_by_peft(model, setting.fp32_adapters, RANK, TARGETS).train()
     if setting.checkpointing:
         model.base_model.model.gradient_checkpointing_enable({"use_reentrant": False})
     if setting.compiled:  # layers of a side share their code: compiled once and not for each
