@@ -68,7 +68,7 @@ bench: $(VENV)/.dev
 	$(BIN)/petl-mt bench $(BENCHES) --peers
 
 memory-table: $(VENV)/.dev
-	$(BIN)/python bench/kept_bytes.py
+	$(BIN)/python -m bench.kept_bytes
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -82,7 +82,7 @@ docs: $(VENV)/.dev
 # What a card says in six minutes: bench/gpu.py has the parts and their limits. TEXT="a.en a.sw" LANGUAGES=en-sw trains on
 # your text, PARTS="product step" runs some of the parts, gpu-more those that take longer.
 gpu gpu-more:
-	$(GPU_PYTHON) bench/gpu.py $(PARTS) $(if $(filter gpu-more,$@),--more) $(if $(TEXT),--text $(TEXT)) \
+	$(GPU_PYTHON) -m bench.gpu $(PARTS) $(if $(filter gpu-more,$@),--more) $(if $(TEXT),--text $(TEXT)) \
 	    $(if $(LANGUAGES),--languages $(LANGUAGES))
 
 clean:
