@@ -23,12 +23,12 @@ test test-all: $(VENV)/.dev
 # allows, each in an environment of its own, on a copy of the sources with its own build of the extension. TORCH=2.13.0
 # takes that PyTorch in the place of the range's end: some indexes have a small build of it, without CUDA.
 TORCH ?=
-LIBRARY_TESTS := tests/test_versions.py tests/test_transformers_names.py tests/interop tests/methods \
+LIBRARY_TESTS := tests/test_versions.py tests/models/test_transformers_names.py tests/interop tests/methods \
     tests/layers/test_lean_exact.py tests/layers/test_lean_model.py tests/layers/test_no_waiting.py \
-    tests/memory/test_generation.py tests/memory/test_lean_auto.py tests/backends/test_triton_interpreter.py \
+    tests/planning/test_beam_search.py tests/planning/test_lean_auto.py tests/backends/test_triton_interpreter.py \
     tests/petl_mt/test_evaluate.py tests/petl_mt/test_families.py tests/petl_mt/test_new_model.py \
     tests/petl_mt/test_optimizer.py tests/petl_mt/test_train.py tests/petl_mt/test_translate_memory.py
-QUICK_TESTS := tests/test_versions.py tests/test_transformers_names.py tests/interop/test_hf.py \
+QUICK_TESTS := tests/test_versions.py tests/models/test_transformers_names.py tests/interop/test_hf.py \
     tests/interop/test_peft_format.py tests/methods/test_prefix.py tests/petl_mt/test_translate_memory.py
 COPIED := setup.py pyproject.toml constraints.txt README.md MANIFEST.in csrc petl_kernels python tests bench
 RANGES := import sys; from petl_kernels import versions; print(versions.constraints(sys.argv[1], sys.argv[2:]))

@@ -1,6 +1,6 @@
 """A model of a published shape, random weights, trained for a few updates inside a budget of bytes.
 
-    python bench/budget.py nllb-3.3b 4GiB --allow quantised
+    python bench/budget.py nllb-3.3b 4GiB --allow quantized
 
 Writes the checkpoint (bf16) into a temporary folder, plans from its config, loads it as the plan says under a cap that
 the allocator enforces, trains, and adds a line to results/<device>/budget.json: the plan, the peak that the allocator
@@ -24,11 +24,11 @@ from shapes import MODELS, m2m_config
 
 import petl_kernels as pk
 from petl_kernels.device import resolve
-from petl_kernels.interop.files import atomic_write
+from petl_kernels.files import atomic_write
 from petl_kernels.interop.hf import skeleton
-from petl_kernels.interop.planned import load_planned
-from petl_kernels.memory import cap
-from petl_kernels.memory.size import format_size, parse_size
+from petl_kernels.planning.load import load_planned
+from petl_kernels.step import cap
+from petl_kernels.units import format_size, parse_size
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from pytest_benchmark.utils import safe_dumps
 
-from petl_kernels.interop.files import atomic_write
+from petl_kernels.files import atomic_write
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -24,7 +24,7 @@ WHERE = pytest.StashKey[dict]()  # machine and commit, which stay the same in a 
 WRITTEN = pytest.StashKey[int]()  # benchmarks in the result file
 # What decides most: a run may be cut.
 FIRST = [f"bench_{name}" for name in ("step", "lora_linear", "linear_cross_entropy", "frozen_ffn", "attention")]
-FIRST += ["bench_bottleneck_adapter", "bench_quantised"]
+FIRST += ["bench_bottleneck_adapter", "bench_quantized"]
 PACKAGES = ("triton", "transformers", "peft", "bitsandbytes", "liger-kernel", "cut-cross-entropy")
 
 

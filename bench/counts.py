@@ -30,18 +30,18 @@ ACTIVATION = {"relu": (8.5, 9.5), "gated relu": (10.5, 17.5)}
 EXPONENTIAL = 16.5
 DROPOUT_ADD = (18.4, 15.8)
 ATTENTION = {False: (12.7, 19.2), True: (21.6, 30.7)}  # of a score, without dropout and with it
-QUANTISED_LOOP = {"int8": (8.4, 8.8), "nf4": (21, 21)}
-QUANTISED_ALONE = {"int8": (10.6, 18), "nf4": (13.8, 23)}
-DEQUANTISE = {"int8": 8.5, "nf4": 17.1}
-QUANTISE = {"int8": 26, "nf4": 54}
+QUANTIZED_LOOP = {"int8": (8.4, 8.8), "nf4": (21, 21)}
+QUANTIZED_ALONE = {"int8": (10.6, 18), "nf4": (13.8, 23)}
+DEQUANTIZE = {"int8": 8.5, "nf4": 17.1}
+QUANTIZE = {"int8": 26, "nf4": 54}
 # What the wrappers decide by (petl_kernels/backends/triton/config.py).
 ADAPTER_FUSED = 128
 FFN_CHUNK_BYTES, FFN_CHUNK_ROWS = 64 << 20, 256
 FUSED_RANKS = 64
 BORDER_PARTS = 64
-QUANTISED_LOOP_ROWS = {"int8": 512, "nf4": 256}
-QUANTISED_VECTOR_ROWS = 4
-QUANTISED_TILE_BYTES = 32 << 20
+QUANTIZED_LOOP_ROWS = {"int8": 512, "nf4": 256}
+QUANTIZED_VECTOR_ROWS = 4
+QUANTIZED_TILE_BYTES = 32 << 20
 PROCESSORS = 132
 LOSS_WORDS, ALIGNED = (2048, 8192), 64  # of a block at least, unless there are not so many, and at most
 SENTENCE = 128  # queries of a sentence whose gradients one program makes; before sm_90 64, which is not counted
@@ -180,42 +180,42 @@ def _filled(n: int, size: int) -> Launch:
     return Launch("_inputs_kernel", bytes=2 * n * size)
 
 
-def quantised_project(t: int, n: int, k: int, storage: str, size: int) -> Counts:
-    """x Ŵᵀ and dy Ŵ, without a bias; Ŵ is dequantised for each of a few rows, in the main loop, or ahead of the
+def quantized_project(t: int, n: int, k: int, storage: str, size: int) -> Counts:
+    """x Ŵᵀ and dy Ŵ, without a bias; Ŵ is dequantized for each of a few rows, in the main loop, or ahead of the
     library's product."""
     weight = stored_bytes(n, k, storage, size)
     moved = size * 2 * (t * k + t * n) + 2 * weight
-    in_loop = k % 64 == 0 and t <= QUANTISED_LOOP_ROWS[storage]
-    alone = k % 64 == 0 and t <= QUANTISED_VECTOR_ROWS
-    product = _quantised_alone if alone else _quantised_loop if in_loop else _quantised_ahead
+    in_loop = k % 64 == 0 and t <= QUANTIZED_LOOP_ROWS[storage]
+    alone = k % 64 == 0 and t <= QUANTIZED_VECTOR_ROWS
+    product = _quantized_alone if alone else _quantized_loop if in_loop else _quantized_ahead
     kernels = (
-        *product("_quantised_project_kernel", 0, t, n, k, storage, size, weight),
-        *product("_quantised_project_back_kernel", 1, t, k, n, storage, size, weight),
+        *product("_quantized_project_kernel", 0, t, n, k, storage, size, weight),
+        *product("_quantized_project_back_kernel", 1, t, k, n, storage, size, weight),
     )
     return Counts(4 * t * n * k, moved, kernels)
 
 
-def _quantised_alone(_, direction, t, cols, inner, storage, size, weight) -> list[Launch]:
+def _quantized_alone(_, direction, t, cols, inner, storage, size, weight) -> list[Launch]:
     """No products of tiles: multiplications are among the instructions."""
     name = ("_project_rows_kernel", "_project_back_rows_kernel")[direction]
-    work = QUANTISED_ALONE[storage][direction] * t * cols * inner
+    work = QUANTIZED_ALONE[storage][direction] * t * cols * inner
     return [Launch(name, bytes=size * t * (inner + cols) + weight, instructions=work)]
 
 
-def _quantised_loop(name, direction, t, cols, inner, storage, size, weight) -> list[Launch]:
+def _quantized_loop(name, direction, t, cols, inner, storage, size, weight) -> list[Launch]:
     rows = min(max(16, 1 << (t - 1).bit_length()), 128)
     tiles = math.ceil(t / rows)
     splits = max(
         1, min(math.ceil(2 * PROCESSORS / (tiles * math.ceil(cols / 64))), inner // ((2 if rows == 16 else 4) * 64))
     )
     parts = FP32 * splits * t * cols if splits > 1 else size * t * cols
-    work = QUANTISED_LOOP[storage][direction] * tiles * cols * inner
+    work = QUANTIZED_LOOP[storage][direction] * tiles * cols * inner
     kernels = [Launch(name, 2 * t * cols * inner, size * t * inner + weight + parts, work)]
     return kernels + ([Launch("_sum_kernel", bytes=parts + size * t * cols)] if splits > 1 else [])
 
 
-def _quantised_ahead(_, direction, t, cols, inner, storage, size, weight) -> list[Launch]:
-    most = max(1, QUANTISED_TILE_BYTES // (inner * size))
+def _quantized_ahead(_, direction, t, cols, inner, storage, size, weight) -> list[Launch]:
+    most = max(1, QUANTIZED_TILE_BYTES // (inner * size))
     most = most // 64 * 64 or most
     length = math.ceil(cols / math.ceil(cols / most))
     length = max(1, min(math.ceil(length / 64) * 64, most))
@@ -224,7 +224,7 @@ def _quantised_ahead(_, direction, t, cols, inner, storage, size, weight) -> lis
         part = min(length, cols - first)
         values = part * inner
         moved = weight * part // cols + size * values
-        kernels.append(Launch("_dequantise_kernel", bytes=moved, instructions=DEQUANTISE[storage] * values))
+        kernels.append(Launch("_dequantize_kernel", bytes=moved, instructions=DEQUANTIZE[storage] * values))
         kernels.append(_library(t, part, inner, size))
     return kernels
 
@@ -239,28 +239,28 @@ def stored_bytes(n: int, k: int, storage: str, size: int) -> int:
     return math.ceil(n * k / 2) + blocks + FP32 * math.ceil(blocks / 256) + FP32
 
 
-def quantise(n: int, k: int, storage: str, size: int) -> Counts:
+def quantize(n: int, k: int, storage: str, size: int) -> Counts:
     """A dense weight into a storage, with the look whether its values are finite."""
     moved, look = n * k * size + stored_bytes(n, k, storage, size), Launch("largest scale", library=True)
     if storage == "int8":
-        kernel = Launch("_quantise_int8_kernel", bytes=moved, instructions=QUANTISE["int8"] * n * k)
+        kernel = Launch("_quantize_int8_kernel", bytes=moved, instructions=QUANTIZE["int8"] * n * k)
         return Counts(0, moved, (kernel, look))
     blocks = math.ceil(n * k / 64)
     codes = n * k * size + math.ceil(n * k / 2) + FP32 * blocks
     kernels = (
-        Launch("_quantise_nf4_kernel", bytes=codes, instructions=QUANTISE["nf4"] * n * k),
+        Launch("_quantize_nf4_kernel", bytes=codes, instructions=QUANTIZE["nf4"] * n * k),
         Launch("mean", bytes=FP32 * blocks, library=True),
         Launch("cast of the mean", library=True),
-        Launch("_quantise_absmax_kernel", bytes=(FP32 + 1) * blocks),
+        Launch("_quantize_absmax_kernel", bytes=(FP32 + 1) * blocks),
         look,
     )
     return Counts(0, moved, kernels)
 
 
-def dequantise(n: int, k: int, storage: str, size: int) -> Counts:
+def dequantize(n: int, k: int, storage: str, size: int) -> Counts:
     """A weight in a storage into a dense one."""
     moved = n * k * size + stored_bytes(n, k, storage, size)
-    return Counts(0, moved, (Launch("_dequantise_kernel", bytes=moved, instructions=DEQUANTISE[storage] * n * k),))
+    return Counts(0, moved, (Launch("_dequantize_kernel", bytes=moved, instructions=DEQUANTIZE[storage] * n * k),))
 
 
 # ---- adapters, feed-forward blocks, the vocabulary loss -------------------------------------------------------------

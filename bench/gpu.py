@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 GRACE = 4  # seconds of a limit in which a part that was interrupted may say where it was
 TAIL = 12  # lines of the log of a part that did not pass
 
-# Of the ops at two widths, NLLB-600M's and 3.3B's: LoRA, loss, FFN, attention, adapter, quantised. One layer a side.
+# Of the ops at two widths, NLLB-600M's and 3.3B's: LoRA, loss, FFN, attention, adapter, quantized. One layer a side.
 OPS = (
     "(nllb-600m or nllb-3.3b) and not float32 and not torch.compile and ("
     "test_lora_linear and not 8- and not 64- or test_linear_cross_entropy and 0.1 or test_frozen_ffn and relu "
@@ -99,7 +99,7 @@ def more_parts() -> list[Part]:
         Part("doctor", 60, ("-m", "petl_mt.cli", "doctor")),
         Part("caps", 200, (*BENCH, "step", "--peers", "--device", "cuda")),
         Part("contest", 500, ("bench/candidates/contest.py",)),
-        Part("budget-3.3b", 300, (budget, "nllb-3.3b", "4GiB", "--allow", "quantised")),
+        Part("budget-3.3b", 300, (budget, "nllb-3.3b", "4GiB", "--allow", "quantized")),
         Part("budget-600m", 120, (budget, "nllb-600m", "1.5GiB")),
         Part("all-layers", 900, (*BENCH, "layers", "--peers", "--device", "cuda")),
         Part("all-ops", 2400, (*BENCH, "ops", "--peers", "--device", "cuda")),

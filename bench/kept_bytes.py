@@ -20,8 +20,8 @@ from shapes import m2m_config
 from torch import nn
 
 import petl_kernels as pk
-from petl_kernels.memory.kept import Born
-from petl_kernels.memory.work import linear_flops
+from petl_kernels.accounting.live import Born
+from petl_kernels.accounting.work import linear_flops
 
 # name: width, feed-forward width, heads, layers on each side
 SHAPES = {

@@ -140,7 +140,8 @@ def load(path: str | Path) -> Run:
     """The run in ``path``. InputError when the file is missing or is no result of a bench."""
     path = Path(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        # Results of earlier versions have "quantised" in their names.
+        content = json.loads(path.read_text(encoding="utf-8").replace("quantis", "quantiz"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; expected a JSON that petl-mt bench has written") from None
     except (ValueError, UnicodeDecodeError):

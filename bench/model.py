@@ -158,7 +158,7 @@ def _cases(name: str, tokens: int) -> Iterator[tuple[str, str]]:
         yield "attention", f"{tokens // 128}x128 dropout 0"
         yield "attention", f"{tokens // 128}x128 dropout 0.1"
     for storage in ("int8", "nf4"):
-        yield from (("quantised_project", f"{storage} {matrix}") for matrix in ("d x d", "ffn x d"))
+        yield from (("quantized_project", f"{storage} {matrix}") for matrix in ("d x d", "ffn x d"))
     for chunk in (32, 300):
         yield "linear_cross_entropy", f"smoothing 0.1, {chunk} MiB of logits"
 
@@ -234,10 +234,10 @@ def _attention(s: Shape, case: str, t: int, size: int) -> tuple[Counts, Counts]:
     return scores, once(scores, 2)
 
 
-def _quantised_project(s: Shape, case: str, t: int, size: int) -> tuple[Counts, Counts]:
+def _quantized_project(s: Shape, case: str, t: int, size: int) -> tuple[Counts, Counts]:
     storage, matrix = case.split(maxsplit=1)
     n, k = ({"d": s.d, "ffn": s.ffn}[side] for side in matrix.split(" x "))
-    return counts.quantised_project(t, n, k, storage, size), counts.frozen_linear(t, n, k, size)
+    return counts.quantized_project(t, n, k, storage, size), counts.frozen_linear(t, n, k, size)
 
 
 def _linear_cross_entropy(s: Shape, case: str, t: int, size: int) -> tuple[Counts, Counts]:
@@ -260,7 +260,7 @@ WORK = {
     "dropout_add": _dropout_add,
     "dropout_add_norm": _dropout_add_norm,
     "attention": _attention,
-    "quantised_project": _quantised_project,
+    "quantized_project": _quantized_project,
     "linear_cross_entropy": _linear_cross_entropy,
 }
 
@@ -340,10 +340,10 @@ ASKED = (
     ("bottleneck_adapter", "nllb-600m", "m=256 fwd+bwd", 140, "µs"),
     ("bottleneck_adapter", "nllb-600m", "m=1024 fwd+bwd", 240, "µs"),
     ("layer_norm", "nllb-600m", "trained", 60, "µs"),
-    ("quantised_project", "nllb-600m", "int8 d x d", 1.15, "×"),
-    ("quantised_project", "nllb-600m", "nf4 d x d", 1.15, "×"),
-    ("quantised_project", "nllb-600m", "int8 ffn x d", 1.10, "×"),
-    ("quantised_project", "nllb-600m", "nf4 ffn x d", 1.10, "×"),
+    ("quantized_project", "nllb-600m", "int8 d x d", 1.15, "×"),
+    ("quantized_project", "nllb-600m", "nf4 d x d", 1.15, "×"),
+    ("quantized_project", "nllb-600m", "int8 ffn x d", 1.10, "×"),
+    ("quantized_project", "nllb-600m", "nf4 ffn x d", 1.10, "×"),
     ("linear_cross_entropy", "nllb-600m", "smoothing 0.1, 300 MiB of logits", 15e3, "µs"),
     ("linear_cross_entropy", "nllb-600m", "smoothing 0.1, 32 MiB of logits", 18e3, "µs"),
 )
@@ -371,21 +371,21 @@ def targets() -> Iterator[tuple[str, ...]]:
 
 
 def _small_work(device: Device) -> Iterator[tuple[str, ...]]:
-    """The targets of a token over a quantised weight (bitsandbytes' time) and of quantising a weight (three copies)."""
+    """The targets of a token over a quantized weight (bitsandbytes' time) and of quantizing a weight (three copies)."""
     run = load(RESULTS / "ops.json").measurements
     of_run = {(one.op, one.case, one.tokens): one.median for one in run if one.implementation == "ours"}
     for storage, asked in (("int8", 39), ("nf4", 19)):
-        op, case = "quantised_project", f"{storage} d x d"
+        op, case = "quantized_project", f"{storage} d x d"
         ours, limit = (predicted(each, device) for each in work(op, "nllb-600m", case, 1, 2))
         figures = f"≤ {asked} µs", _time(limit), _time(ours), _time(of_run[op, case, 1])
         yield op, "nllb-600m", f"{case}, one token", *figures
     copy = predicted(counts.streams(2, 4096 * 1024, 2), device)
     for storage in ("int8", "nf4"):
-        ours = predicted(counts.quantise(4096, 1024, storage, 2), device)
+        ours = predicted(counts.quantize(4096, 1024, storage, 2), device)
         then = next(
-            one.median for one in run if (one.op, one.case, one.implementation) == ("quantise", storage, "ours")
+            one.median for one in run if (one.op, one.case, one.implementation) == ("quantize", storage, "ours")
         )
-        yield "quantise", "nllb-600m", storage, "≤ 24 µs", _time(copy), _time(ours), _time(then)
+        yield "quantize", "nllb-600m", storage, "≤ 24 µs", _time(copy), _time(ours), _time(then)
 
 
 def _as_measured(case: str) -> tuple[str, str]:
@@ -458,7 +458,7 @@ REPLACED = (
     ),
     Replaced("parallel_ffn", "m=256", "the adapter's gradients by the adapter's kernels", "by cuBLAS"),
     Replaced(
-        "quantised_project", "", "the reference served, for the check had failed", "Triton; a kernel for few rows"
+        "quantized_project", "", "the reference served, for the check had failed", "Triton; a kernel for few rows"
     ),
 )
 
@@ -551,7 +551,7 @@ def _measured(dtype: str) -> tuple[float, float]:
     """(FLOP/s of products, bytes/s of copies) of this machine's CPU, now."""
     import torch
 
-    from petl_kernels.memory.cost import measure_rates
+    from petl_kernels.planning.cost import measure_rates
 
     rates = measure_rates(torch.device("cpu"), getattr(torch, dtype))
     return rates.products, rates.memory

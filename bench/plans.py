@@ -3,7 +3,7 @@
     python bench/plans.py [SHAPE ...]     writes results/cpu/plans.json and the table of docs/MEMORY.md
 
 bf16, LoRA of rank 16 on q and v, updates of 4,096 tokens in sentences of up to 128, exact levers only. Bytes are
-counted; seconds follow from assumed rates (ASSUMED in memory/cost.py): they order plans rather than predict a card.
+counted; seconds follow from assumed rates (ASSUMED in planning/cost.py): they order plans rather than predict a card.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from shapes import config
 
 import petl_kernels as pk
 from petl_kernels.errors import InputError
-from petl_kernels.interop.files import atomic_write
+from petl_kernels.files import atomic_write
 from petl_kernels.interop.hf import skeleton
-from petl_kernels.memory.cost import ASSUMED
-from petl_kernels.memory.size import format_size
+from petl_kernels.planning.cost import ASSUMED
+from petl_kernels.units import format_size
 
 SHAPES = ("nllb-600m", "nllb-1.3b", "nllb-3.3b", "mbart", "madlad-3b", "madlad-10b")
 BUDGETS = (4, 6, 8, 12, 16, 24)

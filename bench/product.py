@@ -37,8 +37,8 @@ from random_model import write_checkpoint
 from shapes import MODELS, m2m_config
 
 from petl_kernels.errors import InputError
-from petl_kernels.interop.files import atomic_write
-from petl_kernels.memory.size import format_size
+from petl_kernels.files import atomic_write
+from petl_kernels.units import format_size
 
 RESULTS = Path(__file__).parent / "results"
 TOKENIZER = ("sentencepiece.bpe.model", "vocab.json", "tokenizer_config.json")
@@ -197,7 +197,7 @@ def _petl_mt(words: list[str], files: list[str], sender) -> None:
 
 def _peaks() -> tuple[int, int]:
     """Returns ``peak`` and ``taken`` of a ``Run``."""
-    from petl_kernels.memory import cap
+    from petl_kernels.step import cap
 
     if not torch.cuda.is_available():
         return (cap.peak(torch.device("cpu")),) * 2

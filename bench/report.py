@@ -23,7 +23,7 @@ from measurements import (
 from plots import HUES, Bar, Point, bars, marker_legend, roofline
 from table import wall_of
 
-from petl_kernels.interop.files import atomic_write
+from petl_kernels.files import atomic_write
 
 ORDER = {"limit": 0, "ours": 1, "peer": 2}
 

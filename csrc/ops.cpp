@@ -50,12 +50,12 @@ TORCH_LIBRARY(petl_cpu, m) {
   m.def("gated_activation_backward", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::gated_activation_backward)));
   m.def("product", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::product)));
   m.def("widens", TORCH_FN(petl::widens));
-  m.def("quantise_int8", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::quantise_int8)));
-  m.def("quantise_nf4", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::quantise_nf4)));
-  m.def("dequantise", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::dequantise)));
-  m.def("quantised_project", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::quantised_project)));
-  m.def("quantised_project_back", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::quantised_project_back)));
-  m.def("quantised_embedding", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::quantised_embedding)));
+  m.def("quantize_int8", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::quantize_int8)));
+  m.def("quantize_nf4", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::quantize_nf4)));
+  m.def("dequantize", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::dequantize)));
+  m.def("quantized_project", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::quantized_project)));
+  m.def("quantized_project_back", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::quantized_project_back)));
+  m.def("quantized_embedding", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(petl::quantized_embedding)));
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {

@@ -32,10 +32,10 @@ _HOME = {
         ("adapt", "lean", "merge", "report", "trainable_parameters", "unmerge", "use_adapter"), "petl_kernels.api"
     ),
     **dict.fromkeys(("load_adapter", "save_adapter", "save_merged"), "petl_kernels.interop"),
-    "pack": "petl_kernels.interop.packed",
+    "pack": "petl_kernels.layers.packed",
     "linear_cross_entropy": "petl_kernels.ops",
-    "Plan": "petl_kernels.memory.plan",
-    "plan": "petl_kernels.memory.planner",
+    "Plan": "petl_kernels.planning.plan",
+    "plan": "petl_kernels.planning.planner",
     "InputError": "petl_kernels.errors",
 }
 _MODULES = ("nn", "ops", "parity")

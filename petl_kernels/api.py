@@ -12,11 +12,10 @@ import torch
 from torch import nn
 
 from petl_kernels import ops
-from petl_kernels.backends import turned_down
+from petl_kernels.dispatch import turned_down
 from petl_kernels.errors import InputError, shown
-from petl_kernels.interop.lean_loss import lean_loss, loss_states, plain_loss, set_chunk_bytes
 from petl_kernels.layers.lean import LayerState, layer_states, lean_layers, widen
-from petl_kernels.memory.size import format_size
+from petl_kernels.layers.loss.lean_loss import lean_loss, loss_states, plain_loss, set_chunk_bytes
 from petl_kernels.methods.base import (
     Method,
     Named,
@@ -34,8 +33,9 @@ from petl_kernels.methods.base import (
     stored_as,
 )
 from petl_kernels.methods.foreign import check_adaptable, check_unwrapped
-from petl_kernels.methods.structure import check_model, total_parameters
-from petl_kernels.ops.quantised import QuantisedTensor
+from petl_kernels.models.structure import check_model, total_parameters
+from petl_kernels.ops.quantized import QuantizedTensor
+from petl_kernels.units import format_size
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 
@@ -115,7 +115,7 @@ def lean(
     """
     check_model(model)
     if isinstance(tier, str) and tier == "auto":
-        from petl_kernels.memory.planner import tiers_in_place  # which stands above this module
+        from petl_kernels.planning.planner import tiers_in_place  # which stands above this module
 
         tier, chunk_bytes = tiers_in_place(model, memory, batch_tokens, max_length, autocast)
         lean_layers(model, tier)
@@ -135,7 +135,7 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
 def merge(model: nn.Module) -> nn.Module:
     """Put the active adapter into the base weights: the plain model then computes what the adapted one did.
 
-    A quantised weight is quantised again, one after the other, and so rounded: ``report`` has the largest relative
+    A quantized weight is quantized again, one after the other, and so rounded: ``report`` has the largest relative
     error. To merge without it, put the adapter on the original checkpoint. A tied weight that changes in one place only
     (LoRA on the output projection) is untied, in the config too. The weights from before are kept in host memory for
     ``unmerge``. Methods that train base tensors have nothing to merge.
@@ -206,7 +206,7 @@ def _move(parameter: nn.Parameter, device: torch.device) -> None:
     """To ``device``, in place: a tied parameter stays one."""
     if parameter.device == device:
         return
-    if isinstance(parameter, QuantisedTensor):  # its data cannot change device
+    if isinstance(parameter, QuantizedTensor):  # its data cannot change device
         torch.utils.swap_tensors(parameter, nn.Parameter(parameter.to(device), requires_grad=False))
     else:
         parameter.data = parameter.data.to(device)
@@ -237,7 +237,7 @@ class Report:
     places: (module with layer numbers as *, what is trained there, modules, parameters). backends: op -> backend that
     serves it here. turned_down: a line for each backend that does not serve an op on this device in some dtype,
     because it was found to compute something else than the reference. merge_error: ‖Ŵ - W‖ / ‖W‖, the
-    largest, of quantised weights Ŵ that should be W with the adapter in it. layers: path, tier and, for one that cannot
+    largest, of quantized weights Ŵ that should be W with the adapter in it. layers: path, tier and, for one that cannot
     be lean, the reason. loss: how the loss is computed.
     """
 
@@ -295,7 +295,7 @@ class Report:
 
     def _merged(self) -> str:
         if self.merge_error is not None:
-            return f", merged into quantised weights with a relative error of at most {self.merge_error:.2%}"
+            return f", merged into quantized weights with a relative error of at most {self.merge_error:.2%}"
         return ", merged" if self.merged else ""
 
 
@@ -328,12 +328,12 @@ def _loss_line(model: nn.Module) -> str:
 
 
 def _storage_line(model: nn.Module) -> str:
-    quantised = [p for p in model.parameters() if isinstance(p, QuantisedTensor)]
-    if not quantised:
+    quantized = [p for p in model.parameters() if isinstance(p, QuantizedTensor)]
+    if not quantized:
         return ""
-    storages = ", ".join(sorted({p.storage for p in quantised}))
-    stored = sum(part.nbytes for p in quantised for part in p.parts())
-    return f"{len(quantised)} in {storages}, {format_size(stored)}"
+    storages = ", ".join(sorted({p.storage for p in quantized}))
+    stored = sum(part.nbytes for p in quantized for part in p.parts())
+    return f"{len(quantized)} in {storages}, {format_size(stored)}"
 
 
 def _streamed_layers(model: nn.Module) -> int:

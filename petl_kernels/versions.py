@@ -2,7 +2,7 @@
 
 A library that is older than its range is refused when it is first used: it lacks what is called, or computes in other
 shapes. One that is newer mostly works, so it is said once, in one line; a name that is gone from it has a line of its
-own (``transformers_names.py``).
+own (``models/transformers_names.py``).
 
     python -c 'from petl_kernels import versions; print(versions.constraints("oldest"))'
 """

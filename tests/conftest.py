@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import gc
 import itertools
+import os
 from collections import defaultdict
 
 import pytest
+import torch
+
+# Without a CUDA device the Triton kernels run in Triton's interpreter, which has to be chosen before Triton's import.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest takes out what -m does not name

@@ -27,9 +27,9 @@ def kind_of(model: torch.nn.Module) -> str:
 @contextmanager
 def counted_once() -> Iterator[None]:
     """Within it, ``Planner`` and ``Search`` run a step or a search once for each kind of model and of batch."""
-    from petl_kernels.memory import simulate
-    from petl_kernels.memory.generation import Search
-    from petl_kernels.memory.planner import Planner
+    from petl_kernels.planning import simulate
+    from petl_kernels.planning.beam_search import Search
+    from petl_kernels.planning.planner import Planner
 
     phases, made, count = Planner._phases, Search.__init__, Search.bytes
     known: dict[tuple, object] = {}

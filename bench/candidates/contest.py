@@ -26,7 +26,7 @@ if not torch.cuda.is_available():
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
 from petl_kernels import parity  # noqa: E402
-from petl_kernels.interop.files import atomic_write  # noqa: E402
+from petl_kernels.files import atomic_write  # noqa: E402
 
 # Rank by rank the shape of LoRA's first target, then the other widths, numbers of linears and of tokens.
 SHAPES = sorted(

@@ -18,7 +18,7 @@ import torch
 import turns
 
 import petl_kernels as pk
-from petl_kernels.transformers_names import drop_no_layer
+from petl_kernels.models.transformers_names import drop_no_layer
 
 ROUNDS, WARM = 40, 8
 PEFT = "PEFT's LoRA, bf16 adapters"

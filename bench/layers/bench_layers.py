@@ -35,7 +35,7 @@ from shapes import MODELS, T5_MODELS, m2m_config, shape, t5_config
 from torch import Tensor, nn
 
 import petl_kernels as pk
-from petl_kernels.memory.saved import saved_bytes
+from petl_kernels.accounting.saved import saved_bytes
 
 LENGTH, WORDS = 128, 64
 DTYPE = torch.bfloat16

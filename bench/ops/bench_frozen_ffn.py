@@ -12,7 +12,7 @@ from measure import Case, compiled, differentiated, measure, peer, require
 from shapes import distinct, shape
 
 from petl_kernels import ops
-from petl_kernels.backends import kernel_of
+from petl_kernels.dispatch import kernel_of
 
 EAGER = {"relu": F.relu, "gelu": F.gelu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}
 FORMS = {"relu": ("relu", False), "gelu": ("gelu", False), "gelu_tanh gated": ("gelu_tanh", True)}

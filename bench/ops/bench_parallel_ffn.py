@@ -1,7 +1,7 @@
 """parallel_ffn beside the frozen network's products (the limit), an adapter beside the network, and eager PyTorch.
 
 The limit has no adapter: the ratio says what one costs. "ours, beside" is what runs where the two cannot be one network
-(a quantised base, another activation): ``frozen_ffn``, then ``bottleneck_adapter`` added to its result.
+(a quantized base, another activation): ``frozen_ffn``, then ``bottleneck_adapter`` added to its result.
 """
 
 from __future__ import annotations

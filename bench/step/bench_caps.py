@@ -38,8 +38,8 @@ from sentences import Data  # noqa: E402
 from shapes import MODELS, m2m_config  # noqa: E402
 from trial import Result, Trial  # noqa: E402
 
-from petl_kernels.interop.files import atomic_write  # noqa: E402
-from petl_kernels.memory.size import format_size, parse_size  # noqa: E402
+from petl_kernels.files import atomic_write  # noqa: E402
+from petl_kernels.units import format_size, parse_size  # noqa: E402
 
 LAYERS, WIDTH, FFN, HEADS, WORDS = MODELS["nllb-600m"]
 SHAPES = {
@@ -55,7 +55,7 @@ SECONDS = {"cpu": 230, "cuda": 80}  # of all cells together within the bench; on
 LIMIT = 60  # of one trial within the bench
 LIMIT_OF_ALL = 600
 NO_TIME = "not tried: no time left"
-OURS, QUANTISED, PEFT = "ours", "ours, quantised", "PEFT, best"
+OURS, QUANTIZED, PEFT = "ours", "ours, quantized", "PEFT, best"
 
 
 @dataclass
@@ -105,7 +105,7 @@ class Study:
 
     def cell(self, shape: str, cap: str, peers: bool = True) -> list[Side]:
         """Ours and, with ``peers``, PEFT's: ours come first, for a search may take all the time there is."""
-        return [self.side(shape, cap, name) for name in (OURS, QUANTISED, PEFT) if peers or name != PEFT]
+        return [self.side(shape, cap, name) for name in (OURS, QUANTIZED, PEFT) if peers or name != PEFT]
 
     def side(self, shape: str, cap: str, implementation: str) -> Side:
         key = shape, cap, implementation
@@ -116,7 +116,7 @@ class Study:
         return self.sides[key]
 
     def _ours(self, shape: str, cap: str, implementation: str) -> Side:
-        allow = ("quantised",) if implementation == QUANTISED else ()
+        allow = ("quantized",) if implementation == QUANTIZED else ()
         result = self._trial(shape, parse_size(cap), allow=allow)
         return Side(result, result.setting)
 
@@ -253,7 +253,7 @@ def pytest_generate_tests(metafunc) -> None:
     cases = [
         pytest.param(shape, cap, name, marks=peer if name == PEFT else (), id=f"{shape.partition(',')[0]}-{cap}-{name}")
         for shape, cap in CELLS[device]
-        for name in (OURS, QUANTISED, PEFT)
+        for name in (OURS, QUANTIZED, PEFT)
     ]
     metafunc.parametrize(("shape", "cap", "implementation"), cases)
 
@@ -315,7 +315,7 @@ def main() -> None:
         study = Study(arguments.device, Path(folder), until, limit, arguments.all, results_of(arguments.device))
         for shape, cap in CELLS[arguments.device]:
             print(f"{shape}, {cap}, {DATA[arguments.device].batch_tokens} tokens a side", flush=True)
-            for name, side in zip((OURS, QUANTISED, PEFT), study.cell(shape, cap), strict=True):
+            for name, side in zip((OURS, QUANTIZED, PEFT), study.cell(shape, cap), strict=True):
                 print(f"  {name:16s} {table_row(study, shape, cap, side)}", flush=True)
 
 

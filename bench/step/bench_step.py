@@ -34,7 +34,7 @@ from sentences import FIRST_WORD, PAD, Data, batches, packed, packed_batches
 from shapes import MODELS, m2m_config
 
 import petl_kernels as pk
-from petl_kernels.graphs import CudaGraphs, Graphed
+from petl_kernels.step.graphs import CudaGraphs, Graphed
 
 NAME = "nllb-600m"
 SHAPE = MODELS[NAME]

@@ -35,10 +35,10 @@ from torch import Tensor, nn
 import petl_kernels as pk
 from petl_kernels import versions
 from petl_kernels.interop.hf import load_weights, skeleton
-from petl_kernels.interop.planned import load_planned
-from petl_kernels.memory import cap
-from petl_kernels.memory.plan import Plan
-from petl_kernels.memory.size import format_size
+from petl_kernels.planning.load import load_planned
+from petl_kernels.planning.plan import Plan
+from petl_kernels.step import cap
+from petl_kernels.units import format_size
 
 RANK = 16
 TARGETS = ("q_proj", "v_proj")
@@ -112,7 +112,7 @@ def _context():
     """Processes fork from one that has imported what is slow to import, and has not touched CUDA (PEFT would)."""
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # or asking for a card would initialise CUDA there
     context = multiprocessing.get_context("forkserver")
-    slow = ["transformers.models.m2m_100.modeling_m2m_100", "accelerate", "petl_kernels.interop.planned"]
+    slow = ["transformers.models.m2m_100.modeling_m2m_100", "accelerate", "petl_kernels.planning.load"]
     context.set_forkserver_preload(slow if torch.cuda.is_available() else [*slow, "peft"])
     return context
 

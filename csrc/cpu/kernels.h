@@ -255,14 +255,14 @@ std::tuple<at::Tensor, at::Tensor> gated_activation_backward(
     double dropout,
     const std::optional<at::Tensor>& seed);
 
-// A weight is a list of parts: one dense tensor, or those of a quantised weight.
-std::vector<at::Tensor> quantise_int8(const at::Tensor& weight);
-std::vector<at::Tensor> quantise_nf4(const at::Tensor& weight);
-at::Tensor dequantise(
+// A weight is a list of parts: one dense tensor, or those of a quantized weight.
+std::vector<at::Tensor> quantize_int8(const at::Tensor& weight);
+std::vector<at::Tensor> quantize_nf4(const at::Tensor& weight);
+at::Tensor dequantize(
     at::TensorList parts, int64_t first_row, int64_t rows, int64_t columns, at::ScalarType dtype);
 
-at::Tensor quantised_project(const at::Tensor& rows, at::TensorList parts, const std::optional<at::Tensor>& bias);
-at::Tensor quantised_project_back(const at::Tensor& rows, at::TensorList parts);
-at::Tensor quantised_embedding(const at::Tensor& ids, at::TensorList parts, int64_t columns, at::ScalarType dtype);
+at::Tensor quantized_project(const at::Tensor& rows, at::TensorList parts, const std::optional<at::Tensor>& bias);
+at::Tensor quantized_project_back(const at::Tensor& rows, at::TensorList parts);
+at::Tensor quantized_embedding(const at::Tensor& ids, at::TensorList parts, int64_t columns, at::ScalarType dtype);
 
 } // namespace petl

@@ -1,4 +1,4 @@
-// A frozen weight in any storage, and the products with it. What its parts are: petl_kernels/ops/quantised.py.
+// A frozen weight in any storage, and the products with it. What its parts are: petl_kernels/ops/quantized.
 #pragma once
 
 #include "common.h"
@@ -21,7 +21,7 @@ Weight weight_with_out(at::TensorList parts, int64_t out);
 std::vector<Weight> weights_with_in(at::TensorList flat, int64_t in);
 
 // x (rows, in) Ŵᵀ [+ bias (out,)], and dy (rows, out) Ŵ, in the dtype of x and dy, which a dense weight has too. A
-// quantised one exists in tiles of at most 1 MiB. out may be a view into a larger matrix.
+// quantized one exists in tiles of at most 1 MiB. out may be a view into a larger matrix.
 Tensor project(const Tensor& x, const Weight& weight, const OptionalTensor& bias);
 void project_out(Tensor out, const Tensor& x, const Weight& weight, const OptionalTensor& bias = std::nullopt);
 Tensor project_back(const Tensor& dy, const Weight& weight);

@@ -4,7 +4,7 @@
 
 namespace petl {
 
-// What petl_kernels/memory/mapped_weights.py and slots.py call: MappedFile, place, take_away; in CUDA builds SlotRing and
+// What petl_kernels/weights/mapped.py and slots.py call: MappedFile, place, take_away; in CUDA builds SlotRing and
 // pinned.
 void bind_streaming(pybind11::module_& m);
 

@@ -6,7 +6,7 @@ import platform
 
 import torch
 
-from petl_kernels.backends import register
+from petl_kernels.dispatch import register
 
 # The extension is compiled for AVX2 on x86-64; loading it on an older processor would end the process.
 if platform.machine() in ("x86_64", "AMD64") and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
@@ -37,12 +37,12 @@ _ALONE = (
     "linear_cross_entropy_words",
     "linear_cross_entropy_end",
     "product",
-    "quantise_int8",
-    "quantise_nf4",
-    "dequantise",
-    "quantised_project",
-    "quantised_project_back",
-    "quantised_embedding",
+    "quantize_int8",
+    "quantize_nf4",
+    "dequantize",
+    "quantized_project",
+    "quantized_project_back",
+    "quantized_embedding",
 )
 for _name in (*_WITH_BACKWARD, *(f"{_op}_backward" for _op in _WITH_BACKWARD), *_ALONE):
     register(_name, "cpu")(getattr(torch.ops.petl_cpu, _name).default)

@@ -6,8 +6,8 @@ import functools
 
 import torch
 
-from petl_kernels.backends import kernel_of, load_error, register
 from petl_kernels.backends.products import CuBLASLtProducts
+from petl_kernels.dispatch import kernel_of, load_error, register
 
 try:
     import petl_kernels._C  # registers torch.ops.petl_cuda where it was built with CUDA

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from petl_kernels.errors import InputError
 from petl_kernels.methods.base import Named, active_name, records
-from petl_kernels.ops.quantised import QuantisedTensor
-from petl_kernels.transformers_names import resized_embeddings
+from petl_kernels.models.transformers_names import resized_embeddings
+from petl_kernels.ops.quantized import QuantizedTensor
 
 
 def wrap(modeling_utils: ModuleType) -> None:
@@ -57,7 +57,7 @@ def _saving(original: Callable) -> Callable:
         _check_saving(self, arguments)
         merged = _is_merged(self)
         arguments["state_dict"] = plain_state(self, arguments.get("state_dict"))
-        # a quantiser of transformers makes a state of its own from the model
+        # a quantizer of transformers makes a state of its own from the model
         with without_adapters(self) if getattr(self, "hf_quantizer", None) and not merged else nullcontext():
             result = original(self, **arguments, **extra)
         if not merged and arguments.get("is_main_process", True):
@@ -129,7 +129,7 @@ def _checked(original: Callable) -> Callable:
 
 
 def _concerns(model: nn.Module) -> bool:
-    return bool(records(model)) or any(isinstance(parameter, QuantisedTensor) for parameter in model.parameters())
+    return bool(records(model)) or any(isinstance(parameter, QuantizedTensor) for parameter in model.parameters())
 
 
 def _obstacle(model: nn.Module, rows: int) -> str:
@@ -137,8 +137,8 @@ def _obstacle(model: nn.Module, rows: int) -> str:
     tables = dict(_tables(model, rows))
     tensors = {f"{path}.{kind}" for path in tables for kind in ("weight", "bias")}
     for path, table in tables.items():
-        if isinstance(table.weight, QuantisedTensor):
-            return f"{path!r} is quantised ({table.weight.storage}): resize the model before it is quantised"
+        if isinstance(table.weight, QuantizedTensor):
+            return f"{path!r} is quantized ({table.weight.storage}): resize the model before it is quantized"
     for name, record in records(model).items():
         merged = sorted(tensors.intersection(record.unmerged or ()))
         if merged:

@@ -17,7 +17,7 @@ from torch import nn
 
 from petl_kernels.errors import InputError
 from petl_kernels.methods.base import records
-from petl_kernels.transformers_names import loads_checkpoints
+from petl_kernels.models.transformers_names import loads_checkpoints
 
 
 def wrap(trainer: ModuleType) -> None:

@@ -14,9 +14,9 @@ from torch import nn
 
 from petl_kernels.api import adapt, merge, unmerge, use_adapter
 from petl_kernels.errors import InputError
+from petl_kernels.files import atomic_dir, atomic_path
 from petl_kernels.integrations.models import saved_as_it_is
 from petl_kernels.interop import native_format, peft_format
-from petl_kernels.interop.files import atomic_dir, atomic_path
 from petl_kernels.interop.store import read_tensors, write_tensors
 from petl_kernels.methods.base import (
     Method,
@@ -34,7 +34,7 @@ from petl_kernels.methods.foreign import check_adaptable, check_no_peft, check_u
 from petl_kernels.methods.ia3 import IA3
 from petl_kernels.methods.lora import LoRA
 from petl_kernels.methods.state_dicts import ASIDE
-from petl_kernels.ops.quantised import QuantisedTensor
+from petl_kernels.ops.quantized import QuantizedTensor
 
 _FORMATS = (peft_format, native_format)
 _TRAINING = "petl_training.safetensors"  # what training has in another form than is stored
@@ -168,7 +168,7 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
 
 def plain_state(model: nn.Module, state: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
     """``state`` (the model's own tensors by name, when not given) without adapters: the base's values also where the
-    active adapter trains base tensors, unless it is merged. Quantised tensors are dense, tied ones still one.
+    active adapter trains base tensors, unless it is merged. Quantized tensors are dense, tied ones still one.
 
     Raises InputError for a state of other shapes than the model's, such as parts of a model on several devices.
     """
@@ -204,7 +204,7 @@ def save_merged(
 
     dtype: of all weights in the files; None: of each as the model has it. say: is called with a line on what rounding
     to `dtype` costs, where it costs anything.
-    The model itself is the same afterwards. Quantised weights are merged into (see ``merge``) and written dense, with
+    The model itself is the same afterwards. Quantized weights are merged into (see ``merge``) and written dense, with
     the values that they stand for: all of them are in host memory for that, as are those in another `dtype`. Raises
     InputError when the active adapter cannot be merged (adapters and prefixes add layers), the folder exists and is not
     empty, or a weight is beyond the range of `dtype`; OSError that names the folder when the disk is full.
@@ -256,9 +256,9 @@ def check_free(folder: str | os.PathLike) -> None:
 
 
 def _dense(model: nn.Module) -> dict[int, torch.Tensor]:
-    """id of each quantised parameter -> its values, on the CPU."""
-    quantised = (parameter for parameter in model.parameters() if isinstance(parameter, QuantisedTensor))
-    return {id(parameter): parameter.dequantise().cpu() for parameter in quantised}
+    """id of each quantized parameter -> its values, on the CPU."""
+    quantized = (parameter for parameter in model.parameters() if isinstance(parameter, QuantizedTensor))
+    return {id(parameter): parameter.dequantize().cpu() for parameter in quantized}
 
 
 def _rounded(
@@ -281,7 +281,7 @@ def _rounded(
         size, error = values.float().norm().item(), (new.float() - values.float()).norm().item()
         worst = max(worst, error / size if size else 0.0)
         if key in before and before[key].shape == values.shape:
-            old = before[key].dequantise() if isinstance(before[key], QuantisedTensor) else before[key]
+            old = before[key].dequantize() if isinstance(before[key], QuantizedTensor) else before[key]
             lost, changed = lost + error**2, changed + (values.float() - old.detach().cpu().float()).norm().item() ** 2
     line = f"rounded to {str(dtype).removeprefix('torch.')}: a relative error of at most {worst:.2g} in a weight"
     if changed:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from petl_kernels import versions
 from petl_kernels.errors import InputError
 from petl_kernels.methods.base import set_parameter
-from petl_kernels.transformers_names import has_own_head, language_ids, target_ids
+from petl_kernels.models.transformers_names import has_own_head, language_ids, target_ids
 
 # config.model_type -> class; NLLB is an m2m_100, mBART-50 an mbart, MADLAD-400 a t5
 SUPPORTED = {
@@ -46,7 +46,7 @@ def load_pretrained(path_or_id: str | os.PathLike, dtype: torch.dtype = torch.fl
     at random in training (0.05 in M2M-100's configs), is set to 0: adapters must see the same layers in every step.
 
     Raises InputError in one line: no such folder, not a checkpoint, a class that is not supported, weights that are
-    quantised, damaged or do not fit the config, no tokenizer, a tokenizer with more tokens than the model.
+    quantized, damaged or do not fit the config, no tokenizer, a tokenizer with more tokens than the model.
     """
     name, folder, config = _checked(path_or_id)
     tokenizer = _load_tokenizer(name, folder)
@@ -301,12 +301,12 @@ def _supported(name: str, config):
         raise InputError(
             f"model {name!r}: type {config.model_type!r} is not supported, only {', '.join(sorted(SUPPORTED))}"
         )
-    quantised = getattr(config, "quantization_config", None)
-    if quantised is not None:  # dict, or an object of transformers
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
+    quantized = getattr(config, "quantization_config", None)
+    if quantized is not None:  # dict, or an object of transformers
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized.quant_method
         raise InputError(
             f"model {name!r}: its config has a quantization_config ({getattr(method, 'value', method)}); expected a "
-            "checkpoint of plain weights (--allow quantised rounds them where memory needs it)"
+            "checkpoint of plain weights (--allow quantized rounds them where memory needs it)"
         )
     no_layerdrop(config)
     return config

@@ -24,7 +24,7 @@ from functools import partial
 
 from petl_kernels.errors import InputError
 from petl_kernels.interop.added_words import AddedWords
-from petl_kernels.transformers_names import (
+from petl_kernels.models.transformers_names import (
     ends_with_language,
     has_pieces_apart,
     language_ids,

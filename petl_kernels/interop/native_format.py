@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from petl_kernels.errors import InputError
 from petl_kernels.interop.store import read_json, read_tensors, write_adapter
 from petl_kernels.methods.base import Method
-from petl_kernels.methods.structure import total_parameters
+from petl_kernels.models.structure import total_parameters
 
 CONFIG, WEIGHTS = "petl_adapter.json", "petl_adapter.safetensors"
 VERSION = 1

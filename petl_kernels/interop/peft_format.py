@@ -21,8 +21,8 @@ from petl_kernels.methods.base import Method
 from petl_kernels.methods.ia3 import IA3
 from petl_kernels.methods.ln_tuning import LayerNormTuning
 from petl_kernels.methods.lora import LoRA, largest_rank
-from petl_kernels.methods.structure import base_modules
-from petl_kernels.ops.quantised import QuantisedTensor, quantise
+from petl_kernels.models.structure import base_modules
+from petl_kernels.ops.quantized import QuantizedTensor, quantize
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -269,8 +269,8 @@ def _check_same_base(here: Tensor | None, name: str, tensor: Tensor) -> None:
     if here is None or here.shape != tensor.shape:
         raise InputError(f"{WEIGHTS} brings a base weight {name!r} that this model has not or in another shape")
     here = here.detach().cpu()
-    if isinstance(here, QuantisedTensor):
-        same = torch.equal(quantise(tensor.to(here.dtype), here.storage).packed, here.packed)
+    if isinstance(here, QuantizedTensor):
+        same = torch.equal(quantize(tensor.to(here.dtype), here.storage).packed, here.packed)
     else:
         same = torch.equal(here.to(tensor.dtype), tensor) or torch.equal(here, tensor.to(here.dtype))
     if not same:

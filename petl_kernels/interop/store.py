@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 
 from petl_kernels.errors import InputError
-from petl_kernels.interop.files import atomic_path, atomic_write
+from petl_kernels.files import atomic_path, atomic_write
 
 
 def read_json(path: Path) -> dict:

@@ -21,7 +21,7 @@ from petl_kernels.layers.blocks import (
     shared_for_products,
 )
 from petl_kernels.layers.recompute import context
-from petl_kernels.transformers_names import (
+from petl_kernels.models.transformers_names import (
     ACTIVATIONS,
     BART_ATTENTION,
     BART_LAYER,

@@ -31,7 +31,7 @@ from petl_kernels.methods.adapter import ParallelAdapter, ReadInput
 from petl_kernels.methods.base import Piece
 from petl_kernels.methods.lora import LoRALinear
 from petl_kernels.methods.prefix import Prefix
-from petl_kernels.transformers_names import activation_name, attention_implementation
+from petl_kernels.models.transformers_names import activation_name, attention_implementation
 
 if TYPE_CHECKING:
     from petl_kernels.layers.border import Border

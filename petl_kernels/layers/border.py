@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from petl_kernels.layers.frozen_linear import FrozenLinear
 from petl_kernels.methods.ia3 import Scale
 from petl_kernels.methods.lora import LoRALinear
-from petl_kernels.methods.structure import Layer
+from petl_kernels.models.structure import Layer
 from petl_kernels.ops.lora_border import room
-from petl_kernels.ops.quantised import QuantisedTensor
+from petl_kernels.ops.quantized import QuantizedTensor
 
 # Kinds of devices whose layers have borders. A CPU gains nothing by them (bench/NOTES.md); tests add it.
 DEVICES = {"cuda"}
@@ -105,7 +105,7 @@ def wants_border(linears: Sequence[nn.Module], device: str | None = None) -> boo
     if not all(type(linear) in (nn.Linear, LoRALinear, FrozenLinear) for linear in linears):
         return False
     weights, pieces = [linear.weight for linear in linears], [piece for linear in linears for piece in _lora(linear)]
-    if any(isinstance(weight, QuantisedTensor) or weight.requires_grad for weight in weights):
+    if any(isinstance(weight, QuantizedTensor) or weight.requires_grad for weight in weights):
         return False
     if len({id(weight) for weight in weights}) < len(weights):
         return False
@@ -158,7 +158,7 @@ def groups_of(attentions: Sequence) -> dict[str, tuple]:
 
 
 def _is_at(parameter: Tensor, place: Tensor) -> bool:
-    if isinstance(parameter, QuantisedTensor) or (parameter.device, parameter.dtype) != (place.device, place.dtype):
+    if isinstance(parameter, QuantizedTensor) or (parameter.device, parameter.dtype) != (place.device, place.dtype):
         return False
     same = parameter.untyped_storage()._cdata == place.untyped_storage()._cdata
     return same and parameter.storage_offset() == place.storage_offset() and parameter.stride() == place.stride()

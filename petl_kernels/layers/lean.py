@@ -25,9 +25,8 @@ from petl_kernels.layers.recompute import checkpointed, forget, forget_all
 from petl_kernels.layers.rule import Call, Rule, Unknown, Watch
 from petl_kernels.layers.t5 import LeanT5Layer
 from petl_kernels.layers.wide_ffn import WideFFN, bottleneck_beside
-from petl_kernels.methods.structure import Layer, Structure, describe
-from petl_kernels.ops.philox import RATES, has_mask
-from petl_kernels.transformers_names import (
+from petl_kernels.models.structure import Layer, Structure, describe
+from petl_kernels.models.transformers_names import (
     attention_implementation,
     cache_in,
     class_of,
@@ -35,6 +34,7 @@ from petl_kernels.transformers_names import (
     fill_cache,
     takes_first_tokens,
 )
+from petl_kernels.ops.philox import RATES, has_mask
 
 TIERS = (1, 2, 3, 4, 5)
 FAMILIES = {"bart": LeanBartLayer, "t5": LeanT5Layer}

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from petl_kernels.methods.base import Named
-from petl_kernels.ops.quantised import QuantisedTensor, parts_of
+from petl_kernels.ops.quantized import QuantizedTensor, parts_of
 
 _PLAIN = (bool, int, float, str, type(None))
 _PRIVATE = ("_active_adapter", "_disable_adapters")  # PEFT's
@@ -92,7 +92,7 @@ def _values(parameter: Tensor) -> tuple:
     from being taken for the same.
     """
     own = id(parameter), parameter._version
-    if not isinstance(parameter, QuantisedTensor) and type(parameter) not in (nn.Parameter, Tensor):
+    if not isinstance(parameter, QuantizedTensor) and type(parameter) not in (nn.Parameter, Tensor):
         return own  # a tensor of others may have no storage
     places = ((part.untyped_storage(), part.storage_offset(), part.stride()) for part in parts_of(parameter))
     return *own, *places

@@ -22,7 +22,7 @@ from petl_kernels.layers.blocks import (
 )
 from petl_kernels.layers.boundaries import is_packed
 from petl_kernels.layers.recompute import context
-from petl_kernels.transformers_names import (
+from petl_kernels.models.transformers_names import (
     ACTIVATIONS,
     T5_ATTENTION,
     T5_FEED_FORWARD,

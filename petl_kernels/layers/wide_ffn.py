@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from petl_kernels.layers.blocks import activation_of
 from petl_kernels.layers.frozen_linear import FrozenLinear
 from petl_kernels.methods.adapter import ParallelAdapter
-from petl_kernels.methods.structure import Layer
+from petl_kernels.models.structure import Layer
 from petl_kernels.ops.parallel_ffn import room, with_room
-from petl_kernels.ops.quantised import QuantisedTensor
+from petl_kernels.ops.quantized import QuantizedTensor
 
 
 class WideFFN:
@@ -92,7 +92,7 @@ def _have_room(first: nn.Module, out: nn.Module) -> bool:
     if not all(type(linear) in (nn.Linear, FrozenLinear) for linear in (first, out)) or not _are_frozen(first, out):
         return False
     tensors = _tensors(first, out)
-    return len({t.dtype for t in tensors}) == 1 and not any(isinstance(t, QuantisedTensor) for t in tensors)
+    return len({t.dtype for t in tensors}) == 1 and not any(isinstance(t, QuantizedTensor) for t in tensors)
 
 
 def _are_frozen(first: nn.Module, out: nn.Module) -> bool:
@@ -109,7 +109,7 @@ def _detached(bias: Tensor | None) -> Tensor | None:
 
 def _is_inside(parameter: Tensor | None, wide: Tensor) -> bool:
     """At the front of ``wide``, in its memory."""
-    if parameter is None or isinstance(parameter, QuantisedTensor):
+    if parameter is None or isinstance(parameter, QuantizedTensor):
         return False
     if (parameter.device, parameter.dtype) != (wide.device, wide.dtype):
         return False

@@ -19,7 +19,7 @@ from petl_kernels.methods.ia3 import IA3
 from petl_kernels.methods.ln_tuning import LayerNormTuning
 from petl_kernels.methods.lora import LoRA
 from petl_kernels.methods.prefix import PrefixTuning
-from petl_kernels.methods.structure import describe, total_parameters
+from petl_kernels.models.structure import describe, total_parameters
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from petl_kernels import ops
 from petl_kernels.errors import InputError
 from petl_kernels.methods.base import Method, Piece, attach, check_size, piece_dtype
-from petl_kernels.methods.structure import Structure, describe
+from petl_kernels.models.structure import Structure, describe
 
 ACTIVATIONS = ("relu", "gelu", "silu")
 PLACEMENTS = ("layer", "sublayer")

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from petl_kernels.errors import InputError, shown
 from petl_kernels.methods.state_dicts import watch
-from petl_kernels.ops.quantised import QuantisedTensor, quantise_like
+from petl_kernels.ops.quantized import QuantizedTensor, quantize_like
 
 
 class Named(nn.ModuleDict):
@@ -93,7 +93,7 @@ class Record:
     base: name -> the values that the model does not hold now of the base tensors that it trains, on the CPU.
     added: name -> parameter that the plain model lacks (biases for T5), in the model only while active.
     unmerged: name -> the parameter that ``merge`` has replaced; None while not merged.
-    merge_error: the largest ‖Ŵ - W‖ / ‖W‖ of quantised weights Ŵ that should be W; None where none was merged into.
+    merge_error: the largest ‖Ŵ - W‖ / ‖W‖ of quantized weights Ŵ that should be W; None where none was merged into.
     """
 
     config: Method
@@ -223,7 +223,7 @@ def add_record(model: nn.Module, config: Method, name: str) -> None:
     config.inject(model, name)
     trained = {key: model.get_parameter(key) for key in config.base_tensors(model)}
     for key, parameter in trained.items():
-        refuse_quantised(f"{config.label}: it trains", key, parameter)
+        refuse_quantized(f"{config.label}: it trains", key, parameter)
     record.base = {key: host_copy(parameter) for key, parameter in trained.items()}
     record.added = {key: nn.Parameter(value) for key, value in config.added_tensors(model).items()}
     model.petl_adapters = {**records(model), name: record}
@@ -231,23 +231,23 @@ def add_record(model: nn.Module, config: Method, name: str) -> None:
     _keep_out_of_checkpoints(model)
 
 
-def refuse_quantised(what: str, key: str, parameter: Tensor) -> None:
-    if isinstance(parameter, QuantisedTensor):
-        raise InputError(f"{what} {key!r}, which is quantised ({parameter.storage}): expected a dense weight")
+def refuse_quantized(what: str, key: str, parameter: Tensor) -> None:
+    if isinstance(parameter, QuantizedTensor):
+        raise InputError(f"{what} {key!r}, which is quantized ({parameter.storage}): expected a dense weight")
 
 
 def wide_copy(weight: Tensor) -> Tensor:
     """The values of a base tensor in fp32 or wider, to be changed in place."""
     wide = torch.promote_types(weight.dtype, torch.float32)
-    if isinstance(weight, QuantisedTensor):
-        return weight.dequantise(wide)
+    if isinstance(weight, QuantizedTensor):
+        return weight.dequantize(wide)
     return weight.detach().to(wide, copy=True)
 
 
 def stored_as(weight: Tensor, values: Tensor) -> tuple[Tensor, float | None]:
-    """``values`` held as ``weight`` is, and the relative error of rounding them where that is quantised."""
-    if isinstance(weight, QuantisedTensor):
-        return quantise_like(weight, values)
+    """``values`` held as ``weight`` is, and the relative error of rounding them where that is quantized."""
+    if isinstance(weight, QuantizedTensor):
+        return quantize_like(weight, values)
     return values.to(weight.dtype), None
 
 

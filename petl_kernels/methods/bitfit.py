@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from petl_kernels.errors import InputError
 from petl_kernels.methods.base import Method, find_record
-from petl_kernels.methods.structure import base_parameters, describe, norms
+from petl_kernels.models.structure import base_parameters, describe, norms
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from petl_kernels.errors import InputError
-from petl_kernels.methods.structure import total_parameters
+from petl_kernels.models.structure import total_parameters
 
 if TYPE_CHECKING:
     from petl_kernels.methods.base import Method

@@ -12,7 +12,7 @@ from typing import ClassVar
 from torch import nn
 
 from petl_kernels.methods.base import Method
-from petl_kernels.methods.structure import describe
+from petl_kernels.models.structure import describe
 
 
 @dataclass(frozen=True)

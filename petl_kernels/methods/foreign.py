@@ -7,7 +7,7 @@ from torch.nn.utils import parametrize
 
 from petl_kernels.errors import InputError
 from petl_kernels.methods.base import Named, records
-from petl_kernels.methods.structure import check_model
+from petl_kernels.models.structure import check_model
 
 _WRAPPERS = ("torch.nn.parallel.", "torch.distributed.", "deepspeed.", "accelerate.")
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from petl_kernels.methods.base import Method, Piece, attach, piece_dtype, wide_copy
-from petl_kernels.methods.structure import describe, find_targets
+from petl_kernels.models.structure import describe, find_targets
 
 
 class Scale(Piece):

@@ -9,7 +9,7 @@ from torch import nn
 
 from petl_kernels.errors import InputError
 from petl_kernels.methods.base import Method
-from petl_kernels.methods.structure import find_targets, norms
+from petl_kernels.models.structure import find_targets, norms
 
 
 @dataclass(frozen=True)

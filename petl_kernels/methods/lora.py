@@ -23,9 +23,9 @@ from torch.nn import functional as F
 from petl_kernels import ops
 from petl_kernels.errors import InputError
 from petl_kernels.methods.base import Method, Named, Piece, attach, check_size, piece_dtype, stored_as, wide_copy
-from petl_kernels.methods.structure import describe, find_targets
+from petl_kernels.models.structure import describe, find_targets
 from petl_kernels.ops.philox import RATES, has_mask
-from petl_kernels.ops.quantised import tiles
+from petl_kernels.ops.quantized import tiles
 
 
 class LowRank(Piece):
@@ -110,7 +110,7 @@ class LoRALinear(nn.Linear):
     def merge(self) -> float | None:
         """Put the active adapter into the weight. The original is kept, so ``unmerge`` restores it bit for bit.
 
-        A quantised weight is quantised again: returns the error ‖Ŵ - W‖ / ‖W‖ of that, None for a dense one.
+        A quantized weight is quantized again: returns the error ‖Ŵ - W‖ / ‖W‖ of that, None for a dense one.
         """
         if self._original is not None or self.lora.active is None:
             raise InputError("LoRALinear.merge: expected an active adapter that is not merged yet")

@@ -26,8 +26,8 @@ from torch.nn import functional as F
 from petl_kernels import versions
 from petl_kernels.errors import InputError
 from petl_kernels.methods.base import Method, Named, Piece, attach, check_size, find_record, piece_dtype, pieces
-from petl_kernels.methods.structure import Attention, describe
-from petl_kernels.transformers_names import (
+from petl_kernels.models.structure import Attention, describe
+from petl_kernels.models.transformers_names import (
     attention_function,
     attention_implementation,
     register_attention,

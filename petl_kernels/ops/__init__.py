@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import petl_kernels.ops.lora_border  # noqa: F401  no function: a layer's rule runs it
-from petl_kernels.backends import available_backends, backend_of, use
+from petl_kernels.dispatch import available_backends, backend_of, use
 from petl_kernels.ops.activation import activation
 from petl_kernels.ops.attention import attention
 from petl_kernels.ops.bottleneck_adapter import bottleneck_adapter
@@ -16,8 +16,11 @@ from petl_kernels.ops.layer_norm import layer_norm, layer_norm_from_statistics, 
 from petl_kernels.ops.linear_cross_entropy import linear_cross_entropy
 from petl_kernels.ops.lora_linear import lora_linear, lora_linear_grouped
 from petl_kernels.ops.parallel_ffn import parallel_ffn
-from petl_kernels.ops.quantised import QuantisedTensor, quantise, quantised_embedding
+from petl_kernels.ops.quantized import QuantizedTensor, quantize, quantized_embedding
 from petl_kernels.ops.rms_norm import rms_norm, rms_norm_from_statistics, rms_norm_with_statistics
+
+# The spelling of earlier versions.
+QuantisedTensor, quantise, quantised_embedding = QuantizedTensor, quantize, quantized_embedding
 
 OPS = (
     "frozen_linear",
@@ -33,16 +36,16 @@ OPS = (
     "dropout_add",
     "dropout_add_norm",
     "linear_cross_entropy",
-    "quantise_int8",
-    "quantise_nf4",
-    "dequantise",
-    "quantised_project",
-    "quantised_embedding",
+    "quantize_int8",
+    "quantize_nf4",
+    "dequantize",
+    "quantized_project",
+    "quantized_embedding",
 )
 
 __all__ = [
     "OPS",
-    "QuantisedTensor",
+    "QuantizedTensor",
     "activation",
     "attention",
     "available_backends",
@@ -60,8 +63,8 @@ __all__ = [
     "lora_linear",
     "lora_linear_grouped",
     "parallel_ffn",
-    "quantise",
-    "quantised_embedding",
+    "quantize",
+    "quantized_embedding",
     "rms_norm",
     "rms_norm_from_statistics",
     "rms_norm_with_statistics",

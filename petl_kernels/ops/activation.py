@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from petl_kernels.backends import active, dispatch, register
+from petl_kernels.dispatch import active, dispatch, register
 from petl_kernels.errors import InputError
 from petl_kernels.ops import philox
 from petl_kernels.ops.bits import pack_bits, packed_width, unpack_bits

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from petl_kernels.backends import active, dispatch, register
+from petl_kernels.dispatch import active, dispatch, register
 from petl_kernels.errors import InputError
 from petl_kernels.ops.activation import ACTIVATIONS, check_kind, derivative
 from petl_kernels.ops.common import (

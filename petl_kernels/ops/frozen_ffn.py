@@ -11,7 +11,7 @@
 
 x and y (..., d), W1 and Wg (f, d), W2 (d, f), c1 (f,) and c2 (d,) or None; act is "relu", "gelu" (erf), "gelu_tanh"
 or "silu". x and the weights of one dtype (bf16, fp16, fp32, fp64), biases of any; act and its derivative are fp32
-(fp64 for fp64). Each weight may be quantised (``ops/quantised.py``): its products are then those of that file.
+(fp64 for fp64). Each weight may be quantized (``ops/quantized``): its products are then those of that file.
 
 Saves: in bytes per token, where x or c1 has a gradient (nothing where not):
     ReLU without a gate         ceil(f / 8): whether each z > 0 (``ops/bits.py``), which is its derivative
@@ -30,7 +30,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from petl_kernels.backends import active, dispatch, register
+from petl_kernels.dispatch import active, dispatch, register
 from petl_kernels.errors import InputError
 from petl_kernels.ops.activation import ACTIVATIONS, derivative
 from petl_kernels.ops.bits import pack_bits, packed_width, unpack_bits
@@ -45,7 +45,7 @@ from petl_kernels.ops.common import (
     empty,
     shape,
 )
-from petl_kernels.ops.quantised import out_features, parts_in, parts_of, project, project_back
+from petl_kernels.ops.quantized import out_features, parts_in, parts_of, project, project_back
 
 CHUNK_BYTES = 8 << 20
 CHUNK_ROWS = 256

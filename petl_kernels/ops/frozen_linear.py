@@ -5,7 +5,7 @@
     dc    = Σ_tokens dy          (fp32 sums, in the bias' dtype)
 
 x (..., K), W (N, K), c (N,) or None, y (..., N); x and W of one dtype (bf16, fp16, fp32, fp64), c of any. W may be
-quantised (``ops/quantised.py``): the products are then those of that file.
+quantized (``ops/quantized``): the products are then those of that file.
 
 Saves: 0 bytes per token. ``nn.Linear`` keeps x (2K bytes in bf16) whenever its weight could need a gradient.
 Source: the derivative of a matrix product with dW left out.
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from petl_kernels.backends import active, dispatch, register
+from petl_kernels.dispatch import active, dispatch, register
 from petl_kernels.ops.common import (
     accumulate_dtype,
     check_activation,
@@ -27,7 +27,7 @@ from petl_kernels.ops.common import (
     differentiate,
     empty,
 )
-from petl_kernels.ops.quantised import in_features, is_quantised, out_features, parts_of, project, project_back
+from petl_kernels.ops.quantized import in_features, is_quantized, out_features, parts_of, project, project_back
 
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -58,7 +58,7 @@ def reference_backward(dy: Tensor, weight: Tensor, need_dx: bool, need_dbias: bo
 
 def _forward(x: Tensor, weight: list[Tensor], bias: Tensor | None, backend: str) -> Tensor:
     bias = None if bias is None else bias.to(x.dtype)
-    if is_quantised(weight):
+    if is_quantized(weight):
         y = project(x.reshape(-1, x.shape[-1]), weight, bias, backend)
         return y.view(*x.shape[:-1], y.shape[-1])
     return dispatch("frozen_linear", x.device, backend, x.dtype)(x, weight[0].to(x.dtype), bias)
@@ -70,7 +70,7 @@ def _forward_fake(x: Tensor, weight: list[Tensor], bias: Tensor | None, backend:
 
 def _backward(dy: Tensor, weight: list[Tensor], need_dx: bool, need_dbias: bool, backend: str) -> tuple[Tensor, Tensor]:
     kernel = dispatch("frozen_linear_backward", dy.device, backend, dy.dtype)
-    if is_quantised(weight):
+    if is_quantized(weight):
         dx = empty(dy)
         if need_dx:
             dx = project_back(dy.reshape(-1, dy.shape[-1]), weight, backend)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from petl_kernels.backends import active, dispatch, register
+from petl_kernels.dispatch import active, dispatch, register
 from petl_kernels.errors import InputError
 from petl_kernels.ops import philox
 from petl_kernels.ops.activation import ACTIVATIONS, check_kind, derivative

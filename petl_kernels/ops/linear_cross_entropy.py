@@ -27,7 +27,7 @@ The rest goes one of two ways, each within `chunk_bytes` bytes of buffers:
 - all else, and fp16, by rows (``ops/loss_by_rows.py``): some rows and all words at a time. Where nobody has said how
   many bytes, 32 MiB, and on a CPU 256 rows if that is more: a product of few rows waits there for W, which each chunk
   reads from memory twice. A W of another dtype than h is cast block by block; one of h's dtype is faster. A frozen W
-  may be quantised (``ops/quantised.py``).
+  may be quantized (``ops/quantized``).
 The gradients are formed there and then, for a dloss of 1; backward multiplies them by the true one.
 
 Saves: d · itemsize bytes per row (dh), and 4. W trained: 4·V·d more, once (dW in fp32, like dh until backward); b: 4·V.
@@ -45,7 +45,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from petl_kernels.backends import active, dispatch
+from petl_kernels.dispatch import active, dispatch
 from petl_kernels.errors import InputError
 from petl_kernels.ops import loss_by_rows, loss_by_words
 from petl_kernels.ops.common import (
@@ -57,7 +57,7 @@ from petl_kernels.ops.common import (
     empty,
     shape,
 )
-from petl_kernels.ops.quantised import out_features, parts_of
+from petl_kernels.ops.quantized import out_features, parts_of
 
 OP = "linear_cross_entropy"
 PARTS = ("", "_begin", "_words", "_end")  # of a backend's kernels

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from petl_kernels.backends import dispatch, register
+from petl_kernels.dispatch import dispatch, register
 from petl_kernels.ops.common import accumulate_dtype, define, empty, present
 
 CUDA_PARTS = 64  # at most, of dB's sum over tokens on CUDA: in fp32, each of N_g · r_g numbers for every adapter

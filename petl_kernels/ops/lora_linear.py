@@ -14,7 +14,7 @@ x (..., K), W_g (N_g, K), c_g (N_g,) or None, A_g (r_g, K), B_g (N_g, r_g), y_g 
 shape (tokens, Σ r_g). x and W_g share a dtype (bf16, fp16, fp32, fp64); A_g, B_g and c_g may be wider: they are cast
 to x.dtype for the products, sums are fp32, and their gradients come back in their own dtype. Dropout is one mask for
 the whole group, recomputed from a seed (``petl_kernels/ops/philox.py``), so a group equals its members one by one.
-W_g may be quantised (``ops/quantised.py``), each in its own storage: x W_gᵀ and dy_g W_g are then that file's products.
+W_g may be quantized (``ops/quantized``), each in its own storage: x W_gᵀ and dy_g W_g are then that file's products.
 
 Saves: x, and s (2 Σ r_g bytes per token in bf16); 8 bytes in all for the seed. No mask, no copy of x.
 Source: LoRA, arXiv 2106.09685.
@@ -25,7 +25,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from petl_kernels.backends import active, dispatch, register
+from petl_kernels.dispatch import active, dispatch, register
 from petl_kernels.errors import InputError
 from petl_kernels.ops import philox
 from petl_kernels.ops.common import (
@@ -39,7 +39,7 @@ from petl_kernels.ops.common import (
     present,
     shape,
 )
-from petl_kernels.ops.quantised import parts_in, parts_of, project, project_back, split_parts
+from petl_kernels.ops.quantized import parts_in, parts_of, project, project_back, split_parts
 
 
 def lora_linear(

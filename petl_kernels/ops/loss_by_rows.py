@@ -1,4 +1,4 @@
-"""The vocabulary loss chunk of rows by chunk of rows: for a trained or quantised table, biases, scales, and fp16.
+"""The vocabulary loss chunk of rows by chunk of rows: for a trained or quantized table, biases, scales, and fp16.
 
     z = s · (h Wᵀ) + b, losses, and dz in place of z        for all words of some rows at a time
     dh = dz W,  dW += dzᵀ h,  db += Σ_rows dz               without the factor s
@@ -19,10 +19,10 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
-from petl_kernels.backends import active, register
+from petl_kernels.dispatch import active, register
 from petl_kernels.ops.common import accumulate_dtype, empty
 from petl_kernels.ops.product import ALIGNED, aligned_parts, product_into
-from petl_kernels.ops.quantised import is_quantised, out_features, part_rows, project, project_back, row_blocks
+from petl_kernels.ops.quantized import is_quantized, out_features, part_rows, project, project_back, row_blocks
 
 
 def compute(
@@ -124,8 +124,8 @@ def reference(
 
 def _project(rows: Tensor, parts: list[Tensor], block_bytes: int, logits: Tensor) -> None:
     """logits (rows, V) = rows (rows, d) Wᵀ"""
-    if is_quantised(parts):
-        for words in _quantised_blocks(parts, logits.shape[1], rows, block_bytes):
+    if is_quantized(parts):
+        for words in _quantized_blocks(parts, logits.shape[1], rows, block_bytes):
             logits[:, words] = project(rows, part_rows(parts, words, rows.shape[1]), None, active())
         return
     (weight,) = parts
@@ -135,9 +135,9 @@ def _project(rows: Tensor, parts: list[Tensor], block_bytes: int, logits: Tensor
 
 def _project_back(dlogits: Tensor, parts: list[Tensor], rows: Tensor, block_bytes: int) -> Tensor:
     """dlogits (rows, V) W, in the dtype of dlogits; ``rows`` (rows, d) shows the width of W."""
-    if is_quantised(parts):
+    if is_quantized(parts):
         total = torch.zeros_like(rows, dtype=accumulate_dtype(rows.dtype))
-        for words in _quantised_blocks(parts, dlogits.shape[1], rows, block_bytes):
+        for words in _quantized_blocks(parts, dlogits.shape[1], rows, block_bytes):
             total += project_back(dlogits[:, words], part_rows(parts, words, rows.shape[1]), active())
         return total.to(dlogits.dtype)
     (weight,) = parts
@@ -170,8 +170,8 @@ def _dense_blocks(weight: Tensor, dtype: torch.dtype, block_bytes: int) -> Itera
     return _word_blocks(weight.shape, dtype, block_bytes)
 
 
-def _quantised_blocks(parts: list[Tensor], words: int, rows: Tensor, block_bytes: int) -> Iterator[slice]:
-    """Blocks of words that are multiplied at a time: as ``_word_blocks``, cut where a quantised weight can be cut."""
+def _quantized_blocks(parts: list[Tensor], words: int, rows: Tensor, block_bytes: int) -> Iterator[slice]:
+    """Blocks of words that are multiplied at a time: as ``_word_blocks``, cut where a quantized weight can be cut."""
     columns = rows.shape[1]
     return row_blocks(parts, words, columns, _block_size(block_bytes, columns, rows.dtype))
 

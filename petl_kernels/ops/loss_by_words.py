@@ -36,7 +36,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from petl_kernels.backends import register
+from petl_kernels.dispatch import register
 from petl_kernels.ops.common import accumulate_dtype, empty
 from petl_kernels.ops.product import ALIGNED, aligned_parts, product_into
 

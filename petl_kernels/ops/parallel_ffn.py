@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from petl_kernels.backends import active, dispatch
+from petl_kernels.dispatch import active, dispatch
 from petl_kernels.errors import InputError
 from petl_kernels.ops.activation import check_kind
 from petl_kernels.ops.common import (
@@ -80,7 +80,7 @@ def parallel_ffn(
     hidden units is overwritten. c2 (d,), frozen, or None. down (m, d), down_bias (m,) or None, up (d, m), up_bias (d,)
     or None.
     Raises InputError: x of rank 0, shapes that do not fit, devices or dtypes that differ, a weight or bias of the base
-    that requires grad, a quantised weight, an unknown activation.
+    that requires grad, a quantized weight, an unknown activation.
     """
     _check(x, w1, c1, w2, c2, down, down_bias, up, up_bias, activation)
     c2 = fill(w1, c1, w2, c2, down, down_bias, up, up_bias, scale)
@@ -101,7 +101,7 @@ def _check(x, w1, c1, w2, c2, down, down_bias, up, up_bias, activation) -> None:
     check_frozen(op, "w2", w2, x)
     for name, weight in (("w1", w1), ("w2", w2)):
         if hasattr(weight, "parts"):
-            raise InputError(f"{op}: {name} is quantised ({weight.storage}): expected a dense weight")
+            raise InputError(f"{op}: {name} is quantized ({weight.storage}): expected a dense weight")
     if down.dim() != 2 or room(down.shape[0]) > wide:
         raise InputError(f"{op}: down has shape {shape(down)}: expected (m, {d}) with room for m in w1 {shape(w1)}")
     m = down.shape[0]

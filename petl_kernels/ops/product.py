@@ -17,7 +17,7 @@ import functools
 import torch
 from torch import Tensor
 
-from petl_kernels.backends import active, dispatch, load_error, register
+from petl_kernels.dispatch import active, dispatch, load_error, register
 
 ALIGNED = 64
 # What the C++ product cuts by: see csrc/cpu/product.cpp.

@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from petl_kernels.backends import active, dispatch, register
+from petl_kernels.dispatch import active, dispatch, register
 from petl_kernels.ops.common import accumulate_dtype, check_activation, check_parameter, define, differentiate, empty
 from petl_kernels.ops.layer_norm import check_statistics
 from petl_kernels.ops.room import leaving_room, roomy

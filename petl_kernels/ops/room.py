@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from petl_kernels.backends import kernel_of
+from petl_kernels.dispatch import kernel_of
 
 
 def roomy(like: Tensor, shape: Sequence[int], room: int, dtype: torch.dtype | None = None) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from petl_kernels.interop.files import atomic_write
+from petl_kernels.files import atomic_write
 
 from .config import TrainConfig
 from .memory import memory_text

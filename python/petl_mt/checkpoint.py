@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from petl_kernels.errors import InputError
-from petl_kernels.interop.files import atomic_dir
+from petl_kernels.files import atomic_dir
 
 from .checks import file_sum
 

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from petl_kernels.errors import InputError
-from petl_kernels.interop.files import atomic_write
-from petl_kernels.memory.size import format_least, format_size
+from petl_kernels.files import atomic_write
+from petl_kernels.units import format_least, format_size
 
 from .config import Pair, TrainConfig
 

@@ -283,7 +283,8 @@ def _add_merge(commands) -> None:
     )
     run.add_argument(
         "--into",
-        choices=("original", "quantised"),
+        type=lambda name: "quantized" if name == "quantised" else name,  # the older spelling
+        choices=("original", "quantized"),
         default="original",
         help="weights of a run that trained beside rounded ones: the checkpoint's, or rounded (default: original)",
     )
@@ -418,7 +419,7 @@ def _merge(arguments: argparse.Namespace) -> int:
     import petl_kernels as pk
     from petl_kernels.interop.adapters import check_free
 
-    from .runs import hush, load_run, merged_dtype, quantise_as_trained, run_storages
+    from .runs import hush, load_run, merged_dtype, quantize_as_trained, run_storages
 
     check_free(arguments.out)  # before anything is read
     check_folder("out", arguments.out)
@@ -428,8 +429,8 @@ def _merge(arguments: argparse.Namespace) -> int:
         check_space("out", arguments.out, sum(p.nbytes for p in model.parameters()), "the merged model")
         storages = run_storages(arguments.run_folder)
         named = " and ".join(kind for kind in dict.fromkeys(storages) if kind != "dense")
-        if arguments.into == "quantised":
-            quantise_as_trained(model, config, storages)
+        if arguments.into == "quantized":
+            quantize_as_trained(model, config, storages)
             pk.merge(model)
             error = pk.report(model).merge_error or 0.0
             said.append(f"merged into {named} weights with a relative error of at most {error:.3%}")

@@ -182,13 +182,13 @@ class TrainConfig:
 
             parse_budget(self.params)
         if self.memory is not None:
-            from petl_kernels.memory.size import parse_size
+            from petl_kernels.units import parse_size
 
             parse_size(self.memory)
         if self.allow:
-            from petl_kernels.memory.plan import check_allow
+            from petl_kernels.planning.plan import check_allow
 
-            check_allow(self.allow)
+            self.allow = list(check_allow(self.allow))
 
     def _refuse_without_effect(self) -> None:
         """Options that nothing would look at."""

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from petl_kernels.errors import InputError
-from petl_kernels.graphs import row_sentences, row_tokens
-from petl_kernels.interop.packed import IGNORE, filled, pack
+from petl_kernels.layers.packed import IGNORE, filled, pack
+from petl_kernels.step.graphs import row_sentences, row_tokens
 
 from .config import Pair
 

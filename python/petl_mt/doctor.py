@@ -111,11 +111,11 @@ def checks(device: torch.device, stop: float) -> Iterator[Check]:
 
 
 def _rows(device: torch.device) -> Iterator[tuple[str, str, torch.dtype]]:
-    from petl_kernels import backends, ops, parity
+    from petl_kernels import dispatch, ops, parity
 
     for dtype in parity.DTYPES:
         for op in ops.OPS:
-            for backend in backends.serving(op, device):
+            for backend in dispatch.serving(op, device):
                 if backend != "reference" and dtype in parity.checked_dtypes(backend):
                     yield op, backend, dtype
 
@@ -146,14 +146,14 @@ def _line(check: Check, device: torch.device) -> str:
 
 def _default(op: str, device: torch.device) -> str:
     """The backend that serves ``op`` if it is right."""
-    from petl_kernels import backends
+    from petl_kernels import dispatch
 
-    return next(name for name in backends.default_order(op, device) if backends.kernel_of(op, name) is not None)
+    return next(name for name in dispatch.default_order(op, device) if dispatch.kernel_of(op, name) is not None)
 
 
 def facts() -> list[str]:
     from petl_kernels import __version__
-    from petl_kernels.backends import BACKENDS, load_error
+    from petl_kernels.dispatch import BACKENDS, load_error
 
     lines = [f"petl-kernels {__version__}, Python {sys.version.split()[0]}, {platform.platform()}"]
     lines.append(", ".join(f"{name} {_installed(name)}" for name in PACKAGES))

@@ -17,7 +17,7 @@ from petl_kernels import versions
 from petl_kernels.errors import InputError
 from petl_kernels.interop.hf import positions
 from petl_kernels.interop.languages import script_of
-from petl_kernels.memory.generation import SearchBytes, output_length
+from petl_kernels.planning.beam_search import SearchBytes, output_length
 
 from .data import Corpus, PackedBatch, Ragged, has_text
 from .loss import sequence_loss

@@ -90,7 +90,7 @@ class RunLog:
 
 def _drop_after(path: Path, step: int) -> None:
     """A resumed run repeats the steps after its checkpoint: their lines go."""
-    from petl_kernels.interop.files import atomic_write
+    from petl_kernels.files import atomic_write
 
     if not path.exists():
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from petl_kernels.interop.lean_loss import LeanLoss, loss_of_logits
+from petl_kernels.layers.loss.lean_loss import LeanLoss, loss_of_logits
 
 from .data import IGNORE, Batch, PackedBatch
 

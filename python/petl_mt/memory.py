@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from petl_kernels.memory import cap
-from petl_kernels.memory.size import format_size
+from petl_kernels.step import cap
+from petl_kernels.units import format_size
 
 
 class MemoryMeter:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from petl_kernels.errors import InputError
-from petl_kernels.transformers_names import rows_of_m2m100
+from petl_kernels.models.transformers_names import rows_of_m2m100
 
 from .config import TrainConfig
 

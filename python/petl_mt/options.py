@@ -12,7 +12,7 @@ COUNT = {"type": int, "metavar": "N"}
 NUMBER = {"type": float, "metavar": "X"}
 FILES = {"nargs": 2, "metavar": ("SRC", "TGT")}
 PAIR = {"nargs": 3, "action": "append", "metavar": ("SRC-TGT", "SRC", "TGT")}
-APPROXIMATIONS = "quantised (frozen weights in 8 or 4 bits), 8bit-optimizer, bf16-gradients"
+APPROXIMATIONS = "quantized (frozen weights in 8 or 4 bits), 8bit-optimizer, bf16-gradients"
 
 
 def names(text: str) -> list[str]:

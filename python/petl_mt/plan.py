@@ -11,8 +11,8 @@ from torch import nn
 from petl_kernels.device import resolve
 from petl_kernels.errors import InputError
 from petl_kernels.interop.hf import load_outline
-from petl_kernels.memory.plan import Plan
-from petl_kernels.memory.planner import plan as make_plan
+from petl_kernels.planning.plan import Plan
+from petl_kernels.planning.planner import plan as make_plan
 
 from .config import UNCAPTURED, TrainConfig
 from .prepare import adapt, cast_frozen_matrices, check_beam, check_positions, set_dropout

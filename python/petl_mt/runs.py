@@ -18,7 +18,7 @@ import yaml
 
 from petl_kernels.device import resolve
 from petl_kernels.errors import InputError
-from petl_kernels.interop.files import atomic_write
+from petl_kernels.files import atomic_write
 
 from . import lock
 from .checkpoint import Checkpoints, read_progress, while_it_trains
@@ -235,12 +235,12 @@ def _load_within(
     import petl_kernels as pk
     from petl_kernels.interop.adapters import fill_adapter
     from petl_kernels.interop.hf import load_skeleton
-    from petl_kernels.interop.planned import load_planned
-    from petl_kernels.memory import cap
-    from petl_kernels.memory.planner import plan_search
-    from petl_kernels.memory.resident import SLOTS
-    from petl_kernels.memory.stream import stream_layers
-    from petl_kernels.methods.structure import describe
+    from petl_kernels.models.structure import describe
+    from petl_kernels.planning.load import load_planned
+    from petl_kernels.planning.planner import plan_search
+    from petl_kernels.planning.resident import SLOTS
+    from petl_kernels.step import cap
+    from petl_kernels.weights.streamed import stream_layers
 
     from .plan import prepared
 
@@ -275,8 +275,8 @@ def _load_within(
 
 def run_memory(path: str | Path | TrainConfig) -> int | None:
     """The budget in bytes that the run was trained under, if it was."""
-    from petl_kernels.memory.plan import Plan
-    from petl_kernels.memory.size import parse_size
+    from petl_kernels.planning.plan import Plan
+    from petl_kernels.units import parse_size
 
     if isinstance(path, TrainConfig):
         return None if path.memory is None else parse_size(path.memory)
@@ -287,7 +287,7 @@ def run_memory(path: str | Path | TrainConfig) -> int | None:
 def run_storages(path: str | Path) -> tuple[str, str]:
     """How the frozen weights were stored beside which the run has trained, in layers and in tables: "dense", "int8" or
     "nf4"."""
-    from petl_kernels.memory.plan import Plan
+    from petl_kernels.planning.plan import Plan
 
     plan = RunFolder(Path(path)).plan
     if not plan.exists():
@@ -308,15 +308,15 @@ def merged_dtype(path: str | Path, name: str | None = None) -> torch.dtype:
     return found if found in names.values() else torch.float32
 
 
-def quantise_as_trained(model, config: TrainConfig, storages: tuple[str, str]) -> None:
+def quantize_as_trained(model, config: TrainConfig, storages: tuple[str, str]) -> None:
     """The weights of a loaded run as its adapter was trained beside them."""
-    from petl_kernels.memory.quantise_model import quantise_model
+    from petl_kernels.weights.quantized import quantize_model
 
     from .prepare import cast_frozen_matrices
 
     if storages == ("dense", "dense"):
-        raise InputError("into quantised: the run was trained beside weights that were not; expected --into original")
-    quantise_model(model, *storages)
+        raise InputError("into quantized: the run was trained beside weights that were not; expected --into original")
+    quantize_model(model, *storages)
     if config.precision == "bf16":
         cast_frozen_matrices(model, torch.bfloat16)
 
@@ -340,7 +340,7 @@ class Translator:
         memory: the budget, of the run itself when not given, kept until ``limits`` ends; without them it only
         decides how weights are loaded and how large batches are."""
         from petl_kernels.interop.languages import LanguagePair
-        from petl_kernels.memory.size import format_size, parse_size
+        from petl_kernels.units import format_size, parse_size
 
         from .prepare import check_beam
 

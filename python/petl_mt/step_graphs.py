@@ -1,7 +1,8 @@
 """The CUDA graphs of a run: of a micro-batch's gradients, of the optimiser's step, of the validation loss.
 
 A replay takes the host some microseconds where the step's kernels, launched one by one, take it longer than the card
-needs to run them. Rows are packed and filled up to few shapes (``petl_kernels.graphs``); what fills them is no label,
+needs to run them. Rows are packed and filled up to few shapes (``petl_kernels.step.graphs``). What
+fills them is no label,
 so it is in no loss and no gradient.
 """
 
@@ -12,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from petl_kernels.graphs import MOST, CudaGraphs, Graphed
+from petl_kernels.step.graphs import MOST, CudaGraphs, Graphed
 
 from .data import PackedBatch
 

@@ -35,10 +35,10 @@ import torch
 
 from petl_kernels.device import resolve
 from petl_kernels.errors import InputError
-from petl_kernels.interop.files import atomic_path, atomic_write
+from petl_kernels.files import atomic_path, atomic_write
 from petl_kernels.interop.hf import load_skeleton
-from petl_kernels.memory.size import format_size
 from petl_kernels.methods import METHODS, parse_budget
+from petl_kernels.units import format_size
 
 from .apart import apart
 from .checks import check_folder

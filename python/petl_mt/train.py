@@ -21,20 +21,20 @@ import torch
 from torch import nn
 
 import petl_kernels as pk
-from petl_kernels.backends import turned_down
+from petl_kernels.accounting.saved import saved_bytes
 from petl_kernels.device import resolve
+from petl_kernels.dispatch import turned_down
 from petl_kernels.errors import InputError
-from petl_kernels.graphs import check_device
+from petl_kernels.files import atomic_dir, atomic_write
 from petl_kernels.interop.adapters import write_merged
-from petl_kernels.interop.files import atomic_dir, atomic_write
-from petl_kernels.interop.lean_loss import packing_obstacle
-from petl_kernels.interop.planned import load_planned
-from petl_kernels.memory import cap
-from petl_kernels.memory.generation import output_length
-from petl_kernels.memory.plan import Plan
-from petl_kernels.memory.resident import OPTIMIZER_BYTES
-from petl_kernels.memory.saved import saved_bytes
-from petl_kernels.memory.size import format_size, parse_size
+from petl_kernels.layers.loss.lean_loss import packing_obstacle
+from petl_kernels.planning.beam_search import output_length
+from petl_kernels.planning.load import load_planned
+from petl_kernels.planning.plan import Plan
+from petl_kernels.planning.resident import OPTIMIZER_BYTES
+from petl_kernels.step import cap
+from petl_kernels.step.graphs import check_device
+from petl_kernels.units import format_size, parse_size
 
 from .apart import ONE_SIGNAL
 from .checkpoint import Checkpoints, read_progress

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 import petl_kernels as pk
 from petl_kernels.device import resolve
-from petl_kernels.graphs import CudaGraphs
-from petl_kernels.interop.lean_loss import set_chunk_bytes
-from petl_kernels.memory.plan import Plan
-from petl_kernels.memory.size import format_size
+from petl_kernels.layers.loss.lean_loss import set_chunk_bytes
+from petl_kernels.planning.plan import Plan
+from petl_kernels.step.graphs import CudaGraphs
+from petl_kernels.units import format_size
 
 from .config import TrainConfig
 from .data import Batch, PackedBatch

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from petl_kernels import backends, ops, parity
+from petl_kernels import dispatch, ops, parity
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -22,12 +22,12 @@ CHECKS = [
 @pytest.mark.parametrize(("op", "dtype"), CHECKS)
 def test_backends_agree_with_the_reference(op, dtype):
     device = torch.device("cuda", torch.cuda.current_device())
-    errors = {name: parity.check(op, name, device, DTYPES[dtype]) for name in backends.serving(op, device)}
+    errors = {name: parity.check(op, name, device, DTYPES[dtype]) for name in dispatch.serving(op, device)}
     assert not any(errors.values()), errors
 
 
 @pytest.mark.parametrize("op", ops.OPS)
 def test_who_serves(op):
     """cuBLAS where it is at the hardware's speed, Triton for the rest."""
-    others = {"frozen_linear": "reference", "quantised_embedding": "reference"}
+    others = {"frozen_linear": "reference", "quantized_embedding": "reference"}
     assert ops.backend_of(op, "cuda", torch.bfloat16) == others.get(op, "triton")

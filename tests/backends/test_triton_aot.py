@@ -20,9 +20,9 @@ MATRIX_INSTRUCTION = {"sm90": "wgmma.mma_async", "sm100": "tcgen05.mma"}
 WITHOUT_PRODUCT = {
     *("_sum_kernel", "_column_sums_kernel", "_fold_kernel", "_norm_gradients_kernel", "_rows_kernel"),
     *("_latent_gradient_kernel", "_norm_kernel", "_norm_again_kernel", "_norm_dx_kernel"),
-    *("_sums_kernel", "_loss_kernel", "_dequantise_kernel", "_project_rows_kernel", "_project_back_rows_kernel"),
+    *("_sums_kernel", "_loss_kernel", "_dequantize_kernel", "_project_rows_kernel", "_project_back_rows_kernel"),
     *("_begin_kernel", "_words_kernel", "_end_kernel"),
-    *("_quantise_int8_kernel", "_quantise_nf4_kernel", "_quantise_absmax_kernel"),
+    *("_quantize_int8_kernel", "_quantize_nf4_kernel", "_quantize_absmax_kernel"),
 }
 ELEMENTWISE = {
     *("_activation_kernel", "_activation_backward_kernel", "_gated_kernel", "_gated_backward_kernel"),
@@ -34,15 +34,15 @@ WITH_PRODUCT = {
     *("_adapter_gradients_kernel", "_forward_kernel", "_backward_kernel", "_token_sums_kernel"),
     *("_attention_kernel", "_query_gradient_kernel", "_key_gradients_kernel", "_sentence_gradients_kernel"),
     "_distance_gradient_kernel",
-    *("_quantised_project_kernel", "_quantised_project_back_kernel"),
+    *("_quantized_project_kernel", "_quantized_project_back_kernel"),
 }
 KERNELS = WITHOUT_PRODUCT | WITH_PRODUCT | ELEMENTWISE
 # The rows of the matrix instruction, where they are not the rows of the result: BN counts the rows of the weight.
-LEFT = {"_quantised_project_kernel": "BN"}
+LEFT = {"_quantized_project_kernel": "BN"}
 # Those whose products run on while the tiles of a later step are copied, on cards with MATRIX_INSTRUCTION.
 BESIDE_COPIES = {
     *("_adapter_gradients_kernel", "_forward_kernel", "_backward_kernel", "_token_sums_kernel"),
-    "_quantised_project_kernel",
+    "_quantized_project_kernel",
 }
 # A loop inside the one over its keys, which is not pipelined then.
 WITHOUT_COPIES = {"_distance_gradient_kernel"}

@@ -10,7 +10,7 @@ import pytest
 import torch
 import triton_cases
 
-from petl_kernels import backends, parity
+from petl_kernels import dispatch, parity
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -32,7 +32,7 @@ def test_values_and_gradients(name, dtype):
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 def test_the_relu_of_a_product_passes_on_what_is_not_a_number(backend):
     """As F.relu does: a library whose ReLU is max(0, z) may make a zero of it."""
-    if (kernel := backends.kernel_of("frozen_ffn", backend)) is None:
+    if (kernel := dispatch.kernel_of("frozen_ffn", backend)) is None:
         pytest.skip("the extension was built without CUDA or cuBLASLt's headers")
     given = parity.frozen_ffn_arguments(parity.Source(torch.device("cuda"), torch.bfloat16), rows=(130,), d=64, f=256)
     given["x"][7, 3] = torch.nan

@@ -14,7 +14,7 @@ import triton_cases
 from ops.test_dropout_add_norm import one_after_the_other
 from ops.test_parallel_ffn import arguments_of, assert_right
 
-from petl_kernels import backends, ops, parity
+from petl_kernels import dispatch, ops, parity
 from petl_kernels.backends.products import CuBLASLtProducts, PyTorchProducts
 from petl_kernels.ops import philox
 from petl_kernels.ops.bits import pack_bits
@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module", autouse=True)
 def triton():
     """The backend is there: nothing may have imported Triton before the interpreter was chosen."""
-    assert backends.load_error("triton") is None
+    assert dispatch.load_error("triton") is None
     return importlib.import_module("petl_kernels.backends.triton")
 
 
@@ -94,7 +94,7 @@ def test_dropout_mask_is_the_reference_stream(seed, p, features):
     """With A the identity, s is drop(x) itself; rows that 8 does not divide end within a counter."""
     x, eye, seed = torch.ones(33, features), torch.eye(features), torch.tensor([seed])
     weight, b = torch.zeros(4, features), torch.zeros(4, features)
-    _, s = backends.kernel_of("lora_linear", "triton")(x, [weight], [None], [eye], [b], [1.0], p, seed)
+    _, s = dispatch.kernel_of("lora_linear", "triton")(x, [weight], [None], [eye], [b], [1.0], p, seed)
     torch.testing.assert_close(s, philox.dropout(x, p, seed), rtol=1e-6, atol=0)
 
 
@@ -104,7 +104,7 @@ def test_packed_bits_and_special_numbers(dtype, features):
     z = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1.0, -1.0]).repeat(features)
     z = z.view(7, features).to(DTYPES[dtype])
     (y, bits), (exact, exact_bits) = (
-        backends.kernel_of("activation", backend)(z, "relu", 0.0, None) for backend in ("triton", "reference")
+        dispatch.kernel_of("activation", backend)(z, "relu", 0.0, None) for backend in ("triton", "reference")
     )
     torch.testing.assert_close(y, exact, rtol=0, atol=0, equal_nan=True)
     assert torch.equal(bits, exact_bits)
@@ -114,7 +114,7 @@ def test_group_equals_its_members():
     given = parity.lora_linear_arguments(
         parity.Source(CPU, torch.float32), (17,), ns=(40, 33), k=45, ranks=(4, 5), dropout=0.3
     )
-    forward = backends.kernel_of("lora_linear", "triton")
+    forward = dispatch.kernel_of("lora_linear", "triton")
     lists = [given[name] for name in ("weights", "biases", "a", "b", "scales")]
     together, _ = forward(given["x"], *lists, given["dropout"], given["seed"])
     for g, y in enumerate(together):
@@ -142,7 +142,7 @@ def test_a_sum_and_its_norm_have_the_bits_of_the_two_ops(name, dtype):
 
 def test_only_the_gradients_of_a_sum_and_its_norm_asked_for():
     given = parity.dropout_add_norm_arguments(parity.Source(CPU, torch.float32), (5,), d=12)
-    h, weight, backward = given["y"], given["weight"], backends.kernel_of("dropout_add_norm_backward", "triton")
+    h, weight, backward = given["y"], given["weight"], dispatch.kernel_of("dropout_add_norm_backward", "triton")
     arguments = (given["du"], None, h, h.mean(-1), h.var(-1, correction=0).rsqrt(), weight)
     dropout = torch.float32, given["p"], given["seed"]
     assert [own.numel() for own in backward(*arguments, None, 0.0, None, True, False)] == [60, 0, 12, 0]
@@ -197,14 +197,14 @@ def test_products_that_are_added_up_in_fp32(dtype):
 def test_bits_are_packed_as_the_reference_packs_them(f):
     given = parity.frozen_ffn_arguments(parity.Source(CPU, torch.float32), (129,), d=24, f=f)
     arguments = [given["x"], [given["w1"]], given["c1"], [given["w2"]], given["c2"], [], given["activation"]]
-    bits = [backends.kernel_of("frozen_ffn", name)(*arguments, "bits")[1] for name in ("triton", "reference")]
+    bits = [dispatch.kernel_of("frozen_ffn", name)(*arguments, "bits")[1] for name in ("triton", "reference")]
     assert torch.equal(*bits)
 
 
 def test_only_the_gradients_of_a_norm_and_a_network_asked_for():
     given = parity.layer_norm_arguments(parity.Source(CPU, torch.float32), (5,), d=12)
     x, weight = given["x"], given["weight"]
-    backward = backends.kernel_of("layer_norm_backward", "triton")
+    backward = dispatch.kernel_of("layer_norm_backward", "triton")
     arguments = (given["dy"], x, x.mean(-1), x.var(-1, correction=0).rsqrt(), weight)
     assert [grad.numel() for grad in backward(*arguments, False, True, False)] == [0, 12, 0]
     assert [grad.numel() for grad in backward(*arguments, True, False, True)] == [60, 0, 12]
@@ -212,7 +212,7 @@ def test_only_the_gradients_of_a_norm_and_a_network_asked_for():
     given = parity.frozen_ffn_arguments(parity.Source(CPU, torch.float32), (5,), d=12, f=16, activation="silu")
     saved = [given[name] for name in ("dy", "x")] + [torch.empty(0)] * 2
     weights = [[given["w1"]], given["c1"], [given["w2"]], []]
-    backward = backends.kernel_of("frozen_ffn_backward", "triton")
+    backward = dispatch.kernel_of("frozen_ffn_backward", "triton")
     grads = backward(*saved, *weights, "silu", "x", False, True, False)
     assert [grad.numel() for grad in grads] == [0, 16, 0]
 
@@ -224,7 +224,7 @@ def test_an_adapter_s_parameters_alone(m, norm):
     given = parity.bottleneck_adapter_arguments(parity.Source(CPU, torch.float32), (5,), d=12, m=m, norm=norm)
     names = ("dy", "x", "ln_weight", "ln_bias", "down", "down_bias", "up")
     dy, x, *parameters = (given[name] for name in names)
-    backward, options = backends.kernel_of("bottleneck_adapter_backward", "triton"), (1e-5, "relu", 0.7)
+    backward, options = dispatch.kernel_of("bottleneck_adapter_backward", "triton"), (1e-5, "relu", 0.7)
     every, own = (backward(dy, x, False, *parameters, *options, need, True) for need in (True, False))
     assert own[0].numel() == 0 and every[0].shape == x.shape
     assert all(map(torch.equal, own[1:], every[1:]))
@@ -238,21 +238,21 @@ def test_padded_rows_of_logits():
     results = []
     for backend in ("triton", "reference"):
         logits = padded.clone()[:, :40]
-        losses = backends.kernel_of("linear_cross_entropy", backend)(logits, labels, None, 0.8, 0.005, 1.0, None, True)
+        losses = dispatch.kernel_of("linear_cross_entropy", backend)(logits, labels, None, 0.8, 0.005, 1.0, None, True)
         results.append((losses, logits))
     torch.testing.assert_close(*results)
 
 
 def test_only_the_gradients_asked_for():
     given = parity.frozen_linear_arguments(parity.Source(CPU, torch.float32), (5,), n=8, k=12)
-    backward = backends.kernel_of("frozen_linear_backward", "triton")
+    backward = dispatch.kernel_of("frozen_linear_backward", "triton")
     assert [g.numel() for g in backward(given["dy"], given["weight"], False, False)] == [0, 0]
     given = parity.lora_linear_arguments(parity.Source(CPU, torch.float32), (5,), (8, 12), 16, (2, 3))
-    _, s = backends.kernel_of("lora_linear", "triton")(
+    _, s = dispatch.kernel_of("lora_linear", "triton")(
         *(given[n] for n in ("x", "weights", "biases", "a", "b", "scales", "dropout", "seed"))
     )
     rest = [given[n] for n in ("weights", "a", "b", "scales", "dropout", "seed")]
-    dx, _, _, dbias = backends.kernel_of("lora_linear_backward", "triton")(
+    dx, _, _, dbias = dispatch.kernel_of("lora_linear_backward", "triton")(
         given["dys"], given["x"], s, *rest, False, [False, True]
     )
     assert dx.numel() == 0
@@ -307,9 +307,9 @@ def test_package_works_without_triton(monkeypatch):
     for name in [n for n in sys.modules if n.startswith("petl_kernels.backends.triton")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.setattr(backends, "_load_errors", {})
-    assert "triton" in backends.load_error("triton")
-    assert "triton" not in backends.available_backends()
+    monkeypatch.setattr(dispatch, "_load_errors", {})
+    assert "triton" in dispatch.load_error("triton")
+    assert "triton" not in dispatch.available_backends()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -37,8 +37,8 @@ from petl_kernels.backends.triton import (
     lora_border,
     lora_linear,
     loss_by_words,
-    quantise,
-    quantised,
+    quantize,
+    quantized,
     rms_norm,
 )
 from petl_kernels.ops.lora_border import room
@@ -71,8 +71,8 @@ def record(card: str, call: Callable[[], None]) -> list[tuple]:
     config.device_class, config.processors = lambda device: card, lambda device: CARDS[card][1]
     modules = (
         *(activation, attention, bottleneck_adapter, common, dropout_add, dropout_add_norm, frozen_ffn, frozen_linear),
-        *(gated_activation, layer_norm, linear_cross_entropy, lora_border, lora_linear, loss_by_words, quantise),
-        *(quantised, rms_norm),
+        *(gated_activation, layer_norm, linear_cross_entropy, lora_border, lora_linear, loss_by_words, quantize),
+        *(quantized, rms_norm),
     )
     original = common.launch
     for module in modules:
@@ -290,21 +290,21 @@ def attend(dtype: torch.dtype, d: int, options: tuple[str, ...] = (), length: in
     attention.attention_backward(do, q, k, v, o, lse, *rest, False, cu, cu, distance, distance is not None)
 
 
-def quantised_products(dtype: torch.dtype, storage: str, tokens: int, n: int = 1024, k: int = 1024) -> None:
+def quantized_products(dtype: torch.dtype, storage: str, tokens: int, n: int = 1024, k: int = 1024) -> None:
     if storage == "int8":
         parts = [_new(torch.int8, n, k), _new(torch.float32, n)]
     else:
         blocks = -(-n * k // 64)
         parts = [_new(torch.uint8, -(-n * k // 2)), _new(torch.uint8, blocks), _new(torch.float32, -(-blocks // 256))]
         parts.append(_new(torch.float32, 1))
-    quantised.quantised_project(_new(dtype, tokens, k), parts, _new(dtype, n))
-    quantised.quantised_project_back(_new(dtype, tokens, n), parts)
+    quantized.quantized_project(_new(dtype, tokens, k), parts, _new(dtype, n))
+    quantized.quantized_project_back(_new(dtype, tokens, n), parts)
 
 
-def quantised_weight(dtype: torch.dtype, storage: str, n: int = 4096, k: int = 1024) -> None:
+def quantized_weight(dtype: torch.dtype, storage: str, n: int = 4096, k: int = 1024) -> None:
     """A weight into a storage and back."""
-    parts = getattr(quantise, f"quantise_{storage}")(_new(dtype, n, k))
-    quantised.dequantise(parts, 0, n, k, dtype)
+    parts = getattr(quantize, f"quantize_{storage}")(_new(dtype, n, k))
+    quantized.dequantize(parts, 0, n, k, dtype)
 
 
 def _new(dtype: torch.dtype, *shape: int) -> torch.Tensor:
@@ -336,16 +336,16 @@ EVERYWHERE = [
     (residual, FP16, FP32),
     (residual_norm, BF16, BF16, 1024, False),
     (residual_norm, FP16, FP32, 4096, True),
-    (quantised_products, BF16, "nf4", 128),
-    (quantised_products, FP16, "nf4", 17),
-    (quantised_products, FP16, "nf4", 8192, 1024, 1000),
-    (quantised_products, FP16, "int8", 512, 4096),
-    (quantised_products, BF16, "int8", 1),
-    (quantised_products, FP16, "nf4", 4, 1024, 4096),
-    (quantised_products, FP16, "int8", 16),
-    (quantised_products, BF16, "int8", 8192),
-    (quantised_weight, BF16, "int8"),
-    (quantised_weight, BF16, "nf4"),
+    (quantized_products, BF16, "nf4", 128),
+    (quantized_products, FP16, "nf4", 17),
+    (quantized_products, FP16, "nf4", 8192, 1024, 1000),
+    (quantized_products, FP16, "int8", 512, 4096),
+    (quantized_products, BF16, "int8", 1),
+    (quantized_products, FP16, "nf4", 4, 1024, 4096),
+    (quantized_products, FP16, "int8", 16),
+    (quantized_products, BF16, "int8", 8192),
+    (quantized_weight, BF16, "int8"),
+    (quantized_weight, BF16, "nf4"),
     (loss, BF16, 256206, False, 1e-6),
     (loss, FP16, 128112, True, 0.0),
     (loss_words, BF16, 2048),
@@ -363,8 +363,8 @@ ONLY = {
         (adapter, FP32, 64),
         (norms, FP32, 1024, FP32),
         (ffn, FP32, "gelu", True, "x"),
-        (quantised_products, FP32, "nf4", 300),
-        (quantised_products, FP32, "int8", 16),
+        (quantized_products, FP32, "nf4", 300),
+        (quantized_products, FP32, "int8", 16),
         (loss, FP32, 128112, True, 1e-6),
         (loss_words, FP32, 4096),
         (attend, FP32, 64, ("padding", "dropout")),
@@ -407,7 +407,7 @@ ONLY = {
 # is what sm_90 has where nothing is multiplied.
 LIKE = {"small": "sm80", "sm100": "sm90"}
 WITHOUT_PRODUCT = (
-    *(activation, dropout_add, gated_activation, layer_norm, linear_cross_entropy, loss_by_words, quantise, rms_norm),
+    *(activation, dropout_add, gated_activation, layer_norm, linear_cross_entropy, loss_by_words, quantize, rms_norm),
 )
 
 

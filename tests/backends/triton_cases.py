@@ -20,7 +20,7 @@ from petl_kernels.parity import layer_norm_arguments as layer_norm
 from petl_kernels.parity import linear_cross_entropy_arguments as loss
 from petl_kernels.parity import lora_border_arguments as border
 from petl_kernels.parity import lora_linear_arguments as lora
-from petl_kernels.parity import quantised_weight
+from petl_kernels.parity import quantized_weight
 from petl_kernels.parity import rms_norm_arguments as rms_norm
 
 
@@ -46,20 +46,20 @@ def _lora_some_biases(draw):
     return given | {"biases": [given["biases"][0], None, given["biases"][2]]}
 
 
-def _lora_quantised(draw):
+def _lora_quantized(draw):
     given = lora(draw, (33,), ns=(40, 33, 7, 24), k=72, ranks=(4, 8, 4, 2), dropout=0.3)
-    nf4, int8 = (quantised_weight(draw, n, 72, storage) for n, storage in ((40, "nf4"), (24, "int8")))
+    nf4, int8 = (quantized_weight(draw, n, 72, storage) for n, storage in ((40, "nf4"), (24, "int8")))
     return given | {"weights": [nf4, *given["weights"][1:3], int8]}
 
 
-def _ffn_quantised(draw):
+def _ffn_quantized(draw):
     given = ffn(draw, (97,), d=24, f=40, gated=True, activation="silu", recompute=True)
     sizes = {"w1": (40, 24, "nf4"), "w2": (24, 40, "int8"), "gate": (40, 24, "nf4")}
-    return given | {name: quantised_weight(draw, *size) for name, size in sizes.items()}
+    return given | {name: quantized_weight(draw, *size) for name, size in sizes.items()}
 
 
-def _loss_quantised(draw):
-    return loss(draw, (17,), d=64, words=600) | {"weight": quantised_weight(draw, 600, 64, "nf4")}
+def _loss_quantized(draw):
+    return loss(draw, (17,), d=64, words=600) | {"weight": quantized_weight(draw, 600, 64, "nf4")}
 
 
 def _adapter_offset(draw):
@@ -156,7 +156,7 @@ LORA = {
     "rank-40": lambda draw: lora(draw, (17,), ns=(40, 24), k=33, ranks=(40, 8), bias=False),
     "some-biases": _lora_some_biases,
     "strided": _lora_strided,
-    "quantised": _lora_quantised,
+    "quantized": _lora_quantized,
     "no-rows": lambda draw: lora(draw, (2, 0), ns=(37, 8), k=45, ranks=(4, 4), dropout=0.5),
 }
 BORDER = {
@@ -214,7 +214,7 @@ FFN = {
         draw, (97,), d=24, f=40, gated=True, activation="gelu_tanh", recompute=True
     ),
     "strided": _ffn_strided,
-    "quantised": _ffn_quantised,
+    "quantized": _ffn_quantized,
     "no-rows": lambda draw: ffn(draw, (0,), d=24, f=40),
 }
 ACTIVATION = {
@@ -262,7 +262,7 @@ LOSS = {
     "no-smoothing-no-bias": lambda draw: loss(draw, (17,), words=97, bias=False, label_smoothing=0.0),
     "dlosses-power-of-two-words": lambda draw: loss(draw, (17,), words=128, dlosses=True, chunk_rows=17),
     "switched-off": _loss_switched_off,
-    "quantised": _loss_quantised,
+    "quantized": _loss_quantized,
     "no-rows": lambda draw: loss(draw, (0,), words=40),
     "labels-apart": lambda draw: _loss_labels_apart(draw, False),
     "by-words-labels-apart": lambda draw: _loss_labels_apart(draw, True),

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from petl_kernels import ops
 from petl_kernels.ops.loss_by_words import blocks_of
 from petl_kernels.ops.parallel_ffn import with_room
-from petl_kernels.ops.quantised import parts_of
+from petl_kernels.ops.quantized import parts_of
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
@@ -78,7 +78,7 @@ OPERATIONS = {
         counts.linear_cross_entropy(T, D, WORDS, 4),
     ),
     "attention": (attention, [(2, 4, 7, 8), (2, 4, 9, 8), (2, 4, 9, 8)], counts.attention(2, 4, 7, 9, 8, 4)),
-    "quantised_project": (lambda x: x @ new(N, D).T, [(T, D)], counts.quantised_project(T, N, D, "int8", 4)),
+    "quantized_project": (lambda x: x @ new(N, D).T, [(T, D)], counts.quantized_project(T, N, D, "int8", 4)),
 }
 
 
@@ -213,13 +213,13 @@ def attention_bytes():
     yield run, counts.attention(1, 4, 7, 9, 8, 2, mask=2 * 3 * 4, pairs=3 * 4 + 4 * 5)
 
 
-def quantised_bytes():
+def quantized_bytes():
     for storage in ("int8", "nf4"):
-        x, w = new(T, 64, dtype=BF16, grad=True), ops.quantise(new(N, 64, dtype=BF16), storage)
+        x, w = new(T, 64, dtype=BF16, grad=True), ops.quantize(new(N, 64, dtype=BF16), storage)
         run = traffic(lambda x=x, w=w: ops.frozen_linear(x, w), x)
-        yield run, counts.quantised_project(T, N, 64, storage, 2)
+        yield run, counts.quantized_project(T, N, 64, storage, 2)
         parts = sum(part.nbytes for part in parts_of(w))
-        for conversion in (counts.quantise, counts.dequantise):
+        for conversion in (counts.quantize, counts.dequantize):
             yield 2 * N * 64 + parts, conversion(N, 64, storage, 2)
 
 
@@ -227,7 +227,7 @@ BYTES = (linear_bytes, lora_bytes, adapter_bytes, ffn_bytes, parallel_ffn_bytes,
 
 
 @pytest.mark.parametrize(
-    "cases", [*BYTES, norm_bytes, attention_bytes, quantised_bytes], ids=lambda cases: cases.__name__
+    "cases", [*BYTES, norm_bytes, attention_bytes, quantized_bytes], ids=lambda cases: cases.__name__
 )
 def test_bytes_are_the_ops_inputs_and_outputs(cases):
     for moved, expected in cases():
@@ -265,12 +265,12 @@ LAUNCHES = {
     "attend(BF16, 64, ('dropout',), 129)": counts.attention(16, 16, 129, 129, 64, 2, dropout=True),
     "attend(FP32, 64, ('dropout',), 128)": counts.attention(16, 16, 128, 128, 64, 4, dropout=True),
     **{
-        f"quantised_weight(BF16, '{storage}')": counts.quantise(4096, 1024, storage, 2)
-        + counts.dequantise(4096, 1024, storage, 2)
+        f"quantized_weight(BF16, '{storage}')": counts.quantize(4096, 1024, storage, 2)
+        + counts.dequantize(4096, 1024, storage, 2)
         for storage in ("int8", "nf4")
     },
     **{
-        f"quantised_products(BF16, '{storage}', {t}, {n}, {k})": counts.quantised_project(t, n, k, storage, 2)
+        f"quantized_products(BF16, '{storage}', {t}, {n}, {k})": counts.quantized_project(t, n, k, storage, 2)
         for storage in ("int8", "nf4")
         for t, n, k in (
             (1, 1024, 1024),

@@ -100,7 +100,7 @@ def test_a_run_on_a_card_is_compared_with_what_the_model_says_today(tmp_path):
     benches = (
         bench("frozen_linear", 1, 1, 1e-3, case="", **old),
         bench("linear_cross_entropy", 1, 1, 1e-3, "ours, 300 MiB of logits", case="smoothing 0.1", **old),
-        bench("quantise", 0, 1, 1e-3, case="int8", **names),  # has no kernel that is counted
+        bench("quantize", 0, 1, 1e-3, case="int8", **names),  # has no kernel that is counted
     )
     path = run_of(tmp_path / "ops.json", {"device": "NVIDIA H200"}, *benches)
     linear = model.predicted(counts.frozen_linear(8192, 1024, 1024, 2), H200)

@@ -233,7 +233,7 @@ def test_ours_goes_on_in_smaller_parts_where_a_step_finds_no_room(checkpoint, mo
 
 
 def test_a_plan_that_approximates_nothing_is_no_result_of_its_own(checkpoint):
-    assert trial.measure(tiny(checkpoint, 64 * MIB, allow=("quantised",))).failure == "the plan approximates nothing"
+    assert trial.measure(tiny(checkpoint, 64 * MIB, allow=("quantized",))).failure == "the plan approximates nothing"
 
 
 @pytest.mark.parametrize("setting", [Setting("nf4"), Setting("int8", checkpointing=True)])

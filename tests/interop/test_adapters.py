@@ -16,7 +16,7 @@ import transformers
 import petl_kernels as pk
 from petl_kernels.errors import InputError
 from petl_kernels.interop.hf import checkpoint_dtype, load_pretrained
-from petl_kernels.memory.quantise_model import quantise_model
+from petl_kernels.weights.quantized import quantize_model
 
 from .conftest import FAMILIES, T5, batch, logits
 from .test_peft_format import close, fill_ours, refused
@@ -238,9 +238,9 @@ def test_what_cannot_be_merged_writes_nothing(make, tmp_path, method):
 
 
 @pytest.mark.parametrize("storage", ["int8", "nf4"])
-def test_quantised_weights_are_written_as_what_they_stand_for(make, tmp_path, storage):
+def test_quantized_weights_are_written_as_what_they_stand_for(make, tmp_path, storage):
     model, tokenizer = make("m2m100")
-    quantise_model(pk.adapt(model, pk.LoRA(rank=2)), storage)
+    quantize_model(pk.adapt(model, pk.LoRA(rank=2)), storage)
     torch.nn.init.normal_(model.model.encoder.layers[0].self_attn.q_proj.lora["default"].B, std=0.1)
     before = logits(model)
     pk.save_merged(model, tokenizer, tmp_path / "out")

@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from petl_kernels.interop.late_logits import LateLogits
-from petl_kernels.interop.lean_loss import lean_loss
+from petl_kernels.layers.loss.late_logits import LateLogits
+from petl_kernels.layers.loss.lean_loss import lean_loss
 
 from .loss_models import WORDS, assert_same_gradients, gradients, labelled, tiny
 

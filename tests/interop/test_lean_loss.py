@@ -14,9 +14,9 @@ from torch import nn
 
 import petl_kernels as pk
 from petl_kernels import InputError
-from petl_kernels.interop.late_cache import _State
-from petl_kernels.interop.lean_loss import LeanLoss, lean_loss, loss_states
-from petl_kernels.transformers_names import LOSSES
+from petl_kernels.layers.loss.late_cache import _State
+from petl_kernels.layers.loss.lean_loss import LeanLoss, lean_loss, loss_states
+from petl_kernels.models.transformers_names import LOSSES
 
 from .loss_models import WORDS, assert_same_gradients, gradients, labelled, tiny
 

@@ -21,7 +21,7 @@ from transformers.models.mbart.modeling_mbart import MBartLearnedPositionalEmbed
 
 import petl_kernels as pk
 from petl_kernels.errors import InputError
-from petl_kernels.interop.lean_loss import packing_obstacle
+from petl_kernels.layers.loss.lean_loss import packing_obstacle
 from petl_kernels.methods import METHODS
 
 FAMILIES = ("m2m100", "mbart", "bart", "marian", "pegasus", "blenderbot", "t5", "mt5")
@@ -125,10 +125,10 @@ def test_rows_of_one_size(family):
 
 
 @pytest.mark.parametrize("family", ["m2m100", "t5"])
-def test_quantised_weights(family):
-    from petl_kernels.memory.quantise_model import quantise_model
+def test_quantized_weights(family):
+    from petl_kernels.weights.quantized import quantize_model
 
-    model = pk.lean(quantise_model(model_of(family).float(), "nf4"), 2)
+    model = pk.lean(quantize_model(model_of(family).float(), "nf4"), 2)
     given = examples()
     expected = step(model, padded(model, given))
     difference, name = worst(step(model, pk.pack(given)), expected)
@@ -136,7 +136,7 @@ def test_quantised_weights(family):
 
 
 def test_streamed_layers(tmp_path):
-    from petl_kernels.memory.stream import stream_layers
+    from petl_kernels.weights.streamed import stream_layers
 
     model, given = model_of("m2m100"), examples()
     expected = step(pk.lean(model, 1), padded(model, given))

@@ -19,8 +19,8 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 import petl_kernels as pk
 from petl_kernels import InputError
 from petl_kernels.integrations import _AfterImport
-from petl_kernels.memory.quantise_model import quantise_model
 from petl_kernels.methods import METHODS
+from petl_kernels.weights.quantized import quantize_model
 
 SETTINGS = {"lora": {"rank": 2}, "adapter": {"bottleneck": 3}, "prefix": {"length": 2}}
 CASES = [  # a family and a method of each kind: pieces, base tensors, added tensors, another form than is stored
@@ -240,9 +240,9 @@ def test_a_merged_model_is_saved_as_the_plain_model_that_it_is(caplog):
         model.save_pretrained("saved")
 
 
-def test_a_quantised_base_is_saved_with_the_values_that_it_stands_for(caplog):
+def test_a_quantized_base_is_saved_with_the_values_that_it_stands_for(caplog):
     model = build("m2m100")
-    quantise_model(model.requires_grad_(False), "int8")
+    quantize_model(model.requires_grad_(False), "int8")
     train_a_little(pk.adapt(model, pk.LoRA(rank=2)))
     model.save_pretrained("saved")
     torch.testing.assert_close(logits(pk.load_adapter(loaded(type(model), "saved", caplog), "saved")), logits(model))

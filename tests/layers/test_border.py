@@ -11,14 +11,14 @@ import torch
 from methods.models import build, logits
 
 import petl_kernels as pk
+from petl_kernels.accounting.saved import saved_bytes
 from petl_kernels.layers import border
 from petl_kernels.layers.lean import LeanLayer
 from petl_kernels.layers.rule import border as rule_border
-from petl_kernels.memory.quantise_model import quantise_model
-from petl_kernels.memory.saved import saved_bytes
-from petl_kernels.memory.stream import stream_layers, unstream
-from petl_kernels.methods.structure import describe
+from petl_kernels.models.structure import describe
 from petl_kernels.ops import common
+from petl_kernels.weights.quantized import quantize_model
+from petl_kernels.weights.streamed import stream_layers, unstream
 
 from .lean_cases import DROPOUT, adapted, ragged, step, worst
 
@@ -277,7 +277,7 @@ def test_a_replica_of_another_device_has_its_own_weights():
     assert torch.equal(layer(x, None), expected) and borders(model) == LORA
 
 
-def test_streamed_and_quantised_layers_have_none(tmp_path):
+def test_streamed_and_quantized_layers_have_none(tmp_path):
     model = pk.lean(adapted("m2m100", "lora", dtype=torch.float32), 1)
     inputs = ragged(model)
     expected = step(model, inputs)
@@ -291,7 +291,7 @@ def test_streamed_and_quantised_layers_have_none(tmp_path):
     unstream(model)
     pk.lean(model, 1)
     assert borders(model) == LORA
-    quantise_model(model, "int8", "dense")
+    quantize_model(model, "int8", "dense")
     assert borders(model) == []
     assert worst(step(model, inputs), expected)[0] < 0.1
     pk.lean(model, 1)

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 import petl_kernels as pk
+from petl_kernels.accounting.saved import saved_bytes
 from petl_kernels.errors import InputError
 from petl_kernels.layers.frozen_linear import FrozenLinear
-from petl_kernels.memory.saved import saved_bytes
 
 
 @pytest.mark.parametrize("bias", [True, False])

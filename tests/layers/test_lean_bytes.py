@@ -14,9 +14,9 @@ import torch
 from transformers import M2M100Config, M2M100ForConditionalGeneration
 
 import petl_kernels as pk
-from petl_kernels.memory.kept import Born
-from petl_kernels.memory.saved import saved_bytes
-from petl_kernels.memory.work import linear_flops
+from petl_kernels.accounting.live import Born
+from petl_kernels.accounting.saved import saved_bytes
+from petl_kernels.accounting.work import linear_flops
 
 D, FFN, HEADS = 1024, 4096, 16
 ROWS, LENGTH = 2, 32

@@ -10,7 +10,7 @@ from methods.models import FAMILIES, RELATIVES, build
 
 import petl_kernels as pk
 from petl_kernels.methods import METHODS
-from petl_kernels.transformers_names import class_that_runs
+from petl_kernels.models.transformers_names import class_that_runs
 
 from .lean_cases import DROPOUT, adapted, exact_rms_norms, ragged, step, without_recomputation, worst
 

@@ -7,9 +7,9 @@ import torch
 from methods.models import FAMILIES, build
 
 import petl_kernels as pk
-from petl_kernels.interop import device_masks
+from petl_kernels.layers import device_masks
 from petl_kernels.methods import METHODS
-from petl_kernels.transformers_names import drop_no_layer
+from petl_kernels.models.transformers_names import drop_no_layer
 
 from .lean_cases import DROPOUT, SETTINGS, adapted, ragged, step, worst
 from .waiting import waits

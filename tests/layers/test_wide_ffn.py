@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import petl_kernels as pk
 from petl_kernels.layers.lean import LeanLayer
 from petl_kernels.layers.wide_ffn import room_bytes
-from petl_kernels.memory.quantise_model import quantise_model
-from petl_kernels.memory.stream import stream_layers, unstream
-from petl_kernels.methods.structure import describe
+from petl_kernels.models.structure import describe
+from petl_kernels.weights.quantized import quantize_model
+from petl_kernels.weights.streamed import stream_layers, unstream
 
 from .lean_cases import adapted, ragged, step, worst
 
@@ -131,7 +131,7 @@ def test_copies_and_other_dtypes():
     assert worst(step(model, inputs), expected)[0] < 1e-3
 
 
-def test_streamed_and_quantised_layers_have_none(tmp_path):
+def test_streamed_and_quantized_layers_have_none(tmp_path):
     model = pk.lean(adapted("m2m100", "parallel", dtype=torch.float32), 1)
     inputs = ragged(model)
     expected = step(model, inputs)
@@ -141,7 +141,7 @@ def test_streamed_and_quantised_layers_have_none(tmp_path):
     assert rooms(model)[1:] == WIDE[1:] and calls(model) == (LAYERS - 1, 1, 1)
     assert worst(step(model, inputs), expected)[0] < 1e-4
     unstream(model)
-    quantise_model(model, "int8", "dense")
+    quantize_model(model, "int8", "dense")
     assert calls(model) == (0, LAYERS, LAYERS)
     layers = [module for module in model.modules() if isinstance(module, LeanLayer)]
     assert all(layer.petl_wide is None or layer.petl_wide.w1 is None for layer in layers)
@@ -257,9 +257,9 @@ def test_chosen_in_inference_mode_and_trained_later():
     assert not any(parameter.is_inference() for parameter in model.parameters())
 
 
-def test_quantised_weights_leave_nothing_of_the_dense_ones():
+def test_quantized_weights_leave_nothing_of_the_dense_ones():
     model = pk.lean(adapted("m2m100", "parallel", dtype=torch.float32), 1)
-    quantise_model(model, "int8", "dense")
+    quantize_model(model, "int8", "dense")
     assert not any(getattr(module, "petl_wide", None) for module in model.modules())
     expected = logits(model.eval())
     assert torch.equal(logits(model.to(torch.float32)), expected)
@@ -267,7 +267,7 @@ def test_quantised_weights_leave_nothing_of_the_dense_ones():
 
 def test_weights_of_another_kind_are_left_alone():
     class Own(torch.nn.Linear):
-        """As other libraries' quantised linears: the weight's shape says nothing."""
+        """As other libraries' quantized linears: the weight's shape says nothing."""
 
     model = adapted("t5", "parallel", feed_forward_proj="relu")
     for linear in ffns(model)[0]:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import petl_kernels as pk
-from petl_kernels import backends
+from petl_kernels import dispatch
 from petl_kernels.errors import InputError
 from petl_kernels.methods import METHODS, adapter_state, from_dict, load_adapter_state
 
@@ -221,11 +221,11 @@ def test_the_report_says_what_was_turned_down_on_the_models_device(m2m100, monke
         ("attention", "triton", cpu, torch.bfloat16): None,
         ("attention", "triton", card, torch.bfloat16): "_causal: o is off by 1, allowed 0.1",
     }
-    monkeypatch.setattr(backends, "_parity_errors", errors)
+    monkeypatch.setattr(dispatch, "_parity_errors", errors)
     expected = "triton lora_linear is not used on cpu in float32: _group: dx is off by 1, allowed 0.1"
     for model in (m2m100.requires_grad_(False), pk.adapt(m2m100, pk.LoRA(rank=2))):
         report = pk.report(model)
         assert report.turned_down == (expected,) and expected in str(report).splitlines()
         assert json.loads(json.dumps(report.to_dict()))["turned_down"] == [expected]
-    monkeypatch.setattr(backends, "_parity_errors", {})
+    monkeypatch.setattr(dispatch, "_parity_errors", {})
     assert pk.report(m2m100).turned_down == () and "is not used" not in str(pk.report(m2m100))

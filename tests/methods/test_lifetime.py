@@ -14,8 +14,8 @@ from torch import nn
 
 import petl_kernels as pk
 from petl_kernels import InputError
-from petl_kernels.memory.quantise_model import quantise_model
 from petl_kernels.methods import METHODS
+from petl_kernels.weights.quantized import quantize_model
 
 from .models import batch, build, logits, train_a_little
 
@@ -148,9 +148,9 @@ def test_adapters_elsewhere_stay_when_tables_are_resized(method):
     train_a_little(model)
 
 
-def test_quantised_tables_are_not_resized():
-    model = quantise_model(build("m2m100").requires_grad_(False), "int8")
-    refused(lambda: model.resize_token_embeddings(WORDS + 5), "is quantised (int8)")
+def test_quantized_tables_are_not_resized():
+    model = quantize_model(build("m2m100").requires_grad_(False), "int8")
+    refused(lambda: model.resize_token_embeddings(WORDS + 5), "is quantized (int8)")
 
 
 def test_the_decoders_own_table():

@@ -10,7 +10,7 @@ from transformers import M2M100Config, M2M100ForConditionalGeneration, MBartConf
 
 from petl_kernels.errors import InputError
 from petl_kernels.methods import Adapter, BitFit, CrossAttention, LayerNormTuning, LoRA, describe, total_parameters
-from petl_kernels.methods.structure import find_targets, norms
+from petl_kernels.models.structure import find_targets, norms
 
 from .models import build
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from petl_kernels import backends, parity
-from petl_kernels.memory.saved import saved_bytes
+from petl_kernels import dispatch, parity
+from petl_kernels.accounting.saved import saved_bytes
 
 CPU = torch.device("cpu")
-BACKENDS = [name for name in ("reference", "cpu") if backends.load_error(name) is None]
+BACKENDS = [name for name in ("reference", "cpu") if dispatch.load_error(name) is None]
 # Those that ``assert_parity`` says something of. The reference is held to itself: it runs in that of the kernels, too.
 HELD = BACKENDS if BACKENDS == ["reference"] else [*BACKENDS[1:], pytest.param("reference", marks=pytest.mark.repeat)]
 # Ops that have no C++ kernel: no layer runs them on a CPU unless a test forces it.

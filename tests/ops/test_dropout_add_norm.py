@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from petl_kernels import ops, parity
-from petl_kernels.backends import kernel_of
+from petl_kernels.dispatch import kernel_of
 from petl_kernels.errors import InputError
 from petl_kernels.ops import philox
 

@@ -17,14 +17,14 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from petl_kernels import backends, ops, parity
-from petl_kernels.memory.peak import Ledger
-from petl_kernels.ops.quantised import STORAGES, quantise
+from petl_kernels import dispatch, ops, parity
+from petl_kernels.ops.quantized import STORAGES, quantize
+from petl_kernels.planning.peak import Ledger
 
 from . import contract
 
 CPU, FP32, BF16 = torch.device("cpu"), torch.float32, torch.bfloat16
-QUANTISED = ("quantised_project", "quantised_project_back")
+QUANTIZED = ("quantized_project", "quantized_project_back")
 
 
 class NoFunction(TorchFunctionMode):
@@ -80,7 +80,7 @@ STATES = {
     "another default dtype": lambda: default_dtype(BF16),
     "deterministic": deterministic,
 }
-OPS = ("lora_linear", "attention", "linear_cross_entropy", "bottleneck_adapter", "quantise_nf4", "quantised_project")
+OPS = ("lora_linear", "attention", "linear_cross_entropy", "bottleneck_adapter", "quantize_nf4", "quantized_project")
 
 
 @pytest.mark.parametrize("state", STATES)
@@ -119,19 +119,19 @@ def test_the_check_works_while_a_graph_is_traced_and_under_vmap():
 def card(monkeypatch):
     """The CPU as a card. ``card(op, ...)`` gives it a "triton" backend that is checked, and returns what was called."""
     for name in ("_kernels", "_load_errors"):
-        monkeypatch.setattr(backends, name, dict(getattr(backends, name)))
+        monkeypatch.setattr(dispatch, name, dict(getattr(dispatch, name)))
     for name, fresh in (("_chosen", {}), ("_parity_errors", {}), ("_checking", {}), ("_warned", set())):
-        monkeypatch.setattr(backends, name, fresh)
-    monkeypatch.setattr(backends, "DEFAULT_ORDER", {"cpu": ("triton", "reference")})
-    backends._load_errors["triton"] = None
-    for key in [key for key in backends._kernels if key[1] == "triton"]:
-        del backends._kernels[key]
+        monkeypatch.setattr(dispatch, name, fresh)
+    monkeypatch.setattr(dispatch, "DEFAULT_ORDER", {"cpu": ("triton", "reference")})
+    dispatch._load_errors["triton"] = None
+    for key in [key for key in dispatch._kernels if key[1] == "triton"]:
+        del dispatch._kernels[key]
 
     def serve(*names: str, spoil=lambda value: value) -> list[str]:
         calls = []
 
         def pretended(name):
-            kernel = backends.kernel_of(name, "reference")
+            kernel = dispatch.kernel_of(name, "reference")
 
             def call(*args):
                 if threading.current_thread().name != "petl-parity":
@@ -141,7 +141,7 @@ def card(monkeypatch):
             return call
 
         for name in names:
-            backends.register(name, "triton")(pretended(name))
+            dispatch.register(name, "triton")(pretended(name))
         return calls
 
     return serve
@@ -159,10 +159,10 @@ FIRST_USES = {
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("state", FIRST_USES)
 @pytest.mark.parametrize("storage", STORAGES)
-def test_a_product_with_a_quantised_weight_has_its_kernels_from_the_first_on(card, storage, state, compiled):
+def test_a_product_with_a_quantized_weight_has_its_kernels_from_the_first_on(card, storage, state, compiled):
     """It is first used below autograd, in the handler of a tensor subclass."""
-    calls, backward = card(*QUANTISED), state != "inference mode"
-    weight = quantise(torch.randn(40, 72), storage)
+    calls, backward = card(*QUANTIZED), state != "inference mode"
+    weight = quantize(torch.randn(40, 72), storage)
     x = torch.randn(5, 72, requires_grad=backward)
     product = torch.compile(F.linear, backend="aot_eager") if compiled else F.linear
     torch._dynamo.reset()
@@ -172,16 +172,16 @@ def test_a_product_with_a_quantised_weight_has_its_kernels_from_the_first_on(car
             y = product(x, weight)
         if backward:
             y.sum().backward()
-    assert calls == list(QUANTISED[: 1 + backward]) and backends.turned_down() == []
+    assert calls == list(QUANTIZED[: 1 + backward]) and dispatch.turned_down() == []
 
 
 def test_a_first_use_in_another_thread(card):
-    calls = card(*QUANTISED)
-    x, weight = torch.randn(5, 72, requires_grad=True), quantise(torch.randn(40, 72), "nf4")
+    calls = card(*QUANTIZED)
+    x, weight = torch.randn(5, 72, requires_grad=True), quantize(torch.randn(40, 72), "nf4")
     thread = threading.Thread(target=lambda: F.linear(x, weight).sum().backward())
     thread.start()
     thread.join()
-    assert calls == list(QUANTISED) and x.grad is not None
+    assert calls == list(QUANTIZED) and x.grad is not None
 
 
 def test_several_threads_make_one_check(card, monkeypatch):
@@ -208,7 +208,7 @@ def test_what_a_check_turns_down_is_listed_once(card):
     with pytest.warns(UserWarning, match="triton rms_norm is not used on cpu in float32: _rms: y is off by") as told:
         for _ in range(2):
             ops.rms_norm(x, weight, 1e-6)
-    (only,) = backends.turned_down()
+    (only,) = dispatch.turned_down()
     assert len(told) == 1 and only[:4] == ("rms_norm", "triton", CPU, FP32)
     assert str(only).startswith("triton rms_norm is not used on cpu in float32: _rms: y is off by 0.")
 
@@ -239,13 +239,13 @@ def test_memory_that_is_short_is_the_callers_and_says_nothing_of_the_kernel(card
             ops.rms_norm(x, weight, 1e-6)
     short[0] = False
     ops.rms_norm(x, weight, 1e-6)
-    assert calls == ["rms_norm"] and backends.turned_down() == []
+    assert calls == ["rms_norm"] and dispatch.turned_down() == []
 
 
 def test_in_a_capture_nothing_is_checked_and_the_reference_serves(card, monkeypatch):
     calls, asked, captures = card("rms_norm", "layer_norm"), [], [False]
     monkeypatch.setattr(parity, "check", lambda *key: asked.append(key[0]))
-    monkeypatch.setattr(backends, "_captures", lambda device: captures[0])
+    monkeypatch.setattr(dispatch, "_captures", lambda device: captures[0])
     x, weight = torch.randn(4, 72), torch.ones(72)
     ops.layer_norm(x, weight, weight, 1e-5)
     captures[0] = True
@@ -259,23 +259,23 @@ def test_in_a_capture_nothing_is_checked_and_the_reference_serves(card, monkeypa
     assert asked == ["layer_norm", "rms_norm"] and calls == ["layer_norm"] * 3 + ["rms_norm"]
     captures[0] = True
     ops.rms_norm(x, weight, 1e-6)
-    assert calls[-2:] == ["rms_norm"] * 2 and backends.turned_down() == []
+    assert calls[-2:] == ["rms_norm"] * 2 and dispatch.turned_down() == []
 
 
 def test_a_capture_is_that_of_the_current_stream(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert backends._captures(torch.device("cuda", 0)) and not backends._captures(CPU)
+    assert dispatch._captures(torch.device("cuda", 0)) and not dispatch._captures(CPU)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert not backends._captures(torch.device("cuda", 0))
+    assert not dispatch._captures(torch.device("cuda", 0))
 
 
 @pytest.mark.parametrize("op", ops.OPS)
 @pytest.mark.parametrize("backend", contract.BACKENDS)
 def test_no_check_waits_for_itself(op, backend, monkeypatch):
     """A check may use other ops by default, and make their checks; never its own, which it would wait for."""
-    used, choose = [], backends._choose
-    monkeypatch.setattr(backends, "_chosen", {})
-    monkeypatch.setattr(backends, "_choose", lambda *given: used.append(backends._family(given[0])) or choose(*given))
+    used, choose = [], dispatch._choose
+    monkeypatch.setattr(dispatch, "_chosen", {})
+    monkeypatch.setattr(dispatch, "_choose", lambda *given: used.append(dispatch._family(given[0])) or choose(*given))
     assert parity.check(op, backend, "cpu", FP32) is None
     assert op not in used

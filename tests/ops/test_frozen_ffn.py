@@ -10,11 +10,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from petl_kernels import ops, parity
-from petl_kernels.backends import kernel_of
+from petl_kernels.dispatch import kernel_of
 from petl_kernels.errors import InputError
-from petl_kernels.memory.scratch import scratch_bytes
 from petl_kernels.ops.bits import unpack_bits
 from petl_kernels.ops.product import product_bytes
+from petl_kernels.planning.scratch import scratch_bytes
 
 from . import contract
 

@@ -164,7 +164,7 @@ def test_gradcheck(norm, backend):
 
 @norms
 def test_the_reference_is_differentiable(norm):
-    from petl_kernels.backends import kernel_of
+    from petl_kernels.dispatch import kernel_of
 
     leaves = leaves_of(norm, FP64, rows=(2, 3), d=7)
     dy = contract.source(FP64, 1)(2, 3, 7)

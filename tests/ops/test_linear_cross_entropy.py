@@ -4,10 +4,10 @@ import importlib
 
 import pytest
 import torch
-from memory.peaks import peak_bytes
+from planning.peaks import peak_bytes
 from torch.nn import functional as F
 
-from petl_kernels import backends, ops, parity
+from petl_kernels import dispatch, ops, parity
 from petl_kernels.errors import InputError
 from petl_kernels.ops import loss_by_rows
 from petl_kernels.ops.linear_cross_entropy import compute, kernels_of
@@ -219,7 +219,7 @@ def test_the_row_pass_does_not_depend_on_threads(dtype):
     for threads in (1, 2):
         torch.set_num_threads(threads)
         copy = logits.clone()
-        results.append((backends.kernel_of(OP, "cpu")(copy, labels, None, 0.9, 1e-5, 1.0, None, True), copy))
+        results.append((dispatch.kernel_of(OP, "cpu")(copy, labels, None, 0.9, 1e-5, 1.0, None, True), copy))
     torch.set_num_threads(before)
     assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
 

@@ -6,14 +6,14 @@ import math
 
 import pytest
 import torch
-from memory.peaks import peak_bytes
+from planning.peaks import peak_bytes
 from torch.nn import functional as F
 
 from petl_kernels import ops, parity
-from petl_kernels.memory.scratch import scratch_bytes
 from petl_kernels.ops import loss_by_rows, loss_by_words
 from petl_kernels.ops.linear_cross_entropy import compute, kernels_of
 from petl_kernels.ops.product import ALIGNED, aligned_parts, widens
+from petl_kernels.planning.scratch import scratch_bytes
 
 from . import contract
 from .test_linear_cross_entropy import loss_of
@@ -220,7 +220,7 @@ def test_what_goes_by_rows():
     assert not loss_by_words.serves(hidden, [weight.bfloat16()], None, 1.0, False)
     assert not loss_by_words.serves(hidden.to(half), [weight.to(half)], None, 1.0, False)
     assert not loss_by_words.serves(hidden, [torch.randn(8, 9).T], None, 1.0, False)
-    assert not loss_by_words.serves(hidden, ops.quantise(weight, "int8").parts(), None, 1.0, False)
+    assert not loss_by_words.serves(hidden, ops.quantize(weight, "int8").parts(), None, 1.0, False)
 
 
 @pytest.mark.parametrize("words", [1, 64, 206, 1500])

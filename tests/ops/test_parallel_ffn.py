@@ -7,8 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from petl_kernels import ops, parity
+from petl_kernels.accounting.work import linear_flops
 from petl_kernels.errors import InputError
-from petl_kernels.memory.work import linear_flops
 from petl_kernels.ops.activation import ACTIVATIONS
 
 from . import contract
@@ -274,7 +274,7 @@ def test_zero_rows():
         ({"w2": torch.ones(16, 8)}, r"w2 has shape \(16, 8\): expected \(8, 16\)"),
         ({"w2": torch.ones(8, 16).half()}, "w2 has dtype torch.float16: expected that of x, torch.float32"),
         ({"w1": torch.ones(16, 8, requires_grad=True)}, "w1 requires grad: expected a frozen weight"),
-        ({"w1": ops.quantise(torch.ones(16, 8), "int8")}, r"w1 is quantised \(int8\): expected a dense weight"),
+        ({"w1": ops.quantize(torch.ones(16, 8), "int8")}, r"w1 is quantized \(int8\): expected a dense weight"),
         ({"down": torch.ones(17, 8)}, r"down has shape \(17, 8\): expected \(m, 8\) with room for m in w1 \(16, 8\)"),
         ({"down": torch.ones(3, 7)}, r"down has shape \(3, 7\): expected \(3, 8\)"),
         ({"up": torch.ones(8, 4)}, r"up has shape \(8, 4\): expected \(8, 3\)"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from petl_kernels import backends, ops, parity
+from petl_kernels import dispatch, ops, parity
 from petl_kernels.ops import philox
 
 from . import contract
@@ -37,15 +37,15 @@ def broken(monkeypatch):
     """Break one output of one of the reference's kernels, for a backend named cpu."""
 
     def break_output(op: str, position: int, spoil):
-        kernel = backends.kernel_of(op, "reference")
+        kernel = dispatch.kernel_of(op, "reference")
 
         def spoiled(*args):
             results = list(kernel(*args)) if isinstance(kernel(*args), tuple) else [kernel(*args)]
             results[position] = spoil(results[position])
             return tuple(results) if len(results) > 1 else results[0]
 
-        monkeypatch.setattr(backends, "_kernels", backends._kernels | {(op, "cpu"): spoiled})
-        monkeypatch.setitem(backends._load_errors, "cpu", None)
+        monkeypatch.setattr(dispatch, "_kernels", dispatch._kernels | {(op, "cpu"): spoiled})
+        monkeypatch.setitem(dispatch._load_errors, "cpu", None)
 
     return break_output
 
@@ -179,8 +179,8 @@ def test_a_kernel_may_add_up_in_another_order(monkeypatch, options):
     """The order of the Triton kernels. On a card it was off by 1.63e-5 in dx of seed 0, and so it was here with the
     dropout mask of then; with today's it is 1.683e-5."""
     kernels = {("lora_linear", "cpu"): lora_in_order, ("lora_linear_backward", "cpu"): lora_backward_in_order}
-    monkeypatch.setattr(backends, "_kernels", backends._kernels | kernels)
-    monkeypatch.setitem(backends._load_errors, "cpu", None)
+    monkeypatch.setattr(dispatch, "_kernels", dispatch._kernels | kernels)
+    monkeypatch.setitem(dispatch._load_errors, "cpu", None)
     refused = 0
     for seed in range(20):
         arguments = parity.lora_linear_arguments(contract.source(torch.float32, seed), **options)

@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 
-from petl_kernels import backends, ops
+from petl_kernels import dispatch, ops
 from petl_kernels.errors import InputError
 from petl_kernels.ops import philox
 
@@ -133,7 +133,7 @@ def test_manual_seed_reproduces():
     assert not torch.equal(first, second) and first.shape == (1,)
 
 
-@pytest.mark.skipif(backends.load_error("cpu") is not None, reason="the extension is not built")
+@pytest.mark.skipif(dispatch.load_error("cpu") is not None, reason="the extension is not built")
 @pytest.mark.parametrize("features", [1, 2, 3, 8, 13, 1024])
 def test_the_extension_draws_the_same_mask(features):
     """Read the mask off s = drop(x) Aᵀ with A the identity, for rows of several blocks."""

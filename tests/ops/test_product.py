@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from petl_kernels.backends import load_error, use
+from petl_kernels.dispatch import load_error, use
 from petl_kernels.ops import product
 from petl_kernels.ops.common import accumulate_dtype
 

@@ -10,7 +10,7 @@ import warnings
 import pytest
 import torch
 
-from petl_kernels import backends, ops, parity
+from petl_kernels import dispatch, ops, parity
 from petl_kernels.errors import InputError
 
 from . import contract
@@ -23,21 +23,21 @@ needs_extension = pytest.mark.skipif("cpu" not in contract.BACKENDS, reason="the
 def router(monkeypatch):
     """A router whose state is put back, with a pretended Triton backend of lora_linear that only the test knows."""
     for name in ("_kernels", "_load_errors"):
-        monkeypatch.setattr(backends, name, dict(getattr(backends, name)))
+        monkeypatch.setattr(dispatch, name, dict(getattr(dispatch, name)))
     for name, fresh in (("_chosen", {}), ("_parity_errors", {}), ("_warned", set())):
-        monkeypatch.setattr(backends, name, fresh)
-    backends._load_errors["triton"] = None
-    for key in [key for key in backends._kernels if key[1] == "triton"]:
-        del backends._kernels[key]
+        monkeypatch.setattr(dispatch, name, fresh)
+    dispatch._load_errors["triton"] = None
+    for key in [key for key in dispatch._kernels if key[1] == "triton"]:
+        del dispatch._kernels[key]
     for op in ("lora_linear", "lora_linear_backward"):
-        backends.register(op, "triton")(backends.kernel_of(op, "reference"))
-    return backends
+        dispatch.register(op, "triton")(dispatch.kernel_of(op, "reference"))
+    return dispatch
 
 
 def test_names():
     assert set(ops.OPS) == set(parity.CASES) == set(parity._RUN)
     assert "reference" in ops.available_backends()
-    assert set(ops.available_backends()) <= set(backends.BACKENDS)
+    assert set(ops.available_backends()) <= set(dispatch.BACKENDS)
 
 
 @needs_extension
@@ -140,7 +140,7 @@ def test_no_check_and_no_warning_on_the_cpu(monkeypatch):
     monkeypatch.setattr(parity, "check", None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert backends.backend_of("lora_linear", torch.device("cpu"), torch.float32) == "cpu"
+        assert dispatch.backend_of("lora_linear", torch.device("cpu"), torch.float32) == "cpu"
 
 
 WITHOUT_EXTENSION = """
@@ -169,8 +169,8 @@ def test_without_the_extension_the_reference_serves_and_says_so_once():
 OLD_PROCESSOR = """
 import torch
 torch.backends.cpu.get_cpu_capability = lambda: "DEFAULT"
-from petl_kernels import backends
-print(backends.load_error("cpu"))
+from petl_kernels import dispatch
+print(dispatch.load_error("cpu"))
 """
 
 

@@ -15,7 +15,7 @@ from petl_mt import plan, study
 from petl_mt.config import Pair, TrainConfig
 from petl_mt.train import train
 
-from petl_kernels.memory import planner
+from petl_kernels.planning import planner
 
 # A machine that brings its own packages may lack Babel, which writes the demo's text.
 collect_ignore = [] if importlib.util.find_spec("babel") else ["test_demo.py", "test_demo_text.py", "test_study.py"]

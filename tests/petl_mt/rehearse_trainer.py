@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from memory.test_stream import Copies
 from petl_mt import train as trainer
 from petl_mt import update
 from petl_mt.cli import main
@@ -26,12 +25,15 @@ from rehearsal import card
 from safetensors.torch import load_file
 from test_resume import Killed, assert_same_run, kill_at
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
+from weights.test_streamed import Copies
 
 from petl_kernels.interop.hf import load_skeleton
-from petl_kernels.memory import cap, cost, planner, stream
-from petl_kernels.memory.plan import Plan
-from petl_kernels.memory.size import parse_size
-from petl_kernels.memory.slots import Slots
+from petl_kernels.planning import cost, planner
+from petl_kernels.planning.plan import Plan
+from petl_kernels.step import cap
+from petl_kernels.units import parse_size
+from petl_kernels.weights import streamed as stream
+from petl_kernels.weights.slots import Slots
 
 CUDA = torch.device("cuda", 0)
 BUDGET = "1GiB"
@@ -172,12 +174,12 @@ ROUNDED = [("int8", "nf4"), *(pytest.param(kind, kind, marks=pytest.mark.repeat)
 
 
 @pytest.mark.parametrize(("storage", "tables"), ROUNDED)
-def test_quantised_weights(settings, tmp_path, capsys, storage, tables):
+def test_quantized_weights(settings, tmp_path, capsys, storage, tables):
     """Trained, gone on with, translated and merged both ways."""
-    levers = {"storage": storage, "tables": tables, "streamed": 0, "approximations": ["quantised"]}
+    levers = {"storage": storage, "tables": tables, "streamed": 0, "approximations": ["quantized"]}
     settings |= {
         "memory": BUDGET,
-        "allow": ["quantised"],
+        "allow": ["quantized"],
         "plan": saved_plan(settings, tmp_path / "plan.json", **levers),
     }
     run(settings, tmp_path / "run", steps=12)
@@ -185,7 +187,7 @@ def test_quantised_weights(settings, tmp_path, capsys, storage, tables):
     assert losses[-1] < losses[0]
     assert main(["score", "--run", str(tmp_path / "run"), "--test", *files(settings["valid"][0])]) == 0
     assert capsys.readouterr().out.startswith("BLEU ")
-    for into in ("original", "quantised"):
+    for into in ("original", "quantized"):
         assert main(["merge", "--run", str(tmp_path / "run"), "--out", str(tmp_path / into), "--into", into]) == 0
     assert re.search(r"relative error of at most \d", capsys.readouterr().err)
 

@@ -14,13 +14,13 @@ import torch
 import yaml
 from petl_mt.cli import main
 from petl_mt.config import TrainConfig
-from petl_mt.runs import quantise_as_trained
+from petl_mt.runs import quantize_as_trained
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 import petl_kernels as pk
 from petl_kernels.interop.hf import load_pretrained
-from petl_kernels.memory.quantise_model import quantise_model
-from petl_kernels.ops.quantised import QuantisedTensor, quantise
+from petl_kernels.ops.quantized import QuantizedTensor, quantize
+from petl_kernels.weights.quantized import quantize_model
 
 
 @pytest.fixture(scope="module")
@@ -178,18 +178,18 @@ def test_merge_keeps_the_dtype_of_the_checkpoint(lora_run, parent, tmp_path, cap
 
 
 @pytest.fixture
-def quantised_run(parent, text, tmp_path):
+def quantized_run(parent, text, tmp_path):
     """A run that a plan made train beside NF4 weights."""
-    out, plan, train = tmp_path / "quantised", tmp_path / "plan.json", text["train"]
+    out, plan, train = tmp_path / "quantized", tmp_path / "plan.json", text["train"]
     flags = ["--model", str(parent / "model"), "--src-lang", "en", "--tgt-lang", "de", "--method", "lora"]
     flags += ["--steps", "2", "--batch-tokens", "256", "--max-length", "40", "--lr", "0.01", "--memory", "64MiB"]
     assert main(["plan", *flags, "--json", str(plan), "--device", "cpu"]) == 0
     plan.write_text(
-        json.dumps({**json.loads(plan.read_text()), "storage": "nf4", "tables": "nf4", "approximations": ["quantised"]})
+        json.dumps({**json.loads(plan.read_text()), "storage": "nf4", "tables": "nf4", "approximations": ["quantized"]})
     )
     flags += ["--train", train.source, train.target, "--plan", str(plan), "--out", str(out)]
     assert main(["train", *flags]) == 2 and not out.exists()  # what is rounded has to be allowed
-    assert main(["train", *flags, "--allow", "quantised"]) == 0
+    assert main(["train", *flags, "--allow", "quantized"]) == 0
     return out
 
 
@@ -197,40 +197,40 @@ def merged_weights(folder) -> dict[str, torch.Tensor]:
     return dict(AutoModelForSeq2SeqLM.from_pretrained(folder).named_parameters())
 
 
-def test_merge_of_a_quantised_run_into_the_original_or_the_quantised(quantised_run, parent, tmp_path, capsys):
+def test_merge_of_a_quantized_run_into_the_original_or_the_quantized(quantized_run, parent, tmp_path, capsys):
     capsys.readouterr()
-    assert main(["merge", "--run", str(quantised_run), "--out", str(tmp_path / "original")]) == 0
+    assert main(["merge", "--run", str(quantized_run), "--out", str(tmp_path / "original")]) == 0
     assert "the adapter was trained beside nf4 weights; merged into the original ones" in capsys.readouterr().err
-    assert main(["merge", "--run", str(quantised_run), "--out", str(tmp_path / "original")]) == 2
+    assert main(["merge", "--run", str(quantized_run), "--out", str(tmp_path / "original")]) == 2
     refused = f"petl-mt merge: output {str(tmp_path / 'original')!r} exists and is not empty\n"
     assert capsys.readouterr().err == refused  # and nothing before it
-    assert main(["merge", "--run", str(quantised_run), "--out", str(tmp_path / "q"), "--into", "quantised"]) == 0
+    assert main(["merge", "--run", str(quantized_run), "--out", str(tmp_path / "q"), "--into", "quantized"]) == 0
     said = re.search(r"merged into nf4 weights with a relative error of at most ([\d.]+)%", capsys.readouterr().err)
     assert 0 < float(said[1]) < 6
 
-    model = pk.load_adapter(load_pretrained(parent / "model")[0], quantised_run / "adapter")
+    model = pk.load_adapter(load_pretrained(parent / "model")[0], quantized_run / "adapter")
     exact = {name: p.detach().clone() for name, p in pk.merge(model).named_parameters()}
-    original, quantised = merged_weights(tmp_path / "original"), merged_weights(tmp_path / "q")
+    original, quantized = merged_weights(tmp_path / "original"), merged_weights(tmp_path / "q")
     assert all(torch.equal(original[name], exact[name]) for name in original)
-    pk.merge(quantise_model(pk.unmerge(model), "nf4"))
-    for name, weight in quantised.items():
+    pk.merge(quantize_model(pk.unmerge(model), "nf4"))
+    for name, weight in quantized.items():
         held = model.get_parameter(name)
-        assert torch.equal(weight, held.dequantise() if isinstance(held, QuantisedTensor) else held), name
-    assert any(not torch.equal(original[name], quantised[name]) for name in original)
+        assert torch.equal(weight, held.dequantize() if isinstance(held, QuantizedTensor) else held), name
+    assert any(not torch.equal(original[name], quantized[name]) for name in original)
 
 
 def test_weights_of_a_16_bit_run_are_rounded_from_those_of_the_checkpoint(parent):
     model = pk.adapt(load_pretrained(parent / "model")[0], pk.LoRA(rank=2))
     weight = model.model.encoder.layers[0].fc1.weight.detach().clone()
-    quantise_as_trained(model, TrainConfig(precision="bf16"), ("int8", "int8"))
+    quantize_as_trained(model, TrainConfig(precision="bf16"), ("int8", "int8"))
     held = model.model.encoder.layers[0].fc1.weight
-    assert held.dtype == torch.bfloat16 and all(map(torch.equal, held.parts(), quantise(weight, "int8").parts()))
+    assert held.dtype == torch.bfloat16 and all(map(torch.equal, held.parts(), quantize(weight, "int8").parts()))
 
 
-def test_merge_into_quantised_weights_that_a_run_did_not_have(lora_run, tmp_path, capsys):
-    assert main(["merge", "--run", str(lora_run), "--out", str(tmp_path / "q"), "--into", "quantised"]) == 2
+def test_merge_into_quantized_weights_that_a_run_did_not_have(lora_run, tmp_path, capsys):
+    assert main(["merge", "--run", str(lora_run), "--out", str(tmp_path / "q"), "--into", "quantized"]) == 2
     message = (
-        "petl-mt merge: into quantised: the run was trained beside weights that were not; expected --into original"
+        "petl-mt merge: into quantized: the run was trained beside weights that were not; expected --into original"
     )
     assert capsys.readouterr().err.splitlines()[-1] == message
     assert not (tmp_path / "q").exists()

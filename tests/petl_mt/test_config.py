@@ -114,7 +114,7 @@ def test_configurations_that_cannot_run_are_refused(change, message):
 
 
 @pytest.mark.parametrize(
-    "change", [{"optimizer": "adamw8bit"}, {"allow": ["quantised", "8bit-optimizer"], "memory": "1GiB"}]
+    "change", [{"optimizer": "adamw8bit"}, {"allow": ["quantized", "8bit-optimizer"], "memory": "1GiB"}]
 )
 def test_8_bits_need_their_library(change, monkeypatch):
     config = TrainConfig(model="m", out="o", train=[Pair("en", "de", "a", "b")], **change)
@@ -172,7 +172,7 @@ def test_a_key_that_stands_twice_is_refused(tmp_path, content):
         ({"vocab_size": 4000}, "vocab_size 4000: no effect on a model that exists"),
         ({"heads": 4}, "heads 4: no effect on a model that exists"),
         ({"vocab_text": ["a"]}, "vocab_text .* no effect on a model that exists"),
-        ({"allow": ["quantised"]}, "allow: no effect without a budget"),
+        ({"allow": ["quantized"]}, "allow: no effect without a budget"),
         ({"tier": 2, "plan": "p", "memory": "1GiB"}, "tier 2: no effect, since the plan has its own tiers"),
         ({"method": "full", "params": "10%"}, "params 10%: no effect, since all of the model is trained"),
         ({"model": "new", "params": "10%"}, "params 10%: no effect"),

@@ -13,7 +13,7 @@ from petl_mt import doctor
 from petl_mt.cli import main
 
 import petl_kernels as pk
-from petl_kernels import backends, parity
+from petl_kernels import dispatch, parity
 
 CPU = torch.device("cpu")
 
@@ -51,7 +51,7 @@ def test_what_it_says_of_this_machine(monkeypatch, capsys):
     report = capsys.readouterr().out
     for word in ("torch 2", "transformers", "device: ", "extension: ", "backend reference: available"):
         assert word in report
-    if backends.load_error("cpu") is None:
+    if dispatch.load_error("cpu") is None:
         assert "served by plain PyTorch: lora_border\n" in report
         found = lines_of(report)
         assert [line[:2] for line in found] == [
@@ -71,7 +71,7 @@ def test_each_line_comes_when_it_is_known_and_bf16_comes_first(quick, monkeypatc
     monkeypatch.setattr(parity, "check_case", check_case)
     monkeypatch.setattr(doctor, "THREADS", 4)
     monkeypatch.setattr(doctor.os, "cpu_count", lambda: 4)
-    monkeypatch.setattr(backends, "serving", lambda op, device: ("reference", "triton"))
+    monkeypatch.setattr(dispatch, "serving", lambda op, device: ("reference", "triton"))
     monkeypatch.setattr(parity, "checked_dtypes", lambda backend: parity.DTYPES)
     for check in doctor.checks(torch.device("cuda", 0), time.monotonic() + 600):
         printed.append((check.op, check.dtype))
@@ -101,7 +101,7 @@ raise SystemExit(doctor.doctor())
 """
 
 
-@pytest.mark.skipif(backends.load_error("cpu") is not None, reason="the extension is not built")
+@pytest.mark.skipif(dispatch.load_error("cpu") is not None, reason="the extension is not built")
 def test_lines_leave_at_once_and_what_there_was_no_time_for_is_named():
     """Through a pipe, where Python would keep them back."""
     with subprocess.Popen([sys.executable, "-c", SLOW], stdout=subprocess.PIPE, text=True) as run:
@@ -141,11 +141,11 @@ def test_the_worst_case_of_an_op_counts_and_the_exit_code_tells(monkeypatch, cap
 
 def test_on_a_card_it_says_what_serves_instead(monkeypatch):
     card = torch.device("cuda", 0)
-    references = {key: kernel for key, kernel in backends._kernels.items() if key[1] == "reference"}
-    monkeypatch.setattr(backends, "_kernels", references)  # other tests of this process may have loaded kernels
-    monkeypatch.setattr(backends, "_load_errors", {**backends._load_errors, "triton": None, "cuda": None})
+    references = {key: kernel for key, kernel in dispatch._kernels.items() if key[1] == "reference"}
+    monkeypatch.setattr(dispatch, "_kernels", references)  # other tests of this process may have loaded kernels
+    monkeypatch.setattr(dispatch, "_load_errors", {**dispatch._load_errors, "triton": None, "cuda": None})
     for op in ("lora_linear", "frozen_linear"):
-        backends.register(op, "triton")(print)
+        dispatch.register(op, "triton")(print)
     wrong = doctor.Check("lora_linear", "triton", torch.bfloat16, doctor.Verdict.WRONG, "dx is off by 1")
     assert doctor._line(wrong, card).endswith("triton   WRONG: dx is off by 1; the reference serves")
     right = wrong._replace(verdict=doctor.Verdict.RIGHT)

@@ -21,8 +21,8 @@ from test_resume import Killed, assert_same_run, kill_at
 import petl_kernels as pk
 from petl_kernels.errors import InputError
 from petl_kernels.interop.hf import load_skeleton
-from petl_kernels.memory import cap
-from petl_kernels.memory.plan import Plan
+from petl_kernels.planning.plan import Plan
+from petl_kernels.step import cap
 
 _C = pytest.importorskip("petl_kernels._C")
 CPU = torch.device("cpu")
@@ -110,7 +110,7 @@ def test_a_tightened_plan_stays(settings, tmp_path):
         ),
     ],
 )
-def test_quantised_weights_train_and_translate(settings, tmp_path, storage, tables):
+def test_quantized_weights_train_and_translate(settings, tmp_path, storage, tables):
     path = saved_plan(
         settings,
         tmp_path / "plan.json",
@@ -118,9 +118,9 @@ def test_quantised_weights_train_and_translate(settings, tmp_path, storage, tabl
         storage=storage,
         tables=tables,
         streamed=0,
-        approximations=["quantised"],
+        approximations=["quantized"],
     )
-    result, _ = run(settings, tmp_path / "run", memory="2MiB", plan=path, allow=["quantised"], steps=40, lr=2e-2)
+    result, _ = run(settings, tmp_path / "run", memory="2MiB", plan=path, allow=["quantized"], steps=40, lr=2e-2)
     losses = [line["valid_loss"] for line in metrics(tmp_path / "run") if "valid_loss" in line]
     assert losses[-1] < losses[0]
     assert len(list(Translator(tmp_path / "run").stream(["one two", "", "red house"]))) == 3
@@ -233,7 +233,7 @@ def test_a_plan_for_another_run_is_refused(settings, tmp_path):
         ({"device": "cuda"}, "for cuda; expected one for cpu"),
         ({"precision": "bf16"}, "for products in bf16; expected one for the fp32 of --precision"),
         ({"batch_tokens": 100}, "for updates of 100 tokens; expected the 400 of --batch-tokens"),
-        ({"tables": "nf4"}, "uses quantised; expected --allow quantised beside it"),
+        ({"tables": "nf4"}, "uses quantized; expected --allow quantized beside it"),
         ({"gradients": "bfloat16"}, "uses bf16-gradients; expected --allow bf16-gradients"),
         ({"optimizer": "adamw8bit"}, "uses 8bit-optimizer; expected --allow 8bit-optimizer"),
     ):
@@ -271,7 +271,7 @@ def test_a_config_file_alone_is_enough_for_a_plan(settings, tmp_path, capsys):
         (["--memory", "1GiB", "--device", "tpu"], "device 'tpu': expected cpu or cuda"),
         (
             ["--memory", "1GiB", "--allow", "rounding"],
-            "allow 'rounding': expected quantised or 8bit-optimizer or bf16-",
+            "allow 'rounding': expected quantized or 8bit-optimizer or bf16-",
         ),
         (["--memory", "1GiB", "--tier", "9"], "tier 9"),
         (["--memory", "1GiB", "--model", "new"], "model 'new'"),

@@ -16,7 +16,7 @@ from petl_mt.train import _Training, train
 from test_resume import Killed, assert_same_run, kill_at
 from torch import nn
 
-from petl_kernels.memory.resident import OPTIMIZER_BYTES, SMALLEST_8BIT
+from petl_kernels.planning.resident import OPTIMIZER_BYTES, SMALLEST_8BIT
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (extra 8bit)")
 

@@ -16,7 +16,7 @@ from petl_mt.new_model import make_model, train_vocabulary
 from petl_mt.study import Entry, Row, StudyConfig, parse_grid, run_study
 
 from petl_kernels.errors import InputError
-from petl_kernels.memory.size import parse_size
+from petl_kernels.units import parse_size
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 

@@ -14,7 +14,7 @@ from petl_mt.train import TrainingStopped, _Training, train
 from safetensors.torch import load_file
 from transformers import M2M100ForConditionalGeneration
 
-from petl_kernels import backends
+from petl_kernels import dispatch
 from petl_kernels.errors import InputError
 from petl_kernels.methods import METHODS
 
@@ -208,7 +208,7 @@ def test_what_a_check_turned_down_is_in_the_log_once(settings, monkeypatch, caps
     """One in the first update, one in the third, one while the run is scored."""
     settings |= {"steps": 4, "eval_every": 4}
     errors = {}
-    monkeypatch.setattr(backends, "_parity_errors", errors)
+    monkeypatch.setattr(dispatch, "_parity_errors", errors)
 
     def found(op: str) -> None:
         errors[op, "triton", torch.device("cuda", 0), torch.bfloat16] = "y is off by 1, allowed 0.1"
@@ -223,7 +223,7 @@ def test_what_a_check_turned_down_is_in_the_log_once(settings, monkeypatch, caps
         return gradients(*given)
 
     def score_with_first_use():
-        found("dequantise")
+        found("dequantize")
         return score()
 
     loop.update.gradients, loop._score = with_first_uses, score_with_first_use
@@ -231,7 +231,7 @@ def test_what_a_check_turned_down_is_in_the_log_once(settings, monkeypatch, caps
     said = [line for line in capsys.readouterr().err.splitlines() if "is not used" in line]
     expected = [
         f"triton {op} is not used on cuda:0 in bfloat16: y is off by 1, allowed 0.1"
-        for op in ("lora_linear", "attention", "dequantise")
+        for op in ("lora_linear", "attention", "dequantize")
     ]
     assert said == expected
     lines = [json.loads(line) for line in (Path(settings["out"]) / "metrics.jsonl").read_text().splitlines()]

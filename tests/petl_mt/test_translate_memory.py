@@ -16,8 +16,8 @@ from petl_mt.train import train
 from test_memory import saved_plan
 
 from petl_kernels.errors import InputError
-from petl_kernels.memory import cap
-from petl_kernels.memory.size import parse_size
+from petl_kernels.step import cap
+from petl_kernels.units import parse_size
 
 _C = pytest.importorskip("petl_kernels._C")
 CPU = torch.device("cpu")
@@ -37,7 +37,7 @@ def test_score_says_what_training_said(settings, tmp_path, capsys, storage):
     """A run under a budget is loaded as it trained; `petl-mt score` of the validation text gives the same line."""
     kept = {"storage": "dense" if storage == "streamed" else storage, "streamed": 2 * (storage == "streamed")}
     path = saved_plan(settings, tmp_path / "plan.json", "2MiB", approximations=[], **kept)
-    result = trained(settings, tmp_path / "run", memory="2MiB", plan=path, allow=["quantised"])
+    result = trained(settings, tmp_path / "run", memory="2MiB", plan=path, allow=["quantized"])
     capsys.readouterr()
     valid = settings["valid"][0]
     hypotheses = tmp_path / "hyp"
@@ -50,7 +50,7 @@ def test_score_says_what_training_said(settings, tmp_path, capsys, storage):
 @pytest.mark.parametrize("streamed", [0, 2])
 def test_a_run_without_a_budget_translates_within_one(settings, tmp_path, text, monkeypatch, streamed):
     """With its layers in memory and streamed the lines are the same, and the peak is below the budget."""
-    from petl_kernels.memory import planner
+    from petl_kernels.planning import planner
 
     def found(*arguments):
         return dataclasses.replace(plan_search(*arguments), streamed=streamed)

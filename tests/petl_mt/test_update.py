@@ -16,10 +16,10 @@ from petl_mt.runs import RunFolder
 from petl_mt.train import _Training
 from petl_mt.update import Update
 
-from petl_kernels import graphs as graphs_module
 from petl_kernels.errors import InputError
-from petl_kernels.interop import device_masks
-from petl_kernels.memory import planner
+from petl_kernels.layers import device_masks
+from petl_kernels.planning import planner
+from petl_kernels.step import graphs as graphs_module
 
 
 @pytest.fixture
@@ -137,8 +137,8 @@ def test_graphs_do_not_make_a_plan_much_slower(settings, monkeypatch):
     for with_graphs, without, expected in (
         ((1.1, ()), (1.0, ()), True),
         ((1.3, ()), (1.0, ()), False),
-        ((1.0, ("quantised",)), (1.0, ()), False),
-        ((1.0, ()), (1.0, ("quantised",)), True),
+        ((1.0, ("quantized",)), (1.0, ()), False),
+        ((1.0, ()), (1.0, ("quantized",)), True),
     ):
         plans.update({True: with_graphs, False: without})
         assert plan.plan_for(None, config, 40, cuda).graphs is expected

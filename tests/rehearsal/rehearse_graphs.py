@@ -8,8 +8,8 @@ from layers.lean_cases import adapted
 from methods.models import FAMILIES
 
 import petl_kernels as pk
-from petl_kernels.graphs import CudaGraphs, Graphed
 from petl_kernels.layers.lean import LeanLayer
+from petl_kernels.step.graphs import CudaGraphs, Graphed
 
 CUDA = torch.device("cuda", 0)
 CASES = [(family, "lora", 1) for family in FAMILIES]

@@ -5,14 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from layers.lean_cases import adapted, ragged, step
-from memory.test_stream import Copies
 from methods.models import build
+from weights.test_streamed import Copies
 
 import petl_kernels as pk
 from petl_kernels.device import resolve
 from petl_kernels.errors import InputError
-from petl_kernels.memory import cap, cost, planner, stream
-from petl_kernels.memory.slots import SlotCopies, Slots
+from petl_kernels.planning import cost, planner
+from petl_kernels.step import cap
+from petl_kernels.weights import streamed as stream
+from petl_kernels.weights.slots import SlotCopies, Slots
 from rehearsal import card
 
 CUDA = torch.device("cuda", 0)

@@ -13,7 +13,7 @@ import torch
 import triton
 
 from petl_kernels import versions
-from petl_kernels.backends import PARTS, kernel_of, register
+from petl_kernels.dispatch import PARTS, kernel_of, register
 
 versions.check("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -34,8 +34,8 @@ from petl_kernels.backends.triton import (  # noqa: E402
     lora_border,
     lora_linear,
     loss_by_words,
-    quantise,
-    quantised,
+    quantize,
+    quantized,
     rms_norm,
 )
 
@@ -76,15 +76,15 @@ for kernel in (
     loss_by_words.linear_cross_entropy_begin,
     loss_by_words.linear_cross_entropy_words,
     loss_by_words.linear_cross_entropy_end,
-    quantise.quantise_int8,
-    quantise.quantise_nf4,
-    quantised.quantised_project,
-    quantised.quantised_project_back,
+    quantize.quantize_int8,
+    quantize.quantize_nf4,
+    quantized.quantized_project,
+    quantized.quantized_project_back,
 ):
     _register(kernel)
 
 
-@register("dequantise", "triton")
-def _dequantise(parts, first_row, rows, columns, dtype):
-    kernel = quantised.dequantise if dtype in DTYPES else kernel_of("dequantise", "reference")
+@register("dequantize", "triton")
+def _dequantize(parts, first_row, rows, columns, dtype):
+    kernel = quantized.dequantize if dtype in DTYPES else kernel_of("dequantize", "reference")
     return kernel(parts, first_row, rows, columns, dtype)

@@ -23,9 +23,9 @@ import torch
 import triton
 import triton.language as tl
 
-from petl_kernels.backends import kernel_of
 from petl_kernels.backends.triton import config
 from petl_kernels.backends.triton.common import dropout_arguments, keep_probabilities, launch, load, store
+from petl_kernels.dispatch import kernel_of
 from petl_kernels.ops.attention import mask_columns
 
 MAX_FEATURES = 128

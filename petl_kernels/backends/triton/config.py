@@ -19,7 +19,7 @@ import torch
 
 from petl_kernels.ops.frozen_ffn import chunk_rows as ffn_chunk_rows
 from petl_kernels.ops.lora_border import CUDA_PARTS
-from petl_kernels.ops.quantised import CUDA_TILE_BYTES
+from petl_kernels.ops.quantized import CUDA_TILE_BYTES
 
 # A sum of fewer elements over parts is spread over more programs.
 SUM_FEW = 32 << 10
@@ -82,9 +82,9 @@ ADAPTER_FUSED = {"small": 64, "sm80": 128, "sm90": 128, "sm100": 128, "fp32": 32
 ROW_PROGRAMS = 2  # for each multiprocessor, of those that walk over rows and add up over them
 INTERPRETER_CHUNK_ROWS = 48
 
-# Products with a quantised weight Ŵ. Up to so many rows it is dequantised in the main loop, again for each tile of
+# Products with a quantized weight Ŵ. Up to so many rows it is dequantized in the main loop, again for each tile of
 # rows; above, tiles of at most CUDA_TILE_BYTES are, once, ahead of the library's product (bench/NOTES.md).
-QUANTISED = {
+QUANTIZED = {
     "small": Tile(128, 64, 64, 4, 3),
     "sm80": Tile(128, 64, 64, 4, 3),
     "sm90": Tile(128, 64, 64, 4, 4),
@@ -92,15 +92,15 @@ QUANTISED = {
     "fp32": Tile(32, 64, 32, 4, 2),
     "interpreter": Tile(32, 32, 32, 4, 1),
 }
-QUANTISED_LOOP_ROWS = {"int8": 512, "nf4": 256}
+QUANTIZED_LOOP_ROWS = {"int8": 512, "nf4": 256}
 # A few rows one by one, up to so many: blocks of values of Ŵ of which each thread has 32, and for dx 32 columns by 256
 # rows, the next ones ahead. A (1024, 1024) weight is on 256 programs, and 32 for dx, so all of it is under way at once.
-QUANTISED_VECTOR_ROWS = 4
-QUANTISED_ROW_VALUES = 4096
-QUANTISED_ROW_BACK = Tile(1, 32, 256, 8, 3)
-INTERPRETER_QUANTISED_TILE_BYTES = 8 << 10
-DEQUANTISE = Tile(8, 256, 0, 4, 1)
-QUANTISE_BLOCKS = Tile(32, 64, 0, 4, 1)  # 16 values a thread
+QUANTIZED_VECTOR_ROWS = 4
+QUANTIZED_ROW_VALUES = 4096
+QUANTIZED_ROW_BACK = Tile(1, 32, 256, 8, 3)
+INTERPRETER_QUANTIZED_TILE_BYTES = 8 << 10
+DEQUANTIZE = Tile(8, 256, 0, 4, 1)
+QUANTIZE_BLOCKS = Tile(32, 64, 0, 4, 1)  # 16 values a thread
 
 
 class ElementwiseTile(NamedTuple):
@@ -178,32 +178,32 @@ def elementwise_tile(x: torch.Tensor) -> ElementwiseTile:
 
 
 def takes_rows_alone(x: torch.Tensor, inner: int) -> bool:
-    """Whether each row of x passes over a quantised weight (N, inner) for itself."""
-    return inner % 64 == 0 and x.shape[0] <= QUANTISED_VECTOR_ROWS
+    """Whether each row of x passes over a quantized weight (N, inner) for itself."""
+    return inner % 64 == 0 and x.shape[0] <= QUANTIZED_VECTOR_ROWS
 
 
-def quantised_row(inner: int) -> Tile:
+def quantized_row(inner: int) -> Tile:
     """n rows of Ŵ and k of their columns: all of them, up to 4096."""
-    k = min(max(64, 1 << (inner - 1).bit_length()), QUANTISED_ROW_VALUES)
-    return Tile(1, QUANTISED_ROW_VALUES // k, k, 4, 1)
+    k = min(max(64, 1 << (inner - 1).bit_length()), QUANTIZED_ROW_VALUES)
+    return Tile(1, QUANTIZED_ROW_VALUES // k, k, 4, 1)
 
 
-def dequantises_in_loop(x: torch.Tensor, inner: int, storage: str) -> bool:
-    """Whether the product of the rows of x with a quantised weight (N, inner) dequantises it in the main loop."""
-    return inner % 64 == 0 and x.shape[0] <= QUANTISED_LOOP_ROWS[storage]
+def dequantizes_in_loop(x: torch.Tensor, inner: int, storage: str) -> bool:
+    """Whether the product of the rows of x with a quantized weight (N, inner) dequantizes it in the main loop."""
+    return inner % 64 == 0 and x.shape[0] <= QUANTIZED_LOOP_ROWS[storage]
 
 
-def quantised_tile(x: torch.Tensor, rows: int) -> Tile:
-    tile = QUANTISED[key(x)]
+def quantized_tile(x: torch.Tensor, rows: int) -> Tile:
+    tile = QUANTIZED[key(x)]
     return tile._replace(m=padded(rows, tile.m))
 
 
-def quantised_tile_length(x: torch.Tensor, length: int, width: int) -> int:
-    """How much of a weight's dimension is dequantised at a time, `width` numbers of x's dtype wide.
+def quantized_tile_length(x: torch.Tensor, length: int, width: int) -> int:
+    """How much of a weight's dimension is dequantized at a time, `width` numbers of x's dtype wide.
 
     Tiles of about equal length, which begin at multiples of 64 where that fits.
     """
-    limit = INTERPRETER_QUANTISED_TILE_BYTES if device_class(x.device) == "interpreter" else CUDA_TILE_BYTES
+    limit = INTERPRETER_QUANTIZED_TILE_BYTES if device_class(x.device) == "interpreter" else CUDA_TILE_BYTES
     most = max(1, limit // max(1, width * x.element_size()))
     most = most // 64 * 64 or most
     size = -(-length // max(1, -(-length // most)))

@@ -23,8 +23,8 @@ from petl_kernels.backends.triton.activation import activate_rows, activate_rows
 from petl_kernels.backends.triton.common import as_rows, launch, load, store
 from petl_kernels.backends.triton.frozen_linear import column_sums
 from petl_kernels.backends.triton.gated_activation import gate_rows, gate_rows_backward
-from petl_kernels.backends.triton.quantised import quantised_project, quantised_project_back
-from petl_kernels.ops.quantised import is_quantised, out_features
+from petl_kernels.backends.triton.quantized import quantized_project, quantized_project_back
+from petl_kernels.ops.quantized import is_quantized, out_features
 
 
 def frozen_ffn(x, w1, c1, w2, c2, gate, activation: str, keeps: str, products=PyTorchProducts):
@@ -93,7 +93,7 @@ def frozen_ffn_backward(
 
 def _rectified(products, rows, weight, bias, h, bits) -> None:
     """h = relu(rows Wᵀ + bias); bits, unless None: which of h is positive."""
-    by_product, packed = not is_quantised(weight), False
+    by_product, packed = not is_quantized(weight), False
     if by_product:
         packed = products.relu_linear(rows, weight[0], bias, h, bits)
     else:
@@ -108,15 +108,15 @@ def _rectified(products, rows, weight, bias, h, bits) -> None:
 
 def _multiply(products, rows, weight, bias, out) -> torch.Tensor:
     """out = rows Wᵀ + bias"""
-    if is_quantised(weight):
-        return quantised_project(rows, weight, bias, out)
+    if is_quantized(weight):
+        return quantized_project(rows, weight, bias, out)
     return products.linear(rows, weight[0], bias, out)
 
 
 def _multiply_back(products, rows, weight, out, add: bool = False) -> torch.Tensor:
     """out = or += rows W"""
-    if is_quantised(weight):
-        return out.add_(quantised_project_back(rows, weight)) if add else quantised_project_back(rows, weight, out)
+    if is_quantized(weight):
+        return out.add_(quantized_project_back(rows, weight)) if add else quantized_project_back(rows, weight, out)
     return products.multiply(rows, weight[0], out, add)
 
 

@@ -9,7 +9,7 @@ t tokens, width d and total rank R, each launch moves 4td bytes (16-bit) for 4td
 below R of about 200 on an H200; y and dx are read once more by the products, beside their work.
 
 Where the ranks are too many for one program (FUSED_RANKS) s and ds have a launch of their own, and the library makes
-the rank part. A quantised W takes its product from ``quantised_project`` and the rank part from plain products.
+the rank part. A quantized W takes its product from ``quantized_project`` and the rank part from plain products.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from petl_kernels.backends.triton.common import (
     total_size,
 )
 from petl_kernels.backends.triton.dropout_add import dropout_add_backward
-from petl_kernels.backends.triton.quantised import quantised_project, quantised_project_back
-from petl_kernels.ops.quantised import is_quantised, split_parts
+from petl_kernels.backends.triton.quantized import quantized_project, quantized_project_back
+from petl_kernels.ops.quantized import is_quantized, split_parts
 
 FUSED_RANKS = 64  # in all, for a program that holds s or ds of a block of tokens
 
@@ -63,7 +63,7 @@ def lora_linear(
         for part in _parts(len(weights)):
             s_part = _columns(s, ranks, part)
             given = ys[part], rows, s_part, weights[part], biases[part], a[part], b[part], scales[part], dropout, seed
-            (_quantised_outputs if any(map(is_quantised, weights[part])) else _outputs)(*given)
+            (_quantized_outputs if any(map(is_quantized, weights[part])) else _outputs)(*given)
     return ys, s
 
 
@@ -158,11 +158,11 @@ def _outputs(ys, x, s, weights, biases, a, b, scales, dropout, seed) -> None:
         y.addmm_(x, weight.t())
 
 
-def _quantised_outputs(ys, x, s, weights, biases, a, b, scales, dropout, seed) -> None:
+def _quantized_outputs(ys, x, s, weights, biases, a, b, scales, dropout, seed) -> None:
     _project(s, x, _same_dtype(a), dropout, seed)
     factors = s.split([b_g.shape[1] for b_g in b], 1)
     for y, weight, bias, s_g, b_g, scale in zip(ys, weights, biases, factors, b, scales, strict=True):
-        product = quantised_project if is_quantised(weight) else _dense_product
+        product = quantized_project if is_quantized(weight) else _dense_product
         product(x, weight, bias, as_rows(y)).addmm_(s_g, b_g.to(s.dtype).t(), alpha=scale)
 
 
@@ -215,8 +215,8 @@ def _rank_part_of_gradients(dx, dys, s, a, b, scales, dropout, seed, add: bool) 
 def _add_products(dx, dys, weights) -> None:
     """dx += Σ_g dy_g W_g"""
     for dy, weight in zip(dys, weights, strict=True):
-        if is_quantised(weight):
-            dx.add_(quantised_project_back(dy, weight))
+        if is_quantized(weight):
+            dx.add_(quantized_project_back(dy, weight))
         else:
             dx.addmm_(dy, weight[0])
 

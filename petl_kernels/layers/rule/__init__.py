@@ -25,7 +25,7 @@ that makes those stands outside of the layers, and has a node of its own, which 
     call.py          ``KEPT``, the table; what one forward pass keeps; the gradients that backward collects
     norm.py          LayerNorm and RMSNorm
     residual.py      the sum that ends a block, in one pass with the norm that reads it
-    linears.py       linear layers that read one input: frozen, trained, LoRA, (IA)³, quantised
+    linears.py       linear layers that read one input: frozen, trained, LoRA, (IA)³, quantized
     border.py        linears in one product, with LoRA in a border of their weights
     bottleneck.py    bottleneck adapters on an output projection or beside the feed-forward block
     attention.py     the attention block

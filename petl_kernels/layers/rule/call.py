@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from petl_kernels.backends import active
+from petl_kernels.dispatch import active
 from petl_kernels.layers.boundaries import Boundaries
 from petl_kernels.ops import philox
 

@@ -30,7 +30,7 @@ from petl_kernels.methods.ia3 import Scale
 from petl_kernels.ops.common import run
 from petl_kernels.ops.frozen_ffn import what_to_keep
 from petl_kernels.ops.parallel_ffn import fill
-from petl_kernels.ops.quantised import parts_of
+from petl_kernels.ops.quantized import parts_of
 
 BLOCK = "ffn"
 READ, END = Place(BLOCK, "adapted_read"), Place(BLOCK, "end")

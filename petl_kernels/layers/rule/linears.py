@@ -3,7 +3,7 @@
     y = ((x ⊙ l_in) Wᵀ + c + scale · drop(x) Aᵀ Bᵀ) ⊙ l_out
 
 Each part may be absent: LoRA (A, B) beside a frozen W, (IA)³'s l before or after, the bias. W is frozen, dense or
-quantised, or trained. Those with LoRA at one rate of dropout are one product with stacked A.
+quantized, or trained. Those with LoRA at one rate of dropout are one product with stacked A.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from petl_kernels.methods.base import Piece
 from petl_kernels.methods.ia3 import Scale
 from petl_kernels.methods.lora import LoRALinear
 from petl_kernels.ops.common import accumulate_dtype, run
-from petl_kernels.ops.quantised import parts_of
+from petl_kernels.ops.quantized import parts_of
 
 
 class Unknown(Exception):

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from petl_kernels.errors import InputError
-from petl_kernels.interop.files import atomic_dir
+from petl_kernels.files import atomic_dir
 from petl_kernels.interop.hf import load_pretrained
 
 from ..runs import hush

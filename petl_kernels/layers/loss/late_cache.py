@@ -1,0 +1,103 @@
+"""The cache of keys and values that a model returns beside a loss, made when somebody looks at it.
+
+M2M-100's and T5's forwards make one by default (``config.use_cache``), with labels too. Lean layers could not run
+beside it, and hardly anyone reads it in training. So where gradients are recorded and ``use_cache`` is not given,
+the model runs without one, and this stands in its place.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from petl_kernels.layers.loss.late_logits import autocast_now
+from petl_kernels.models.transformers_names import cache_field, cache_in, returns_cache
+
+
+def late_cache(model: nn.Module, make: Callable[[], object]) -> object:
+    """An EncoderDecoderCache that is ``make()`` when it is read.
+
+    Reading it raises RuntimeError where that would be another one: ``model`` was in training mode, or its mode or
+    parameters have changed since.
+    """
+    trained, autocast = model.training, autocast_now(model.device.type)
+    before = None if trained else _State(model)
+
+    def checked() -> object:
+        if trained:
+            raise RuntimeError("cache (past_key_values) after pk.lean, in training mode: expected use_cache=True")
+        if model.training or not before.is_of(model):
+            raise RuntimeError(
+                "cache (past_key_values) after pk.lean: the model's mode or parameters changed since the forward pass;"
+                " expected use_cache=True"
+            )
+        with torch.inference_mode(False), torch.enable_grad(), autocast():
+            return make()
+
+    return _class()(checked)
+
+
+def leaves_out_cache(model: nn.Module, kwargs: dict) -> bool:
+    """Whether ``model`` is to run without the cache that it would return, as nothing in ``kwargs`` says of one."""
+    if kwargs.get("use_cache") is not None or cache_in(kwargs) is not None or not torch.is_grad_enabled():
+        return False
+    return returns_cache(model)
+
+
+def with_cache(output: object, cache: object) -> object:
+    """``output`` (a model's own, or a tuple of loss, logits and the rest) with ``cache`` where the model puts it."""
+    if isinstance(output, tuple):
+        return *output[:2], cache, *output[2:]
+    return type(output)(**{**output, cache_field(type(output)): cache})
+
+
+class _State:
+    """The parameters of a model, by identity, and their versions. Weak references: the id of a parameter that has gone
+    may be another one's now."""
+
+    def __init__(self, model: nn.Module):
+        self.seen = [(weakref.ref(parameter), parameter._version) for parameter in _parameters(model)]
+
+    def is_of(self, model: nn.Module) -> bool:
+        now = _parameters(model)
+        return len(now) == len(self.seen) and all(
+            seen() is parameter and parameter._version == version
+            for parameter, (seen, version) in zip(now, self.seen, strict=True)
+        )
+
+
+def _parameters(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if not parameter.is_inference()]
+
+
+@functools.cache
+def _class() -> type:
+    from transformers import EncoderDecoderCache
+
+    class LateCache(EncoderDecoderCache):
+        def __init__(self, make: Callable[[], object]):
+            self.petl_make = make
+
+        def __getattr__(self, name: str):
+            if name.startswith("__") or "petl_make" not in self.__dict__:
+                raise AttributeError(name)
+            made = self.petl_make()
+            del self.petl_make
+            self.__dict__.update(made.__dict__)
+            return getattr(self, name)
+
+        def __bool__(self) -> bool:
+            return True  # with labels each layer puts something there
+
+        def __repr__(self) -> str:
+            return "LateCache(made when it is read)" if "petl_make" in self.__dict__ else super().__repr__()
+
+        def __reduce_ex__(self, protocol):
+            len(self)  # makes it
+            return EncoderDecoderCache.__new__, (EncoderDecoderCache,), self.__dict__
+
+    return LateCache

@@ -1,0 +1,244 @@
+"""Where the parts of a sequence-to-sequence model are: layers, attentions, feed-forward blocks, norms, by dotted path.
+
+Two families, told apart by what their layers hold and not by class, so that nothing of transformers is imported:
+
+- "bart": M2M-100, NLLB, mBART, BART, Marian. ``layers.i`` with self_attn, encoder_attn, fc1, fc2 and LayerNorms.
+- "t5": T5, mT5, MADLAD-400. ``block.i.layer.j`` with SelfAttention, EncDecAttention, DenseReluDense and RMSNorms.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from petl_kernels.errors import InputError, shown
+from petl_kernels.methods.base import Named
+from petl_kernels.models.transformers_names import heads_of
+
+_EXPECTED = (
+    "expected an encoder-decoder of the BART family (M2M-100, NLLB, mBART, Marian) "
+    "or of the T5 family (T5, mT5, MADLAD-400)"
+)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention. ``kind``: "encoder" and "decoder" are self-attentions, "cross" reads the encoder's output."""
+
+    kind: str
+    path: str
+    q: str
+    k: str
+    v: str
+    out: str
+    norm: str
+    heads: int
+    head_dim: int
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        return (self.q, self.k, self.v, self.out)
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """One feed-forward block; ``inputs`` are the linears that read its input (two when it is gated)."""
+
+    inputs: tuple[str, ...]
+    out: str
+    norm: str
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        return (*self.inputs, self.out)
+
+
+@dataclass(frozen=True)
+class Layer:
+    side: str  # "encoder" or "decoder"
+    path: str
+    attentions: tuple[Attention, ...]
+    ffn: FeedForward
+
+
+@dataclass(frozen=True)
+class Structure:
+    """``pre_norm``: each block normalises its input (else the sum of its input and output, as Marian does)."""
+
+    family: str
+    d_model: int
+    pre_norm: bool
+    layers: tuple[Layer, ...]
+
+    @property
+    def attentions(self) -> tuple[Attention, ...]:
+        return tuple(attention for layer in self.layers for attention in layer.attentions)
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Every linear layer inside the encoder's and decoder's layers."""
+        return tuple(
+            path for layer in self.layers for block in (*layer.attentions, layer.ffn) for path in block.linears
+        )
+
+
+def check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model {shown(model)}: expected a PyTorch module")
+
+
+def describe(model: nn.Module) -> Structure:
+    """The structure of ``model``; InputError when it is not an encoder-decoder of the two families."""
+    for family, stack_name, layer in (("bart", "layers", _bart_layer), ("t5", "block", _t5_layer)):
+        sides = {side: _find_stack(model, side, stack_name) for side in ("encoder", "decoder")}
+        if None in sides.values():
+            continue
+        try:
+            layers = tuple(
+                layer(model, side, f"{path}.{stack_name}.{i}")
+                for side, path in sides.items()
+                for i in range(len(getattr(model.get_submodule(path), stack_name)))
+            )
+        except AttributeError as error:
+            part = type(error.obj).__name__
+            raise InputError(f"model {type(model).__name__}: its {part} has no {error.name}, {_EXPECTED}") from None
+        pre_norm = family == "t5" or hasattr(model.get_submodule(sides["encoder"]), "layer_norm")
+        d_model = _out_features(model, layers[0].ffn.out)
+        return Structure(family, d_model, pre_norm, layers)
+    raise InputError(f"model {type(model).__name__}: {_EXPECTED}")
+
+
+def _find_stack(model: nn.Module, side: str, stack_name: str) -> str | None:
+    for path, module in model.named_modules():
+        stack = getattr(module, stack_name, None)
+        if path.rpartition(".")[2] == side and isinstance(stack, nn.ModuleList) and len(stack):
+            first = stack[0]
+            if hasattr(first, "fc1" if stack_name == "layers" else "layer"):
+                return path
+    return None
+
+
+def _bart_layer(model: nn.Module, side: str, path: str) -> Layer:
+    module = model.get_submodule(path)
+
+    def attention(kind: str, name: str) -> Attention:
+        attn, at = getattr(module, name), f"{path}.{name}"
+        projections = (f"{at}.{p}_proj" for p in ("q", "k", "v", "out"))
+        return Attention(kind, at, *projections, f"{path}.{name}_layer_norm", *heads_of(attn))
+
+    attentions = [attention(side, "self_attn")]
+    if hasattr(module, "encoder_attn"):
+        attentions.append(attention("cross", "encoder_attn"))
+    ffn = FeedForward((f"{path}.fc1",), f"{path}.fc2", f"{path}.final_layer_norm")
+    return Layer(side, path, tuple(attentions), ffn)
+
+
+def _t5_layer(model: nn.Module, side: str, path: str) -> Layer:
+    blocks = model.get_submodule(path).layer
+
+    def attention(kind: str, i: int, name: str) -> Attention:
+        attn, at = getattr(blocks[i], name), f"{path}.layer.{i}.{name}"
+        projections = (f"{at}.{p}" for p in ("q", "k", "v", "o"))
+        return Attention(kind, at, *projections, f"{path}.layer.{i}.layer_norm", *heads_of(attn))
+
+    attentions = [attention(side, 0, "SelfAttention")]
+    if len(blocks) == 3:
+        attentions.append(attention("cross", 1, "EncDecAttention"))
+    last = len(blocks) - 1
+    at = f"{path}.layer.{last}"
+    inputs = [name for name in ("wi", "wi_0", "wi_1") if hasattr(blocks[last].DenseReluDense, name)]
+    ffn = FeedForward(
+        tuple(f"{at}.DenseReluDense.{name}" for name in inputs), f"{at}.DenseReluDense.wo", f"{at}.layer_norm"
+    )
+    return Layer(side, path, tuple(attentions), ffn)
+
+
+def _out_features(model: nn.Module, path: str) -> int:
+    return model.get_submodule(path).out_features
+
+
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """``named_modules`` without what adapters have added."""
+    added = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, Named))
+    for path, module in model.named_modules():
+        if not isinstance(module, Named) and not f"{path}.".startswith(added):
+            yield path, module
+
+
+def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The plain model's parameters by name, tied ones once and under their first name."""
+    found: dict[str, nn.Parameter] = {}
+    seen = set()
+    for path, module in base_modules(model):
+        for name, parameter in module.named_parameters(path, recurse=False):
+            if parameter not in seen:
+                seen.add(parameter)
+                found[name] = parameter
+    for record in getattr(model, "petl_adapters", {}).values():
+        for name in record.added:
+            found.pop(name, None)
+    return found
+
+
+def total_parameters(model: nn.Module) -> int:
+    """The number of parameters of the plain model, tied ones counted once."""
+    return sum(parameter.numel() for parameter in base_parameters(model).values())
+
+
+def norms(model: nn.Module) -> list[str]:
+    """Paths of every LayerNorm and RMSNorm."""
+    names = ("LayerNorm", "RMSNorm")
+    return [path for path, module in base_modules(model) if type(module).__name__.endswith(names)]
+
+
+def find_targets(model: nn.Module, targets: tuple[str, ...] | str, kinds: tuple[type, ...], method: str) -> list[str]:
+    """Paths of the modules that ``targets`` names, in the model's order.
+
+    targets: names that match a path exactly or by ".name" at its end; a string is a regular expression for whole paths,
+    or "all-linear" for every linear layer inside the encoder's and decoder's layers. Each name must match, and match
+    modules of ``kinds`` only.
+    Raises InputError for a name that matches nothing, listing near ones.
+    """
+    if targets == "all-linear":
+        return list(describe(model).linears)
+    modules = dict(base_modules(model))
+    if isinstance(targets, str):
+        expression = _compile(targets, method)
+        found = [path for path in modules if path and expression.fullmatch(path)]
+        if not found:
+            raise InputError(f"{method} target {targets!r}: matches no module of {type(model).__name__}")
+        return [path for path in found if _check_kind(path, modules[path], kinds, method)]
+    found = set()
+    for target in targets:
+        matched = [path for path in modules if path == target or path.endswith(f".{target}")]
+        if not matched:
+            raise InputError(
+                f"{method} target {target!r}: matches no module of {type(model).__name__}; "
+                f"near: {', '.join(_near(target, modules, kinds))}"
+            )
+        found.update(path for path in matched if _check_kind(path, modules[path], kinds, method))
+    return [path for path in modules if path in found]
+
+
+def _compile(expression: str, method: str) -> re.Pattern:
+    try:
+        return re.compile(expression)
+    except re.error as error:
+        raise InputError(f"{method} target {expression!r}: not a regular expression ({error})") from None
+
+
+def _check_kind(path: str, module: nn.Module, kinds: tuple[type, ...], method: str) -> bool:
+    if not isinstance(module, kinds):
+        expected = " or ".join(kind.__name__ for kind in kinds)
+        raise InputError(f"{method} target {path!r}: a {type(module).__name__}, expected {expected}")
+    return True
+
+
+def _near(target: str, modules: dict[str, nn.Module], kinds: tuple[type, ...]) -> list[str]:
+    names = {path.rpartition(".")[2]: None for path, module in modules.items() if isinstance(module, kinds)}
+    last = target.rpartition(".")[2]
+    return difflib.get_close_matches(last, names, n=4, cutoff=0.3) or sorted(names)[:6]

@@ -1,0 +1,46 @@
+"""The weights of a checkpoint as a plan wants them: each tensor in its dtype, storage and place as it is read."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from petl_kernels.interop.hf import load_weights
+from petl_kernels.ops.quantized import quantize
+from petl_kernels.planning.plan import Plan
+from petl_kernels.planning.planner import SearchPlan
+from petl_kernels.planning.resident import streamed_weights
+from petl_kernels.weights.mapped import WeightFile
+from petl_kernels.weights.quantized import quantizable, storage_of
+
+
+def load_planned(
+    path_or_id: str | os.PathLike, model: nn.Module, like: nn.Module, plan: Plan | SearchPlan, folder: Path | None
+) -> nn.Module:
+    """Give ``model`` (of ``load_skeleton``) its weights, one tensor after the other; returns it.
+
+    like: the model as it will be trained, on the meta device, which shows each weight's dtype. folder: for the file
+    that streamed layers are read from on the CPU: they are written into it, and are never in memory together.
+    Raises InputError as ``load_weights`` does.
+    """
+    wanted = dict(like.named_parameters(remove_duplicate=False))
+    storages = {
+        id(owners[0].weight): storage_of(like, owners, plan.storage, plan.tables) for owners in quantizable(like)
+    }
+    file = None
+    if plan.streamed and plan.device == "cpu":
+        names = streamed_weights(like, plan.streamed)
+        file = WeightFile(folder / "streamed.safetensors", {name: wanted[name] for name in names})
+
+    def place(name: str, tensor: Tensor) -> Tensor:
+        parameter = wanted[name]
+        storage = storages.get(id(parameter), "dense")
+        if storage != "dense":
+            return quantize(tensor, storage).to(parameter.dtype)
+        if file is not None and name in names:
+            return file.put(name, tensor)
+        return tensor.to(parameter.dtype, copy=True)
+
+    return load_weights(path_or_id, model, place)

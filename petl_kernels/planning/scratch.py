@@ -1,0 +1,229 @@
+"""What one call of an op allocates inside itself, beside its inputs and outputs, on the CPU's C++ kernels.
+
+On CUDA the feed-forward block has larger chunks. Only ops whose scratch grows with the batch or is a matter of
+megabytes; the others stay below the planner's slack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from petl_kernels.ops import loss_by_words
+from petl_kernels.ops.common import accumulate_dtype
+from petl_kernels.ops.frozen_ffn import chunk_rows
+from petl_kernels.ops.linear_cross_entropy import SCALED_BYTES
+from petl_kernels.ops.lora_border import CUDA_PARTS
+from petl_kernels.ops.product import product_bytes
+from petl_kernels.ops.quantized import CUDA_TILE_BYTES, TILE_BYTES, in_features, is_quantized, out_features, split_parts
+
+
+def scratch_bytes(function, args: tuple, device: str = "cpu") -> int:
+    """Bytes for ``function`` (a ``torch.ops.petl`` overload) called with ``args`` on ``device``; 0 for any other."""
+    name = function.name()
+    if not name.startswith("petl::"):
+        return 0
+    rule = _RULES.get(name.removeprefix("petl::"))
+    if rule is None:
+        return 0
+    given = {argument.name: value for argument, value in zip(function._schema.arguments, args, strict=False)}
+    return rule({**given, "device": device})
+
+
+def _linear_cross_entropy(given: dict) -> int:
+    weight, scale = given["weight"], given["logit_scale"]
+    if loss_by_words.serves(given["hidden"], weight, given["bias"], scale, given["need_dweight"]):
+        return _loss_by_words(given)
+    return _loss_by_rows(given)
+
+
+def _loss_by_words(given: dict) -> int:
+    hidden, d, words = given["hidden"], given["hidden"].shape[-1], given["weight"][0].shape[0]
+    rows, dtype, device, gradient = hidden.numel() // d, hidden.dtype, given["device"], given["need_dhidden"]
+    sizes = (d, words, dtype, device, given["chunk_bytes"])
+    size, columns = loss_by_words.blocks_of(rows, *sizes, True, gradient)
+    buffers, wide = loss_by_words.most_bytes(rows, *sizes, gradient), accumulate_dtype(dtype).itemsize
+    if device == "cpu" and dtype.itemsize < wide:  # the sum of some words, or a product before it is added
+        buffers = max(buffers + size * d * dtype.itemsize, loss_by_words.SUMMED_WORDS * d * wide)
+    return buffers + _products(size, d, columns, dtype)
+
+
+def _loss_by_rows(given: dict) -> int:
+    hidden, d, chunk_bytes = given["hidden"], given["hidden"].shape[-1], given["chunk_bytes"]
+    rows, words = hidden.numel() // d, out_features(given["weight"], d)
+    size = min(rows, max(1, chunk_bytes // (words * hidden.itemsize)))
+    size = -(-rows // -(-rows // max(1, size)))
+    # the logits of a chunk and the gradient of its rows
+    total = size * (words + d) * hidden.itemsize
+    sums = size * d * accumulate_dtype(hidden.dtype).itemsize
+    block = max(1, min(words, chunk_bytes // 4 // (d * hidden.itemsize)))
+    total += max(_products(size, d, words, hidden.dtype), product_bytes(block, size, d, hidden.dtype))
+    if is_quantized(given["weight"]):  # the logits of a block of words, or what it adds to the gradient
+        total += _tile(given, block * d, hidden)
+        return total + max(size * block * hidden.itemsize, sums + size * d * hidden.itemsize)
+    if given["weight"][0].dtype != hidden.dtype:  # a block in the dtype of hidden
+        total += block * d * hidden.itemsize
+    return total + sums  # over blocks of words in a wider dtype
+
+
+def _products(rows: int, k: int, n: int, dtype: torch.dtype) -> int:
+    """The larger of what x (rows, k) Wᵀ and dy (rows, n) W take for their blocks."""
+    return max(product_bytes(rows, k, n, dtype), product_bytes(rows, n, k, dtype))
+
+
+def _frozen_linear(given: dict) -> int:
+    """A tile of a quantized weight, which may be all of it, and the blocks of the product."""
+    x = given["x"]
+    d = x.shape[-1]
+    n = out_features(given["weight"], d)
+    tile = min(_tile(given, n * d, x), n * d * x.itemsize) if is_quantized(given["weight"]) else 0
+    return tile + product_bytes(x.numel() // max(1, d), d, n, x.dtype)
+
+
+def _frozen_linear_backward(given: dict) -> int:
+    dy, quantized = given["dy"], is_quantized(given["weight"])
+    if not given["need_dx"]:
+        return 0
+    n = dy.shape[-1]
+    k = in_features(given["weight"], n)
+    return (_back(given, dy, n * k) if quantized else 0) + product_bytes(dy.numel() // max(1, n), n, k, dy.dtype)
+
+
+def _lora_linear(given: dict) -> int:
+    x, weights = given["x"], given["weights"]
+    return (_tile(given, _largest(weights, x.shape[-1]), x) if _any_quantized(weights) else 0) + _lora_products(given)
+
+
+def _lora_linear_backward(given: dict) -> int:
+    x, weights, products = given["x"], given["weights"], _lora_products(given)
+    if not _any_quantized(weights):
+        return products
+    back = _back(given, x, _largest(weights, x.shape[-1]))
+    return products + back + (x.nbytes if given["device"] == "cuda" else 0)  # what is added to dx
+
+
+def _lora_products(given: dict) -> int:
+    """The blocks of the largest product, with W or with an adapter."""
+    x = given["x"]
+    d, ranks = x.shape[-1], sum(a.shape[0] for a in given["a"])
+    widths = [out_features(parts, d) for parts in split_parts(given["weights"])]
+    return max(_products(x.numel() // max(1, d), d, n, x.dtype) for n in (ranks, *widths))
+
+
+def _lora_border(given: dict) -> int:
+    """The border in the dtype of the rows, where it has another."""
+    border, wide = given["border"], given["wide"]
+    return border.numel() * wide.itemsize if border.dtype != wide.dtype else 0
+
+
+def _lora_border_backward(given: dict) -> int:
+    """And the parts of dB and of the biases' gradients, or after them of dA, of which there are fewer."""
+    a, b, wide = given["a"], given["b"], given["wide"]
+    outputs = sum(own.shape[0] for own in b)
+    biases = outputs if any(given["need_dbias"]) else 0
+    largest = max(sum(own.numel() for own in b) + biases, sum(own.numel() for own in a))
+    return _lora_border(given) + (min(CUDA_PARTS, -(-wide.shape[0] // 32)) * largest + biases) * 4
+
+
+def _any_quantized(parts: list[Tensor]) -> bool:
+    """Of the parts of several weights, one after the other."""
+    return not all(part.is_floating_point() for part in parts)
+
+
+def _largest(parts: list[Tensor], columns: int) -> int:
+    """Values of the largest of several weights."""
+    return max(out_features(weight, columns) for weight in split_parts(parts)) * columns
+
+
+def _tile(given: dict, values: int, like: Tensor) -> int:
+    """Of a quantized weight of so many values, in the dtype of ``like``."""
+    return min(CUDA_TILE_BYTES, values * like.itemsize) if given["device"] == "cuda" else TILE_BYTES
+
+
+def _back(given: dict, rows: Tensor, values: int) -> int:
+    """Of a product with a quantized weight: a tile, and on a CPU fp32 sums of some rows."""
+    if given["device"] == "cuda":
+        return _tile(given, values, rows)
+    return TILE_BYTES + 2 * min(rows.numel(), 1024 * rows.shape[-1]) * 4
+
+
+def _scaled(given: dict) -> int:
+    return 2 * min(SCALED_BYTES, given["values"].numel() * given["factor"].itemsize)
+
+
+def _frozen_ffn(given: dict) -> int:
+    return _ffn_chunks(given, given["x"], 1 if not given["gate"] or given["keeps"] == "z" else 2)
+
+
+def _frozen_ffn_backward(given: dict) -> int:
+    chunks = (2 if given["gate"] else 1) * (2 if given["keeps"] == "x" else 1)
+    return _ffn_chunks(given, given["dy"], chunks)
+
+
+def _ffn_chunks(given: dict, x: Tensor, chunks: int) -> int:
+    d = x.shape[-1]
+    hidden = out_features(given["w1"], d)
+    rows = chunk_rows(x.numel() // d, hidden, x.itemsize, given["device"])
+    values = chunks * rows * hidden * x.itemsize + _products(rows, d, hidden, x.dtype)
+    if not is_quantized(given["w1"]):
+        return values
+    added = rows * d * x.itemsize if given["gate"] and given["device"] == "cuda" else 0  # to dx, of the gate
+    return values + _back(given, x, hidden * d) + added
+
+
+def _parallel_ffn(given: dict) -> int:
+    return _frozen_ffn({**given, "w1": [given["w1"]], "gate": []})
+
+
+def _parallel_ffn_backward(given: dict) -> int:
+    network = _frozen_ffn_backward({**given, "w1": [given["w1"]], "gate": []})
+    return max(network, _bottleneck_adapter_backward(given)) if given["need_adapter"] else network
+
+
+def _attention(given: dict, buffers: int = 1) -> int:
+    """A thread's keys and values of one head, and its block of scores: see csrc/cpu/attention.cpp.
+
+    Sentences of a packed row are taken to be of one length, as those of a simulation are.
+    """
+    q, k, prefix, ends = given["q"], given["k"], given["prefix_k"], given.get("cu_seqlens_k")
+    sentences = 1 if ends is None else len(ends) - 1
+    columns = -(-k.shape[2] // sentences) + (0 if prefix is None else prefix.shape[0])
+    block = min(max(16, min(256, (1 << 17) // max(1, columns))), max(1, -(-q.shape[2] // sentences)))
+    scores = block * columns * (2 if given["dropout"] else 1)
+    own = 2 * columns * q.shape[3] + 2 * block * q.shape[3] + scores
+    return torch.get_num_threads() * buffers * own * accumulate_dtype(q.dtype).itemsize
+
+
+def _bottleneck_adapter(given: dict) -> int:
+    x, down = given["x"], given["down"]
+    rows = x.numel() // x.shape[-1]
+    blocks = min(rows, 256) * (3 * x.shape[-1] + 3 * down.shape[0])
+    return (torch.get_num_threads() * blocks + 2 * down.numel()) * 4
+
+
+def _bottleneck_adapter_backward(given: dict) -> int:
+    x, down = given["x"], given["down"]
+    slices = max(1, min(16, x.numel() // x.shape[-1] // 256))
+    return _bottleneck_adapter(given) + 2 * slices * down.numel() * 4
+
+
+_RULES: dict[str, Callable[[dict], int]] = {
+    "linear_cross_entropy": _linear_cross_entropy,
+    "linear_cross_entropy_scaled": _scaled,
+    "frozen_linear": _frozen_linear,
+    "frozen_linear_backward": _frozen_linear_backward,
+    "lora_linear": _lora_linear,
+    "lora_linear_backward": _lora_linear_backward,
+    "lora_border": _lora_border,
+    "lora_border_backward": _lora_border_backward,
+    "frozen_ffn": _frozen_ffn,
+    "frozen_ffn_backward": _frozen_ffn_backward,
+    "parallel_ffn": _parallel_ffn,
+    "parallel_ffn_backward": _parallel_ffn_backward,
+    "attention": _attention,
+    "attention_backward": lambda given: _attention(given, 2),
+    "bottleneck_adapter": _bottleneck_adapter,
+    "bottleneck_adapter_backward": _bottleneck_adapter_backward,
+}

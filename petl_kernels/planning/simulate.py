@@ -1,0 +1,215 @@
+"""The bytes of a training step, found without a weight: the step runs on fake tensors, which have shapes and no values.
+
+The very modules, hooks and autograd rules of a real step run, so that what is counted is what will happen. A model of
+one to three layers stands for a deep one, whose layers are alike.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from petl_kernels.errors import InputError
+from petl_kernels.interop.hf import no_layerdrop
+from petl_kernels.layers.border import as_on
+from petl_kernels.layers.loss.lean_loss import packing_obstacle
+from petl_kernels.methods.base import active_name, records
+from petl_kernels.models.transformers_names import drop_no_layer, model_of
+from petl_kernels.planning.peak import Ledger
+from petl_kernels.step.gradients import RoundedGradients
+from petl_kernels.weights.quantized import quantize_model
+
+_LAYER = re.compile(r"(\.(?:layers|block))\.\d+\.")
+# How configurations of the two families name their depths.
+_DEPTHS = (("encoder_layers", "decoder_layers"), ("num_layers", "num_decoder_layers"))
+
+
+@dataclass(frozen=True)
+class Phases:
+    """Bytes beside what lives through the whole step (weights, gradients, optimiser state).
+
+    kept: between forward and backward. forward, backward: the most while they run, what is kept included.
+    """
+
+    kept: int
+    forward: int
+    backward: int
+
+    @property
+    def peak(self) -> int:
+        return max(self.forward, self.backward)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded: ``rows`` sentence pairs of ``source`` and ``target`` tokens."""
+
+    rows: int
+    source: int
+    target: int
+
+    @property
+    def tokens(self) -> int:
+        """Of the longer side."""
+        return self.rows * max(self.source, self.target)
+
+
+def shallow(
+    model: nn.Module, encoder: int, decoder: int, storage: str = "dense", tables: str | None = None
+) -> nn.Module:
+    """A model like ``model`` with that many layers, on the fake tensors of the mode that is on.
+
+    Dtypes, dropout rates, the active adapter's method and what is trained are those of ``model``; frozen weights are
+    in ``storage``, embeddings and the output projection in ``tables``, as ``quantize_model`` has them.
+    """
+    config = copy.deepcopy(model.config)
+    for name, depth in zip(_depth_names(config), (encoder, decoder), strict=True):
+        setattr(config, name, depth)
+    no_layerdrop(config)  # drawn layer by layer, and the worst step drops none
+    like = model_of(_plain_class(model), config, torch.float32)
+    given = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    _set_dtypes(like, given)
+    name = active_name(model)
+    if name is None:
+        for key, parameter in like.named_parameters():
+            parameter.requires_grad_(key in given and given[key].requires_grad)
+    else:
+        from petl_kernels.api import adapt  # which stands above this module, and is all that knows how
+
+        adapt(like, records(model)[name].config)
+    _set_rates(like, model)
+    drop_no_layer(like)
+    if (storage, tables or storage) != ("dense", "dense"):
+        quantize_model(like, storage, tables)
+    return like.train(True)
+
+
+def step(
+    model: nn.Module,
+    batch: Batch,
+    autocast: torch.dtype | None = None,
+    gradients: str = "float32",
+    packed: bool = False,
+    device: str = "cpu",
+) -> Phases:
+    """Forward and backward of ``model``, whose parameters are fake; its gradients exist already.
+
+    gradients: "bfloat16" when they wait for the update in ``RoundedGradients``. packed: the sentences of ``batch`` are
+    one packed row, where ``model`` reads such rows. device: whose kernels are counted; the tensors are the CPU's.
+    """
+    inputs = _packed_row(batch) if packed and not packing_obstacle(model) else _padded_rows(batch)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    living = [*model.parameters(), *model.buffers()]
+    with _waiting(trained, gradients) as sums, Ledger([*living, *sums], device) as ledger, _autocast(autocast):
+        always = ledger.live
+        output = model(**inputs, label_smoothing=0.1, reduction="sum")
+        loss = output.loss
+        del output
+        kept, forward = ledger.live - always, ledger.peak - always
+        ledger.peak = ledger.live
+        loss.backward()
+        return Phases(kept, forward, ledger.peak - always)
+
+
+def _padded_rows(batch: Batch) -> dict[str, Tensor]:
+    ids = torch.ones(batch.rows, batch.source, dtype=torch.long)
+    labels = torch.ones(batch.rows, batch.target, dtype=torch.long)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def _packed_row(batch: Batch) -> dict[str, Tensor | int]:
+    ids = torch.ones(1, batch.rows * batch.source, dtype=torch.long)
+    labels = torch.ones(1, batch.rows * batch.target, dtype=torch.long)
+    ends = torch.arange(batch.rows + 1, dtype=torch.int32)
+    return {
+        "input_ids": ids,
+        "labels": labels,
+        "decoder_input_ids": torch.ones_like(labels),
+        "cu_seqlens": ends * batch.source,
+        "decoder_cu_seqlens": ends * batch.target,
+        "longest": max(batch.source, batch.target),
+    }
+
+
+@contextmanager
+def _waiting(trained: list[nn.Parameter], gradients: str) -> Iterator[list[Tensor]]:
+    """What earlier micro-batches have left of the gradients of ``trained``."""
+    for parameter in trained:
+        parameter.grad = torch.empty_like(parameter) if gradients == "float32" else None
+    if gradients == "float32":
+        yield [parameter.grad for parameter in trained]
+        return
+    rounded = RoundedGradients(trained)
+    try:
+        yield [rounded.sum_of(parameter) for parameter in trained]
+    finally:
+        rounded.close()
+
+
+def _autocast(dtype: torch.dtype | None) -> torch.autocast:
+    return torch.autocast("cpu", dtype, enabled=dtype is not None)
+
+
+def fake_mode() -> FakeTensorMode:
+    return FakeTensorMode()
+
+
+def set_tiers(model: nn.Module, tiers: Sequence[int], device: str = "cpu") -> None:
+    """device: the kind that the step will run on, whose weights stand together there."""
+    from petl_kernels.api import lean
+
+    with as_on(device):
+        lean(model, list(tiers))
+
+
+def _depth_names(config) -> tuple[str, str]:
+    for names in _DEPTHS:
+        if all(getattr(config, name, None) is not None for name in names):
+            return names
+    raise InputError(f"config of {type(config).__name__}: no numbers of layers; expected an encoder-decoder's")
+
+
+def _plain_class(model: nn.Module) -> type:
+    return getattr(type(model), "petl_bases", (type(model),))[0]
+
+
+def _set_dtypes(like: nn.Module, given: dict[str, Tensor]) -> None:
+    """Give each parameter and buffer the dtype of its namesake; tied ones stay tied.
+
+    A layer that ``given`` does not have, being shallower, is like the first.
+    """
+
+    def namesake(path: str, name: str) -> str:
+        key = f"{path}.{name}" if path else name
+        return key if key in given else _LAYER.sub(r"\1.0.", key)
+
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for path, module in like.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            key = namesake(path, name)
+            dtype = given[key].dtype if key in given else parameter.dtype
+            if parameter not in made:
+                made[parameter] = nn.Parameter(torch.empty_like(parameter, dtype=dtype))
+            setattr(module, name, made[parameter])
+        for name, buffer in module.named_buffers(recurse=False):
+            key = namesake(path, name)
+            if key in given:
+                setattr(module, name, torch.empty_like(buffer, dtype=given[key].dtype))
+
+
+def _set_rates(like: nn.Module, model: nn.Module) -> None:
+    """Dropout rates as they stand on the modules of ``model``, where a trainer may have changed them."""
+    modules = dict(model.named_modules())
+    for path, module in like.named_modules():
+        known = modules.get(path, modules.get(_LAYER.sub(r"\1.0.", path + ".")[:-1]))
+        for rate in ("p", "dropout", "stored_dropout", "activation_dropout"):
+            value = getattr(known, rate, None)
+            if isinstance(value, float) and isinstance(vars(module).get(rate), float):
+                setattr(module, rate, value)

@@ -1,0 +1,77 @@
+"""The frozen weights of a model in 8 or 4 bits, in place."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from petl_kernels.errors import InputError
+from petl_kernels.layers.lean import LeanLayer, narrow
+from petl_kernels.methods.base import records
+from petl_kernels.models.structure import base_modules
+from petl_kernels.ops.quantized import STORAGES, QuantizedTensor, quantize
+
+
+def quantize_model(model: nn.Module, storage: str, tables: str | None = None) -> nn.Module:
+    """Hold the frozen weights of ``model``'s linear layers and token embeddings in ``storage``; returns the model.
+
+    storage: "int8" or "nf4". tables: that of token embeddings and of the output projection, where it is another. Either
+    may be "dense", which leaves its weights as they are. One weight after the other, so that at most one exists twice.
+    Tied weights stay tied. As they were stay norms, biases, embeddings of positions, adapters, and every weight that is
+    trained or that an adapter of the model trains while it is active. A weight that is quantized already stays in the
+    storage it has.
+
+    Raises InputError: another storage, a model without a frozen weight (adapt it first, or ``requires_grad_(False)``).
+    """
+    _check(storage, tables)
+    places = quantizable(model)
+    if not places:
+        raise InputError(
+            f"quantize_model: {type(model).__name__} has no frozen linear layer or embedding: expected a frozen model"
+        )
+    if storage != "dense":
+        for module in model.modules():
+            if isinstance(module, LeanLayer):
+                narrow(module)
+    for owners in places:
+        weight, wanted = owners[0].weight, storage_of(model, owners, storage, tables)
+        if wanted != "dense" and not isinstance(weight, QuantizedTensor):
+            quantized = nn.Parameter(quantize(weight, wanted), requires_grad=False)
+            for owner in owners:
+                owner.weight = quantized
+    return model
+
+
+def _check(storage: str, tables: str | None) -> None:
+    known = ("dense", *STORAGES) if tables is not None else STORAGES
+    for name, value in (("storage", storage), ("tables", storage if tables is None else tables)):
+        if value not in known:
+            raise InputError(f"quantize_model: {name} is {value!r}: expected {' or '.join(known)}")
+
+
+def storage_of(model: nn.Module, owners: list[nn.Module], storage: str, tables: str | None) -> str:
+    """Of the weight that ``owners`` hold: ``tables`` for one of token embeddings or of the output projection."""
+    head = getattr(model, "lm_head", None)
+    is_table = any(isinstance(owner, nn.Embedding) or owner is head for owner in owners)
+    return tables if is_table and tables is not None else storage
+
+
+def quantizable(model: nn.Module) -> list[list[nn.Module]]:
+    """For each weight that can be quantized, the modules that hold it."""
+    exchanged = {key for record in records(model).values() for key in record.base}
+    owners: dict[int, list[nn.Module]] = {}
+    refused = set()
+    for path, module in base_modules(model):
+        for name, parameter in module.named_parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(module)
+            frozen = not parameter.requires_grad and f"{path}.{name}" not in exchanged
+            if not (frozen and name == "weight" and _may_be(path, module)):
+                refused.add(id(parameter))
+    return [modules for key, modules in owners.items() if key not in refused]
+
+
+def _may_be(path: str, module: nn.Module) -> bool:
+    """A linear layer, or an embedding of tokens."""
+    if isinstance(module, nn.Embedding):
+        name = f"{type(module).__name__} {path.rpartition('.')[2]}".lower()
+        return "position" not in name and "relative" not in name
+    return isinstance(module, nn.Linear)

@@ -1,0 +1,15 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from torch import Tensor
+
+from petl_kernels.planning.peak import Ledger
+
+
+def peak_bytes(work: Callable[[], object], living: Iterable[Tensor]) -> int:
+    """Peak bytes of tensors while ``work`` runs, ``living`` included: outputs of operations, counted by storage."""
+    ledger = Ledger(living)
+    with ledger:
+        work()
+    return ledger.peak
