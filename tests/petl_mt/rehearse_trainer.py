@@ -244,7 +244,10 @@ def test_graphs_that_cannot_be_captured(settings, tmp_path, monkeypatch, capsys)
     assert_same_weights(run(settings, tmp_path / "eager", cuda_graphs=False, steps=3), found)
 
 
-@pytest.mark.parametrize("options", [{}, {"memory": BUDGET, "dropout": 0.1, "precision": "bf16"}])
+@pytest.mark.parametrize(
+    "options",
+    [{"memory": BUDGET, "dropout": 0.1, "precision": "bf16"}, pytest.param({}, marks=pytest.mark.repeat)],
+)
 def test_a_killed_run_goes_on(settings, tmp_path, monkeypatch, options):
     settings |= options
     run(settings, tmp_path / "whole")

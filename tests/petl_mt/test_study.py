@@ -82,7 +82,7 @@ def test_rows_and_files(config, tmp_path):
 def test_a_row_has_its_own_memory_and_keeps_the_budget(config):
     """Training and scoring, the parent's own row too; what came before leaves nothing in the figures."""
     config.grid = ["full", "bitfit"]
-    config.base = dataclasses.replace(config.base, memory="1MiB")
+    config.base = dataclasses.replace(config.base, memory="1MiB", tier=2)  # one, since a plan counts each
     parent, full, bitfit = run_study(config, quiet=True)
     budget = parse_size(config.base.memory)
     weights = 4 * full.trained_parameters

@@ -102,7 +102,7 @@ def test_models(wrong_train, tmp_path):
         ({"bleu_tokenize": "14a", "valid": None}, "bleu_tokenize '14a'"),
         ({"steps": "-1"}, "steps -1: expected at least 1"),
         ({"memory": "lots"}, "'lots'"),
-        ({"memory": "1KB"}, "KiB with --allow quantized,8bit-optimizer,bf16-gradients; expected at least that"),
+        ({"memory": "1KB", "tier": "4"}, "KiB with --allow quantized,8bit-optimizer,bf16-gradients; expected at least that"),
         ({"config": "nowhere.yaml"}, "nowhere.yaml: No such file"),
         ({"pair": ["en-de", "a", "b"]}, "--train and --pair: expected one of the two"),
     ],

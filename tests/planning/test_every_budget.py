@@ -77,6 +77,7 @@ def test_with_bytes_of_a_step_that_are_invented(monkeypatch, method, device):
             assert fits(planner, int(least * (1 + above))), (seed, least, above)
 
 
+@pytest.mark.check
 def test_where_a_whole_update_fits_nothing_else_is_counted(monkeypatch):
     with torch.device("meta"):
         model = pk.adapt(build("m2m100"), pk.LoRA(rank=4))
@@ -89,6 +90,7 @@ def test_where_a_whole_update_fits_nothing_else_is_counted(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.repeat  # of what the invented bytes show
 def test_a_model_from_the_least_on(monkeypatch):
     """Where the demo's parent was refused under 33.3 MiB and 40 MiB, and 33.2 and 36 MiB were enough."""
     monkeypatch.setattr(planning, "APPROXIMATIONS", {})  # what they would bring takes time to count
