@@ -208,12 +208,12 @@ class CardCopies(Copies):
         assert device == CUDA
 
 
-@pytest.mark.parametrize("memory", [None, BUDGET])
+@pytest.mark.parametrize("memory", [None, pytest.param(BUDGET, marks=pytest.mark.repeat)])
 def test_inputs_in_host_memory(settings, tmp_path, expected, memory):
     assert_same_weights(run(settings, tmp_path / "card", tier=5, memory=memory), expected)
 
 
-@pytest.mark.parametrize("memory", [None, BUDGET])
+@pytest.mark.parametrize("memory", [BUDGET, pytest.param(None, marks=pytest.mark.repeat)])
 def test_cuda_graphs(settings, tmp_path, memory, monkeypatch, capsys):
     """They are on by default; rows of a budget are filled up, which changes no gradient."""
     replays, replay = [], card.Graph.replay

@@ -192,7 +192,7 @@ def metrics(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("method", ["lora", "adapter", "cross-attention"])
+@pytest.mark.parametrize("method", ["lora", pytest.param("adapter", marks=pytest.mark.repeat), "cross-attention"])
 def test_streamed_layers_train_to_the_same_weights(settings, tmp_path, method):
     settings |= {"method": method, "method_args": {}}
     _, expected = run(settings, tmp_path / "free")

@@ -105,7 +105,9 @@ def test_killed_twice_and_in_another_epoch(settings, tmp_path, monkeypatch):
     assert_same_run(settings["out"], tmp_path / "whole")
 
 
-@pytest.mark.parametrize("method", ["full", "prefix", "bitfit", "adapter"])
+@pytest.mark.parametrize(
+    "method", ["full", "prefix", *(pytest.param(other, marks=pytest.mark.repeat) for other in ("bitfit", "adapter"))]
+)
 def test_other_methods_resume_too(settings, tmp_path, monkeypatch, method):
     settings |= {"method": method, "method_args": {}, "lr": None}
     train(TrainConfig(**{**settings, "out": str(tmp_path / "whole")}), quiet=True)

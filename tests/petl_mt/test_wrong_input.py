@@ -102,7 +102,10 @@ def test_models(wrong_train, tmp_path):
         ({"bleu_tokenize": "14a", "valid": None}, "bleu_tokenize '14a'"),
         ({"steps": "-1"}, "steps -1: expected at least 1"),
         ({"memory": "lots"}, "'lots'"),
-        ({"memory": "1KB", "tier": "4"}, "KiB with --allow quantized,8bit-optimizer,bf16-gradients; expected at least that"),
+        (
+            {"memory": "1KB", "tier": "4"},
+            "KiB with --allow quantized,8bit-optimizer,bf16-gradients; expected at least that",
+        ),
         ({"config": "nowhere.yaml"}, "nowhere.yaml: No such file"),
         ({"pair": ["en-de", "a", "b"]}, "--train and --pair: expected one of the two"),
     ],
@@ -165,7 +168,9 @@ def test_corrupt_and_foreign_adapters(refusal, settings, tmp_path):
     assert not (tmp_path / "merged").exists()
 
 
-@pytest.mark.parametrize("method", NOT_MERGED)
+@pytest.mark.parametrize(
+    "method", [m if m in ("adapter", "prefix") else pytest.param(m, marks=pytest.mark.repeat) for m in NOT_MERGED]
+)
 def test_methods_that_cannot_be_merged(refusal, settings, tmp_path, method):
     train(TrainConfig(**{**settings, "method": method, "method_args": {}, "steps": 1, "valid": []}), quiet=True)
     assert "petl-mt merge" not in (Path(settings["out"]) / "README.md").read_text()
@@ -173,7 +178,13 @@ def test_methods_that_cannot_be_merged(refusal, settings, tmp_path, method):
     assert not (tmp_path / "merged").exists()
 
 
-@pytest.mark.parametrize("method", sorted(set(METHODS) - set(NOT_MERGED)))
+@pytest.mark.parametrize(
+    "method",
+    [
+        method if method in ("full", "lora") else pytest.param(method, marks=pytest.mark.repeat)
+        for method in sorted(set(METHODS) - set(NOT_MERGED))
+    ],
+)
 def test_all_others_can(settings, tmp_path, method):
     train(TrainConfig(**{**settings, "method": method, "method_args": {}, "steps": 1, "valid": []}), quiet=True)
     assert main(["merge", "--run", settings["out"], "--out", str(tmp_path / "merged")]) == 0
