@@ -82,7 +82,7 @@ def assert_compiles(function: Callable, *inputs: Tensor, tolerance: float = 1e-6
 
 
 def opcheck(op: Callable, arguments: tuple) -> None:
-    """All of PyTorch's checks with one backend; with others those of what a kernel gives, since the rest is the op's."""
+    """Runs all of PyTorch's checks with one backend, and with others those of what a kernel gives."""
     first, *others = BACKENDS
     torch.library.opcheck(op, (*arguments, first))
     for backend in others:
