@@ -1,7 +1,7 @@
 """Which kernel serves an op: a table of callables and the router that picks one.
 
-A backend is a module in this package that registers callables with ``@register(op, backend)``. It is imported
-when it is first needed. Adding one touches no op and no caller.
+A backend is a module of ``petl_kernels/backends`` that registers callables with ``@register(name, backend)``. It is
+imported by its name when it is first needed. Adding one touches no op and no caller.
 
     reference   plain PyTorch, any device and dtype: the executable specification
     cpu         C++ kernels of the extension (``csrc/cpu``)
@@ -9,8 +9,9 @@ when it is first needed. Adding one touches no op and no caller.
     cuda        CUDA C++ of the extension (``csrc/cuda``), by ``use("cuda")``: feed-forward blocks on cuBLASLt
 
 On a CUDA device a backend other than the reference becomes the default of an op only after a small comparison
-with the reference has passed on that device, once per process (``petl_kernels/parity.py``). ``turned_down`` lists
-those that have failed theirs. While a CUDA graph is captured nothing is compared.
+with the reference has passed on that device, once per process. ``petl_kernels/backends/__init__.py`` hands that
+comparison in (``check_first_use_with``), since this module lies below the ops and imports none of them.
+``turned_down`` lists the backends that have failed theirs. While a CUDA graph is captured nothing is compared.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import importlib
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -30,20 +31,20 @@ from petl_kernels.errors import InputError
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
-# What serves an op when nobody asked for a backend by name, first choice first.
+# The backends that may serve an op when none is named, first choice first. ``prefer`` sets another order for one op.
 DEFAULT_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
-DEFAULT_ORDER_OF = {
-    # cuBLAS already runs a frozen linear layer at the speed of the hardware.
-    ("frozen_linear", "cuda"): ("reference",),
-}
 
 # The specification, and kernels that the same machine has compiled and that no driver or card can change.
 UNCHECKED = ("reference", "cpu")
 
-# What an op may have beside its forward kernel.
-PARTS = ("_backward", "_from_statistics", "_back", "_begin", "_words", "_end")
+# A check of a backend's op on a device in a dtype. It returns None or the first error.
+Check = Callable[[str, str, torch.device, torch.dtype], str | None]
 
 _kernels: dict[tuple[str, str], Callable] = {}
+_op_of: dict[str, str] = {}
+_room_dtypes: dict[Callable, Collection[torch.dtype]] = {}
+_orders: dict[tuple[str, str], tuple[str, ...]] = {}
+_first_use_check: Check | None = None
 _load_errors: dict[str, str | None] = {}
 _chosen: dict[tuple[str, torch.device, str, torch.dtype], Callable] = {}
 _parity_errors: dict[tuple[str, str, torch.device, torch.dtype], str | None] = {}
@@ -52,18 +53,55 @@ _warned: set[str] = set()
 _active = ""
 
 
-def register(op: str, backend: str) -> Callable[[Callable], Callable]:
-    """Decorator: this callable is ``backend``'s kernel of ``op`` (``"lora_linear"``, ``"lora_linear_backward"``)."""
+def register(
+    name: str, backend: str, op: str | None = None, room_dtypes: Collection[torch.dtype] = ()
+) -> Callable[[Callable], Callable]:
+    """Returns a decorator that makes a callable ``backend``'s kernel ``name``.
+
+    ``op``: the op that the kernel belongs to, where ``name`` is neither the op's own nor that with "_backward" behind
+    it; the reference's kernel gives it, and other backends need not. ``room_dtypes``: the dtypes of activations in
+    which the kernel takes one argument more and writes its rows where that tells (``ops/room.py``).
+    """
 
     def add(kernel: Callable) -> Callable:
-        _kernels[op, backend] = kernel
+        _kernels[name, backend] = kernel
+        if op is not None:
+            _op_of[name] = op
+        if room_dtypes:
+            _room_dtypes[kernel] = room_dtypes
         return kernel
 
     return add
 
 
+def op_of(name: str) -> str:
+    """Returns the op that the kernel ``name`` belongs to: "layer_norm" for "layer_norm_backward"."""
+    return _op_of.get(name, name.removesuffix("_backward"))
+
+
+def takes_room(kernel: Callable, dtype: torch.dtype) -> bool:
+    """Returns whether ``kernel`` takes the argument more that ``register`` describes, for activations of ``dtype``."""
+    return dtype in _room_dtypes.get(kernel, ())
+
+
+def registered(backend: str) -> list[str]:
+    """Returns the names of the kernels that ``backend`` has registered so far."""
+    return [name for name, owner in list(_kernels) if owner == backend]
+
+
+def prefer(op: str, device_type: str, *backends: str) -> None:
+    """Sets the backends that may serve ``op`` on ``device_type`` when none is named, first choice first."""
+    _orders[op, device_type] = backends
+
+
+def check_first_use_with(check: Check) -> None:
+    """Sets the comparison that a backend has to pass before it serves an op by default."""
+    global _first_use_check
+    _first_use_check = check
+
+
 def load_error(backend: str) -> str | None:
-    """Import a backend's kernels once. Returns why they cannot be used on this machine, or None."""
+    """Imports a backend's kernels once. Returns the reason why this machine cannot run them, or None."""
     if backend not in _load_errors:
         _load_errors[backend] = _load(backend)
     return _load_errors[backend]
@@ -84,18 +122,18 @@ def _load(backend: str) -> str | None:
 
 
 def triton_interprets() -> bool:
-    """Whether Triton's kernels run in its interpreter, on the CPU. Its bf16 products are wrong."""
+    """Returns whether Triton's kernels run in its interpreter, on the CPU. Its bf16 products are wrong."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def available_backends() -> tuple[str, ...]:
-    """Names of the backends that this machine can run."""
+    """Returns the names of the backends that this machine can run."""
     return tuple(name for name in BACKENDS if load_error(name) is None)
 
 
 @contextmanager
 def use(name: str) -> Iterator[None]:
-    """Serve every op of this block with backend ``name``, for the whole process (autograd has its own threads).
+    """Serves every op of this block with backend ``name``, in the whole process (autograd has threads of its own).
 
     An op that the backend does not have keeps its default. A backward pass uses the backend of its forward pass.
     Raises InputError for a name that is unknown or that this machine cannot run.
@@ -115,31 +153,27 @@ def use(name: str) -> Iterator[None]:
 
 
 def active() -> str:
-    """The backend that ``use`` asks for, or "" for each op's default."""
+    """Returns the backend that ``use`` has set, or "" for each op's default."""
     return _active
 
 
 def kernel_of(op: str, backend: str) -> Callable | None:
-    """The callable of one backend, or None when it has none for this op."""
+    """Returns the kernel ``op`` of one backend, or None where it has none or this machine cannot run it."""
     return _kernels.get((op, backend)) if load_error(backend) is None else None
 
 
 def serving(op: str, device: torch.device | str) -> tuple[str, ...]:
-    """Names of the backends that have kernels of ``op`` and run on ``device``."""
+    """Returns the names of the backends that have kernels of ``op`` and run on ``device``."""
     device = torch.device(device)
     return tuple(name for name in BACKENDS if _serves(name, device) and _has(op, name))
 
 
 def _has(op: str, backend: str) -> bool:
-    return any(kernel_of(f"{op}{part}", backend) is not None for part in ("", *PARTS))
-
-
-def _family(op: str) -> str:
-    return next((op.removesuffix(part) for part in PARTS if op.endswith(part)), op)
+    return load_error(backend) is None and any(op_of(name) == op for name in registered(backend))
 
 
 class TurnedDown(NamedTuple):
-    """Names a backend that computes something else than the reference here, and so does not serve by default."""
+    """A backend that computes something else than the reference on this machine, and so does not serve by default."""
 
     op: str
     backend: str
@@ -153,17 +187,20 @@ class TurnedDown(NamedTuple):
 
 
 def turned_down() -> list[TurnedDown]:
-    """Returns what the checks of this process have turned down, in their order."""
+    """Returns the backends that have failed a check in this process, in the order of the checks."""
     return [TurnedDown(*key, error) for key, error in list(_parity_errors.items()) if error]
 
 
 def backend_of(op: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> str:
-    """Name of the backend that serves ``op`` on ``device`` now, for activations of ``dtype``."""
+    """Returns the name of the backend that serves ``op`` on ``device`` now, for activations of ``dtype``."""
     return _choose(op, resolve(device), _active, dtype)[0]
 
 
 def dispatch(op: str, device: torch.device, backend: str, dtype: torch.dtype) -> Callable:
-    """The kernel of ``op`` for activations of ``dtype`` on ``device``; ``backend``: a name, or "" for the default."""
+    """Returns the kernel ``op`` for activations of ``dtype`` on ``device``; ``backend``: a name, or "" for the default.
+
+    Raises InputError: a named backend that has the kernel and does not run on ``device``.
+    """
     key = (op, device, backend, dtype)
     kernel = _chosen.get(key)
     if kernel is None:
@@ -176,11 +213,11 @@ def dispatch(op: str, device: torch.device, backend: str, dtype: torch.dtype) ->
 
 def default_order(op: str, device: torch.device) -> tuple[str, ...]:
     """Returns the backends that may serve ``op`` when none is named, first choice first."""
-    return DEFAULT_ORDER_OF.get((_family(op), device.type), DEFAULT_ORDER.get(device.type, ("reference",)))
+    return _orders.get((op_of(op), device.type), DEFAULT_ORDER.get(device.type, ("reference",)))
 
 
 def _choose(op: str, device: torch.device, backend: str, dtype: torch.dtype) -> tuple[str, bool]:
-    """Returns the backend that serves ``op``, and whether it will at the next call too."""
+    """Returns the backend that serves ``op``, and whether the choice may be remembered."""
     if backend and kernel_of(op, backend) is not None:
         if not _serves(backend, device):
             raise InputError(f"backend {backend!r} does not run on device {str(device)!r}")
@@ -203,7 +240,7 @@ def _serves(backend: str, device: torch.device) -> bool:
 
 
 def _usable(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> bool | None:
-    """Whether ``backend`` may serve ``op``; None while that cannot be found out."""
+    """Returns whether ``backend`` may serve ``op``; None while a capture keeps it from being checked."""
     if error := load_error(backend):
         _warn_once(f"petl_kernels: backend {backend!r} is not available ({error}); plain PyTorch serves instead")
         return False
@@ -211,7 +248,7 @@ def _usable(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> 
         return False
     if backend in UNCHECKED:
         return True
-    key = (_family(op), backend, device, dtype)
+    key = (op_of(op), backend, device, dtype)
     if key not in _parity_errors and _captures(device):
         # A check waits for the device, which ends a capture; and an unchecked kernel may be wrong. So the reference is
         # captured, and nothing is remembered: the next call outside of a capture makes the check.
@@ -224,22 +261,22 @@ def _usable(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> 
 
 
 def _parity_error(key: tuple[str, str, torch.device, torch.dtype]) -> str | None:
-    """Checked once for each dtype that comes: on a machine's first run the kernels are compiled for it.
+    """Returns the error of the check of (op, backend, device, dtype), which is made once.
 
-    Threads that come for the same check wait for the first. An error that is raised (out of memory) is the caller's,
-    and is not remembered.
+    Each dtype has a check of its own, since on a machine's first run the kernels are compiled for it then. Threads that
+    need the same check wait for the first. An error that is raised (out of memory) reaches the caller, and the next use
+    checks again.
     """
-    from petl_kernels import parity  # it imports the ops, which import this module
-
+    assert _first_use_check is not None, "petl_kernels.backends hands the check in when it is imported"
     if key not in _parity_errors:
         with _checking.setdefault(key, threading.Lock()):
             if key not in _parity_errors:
-                _parity_errors[key] = parity.check(*key) if key[-1] in parity.DTYPES else None
+                _parity_errors[key] = _first_use_check(*key)
     return _parity_errors[key]
 
 
 def _captures(device: torch.device) -> bool:
-    """Whether this thread records a CUDA graph now."""
+    """Returns whether this thread records a CUDA graph now."""
     return device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 

@@ -27,6 +27,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
 from petl_kernels import parity  # noqa: E402
 from petl_kernels.files import atomic_write  # noqa: E402
+from petl_kernels.ops.cases import lora_linear  # noqa: E402
 
 # Rank by rank the shape of LoRA's first target, then the other widths, numbers of linears and of tokens.
 SHAPES = sorted(
@@ -52,10 +53,10 @@ def functions(name: str, given: dict):
 
 def difference(name: str, given: dict, exact: dict | None = None, reference: dict | None = None) -> str | None:
     """The first value or gradient that misses the criterion of ``parity.compare``, or None."""
-    exact = exact or parity.run("lora_linear", "reference", parity._in_float64(given))
+    exact = exact or parity.run("lora_linear", "reference", parity.in_float64(given))
     reference = reference or parity.run("lora_linear", "reference", given)
     candidate = functions(name, given)
-    values = parity._run_lora_linear(candidate.lora_linear, candidate.lora_linear_backward, given)
+    values = lora_linear.run(lambda kernel: getattr(candidate, kernel), given)
     for key, value in exact.items():
         if error := parity.compare_tensors(key, values[key], reference[key], value):
             return error
@@ -137,7 +138,7 @@ def arguments(shape: tuple[int, ...], device: str, dtype: torch.dtype) -> dict:
 
 def measure(shape: tuple[int, ...], names: list[str], flush: Callable[[], None]) -> list[dict]:
     given = arguments(shape, "cuda", torch.bfloat16)
-    exact = parity.run("lora_linear", "reference", parity._in_float64(given))
+    exact = parity.run("lora_linear", "reference", parity.in_float64(given))
     reference = parity.run("lora_linear", "reference", given)
     graphs, rows = {"frozen": graph_of(steps("frozen", given))}, {"frozen": {}}
     for name in names:

@@ -16,7 +16,7 @@ from measure import Case, Work, differentiated, measure, require
 from shapes import WIDE, distinct, shape
 
 from petl_kernels import ops
-from petl_kernels.ops.common import below_autograd, run
+from petl_kernels.ops.define import below_autograd, run
 from petl_kernels.ops.lora_border import room
 
 RANK = 16

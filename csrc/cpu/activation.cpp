@@ -8,7 +8,7 @@
 
 #include "activations.h"
 #include "elementwise.h"
-#include "kernels.h"
+#include "kernel.h"
 
 namespace petl {
 namespace {
@@ -235,3 +235,8 @@ Tensor activation_backward(
 }
 
 } // namespace petl
+
+TORCH_LIBRARY_FRAGMENT(petl_cpu, m) {
+  PETL_KERNEL(activation);
+  PETL_KERNEL(activation_backward);
+}

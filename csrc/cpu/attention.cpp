@@ -9,7 +9,7 @@
 #include <numeric>
 #include <utility>
 
-#include "kernels.h"
+#include "kernel.h"
 #include "philox.h"
 
 namespace petl {
@@ -617,3 +617,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_bac
 }
 
 } // namespace petl
+
+TORCH_LIBRARY_FRAGMENT(petl_cpu, m) {
+  PETL_KERNEL(attention);
+  PETL_KERNEL(attention_backward);
+}

@@ -4,7 +4,7 @@
 // residual. scalar_t is the dtype of x, product_t that of the products (bf16 where the processor multiplies it, else
 // acc_t), acc_t that of everything between them and of sums.
 #include "activations.h"
-#include "kernels.h"
+#include "kernel.h"
 #include "rows.h"
 
 namespace petl {
@@ -395,3 +395,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_ad
 }
 
 } // namespace petl
+
+TORCH_LIBRARY_FRAGMENT(petl_cpu, m) {
+  PETL_KERNEL(bottleneck_adapter);
+  PETL_KERNEL(bottleneck_adapter_backward);
+}

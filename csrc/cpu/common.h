@@ -211,13 +211,16 @@ class Memory {
 template <typename T>
 class Scratch {
  public:
-  explicit Scratch(int64_t size)
-      : size_(at::divup(size, kAlignment) * kAlignment), memory_(at::get_num_threads() * size_) {}
+  explicit Scratch(int64_t size) : size_(aligned(size)), memory_(at::get_num_threads() * size_) {}
+
+  // The bytes of such memory for pieces of so many elements.
+  static int64_t bytes(int64_t size) { return at::get_num_threads() * aligned(size) * sizeof(T); }
 
   T* mine() const { return memory_.data() + at::get_thread_num() * size_; }
 
  private:
-  static constexpr int64_t kAlignment = 64;
+  static int64_t aligned(int64_t size) { return at::divup(size, 64) * 64; }
+
   int64_t size_;
   Memory<T> memory_;
 };

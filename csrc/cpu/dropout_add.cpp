@@ -1,5 +1,5 @@
 // The formulas are in petl_kernels/ops/dropout_add.py.
-#include "kernels.h"
+#include "kernel.h"
 #include "residual.h"
 
 namespace petl {
@@ -35,3 +35,8 @@ Tensor dropout_add_backward(const Tensor& dy, at::ScalarType dtype, double p, co
 }
 
 } // namespace petl
+
+TORCH_LIBRARY_FRAGMENT(petl_cpu, m) {
+  PETL_KERNEL(dropout_add);
+  PETL_KERNEL(dropout_add_backward);
+}

@@ -1,5 +1,5 @@
 // The formulas are in petl_kernels/ops/dropout_add_norm.py.
-#include "kernels.h"
+#include "kernel.h"
 #include "norm.h"
 #include "residual.h"
 
@@ -144,3 +144,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dropout_add_norm_backward(
 }
 
 } // namespace petl
+
+TORCH_LIBRARY_FRAGMENT(petl_cpu, m) {
+  PETL_KERNEL(dropout_add_norm);
+  PETL_KERNEL(dropout_add_norm_backward);
+}

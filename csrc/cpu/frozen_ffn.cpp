@@ -4,14 +4,14 @@
 #include "activations.h"
 #include "bits.h"
 #include "column_sum.h"
-#include "kernels.h"
+#include "kernel.h"
 #include "rows.h"
+#include "shared.h"
 #include "weight.h"
 
 namespace petl {
 namespace {
 
-constexpr int64_t kChunkBytes = 8 << 20, kChunkRows = 256;
 constexpr int64_t kPiece = 1024;  // columns; whole bytes of bits
 
 // f(first_row, row_count) for chunks of equal length.
@@ -267,3 +267,8 @@ std::tuple<Tensor, Tensor, Tensor> frozen_ffn_backward(
 }
 
 } // namespace petl
+
+TORCH_LIBRARY_FRAGMENT(petl_cpu, m) {
+  PETL_KERNEL(frozen_ffn);
+  PETL_KERNEL(frozen_ffn_backward);
+}

@@ -1,6 +1,6 @@
 // The formulas are in petl_kernels/ops/frozen_linear.py.
 #include "column_sum.h"
-#include "kernels.h"
+#include "kernel.h"
 #include "weight.h"
 
 namespace petl {
@@ -23,3 +23,8 @@ std::tuple<Tensor, Tensor> frozen_linear_backward(
 }
 
 } // namespace petl
+
+TORCH_LIBRARY_FRAGMENT(petl_cpu, m) {
+  PETL_KERNEL(frozen_linear);
+  PETL_KERNEL(frozen_linear_backward);
+}

@@ -1,7 +1,7 @@
 // The formulas are in petl_kernels/ops/gated_activation.py.
 #include "activations.h"
 #include "elementwise.h"
-#include "kernels.h"
+#include "kernel.h"
 
 namespace petl {
 namespace {
@@ -75,3 +75,8 @@ std::tuple<Tensor, Tensor> gated_activation_backward(
 }
 
 } // namespace petl
+
+TORCH_LIBRARY_FRAGMENT(petl_cpu, m) {
+  PETL_KERNEL(gated_activation);
+  PETL_KERNEL(gated_activation_backward);
+}

@@ -1,4 +1,5 @@
 // The formulas are in petl_kernels/ops/layer_norm.py.
+#include "kernel.h"
 #include "norm.h"
 
 namespace petl {
@@ -27,3 +28,9 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(
 }
 
 } // namespace petl
+
+TORCH_LIBRARY_FRAGMENT(petl_cpu, m) {
+  PETL_KERNEL(layer_norm);
+  PETL_KERNEL(layer_norm_from_statistics);
+  PETL_KERNEL(layer_norm_backward);
+}

@@ -3,7 +3,7 @@
 // The adapters' products accumulate into their results, so no product of the full size is written twice. With dropout,
 // the mask lives for one block of rows: drop(x) is formed in cache, multiplied, and forgotten.
 #include "column_sum.h"
-#include "kernels.h"
+#include "kernel.h"
 #include "philox.h"
 #include "product.h"
 #include "weight.h"
@@ -248,3 +248,8 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>
 }
 
 } // namespace petl
+
+TORCH_LIBRARY_FRAGMENT(petl_cpu, m) {
+  PETL_KERNEL(lora_linear);
+  PETL_KERNEL(lora_linear_backward);
+}

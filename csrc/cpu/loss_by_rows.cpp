@@ -1,7 +1,7 @@
 // What linear_cross_entropy by rows does between its products, over one chunk of logits, a row at a time: a row stays in
 // cache from its maximum to its gradient. The formulas are in petl_kernels/ops/linear_cross_entropy.py.
 #include "exponential.h"
-#include "kernels.h"
+#include "kernel.h"
 #include "rows.h"
 
 namespace petl {
@@ -132,3 +132,7 @@ Tensor linear_cross_entropy(
 }
 
 } // namespace petl
+
+TORCH_LIBRARY_FRAGMENT(petl_cpu, m) {
+  PETL_KERNEL(linear_cross_entropy);
+}

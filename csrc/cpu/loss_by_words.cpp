@@ -1,15 +1,15 @@
 // What linear_cross_entropy by words does between its products, a row at a time: petl_kernels/ops/loss_by_words.py has
 // the formulas, and why m rises so rarely.
 #include "exponential.h"
-#include "kernels.h"
+#include "kernel.h"
 #include "rows.h"
+#include "shared.h"
 
 namespace petl {
 namespace {
 
-constexpr double kRise = 8;
 // Columns at a time: few enough to stay in the first cache in the dtype of sums.
-constexpr int64_t kBlock = 1024;
+constexpr int64_t kColumns = 1024;
 
 template <typename T>
 struct State {
@@ -30,8 +30,8 @@ const T* data_or_null(const OptionalTensor& tensor) {
 // f(columns from first, count) for a row of d columns.
 template <typename F>
 void for_each_block(int64_t d, const F& f) {
-  for (int64_t first = 0; first < d; first += kBlock) {
-    f(first, std::min(kBlock, d - first));
+  for (int64_t first = 0; first < d; first += kColumns) {
+    f(first, std::min(kColumns, d - first));
   }
 }
 
@@ -71,7 +71,7 @@ class Words {
   }
 
   acc_t maximum(const scalar_t* logits) const {
-    acc_t top = -std::numeric_limits<acc_t>::infinity(), buffer[kBlock];
+    acc_t top = -std::numeric_limits<acc_t>::infinity(), buffer[kColumns];
     for_each_block(words_, [&](int64_t first, int64_t count) {
       const acc_t* z = converted(logits + first, buffer, count);
       const auto larger = [](Vec<acc_t> a, Vec<acc_t> b) { return at::vec::maximum(a, b); };
@@ -83,7 +83,7 @@ class Words {
 
   // E in place of the logits, and their sum.
   double exponentials(scalar_t* logits, acc_t origin) const {
-    alignas(64) acc_t buffer[kBlock];
+    alignas(64) acc_t buffer[kColumns];
     double sum = 0;
     for_each_block(words_, [&](int64_t first, int64_t count) {
       const acc_t* z = converted(logits + first, buffer, count);
@@ -132,7 +132,7 @@ Tensor linear_cross_entropy_begin(
     const int64_t* label = label_rows.const_data_ptr<int64_t>();
     const int64_t stride = rows.stride(0), word_stride = weight.stride(0);
     at::parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {
-      acc_t left[kBlock], right[kBlock];
+      acc_t left[kColumns], right[kColumns];
       for (int64_t row = begin; row < end; ++row) {
         for_each_block(d, [&](int64_t first, int64_t columns) {
           const acc_t* x = converted(h + row * stride + first, left, columns);
@@ -201,7 +201,7 @@ Tensor linear_cross_entropy_end(
     const int64_t* label = label_rows.const_data_ptr<int64_t>();
     const int64_t word_stride = weight.stride(0);
     at::parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
-      acc_t values[kBlock], dh[kBlock];
+      acc_t values[kColumns], dh[kColumns];
       for (int64_t row = begin; row < end; ++row) {
         const acc_t rest = of.rest[row], label_part = of.label_logit[row] - of.top[row];
         const acc_t both = rest + std::exp(label_part), share = dloss == nullptr ? acc_t(1) : dloss[row];
@@ -231,3 +231,9 @@ Tensor linear_cross_entropy_end(
 }
 
 } // namespace petl
+
+TORCH_LIBRARY_FRAGMENT(petl_cpu, m) {
+  PETL_KERNEL(linear_cross_entropy_begin);
+  PETL_KERNEL(linear_cross_entropy_words);
+  PETL_KERNEL(linear_cross_entropy_end);
+}

@@ -3,7 +3,6 @@
 // scalar_t is the dtype of x, out_t that of y and dy, acc_t that of everything between them and of sums.
 #pragma once
 
-#include "kernels.h"
 #include "rows.h"
 
 namespace petl {

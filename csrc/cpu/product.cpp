@@ -5,6 +5,8 @@
 // numbers do not change with it.
 #include "product.h"
 
+#include "kernel.h"
+
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/addmm_cpu_dispatch.h>
 #include <ATen/ops/mm_cpu_dispatch.h>
@@ -190,6 +192,11 @@ struct Cut {
     column_count = at::divup(columns, block_columns);
   }
 
+  // The fp32 numbers of a thread's blocks: of left, of right, and of the sums.
+  int64_t left_size() const { return block_rows * kLeftStride; }
+  int64_t right_size() const { return block_columns * kDepth; }
+  int64_t sum_size() const { return block_rows * block_columns; }
+
   bool worth_threads;
   int64_t block_rows, block_columns, row_count, column_count;
 };
@@ -232,8 +239,7 @@ void widened_product(
   Out* out_data = static_cast<Out*>(const_cast<void*>(out.data));
   const int64_t out_stride = out.row_stride;
   const Cut cut(rows, columns, depth);
-  const Scratch<float> left_block(cut.block_rows * kLeftStride), right_block(cut.block_columns * kDepth);
-  const Scratch<float> sum_block(cut.block_rows * cut.block_columns);
+  const Scratch<float> left_block(cut.left_size()), right_block(cut.right_size()), sum_block(cut.sum_size());
 
   const auto block = [&](int64_t row, int64_t row_count, int64_t column, int64_t column_count) {
     float* sums = sum_block.mine();
@@ -328,8 +334,27 @@ void product_out(
   });
 }
 
+int64_t product_bytes(int64_t rows, int64_t depth, int64_t columns) {
+  if (rows == 0 || columns == 0) {
+    return 0;
+  }
+  const Cut cut(rows, columns, depth);
+  int64_t bytes = 0;
+  for (const int64_t size : {cut.left_size(), cut.right_size(), cut.sum_size()}) {
+    bytes += Scratch<float>::bytes(size);
+  }
+  return bytes;
+}
+
+// The kernel of petl_kernels/ops/product.py.
 void product(const Tensor& out, const Tensor& left, const Tensor& right, bool add) {
   product_out(out, left, right, add);
 }
 
 } // namespace petl
+
+TORCH_LIBRARY_FRAGMENT(petl_cpu, m) {
+  PETL_KERNEL(product);
+  m.def("widens", TORCH_FN(petl::widens));
+  m.def("product_bytes", TORCH_FN(petl::product_bytes));
+}

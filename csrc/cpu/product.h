@@ -59,7 +59,7 @@ void product_out(
     double scale = 1,
     const OptionalTensor& bias = std::nullopt);
 
-// The kernel of petl_kernels/ops/product.py.
-void product(const Tensor& out, const Tensor& left, const Tensor& right, bool add);
+// The bytes of scratch that product_out() takes beside its matrices where the dtype is widened.
+int64_t product_bytes(int64_t rows, int64_t depth, int64_t columns);
 
 } // namespace petl

@@ -5,8 +5,9 @@
 
 #include <cmath>
 
-#include "kernels.h"
+#include "kernel.h"
 #include "product.h"
+#include "shared.h"
 #include "weight.h"
 
 #ifdef CPU_CAPABILITY_AVX2
@@ -16,45 +17,12 @@
 namespace petl {
 namespace {
 
-constexpr int64_t kTileBytes = 1 << 20;
-constexpr int64_t kBlock = 64, kSuperblock = 256;
+size_t part_count(Storage storage) {
+  return storage == Storage::dense ? 1 : storage == Storage::int8 ? 2 : 4;
+}
+
 constexpr int64_t kBackRows = 1024;  // rows whose fp32 sums exist at a time
 constexpr int64_t kLeastColumns = 256;  // of a tile with all rows: the library is slow with fewer
-
-constexpr float kCode[16] = {
-    -1.0f,
-    -0.6961928009986877f,
-    -0.5250730514526367f,
-    -0.39491748809814453f,
-    -0.28444138169288635f,
-    -0.18477343022823334f,
-    -0.09105003625154495f,
-    0.0f,
-    0.07958029955625534f,
-    0.16093020141124725f,
-    0.24611230194568634f,
-    0.33791524171829224f,
-    0.44070982933044434f,
-    0.5626170039176941f,
-    0.7229568362236023f,
-    1.0f};
-
-constexpr float kThresholds[15] = {
-    -0.8480964004993439f,
-    -0.6106329262256622f,
-    -0.4599952697753906f,
-    -0.33967943489551544f,
-    -0.23460740596055984f,
-    -0.13791173323988914f,
-    -0.045525018125772476f,
-    0.03979014977812767f,
-    0.1202552504837513f,
-    0.2035212516784668f,
-    0.2920137718319893f,
-    0.3893125355243683f,
-    0.5016634166240692f,
-    0.6427869200706482f,
-    0.8614784178118011f};
 
 // The same operations as in Python, for the same bits.
 const Tensor& dynamic_map() {
@@ -71,10 +39,6 @@ const Tensor& dynamic_map() {
     return std::get<0>(at::cat(entries).sort()).contiguous();
   }();
   return map;
-}
-
-bool is_nf4(at::TensorList parts) {
-  return parts.size() == 4;
 }
 
 // ---- one block of NF4 -----------------------------------------------------------------------------------------------
@@ -198,7 +162,7 @@ void dequantize_int8(const int8_t* data, float scale, int64_t count, T* out) {
 template <typename T>
 void dequantize_row(at::TensorList parts, int64_t in, int64_t row, int64_t column, int64_t count, T* out) {
   const int64_t at = row * in + column;
-  if (is_nf4(parts)) {
+  if (storage_of(parts[0]) == Storage::nf4) {
     dequantize_nf4(Nf4(parts), at, at + count, out);
   } else {
     dequantize_int8(parts[0].const_data_ptr<int8_t>() + at, parts[1].const_data_ptr<float>()[row], count, out);
@@ -211,7 +175,7 @@ void dequantize_into(const Tensor& out, at::TensorList parts, int64_t in, int64_
   PETL_DISPATCH_FLOATING(out.scalar_type(), "dequantize", [&] {
     auto* data = out.mutable_data_ptr<scalar_t>();
     at::parallel_for(0, out.size(0), grain, [&](int64_t begin, int64_t end) {
-      if (is_nf4(parts) && columns == in) {
+      if (storage_of(parts[0]) == Storage::nf4 && columns == in) {
         return dequantize_nf4(Nf4(parts), (first_row + begin) * in, (first_row + end) * in, data + begin * in);
       }
       for (int64_t row = begin; row < end; ++row) {
@@ -273,6 +237,11 @@ void add_tiles_wide(Tensor out, const Tensor& dy, const Weight& weight, bool add
 
 // ---- a weight in any storage ----------------------------------------------------------------------------------------
 
+Storage storage_of(const Tensor& first_part) {
+  const auto dtype = first_part.scalar_type();
+  return dtype == at::kChar ? Storage::int8 : dtype == at::kByte ? Storage::nf4 : Storage::dense;
+}
+
 Weight weight_with_in(at::TensorList parts, int64_t in) {
   return {parts, parts[0].dim() == 2 ? parts[0].size(0) : 2 * parts[0].size(0) / in, in};
 }
@@ -284,8 +253,7 @@ Weight weight_with_out(at::TensorList parts, int64_t out) {
 std::vector<Weight> weights_with_in(at::TensorList flat, int64_t in) {
   std::vector<Weight> weights;
   for (size_t first = 0; first < flat.size();) {
-    const auto dtype = flat[first].scalar_type();
-    const size_t size = at::isFloatingType(dtype) ? 1 : dtype == at::kChar ? 2 : 4;
+    const size_t size = part_count(storage_of(flat[first]));
     weights.push_back(weight_with_in(flat.slice(first, size), in));
     first += size;
   }
@@ -466,3 +434,12 @@ std::vector<Tensor> quantize_nf4(const Tensor& weight) {
 }
 
 } // namespace petl
+
+TORCH_LIBRARY_FRAGMENT(petl_cpu, m) {
+  PETL_KERNEL(quantize_int8);
+  PETL_KERNEL(quantize_nf4);
+  PETL_KERNEL(dequantize);
+  PETL_KERNEL(quantized_project);
+  PETL_KERNEL(quantized_project_back);
+  PETL_KERNEL(quantized_embedding);
+}

@@ -1,4 +1,5 @@
 // The formulas are in petl_kernels/ops/rms_norm.py.
+#include "kernel.h"
 #include "norm.h"
 
 namespace petl {
@@ -19,3 +20,9 @@ std::tuple<Tensor, Tensor> rms_norm_backward(
 }
 
 } // namespace petl
+
+TORCH_LIBRARY_FRAGMENT(petl_cpu, m) {
+  PETL_KERNEL(rms_norm);
+  PETL_KERNEL(rms_norm_from_statistics);
+  PETL_KERNEL(rms_norm_backward);
+}

@@ -5,12 +5,17 @@
 
 namespace petl {
 
-// A matrix (out, in), held as one dense tensor, as int8 or as NF4.
+enum class Storage { dense, int8, nf4 };
+
+// The storage of a weight, which the dtype of its first part names.
+Storage storage_of(const Tensor& first_part);
+
+// A matrix (out, in) in any storage.
 struct Weight {
   at::TensorList parts;
   int64_t out, in;
 
-  bool dense() const { return parts.size() == 1; }
+  bool dense() const { return storage_of(parts[0]) == Storage::dense; }
 };
 
 // The weight of these parts, when one of its sizes is known.

@@ -27,7 +27,7 @@ def _register_network(name: str) -> None:
         return (own if first.dtype.itemsize == 2 else kernel_of(name, "triton"))(first, *args)
 
 
-# Where cuBLASLt's headers were there when it was built. What lies between its products is Triton's.
+# The op is there if cuBLASLt's header was, when the extension was built. The passes between its products are Triton's.
 if hasattr(torch.ops.petl_cuda, "multiply") and load_error("triton") is None:
     for part in ("", "_backward"):
         _register_network(f"frozen_ffn{part}")

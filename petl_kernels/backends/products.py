@@ -12,25 +12,25 @@ from torch import Tensor
 
 
 class PyTorchProducts:
-    """PyTorch's own calls."""
+    """Multiplies with PyTorch's own calls."""
 
     @staticmethod
     def linear(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-        """out (M, N) = rows (M, K) Wᵀ + bias, for W (N, K)."""
+        """Writes rows (M, K) Wᵀ + bias into out (M, N), for W (N, K)."""
         if bias is None:
             return torch.mm(rows, weight.t(), out=out)
         return torch.addmm(bias, rows, weight.t(), out=out)
 
     @staticmethod
     def relu_linear(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, bits: Tensor | None) -> bool:
-        """out (M, N) = relu(rows Wᵀ + bias). Returns whether which are positive is in ``bits`` (M, N / 8), too."""
+        """Writes relu(rows Wᵀ + bias) into out (M, N); returns whether ``bits`` (M, N / 8) hold its positive places."""
         bias = rows.new_zeros(out.shape[1]) if bias is None else bias
         torch._addmm_activation(bias, rows, weight.t(), out=out)
         return False
 
     @staticmethod
     def multiply(left: Tensor, right: Tensor, out: Tensor, add: bool = False) -> Tensor:
-        """out (M, N) = or += left (M, K) right (K, N); out has their dtype, or fp32."""
+        """Writes left (M, K) right (K, N) into out (M, N), or adds it; out has their dtype, or fp32."""
         if out.dtype != left.dtype:
             product = product_in_fp32(left, right)
             return out.add_(product) if add else out.copy_(product)
@@ -38,7 +38,7 @@ class PyTorchProducts:
 
 
 class CuBLASLtProducts(PyTorchProducts):
-    """cuBLASLt's, in 16 bits, of sizes and rows that 8 divides; PyTorch's else."""
+    """Multiplies with cuBLASLt in 16 bits, where 8 divides sizes and strides, and with PyTorch's calls elsewhere."""
 
     @staticmethod
     def linear(rows, weight, bias, out):
@@ -80,7 +80,7 @@ def _has_aligned_rows(matrix: Tensor) -> bool:
 
 
 def product_in_fp32(left: Tensor, right: Tensor) -> Tensor:
-    """left (M, K) right (K, N) of one dtype, with the fp32 sums as they are."""
+    """Returns left (M, K) right (K, N), both of one dtype, in fp32: the sums are not rounded."""
     if left.dtype == torch.float32:
         return torch.mm(left, right)
     if left.is_cuda and torch.version.cuda:
@@ -89,7 +89,7 @@ def product_in_fp32(left: Tensor, right: Tensor) -> Tensor:
 
 
 def in_dtype(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
-    """``tensors`` in ``dtype``: on CUDA one launch casts all that have another one, where they share it."""
+    """Returns ``tensors`` in ``dtype``; on CUDA one launch casts all those of one other dtype."""
     others = [tensor for tensor in tensors if tensor is not None and tensor.dtype != dtype]
     cast = [torch.empty_like(tensor, dtype=dtype) for tensor in others]
     if cast:

@@ -2,4 +2,4 @@
 
 from __future__ import annotations
 
-from petl_kernels.ops import quantized as quantized
+import petl_kernels.ops  # noqa: F401

@@ -9,7 +9,7 @@ at 0, and 1 at NaN. The dropout mask is recomputed from a seed (``petl_kernels/o
 
 Saves: relu: one bit an element, z > 0 (or NaN), ceil(features / 8) bytes per token: bit j % 8 of byte j // 8 of a
 token is feature j. The others: z (2 bytes an element in bf16). 8 bytes in all for the seed. ``F.relu`` keeps y, which
-the next linear layer keeps too if it is trained, but which nobody else needs if it is frozen.
+the next linear layer needs as well if it is trained; if it is frozen nothing else does.
 Source: GELU, arXiv 1606.08415; the rest is the derivative.
 """
 
@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +28,8 @@ from petl_kernels.dispatch import active, dispatch, register
 from petl_kernels.errors import InputError
 from petl_kernels.ops import philox
 from petl_kernels.ops.bits import pack_bits, packed_width, unpack_bits
-from petl_kernels.ops.common import accumulate_dtype, check_activation, define, differentiate
+from petl_kernels.ops.checks import check_activation
+from petl_kernels.ops.define import accumulate_dtype, define, differentiate
 
 ACTIVATIONS = {
     "relu": F.relu,
@@ -37,7 +40,7 @@ ACTIVATIONS = {
 
 
 def activation(z: Tensor, kind: str, dropout: float = 0.0, seed: Tensor | None = None) -> Tensor:
-    """y = drop(act(z)); (..., features) -> (..., features).
+    """Returns y = drop(act(z)); (..., features) -> (..., features).
 
     seed: int64 tensor of shape (1,) on z's device, drawn with ``philox.draw_seed`` when dropout > 0 and none is given.
     Raises InputError: z of rank 0 or not floating-point, an unknown kind, dropout outside [0, 1).
@@ -104,12 +107,12 @@ def _backward_fake(dy: Tensor, saved: Tensor, kind: str, dropout: float, seed: T
     return dy.new_empty(dy.shape)
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
     z, ctx.kind, ctx.dropout, seed, ctx.backend = inputs
     ctx.save_for_backward(output[1] if ctx.kind == "relu" else z, seed)
 
 
-def _gradients(ctx, needs, dy: Tensor, _):
+def _gradients(ctx: Any, needs: Sequence[Any], dy: Tensor, _) -> tuple[Any, ...]:
     saved, seed = ctx.saved_tensors
     dz = torch.ops.petl.activation_backward(dy, saved, ctx.kind, ctx.dropout, seed, ctx.backend)
     return dz, None, None, None, None

@@ -21,6 +21,9 @@ Source: Bapna and Firat, arXiv 1909.08478; parallel form: He et al., arXiv 2110.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -28,17 +31,8 @@ from torch.nn import functional as F
 from petl_kernels.dispatch import active, dispatch, register
 from petl_kernels.errors import InputError
 from petl_kernels.ops.activation import ACTIVATIONS, check_kind, derivative
-from petl_kernels.ops.common import (
-    accumulate_dtype,
-    autocasts,
-    check_activation,
-    check_device,
-    check_parameter,
-    define,
-    differentiate,
-    empty,
-    shape,
-)
+from petl_kernels.ops.checks import autocasts, check_activation, check_device, check_parameter, shape
+from petl_kernels.ops.define import accumulate_dtype, define, differentiate, empty
 
 
 def bottleneck_adapter(
@@ -54,7 +48,7 @@ def bottleneck_adapter(
     scale: float = 1.0,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """y = residual + scale · (act(LN(x) Dᵀ + d) Uᵀ + u); x (..., d) -> (..., d).
+    """Returns y = residual + scale · (act(LN(x) Dᵀ + d) Uᵀ + u); x (..., d) -> (..., d).
 
     down (m, d), up (d, m), biases (m,) and (d,) or None; without ``ln_weight`` there is no LayerNorm; residual (..., d)
     is x by default. Raises InputError: x of rank 0, shapes that do not fit, devices that differ, a residual of another
@@ -66,7 +60,17 @@ def bottleneck_adapter(
     )
 
 
-def _check(x, down, down_bias, up, up_bias, ln_weight, ln_bias, activation, residual) -> None:
+def _check(
+    x: Tensor,
+    down: Tensor,
+    down_bias: Tensor | None,
+    up: Tensor,
+    up_bias: Tensor | None,
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+) -> None:
     op = "bottleneck_adapter"
     check_activation(op, x)
     d = x.shape[-1]
@@ -96,7 +100,19 @@ def _check(x, down, down_bias, up, up_bias, ln_weight, ln_bias, activation, resi
 
 
 @register("bottleneck_adapter", "reference")
-def reference(x, residual, ln_weight, ln_bias, down, down_bias, up, up_bias, eps, activation, scale) -> Tensor:
+def reference(
+    x: Tensor,
+    residual: Tensor | None,
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    up: Tensor,
+    up_bias: Tensor | None,
+    eps: float,
+    activation: str,
+    scale: float,
+) -> Tensor:
     h = x if ln_weight is None else _layer_norm(x, ln_weight, ln_bias, eps)
     z = F.linear(h, down.to(x.dtype), _to(down_bias, x.dtype))
     y = F.linear(ACTIVATIONS[activation](z), up.to(x.dtype), _to(up_bias, x.dtype))
@@ -105,19 +121,19 @@ def reference(x, residual, ln_weight, ln_bias, down, down_bias, up, up_bias, eps
 
 @register("bottleneck_adapter_backward", "reference")
 def reference_backward(
-    dy,
-    x,
-    residual_is_x,
-    ln_weight,
-    ln_bias,
-    down,
-    down_bias,
-    up,
-    eps,
-    activation,
-    scale,
-    need_dx,
-    has_up_bias,
+    dy: Tensor,
+    x: Tensor,
+    residual_is_x: bool,
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    up: Tensor,
+    eps: float,
+    activation: str,
+    scale: float,
+    need_dx: bool,
+    has_up_bias: bool,
 ):
     sums = accumulate_dtype(x.dtype)
     rows, dy_rows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, x.shape[-1])
@@ -147,7 +163,7 @@ def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> T
 
 
 def _layer_norm_backward(dh: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float):
-    """(dx in fp32, dweight, dbias) of rows x (tokens, d)."""
+    """Returns (dx in fp32, dweight, dbias) of rows x (tokens, d)."""
     sums = accumulate_dtype(x.dtype)
     x, dh = x.to(sums), dh.to(sums)
     centred = x - x.mean(1, keepdim=True)
@@ -236,7 +252,7 @@ def _backward_fake(
     return dx, *grads, x.new_empty(x.shape[-1] if has_up_bias else 0, dtype=sums)
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
     x, residual, ln_weight, ln_bias, down, down_bias, up, up_bias, *options = inputs
     ctx.eps, ctx.activation, ctx.scale, ctx.backend = options
     ctx.residual_is_x = residual is None
@@ -244,7 +260,7 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(x, ln_weight, ln_bias, down, down_bias, up)
 
 
-def _gradients(ctx, needs, dy: Tensor):
+def _gradients(ctx: Any, needs: Sequence[Any], dy: Tensor) -> tuple[Any, ...]:
     x, ln_weight, ln_bias, down, down_bias, up = ctx.saved_tensors
     has_up_bias = ctx.up_bias_dtype is not None
     dx, dln_weight, dln_bias, ddown, ddown_bias, dup, dup_bias = torch.ops.petl.bottleneck_adapter_backward(

@@ -13,17 +13,21 @@ Source: the derivative.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from petl_kernels.dispatch import active, dispatch, register
 from petl_kernels.errors import InputError
 from petl_kernels.ops import philox
-from petl_kernels.ops.common import accumulate_dtype, check_activation, check_device, define, differentiate, shape
+from petl_kernels.ops.checks import check_activation, check_device, shape
+from petl_kernels.ops.define import accumulate_dtype, define, differentiate
 
 
 def dropout_add(x: Tensor, residual: Tensor, p: float, seed: Tensor | None = None) -> Tensor:
-    """residual + drop(x); (..., features) -> (..., features). With p = 0 a plain addition.
+    """Returns residual + drop(x), a plain addition with p = 0; (..., features) -> (..., features).
 
     seed: int64 tensor of shape (1,) on x's device, drawn with ``philox.draw_seed`` when p > 0 and none is given.
     Raises InputError: x of rank 0 or not floating-point, a residual of another shape or device or not floating-point,
@@ -71,13 +75,13 @@ def _backward_fake(dy: Tensor, dtype: torch.dtype, p: float, seed: Tensor, backe
     return dy.new_empty(dy.shape, dtype=dtype)
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
     x, residual, ctx.p, seed, ctx.backend = inputs
     ctx.dtype, ctx.residual_dtype = x.dtype, residual.dtype
     ctx.save_for_backward(seed)
 
 
-def _gradients(ctx, needs, dy: Tensor):
+def _gradients(ctx: Any, needs: Sequence[Any], dy: Tensor) -> tuple[Any, ...]:
     (seed,) = ctx.saved_tensors
     need_dx, need_dresidual, *_ = needs
     dx = torch.ops.petl.dropout_add_backward(dy, ctx.dtype, ctx.p, seed, ctx.backend) if need_dx else None

@@ -21,22 +21,17 @@ Source: the derivative.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from petl_kernels.dispatch import active, dispatch, register
 from petl_kernels.errors import InputError
 from petl_kernels.ops import philox
-from petl_kernels.ops.common import (
-    accumulate_dtype,
-    check_activation,
-    check_device,
-    check_parameter,
-    define,
-    differentiate,
-    empty,
-    shape,
-)
+from petl_kernels.ops.checks import check_activation, check_device, check_parameter, shape
+from petl_kernels.ops.define import accumulate_dtype, define, differentiate, empty
 from petl_kernels.ops.dropout_add import reference as added
 from petl_kernels.ops.dropout_add import reference_backward as dropped
 from petl_kernels.ops.layer_norm import reference as layer_norm
@@ -56,7 +51,7 @@ def dropout_add_norm(
     eps: float = 1e-5,
     centred: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """(h, u): h = residual + drop(y) and u = norm(h); y, residual, h, u (..., d), weight and bias (d,).
+    """Returns h = residual + drop(y) and u = norm(h); y, residual, h, u (..., d), weight and bias (d,).
 
     seed: int64 tensor of shape (1,) on y's device, drawn with ``philox.draw_seed`` when p > 0 and none is given.
     centred: LayerNorm; else RMSNorm, which has no bias.
@@ -112,8 +107,10 @@ def reference_backward(
     need_dweight: bool,
     need_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dh, dy, dweight, dbias), of size 0 where not needed. mean: None for RMSNorm. dtype: that of dy; None where dy
-    is not needed, or would be dh itself."""
+    """Returns (dh, dy, dweight, dbias), of size 0 where not needed.
+
+    mean: None for RMSNorm. dtype: the dtype of dy, or None where dy is not needed, or would be dh itself.
+    """
     dbias = empty(rstd)
     if mean is None:
         dh, dweight = rms_norm_backward(du, h, rstd, weight, True, need_dweight)
@@ -127,7 +124,7 @@ def reference_backward(
 
 def _forward(y, residual, weight, bias, eps, p, seed, centred, backend, room=0):
     kernel = dispatch("dropout_add_norm", y.device, backend, y.dtype)
-    return leaving_room("dropout_add_norm", kernel, room, 1, y, residual, weight, bias, eps, p, seed, centred)
+    return leaving_room(kernel, room, 1, y, residual, weight, bias, eps, p, seed, centred)
 
 
 def _forward_fake(y, residual, weight, bias, eps, p, seed, centred, backend, room=0):
@@ -148,7 +145,7 @@ def _backward_fake(du, dresidual, h, mean, rstd, weight, dtype, p, seed, need_dw
     return dh, dy, *(rstd.new_empty(h.shape[-1] if needed else 0) for needed in (need_dweight, need_dbias))
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
     y, residual, weight, bias, _, ctx.p, seed, ctx.centred, ctx.backend = inputs
     h, _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
@@ -158,7 +155,7 @@ def _save(ctx, inputs, output) -> None:
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _gradients(ctx, needs, dh: Tensor | None, du: Tensor | None, *_):
+def _gradients(ctx: Any, needs: Sequence[Any], dh: Tensor | None, du: Tensor | None, *_) -> tuple[Any, ...]:
     h, mean, rstd, weight, seed = ctx.saved_tensors
     need_dy, need_dresidual, need_dweight, need_dbias, *_ = needs
     writes_dy = need_dy and (ctx.p > 0 or ctx.dtype != h.dtype)

@@ -19,13 +19,14 @@ Saves: in bytes per token, where x or c1 has a gradient (nothing where not):
     ``recompute=True``          x (2d in bf16), nothing where x is kept anyway; backward forms z and g again, which
                                 adds a product (two with a gate) to the two (three) that it has
 Forward and backward go through the tokens in chunks whose hidden values take about 8 MB (64 in Triton), so no larger
-(tokens, f) tensor exists beside what is saved.
+(tokens, f) tensor exists beside the saved one.
 Source: the derivative of two matrix products with dW left out; gated form: Shazeer, arXiv 2002.05202.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,18 +35,11 @@ from petl_kernels.dispatch import active, dispatch, register
 from petl_kernels.errors import InputError
 from petl_kernels.ops.activation import ACTIVATIONS, derivative
 from petl_kernels.ops.bits import pack_bits, packed_width, unpack_bits
-from petl_kernels.ops.common import (
-    accumulate_dtype,
-    check_activation,
-    check_frozen,
-    check_parameter,
-    check_weight,
-    define,
-    differentiate,
-    empty,
-    shape,
-)
-from petl_kernels.ops.quantized import out_features, parts_in, parts_of, project, project_back
+from petl_kernels.ops.checks import check_activation, check_frozen, check_parameter, check_weight, shape
+from petl_kernels.ops.define import accumulate_dtype, define, differentiate, empty
+from petl_kernels.ops.quantized.products import project, project_back
+from petl_kernels.ops.quantized.storage import out_features, parts_in
+from petl_kernels.ops.quantized.tensor import parts_of
 
 CHUNK_BYTES = 8 << 20
 CHUNK_ROWS = 256
@@ -63,10 +57,10 @@ def frozen_ffn(
     activation: str = "relu",
     recompute: bool = False,
 ) -> Tensor:
-    """y = (act(x W1ᵀ + c1) [⊙ x Wgᵀ]) W2ᵀ + c2 for frozen w1 (f, d), w2 (d, f) and gate (f, d); x (..., d) -> (..., d).
+    """Returns y = (act(x W1ᵀ + c1) [⊙ x Wgᵀ]) W2ᵀ + c2; x (..., d) -> (..., d).
 
-    The biases may be trained. Raises InputError: x of rank 0, shapes that do not fit, devices or dtypes that differ, a
-    weight that requires grad, an unknown activation.
+    w1 (f, d), w2 (d, f) and gate (f, d) are frozen; the biases may be trained. Raises InputError: x of rank 0, shapes
+    that do not fit, devices or dtypes that differ, a weight that requires grad, an unknown activation.
     """
     _check(x, w1, c1, w2, c2, gate, activation)
     inner = torch.is_grad_enabled() and (x.requires_grad or (c1 is not None and c1.requires_grad))
@@ -76,13 +70,15 @@ def frozen_ffn(
 
 
 def what_to_keep(activation: str, gated: bool, recompute: bool) -> str:
-    """What forward keeps for dx and dc1 where they are wanted: "x", "bits" (one for each z) or "z" (and g)."""
+    """Returns what forward keeps for dx and dc1 where they are needed: "x", "bits" (one for each z) or "z" (and g)."""
     if recompute:
         return "x"
     return "bits" if activation == "relu" and not gated else "z"
 
 
-def _check(x, w1, c1, w2, c2, gate, activation) -> None:
+def _check(
+    x: Tensor, w1: Tensor, c1: Tensor | None, w2: Tensor, c2: Tensor | None, gate: Tensor | None, activation: str
+) -> None:
     op = "frozen_ffn"
     check_activation(op, x)
     check_weight(op, "w1", w1, x)
@@ -100,21 +96,30 @@ def _check(x, w1, c1, w2, c2, gate, activation) -> None:
 
 
 def chunk_rows(rows: int, hidden: int, itemsize: int, device: str = "cpu") -> int:
-    """How many rows a chunk has: about CHUNK_BYTES of hidden values, at least CHUNK_ROWS, chunks of equal length."""
+    """Returns the rows of a chunk: about CHUNK_BYTES of hidden values, at least CHUNK_ROWS, chunks of equal length."""
     most = max(CHUNK_ROWS, (CUDA_CHUNK_BYTES if device == "cuda" else CHUNK_BYTES) // max(1, hidden * itemsize))
     chunks = max(1, -(-rows // most))
     return max(1, -(-rows // chunks))
 
 
 def chunks_of(x: Tensor, hidden: int) -> Iterator[slice]:
-    """The rows of x (tokens, ...) in chunks."""
+    """Yields the rows of x (tokens, ...) in chunks."""
     rows = x.shape[0]
     size = chunk_rows(rows, hidden, x.element_size())
     return (slice(first, min(first + size, rows)) for first in range(0, rows, size))
 
 
 @register("frozen_ffn", "reference")
-def reference(x, w1, c1, w2, c2, gate, activation, keeps) -> tuple[Tensor, Tensor, Tensor]:
+def reference(
+    x: Tensor,
+    w1: list[Tensor],
+    c1: Tensor | None,
+    w2: list[Tensor],
+    c2: Tensor | None,
+    gate: list[Tensor],
+    activation: str,
+    keeps: str,
+) -> tuple[Tensor, Tensor, Tensor]:
     rows = x.reshape(-1, x.shape[-1])
     y, hidden = rows.new_empty(rows.shape), out_features(w1, x.shape[-1])
     kept_z, kept_g = empty_kept(rows, hidden, bool(gate), keeps)
@@ -132,7 +137,19 @@ def reference(x, w1, c1, w2, c2, gate, activation, keeps) -> tuple[Tensor, Tenso
 
 @register("frozen_ffn_backward", "reference")
 def reference_backward(
-    dy, x, kept_z, kept_g, w1, c1, w2, gate, activation, keeps, need_dx, need_dc1, need_dc2
+    dy: Tensor,
+    x: Tensor | None,
+    kept_z: Tensor,
+    kept_g: Tensor,
+    w1: list[Tensor],
+    c1: Tensor | None,
+    w2: list[Tensor],
+    gate: list[Tensor],
+    activation: str,
+    keeps: str,
+    need_dx: bool,
+    need_dc1: bool,
+    need_dc2: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     sums = accumulate_dtype(dy.dtype)
     rows = dy.reshape(-1, dy.shape[-1])
@@ -158,7 +175,7 @@ def reference_backward(
 
 
 def empty_kept(rows: Tensor, hidden: int, gated: bool, keeps: str) -> tuple[Tensor, Tensor]:
-    """What forward will keep beside its input: the bits or z, and g."""
+    """Returns empty tensors for the values that forward keeps beside its input: the bits or z, and g."""
     tokens = rows.shape[0]
     if keeps == "bits":
         return rows.new_empty(tokens, packed_width(hidden), dtype=torch.uint8), empty(rows)
@@ -206,7 +223,7 @@ def _backward_fake(dy, x, kept_z, kept_g, w1, c1, w2, gate, activation, keeps, n
     return dx, dc1, dy.new_empty(dy.shape[-1] if need_dc2 else 0, dtype=sums)
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
     x, w1, c1, w2, c2, gate, ctx.activation, ctx.keeps, ctx.backend = inputs
     _, kept_z, kept_g = output
     ctx.mark_non_differentiable(kept_z, kept_g)
@@ -216,7 +233,7 @@ def _save(ctx, inputs, output) -> None:
     ctx.c2_dtype = None if c2 is None else c2.dtype
 
 
-def _gradients(ctx, needs, dy: Tensor | None, *_):
+def _gradients(ctx: Any, needs: Sequence[Any], dy: Tensor | None, *_) -> tuple[Any, ...]:
     first, second, _ = ctx.parts
     none = [[None] * size for size in ctx.parts]
     if dy is None:

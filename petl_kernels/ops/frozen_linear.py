@@ -13,25 +13,26 @@ Source: the derivative of a matrix product with dW left out.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from petl_kernels.dispatch import active, dispatch, register
-from petl_kernels.ops.common import (
-    accumulate_dtype,
-    check_activation,
-    check_parameter,
-    check_weight,
-    define,
-    differentiate,
-    empty,
-)
-from petl_kernels.ops.quantized import in_features, is_quantized, out_features, parts_of, project, project_back
+from petl_kernels.dispatch import active, dispatch, prefer, register
+from petl_kernels.ops.checks import check_activation, check_parameter, check_weight
+from petl_kernels.ops.define import accumulate_dtype, define, differentiate, empty
+from petl_kernels.ops.quantized.products import project, project_back
+from petl_kernels.ops.quantized.storage import in_features, is_quantized, out_features
+from petl_kernels.ops.quantized.tensor import parts_of, takes_quantized
+
+# cuBLAS already runs a frozen linear layer at the speed of the hardware.
+prefer("frozen_linear", "cuda", "reference")
 
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """y = x Wᵀ + c for a frozen ``weight`` (N, K); x (..., K) -> (..., N). ``bias`` may be trained.
+    """Returns y = x Wᵀ + c for a frozen ``weight`` (N, K); x (..., K) -> (..., N). ``bias`` may be trained.
 
     Raises InputError: x of rank 0, shapes that do not fit, devices or dtypes that differ, a weight that requires grad.
     """
@@ -40,6 +41,11 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     if bias is not None:
         check_parameter("frozen_linear", "bias", bias, (weight.shape[0],), x)
     return torch.ops.petl.frozen_linear(x, parts_of(weight), bias, active())
+
+
+@takes_quantized(F.linear)
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return frozen_linear(input, weight, bias)
 
 
 @register("frozen_linear", "reference")
@@ -88,13 +94,13 @@ def _backward_fake(
     return dx, dy.new_empty(dy.shape[-1], dtype=accumulate_dtype(dy.dtype)) if need_dbias else empty(dy)
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
     _, weight, bias, ctx.backend = inputs
     ctx.save_for_backward(*weight)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _gradients(ctx, needs, dy: Tensor):
+def _gradients(ctx: Any, needs: Sequence[Any], dy: Tensor) -> tuple[Any, ...]:
     weight = list(ctx.saved_tensors)
     need_dx, _, need_dbias, _ = needs
     dx, dbias = torch.ops.petl.frozen_linear_backward(dy, weight, need_dx, need_dbias, ctx.backend)

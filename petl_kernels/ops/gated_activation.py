@@ -14,6 +14,9 @@ Source: Shazeer, "GLU variants improve transformer", arXiv 2002.05202.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,11 +24,12 @@ from petl_kernels.dispatch import active, dispatch, register
 from petl_kernels.errors import InputError
 from petl_kernels.ops import philox
 from petl_kernels.ops.activation import ACTIVATIONS, check_kind, derivative
-from petl_kernels.ops.common import accumulate_dtype, check_activation, check_device, define, differentiate, shape
+from petl_kernels.ops.checks import check_activation, check_device, shape
+from petl_kernels.ops.define import accumulate_dtype, define, differentiate
 
 
 def gated_activation(z: Tensor, g: Tensor, kind: str, dropout: float = 0.0, seed: Tensor | None = None) -> Tensor:
-    """y = drop(act(z) ⊙ g); (..., features) -> (..., features).
+    """Returns y = drop(act(z) ⊙ g); (..., features) -> (..., features).
 
     seed: int64 tensor of shape (1,) on z's device, drawn with ``philox.draw_seed`` when dropout > 0 and none is given.
     Raises InputError: z of rank 0 or not floating-point, a g of another shape, dtype or device, an unknown kind,
@@ -82,12 +86,12 @@ def _backward_fake(
     return z.new_empty(z.shape), z.new_empty(z.shape)
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
     z, g, ctx.kind, ctx.dropout, seed, ctx.backend = inputs
     ctx.save_for_backward(z, g, seed)
 
 
-def _gradients(ctx, needs, dy: Tensor):
+def _gradients(ctx: Any, needs: Sequence[Any], dy: Tensor) -> tuple[Any, ...]:
     z, g, seed = ctx.saved_tensors
     dz, dg = torch.ops.petl.gated_activation_backward(dy, z, g, ctx.kind, ctx.dropout, seed, ctx.backend)
     need_dz, need_dg, *_ = needs

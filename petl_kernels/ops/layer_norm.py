@@ -1,4 +1,4 @@
-"""LayerNorm, whose output can be had again from its input and two numbers per token.
+"""LayerNorm, whose output can be made again from its input and two numbers per token.
 
     x̂     = (x - mean) · rstd           mean = Σ x / d        rstd = (Σ (x - mean)² / d + eps)^(-1/2)
     y     = x̂ ⊙ w + v
@@ -17,26 +17,22 @@ Source: Ba et al., arXiv 1607.06450; the backward is its derivative.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from petl_kernels.dispatch import active, dispatch, register
 from petl_kernels.errors import InputError
-from petl_kernels.ops.common import (
-    accumulate_dtype,
-    check_activation,
-    check_device,
-    check_parameter,
-    define,
-    differentiate,
-    empty,
-    shape,
-)
+from petl_kernels.ops.checks import check_activation, check_device, check_parameter, shape
+from petl_kernels.ops.define import accumulate_dtype, define, differentiate, empty
 from petl_kernels.ops.room import leaving_room, roomy
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
-    """y = (x - mean) · rstd ⊙ w + v over the last dimension; x (..., d), weight and bias (d,), each may be trained.
+    """Returns y = (x - mean) · rstd ⊙ w + v over the last dimension; x (..., d), weight and bias (d,), each may be
+    trained.
 
     Raises InputError: x of rank 0, shapes that do not fit, devices that differ, parameters of an integer dtype.
     """
@@ -46,8 +42,10 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float
 def layer_norm_with_statistics(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, mean, rstd), for a layer that has y again by ``layer_norm_from_statistics``; no gradient flows through
-    mean (...) and rstd (...)."""
+    """Returns (y, mean, rstd), for a layer that makes y again by ``layer_norm_from_statistics``.
+
+    No gradient flows through mean (...) and rstd (...).
+    """
     _check("layer_norm", x, weight, bias)
     return torch.ops.petl.layer_norm(x, weight, bias, eps, active())
 
@@ -55,7 +53,7 @@ def layer_norm_with_statistics(
 def layer_norm_from_statistics(
     x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> Tensor:
-    """The y of ``layer_norm`` again, to the bit, for backward passes: it has no gradient of its own."""
+    """Returns the y of ``layer_norm``, bit for bit, for backward passes: it has no gradient of its own."""
     _check("layer_norm", x, weight, bias)
     check_statistics("layer_norm", x, mean=mean, rstd=rstd)
     return torch.ops.petl.layer_norm_from_statistics(x, mean, rstd, weight, bias, active())
@@ -69,7 +67,7 @@ def _check(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def check_statistics(op: str, x: Tensor, **statistics: Tensor) -> None:
-    """Numbers of each token of x, in the dtype of sums."""
+    """Refuses statistics that are not one number for each token of x in the dtype of sums."""
     for name, statistic in statistics.items():
         dtype = accumulate_dtype(x.dtype)
         if statistic.shape != x.shape[:-1] or statistic.dtype != dtype:
@@ -88,7 +86,7 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tup
     return reference_from_statistics(x, mean, rstd, weight, bias), mean, rstd
 
 
-@register("layer_norm_from_statistics", "reference")
+@register("layer_norm_from_statistics", "reference", op="layer_norm")
 def reference_from_statistics(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     y = _normalise(x, mean, rstd) * weight.to(mean.dtype)
     y = y if bias is None else y + bias.to(mean.dtype)
@@ -125,7 +123,7 @@ def _normalise(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
 
 def _forward(x, weight, bias, eps, backend, room=0):
     kernel = dispatch("layer_norm", x.device, backend, x.dtype)
-    return leaving_room("layer_norm", kernel, room, 0, x, weight, bias, eps)
+    return leaving_room(kernel, room, 0, x, weight, bias, eps)
 
 
 def _forward_fake(x, weight, bias, eps, backend, room=0):
@@ -135,9 +133,8 @@ def _forward_fake(x, weight, bias, eps, backend, room=0):
 
 
 def _from_statistics(x, mean, rstd, weight, bias, backend, room=0) -> Tensor:
-    op = "layer_norm_from_statistics"
-    kernel = dispatch(op, x.device, backend, x.dtype)
-    return leaving_room(op, kernel, room, None, x, mean, rstd, weight, bias)
+    kernel = dispatch("layer_norm_from_statistics", x.device, backend, x.dtype)
+    return leaving_room(kernel, room, None, x, mean, rstd, weight, bias)
 
 
 def _from_statistics_fake(x, mean, rstd, weight, bias, backend, room=0) -> Tensor:
@@ -155,7 +152,7 @@ def _backward_fake(dy, x, mean, rstd, weight, need_dx, need_dweight, need_dbias,
     return dx, *sums
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
     x, weight, bias, _, ctx.backend = inputs
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
@@ -164,7 +161,7 @@ def _save(ctx, inputs, output) -> None:
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _gradients(ctx, needs, dy: Tensor | None, *_):
+def _gradients(ctx: Any, needs: Sequence[Any], dy: Tensor | None, *_) -> tuple[Any, ...]:
     if dy is None:
         return (None,) * 5
     x, mean, rstd, weight = ctx.saved_tensors

@@ -1,4 +1,4 @@
-"""The vocabulary loss of hidden states, without their logits.
+"""The vocabulary loss of hidden states, which never holds all of their logits.
 
     z     = s · (h Wᵀ) + b                              one row a token
     loss  = a · (-log p_y) + c · Σ_v (-log p_v)         with p = softmax(z), y the label
@@ -24,11 +24,11 @@ find them, and labels that are out of range, the host waits for a CUDA device. W
 The rest goes one of two ways, each within `chunk_bytes` bytes of buffers:
 - a frozen, dense W of h's dtype, without bias and scale, by words (``ops/loss_by_words.py``): two products over blocks
   of many rows and some words, at any memory;
-- all else, and fp16, by rows (``ops/loss_by_rows.py``): some rows and all words at a time. Where nobody has said how
-  many bytes, 32 MiB, and on a CPU 256 rows if that is more: a product of few rows waits there for W, which each chunk
-  reads from memory twice. A W of another dtype than h is cast block by block; one of h's dtype is faster. A frozen W
-  may be quantized (``ops/quantized``).
-The gradients are formed there and then, for a dloss of 1; backward multiplies them by the true one.
+- all else, and fp16, by rows (``ops/loss_by_rows.py``): some rows and all words at a time. `chunk_bytes` is 32 MiB by
+  default, and on a CPU 256 rows if that is more: a product of few rows waits there for W, which each chunk reads from
+  memory twice. A W of another dtype than h is cast block by block; one of h's dtype is faster. A frozen W may be
+  quantized (``ops/quantized``).
+Forward forms the gradients as well, for a dloss of 1; backward multiplies them by the true one.
 
 Saves: d · itemsize bytes per row (dh), and 4. W trained: 4·V·d more, once (dW in fp32, like dh until backward); b: 4·V.
 ``reduction="none"`` with W or b trained keeps h (d · itemsize bytes per row), the labels (8 per row), W and b, and
@@ -39,8 +39,9 @@ Source: the derivative of the above; fairseq's label_smoothed_nll_loss.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,24 +49,17 @@ from torch import Tensor
 from petl_kernels.dispatch import active, dispatch
 from petl_kernels.errors import InputError
 from petl_kernels.ops import loss_by_rows, loss_by_words
-from petl_kernels.ops.common import (
-    accumulate_dtype,
-    check_device,
-    check_parameter,
-    define,
-    differentiate,
-    empty,
-    shape,
-)
-from petl_kernels.ops.quantized import out_features, parts_of
+from petl_kernels.ops.checks import check_device, check_parameter, shape
+from petl_kernels.ops.define import accumulate_dtype, define, differentiate, empty
+from petl_kernels.ops.loss_options import ALL_ROWS, NOTHING, LossOptions, Needs
+from petl_kernels.ops.quantized.storage import is_quantized, out_features
+from petl_kernels.ops.quantized.tensor import parts_of
 
 OP = "linear_cross_entropy"
-PARTS = ("", "_begin", "_words", "_end")  # of a backend's kernels
 REDUCTIONS = ("mean", "sum", "none")
 SMOOTHINGS = ("uniform", "fairseq")
 CHUNK_BYTES = 32 * 2**20
 CPU_ROWS = 256  # a product of few rows waits for the weight, which is read from memory again for each chunk
-ALL_ROWS = -1  # for ``counted``: the op finds out which rows count
 
 
 def linear_cross_entropy(
@@ -81,14 +75,14 @@ def linear_cross_entropy(
     chunk_bytes: int | None = None,
     counted: int | None = None,
 ) -> Tensor:
-    """Cross entropy of ``logit_scale · (hidden weightᵀ) + bias`` with label smoothing; hidden (..., d), labels (...).
+    """Returns the cross entropy of ``logit_scale · (hidden weightᵀ) + bias``; hidden (..., d), labels (...).
 
     ``reduction``: "mean" over the rows that are not ignored (as in torch: nan, with gradients of 0, when all are),
     "sum", or "none" (the shape of labels, 0 where ignored). ``chunk_bytes`` bounds the buffers that hold the logits of
     some rows at a time; they are never smaller than one row. None: 32 MiB, on a CPU at least 256 rows. ``counted``: how
-    many labels are not ``ignore_index``, or a larger number, for a caller who knows: the host then does not wait for a
-    CUDA device, and a CUDA graph can hold the call. There a wrong label, or a number that is too small, is an assertion
-    of the device and no InputError.
+    many labels are not ``ignore_index``, or a larger number: the host then does not wait for a CUDA device, and a CUDA
+    graph can hold the call. There a wrong label, or a number that is too small, is an assertion of the device and no
+    InputError.
 
     Raises InputError: shapes that do not fit, devices that differ, labels that are neither words nor ``ignore_index``,
     a label smoothing outside [0, 1], an unknown reduction or smoothing, fewer ``counted`` than there are.
@@ -100,13 +94,11 @@ def linear_cross_entropy(
     if counted is not None and (type(counted) is not int or counted < 0):
         raise InputError(f"{OP}: counted is {counted!r}: expected how many labels count, a whole number")
     needs = (torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias))
-    if chunk_bytes is None:
-        chunk_bytes = _usual_chunk(hidden, words)
-    options = (float(label_smoothing), smoothing, float(logit_scale), ignore_index, chunk_bytes)
-    options = (*options, ALL_ROWS if counted is None else counted)
-    loss, *_ = torch.ops.petl.linear_cross_entropy(
-        hidden, parts_of(weight), labels, bias, *options, reduction, *needs, active()
-    )
+    chunk_bytes = _usual_chunk(hidden, words) if chunk_bytes is None else chunk_bytes
+    counted = ALL_ROWS if counted is None else counted
+    options = float(label_smoothing), smoothing, float(logit_scale), ignore_index, chunk_bytes, counted
+    tensors = hidden, parts_of(weight), labels, bias
+    loss, *_ = torch.ops.petl.linear_cross_entropy(*tensors, *options, reduction, *needs, active())
     return loss
 
 
@@ -115,7 +107,15 @@ def _usual_chunk(hidden: Tensor, words: int) -> int:
     return max(CHUNK_BYTES, least)
 
 
-def _check(hidden, weight, labels, bias, label_smoothing, reduction, smoothing) -> None:
+def _check(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    label_smoothing: float,
+    reduction: str,
+    smoothing: str,
+) -> None:
     if hidden.dim() == 0:
         raise InputError(f"{OP}: hidden has rank 0: expected (..., d)")
     if not hidden.is_floating_point():
@@ -144,16 +144,20 @@ def _check(hidden, weight, labels, bias, label_smoothing, reduction, smoothing) 
 
 
 class Kernels(NamedTuple):
-    """What a backend has between the products: a pass over rows of logits, and those of ``ops/loss_by_words.py``."""
+    """A backend's passes between the products: over rows of logits, and those of ``ops/loss_by_words.py``."""
 
     rows: Callable
     words: loss_by_words.Kernels
 
 
+def kernels_from(kernel: Callable[[str], Callable]) -> Kernels:
+    """Returns the passes among a backend's kernels, each of which ``kernel`` returns for its name."""
+    return Kernels(kernel(OP), loss_by_words.Kernels(*(kernel(OP + part) for part in ("_begin", "_words", "_end"))))
+
+
 def kernels_of(device: torch.device, backend: str, dtype: torch.dtype) -> Kernels:
-    """Returns what serves hidden states of ``dtype`` on ``device``; ``backend``: a name, or "" for the default."""
-    rows, *words = (dispatch(OP + part, device, backend, dtype) for part in PARTS)
-    return Kernels(rows, loss_by_words.Kernels(*words))
+    """Returns the passes for hidden states of ``dtype`` on ``device``; ``backend``: a name, or "" for the default."""
+    return kernels_from(lambda name: dispatch(name, device, backend, dtype))
 
 
 def compute(
@@ -162,57 +166,41 @@ def compute(
     weight: list[Tensor],
     labels: Tensor,
     bias: Tensor | None,
-    label_smoothing: float,
-    smoothing: str,
-    logit_scale: float,
-    ignore_index: int,
-    chunk_bytes: int,
-    counted: int,
     dlosses: Tensor | None,
-    need_dhidden: bool,
-    need_dweight: bool,
-    need_dbias: bool,
+    options: LossOptions,
+    needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, int | Tensor]:
-    """(losses, dhidden, dweight, dbias, how many rows count), by words where that way serves, else by rows.
+    """Returns (losses, dhidden, dweight, dbias, how many rows count), by words where that way serves, else by rows.
 
     The gradients are those of Σ dlosses · losses (dlosses (rows,), or 1), before the factor ``logit_scale`` that
-    dhidden and dweight have; shape (0,) where they are not needed.
+    dhidden and dweight have; their shape is (0,) where they are not needed.
     """
     d, sums = hidden.shape[-1], accumulate_dtype(hidden.dtype)
     words = out_features(weight, d)
     rows, row_labels = hidden.reshape(-1, d), labels.reshape(-1).contiguous()
-    if counted == ALL_ROWS:
-        kept, share = _kept_rows(labels, words, ignore_index), None
-        count = rows.shape[0] if kept is None else kept.shape[0]
+    if options.counted == ALL_ROWS:
+        counting, share = _counting_rows(labels, words, options.ignore_index), None
+        count = rows.shape[0] if counting is None else counting.shape[0]
     else:
-        kept, share, count = _first_rows(row_labels, words, ignore_index, counted, sums)
+        counting, share, count = _first_rows(row_labels, words, options, sums)
         row_labels = row_labels.clamp(0, words - 1)  # of a row without a share
         dlosses = share if dlosses is None else dlosses * share
-    weights = _label_and_word_weight(label_smoothing, smoothing, words)
-    if loss_by_words.serves(hidden, weight, bias, logit_scale, need_dweight):
-        given = (rows, weight[0], row_labels, kept, weights, chunk_bytes, dlosses, need_dhidden)
-        losses, dhidden = loss_by_words.compute(kernels.words, *given)
+    if loss_by_words.serves(hidden, weight, bias, options.logit_scale, needs.weight):
+        losses, dhidden = loss_by_words.compute(
+            kernels.words, rows, weight[0], row_labels, counting, dlosses, options, gradient=needs.hidden
+        )
         dweight, dbias = empty(losses), empty(losses)
     else:
         bias = None if bias is None else bias.to(sums).contiguous()
-        given = (rows, weight, row_labels, kept, bias, weights, logit_scale, chunk_bytes, dlosses)
-        needs = (need_dhidden, need_dweight, need_dbias)
-        losses, dhidden, dweight, dbias = loss_by_rows.compute(kernels.rows, *given, *needs)
+        tensors = rows, weight, row_labels, counting, bias, dlosses
+        losses, dhidden, dweight, dbias = loss_by_rows.compute(kernels.rows, *tensors, options, needs)
     if share is not None:
         losses = losses.where(share != 0, 0)
-    return losses, dhidden.view(hidden.shape) if need_dhidden else dhidden, dweight, dbias, count
+    return losses, dhidden.view(hidden.shape) if needs.hidden else dhidden, dweight, dbias, count
 
 
-def _label_and_word_weight(label_smoothing: float, smoothing: str, words: int) -> tuple[float, float]:
-    """(a, c) of the formula."""
-    if smoothing == "uniform" or not label_smoothing:
-        return 1 - label_smoothing, label_smoothing / words
-    others = label_smoothing / (words - 1)
-    return 1 - label_smoothing - others, others
-
-
-def _kept_rows(labels: Tensor, words: int, ignore_index: int) -> Tensor | None:
-    """Indices of the rows that are not ignored, None for all rows."""
+def _counting_rows(labels: Tensor, words: int, ignore_index: int) -> Tensor | None:
+    """Returns the indices of the rows that are not ignored, None for all rows. Raises InputError for a wrong label."""
     keep = labels != ignore_index
     wrong = keep & ((labels < 0) | (labels >= words))
     if wrong.any():
@@ -221,24 +209,25 @@ def _kept_rows(labels: Tensor, words: int, ignore_index: int) -> Tensor | None:
             f"{OP}: labels{where} is {labels[tuple(where)].item()}: expected 0 to {words - 1},"
             f" or ignore_index {ignore_index}"
         )
-    kept = keep.reshape(-1).nonzero().squeeze(1)
-    return None if kept.shape[0] == labels.numel() else kept
+    counting = keep.reshape(-1).nonzero().squeeze(1)
+    return None if counting.shape[0] == labels.numel() else counting
 
 
 def _first_rows(
-    labels: Tensor, words: int, ignore_index: int, counted: int, dtype: torch.dtype
+    labels: Tensor, words: int, options: LossOptions, dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """(indices of ``counted`` rows, None for all; 1 for each row that counts and 0 for others; their sum).
+    """Returns indices of ``counted`` rows (None for all), 1 for each row that counts and 0 for others, and their sum.
 
-    All shapes are known to the host, which waits for nothing.
+    No shape depends on the labels, so the host waits for nothing.
     """
+    ignore_index, counted = options.ignore_index, options.counted
     keep = labels != ignore_index
     right = ~keep | ((labels >= 0) & (labels < words))
     count = keep.sum()
     if labels.is_cuda or labels.is_meta:
         torch._assert_async(right.all() & (count <= counted))
     else:
-        _kept_rows(labels, words, ignore_index)  # which names what is wrong
+        _counting_rows(labels, words, ignore_index)  # raises an error that names a wrong label
         if count > counted:
             raise InputError(f"{OP}: counted is {counted}: expected at least the {int(count)} labels that count")
     share = keep.to(dtype)
@@ -247,38 +236,37 @@ def _first_rows(
     return torch.argsort(keep.byte(), descending=True, stable=True)[:counted], share, count
 
 
-def _deferred(reduction: str, need_dweight: bool, need_dbias: bool) -> bool:
-    """Whether the gradients have to wait for dloss: see ``Saves:``."""
-    return reduction == "none" and (need_dweight or need_dbias)
+def _deferred(reduction: str, needs: Needs) -> bool:
+    """Returns whether the gradients have to wait for dloss: see ``Saves:``."""
+    return reduction == "none" and (needs.weight or needs.bias)
 
 
 def _forward(
     hidden, weight, labels, bias, label_smoothing, smoothing, logit_scale, ignore_index, chunk_bytes, counted,
     reduction, need_dhidden, need_dweight, need_dbias, backend,
 ):  # fmt: skip
-    needs = (need_dhidden, need_dweight, need_dbias)
-    if _deferred(reduction, need_dweight, need_dbias):
-        needs = (False, False, False)
-    options = (label_smoothing, smoothing, logit_scale, ignore_index, chunk_bytes, counted)
+    options = LossOptions(label_smoothing, smoothing, logit_scale, ignore_index, chunk_bytes, counted)
+    needs = Needs(need_dhidden, need_dweight, need_dbias)
+    if _deferred(reduction, needs):
+        needs = NOTHING
     kernels = kernels_of(hidden.device, backend, hidden.dtype)
-    losses, *grads, count = compute(kernels, hidden, weight, labels, bias, *options, None, *needs)
-    kept = count.to(losses.dtype) if isinstance(count, Tensor) else losses.new_full((), count)
+    losses, *grads, count = compute(kernels, hidden, weight, labels, bias, None, options, needs)
+    count = count.to(losses.dtype) if isinstance(count, Tensor) else losses.new_full((), count)
     loss = losses.view(labels.shape) if reduction == "none" else losses.sum()
-    return loss / kept if reduction == "mean" else loss, *grads, kept
+    return loss / count if reduction == "mean" else loss, *grads, count
 
 
-def _forward_fake(
-    hidden, weight, labels, bias, label_smoothing, smoothing, logit_scale, ignore_index, chunk_bytes, counted,
-    reduction, need_dhidden, need_dweight, need_dbias, backend,
-):  # fmt: skip
-    if _deferred(reduction, need_dweight, need_dbias):
-        need_dhidden = need_dweight = need_dbias = False
+def _forward_fake(hidden, weight, labels, bias, *given):
+    *_, reduction, need_dhidden, need_dweight, need_dbias, _ = given
+    needs = Needs(need_dhidden, need_dweight, need_dbias)
+    if _deferred(reduction, needs):
+        needs = NOTHING
     sums = accumulate_dtype(hidden.dtype)
     loss = hidden.new_empty(labels.shape if reduction == "none" else (), dtype=sums)
-    dhidden = hidden.new_empty(hidden.shape if need_dhidden else 0)
+    dhidden = hidden.new_empty(hidden.shape if needs.hidden else 0)
     words = out_features(weight, hidden.shape[-1])
-    dweight = hidden.new_empty((words, hidden.shape[-1]) if need_dweight else 0, dtype=sums)
-    dbias = hidden.new_empty(words if need_dbias else 0, dtype=sums)
+    dweight = hidden.new_empty((words, hidden.shape[-1]) if needs.weight else 0, dtype=sums)
+    dbias = hidden.new_empty(words if needs.bias else 0, dtype=sums)
     return loss, dhidden, dweight, dbias, loss.new_empty(())
 
 
@@ -286,19 +274,17 @@ def _backward(
     dlosses, hidden, weight, labels, bias, label_smoothing, smoothing, logit_scale, ignore_index, chunk_bytes, counted,
     need_dhidden, need_dweight, need_dbias, backend,
 ):  # fmt: skip
-    options = (label_smoothing, smoothing, logit_scale, ignore_index, chunk_bytes, counted)
-    needs = (need_dhidden, need_dweight, need_dbias)
+    options = LossOptions(label_smoothing, smoothing, logit_scale, ignore_index, chunk_bytes, counted)
+    needs = Needs(need_dhidden, need_dweight, need_dbias)
     dlosses = dlosses.reshape(-1).contiguous()
     kernels = kernels_of(hidden.device, backend, hidden.dtype)
-    _, dhidden, dweight, dbias, _ = compute(kernels, hidden, weight, labels, bias, *options, dlosses, *needs)
+    _, dhidden, dweight, dbias, _ = compute(kernels, hidden, weight, labels, bias, dlosses, options, needs)
     factor = dlosses.new_full((1,), logit_scale)
     return _scaled(dhidden, factor, hidden.dtype), _scaled(dweight, factor, weight[0].dtype), dbias
 
 
-def _backward_fake(
-    dlosses, hidden, weight, labels, bias, label_smoothing, smoothing, logit_scale, ignore_index, chunk_bytes, counted,
-    need_dhidden, need_dweight, need_dbias, backend,
-):  # fmt: skip
+def _backward_fake(dlosses, hidden, weight, labels, bias, *given):
+    *_, need_dhidden, need_dweight, need_dbias, _ = given
     dhidden = hidden.new_empty(hidden.shape if need_dhidden else 0)
     dweight = weight[0].new_empty(weight[0].shape if need_dweight else 0)
     return dhidden, dweight, dlosses.new_empty(out_features(weight, hidden.shape[-1]) if need_dbias else 0)
@@ -308,9 +294,9 @@ SCALED_BYTES = 2**20
 
 
 def _scaled(values: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """values (..., d) times ``factor`` (a number for all, or one a row), multiplied in the dtype of factor.
+    """Returns values (..., d) times ``factor`` (one number, or one a row), multiplied in the dtype of factor.
 
-    In blocks, because a product in a wider dtype makes wide copies of its factors on a CPU.
+    It goes block by block, because a product in a wider dtype makes wide copies of its factors on a CPU.
     """
     scaled = values.new_empty(values.shape, dtype=dtype)
     if values.numel() == 0:
@@ -328,51 +314,53 @@ def _scaled_fake(values: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return values.new_empty(values.shape, dtype=dtype)
 
 
-def _save(ctx, inputs, output) -> None:
-    hidden, weight, labels, bias, *ctx.options, ctx.reduction, _, need_dweight, need_dbias, ctx.backend = inputs
-    _, *grads, kept = output
-    ctx.logit_scale = ctx.options[2]
-    ctx.parts = len(weight)
+def _save(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
+    hidden, weight, labels, bias, *options, ctx.reduction, need_dhidden, need_dweight, need_dbias, ctx.backend = inputs
+    _, *grads, count = output
+    ctx.options = LossOptions(*options)
+    ctx.weights, ctx.trains_weight = len(weight), not is_quantized(weight)
     ctx.dtypes = (weight[0].dtype, None if bias is None else bias.dtype)
-    ctx.deferred = _deferred(ctx.reduction, need_dweight, need_dbias)
-    ctx.mark_non_differentiable(*grads, kept)
+    ctx.deferred = _deferred(ctx.reduction, Needs(need_dhidden, need_dweight, need_dbias))
+    ctx.mark_non_differentiable(*grads, count)
     ctx.set_materialize_grads(False)  # no zeros for the outputs that are gradients
     if ctx.deferred:
         ctx.save_for_backward(hidden, labels, bias, *weight)
     else:
-        ctx.save_for_backward(*grads, kept)
+        ctx.save_for_backward(*grads, count)
 
 
-def _gradients(ctx, needs, dloss: Tensor | None, *_):
+def _gradients(ctx: Any, needs: Sequence[Any], dloss: Tensor | None, *_) -> tuple[Any, ...]:
     if dloss is None:
-        return None, [None] * ctx.parts, *[None] * (len(needs) - 2)
+        return None, [None] * ctx.weights, *[None] * (len(needs) - 2)
     need_dhidden, need_dweight, _, need_dbias, *_ = needs
-    wanted = (need_dhidden, any(need_dweight), need_dbias)
+    wanted = Needs(need_dhidden, any(need_dweight), need_dbias)
     grads = _recomputed if ctx.deferred else _finished
-    dhidden, dweight, dbias = grads(ctx, dloss, *wanted)
-    return dhidden, [dweight] if ctx.parts == 1 else [None] * ctx.parts, None, dbias, *[None] * (len(needs) - 4)
+    dhidden, dweight, dbias = grads(ctx, dloss, wanted)
+    dweights = [dweight] if ctx.trains_weight else [None] * ctx.weights
+    return dhidden, dweights, None, dbias, *[None] * (len(needs) - 4)
 
 
-def _recomputed(ctx, dlosses: Tensor, need_dhidden: bool, need_dweight: bool, need_dbias: bool):
-    needs = (need_dhidden, need_dweight, need_dbias)
+def _recomputed(ctx: Any, dlosses: Tensor, needs: Needs) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     hidden, labels, bias, *weight = ctx.saved_tensors
-    given = (dlosses, hidden, weight, labels, bias, *ctx.options, *needs, ctx.backend)
-    grads = torch.ops.petl.linear_cross_entropy_backward(*given)
+    options = dataclasses.astuple(ctx.options)
+    grads = torch.ops.petl.linear_cross_entropy_backward(
+        dlosses, hidden, weight, labels, bias, *options, *needs, ctx.backend
+    )
     dhidden, dweight, dbias = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-    return dhidden, dweight, dbias.to(ctx.dtypes[1]) if need_dbias else None
+    return dhidden, dweight, None if dbias is None else dbias.to(ctx.dtypes[1])
 
 
-def _finished(ctx, dloss: Tensor, need_dhidden: bool, need_dweight: bool, need_dbias: bool):
-    dhidden, dweight, dbias, kept = ctx.saved_tensors
+def _finished(ctx: Any, dloss: Tensor, needs: Needs) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    dhidden, dweight, dbias, count = ctx.saved_tensors
     if ctx.reduction == "mean":
-        dloss = dloss / kept.clamp(min=1)
+        dloss = dloss / count.clamp(min=1)
     dloss = dloss.reshape(-1)
-    factor = dloss * ctx.logit_scale
+    factor = dloss * ctx.options.logit_scale
     scaled = torch.ops.petl.linear_cross_entropy_scaled
     return (
-        scaled(dhidden, factor, dhidden.dtype) if need_dhidden else None,
-        scaled(dweight, factor, ctx.dtypes[0]) if need_dweight else None,
-        scaled(dbias.unsqueeze(0), dloss, ctx.dtypes[1]).squeeze(0) if need_dbias else None,
+        scaled(dhidden, factor, dhidden.dtype) if needs.hidden else None,
+        scaled(dweight, factor, ctx.dtypes[0]) if needs.weight else None,
+        scaled(dbias.unsqueeze(0), dloss, ctx.dtypes[1]).squeeze(0) if needs.bias else None,
     )
 
 

@@ -12,13 +12,13 @@ For G linears with outputs N_g, N = Σ N_g, and adapters of ranks r_g (0 for one
     dx               = [dy_1, …, dy_G, ds] border[:, :K]         one product over N + R
     dA = dsᵀ x       dB_g = scale_g · dy_gᵀ s_g       dc_g = Σ_tokens dy_g
 
-which is ``lora_linear`` for those with an adapter and ``frozen_linear`` for the others. What ``scale_g`` loses where it
-is rounded into S is one rounding of B_g.
+which is ``lora_linear`` for those with an adapter and ``frozen_linear`` for the others. The rounding of
+``scale_g`` · B_g into S is one rounding more of B_g.
 
 x and dy come as the first columns of rows that have room for s and ds behind them: ``wide`` (tokens, K + R) and
 (tokens, N + R). Both are written there, zeros in the columns beyond Σ r_g. S and c are written into their places before
-each product that reads them, and A too, so that whatever has changed A_g, B_g or c_g, or whose they were in the call
-before, is of no concern. No dropout: dx's mask would fall on the rank part alone.
+each product that reads them, and A too, so that the values of A_g, B_g and c_g are always those of the call. No
+dropout: dx's mask would fall on the rank part alone.
 
 Saves: x, and s (2 Σ r_g bytes per token in bf16).
 
@@ -33,19 +33,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from petl_kernels.dispatch import dispatch, register
-from petl_kernels.ops.common import accumulate_dtype, define, empty, present
+from petl_kernels.ops.define import accumulate_dtype, define, empty, present
 
 CUDA_PARTS = 64  # at most, of dB's sum over tokens on CUDA: in fp32, each of N_g · r_g numbers for every adapter
 ALIGNMENT = 8  # columns: 16 bytes of a 16-bit row, which the library's products want rows to begin at
 
 
 def room(ranks: int) -> int:
-    """How many rows and columns a border has for adapters of so many ranks in all."""
+    """Returns how many rows and columns a border has for adapters of so many ranks in all."""
     return -(-ranks // ALIGNMENT) * ALIGNMENT
 
 
-def fill_outputs(border: Tensor, bias: Tensor | None, biases, a, b, scales) -> None:
-    """Write S and c, each at once: another thread that runs the same adapters then meets nothing but their values."""
+def fill_outputs(
+    border: Tensor, bias: Tensor | None, biases: list[Tensor], a: list[Tensor], b: list[Tensor], scales: list[float]
+) -> None:
+    """Writes S and c, each in one copy, so that another thread that runs the same adapters reads only their values."""
     k, row, column = a[0].shape[1], 0, 0
     s = border.new_zeros(sum(b_g.shape[0] for b_g in b), border.shape[1] - k)
     c = s.new_zeros(s.shape[0])
@@ -60,14 +62,22 @@ def fill_outputs(border: Tensor, bias: Tensor | None, biases, a, b, scales) -> N
         bias.copy_(c)
 
 
-def fill_inputs(border: Tensor, a, outputs: int) -> None:
-    """Write A, with zeros below it."""
+def fill_inputs(border: Tensor, a: list[Tensor], outputs: int) -> None:
+    """Writes A, with zeros below it."""
     stacked = torch.cat(a).to(border.dtype)
     border[outputs:, : stacked.shape[1]] = F.pad(stacked, (0, 0, 0, border.shape[0] - outputs - stacked.shape[0]))
 
 
 @register("lora_border", "reference")
-def reference(wide, border, bias, biases, a, b, scales) -> tuple[Tensor, Tensor]:
+def reference(
+    wide: Tensor,
+    border: Tensor,
+    bias: Tensor | None,
+    biases: list[Tensor],
+    a: list[Tensor],
+    b: list[Tensor],
+    scales: list[float],
+) -> tuple[Tensor, Tensor]:
     k, outputs = a[0].shape[1], sum(b_g.shape[0] for b_g in b)
     fill_outputs(border, bias, biases, a, b, scales)
     s = wide[:, :k] @ torch.cat(a).to(wide.dtype).T
@@ -77,7 +87,17 @@ def reference(wide, border, bias, biases, a, b, scales) -> tuple[Tensor, Tensor]
 
 
 @register("lora_border_backward", "reference")
-def reference_backward(wide, x, s, border, a, b, scales, need_dx, need_dbias):
+def reference_backward(
+    wide: Tensor,
+    x: Tensor | None,
+    s: Tensor,
+    border: Tensor,
+    a: list[Tensor],
+    b: list[Tensor],
+    scales: list[float],
+    need_dx: bool,
+    need_dbias: list[bool],
+):
     outputs, ranks = sum(b_g.shape[0] for b_g in b), [a_g.shape[0] for a_g in a]
     dys = wide[:, :outputs].split([b_g.shape[0] for b_g in b], 1)
     ds = [scale * (dy @ b_g.to(wide.dtype)) for dy, b_g, scale in zip(dys, b, scales, strict=True)]
@@ -95,7 +115,7 @@ def reference_backward(wide, x, s, border, a, b, scales, need_dx, need_dbias):
 
 
 def _write_behind(wide: Tensor, first: int, columns: Tensor) -> None:
-    """Write ``columns`` from ``first`` on, and zeros after them. Without room nothing is written, not even nothing."""
+    """Writes ``columns`` from ``first`` on, and zeros after them; nothing where there is no room."""
     if wide.shape[1] > first:
         wide[:, first : first + columns.shape[1]] = columns
         wide[:, first + columns.shape[1] :] = 0

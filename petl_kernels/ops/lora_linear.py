@@ -22,24 +22,20 @@ Source: LoRA, arXiv 2106.09685.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from petl_kernels.dispatch import active, dispatch, register
 from petl_kernels.errors import InputError
 from petl_kernels.ops import philox
-from petl_kernels.ops.common import (
-    accumulate_dtype,
-    check_activation,
-    check_parameter,
-    check_weight,
-    define,
-    differentiate,
-    empty,
-    present,
-    shape,
-)
-from petl_kernels.ops.quantized import parts_in, parts_of, project, project_back, split_parts
+from petl_kernels.ops.checks import check_activation, check_parameter, check_weight, shape
+from petl_kernels.ops.define import accumulate_dtype, define, differentiate, empty, present
+from petl_kernels.ops.quantized.products import project, project_back
+from petl_kernels.ops.quantized.storage import parts_in, split_parts
+from petl_kernels.ops.quantized.tensor import parts_of
 
 
 def lora_linear(
@@ -52,7 +48,7 @@ def lora_linear(
     dropout: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """y = x Wᵀ + c + scale · drop(x) Aᵀ Bᵀ; x (..., K) -> (..., N). See ``lora_linear_grouped``."""
+    """Returns y = x Wᵀ + c + scale · drop(x) Aᵀ Bᵀ; x (..., K) -> (..., N). See ``lora_linear_grouped``."""
     return lora_linear_grouped(x, [weight], [bias], [a], [b], [scale], dropout, seed)[0]
 
 
@@ -66,7 +62,7 @@ def lora_linear_grouped(
     dropout: float = 0.0,
     seed: Tensor | None = None,
 ) -> list[Tensor]:
-    """The outputs (..., N_g) of G linear layers with adapters that read the same x (..., K).
+    """Returns the outputs (..., N_g) of G linear layers with adapters that read the same x (..., K).
 
     seed: int64 tensor of shape (1,) on x's device, drawn with ``torch.randint`` when dropout > 0 and none is given.
     Raises InputError: x of rank 0, lists of different lengths, shapes that do not fit, devices or dtypes of x and the
@@ -81,7 +77,9 @@ def lora_linear_grouped(
     return ys
 
 
-def _check(x, weights, biases, a, b, scales) -> None:
+def _check(
+    x: Tensor, weights: list[Tensor], biases: list[Tensor | None], a: list[Tensor], b: list[Tensor], scales: list[float]
+) -> None:
     op = "lora_linear"
     check_activation(op, x)
     lengths = [len(group) for group in (weights, biases, a, b, scales)]
@@ -100,7 +98,16 @@ def _check(x, weights, biases, a, b, scales) -> None:
 
 
 @register("lora_linear", "reference")
-def reference(x, weights, biases, a, b, scales, dropout, seed) -> tuple[list[Tensor], Tensor]:
+def reference(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    a: list[Tensor],
+    b: list[Tensor],
+    scales: list[float],
+    dropout: float,
+    seed: Tensor | None,
+) -> tuple[list[Tensor], Tensor]:
     rows = x.reshape(-1, x.shape[-1])
     s = philox.dropout(rows, dropout, seed) @ torch.cat(a).to(x.dtype).T
     ys = []
@@ -111,7 +118,19 @@ def reference(x, weights, biases, a, b, scales, dropout, seed) -> tuple[list[Ten
 
 
 @register("lora_linear_backward", "reference")
-def reference_backward(dys, x, s, weights, a, b, scales, dropout, seed, need_dx, need_dbias):
+def reference_backward(
+    dys: list[Tensor],
+    x: Tensor,
+    s: Tensor,
+    weights: list[Tensor],
+    a: list[Tensor],
+    b: list[Tensor],
+    scales: list[float],
+    dropout: float,
+    seed: Tensor | None,
+    need_dx: bool,
+    need_dbias: list[bool],
+):
     rows = x.reshape(-1, x.shape[-1])
     dys = [dy.reshape(-1, dy.shape[-1]) for dy in dys]
     ds = [scale * (dy @ b_g.to(x.dtype)) for dy, b_g, scale in zip(dys, b, scales, strict=True)]
@@ -174,15 +193,15 @@ def _backward_fake(dys, x, s, weights, a, b, scales, dropout, seed, need_dx, nee
     return dx, da, db, dbias
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
     x, weights, biases, a, b, ctx.scales, ctx.dropout, seed, ctx.backend = inputs
     ctx.groups, ctx.parts = len(a), len(weights)
     ctx.bias_dtypes = [bias.dtype for bias in biases]
     ctx.save_for_backward(x, output[1], seed, *weights, *a, *b)
-    ctx.set_materialize_grads(False)  # no zeros for s, whose gradient nobody has
+    ctx.set_materialize_grads(False)  # no zeros for s, which has no gradient
 
 
-def _gradients(ctx, needs, dys: list[Tensor], _):
+def _gradients(ctx: Any, needs: Sequence[Any], dys: list[Tensor], _) -> tuple[Any, ...]:
     x, s, seed, *rest = ctx.saved_tensors
     weights, adapters = rest[: ctx.parts], rest[ctx.parts :]
     a, b = adapters[: ctx.groups], adapters[ctx.groups :]

@@ -5,8 +5,8 @@
 
 The formulas are in ``ops/linear_cross_entropy.py``. One buffer holds a chunk's logits, and then, in place, dz:
 `chunk_bytes` bytes at most, but one row at least. dW is added up, and a W of another dtype than h is cast, for each
-chunk in blocks of words that take `chunk_bytes` / 4 more. Each product is over a multiple of 64 words, and over what is
-left apart (``aligned_parts``); dh is then summed in the wide dtype.
+chunk in blocks of words that take `chunk_bytes` / 4 more. Each product is over a multiple of 64 words, and the
+remaining words have one of their own (``aligned_parts``); dh is then summed in the wide dtype.
 
 Saves: nothing of its own (``ops/linear_cross_entropy.py``).
 Source: chunks by rows as in Liger (arXiv 2410.10989).
@@ -20,9 +20,11 @@ import torch
 from torch import Tensor
 
 from petl_kernels.dispatch import active, register
-from petl_kernels.ops.common import accumulate_dtype, empty
+from petl_kernels.ops.define import accumulate_dtype, empty
+from petl_kernels.ops.loss_options import LossOptions, Needs
 from petl_kernels.ops.product import ALIGNED, aligned_parts, product_into
-from petl_kernels.ops.quantized import is_quantized, out_features, part_rows, project, project_back, row_blocks
+from petl_kernels.ops.quantized.products import project, project_back
+from petl_kernels.ops.quantized.storage import is_quantized, out_features, part_rows, row_blocks
 
 
 def compute(
@@ -30,44 +32,42 @@ def compute(
     rows: Tensor,
     weight: list[Tensor],
     labels: Tensor,
-    kept: Tensor | None,
+    counting: Tensor | None,
     bias: Tensor | None,
-    weights: tuple[float, float],
-    scale: float,
-    chunk_bytes: int,
     dlosses: Tensor | None,
-    need_drows: bool,
-    need_dweight: bool,
-    need_dbias: bool,
+    options: LossOptions,
+    needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(losses (rows,), dhidden, dweight, dbias) of Σ dlosses · losses, through ``kernel`` (see ``reference``).
+    """Returns (losses (rows,), dhidden, dweight, dbias) of Σ dlosses · losses, through ``kernel`` (see ``reference``).
 
-    rows (rows, d), weight in parts, labels (rows,), bias (V,) in the dtype of sums; kept: indices of the rows that
-    count, None for all; weights: (a, c). Gradients that are not needed have the shape (0,).
+    rows (rows, d), weight in any storage, labels (rows,), bias (V,) in the dtype of sums; counting: indices of the rows
+    that count, None for all. Gradients that are not needed have the shape (0,).
     """
     d, sums = rows.shape[1], accumulate_dtype(rows.dtype)
     words = out_features(weight, d)
     losses = rows.new_zeros(rows.shape[0], dtype=sums)
-    drows = rows.new_zeros(rows.shape) if need_drows else empty(rows)
-    dweight = losses.new_zeros(words, d) if need_dweight else empty(losses)
-    dbias = losses.new_zeros(words) if need_dbias else empty(losses)
-    gradient, block_bytes = need_drows or need_dweight or need_dbias, chunk_bytes // 4
-    for index, buffer in chunks(rows, kept, words, chunk_bytes):
+    drows = rows.new_zeros(rows.shape) if needs.hidden else empty(rows)
+    dweight = losses.new_zeros(words, d) if needs.weight else empty(losses)
+    dbias = losses.new_zeros(words) if needs.bias else empty(losses)
+    block_bytes, factors = options.chunk_bytes // 4, (*options.weights(words), options.logit_scale)
+    for index, buffer in chunks(rows, counting, words, options.chunk_bytes):
         chunk, chunk_dlosses = rows[index], None if dlosses is None else dlosses[index]
         _project(chunk, weight, block_bytes, buffer)
-        losses[index] = kernel(buffer, labels[index], bias, *weights, scale, chunk_dlosses, gradient)
-        if need_drows:
+        losses[index] = kernel(buffer, labels[index], bias, *factors, chunk_dlosses, any(needs))
+        if needs.hidden:
             drows[index] = _project_back(buffer, weight, chunk, block_bytes)
-        if need_dweight:
+        if needs.weight:
             _add_weight_gradient(buffer, chunk, block_bytes, dweight)
-        if need_dbias:
+        if needs.bias:
             _add_bias_gradient(buffer, block_bytes, dbias)
     return losses, drows, dweight, dbias
 
 
-def chunks(rows: Tensor, kept: Tensor | None, words: int, chunk_bytes: int) -> Iterator[tuple[slice | Tensor, Tensor]]:
-    """(index of some of the rows, buffer for their logits), chunks of nearly equal size."""
-    count = rows.shape[0] if kept is None else kept.shape[0]
+def chunks(
+    rows: Tensor, counting: Tensor | None, words: int, chunk_bytes: int
+) -> Iterator[tuple[slice | Tensor, Tensor]]:
+    """Yields (index of some of the rows, buffer for their logits), in chunks of nearly equal size."""
+    count = rows.shape[0] if counting is None else counting.shape[0]
     if count == 0:
         return
     # cuBLAS and Triton are fast for rows that begin at aligned addresses.
@@ -77,10 +77,10 @@ def chunks(rows: Tensor, kept: Tensor | None, words: int, chunk_bytes: int) -> I
     buffer = rows.new_empty(size, stride)
     for first in range(0, count, size):
         last = min(first + size, count)
-        yield slice(first, last) if kept is None else kept[first:last], buffer[: last - first, :words]
+        yield slice(first, last) if counting is None else counting[first:last], buffer[: last - first, :words]
 
 
-# What a backend has a kernel for: everything between the products, over one chunk of logits.
+# A backend has a kernel for everything between the products, over one chunk of logits.
 
 
 @register("linear_cross_entropy", "reference")
@@ -94,7 +94,8 @@ def reference(
     dlosses: Tensor | None,
     gradient: bool,
 ) -> Tensor:
-    """The losses (rows,) of ``logits`` (rows, V), which ``gradient`` overwrites with dz for ``dlosses`` (rows,) or 1.
+    """Returns the losses (rows,) of ``logits`` (rows, V), which ``gradient`` overwrites with dz for ``dlosses`` (rows,)
+    or 1.
 
     labels (rows,), bias (V,) and dlosses in the dtype of sums; ``label_weight`` is a, ``word_weight`` is c.
     """
@@ -119,28 +120,28 @@ def reference(
     return losses
 
 
-# The products. Another storage of the weight changes these functions and nothing else.
+# The products: the functions below are the ones that distinguish storages of the weight.
 
 
 def _project(rows: Tensor, parts: list[Tensor], block_bytes: int, logits: Tensor) -> None:
-    """logits (rows, V) = rows (rows, d) Wᵀ"""
+    """Writes rows (rows, d) Wᵀ into logits (rows, V)."""
     if is_quantized(parts):
         for words in _quantized_blocks(parts, logits.shape[1], rows, block_bytes):
             logits[:, words] = project(rows, part_rows(parts, words, rows.shape[1]), None, active())
         return
-    (weight,) = parts
+    weight = parts[0]
     for words in _dense_blocks(weight, rows.dtype, block_bytes):
         product_into(logits[:, words], rows, weight[words].to(rows.dtype).T)
 
 
 def _project_back(dlogits: Tensor, parts: list[Tensor], rows: Tensor, block_bytes: int) -> Tensor:
-    """dlogits (rows, V) W, in the dtype of dlogits; ``rows`` (rows, d) shows the width of W."""
+    """Returns dlogits (rows, V) W in the dtype of dlogits; ``rows`` (rows, d) has the width of W."""
     if is_quantized(parts):
         total = torch.zeros_like(rows, dtype=accumulate_dtype(rows.dtype))
         for words in _quantized_blocks(parts, dlogits.shape[1], rows, block_bytes):
             total += project_back(dlogits[:, words], part_rows(parts, words, rows.shape[1]), active())
         return total.to(dlogits.dtype)
-    (weight,) = parts
+    weight = parts[0]
     if weight.dtype == dlogits.dtype and len(aligned_parts(weight.shape[0])) == 1:
         product_into(total := torch.empty_like(rows), dlogits, weight)
         return total
@@ -151,33 +152,33 @@ def _project_back(dlogits: Tensor, parts: list[Tensor], rows: Tensor, block_byte
 
 
 def _add_weight_gradient(dlogits: Tensor, rows: Tensor, block_bytes: int, total: Tensor) -> None:
-    """total (V, d) += dlogitsᵀ rows"""
+    """Adds dlogitsᵀ rows to total (V, d)."""
     for words in _word_blocks(total.shape, rows.dtype, block_bytes):
         product_into(total[words], dlogits[:, words].T, rows, add=True)
 
 
 def _add_bias_gradient(dlogits: Tensor, block_bytes: int, total: Tensor) -> None:
-    """total (V,) += Σ_rows dlogits"""
-    # Blocks, because a sum in a wider dtype makes a wide copy of what it sums on a CPU.
+    """Adds Σ_rows dlogits to total (V,)."""
+    # Blocks, because a sum in a wider dtype makes a wide copy of its input on a CPU.
     for words in _word_blocks(dlogits.T.shape, total.dtype, block_bytes):
         total[words] += dlogits[:, words].sum(0, dtype=total.dtype)
 
 
 def _dense_blocks(weight: Tensor, dtype: torch.dtype, block_bytes: int) -> Iterable[slice]:
-    """Blocks of words that are multiplied at a time: few where W is cast, all where it has ``dtype``."""
+    """Returns blocks of words that are multiplied at a time: few where W is cast, all where it has ``dtype``."""
     if weight.dtype == dtype:
         return aligned_parts(weight.shape[0])
     return _word_blocks(weight.shape, dtype, block_bytes)
 
 
 def _quantized_blocks(parts: list[Tensor], words: int, rows: Tensor, block_bytes: int) -> Iterator[slice]:
-    """Blocks of words that are multiplied at a time: as ``_word_blocks``, cut where a quantized weight can be cut."""
+    """Yields blocks of words like ``_word_blocks``, cut where a quantized weight can be cut."""
     columns = rows.shape[1]
     return row_blocks(parts, words, columns, _block_size(block_bytes, columns, rows.dtype))
 
 
 def _word_blocks(sizes: torch.Size, dtype: torch.dtype, block_bytes: int) -> Iterator[slice]:
-    """Blocks of words of a (words, columns) matrix that take ``block_bytes`` in ``dtype``, but one word at least."""
+    """Yields blocks of words of a (words, columns) matrix: ``block_bytes`` in ``dtype``, but one word at least."""
     words, columns = sizes
     size = _block_size(block_bytes, columns, dtype)
     for part in aligned_parts(words):

@@ -11,15 +11,15 @@
 
 a and c are those of ``ops/linear_cross_entropy.py``. No row has to be complete before the second product, so a block
 has all the rows that fit and few words: W is read once a block of rows and not once for some 60 of them, and both
-products are over a multiple of 64 words, but for what is left at the end. (An odd number of words costs a card three
+products are over a multiple of 64 words, but for the last few words. (An odd number of words costs a card three
 times as much.) Each logit is met once. The label's is a sum in the wide dtype that nothing rounds, and its gradient is
 made without E, whose rounding would be the largest there.
 
-m is the row's own: first the larger of z_y and the first block's largest logit. Any m is right as long as no E is too
-large, so it rises only when a later block has a logit above m + 8: r and the row of O are then multiplied by
-exp(m - new m). E is e⁸ at most, far inside of the range that bf16 and fp32 share; what is below e⁻⁸⁷ of the largest
-is 0. Rows that rise are rare, others pay nothing, and the host waits for nothing. -inf, inf and NaN among logits give
-what they give in a softmax. fp16 has not that range.
+Each row has its own m: first the larger of z_y and the first block's largest logit. Any m is right as long as no E is
+too large, so it rises only when a later block has a logit above m + 8: r and the row of O are then multiplied by
+exp(m - new m). E is e⁸ at most, far inside of the range that bf16 and fp32 share; values below e⁻⁸⁷ of the largest
+are 0. Rows that rise are rare, others cost nothing, and the host waits for nothing. -inf, inf and NaN among logits have
+the effect that they have in a softmax. fp16 does not have that range.
 
 O and E, and the rows of h where they are copied, take `chunk_bytes` bytes, but one row of 64 words at least. They are
 copied where those that count lie apart, or numbers of a row do.
@@ -37,19 +37,21 @@ import torch
 from torch import Tensor
 
 from petl_kernels.dispatch import register
-from petl_kernels.ops.common import accumulate_dtype, empty
+from petl_kernels.ops.define import accumulate_dtype, empty
+from petl_kernels.ops.loss_options import LossOptions
 from petl_kernels.ops.product import ALIGNED, aligned_parts, product_into
+from petl_kernels.ops.quantized.storage import is_quantized
 
 RISE = 8.0  # how far above m a logit may be: see above
 # A CPU's second cache holds a block of E or of O, and the third both. A card needs tiles for all its multiprocessors,
 # and a block of E that has at least as many bytes as the rows of O that it is added to.
 CPU_ROWS, CPU_WORDS = 512, 1024
 LEAST_WORDS, MOST_WORDS = 2048, 8192
-SUMMED_WORDS = 256  # at a time, because a sum in a wider dtype makes a wide copy of what it sums on a CPU
+SUMMED_WORDS = 256  # at a time, because a sum in a wider dtype makes a wide copy of its input on a CPU
 
 
 class Kernels(NamedTuple):
-    """What a backend has between the products: see ``begin``, ``words`` and ``end``."""
+    """A backend's passes between the products: see ``begin``, ``words`` and ``end``."""
 
     begin: Callable
     words: Callable
@@ -57,26 +59,33 @@ class Kernels(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """Sizes of the blocks: rows at a time, and words at a time."""
+    """The sizes of the blocks: rows at a time, and words at a time."""
 
     rows: int
     words: int
 
 
 def serves(hidden: Tensor, weight: list[Tensor], bias: Tensor | None, scale: float, trained: bool) -> bool:
-    """Whether this way is for a loss of these tensors."""
-    dense = len(weight) == 1 and weight[0].dtype == hidden.dtype and weight[0].stride(1) == 1
-    return dense and hidden.dtype != torch.float16 and bias is None and scale == 1 and not trained
+    """Returns whether a loss of these tensors goes this way."""
+    fits = not is_quantized(weight) and weight[0].dtype == hidden.dtype and weight[0].stride(1) == 1
+    return fits and hidden.dtype != torch.float16 and bias is None and scale == 1 and not trained
 
 
 def blocks_of(
-    rows: int, d: int, words: int, dtype: torch.dtype, device: str, chunk_bytes: int, apart: bool, gradient: bool = True
+    rows: int,
+    d: int,
+    words: int,
+    dtype: torch.dtype,
+    device: str,
+    chunk_bytes: int,
+    copied: bool,
+    gradient: bool = True,
 ) -> Blocks:
-    """Returns the sizes that keep the buffers within ``chunk_bytes``; ``apart``: the rows of h are copied, too.
+    """Returns the sizes that keep the buffers within ``chunk_bytes``; ``copied``: the rows of h are copied, too.
 
     The words of a block are a power of two, so that blocks begin at aligned addresses: 64, or more.
     """
-    beside = _bytes_beside(d, dtype, apart, gradient)
+    beside = _bytes_beside(d, dtype, copied, gradient)
     least, most = _words_of_blocks(words, device)
     fitting = max(1, chunk_bytes // (beside + least * dtype.itemsize))
     size = min(rows, fitting, CPU_ROWS) if device == "cpu" else min(rows, fitting)
@@ -86,20 +95,20 @@ def blocks_of(
 
 
 def most_bytes(rows: int, d: int, words: int, dtype: torch.dtype, device: str, chunk_bytes: int, gradient: bool) -> int:
-    """Returns what the buffers take at most, whichever of the rows count."""
+    """Returns the most bytes of the buffers, whichever of the rows count."""
     beside, (_, most) = _bytes_beside(d, dtype, True, gradient), _words_of_blocks(words, device)
     all_rows = min(rows, CPU_ROWS) if device == "cpu" else rows
     whole = all_rows * (beside + most * dtype.itemsize)
     return max(min(whole, chunk_bytes), beside + ALIGNED * dtype.itemsize)
 
 
-def _bytes_beside(d: int, dtype: torch.dtype, apart: bool, gradient: bool) -> int:
-    """Of a row, beside its E: those of O, and of its copy."""
-    return d * (accumulate_dtype(dtype).itemsize * gradient + dtype.itemsize * apart)
+def _bytes_beside(d: int, dtype: torch.dtype, copied: bool, gradient: bool) -> int:
+    """Returns the bytes of a row's O and of its copy."""
+    return d * (accumulate_dtype(dtype).itemsize * gradient + dtype.itemsize * copied)
 
 
 def _words_of_blocks(words: int, device: str) -> tuple[int, int]:
-    """The fewest words that rows are given up for, and the most."""
+    """Returns the fewest words of a block, for which rows are given up, and the most."""
     least, most = (CPU_WORDS, CPU_WORDS) if device == "cpu" else (LEAST_WORDS, MOST_WORDS)
     all_words = max(ALIGNED, 1 << (words - 1).bit_length())
     return min(least, all_words), min(most, all_words)
@@ -110,63 +119,49 @@ def compute(
     rows: Tensor,
     weight: Tensor,
     labels: Tensor,
-    kept: Tensor | None,
-    weights: tuple[float, float],
-    chunk_bytes: int,
+    counting: Tensor | None,
     dlosses: Tensor | None,
+    options: LossOptions,
     gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(losses (rows,) in the dtype of sums, dhidden (rows, d) of Σ dlosses · losses, (0,) without ``gradient``).
+    """Returns losses (rows,) in the dtype of sums, and dhidden (rows, d) of Σ dlosses · losses.
 
-    rows (rows, d), weight (V, d), labels (rows,); kept: indices of the rows that count, None for all; weights: (a, c).
+    rows (rows, d), weight (V, d), labels (rows,); counting: indices of the rows that count, None for all. Without
+    ``gradient`` dhidden has the shape (0,).
     """
     (count, d), words, sums = rows.shape, weight.shape[0], accumulate_dtype(rows.dtype)
     losses = rows.new_zeros(count, dtype=sums)
     drows = rows.new_zeros(count, d) if gradient else empty(rows)
-    count = count if kept is None else kept.shape[0]
+    count = count if counting is None else counting.shape[0]
     if count == 0:
         return losses, drows
+    weights = options.weights(words)
     word_sum = _word_sum(weight, sums) if weights[1] else None
-    apart = kept is not None or not rows.is_contiguous()
-    blocks = blocks_of(count, d, words, rows.dtype, rows.device.type, chunk_bytes, apart, gradient)
+    copied = counting is not None or not rows.is_contiguous()
+    blocks = blocks_of(count, d, words, rows.dtype, rows.device.type, options.chunk_bytes, copied, gradient)
     logits = rows.new_empty(blocks.rows, blocks.words)
     total = rows.new_empty(blocks.rows, d, dtype=sums) if gradient else None
     for first in range(0, count, blocks.rows):
         last = min(first + blocks.rows, count)
-        index = slice(first, last) if kept is None else kept[first:last]
-        some, some_dlosses = rows[index].contiguous(), None if dlosses is None else dlosses[index]
+        index = slice(first, last) if counting is None else counting[first:last]
+        some, some_labels = rows[index].contiguous(), labels[index]
+        some_dlosses = None if dlosses is None else dlosses[index]
+        some_total = None if total is None else total[: last - first]
         # Rows that were copied have no use once their sums are made: their gradient takes their place.
-        out = None if total is None else drows[index] if kept is None else some
-        given = (weight, labels[index], logits[: last - first], None if total is None else total[: last - first])
-        losses[index] = _some_rows(kernels, some, *given, word_sum, weights, some_dlosses, out)
-        if gradient and kept is not None:
+        out = None if total is None else drows[index] if counting is None else some
+        state = kernels.begin(some, weight, some_labels, word_sum)
+        _all_words(kernels.words, some, weight, some_labels, logits[: last - first], state, some_total)
+        losses[index] = kernels.end(weight, some_labels, state, some_total, word_sum, *weights, some_dlosses, out)
+        if gradient and counting is not None:
             drows[index] = out
         del some, out  # before the next are copied
     return losses, drows
 
 
-def _some_rows(
-    kernels: Kernels,
-    rows: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    logits: Tensor,
-    total: Tensor | None,
-    word_sum: Tensor | None,
-    weights: tuple[float, float],
-    dlosses: Tensor | None,
-    out: Tensor | None,
-) -> Tensor:
-    """The losses of one block of rows, whose gradient goes to ``out``."""
-    state = kernels.begin(rows, weight, labels, word_sum)
-    _all_words(kernels.words, rows, weight, labels, logits, state, total)
-    return kernels.end(weight, labels, state, total, word_sum, *weights, dlosses, out)
-
-
 def _all_words(
     kernel: Callable, rows: Tensor, weight: Tensor, labels: Tensor, logits: Tensor, state: Tensor, total: Tensor | None
 ) -> None:
-    """Σ E into ``state`` and E W into ``total`` (rows, d), block by block; ``logits`` (rows, words of a block)."""
+    """Adds Σ E to ``state`` and E W to ``total`` (rows, d), block by block; ``logits`` (rows, words of a block)."""
     words, size = weight.shape[0], logits.shape[1]
     for first in range(0, words, size):
         block = weight[first : first + size]
@@ -180,7 +175,7 @@ def _all_words(
 
 
 def _word_sum(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """w̄ (d,) in ``dtype``; made for each call, since a frozen table may be another one at the next."""
+    """Returns w̄ (d,) in ``dtype``; made for each call, since a frozen table may be another one at the next."""
     if weight.device.type != "cpu":
         return weight.sum(0, dtype=dtype)
     total = weight.new_zeros(weight.shape[1], dtype=dtype)
@@ -189,12 +184,13 @@ def _word_sum(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return total
 
 
-# What a backend has kernels for. ``state`` (4, rows) in the dtype of sums: m, r, z_y and h · w̄ of each row.
+# A backend has kernels for the passes below. ``state`` (4, rows) in the dtype of sums: m, r, z_y and h · w̄ of each
+# row.
 
 
-@register("linear_cross_entropy_begin", "reference")
+@register("linear_cross_entropy_begin", "reference", op="linear_cross_entropy")
 def begin(rows: Tensor, weight: Tensor, labels: Tensor, word_sum: Tensor | None) -> Tensor:
-    """The state of ``rows`` (rows, d) before the first block of words; ``word_sum`` (d,) or None: see ``state``."""
+    """Returns the state of ``rows`` (rows, d) before the first block of words; ``word_sum``: w̄ (d,), or None."""
     state = rows.new_zeros(4, rows.shape[0], dtype=accumulate_dtype(rows.dtype))
     for some in _few(rows):
         wide = rows[some].to(state.dtype)
@@ -205,12 +201,12 @@ def begin(rows: Tensor, weight: Tensor, labels: Tensor, word_sum: Tensor | None)
     return state
 
 
-@register("linear_cross_entropy_words", "reference")
+@register("linear_cross_entropy_words", "reference", op="linear_cross_entropy")
 def words(logits: Tensor, labels: Tensor, first: int, state: Tensor, total: Tensor | None, fresh: bool) -> None:
-    """E in place of ``logits`` (rows, words), whose first word is ``first``; m and r in ``state``.
+    """Writes E in place of ``logits`` (rows, words), whose first word is ``first``, and m and r into ``state``.
 
-    Rows whose m rises multiply their r and their row of ``total`` (rows, d). ``fresh``: nothing is in either yet.
-    Without ``total`` nobody reads E, and it need not be written.
+    Where m rises, r and the row of ``total`` (rows, d) are multiplied. ``fresh``: nothing is in either yet. Without
+    ``total`` E is not read afterwards, and need not be written.
     """
     for some in _few(logits):
         z = logits[some].to(state.dtype, copy=True)
@@ -232,7 +228,7 @@ def words(logits: Tensor, labels: Tensor, first: int, state: Tensor, total: Tens
         logits[some] = z
 
 
-@register("linear_cross_entropy_end", "reference")
+@register("linear_cross_entropy_end", "reference", op="linear_cross_entropy")
 def end(
     weight: Tensor,
     labels: Tensor,
@@ -244,7 +240,7 @@ def end(
     dlosses: Tensor | None,
     out: Tensor | None,
 ) -> Tensor:
-    """The losses (rows,); with ``out`` (rows, d), their gradient there, for ``dlosses`` (rows,) or 1."""
+    """Returns the losses (rows,), and writes their gradient for ``dlosses`` (rows,), or 1, into ``out`` (rows, d)."""
     top, rest, label_logit, word_logits = state
     label = (label_logit - top).exp()
     both = rest + label
@@ -265,6 +261,6 @@ def end(
 
 
 def _few(rows: Tensor) -> list[slice]:
-    """Some rows at a time: wide copies of these, and not of the block."""
+    """Returns slices of a few rows each, since wide copies of these are smaller than those of the block."""
     size = max(1, rows.shape[0] // 16)
     return [slice(first, first + size) for first in range(0, rows.shape[0], size)]

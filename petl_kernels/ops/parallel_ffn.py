@@ -25,6 +25,9 @@ Source: He et al., arXiv 2110.04366 (parallel adapters); the sum of two such net
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -32,29 +35,21 @@ from torch.nn import functional as F
 from petl_kernels.dispatch import active, dispatch
 from petl_kernels.errors import InputError
 from petl_kernels.ops.activation import check_kind
-from petl_kernels.ops.common import (
-    accumulate_dtype,
-    check_activation,
-    check_frozen,
-    check_parameter,
-    check_weight,
-    define,
-    differentiate,
-    empty,
-    shape,
-)
+from petl_kernels.ops.checks import check_activation, check_frozen, check_parameter, check_weight, shape
+from petl_kernels.ops.define import accumulate_dtype, define, differentiate, empty
 from petl_kernels.ops.frozen_ffn import empty_kept, what_to_keep
+from petl_kernels.ops.quantized.tensor import QuantizedTensor
 
 ALIGNMENT = 8  # hidden units: 16 bytes of a 16-bit row
 
 
 def room(m: int) -> int:
-    """How many hidden units wider the weights of ``parallel_ffn`` are for an adapter of bottleneck m."""
+    """Returns how many hidden units wider the weights of ``parallel_ffn`` are for an adapter of bottleneck m."""
     return -(-m // ALIGNMENT) * ALIGNMENT
 
 
 def with_room(w1: Tensor, c1: Tensor | None, w2: Tensor, m: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Copies of w1 (f, d), c1 (f,) and w2 (d, f) with zeros for ``room(m)`` more hidden units; c1 is zeros for None."""
+    """Returns copies of w1 (f, d), c1 (f,) and w2 (d, f) with zeros for ``room(m)`` more hidden units."""
     p = room(m)
     c1 = w1.new_zeros(w1.shape[0]) if c1 is None else c1
     return F.pad(w1, (0, 0, 0, p)), F.pad(c1, (0, p)), F.pad(w2, (0, p))
@@ -74,10 +69,10 @@ def parallel_ffn(
     scale: float = 1.0,
     recompute: bool = False,
 ) -> Tensor:
-    """y = act(x W1ᵀ + c1) W2ᵀ + c2 + scale · (act(x Dᵀ + d) Uᵀ + u); x (..., d) -> (..., d).
+    """Returns y = act(x W1ᵀ + c1) W2ᵀ + c2 + scale · (act(x Dᵀ + d) Uᵀ + u); x (..., d) -> (..., d).
 
-    w1 (f + p, d), c1 (f + p,) and w2 (d, f + p) of ``with_room`` are frozen, and what they have for p = ``room(m)``
-    hidden units is overwritten. c2 (d,), frozen, or None. down (m, d), down_bias (m,) or None, up (d, m), up_bias (d,)
+    w1 (f + p, d), c1 (f + p,) and w2 (d, f + p) of ``with_room`` are frozen; their p = ``room(m)`` last hidden
+    units are overwritten. c2 (d,), frozen, or None. down (m, d), down_bias (m,) or None, up (d, m), up_bias (d,)
     or None.
     Raises InputError: x of rank 0, shapes that do not fit, devices or dtypes that differ, a weight or bias of the base
     that requires grad, a quantized weight, an unknown activation.
@@ -91,7 +86,18 @@ def parallel_ffn(
     return torch.ops.petl.parallel_ffn(x, w1, c1, w2, c2, *trained, activation, float(scale), keeps, active())[0]
 
 
-def _check(x, w1, c1, w2, c2, down, down_bias, up, up_bias, activation) -> None:
+def _check(
+    x: Tensor,
+    w1: Tensor,
+    c1: Tensor,
+    w2: Tensor,
+    c2: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    up: Tensor,
+    up_bias: Tensor | None,
+    activation: str,
+) -> None:
     op = "parallel_ffn"
     check_activation(op, x)
     check_weight(op, "w1", w1, x)
@@ -100,7 +106,7 @@ def _check(x, w1, c1, w2, c2, down, down_bias, up, up_bias, activation) -> None:
         raise InputError(f"{op}: w2 has shape {shape(w2)}: expected {(d, wide)}")
     check_frozen(op, "w2", w2, x)
     for name, weight in (("w1", w1), ("w2", w2)):
-        if hasattr(weight, "parts"):
+        if isinstance(weight, QuantizedTensor):
             raise InputError(f"{op}: {name} is quantized ({weight.storage}): expected a dense weight")
     if down.dim() != 2 or room(down.shape[0]) > wide:
         raise InputError(f"{op}: down has shape {shape(down)}: expected (m, {d}) with room for m in w1 {shape(w1)}")
@@ -122,11 +128,22 @@ def _check(x, w1, c1, w2, c2, down, down_bias, up, up_bias, activation) -> None:
 
 
 @torch.no_grad()
-def fill(w1, c1, w2, c2, down, down_bias, up, up_bias, scale) -> Tensor | None:
-    """Put the adapter into the room; returns c2 + scale · u.
+def fill(
+    w1: Tensor,
+    c1: Tensor,
+    w2: Tensor,
+    c2: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    up: Tensor,
+    up_bias: Tensor | None,
+    scale: float,
+) -> Tensor | None:
+    """Writes the adapter into the room; returns c2 + scale · u.
 
-    Through ``.data``: the values of a step do not change between forward and backward, and a second forward pass before
-    the first one's backward writes the same ones. Autograd would not notice others: each adapter has its own room.
+    The writes go through ``.data``, which autograd does not count as changes: the values of a step do not change
+    between forward and backward, and a second forward pass before the first one's backward writes the same ones. So
+    each adapter needs a room of its own.
     """
     m = down.shape[0]
     f = w1.shape[0] - room(m)
@@ -183,13 +200,13 @@ def _backward_fake(
     return dx, *(dy.new_empty(size, dtype=dtype) for size, dtype in zip(sizes, dtypes, strict=True))
 
 
-def _gradient_dtypes(dy, down, down_bias, up) -> tuple[torch.dtype, ...]:
-    """Of dD, dd, dU and du, which autograd's rule casts to that of u."""
+def _gradient_dtypes(dy: Tensor, down: Tensor, down_bias: Tensor | None, up: Tensor) -> tuple[torch.dtype, ...]:
+    """Returns the dtypes of dD, dd, dU and du; the autograd rule casts du to that of u."""
     sums = accumulate_dtype(dy.dtype)
     return down.dtype, sums if down_bias is None else down_bias.dtype, up.dtype, sums
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
     x, w1, c1, w2, _, down, down_bias, up, up_bias, ctx.activation, ctx.scale, ctx.keeps, ctx.backend = inputs
     _, kept = output
     ctx.mark_non_differentiable(kept)
@@ -199,7 +216,7 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(x if ctx.trains or ctx.keeps == "x" else None, kept, w1, c1, w2, down, down_bias, up)
 
 
-def _gradients(ctx, needs, dy: Tensor | None, *_):
+def _gradients(ctx: Any, needs: Sequence[Any], dy: Tensor | None, *_) -> tuple[Any, ...]:
     if dy is None:
         return (None,) * 13
     x, kept, *parameters = ctx.saved_tensors

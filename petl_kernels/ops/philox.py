@@ -4,14 +4,15 @@ The mask of rows of n elements: eight neighbours share a counter, and a row begi
 row i gets 16 of the 128 bits that Philox4x32-7 makes of counter (i * ceil(n / 8) + j // 8, 0, 0, 0) and of the two
 halves of the 64-bit seed as its key: of output (j % 8) // 2 the low half where j is even, else the high one. It is kept
 where this number is at least p * 2^16, rounded, which makes p a multiple of 2^-16; kept elements are divided by the
-share that is kept, so that the mean stays. What is dropped is 0, even where it was not finite. Rows are the
+share that is kept, so that the mean stays. A dropped element is 0, even where it was not finite. Rows are the
 last dimension of a tensor. Triton's ``tl.randint4x(seed, counter, 7)`` gives the same outputs.
 
 Attention's probabilities have another order (``place``). Tensor cores leave a thread pairs of columns that lie 8 apart:
 of 32 columns it then holds the 8 of one counter.
 
-``draw_seed`` is the one place where seeds are drawn. What runs a forward pass again to save memory records the seeds
-of the first run and replays them in the second: the masks are the same then, whatever the generator did in between.
+``draw_seed`` is the one place where seeds are drawn. Code that runs a forward pass again to save memory records the
+seeds of the first run and replays them in the second: the masks are the same then, whatever the generator did in
+between.
 
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011 (Philox; seven rounds are the fewest that
 passed BigCrush).
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 
 from petl_kernels.errors import InputError
-from petl_kernels.ops.common import check_device, shape
+from petl_kernels.ops.checks import check_device, shape
 
 MAX_ELEMENTS = 2**32
 LEVELS = 2**16
@@ -42,7 +43,7 @@ _CHUNK = 1 << 18  # counters
 
 
 class _Tapes(threading.local):
-    """The blocks that this thread is in, innermost last: a list records, an iterator replays."""
+    """The open blocks of this thread, innermost last: a list records, an iterator replays."""
 
     def __init__(self):
         self.open: list[list[Tensor] | Iterator[Tensor]] = []
@@ -53,7 +54,7 @@ _tapes = _Tapes()
 
 @contextmanager
 def recording() -> Iterator[list[Tensor]]:
-    """Every seed that this thread draws in the block, in order, also from recordings inside this one."""
+    """Opens a block, and yields the list of seeds that this thread draws in it, in order, nested blocks included."""
     seeds: list[Tensor] = []
     with _opened(seeds):
         yield seeds
@@ -61,7 +62,7 @@ def recording() -> Iterator[list[Tensor]]:
 
 @contextmanager
 def replaying(seeds: Sequence[Tensor]) -> Iterator[None]:
-    """In this block draws return ``seeds`` in order; nothing outside it records them again.
+    """Opens a block in which draws return ``seeds`` in order; recordings around it do not get them.
 
     Raises RuntimeError when the block draws more seeds than were recorded.
     """
@@ -79,7 +80,7 @@ def _opened(tape: list[Tensor] | Iterator[Tensor]) -> Iterator[None]:
 
 
 def draw_seed(device: torch.device) -> Tensor:
-    """A seed from PyTorch's generator, drawn on the device so that nothing waits for it; or the next one replayed."""
+    """Returns a seed from PyTorch's generator, drawn on the device so that nothing waits, or the next one replayed."""
     recordings = []
     for tape in reversed(_tapes.open):
         if not isinstance(tape, list):
@@ -98,7 +99,7 @@ def draw_seed(device: torch.device) -> Tensor:
 
 
 def seed_for(op: str, x: Tensor, p: float, seed: Tensor | None) -> Tensor | None:
-    """The seed with which ``op`` drops elements of x: the one given, a new one, or None when p is 0.
+    """Returns the seed with which ``op`` drops elements of x: the one given, a new one, or None when p is 0.
 
     Raises InputError: p that ``check_rate`` refuses, more elements than the stream has, a seed of another shape, dtype
     or device.
@@ -124,28 +125,28 @@ def check_rate(op: str, p: float) -> None:
 
 
 def has_mask(p: float) -> bool:
-    """Whether there is a mask that drops this share: of rates very near to 0 or 1 there is none."""
+    """Returns whether some mask drops this share: none does at rates very near to 0 or 1."""
     return p == 0 or 0 < threshold(p) < LEVELS
 
 
 def threshold(p: float) -> int:
-    """The 16-bit numbers below it are dropped."""
+    """Returns the smallest 16-bit number whose element is kept."""
     return round(p * LEVELS)
 
 
 def keep_scale(p: float) -> float:
-    """What kept elements are multiplied by: the reciprocal of the share that is kept."""
+    """Returns the factor of kept elements: the reciprocal of the share that is kept."""
     return LEVELS / (LEVELS - threshold(p))
 
 
 def philox(seed: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The four 32-bit outputs for counter (index, 0, 0, 0), as int64 tensors of index' shape."""
+    """Returns the four 32-bit outputs for counter (index, 0, 0, 0), as int64 tensors of index' shape."""
     zero = torch.zeros_like(index)
     return rounds((index, zero, zero, zero), (seed & _LOW, (seed >> 32) & _LOW))
 
 
 def rounds(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Philox4x32-7 of 32-bit numbers in int64 tensors."""
+    """Returns Philox4x32-7 of 32-bit numbers in int64 tensors."""
     # int64 products wrap around, which leaves the bit pattern of the unsigned product.
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -162,7 +163,7 @@ def _high(product: Tensor) -> Tensor:
 
 @torch.no_grad()
 def keep_mask(seed: Tensor, shape: tuple[int, ...], p: float, first: int = 0) -> Tensor:
-    """Which elements of the rows from ``first`` on stay: a bool tensor of ``shape``, whose last dimension is a row."""
+    """Returns which elements of the rows from ``first`` on stay: bools of ``shape``, whose last dimension is a row."""
     keep = torch.empty(shape, dtype=torch.bool, device=seed.device)
     if keep.numel() == 0:
         return keep
@@ -178,9 +179,9 @@ def keep_mask(seed: Tensor, shape: tuple[int, ...], p: float, first: int = 0) ->
 
 @torch.no_grad()
 def keep_elements(seed: Tensor, rows: Tensor, columns: Tensor, length: int, p: float) -> Tensor:
-    """Which elements stay: those at ``columns`` (n,) of ``rows`` (any shape), which have ``length`` elements each.
+    """Returns which elements at ``columns`` (n,) of ``rows`` (any shape) stay: bools (*rows.shape, n).
 
-    A bool tensor (*rows.shape, n); both are int64.
+    A row has ``length`` elements; rows and columns are int64.
     """
     counters = (rows[..., None] * -(-length // SHARED) + columns // SHARED).view(-1)
     places = (columns % SHARED).expand(*rows.shape, columns.shape[0]).reshape(-1)
@@ -191,7 +192,7 @@ def keep_elements(seed: Tensor, rows: Tensor, columns: Tensor, length: int, p: f
 
 
 def place(columns: Tensor) -> Tensor:
-    """Where in a row of the mask the probabilities of ``columns`` find their number.
+    """Returns the places in a row of the mask that hold the numbers of the probabilities of ``columns``.
 
     Column 32 a + 8 b + 2 c + d is in place 32 a + 8 c + 2 b + d: it has the counter of its pair and the word of its 8.
     """
@@ -199,13 +200,13 @@ def place(columns: Tensor) -> Tensor:
 
 
 def _halves(outputs: tuple[Tensor, ...]) -> Tensor:
-    """(n, 8) numbers of 16 bits from four (n,) of 32."""
+    """Returns (n, 8) numbers of 16 bits from four (n,) of 32."""
     words = torch.stack(outputs, -1)
     return torch.stack([words & (LEVELS - 1), words >> 16], -1).flatten(-2)
 
 
 def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
-    """drop(x) of a (tokens, features) tensor. It is its own derivative: dropout(dy) is the gradient."""
+    """Returns drop(x) of a (tokens, features) tensor. It is its own derivative: dropout(dy) is the gradient."""
     if p == 0:
         return x
     return torch.where(keep_mask(seed, tuple(x.shape), p), x * keep_scale(p), 0)

@@ -19,13 +19,11 @@ from torch import Tensor
 
 from petl_kernels.dispatch import active, dispatch, load_error, register
 
-ALIGNED = 64
-# What the C++ product cuts by: see csrc/cpu/product.cpp.
-_TILE_ROWS, _TILE_COLUMNS, _DEPTH, _BLOCK, _WORTH_THREADS = 6, 16, 256, 256, 1 << 20
+ALIGNED = 64  # words
 
 
 def product_into(out: Tensor, left: Tensor, right: Tensor, add: bool = False) -> None:
-    """out (M, N) = left (M, K) right (K, N), or out += of it; the rows of out lie side by side."""
+    """Writes left (M, K) right (K, N) into out (M, N), or adds it there; the rows of out lie side by side."""
     dispatch("product", left.device, active(), left.dtype)(out, left, right, add)
 
 
@@ -47,7 +45,7 @@ def reference(out: Tensor, left: Tensor, right: Tensor, add: bool) -> None:
 
 @functools.cache
 def _writes_sums(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the library's products of ``dtype`` write, and add to, the dtype of sums on this device."""
+    """Returns whether the library's products of ``dtype`` write, and add to, the dtype of sums on this device."""
     if device.type != "cuda":
         return False
     left, total = torch.zeros(16, 16, device=device, dtype=dtype), torch.zeros(16, 16, device=device)
@@ -55,41 +53,25 @@ def _writes_sums(device: torch.device, dtype: torch.dtype) -> bool:
         torch.addmm(total, left, left, out_dtype=total.dtype, out=total)
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, TypeError):  # of another kind of card, or refused
+    except (RuntimeError, TypeError):  # another kind of card, or a PyTorch that refuses the dtypes
         return False
     return True
 
 
 def aligned_parts(count: int) -> list[slice]:
-    """The words of a product in one or two parts: a multiple of ALIGNED, and the rest.
+    """Returns the words of a product in one or two parts: a multiple of ALIGNED, and the rest.
 
-    A card takes three times as long for a product over an odd number of words, and the rest alone takes nothing.
+    A card takes three times as long for a product over an odd number of words, and hardly any time for the rest alone.
     """
     whole = count - count % ALIGNED
     return [part for part in (slice(0, whole), slice(whole, count)) if part.start < part.stop]
 
 
 def widens(dtype: torch.dtype) -> bool:
-    """Whether the C++ kernels widen products of ``dtype`` on this CPU, block by block."""
+    """Returns whether the C++ kernels widen products of ``dtype`` on this CPU, block by block."""
     return load_error("cpu") is None and torch.ops.petl_cpu.widens(dtype)
 
 
 def product_bytes(rows: int, depth: int, columns: int, dtype: torch.dtype) -> int:
-    """What one product (rows, depth) (depth, columns) takes on the CPU beside its matrices: its blocks in fp32."""
-    if min(rows, columns) == 0 or not widens(dtype):
-        return 0
-    threads = torch.get_num_threads()
-    wanted = threads if rows * columns * depth >= _WORTH_THREADS else 1
-    row_count, column_count = -(-rows // _BLOCK), -(-columns // _BLOCK)
-    if columns >= rows:
-        column_count = _rounded_up(column_count, -(-wanted // row_count))
-    else:
-        row_count = _rounded_up(row_count, -(-wanted // column_count))
-    height = _rounded_up(-(-rows // row_count), _TILE_ROWS)
-    width = _rounded_up(-(-columns // column_count), _TILE_COLUMNS)
-    blocks = (height * (_DEPTH + 16), width * _DEPTH, height * width)
-    return 4 * threads * sum(_rounded_up(block, 64) for block in blocks)
-
-
-def _rounded_up(count: int, unit: int) -> int:
-    return -(-count // unit) * unit
+    """Returns the bytes of scratch that one product (rows, depth) (depth, columns) takes on the CPU: blocks in fp32."""
+    return torch.ops.petl_cpu.product_bytes(rows, depth, columns) if widens(dtype) else 0

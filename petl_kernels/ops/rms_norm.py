@@ -1,4 +1,4 @@
-"""RMSNorm as T5 has it (no mean, no bias), whose output can be had again from its input and one number per token.
+"""RMSNorm as T5 has it (no mean, no bias), whose output can be made again from its input and one number per token.
 
     x̂     = x · rstd                    rstd = (Σ x² / d + eps)^(-1/2)
     y     = x̂ ⊙ w
@@ -17,17 +17,21 @@ Source: Zhang and Sennrich, arXiv 1910.07467; the backward is its derivative.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from petl_kernels.dispatch import active, dispatch, register
-from petl_kernels.ops.common import accumulate_dtype, check_activation, check_parameter, define, differentiate, empty
+from petl_kernels.ops.checks import check_activation, check_parameter
+from petl_kernels.ops.define import accumulate_dtype, define, differentiate, empty
 from petl_kernels.ops.layer_norm import check_statistics
 from petl_kernels.ops.room import leaving_room, roomy
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
-    """y = x · rstd ⊙ w over the last dimension; x (..., d), weight (d,), which may be trained.
+    """Returns y = x · rstd ⊙ w over the last dimension; x (..., d), weight (d,), which may be trained.
 
     Raises InputError: x of rank 0, shapes that do not fit, devices that differ, a weight of an integer dtype.
     """
@@ -35,13 +39,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 def rms_norm_with_statistics(x: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """(y, rstd), for a layer that has y again by ``rms_norm_from_statistics``; no gradient flows through rstd (...)."""
+    """Returns (y, rstd), for a layer that makes y again by ``rms_norm_from_statistics``; rstd (...) has no gradient."""
     _check(x, weight)
     return torch.ops.petl.rms_norm(x, weight, eps, active())
 
 
 def rms_norm_from_statistics(x: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
-    """The y of ``rms_norm`` again, to the bit, for backward passes: it has no gradient of its own."""
+    """Returns the y of ``rms_norm``, bit for bit, for backward passes: it has no gradient of its own."""
     _check(x, weight)
     check_statistics("rms_norm", x, rstd=rstd)
     return torch.ops.petl.rms_norm_from_statistics(x, rstd, weight, active())
@@ -58,7 +62,7 @@ def reference(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return reference_from_statistics(x, rstd, weight), rstd
 
 
-@register("rms_norm_from_statistics", "reference")
+@register("rms_norm_from_statistics", "reference", op="rms_norm")
 def reference_from_statistics(x: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
     y = x.to(rstd.dtype) * rstd.unsqueeze(-1) * weight.to(rstd.dtype)
     return y.to(torch.promote_types(x.dtype, weight.dtype)).contiguous()
@@ -81,7 +85,7 @@ def reference_backward(
 
 def _forward(x, weight, eps, backend, room=0):
     kernel = dispatch("rms_norm", x.device, backend, x.dtype)
-    return leaving_room("rms_norm", kernel, room, 0, x, weight, eps)
+    return leaving_room(kernel, room, 0, x, weight, eps)
 
 
 def _forward_fake(x, weight, eps, backend, room=0):
@@ -91,7 +95,7 @@ def _forward_fake(x, weight, eps, backend, room=0):
 
 def _from_statistics(x, rstd, weight, backend, room=0) -> Tensor:
     kernel = dispatch("rms_norm_from_statistics", x.device, backend, x.dtype)
-    return leaving_room("rms_norm_from_statistics", kernel, room, None, x, rstd, weight)
+    return leaving_room(kernel, room, None, x, rstd, weight)
 
 
 def _from_statistics_fake(x, rstd, weight, backend, room=0) -> Tensor:
@@ -107,7 +111,7 @@ def _backward_fake(dy, x, rstd, weight, need_dx, need_dweight, backend):
     return dx, rstd.new_empty(x.shape[-1] if need_dweight else 0)
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
     x, weight, _, ctx.backend = inputs
     rstd = output[1]
     ctx.mark_non_differentiable(rstd)
@@ -115,7 +119,7 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(x, rstd, weight)
 
 
-def _gradients(ctx, needs, dy: Tensor | None, _):
+def _gradients(ctx: Any, needs: Sequence[Any], dy: Tensor | None, _) -> tuple[Any, ...]:
     if dy is None:
         return (None,) * 4
     x, rstd, weight = ctx.saved_tensors

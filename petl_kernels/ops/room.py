@@ -1,7 +1,7 @@
-"""Rows that leave room behind them: (..., d) as the first columns of a matrix (tokens, d + room) of its own.
+"""Rows with free columns behind them: (..., d) as the first columns of a matrix (tokens, d + room) of its own.
 
-A product over d + room columns then needs no copy of what a norm has written, nor of the gradients of an attention
-(``ops/lora_border.py``). A norm that is asked for ``room`` returns its output so.
+A product over d + room columns then needs no copy of a norm's output, nor of the gradients of an attention
+(``ops/lora_border.py``). A norm that is called with ``room`` returns its output in such rows.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from petl_kernels.dispatch import kernel_of
+from petl_kernels.dispatch import takes_room
 
 
 def roomy(like: Tensor, shape: Sequence[int], room: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -22,9 +22,9 @@ def roomy(like: Tensor, shape: Sequence[int], room: int, dtype: torch.dtype | No
 
 
 def whole_rows(parts: Sequence[Tensor], room: int) -> Tensor | None:
-    """Returns (tokens, d + room), the rows of ``parts``, each (..., d_i) with d = Σ d_i, and what is behind them.
+    """Returns the matrix (tokens, d + room) whose first columns ``parts`` are, each (..., d_i) with d = Σ d_i.
 
-    None where they do not stand side by side in such a matrix, which is all of its memory.
+    Returns None where they do not stand side by side in such a matrix, or where it is not all of their memory.
     """
     leading, width = parts[0].shape[:-1], sum(part.shape[-1] for part in parts) + room
     tokens = math.prod(leading)
@@ -41,7 +41,7 @@ def whole_rows(parts: Sequence[Tensor], room: int) -> Tensor | None:
 
 
 def copied_rows(parts: Sequence[Tensor], room: int) -> Tensor:
-    """The same in a new matrix; what is behind the rows is not set."""
+    """Returns a new matrix (tokens, d + room) with copies of ``parts`` in its first columns; the others are not set."""
     d, column = sum(part.shape[-1] for part in parts), 0
     rows = [part.reshape(-1, part.shape[-1]) for part in parts]
     whole = parts[0].new_empty(rows[0].shape[0], d + room)
@@ -51,28 +51,20 @@ def copied_rows(parts: Sequence[Tensor], room: int) -> Tensor:
     return whole
 
 
-def leaving_room(op: str, kernel: Callable, room: int, place: int | None, *args):
-    """Returns what ``kernel`` of ``op`` returns, with the output at ``place`` (None: the only one) in rows with room.
+def leaving_room(kernel: Callable, room: int, place: int | None, *args):
+    """Returns what ``kernel`` returns, with the output at ``place`` (None: the only one) in rows with ``room`` behind.
 
-    Triton's kernels write such rows themselves.
+    A kernel that takes the room as its last argument (``dispatch.takes_room``) writes such rows itself; the output of
+    any other is copied into them.
     """
     if not room:
         return kernel(*args)
-    if writes_where_told(op, kernel, args[0]):
+    if takes_room(kernel, args[0].dtype):
         return kernel(*args, room)
     found = kernel(*args)
     if place is None:
         return _spread(found, room)
     return (*found[:place], _spread(found[place], room), *found[place + 1 :])
-
-
-def writes_where_told(op: str, kernel: Callable, x: Tensor) -> bool:
-    """Whether ``kernel`` of ``op`` is Triton's own for x, and not the reference that it hands other dtypes to."""
-    if kernel is not kernel_of(op, "triton"):
-        return False
-    from petl_kernels.backends.triton import DTYPES  # it is there
-
-    return x.dtype in DTYPES
 
 
 def _spread(y: Tensor, room: int) -> Tensor:

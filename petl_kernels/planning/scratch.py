@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from petl_kernels.ops import loss_by_words
-from petl_kernels.ops.common import accumulate_dtype
+from petl_kernels.ops.define import accumulate_dtype
 from petl_kernels.ops.frozen_ffn import chunk_rows
 from petl_kernels.ops.linear_cross_entropy import SCALED_BYTES
 from petl_kernels.ops.lora_border import CUDA_PARTS

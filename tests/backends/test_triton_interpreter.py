@@ -18,6 +18,7 @@ from petl_kernels import dispatch, ops, parity
 from petl_kernels.backends.products import CuBLASLtProducts, PyTorchProducts
 from petl_kernels.ops import philox
 from petl_kernels.ops.bits import pack_bits
+from petl_kernels.ops.cases import frozen_ffn
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="a CUDA device runs the kernels")
 
@@ -66,7 +67,7 @@ def test_values_and_gradients(name, dtype, monkeypatch):
     if name in TWICE and dtype == "fp32":
         given, values = first_run(name)
         run = parity.run
-        monkeypatch.setattr(parity, "run", lambda *call: values if call[1] == "triton" else run(*call))
+        monkeypatch.setattr(parity.runner, "run", lambda *call: values if call[1] == "triton" else run(*call))
     assert parity.compare(op, "triton", given) is None
 
 
@@ -169,12 +170,12 @@ def test_cublaslt_s_products_between_the_kernels(monkeypatch, rows, f, aligned, 
     monkeypatch.setattr(torch.ops, "petl_cuda", types.SimpleNamespace(multiply=multiply))
     given = parity.frozen_ffn_arguments(parity.Source(CPU, torch.float16), rows, d=24, f=f, recompute=keeps == "x")
     network = importlib.import_module("petl_kernels.backends.triton.frozen_ffn")
-    forward, backward = (
-        functools.partial(kernel, products=CuBLASLtProducts)
-        for kernel in (network.frozen_ffn, network.frozen_ffn_backward)
-    )
-    computed = parity._run_frozen_ffn(forward, backward, given)
-    reference, exact = (parity.run("frozen_ffn", "reference", g) for g in (given, parity._in_float64(given)))
+    kernels = {
+        name: functools.partial(getattr(network, name), products=CuBLASLtProducts)
+        for name in ("frozen_ffn", "frozen_ffn_backward")
+    }
+    computed = frozen_ffn.run(kernels.__getitem__, given)
+    reference, exact = (parity.run("frozen_ffn", "reference", g) for g in (given, parity.in_float64(given)))
     for name in exact:
         assert parity.compare_tensors(name, computed[name], reference[name], exact[name], 200) is None
     made = ["bits" if aligned and keeps == "bits" else None, "transposed", "plain"]

@@ -8,7 +8,9 @@ and in fp32; `shared` those that another card stands for.
 
 from __future__ import annotations
 
+import importlib
 import json
+import pkgutil
 import re
 import subprocess
 import sys
@@ -22,6 +24,7 @@ import triton_races
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from petl_kernels.backends import triton as package
 from petl_kernels.backends.triton import (
     activation,
     attention,
@@ -44,6 +47,7 @@ from petl_kernels.backends.triton import (
 )
 from petl_kernels.ops.lora_border import room
 from petl_kernels.ops.loss_by_words import Kernels, compute
+from petl_kernels.ops.loss_options import ALL_ROWS, LossOptions
 from petl_kernels.ops.parallel_ffn import with_room
 
 # device class -> (compute capability to compile for, multiprocessors of its usual card)
@@ -70,11 +74,9 @@ def record(card: str, call: Callable[[], None]) -> list[tuple]:
 
     saved = config.device_class, config.processors
     config.device_class, config.processors = lambda device: card, lambda device: CARDS[card][1]
-    modules = (
-        *(activation, attention, bottleneck_adapter, common, dropout_add, dropout_add_norm, frozen_ffn, frozen_linear),
-        *(gated_activation, layer_norm, linear_cross_entropy, lora_border, lora_linear, loss_by_words, quantize),
-        *(quantized, rms_norm),
-    )
+    names = [found.name for found in pkgutil.iter_modules(package.__path__) if found.name != "launch"]
+    folder = [importlib.import_module(f"{package.__name__}.{name}") for name in names]
+    modules = [module for module in folder if hasattr(module, "launch")]
     original = common.launch
     for module in modules:
         module.launch = launch
@@ -270,7 +272,8 @@ def whole_loss(dtype: torch.dtype, chunk_bytes: int, rows: int = 8192, words: in
     kernels = loss_by_words.linear_cross_entropy_begin, loss_by_words.linear_cross_entropy_words
     kernels = Kernels(*kernels, loss_by_words.linear_cross_entropy_end)
     h, weight, labels = _new(dtype, rows, d), _new(dtype, words, d), _new(torch.int64, rows)
-    compute(kernels, h, weight, labels, None, (0.9, 1e-6), chunk_bytes, None, True)
+    options = LossOptions(0.1, "uniform", 1.0, -100, chunk_bytes, ALL_ROWS)
+    compute(kernels, h, weight, labels, None, None, options, gradient=True)
 
 
 def attend(dtype: torch.dtype, d: int, options: tuple[str, ...] = (), length: int = 512, heads: int = 16) -> None:

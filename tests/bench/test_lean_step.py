@@ -17,15 +17,15 @@ from shapes import shape  # noqa: E402
 
 import petl_kernels as pk  # noqa: E402
 from petl_kernels.layers import border  # noqa: E402
-from petl_kernels.ops import common  # noqa: E402
+from petl_kernels.ops import define  # noqa: E402
 
 
 def test_a_layer_runs_what_is_listed(monkeypatch):
     """Two encoder and two decoder layers with dropout of what is added, forward and backward."""
     monkeypatch.setattr(border, "DEVICES", {"cpu"})
     ran = Counter()
-    for name, kernel in list(common._kernels.items()):
-        monkeypatch.setitem(common._kernels, name, lambda *args, n=name, k=kernel: ran.update([n]) or k(*args))
+    for name, kernel in list(define._kernels.items()):
+        monkeypatch.setitem(define._kernels, name, lambda *args, n=name, k=kernel: ran.update([n]) or k(*args))
     model = pk.lean(adapted("m2m100", "lora", dropout=0.2), tier=1)
     step(model, ragged(model))
     s = shape("nllb-600m", "cuda")

@@ -16,7 +16,7 @@ from petl_kernels.layers import border
 from petl_kernels.layers.lean import LeanLayer
 from petl_kernels.layers.rule import border as rule_border
 from petl_kernels.models.structure import describe
-from petl_kernels.ops import common
+from petl_kernels.ops import define
 from petl_kernels.weights.quantized import quantize_model
 from petl_kernels.weights.streamed import stream_layers, unstream
 
@@ -37,8 +37,8 @@ def ran(monkeypatch) -> Counter:
     """How often each op of a layer's linears has run."""
     counted = Counter()
     for name in ("lora_border", "lora_border_backward", "lora_linear", "frozen_linear"):
-        kernel = common._kernels[name]
-        monkeypatch.setitem(common._kernels, name, lambda *args, n=name, k=kernel: counted.update([n]) or k(*args))
+        kernel = define._kernels[name]
+        monkeypatch.setitem(define._kernels, name, lambda *args, n=name, k=kernel: counted.update([n]) or k(*args))
     return counted
 
 
@@ -457,8 +457,8 @@ def test_the_bias_stays_where_captured_graphs_write_it(monkeypatch):
     """Whatever is found out about a layer anew, as after an evaluation."""
     model = pk.lean(adapted("m2m100", "lora"), 1)
     own = [border for layer in model.modules() for border in (getattr(layer, "petl_borders", None) or {}).values()]
-    written, kernel = [], common._kernels["lora_border"]
-    monkeypatch.setitem(common._kernels, "lora_border", lambda *args: written.append(args[2]) or kernel(*args))
+    written, kernel = [], define._kernels["lora_border"]
+    monkeypatch.setitem(define._kernels, "lora_border", lambda *args: written.append(args[2]) or kernel(*args))
     step(model, ragged(model))
     model.eval()
     with torch.no_grad():

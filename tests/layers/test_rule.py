@@ -11,8 +11,8 @@ import petl_kernels as pk
 from petl_kernels.layers import rule
 from petl_kernels.layers.lean import LeanLayer
 from petl_kernels.layers.rule.call import KEPT
-from petl_kernels.ops import common
-from petl_kernels.ops.common import run
+from petl_kernels.ops import define
+from petl_kernels.ops.define import run
 
 from .lean_cases import DROPOUT, adapted, ragged, step, worst
 
@@ -128,7 +128,7 @@ def test_a_layer_has_the_numbers_of_the_ops_one_after_the_other(monkeypatch):
     for together in (True, False):
         if not together:
             for name, kernel in (("dropout_add_norm", one_by_one), ("dropout_add_norm_backward", one_by_one_backward)):
-                monkeypatch.setitem(common._kernels, name, kernel)
+                monkeypatch.setitem(define._kernels, name, kernel)
         model = pk.lean(adapted("m2m100", "lora", dtype=torch.bfloat16, **DROPOUT), 2)
         inputs = ragged(model)
         torch.manual_seed(0)
@@ -137,14 +137,14 @@ def test_a_layer_has_the_numbers_of_the_ops_one_after_the_other(monkeypatch):
 
 
 def one_by_one(y, residual, weight, bias, eps, p, seed, centred, backend):
-    h = common.run("dropout_add", y, residual, p, seed, backend) if p else residual + y
-    return h, *common.run("layer_norm", h, weight, bias, eps, backend)
+    h = define.run("dropout_add", y, residual, p, seed, backend) if p else residual + y
+    return h, *define.run("layer_norm", h, weight, bias, eps, backend)
 
 
 def one_by_one_backward(du, dh, h, mean, rstd, weight, dtype, p, seed, need_dweight, need_dbias, backend):
-    dx, *sums = common.run("layer_norm_backward", du, h, mean, rstd, weight, True, need_dweight, need_dbias, backend)
+    dx, *sums = define.run("layer_norm_backward", du, h, mean, rstd, weight, True, need_dweight, need_dbias, backend)
     dx = dx if dh is None else dx + dh
-    return dx, dx if dtype is None else common.run("dropout_add_backward", dx, dtype, p, seed, backend), *sums
+    return dx, dx if dtype is None else define.run("dropout_add_backward", dx, dtype, p, seed, backend), *sums
 
 
 @pytest.mark.parametrize("tier", [1, 2, 3, 4, 5])

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib
 import itertools
 
 import pytest
@@ -11,11 +10,9 @@ from torch.nn import functional as F
 
 from petl_kernels import ops, parity
 from petl_kernels.errors import InputError
-from petl_kernels.ops import philox
+from petl_kernels.ops import attention_reference, philox
 
 from . import contract
-
-attention_op = importlib.import_module("petl_kernels.ops.attention")  # ops.attention is the function
 
 FP32, FP64 = torch.float32, torch.float64
 BF16 = torch.bfloat16
@@ -239,7 +236,7 @@ def test_the_reference_waits_for_no_boundaries(options, monkeypatch):
     """On other devices than a CPU it walks over all keys, which gives the same."""
     given = arguments_of(FP64, sentences=SENTENCES, **options)
     by_sentence = parity.run("attention", "reference", given)
-    monkeypatch.setattr(attention_op, "_is_read_without_waiting", lambda cu: False)
+    monkeypatch.setattr(attention_reference, "reads_without_waiting", lambda cu: False)
     contract.assert_close_by_name(parity.run("attention", "reference", given), by_sentence, 1e-12)
     with FakeTensorMode() as mode:  # whose tensors have no values to read
         parity.run(
@@ -250,7 +247,9 @@ def test_the_reference_waits_for_no_boundaries(options, monkeypatch):
 def test_work_is_that_of_the_sentences():
     given = arguments_of(FP32, sentences=((40, 50),) * 20 + ((0, 0),) * 5)
     names = ("q", "k", "v", "mask", "bias", "prefix_k", "prefix_v", "causal", "scale", "dropout", "seed")
-    inputs = attention_op._Inputs(*(given[name] for name in (*names, "cu_seqlens_q", "cu_seqlens_k", "distance_bias")))
+    inputs = attention_reference.Inputs(
+        *(given[name] for name in (*names, "cu_seqlens_q", "cu_seqlens_k", "distance_bias"))
+    )
     assert sum(inputs.scores(chunk).numel() for chunk in inputs.chunks()) == 3 * 20 * 40 * 50
 
 
@@ -326,7 +325,7 @@ def test_chunks_leave_no_seam(backend, dtype, monkeypatch):
     given = arguments_of(dtype, batch=3, bias=1, mask="rows", prefix=3, dropout=0.3)
     whole = parity.run("attention", "reference", given)
     for rows in (3 * 17 * 2, 2 * 17, 17, 5):
-        monkeypatch.setattr(attention_op, "CHUNK_BYTES", rows * 20 * 4)
+        monkeypatch.setattr(attention_reference, "CHUNK_BYTES", rows * 20 * 4)
         for name, value in parity.run("attention", "reference", given).items():
             torch.testing.assert_close(
                 value, whole[name], rtol=0.02 if dtype == BF16 else 1e-5, atol=0.03 if dtype == BF16 else 1e-5
@@ -336,7 +335,7 @@ def test_chunks_leave_no_seam(backend, dtype, monkeypatch):
 def test_chunks_are_contiguous_runs():
     for batch, heads, queries, columns in itertools.product((1, 3), (1, 4), (1, 5), (1, 7, 2**20)):
         index = torch.arange(batch * heads * queries).view(batch, heads, queries)
-        runs = [index[part].flatten() for part in attention_op.transient_chunks(batch, heads, queries, columns)]
+        runs = [index[part].flatten() for part in attention_reference.transient_chunks(batch, heads, queries, columns)]
         assert torch.equal(torch.cat(runs), index.flatten())
 
 

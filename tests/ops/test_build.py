@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shutil
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from petl_kernels import dispatch
 
 from . import contract
 
@@ -26,6 +29,25 @@ def test_build_info():
     assert set(info) == {"compiler", "flags", "torch", "vectors", "cuda"}
     assert "-O3" in info["flags"] and re.match(r"(gcc|clang) \d+", info["compiler"])
     assert torch.__version__.startswith(info["torch"])
+
+
+@pytest.mark.skipif("cpu" not in contract.BACKENDS, reason="the extension is not built")
+def test_constants_of_both_languages_are_equal():
+    import petl_kernels._C
+
+    for path, values in petl_kernels._C.constants().items():
+        module, name = path.split(".")
+        own = getattr(importlib.import_module(f"petl_kernels.ops.{module}"), name)
+        own = torch.tensor(own, dtype=torch.float64).reshape(-1)
+        assert own.float().tolist() == torch.tensor(values, dtype=torch.float64).float().tolist(), path
+
+
+@needs_sources
+@pytest.mark.skipif("cpu" not in contract.BACKENDS, reason="the extension is not built")
+def test_the_extension_has_the_kernels_of_its_sources():
+    """An extension that was built before a kernel was added or renamed would leave that op to the reference."""
+    sources = "".join(path.read_text() for path in (ROOT / "csrc" / "cpu").glob("*.cpp"))
+    assert sorted(re.findall(r"PETL_KERNEL\((\w+)\)", sources)) == sorted(dispatch.registered("cpu"))
 
 
 @needs_sources

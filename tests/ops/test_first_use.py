@@ -276,6 +276,6 @@ def test_no_check_waits_for_itself(op, backend, monkeypatch):
     """A check may use other ops by default, and make their checks; never its own, which it would wait for."""
     used, choose = [], dispatch._choose
     monkeypatch.setattr(dispatch, "_chosen", {})
-    monkeypatch.setattr(dispatch, "_choose", lambda *given: used.append(dispatch._family(given[0])) or choose(*given))
+    monkeypatch.setattr(dispatch, "_choose", lambda *given: used.append(dispatch.op_of(given[0])) or choose(*given))
     assert parity.check(op, backend, "cpu", FP32) is None
     assert op not in used

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import importlib
 
 import pytest
@@ -11,6 +12,7 @@ from petl_kernels import dispatch, ops, parity
 from petl_kernels.errors import InputError
 from petl_kernels.ops import loss_by_rows
 from petl_kernels.ops.linear_cross_entropy import compute, kernels_of
+from petl_kernels.ops.loss_options import ALL_ROWS, LossOptions, Needs
 
 from . import contract
 
@@ -281,9 +283,10 @@ def test_peak_memory_is_the_chunk(backend, needs, weight_dtype, blocks):
     weight, bias = torch.randn(words, d).to(weight_dtype), torch.randn(words)
     kernels = kernels_of(contract.CPU, backend, hidden.dtype)
     living = [hidden, labels, weight, bias]
+    options = LossOptions(0.1, "uniform", 1.0, -100, chunk_bytes, ALL_ROWS)
 
     def work():
-        compute(kernels, hidden, [weight], labels, bias, 0.1, "uniform", 1.0, -100, chunk_bytes, -1, None, *needs)
+        compute(kernels, hidden, [weight], labels, bias, None, options, Needs(*needs))
 
     peak = peak_bytes(work, living) - sum(tensor.nbytes for tensor in living)
     dhidden, dweight, dbias = (
@@ -334,11 +337,12 @@ def test_counted_asks_the_device_for_nothing(counted, scale):
     hidden, weight, labels = torch.randn(9, 8), torch.randn(30, 8), torch.zeros(9, dtype=torch.int64)
     hidden, weight, labels = (tensor.to("meta") for tensor in (hidden, weight, labels))
     kernels = kernels_of(contract.CPU, "reference", FP32)
-    given = (kernels, hidden, [weight], labels, None, 0.1, "uniform", scale, -100, 400)
-    losses, dhidden, *_, count = compute(*given, counted, None, True, False, False)
+    given, needs = (kernels, hidden, [weight], labels, None, None), Needs(True, False, False)
+    options = LossOptions(0.1, "uniform", scale, -100, 400, counted)
+    losses, dhidden, *_, count = compute(*given, options, needs)
     assert losses.shape == (9,) and dhidden.shape == (9, 8) and count.is_meta
     with pytest.raises(RuntimeError):
-        compute(*given, -1, None, True, False, False)
+        compute(*given, dataclasses.replace(options, counted=ALL_ROWS), needs)
 
 
 @pytest.mark.parametrize("backend", contract.BACKENDS)

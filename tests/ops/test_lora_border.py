@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from petl_kernels import parity
-from petl_kernels.ops.common import below_autograd, run
+from petl_kernels.ops.define import below_autograd, run
 from petl_kernels.ops.room import copied_rows, roomy, whole_rows
 
 from . import contract

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 from petl_kernels import ops, parity
 from petl_kernels.ops import loss_by_rows, loss_by_words
 from petl_kernels.ops.linear_cross_entropy import compute, kernels_of
+from petl_kernels.ops.loss_options import ALL_ROWS, LossOptions, Needs
 from petl_kernels.ops.product import ALIGNED, aligned_parts, widens
 from petl_kernels.planning.scratch import scratch_bytes
 
@@ -197,14 +199,15 @@ def test_peak_memory_is_the_blocks(dtype, apart, gradient):
     labels = torch.randint(0, words, (rows,))
     labels[::7] = -100 if apart else 0
     kernels, living = kernels_of(contract.CPU, "cpu", dtype), [hidden, labels, weight]
-    options = (0.1, "uniform", 1.0, -100, chunk_bytes, -1)
+    options = LossOptions(0.1, "uniform", 1.0, -100, chunk_bytes, ALL_ROWS)
 
     def work():
-        compute(kernels, hidden, [weight], labels, None, *options, None, gradient, False, False)
+        compute(kernels, hidden, [weight], labels, None, None, options, Needs(gradient, False, False))
 
     peak = peak_bytes(work, living) - sum(tensor.nbytes for tensor in living) - gradient * hidden.nbytes
     function = torch.ops.petl.linear_cross_entropy.default
-    planned = scratch_bytes(function, (hidden, [weight], labels, None, *options, "mean", gradient, False, False, ""))
+    given = (hidden, [weight], labels, None, *dataclasses.astuple(options), "mean", gradient, False, False, "")
+    planned = scratch_bytes(function, given)
     few = 24 * rows + 8 * d  # labels, indices, losses and states of rows: less than a second copy of some
     product = 0 if dtype == FP32 or widens(BF16) else 2 * rows * d  # one before it is added
     assert peak <= chunk_bytes + few + product

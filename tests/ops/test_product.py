@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from petl_kernels.dispatch import load_error, use
 from petl_kernels.ops import product
-from petl_kernels.ops.common import accumulate_dtype
+from petl_kernels.ops.define import accumulate_dtype
 
 LAYOUTS = ("rows", "columns", "part")
 # Odd sizes, one row, more than one block of rows, of columns and of the inner dimension, no inner dimension.

@@ -32,7 +32,7 @@ def kernel(name: str, backend: str):
 
 def empty_quantized(shape: tuple[int, int], storage: str, dtype: torch.dtype, device: str = "cpu") -> QuantizedTensor:
     """A weight with memory and no values."""
-    parts = [torch.empty(size, dtype=kind, device=device) for size, kind in op._part_shapes(*shape, storage)]
+    parts = [torch.empty(size, dtype=kind, device=device) for size, kind in op.part_shapes(*shape, storage)]
     return QuantizedTensor(parts, shape, dtype)
 
 

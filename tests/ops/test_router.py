@@ -12,6 +12,7 @@ import torch
 
 from petl_kernels import dispatch, ops, parity
 from petl_kernels.errors import InputError
+from petl_kernels.ops import cases
 
 from . import contract
 
@@ -35,7 +36,8 @@ def router(monkeypatch):
 
 
 def test_names():
-    assert set(ops.OPS) == set(parity.CASES) == set(parity._RUN)
+    assert set(ops.OPS) == set(parity.CASES) == set(cases.CASES)
+    assert {dispatch.op_of(name) for name in dispatch.registered("reference")} == {*ops.OPS, "product"}
     assert "reference" in ops.available_backends()
     assert set(ops.available_backends()) <= set(dispatch.BACKENDS)
 

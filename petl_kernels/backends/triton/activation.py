@@ -11,8 +11,10 @@ import triton.language as tl
 
 from petl_kernels.backends.triton import config
 from petl_kernels.backends.triton.common import as_rows, drop, dropout_arguments, launch, load, store
+from petl_kernels.backends.triton.registry import serves
 
 
+@serves
 def activation(
     z: torch.Tensor, kind: str, dropout: float, seed: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -25,7 +27,7 @@ def activation(
 
 
 def activate_rows(y, bits, rows, kind: str, dropout: float = 0.0, seed: torch.Tensor | None = None) -> None:
-    """y = drop(act(rows)), and a ReLU's bits; y may be ``rows``."""
+    """Writes drop(act(rows)) into y, and a ReLU's bits; y may be ``rows``."""
     if rows.numel():
         tokens, features = rows.shape
         tile = config.elementwise_tile(rows)
@@ -36,6 +38,7 @@ def activate_rows(y, bits, rows, kind: str, dropout: float = 0.0, seed: torch.Te
         )  # fmt: skip
 
 
+@serves
 def activation_backward(
     dy: torch.Tensor, saved: torch.Tensor, kind: str, dropout: float, seed: torch.Tensor | None
 ) -> torch.Tensor:
@@ -47,7 +50,7 @@ def activation_backward(
 
 
 def activate_rows_backward(dz, rows, saved, kind: str, dropout: float = 0.0, seed: torch.Tensor | None = None) -> None:
-    """dz = drop(rows) act'(z) from z, or from a ReLU's bits; dz may be ``rows``."""
+    """Writes drop(rows) act'(z) into dz, from z or from a ReLU's bits; dz may be ``rows``."""
     if rows.numel():
         tokens, features = rows.shape
         tile = config.elementwise_tile(rows)
@@ -89,7 +92,7 @@ def derivative(z, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def store_bits(bits, positive, rows, first, N, row_inside):
-    """Pack zeros and ones (BM, BN), whose columns start at ``first`` of rows of N, into the bits of those rows."""
+    """Packs zeros and ones (BM, BN), whose columns start at ``first`` of rows of N, into the bits of those rows."""
     BM: tl.constexpr = positive.shape[0]
     BN: tl.constexpr = positive.shape[1]
     flags = tl.reshape(positive, (BM, BN // 8, 8))

@@ -1,6 +1,6 @@
-"""Holds what the Triton kernels share: tile order, pointer choice, the dropout mask, sums of parts.
+"""Shares pieces among the Triton kernels: tiles, the choice of pointers, the dropout mask, sums of parts.
 
-Every product accumulates in fp32 and asks for `input_precision="ieee"`, which matters for fp32 inputs only:
+Every product accumulates in fp32, with `input_precision="ieee"`, which matters for fp32 inputs only:
 TF32 would miss the error criterion of the ops. No float atomics anywhere: sums over tokens are split into parts
 that `sum_partials` adds in a fixed order, so two runs agree bitwise.
 
@@ -23,13 +23,13 @@ from petl_kernels.ops import philox
 
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:
-    """(..., K) as (tokens, K) whose last stride is 1; a view wherever the strides allow it."""
+    """Returns (..., K) as (tokens, K) whose last stride is 1; a view wherever the strides allow it."""
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
 def sum_partials(partials: torch.Tensor, outs: list[torch.Tensor]) -> None:
-    """outs, end to end = the sum of `partials` (splits, elements) over the splits, in each out's dtype."""
+    """Writes the sum of `partials` (splits, elements) over the splits into `outs`, end to end, in each one's dtype."""
     splits, total = partials.shape
     rows, cols = config.sum_block(splits, total)
     sizes = tuple(out.numel() for out in outs)
@@ -56,13 +56,13 @@ def _sum_kernel(partials, outs, sizes, splits, total, ROWS: tl.constexpr, COLS: 
 
 @triton.jit
 def load(pointers, row_inside, col_inside):
-    """A tile, with zeros outside."""
+    """Returns a tile, with zeros outside."""
     return tl.load(pointers, mask=row_inside[:, None] & col_inside[None, :], other=0.0)
 
 
 @triton.jit
 def load_rows(pointer, stride, start, stop, cols, col_inside, ROWS: tl.constexpr):
-    """Rows start to start + ROWS of a matrix, with zeros from row `stop` on."""
+    """Returns rows start to start + ROWS of a matrix, with zeros from row `stop` on."""
     rows = (start + tl.arange(0, ROWS)).to(tl.int64)
     return load(pointer + rows[:, None] * stride + cols[None, :], rows < stop, col_inside)
 
@@ -74,7 +74,7 @@ def store(pointers, tile, row_inside, col_inside):
 
 @triton.jit
 def pick(items, index):
-    """items[index] for an index known only at run time; the items are pointers or numbers."""
+    """Returns items[index] for an index known only at run time; the items are pointers or numbers."""
     value = items[0]
     for i in tl.static_range(1, len(items)):
         value = tl.where(index == i, items[i], value)
@@ -83,13 +83,13 @@ def pick(items, index):
 
 @triton.jit
 def aligned(number, ALIGN: tl.constexpr):
-    """`number`, which ALIGN divides, in a form that shows it: Triton itself only notices multiples of 16."""
+    """Returns `number`, which ALIGN divides, in a form that shows it: Triton itself only detects multiples of 16."""
     return number // ALIGN * ALIGN
 
 
 @triton.jit
 def stacked_rows(matrices, sizes, index, stride):
-    """Pointers to rows `index` of matrices stacked on top of each other (matrix i has sizes[i] rows)."""
+    """Returns pointers to rows `index` of matrices stacked on top of each other (matrix i has sizes[i] rows)."""
     pointers = matrices[0] + index * stride
     start = 0
     for i in tl.static_range(1, len(matrices)):
@@ -108,7 +108,7 @@ def total_size(sizes):
 
 @triton.jit
 def start_of(sizes, index):
-    """sizes[0] + ... + sizes[index - 1]"""
+    """Returns sizes[0] + ... + sizes[index - 1]."""
     start = 0
     for i in tl.static_range(len(sizes) - 1):
         start = tl.where(index > i, start + sizes[i], start)
@@ -117,7 +117,7 @@ def start_of(sizes, index):
 
 @triton.jit
 def drop(tile, seed, rows, first, K, threshold, keep_scale):
-    """Inverted dropout of a tile whose columns start at `first`, a multiple of 8, of rows of K columns.
+    """Returns a tile after inverted dropout, whose columns start at `first`, a multiple of 8, of rows of K.
 
     The mask is never stored (ops/philox.py). `threshold` is that of 16 bits times 2^16.
     """
@@ -128,9 +128,9 @@ def drop(tile, seed, rows, first, K, threshold, keep_scale):
 
 @triton.jit
 def keep_probabilities(seed, rows, first, K, threshold, COLS: tl.constexpr):
-    """Which of COLS columns of attention's probabilities stay; `first` is a multiple of 32, and so are COLS and K.
+    """Returns which of COLS columns of attention's probabilities stay; 32 divides `first`, COLS and K.
 
-    In the order of `philox.place`, tensor cores leave a thread the columns of whole counters: nothing is exchanged.
+    In the order of `philox.place` a thread of a tensor core holds the columns of whole counters: nothing is exchanged.
     """
     ROWS: tl.constexpr = rows.shape[0]
     numbers = tl.reshape(_numbers(seed, rows, first, K, COLS), (ROWS, COLS // 32, 4, 4, 2))
@@ -140,7 +140,7 @@ def keep_probabilities(seed, rows, first, K, threshold, COLS: tl.constexpr):
 
 @triton.jit
 def _numbers(seed, rows, first, K, COLS: tl.constexpr):
-    """The random numbers of COLS columns: (rows, counters, 2, 2, 2), the last three being the bits of a place among 8.
+    """Returns the random numbers of COLS columns, (rows, counters, 2, 2, 2); the last three are the bits of a place.
 
     They are the upper 16 bits; where they are the high half of a word, its low half stays and decides nothing. Nothing
     is reshaped before all eight are there: a thread keeps the words of its counters.

@@ -147,13 +147,13 @@ ATTENTION_DISTANCES = Tile(32, 32, 16, 4, 1)  # k: how many distances of a bias 
 
 
 def cdiv(size: int, block: int) -> int:
-    """How many blocks cover `size`; `triton.cdiv` takes 4 µs where it is called from Python."""
+    """Returns how many blocks cover `size`; `triton.cdiv` takes 4 µs where it is called from Python."""
     return -(-size // block)
 
 
 @functools.cache
 def device_class(device: torch.device) -> str:
-    """The key of the tables above."""
+    """Returns the key of the tables above."""
     if device.type != "cuda":
         return "interpreter"
     major, minor = torch.cuda.get_device_capability(device)
@@ -162,34 +162,34 @@ def device_class(device: torch.device) -> str:
 
 @functools.cache
 def processors(device: torch.device) -> int:
-    """Multiprocessors to fill."""
+    """Returns the number of multiprocessors of a card, 4 for the CPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 def key(x: torch.Tensor) -> str:
-    """The key of the tables above: fp32 has smaller tiles, the same on every card."""
+    """Returns the key of the tables above for a dtype: fp32 has smaller tiles, the same on every card."""
     kind = device_class(x.device)
     return "fp32" if x.dtype == torch.float32 and kind != "interpreter" else kind
 
 
 def elementwise_tile(x: torch.Tensor) -> ElementwiseTile:
-    """16 elements a thread: two loads of 16 bytes each, in 16 bit."""
+    """Returns a tile with 16 elements a thread: two loads of 16 bytes each, in 16 bit."""
     return ElementwiseTile(2, 32, 4) if device_class(x.device) == "interpreter" else ElementwiseTile(4, 512, 4)
 
 
 def takes_rows_alone(x: torch.Tensor, inner: int) -> bool:
-    """Whether each row of x passes over a quantized weight (N, inner) for itself."""
+    """Returns whether each row of x passes over a quantized weight (N, inner) for itself."""
     return inner % 64 == 0 and x.shape[0] <= QUANTIZED_VECTOR_ROWS
 
 
 def quantized_row(inner: int) -> Tile:
-    """n rows of Ŵ and k of their columns: all of them, up to 4096."""
+    """Returns a tile of n rows of Ŵ and k of their columns: all of them, up to 4096."""
     k = min(max(64, 1 << (inner - 1).bit_length()), QUANTIZED_ROW_VALUES)
     return Tile(1, QUANTIZED_ROW_VALUES // k, k, 4, 1)
 
 
 def dequantizes_in_loop(x: torch.Tensor, inner: int, storage: str) -> bool:
-    """Whether the product of the rows of x with a quantized weight (N, inner) dequantizes it in the main loop."""
+    """Returns whether the product of x with a quantized weight (N, inner) dequantizes it in the main loop."""
     return inner % 64 == 0 and x.shape[0] <= QUANTIZED_LOOP_ROWS[storage]
 
 
@@ -199,9 +199,9 @@ def quantized_tile(x: torch.Tensor, rows: int) -> Tile:
 
 
 def quantized_tile_length(x: torch.Tensor, length: int, width: int) -> int:
-    """How much of a weight's dimension is dequantized at a time, `width` numbers of x's dtype wide.
+    """Returns how much of a weight's dimension is dequantized at a time, `width` numbers of x's dtype wide.
 
-    Tiles of about equal length, which begin at multiples of 64 where that fits.
+    The tiles have about equal length, and begin at multiples of 64 where that fits.
     """
     limit = INTERPRETER_QUANTIZED_TILE_BYTES if device_class(x.device) == "interpreter" else CUDA_TILE_BYTES
     most = max(1, limit // max(1, width * x.element_size()))
@@ -211,14 +211,14 @@ def quantized_tile_length(x: torch.Tensor, length: int, width: int) -> int:
 
 
 def inner_splits(x: torch.Tensor, tile: Tile, programs: int, summed: int) -> int:
-    """Parts of a product's summed dimension: two programs for each multiprocessor, but four steps in each part; two
-    where rows are few and the weight is all that is read."""
+    """Returns the parts of a product's summed dimension: two programs for each multiprocessor, but four steps in each
+    part, or two where rows are few and little but the weight is read."""
     wanted = -(-2 * processors(x.device) // programs)
     return max(1, min(wanted, summed // ((2 if tile.m == 16 else 4) * tile.k)))
 
 
 def adapter_tile(x: torch.Tensor, rows: int, width: int) -> Tile:
-    """The tile for accumulators of `width` columns in all; fewer rows where some multiprocessors would idle."""
+    """Returns the tile for accumulators of `width` columns in all; fewer rows where some multiprocessors would idle."""
     tile = ADAPTER[key(x)][width > ADAPTER_NARROW]
     while tile.m > 16 and -(-rows // tile.m) < 0.75 * processors(x.device):
         tile = tile._replace(m=tile.m // 2, warps=4)
@@ -237,8 +237,10 @@ def latent_tile(x: torch.Tensor) -> ElementwiseTile:
 
 
 def attention_tile(table: dict[str, tuple[Tile, Tile]], q: torch.Tensor, dropout: float, distances: bool) -> Tile:
-    """Fewer queries with a bias by distance in fp32 or beside wide heads, in backward: its places in the table need
-    registers too. With dropout fewer keys beside it, and where operands are in registers; on sm_100 fewer queries.
+    """Returns the tile of `table` for q, smaller where other operands need registers as well.
+
+    A bias by distance leaves room for fewer queries in backward, in fp32 and beside wide heads. With dropout a tile has
+    fewer keys beside such a bias, and on cards that hold operands in registers; on sm_100 fewer queries.
     """
     kind, wide = key(q), q.shape[3] > ATTENTION_NARROW
     tile = table[kind][wide]
@@ -252,7 +254,7 @@ def attention_tile(table: dict[str, tuple[Tile, Tile]], q: torch.Tensor, dropout
 
 
 def attention_sentence_tile(q: torch.Tensor, sentences: int, packed: bool) -> Tile | None:
-    """For gradients of whole sentences at once; None where these are too long for it, in a packed row on the average.
+    """Returns the tile for gradients of whole sentences, None where they are too long (in packed rows, on the average).
 
     Wide heads in packed rows have no registers for the sentences that are longer.
     """
@@ -266,55 +268,58 @@ def attention_sentence_tile(q: torch.Tensor, sentences: int, packed: bool) -> Ti
 
 
 def padded(size: int, largest: int) -> int:
-    """A block for `size` ranks: a power of two, at least the 16 that a matrix instruction takes, at most `largest`."""
+    """Returns a block for `size` ranks: a power of two, at least 16 for a matrix instruction, at most `largest`."""
     return min(max(16, 1 << (size - 1).bit_length()), largest)
 
 
 def alignment(ranks: tuple[int, ...]) -> int:
-    """The largest power of two, up to 16, that divides every rank (and stride): how wide loads along ranks may be."""
+    """Returns the largest power of two, up to 16, that divides every rank (and stride), for loads along ranks."""
     return math.gcd(16, *ranks)
 
 
 def rank_columns(x: torch.Tensor, dropout: float) -> int:
-    """Columns at a time of what is made from s or ds of a block of rows; a mask takes registers beside them."""
+    """Returns how many columns are made at a time from s or ds of a block of rows; a mask takes registers, too."""
     if device_class(x.device) == "interpreter" or x.dtype == torch.float32:
         return 32
     return 64 if dropout else 128
 
 
 def splits(x: torch.Tensor, tile: Tile, programs: int) -> int:
-    """Parts of a sum over x's tokens: two programs for each multiprocessor, but four steps in each part."""
+    """Returns the parts of a sum over x's tokens: two programs for each multiprocessor, but four steps in each part."""
     tokens = x.numel() // x.shape[-1]
     wanted = -(-2 * processors(x.device) // programs)
     return max(1, min(wanted, -(-tokens // (4 * tile.k))))
 
 
 def gradient_parts(x: torch.Tensor, blocks: int) -> int:
-    """Parts of a sum over `blocks` of GRADIENTS' tokens, of which each walks over every so many-th."""
+    """Returns the parts of a sum over `blocks` of GRADIENTS' tokens; part i has blocks i, i + parts, i + 2 parts, …"""
     interpreter = device_class(x.device) == "interpreter"
     return min(blocks, INTERPRETER_GRADIENT_PARTS if interpreter else CUDA_PARTS)
 
 
 def sum_block(splits: int, elements: int) -> tuple[int, int]:
-    """(parts, elements) that a program adds at a time: many parts of few elements are read side by side, since a
-    program that read them one after the other would wait for memory as often."""
+    """Returns (parts, elements) that a program adds at a time.
+
+    Many parts of few elements are read side by side, since a program that read them one after the other would wait for
+    memory as often.
+    """
     few = elements < SUM_FEW
     return 64 if few and splits > 8 else 8, 64 if few else 256
 
 
 def row_block(rows: torch.Tensor) -> tuple[int, int]:
-    """(columns in one step along a row, warps): 32 columns a thread, so that a row of 1024 is one warp's, and 4096."""
+    """Returns (columns of a step along a row, warps): 32 columns a thread, so that one warp has a row of 1024."""
     block = max(8, min(1 << (rows.shape[1] - 1).bit_length(), _widest_row(rows)))  # 8 share a number of a mask
     return block, max(1, block // 1024)
 
 
 def whole_rows(rows: torch.Tensor) -> bool:
-    """Whether one program holds a row."""
+    """Returns whether one program holds a row."""
     return rows.shape[1] <= _widest_row(rows)
 
 
 def row_programs(rows: torch.Tensor, sums: bool) -> tuple[tuple[int, int], Tile]:
-    """(grid, tile) for a pass over whole rows, or blocks of columns of longer ones; 8 columns a thread, or 16 of 4096.
+    """Returns (grid, tile) for a pass over whole rows, or blocks of columns of longer ones: 8 or 16 columns a thread.
 
     With sums over the rows, two programs for each multiprocessor walk over them and copy a tile ahead of its use.
     """
@@ -333,7 +338,7 @@ def _widest_row(rows: torch.Tensor) -> int:
 
 
 def chunk_rows(rows: torch.Tensor, hidden: int) -> int:
-    """How many rows of hidden values exist at a time, in chunks of equal length."""
+    """Returns how many rows of hidden values exist at a time, in chunks of equal length."""
     tokens = max(1, rows.shape[0])
     if device_class(rows.device) == "interpreter":
         return -(-tokens // -(-tokens // INTERPRETER_CHUNK_ROWS))
@@ -345,5 +350,5 @@ def vocabulary_block(x: torch.Tensor) -> int:
 
 
 def word_warps(words: int) -> int:
-    """Warps for a row of so many logits in registers: 32 a thread."""
+    """Returns the warps for a row of so many logits in registers: 32 a thread."""
     return max(1, min(16, words // 1024))

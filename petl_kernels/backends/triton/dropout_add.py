@@ -11,13 +11,16 @@ import triton.language as tl
 
 from petl_kernels.backends.triton import config
 from petl_kernels.backends.triton.common import as_rows, drop, dropout_arguments, launch, load, store
+from petl_kernels.backends.triton.registry import serves
 
 
+@serves
 def dropout_add(x: torch.Tensor, residual: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
     y = _launch(as_rows(x), as_rows(residual), torch.promote_types(x.dtype, residual.dtype), p, seed)
     return y.view(x.shape)
 
 
+@serves
 def dropout_add_backward(dy: torch.Tensor, dtype: torch.dtype, p: float, seed: torch.Tensor) -> torch.Tensor:
     return _launch(as_rows(dy), None, dtype, p, seed).view(dy.shape)
 

@@ -24,10 +24,12 @@ from petl_kernels.backends.triton.layer_norm import (
     statistics,
     write_step,
 )
+from petl_kernels.backends.triton.registry import serves, serves_with_room
 from petl_kernels.backends.triton.rms_norm import rms_norm
 from petl_kernels.ops.room import roomy
 
 
+@serves_with_room
 def dropout_add_norm(y, residual, weight, bias, eps: float, p: float, seed, centred: bool, room: int = 0):
     rows, residuals = as_rows(y), as_rows(residual)
     tokens, d = rows.shape
@@ -48,6 +50,7 @@ def dropout_add_norm(y, residual, weight, bias, eps: float, p: float, seed, cent
     return h, u, mean if centred else rstd.new_empty(0), rstd
 
 
+@serves
 def dropout_add_norm_backward(du, dresidual, h, mean, rstd, weight, dtype, p: float, seed, need_dweight, need_dbias):
     given = (du, h, mean, rstd, weight, True, need_dweight, need_dbias)
     if config.whole_rows(as_rows(h)):
@@ -69,7 +72,7 @@ def _one_after_the_other(y, residual, weight, bias, eps, p, seed, centred, room)
 
 @triton.jit
 def _dropped(values, seed, row, d, threshold, keep_scale, BN: tl.constexpr):
-    """drop() of one row that lies in registers."""
+    """Returns one row, which is in registers, after dropout."""
     if seed is not None:
         rows = row + tl.arange(0, 1)
         tile = drop(tl.reshape(values, (1, BN)), seed, rows, 0, d, threshold, keep_scale)

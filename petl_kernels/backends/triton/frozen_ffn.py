@@ -24,9 +24,11 @@ from petl_kernels.backends.triton.common import as_rows, launch, load, store
 from petl_kernels.backends.triton.frozen_linear import column_sums
 from petl_kernels.backends.triton.gated_activation import gate_rows, gate_rows_backward
 from petl_kernels.backends.triton.quantized import quantized_project, quantized_project_back
+from petl_kernels.backends.triton.registry import serves
 from petl_kernels.ops.quantized import is_quantized, out_features
 
 
+@serves
 def frozen_ffn(x, w1, c1, w2, c2, gate, activation: str, keeps: str, products=PyTorchProducts):
     multiply = functools.partial(_multiply, products)
     rows = as_rows(x)
@@ -53,6 +55,7 @@ def frozen_ffn(x, w1, c1, w2, c2, gate, activation: str, keeps: str, products=Py
     return y.view(x.shape), *(x.new_empty(0) if value is None else value for value in (kept, g))
 
 
+@serves
 def frozen_ffn_backward(
     dy, x, kept_z, kept_g, w1, c1, w2, gate, activation: str, keeps: str, need_dx, need_dc1, need_dc2,
     products=PyTorchProducts,
@@ -92,7 +95,7 @@ def frozen_ffn_backward(
 
 
 def _rectified(products, rows, weight, bias, h, bits) -> None:
-    """h = relu(rows Wᵀ + bias); bits, unless None: which of h is positive."""
+    """Writes relu(rows Wᵀ + bias) into h, and the positive places of h into bits unless they are None."""
     by_product, packed = not is_quantized(weight), False
     if by_product:
         packed = products.relu_linear(rows, weight[0], bias, h, bits)
@@ -107,21 +110,21 @@ def _rectified(products, rows, weight, bias, h, bits) -> None:
 
 
 def _multiply(products, rows, weight, bias, out) -> torch.Tensor:
-    """out = rows Wᵀ + bias"""
+    """Writes rows Wᵀ + bias into out."""
     if is_quantized(weight):
         return quantized_project(rows, weight, bias, out)
     return products.linear(rows, weight[0], bias, out)
 
 
 def _multiply_back(products, rows, weight, out, add: bool = False) -> torch.Tensor:
-    """out = or += rows W"""
+    """Writes rows W into out, or adds it."""
     if is_quantized(weight):
         return out.add_(quantized_project_back(rows, weight)) if add else quantized_project_back(rows, weight, out)
     return products.multiply(rows, weight[0], out, add)
 
 
 def _chunks(rows: torch.Tensor, hidden: int) -> Iterator[tuple[slice, slice]]:
-    """(the rows of a chunk, as many rows from 0)"""
+    """Yields the rows of each chunk, and as many rows from 0 on."""
     size = config.chunk_rows(rows, hidden)
     for first in range(0, rows.shape[0], size):
         stop = min(first + size, rows.shape[0])
@@ -138,7 +141,7 @@ def _empty_bits(rows: torch.Tensor, hidden: int) -> torch.Tensor:
 
 @triton.jit
 def _positive_kernel(h, bits, M, N, RELU: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """Which of h are positive, eight to a byte; with RELU h is z before."""
+    """Writes which of h are positive, eight to a byte; with RELU h holds z, and relu(z) takes its place."""
     rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     first = tl.program_id(1) * BN
     cols = first + tl.arange(0, BN)

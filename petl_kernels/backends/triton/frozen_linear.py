@@ -9,12 +9,15 @@ import triton.language as tl
 
 from petl_kernels.backends.triton import config
 from petl_kernels.backends.triton.common import as_rows, launch, load, sum_partials
+from petl_kernels.backends.triton.registry import serves
 
 
+@serves
 def frozen_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return F.linear(x, weight, bias)
 
 
+@serves
 def frozen_linear_backward(
     dy: torch.Tensor, weight: torch.Tensor, need_dx: bool, need_dbias: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -28,7 +31,7 @@ def frozen_linear_backward(
 
 
 def column_sums(x: torch.Tensor) -> torch.Tensor:
-    """Σ over the rows of x (M, N), in fp32."""
+    """Returns the sum over the rows of x (M, N), in fp32 (N,)."""
     rows, cols = x.shape
     sums = x.new_zeros(cols, dtype=torch.float32)
     if rows == 0:

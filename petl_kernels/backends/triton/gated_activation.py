@@ -12,8 +12,10 @@ import triton.language as tl
 from petl_kernels.backends.triton import config
 from petl_kernels.backends.triton.activation import activate, derivative
 from petl_kernels.backends.triton.common import as_rows, drop, dropout_arguments, launch, load, store
+from petl_kernels.backends.triton.registry import serves
 
 
+@serves
 def gated_activation(
     z: torch.Tensor, g: torch.Tensor, kind: str, dropout: float, seed: torch.Tensor | None
 ) -> torch.Tensor:
@@ -24,7 +26,7 @@ def gated_activation(
 
 
 def gate_rows(y, z_rows, g_rows, kind: str, dropout: float = 0.0, seed: torch.Tensor | None = None) -> None:
-    """y = drop(act(z) g); y may be one of the two."""
+    """Writes drop(act(z) g) into y, which may be one of the two."""
     if y.numel():
         tokens, features = y.shape
         tile = config.elementwise_tile(y)
@@ -35,6 +37,7 @@ def gate_rows(y, z_rows, g_rows, kind: str, dropout: float = 0.0, seed: torch.Te
         )  # fmt: skip
 
 
+@serves
 def gated_activation_backward(
     dy: torch.Tensor, z: torch.Tensor, g: torch.Tensor, kind: str, dropout: float, seed: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,7 +50,7 @@ def gated_activation_backward(
 def gate_rows_backward(
     dz, dg, dy_rows, z_rows, g_rows, kind: str, dropout: float = 0.0, seed: torch.Tensor | None = None
 ) -> None:
-    """dz = drop(dy) g act'(z) and dg = drop(dy) act(z); dz may be ``dy_rows``."""
+    """Writes dz = drop(dy) g act'(z) and dg = drop(dy) act(z); dz may be ``dy_rows``."""
     if dz.numel():
         tokens, features = dz.shape
         tile = config.elementwise_tile(dz)

@@ -2,11 +2,11 @@
 
 ``kernel[grid](...)`` binds every argument by name, describes all of them and the options in a string and looks its
 compiled kernel up with that, some 40 times a layer (``petl-mt bench host`` times it). Here the key has what Triton
-compiles anew for and nothing else: the dtype of a pointer and whether 16 divides it, of an integer whether it is 1, a
-multiple of 16 or needs 64 bits, what is absent, how long a tuple is (``csrc/host/launch_key.cpp``, or Triton's own
-function where there is no compiler), and constants, warps and stages. A compiled kernel therefore only meets arguments
-for which Triton would have chosen it. Integers of ``do_not_specialize`` are told apart too: an entry more, and the same
-code.
+compiles anew for and nothing else: the dtype of a pointer and whether 16 divides it, whether an integer is 1, a
+multiple of 16 or needs 64 bits, which arguments are None, how long a tuple is (``csrc/host/launch_key.cpp``, or
+Triton's own function where there is no compiler), and constants, warps and stages. A compiled kernel therefore only
+meets arguments for which Triton would have chosen it. Integers of ``do_not_specialize`` are told apart too: an entry
+more, and the same code.
 
 Anything out of the ordinary goes Triton's way: the interpreter, hooks, debugging, instrumentation, arguments of
 another kind, a backend or a version of Triton whose launch was not compared with this one. No tensor is kept.
@@ -24,21 +24,15 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver, jit
 from triton.runtime.jit import JITFunction
 
-try:
-    from petl_kernels._C import launch_key
-except ImportError:  # a machine without a compiler
+from petl_kernels.extension import find_extension
 
-    def launch_key(args: tuple) -> tuple | None:
-        return _key_by_triton(args)
-
-
-# Those whose JITFunction.run, CompiledKernel and specialisation were read beside this file.
+# The versions of Triton whose JITFunction.run, CompiledKernel and specialisation were compared with this file.
 COMPARED = {"3.6", "3.7", "3.8"}
 _is_compared = ".".join(triton.__version__.split(".")[:2]) in COMPARED
 
 
 class _Prepared(NamedTuple):
-    """One compiled kernel as it is started. ``compiled`` and ``kernel`` keep its code loaded and its key its own."""
+    """A compiled kernel and how it is started. ``compiled`` and ``kernel`` keep its code loaded and its key unique."""
 
     compiled: CompiledKernel
     kernel: JITFunction
@@ -53,7 +47,7 @@ _prepared: dict[tuple, _Prepared] = {}
 
 
 def launch(kernel, grid: tuple[int, ...], *args, warps: int, stages: int, **constexprs) -> None:
-    """Run `kernel` on the device of its first tensor. FP fusion is set: Triton 3.10 changes its default."""
+    """Runs `kernel` on the device of its first tensor. FP fusion is set, since Triton 3.10 changes its default."""
     for tensor in args:
         if isinstance(tensor, torch.Tensor):
             break
@@ -94,8 +88,12 @@ def _key_by_triton(args: tuple) -> tuple | None:
         return None
 
 
+_extension = find_extension()
+launch_key = _key_by_triton if _extension is None else _extension.launch_key
+
+
 def _is_plain(kernel) -> bool:
-    """Whether Triton's own launch would do nothing but find the compiled kernel and start it."""
+    """Returns whether Triton's own launch would do nothing but find the compiled kernel and start it."""
     runtime = knobs.runtime
     try:
         return (
@@ -118,7 +116,7 @@ def _unchanged(used: tuple[tuple[dict, str, Any], ...]) -> bool:
 
 
 def _is_familiar(compiled, kernel: JITFunction, args: tuple, constexprs: dict[str, Any]) -> bool:
-    """Whether the arguments are the kernel's first parameters, in order, and its constants all others, by name."""
+    """Returns whether the arguments are the kernel's first parameters, in order, and the constants all others."""
     params = kernel.params
     return (
         type(compiled) is CompiledKernel

@@ -18,25 +18,29 @@ import triton.language as tl
 
 from petl_kernels.backends.triton import config
 from petl_kernels.backends.triton.common import as_rows, drop, dropout_arguments, launch, load, store, sum_partials
+from petl_kernels.backends.triton.registry import serves, serves_with_room
 from petl_kernels.ops.room import roomy
 
 
+@serves_with_room
 def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, room: int = 0):
     mean, rstd = (x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
     return norm(x, mean, rstd, weight, bias, eps, room), mean, rstd
 
 
+@serves_with_room
 def layer_norm_from_statistics(x, mean, rstd, weight, bias, room: int = 0) -> torch.Tensor:
     return norm_again(x, mean, rstd, weight, bias, room)
 
 
+@serves
 def layer_norm_backward(dy, x, mean, rstd, weight, need_dx, need_dweight, need_dbias):
     dx, _, dweight, dbias, _ = norm_backward(dy, x, mean, rstd, weight, need_dx, need_dweight, need_dbias)
     return dx, dweight, dbias
 
 
 def norm(x, mean, rstd, weight, bias, eps: float, room: int = 0) -> torch.Tensor:
-    """y, with ``room`` columns free behind each row; writes rstd, and the mean unless it is None."""
+    """Returns y with ``room`` free columns behind each row; writes rstd, and the mean unless it is None."""
     rows, d = as_rows(x), x.shape[-1]
     y = _output(x, weight, room)
     _launch_rows(_norm_kernel, rows, y, mean, rstd, rows, weight, bias, d, d + room, rows.stride(0), eps)
@@ -55,7 +59,7 @@ def norm_backward(
     du, x, mean, rstd, weight, need_dx: bool, need_dweight: bool, need_dbias: bool = False, dresidual=None, dtype=None,
     p: float = 0.0, seed=None, need_residual_sum: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """(dx, dy, dw, dv, Σ dresidual), of size 0 where not needed.
+    """Returns (dx, dy, dw, dv, Σ dresidual), of size 0 where not needed.
 
     dx = norm'(du) + dresidual, and dy = drop(dx) in ``dtype``. Longer rows than
     `config.whole_rows` allows take neither dresidual nor ``dtype``.
@@ -110,7 +114,7 @@ def read(pointers, cols, d):
 
 @triton.jit
 def write_step(y, values, mean, rstd, weight, bias, cols, d):
-    """((values - mean) rstd) w + v, at ``cols`` of a row."""
+    """Writes ((values - mean) rstd) w + v to columns ``cols`` of a row."""
     out = (values - mean) * rstd * read(weight, cols, d)
     if bias is not None:
         out += read(bias, cols, d)
@@ -119,14 +123,14 @@ def write_step(y, values, mean, rstd, weight, bias, cols, d):
 
 @triton.jit
 def add_step(total, square, values, shift, cols, d):
-    """Σ and Σ² of differences from ``shift``, with those of one step of a row in them."""
+    """Returns Σ and Σ² of differences from ``shift``, after one more step along a row."""
     centred = tl.where(cols < d, values - shift, 0.0)
     return total + centred, square + centred * centred
 
 
 @triton.jit
 def statistics(total, square, shift, d, eps, CENTRED: tl.constexpr):
-    """(mean, rstd) from the sums of a row; the mean is 0 without CENTRED."""
+    """Returns (mean, rstd) from the sums of a row; the mean is 0 without CENTRED."""
     variance = tl.sum(square, 0) / d
     centre = 0.0
     if CENTRED:
@@ -143,7 +147,7 @@ def step_gradient(g, normalised, mean_g, mean_gn, rstd):
 
 @triton.jit
 def _write_row(y, x, mean, rstd, weight, bias, d, BN: tl.constexpr):
-    """y of a row: in one place, so that forward and the output again have the same bits."""
+    """Writes y of a row, for both kernels that write y, whose bits have to be the same."""
     for start in range(0, d, BN):
         cols = start + tl.arange(0, BN)
         write_step(y, read(x, cols, d), mean, rstd, weight, bias, cols, d)
@@ -211,8 +215,10 @@ def _norm_backward_kernel(
     threshold, keep_scale, WEIGHT: tl.constexpr, BIAS: tl.constexpr, RESIDUAL_SUM: tl.constexpr,
     ROWS: tl.constexpr, BN: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """dx and dy of whole rows, and this program's part of dw = Σ du x̂, with those of dv = Σ du and of Σ dresidual
-    behind it. Without dx the second axis of the grid may have blocks of columns."""
+    """Writes dx and dy of whole rows, and this program's parts of dw = Σ du x̂, dv = Σ du and Σ dresidual, end to end.
+
+    Without dx the second axis of the grid may have blocks of columns.
+    """
     cols = tl.program_id(1) * BN + tl.arange(0, BN)
     col_inside = cols < d
     gain = read(weight, cols, d)[None, :]

@@ -1,6 +1,6 @@
 """The row pass of linear_cross_entropy in Triton: everything between the products, over one chunk of logits.
 
-For what ``ops/loss_by_rows.py`` is for; the way by words is in loss_by_words.py here. A chunk has few rows of many
+It serves ``ops/loss_by_rows.py``; the way by words is in loss_by_words.py here. A chunk has few rows of many
 words, fewer rows than a card has multiprocessors. So a row is cut into blocks, and two kernels run over (rows, blocks):
 the first finds each block's maximum, Σ exp and Σ z, the second adds up the blocks of its row, in order, and writes its
 block of the gradient in place. In between, the chunk stays in the L2 cache.
@@ -14,9 +14,11 @@ import triton.language as tl
 
 from petl_kernels.backends.triton import config
 from petl_kernels.backends.triton.common import launch
+from petl_kernels.backends.triton.registry import serves
 from petl_kernels.ops.product import ALIGNED
 
 
+@serves
 def linear_cross_entropy(
     logits: torch.Tensor,
     labels: torch.Tensor,
@@ -50,7 +52,7 @@ def linear_cross_entropy(
 
 @triton.jit
 def _z(logits, cols, words, width, bias, scale):
-    """z of some words in fp32, and -inf in the padding."""
+    """Returns z of some words in fp32, and -inf in the padding."""
     z = tl.load(logits + cols, mask=cols < width, other=0.0).to(tl.float32) * scale
     if bias is not None:
         z += tl.load(bias + cols, mask=cols < words, other=0.0)

@@ -6,7 +6,7 @@
                 Then dA = dsᵀ x, the sums of the parts, and the product.
 
 With t tokens, K inputs and N_g outputs of those with an adapter, in 16 bit: s moves 2tK bytes, ds and dB 2t Σ N_g and
-8 Σ N_g r_g for every block of tokens, dA 2tK. What goes into the border has programs of its own in the same launch.
+8 Σ N_g r_g for every block of tokens, dA 2tK. The same launch has programs that write the border.
 """
 
 from __future__ import annotations
@@ -31,11 +31,13 @@ from petl_kernels.backends.triton.common import (
 )
 from petl_kernels.backends.triton.frozen_linear import column_sums
 from petl_kernels.backends.triton.lora_linear import _a_gradients, _same_dtype
+from petl_kernels.backends.triton.registry import serves
 
 BORDER_ROWS = 64  # of S that one program writes
 BORDER_COLUMNS = 64  # of S and rows of A that it writes at a time: as many as its registers take
 
 
+@serves
 def lora_border(wide, border, bias, biases, a, b, scales) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns y and s as ``ops.lora_border`` does, for at most MAX_GROUPS linears."""
     k, sizes, ranks = _sizes(a, b)
@@ -47,6 +49,7 @@ def lora_border(wide, border, bias, biases, a, b, scales) -> tuple[torch.Tensor,
     return wide @ right if bias is None else torch.addmm(bias, wide, right), s
 
 
+@serves
 def lora_border_backward(wide, x, s, border, a, b, scales, need_dx, need_dbias):
     k, sizes, ranks = _sizes(a, b)
     new = torch.Tensor.new_empty if wide.shape[0] else torch.Tensor.new_zeros
@@ -63,7 +66,7 @@ def lora_border_backward(wide, x, s, border, a, b, scales, need_dx, need_dbias):
 
 
 def _sizes(a, b) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
-    """Inputs, outputs of each and ranks of each."""
+    """Returns (inputs, outputs of each linear, rank of each linear)."""
     assert len(a) <= config.MAX_GROUPS
     return a[0].shape[1], tuple(m.shape[0] for m in b), tuple(m.shape[0] for m in a)
 
@@ -96,7 +99,7 @@ def _write_gradients(db, dbias, wide, s, border, a, b, scales) -> None:
     chunks, row_blocks = config.cdiv(max(ranks), block), config.cdiv(rows, tile.m)
     parts = config.gradient_parts(wide, row_blocks)
     programs, places = parts * chunks * len(sizes), config.cdiv(k, tile.k)
-    # Biases that nobody asked for are summed too when one is wanted, and dropped.
+    # Where one bias gradient is needed all are summed, and the others are dropped.
     sums = [g if g.numel() else wide.new_empty(n, dtype=torch.float32) for g, n in zip(dbias, sizes, strict=True)]
     outs = [*db, *(sums if with_bias else ())]
     ends = list(accumulate((out.numel() for out in outs), initial=0))
@@ -112,7 +115,7 @@ def _write_gradients(db, dbias, wide, s, border, a, b, scales) -> None:
 
 
 def _sum_over_tokens(da, x, ds) -> None:
-    """dA = dsᵀ x, without the columns of ds beyond the ranks."""
+    """Writes dA = dsᵀ x, without the columns of ds beyond the ranks."""
     rows, inner = x.shape
     ranks, tile = sum(m.shape[0] for m in da), config.TOKEN_SUM[config.key(x)]
     block = config.padded(ranks, tile.n)
@@ -133,7 +136,7 @@ def _inputs_kernel(
     stride_s, stride_wide, stride_border,
     BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
-    """s of a block of tokens, or some rows of S and c."""
+    """Writes s of a block of tokens, or some rows of S and c."""
     pid = tl.program_id(0)
     if pid < programs:
         _project_rows(
@@ -167,7 +170,7 @@ def _project_rows(
     s, wide, a, row, first, M, K, room, ranks, stride_s, stride_wide,
     BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """s of rows from `row` on, columns from `first` on: behind x, with zeros where no rank is left, and alone."""
+    """Writes s of rows from `row` on, columns from `first` on: behind x, with zeros beyond the ranks, and alone."""
     rows = (row + tl.arange(0, BM)).to(tl.int64)
     rank = first + tl.arange(0, BR)
     row_inside, rank_inside = rows < M, rank < total_size(ranks)
@@ -188,8 +191,10 @@ def _gradients_kernel(
     stride_border, total, bias_start,
     BIAS: tl.constexpr, ALIGN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
-    """ds_g = scale_g dy_g B_g of every `parts`-th block of tokens, and their part of dB_g = scale_g dy_gᵀ s_g and of
-    Σ dy_g; or a piece of A."""
+    """Writes ds_g = scale_g dy_g B_g of every `parts`-th block of tokens, or a piece of A.
+
+    With ds_g go the blocks' parts of dB_g = scale_g dy_gᵀ s_g and of Σ dy_g.
+    """
     pid = tl.program_id(0)
     if pid < programs:
         g, chunk = pid % len(sizes), (pid // len(sizes)) % chunks
@@ -200,7 +205,7 @@ def _gradients_kernel(
                 out, wide, s, b, scales, block, block >= parts, g, chunk, chunks, M, room, sizes, ranks, stride_wide,
                 stride_s, bias_start, BIAS, ALIGN, BM, BK, BR,
             )  # fmt: skip
-            tl.debug_barrier()  # what one thread has added to the part, another may read
+            tl.debug_barrier()  # a thread may read what another has added to the part
     else:
         k = (pid - programs) * BK + tl.arange(0, BK)
         for start in tl.range(0, room, BW, num_stages=1):
@@ -259,7 +264,7 @@ def _token_sum_kernel(
     partials, x, ds, M, K, R, stride_x, stride_ds, tiles,
     ALIGN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """This split's part of [dA_1; …; dA_G]."""
+    """Writes this split's part of [dA_1; …; dA_G]."""
     pid, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     length = tl.cdiv(tl.cdiv(M, BM), splits) * BM
     _a_gradients(

@@ -2,13 +2,13 @@
 
     y_g = x W_gᵀ + c_g + scale_g s_g B_gᵀ,    s = drop(x) [A_1; …; A_G]ᵀ
 
-The products with W are the library's, which add onto the rank part. Forward, one launch for the whole group: s and
-then c_g + scale_g s_g B_gᵀ as y_g, from one read of x; and y_g += x W_gᵀ. Backward, one: ds and then drop'(ds A) as dx,
-from one read of dy; dx += dy_g W_g; and two more for the sums over tokens dB, dA and what adds their parts. With
-t tokens, width d and total rank R, each launch moves 4td bytes (16-bit) for 4tdR operations, so it is bound by memory
-below R of about 200 on an H200; y and dx are read once more by the products, beside their work.
+The library makes the products with W, which it adds to the rank part. Forward has one launch for the whole group: s and
+then c_g + scale_g s_g B_gᵀ as y_g, from one read of x; and y_g += x W_gᵀ. Backward has three launches: ds and then
+drop'(ds A) as dx, from one read of dy; the parts of the sums over tokens dB and dA; and the sums of these parts. The
+library adds dy_g W_g to dx. With t tokens, width d and total rank R, each launch moves 4td bytes (16-bit) for 4tdR
+operations, so it is bound by memory below R of about 200 on an H200; the products read y and dx once more.
 
-Where the ranks are too many for one program (FUSED_RANKS) s and ds have a launch of their own, and the library makes
+Where the ranks are too many for one program (FUSED_RANKS), s and ds have a launch of their own, and the library makes
 the rank part. A quantized W takes its product from ``quantized_project`` and the rank part from plain products.
 """
 
@@ -39,11 +39,13 @@ from petl_kernels.backends.triton.common import (
 )
 from petl_kernels.backends.triton.dropout_add import dropout_add_backward
 from petl_kernels.backends.triton.quantized import quantized_project, quantized_project_back
+from petl_kernels.backends.triton.registry import serves
 from petl_kernels.ops.quantized import is_quantized, split_parts
 
 FUSED_RANKS = 64  # in all, for a program that holds s or ds of a block of tokens
 
 
+@serves
 def lora_linear(
     x: torch.Tensor,
     weights: list[torch.Tensor],
@@ -59,14 +61,14 @@ def lora_linear(
     s = x.new_empty(rows.shape[0], sum(ranks))
     weights = split_parts(weights)
     ys = [x.new_empty(*x.shape[:-1], b_g.shape[0]) for b_g in b]
-    if rows.shape[0]:
-        for part in _parts(len(weights)):
-            s_part = _columns(s, ranks, part)
-            given = ys[part], rows, s_part, weights[part], biases[part], a[part], b[part], scales[part], dropout, seed
-            (_quantized_outputs if any(map(is_quantized, weights[part])) else _outputs)(*given)
+    for own in _launches(len(weights)) if rows.shape[0] else ():
+        outputs = _quantized_outputs if any(map(is_quantized, weights[own])) else _outputs
+        layers = weights[own], biases[own], a[own], b[own], scales[own]
+        outputs(ys[own], rows, _columns(s, ranks, own), *layers, dropout, seed)
     return ys, s
 
 
+@serves
 def lora_linear_backward(
     dys: list[torch.Tensor],
     x: torch.Tensor,
@@ -88,43 +90,31 @@ def lora_linear_backward(
     weights = split_parts(weights)
     bias_sizes = [b_g.shape[0] if need else 0 for b_g, need in zip(b, need_dbias, strict=True)]
     dbias = [new(x, size, dtype=torch.float32) for size in bias_sizes]
-    parts = _parts(len(weights))
     dx = rows.new_empty(rows.shape if need_dx else 0)
-    if rows.shape[0]:
-        for part in parts:
-            s_part = _columns(s, ranks, part)
-            ds = _rank_part_of_gradients(
-                dx if need_dx else None,
-                dys[part],
-                s_part,
-                a[part],
-                b[part],
-                scales[part],
-                dropout,
-                seed,
-                part.start > 0,
-            )
-            if need_dx:
-                _add_products(dx, dys[part], weights[part])
-            _adapter_gradients(
-                da[part], db[part], dbias[part], dys[part], rows, s_part, ds, scales[part], dropout, seed
-            )
+    for own in _launches(len(weights)) if rows.shape[0] else ():
+        own_s, own_dys, mask = _columns(s, ranks, own), dys[own], (dropout, seed)
+        rank_dx = dx if need_dx else None
+        ds = _rank_part_of_gradients(rank_dx, own_dys, own_s, a[own], b[own], scales[own], *mask, add=own.start > 0)
+        if need_dx:
+            _add_products(dx, own_dys, weights[own])
+        _adapter_gradients(da[own], db[own], dbias[own], own_dys, rows, own_s, ds, scales[own], *mask)
     return dx.view(x.shape if need_dx else (0,)), da, db, dbias
 
 
-def _parts(groups: int) -> list[slice]:
+def _launches(groups: int) -> list[slice]:
+    """Returns the linears of each launch, MAX_GROUPS at most."""
     return [slice(i, min(i + config.MAX_GROUPS, groups)) for i in range(0, groups, config.MAX_GROUPS)]
 
 
-def _columns(s: torch.Tensor, ranks: list[int], part: slice) -> torch.Tensor:
-    """The columns of s that belong to the linears of a part."""
-    if part.start == 0 and part.stop == len(ranks):
+def _columns(s: torch.Tensor, ranks: list[int], own: slice) -> torch.Tensor:
+    """Returns the columns of s that belong to the linears of one launch."""
+    if own.start == 0 and own.stop == len(ranks):
         return s
-    return s.narrow(1, sum(ranks[: part.start]), sum(ranks[part]))
+    return s.narrow(1, sum(ranks[: own.start]), sum(ranks[own]))
 
 
 def _same_dtype(matrices: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """One launch reads all its adapters through one pointer type; kernels cast the tiles to x's dtype."""
+    """Returns the adapters of one launch in one dtype, since it reads them through one pointer type."""
     dtypes = {m.dtype for m in matrices}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
     return tuple([m.contiguous() if m.dtype == dtype else m.to(dtype).contiguous() for m in matrices])
@@ -171,7 +161,7 @@ def _dense_product(x, weight, bias, y) -> torch.Tensor:
 
 
 def _rank_outputs(ys, x, s, biases, a, b, scales, dropout, seed) -> None:
-    """s, and y_g = c_g + scale_g s_g B_gᵀ."""
+    """Writes s, and c_g + scale_g s_g B_gᵀ into y_g."""
     rows, inner = x.shape
     tile = config.SKINNY[config.key(x)]
     seed, threshold, keep_scale, constants = dropout_arguments(dropout, seed)
@@ -213,7 +203,7 @@ def _rank_part_of_gradients(dx, dys, s, a, b, scales, dropout, seed, add: bool) 
 
 
 def _add_products(dx, dys, weights) -> None:
-    """dx += Σ_g dy_g W_g"""
+    """Adds Σ_g dy_g W_g to dx."""
     for dy, weight in zip(dys, weights, strict=True):
         if is_quantized(weight):
             dx.add_(quantized_project_back(dy, weight))
@@ -222,7 +212,7 @@ def _add_products(dx, dys, weights) -> None:
 
 
 def _rank_gradients(dys, b, scales, s) -> torch.Tensor:
-    """ds (tokens, Σr) with ds_g = scale_g dy_g B_g."""
+    """Returns ds (tokens, Σr) with ds_g = scale_g dy_g B_g."""
     ds = s.new_empty(s.shape)
     ranks = tuple(m.shape[1] for m in b)
     tile = config.SKINNY[config.key(s)]
@@ -241,7 +231,7 @@ def _adapter_gradients(da, db, dbias, dys, x, s, ds, scales, dropout, seed) -> N
     ranks, sizes = tuple(m.shape[0] for m in da), tuple(m.shape[0] for m in db)
     tile = config.TOKEN_SUM[config.key(x)]
     with_bias = any(g.numel() for g in dbias)
-    # Biases that nobody asked for are summed too when one is wanted, and dropped.
+    # Where one bias gradient is needed all are summed, and the others are dropped.
     outs = [*db, *da, *(g if g.numel() else x.new_empty(n) for g, n in zip(dbias, sizes, strict=True) if with_bias)]
     ends = list(accumulate((out.numel() for out in outs), initial=0))
 
@@ -267,7 +257,7 @@ def _project_kernel(
     s, x, a, seed, M, K, ranks, stride_s, stride_x, threshold, keep_scale,
     DROPOUT: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """s = drop(x) [A_1; …; A_G]ᵀ: one read of x for the whole group."""
+    """Writes s = drop(x) [A_1; …; A_G]ᵀ: one read of x for the whole group."""
     rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     rank = tl.program_id(1) * BR + tl.arange(0, BR)
     row_inside, rank_inside = rows < M, rank < total_size(ranks)
@@ -289,7 +279,7 @@ def _rank_outputs_kernel(
     s, ys, x, a, b, scales, biases, bias_sizes, seed, M, K, sizes, ranks, stride_s, stride_x, threshold, keep_scale,
     DROPOUT: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """s of a block of tokens, as ``_project_kernel`` has it, and from it y_g = c_g + scale_g s_g B_gᵀ by columns."""
+    """Writes s of a block of tokens like ``_project_kernel``, and from it y_g = c_g + scale_g s_g B_gᵀ by columns."""
     rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     rank = tl.arange(0, BR)
     row_inside, rank_inside = rows < M, rank < total_size(ranks)
@@ -323,7 +313,7 @@ def _rank_gradients_kernel(
     ds, dys, b, scales, M, sizes, ranks, stride_ds, strides_dy,
     ALIGN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """ds_g = scale_g dy_g B_g."""
+    """Writes ds_g = scale_g dy_g B_g."""
     g = tl.program_id(2)
     N, dy, b_g, stride_dy = pick(sizes, g), pick(dys, g), pick(b, g), pick(strides_dy, g)
     R, stride_ds = aligned(pick(ranks, g), ALIGN), aligned(stride_ds, ALIGN)
@@ -347,7 +337,7 @@ def _rank_input_kernel(
     DROPOUT: tl.constexpr, ADD: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """ds of a block of tokens, all groups side by side, and from it dx = drop'(ds A) by columns."""
+    """Writes ds of a block of tokens, all groups side by side, and from it dx = drop'(ds A) by columns."""
     rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     rank = tl.arange(0, BR)
     row_inside, rank_inside = rows < M, rank < total_size(ranks)
@@ -387,7 +377,7 @@ def _adapter_gradients_kernel(
     DROPOUT: tl.constexpr, BIAS: tl.constexpr, ALIGN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BR_A: tl.constexpr, BR_B: tl.constexpr,
 ):  # fmt: skip
-    """This split's part of every dB_g, then of every dA_g: side by side in one grid."""
+    """Writes this split's part of every dB_g, or of every dA_g: both stand side by side in one grid."""
     pid, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     length = tl.cdiv(tl.cdiv(M, BM), splits) * BM
     stop = min((split + 1) * length, M)

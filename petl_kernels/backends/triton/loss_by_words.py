@@ -13,9 +13,11 @@ import triton.language as tl
 
 from petl_kernels.backends.triton import config
 from petl_kernels.backends.triton.common import launch
+from petl_kernels.backends.triton.registry import serves
 from petl_kernels.ops.loss_by_words import RISE
 
 
+@serves
 def linear_cross_entropy_begin(
     rows: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, word_sum: torch.Tensor | None
 ) -> torch.Tensor:
@@ -30,6 +32,7 @@ def linear_cross_entropy_begin(
     return state
 
 
+@serves
 def linear_cross_entropy_words(
     logits: torch.Tensor,
     labels: torch.Tensor,
@@ -50,6 +53,7 @@ def linear_cross_entropy_words(
     )  # fmt: skip
 
 
+@serves
 def linear_cross_entropy_end(
     weight: torch.Tensor,
     labels: torch.Tensor,

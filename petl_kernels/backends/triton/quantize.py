@@ -13,11 +13,13 @@ import triton.language as tl
 
 from petl_kernels.backends.triton import config
 from petl_kernels.backends.triton.common import launch
-from petl_kernels.ops.quantized.code_book import dynamic_map
+from petl_kernels.backends.triton.registry import serves
+from petl_kernels.ops.quantized.code_book import BLOCK, SUPERBLOCK, dynamic_map
 
 
+@serves
 def quantize_int8(weight: torch.Tensor) -> list[torch.Tensor]:
-    """[data int8 (N, K), scale fp32 (N,)]"""
+    """Returns [data int8 (N, K), scale fp32 (N,)]."""
     weight = weight.contiguous()
     rows, columns = weight.shape
     data, scale = weight.new_empty(rows, columns, dtype=torch.int8), weight.new_empty(rows, dtype=torch.float32)
@@ -26,11 +28,12 @@ def quantize_int8(weight: torch.Tensor) -> list[torch.Tensor]:
     return [data, scale]
 
 
+@serves
 def quantize_nf4(weight: torch.Tensor) -> list[torch.Tensor]:
-    """[data uint8 (⌈NK / 2⌉,), absmax uint8 (blocks,), absmax_scale fp32 (⌈blocks / 256⌉,), absmax_offset fp32 (1,)]"""
+    """Returns [data uint8 (⌈NK / 2⌉,), absmax uint8 (blocks,), scale fp32 (⌈blocks / 256⌉,), offset fp32 (1,)]."""
     weight = weight.contiguous()
     values = weight.numel()
-    blocks = config.cdiv(values, 64)
+    blocks = config.cdiv(values, BLOCK)
     data = weight.new_empty(config.cdiv(values, 2), dtype=torch.uint8)
     largest = weight.new_empty(blocks, dtype=torch.float32)
     tile = config.QUANTIZE_BLOCKS
@@ -40,10 +43,10 @@ def quantize_nf4(weight: torch.Tensor) -> list[torch.Tensor]:
     )  # fmt: skip
     offset = largest.mean(0, keepdim=True, dtype=torch.float64).float()
     absmax = largest.new_empty(blocks, dtype=torch.uint8)
-    scale = largest.new_empty(config.cdiv(blocks, 256))
+    scale = largest.new_empty(config.cdiv(blocks, SUPERBLOCK))
     table = dynamic_map(weight.device)
     launch(
-        _quantize_absmax_kernel, scale.shape, absmax, scale, largest, offset, table, blocks, BLOCK=256,
+        _quantize_absmax_kernel, scale.shape, absmax, scale, largest, offset, table, blocks, BLOCK=SUPERBLOCK,
         warps=4, stages=1,
     )  # fmt: skip
     return [data, absmax, scale, offset]
@@ -51,13 +54,13 @@ def quantize_nf4(weight: torch.Tensor) -> list[torch.Tensor]:
 
 @triton.jit
 def _magnitude(values):
-    """|values| as integers of the same order, in which nan is above all others and no maximum loses it."""
+    """Returns |values| as integers of the same order, in which nan is above all others and no maximum loses it."""
     return tl.abs(values.to(tl.float32)).to(tl.int32, bitcast=True)
 
 
 @triton.jit
 def _over(values, largest):
-    """values / largest, and 0 where all are zeros."""
+    """Returns values / largest, and 0 where all are zeros."""
     return tl.div_rn(values.to(tl.float32), tl.where(largest == 0.0, 1.0, largest))
 
 
@@ -86,7 +89,7 @@ def _of_four(bit0, bit1, a, b, c, d):
 
 @triton.jit
 def _nibble(value):
-    """How many of NF4_THRESHOLDS (petl_kernels/ops/quantized) lie below each value, bit by bit."""
+    """Returns how many of NF4_THRESHOLDS (petl_kernels/ops/quantized) lie below each value, bit by bit."""
     bit3 = value > 0.03979014977812767
     bit2 = value > tl.where(bit3, 0.3893125355243683, -0.33967943489551544)
     bit1 = value > _of_four(
@@ -100,7 +103,7 @@ def _nibble(value):
 
 @triton.jit
 def _quantize_nf4_kernel(data, absmax, weight, values, BLOCKS: tl.constexpr):
-    """Two values a byte, the first in its high half, and the absmaxes in fp32; what lies after the end counts as 0."""
+    """Writes two values a byte, the first in its high half, and the absmaxes in fp32; after the end are zeros."""
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     index = block[:, None] * 64 + tl.arange(0, 64)[None, :]
     value = tl.load(weight + index, mask=index < values, other=0.0).to(tl.float32)
@@ -113,7 +116,7 @@ def _quantize_nf4_kernel(data, absmax, weight, values, BLOCKS: tl.constexpr):
 
 @triton.jit
 def _quantize_absmax_kernel(out, scale, absmax, offset, table, blocks, BLOCK: tl.constexpr):
-    """The absmaxes that share a scale: how many middles between the 256 sorted numbers of the table lie below each."""
+    """Writes the absmaxes that share a scale, each as the number of middles between the table's numbers below it."""
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     apart = tl.load(absmax + index, mask=index < blocks, other=0.0) - tl.load(offset)
     apart = tl.where(index < blocks, apart, 0.0)

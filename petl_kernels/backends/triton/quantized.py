@@ -17,19 +17,23 @@ import triton.language as tl
 
 from petl_kernels.backends.triton import config
 from petl_kernels.backends.triton.common import launch, load, store, sum_partials
+from petl_kernels.backends.triton.registry import DTYPES, serves
+from petl_kernels.dispatch import register
 from petl_kernels.ops.quantized.code_book import dynamic_map
+from petl_kernels.ops.quantized.storage import reference_dequantize, storage_of
 
 
+@serves
 def quantized_project(
     rows: torch.Tensor, parts: list[torch.Tensor], bias: torch.Tensor | None, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """rows (tokens, K) Ŵᵀ + bias (N), in `out` where that is given, which is contiguous."""
+    """Returns rows (tokens, K) Ŵᵀ + bias (N), in `out` where that is given, which is contiguous."""
     inner = rows.shape[1]
     outputs = _other_size(parts, inner)
     y = rows.new_empty(rows.shape[0], outputs) if out is None else out
     if config.takes_rows_alone(rows, inner):
         return _rows_alone(_project_rows_kernel, y, rows, parts, bias, inner, config.quantized_row(inner))
-    if config.dequantizes_in_loop(rows, inner, _storage(parts)):
+    if config.dequantizes_in_loop(rows, inner, storage_of(parts)):
         return _product(_quantized_project_kernel, y, rows, parts, bias, inner)
     size = config.quantized_tile_length(rows, outputs, inner)
     for part, weight in _tiles(parts, rows, (outputs, inner), 0, size):
@@ -40,16 +44,17 @@ def quantized_project(
     return y
 
 
+@serves
 def quantized_project_back(
     rows: torch.Tensor, parts: list[torch.Tensor], out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """rows (tokens, N) Ŵ, in `out` where that is given, which is contiguous."""
+    """Returns rows (tokens, N) Ŵ, in `out` where that is given, which is contiguous."""
     outputs = rows.shape[1]
     inner = _other_size(parts, outputs)
     dx = rows.new_empty(rows.shape[0], inner) if out is None else out
     if config.takes_rows_alone(rows, inner):
         return _rows_alone(_project_back_rows_kernel, dx, rows, parts, None, outputs, config.QUANTIZED_ROW_BACK)
-    if config.dequantizes_in_loop(rows, inner, _storage(parts)):
+    if config.dequantizes_in_loop(rows, inner, storage_of(parts)):
         return _product(_quantized_project_back_kernel, dx, rows, parts, None, outputs)
     # Tiles of columns: each sum over the rows of Ŵ is one product, so no partial sum is rounded.
     size = config.quantized_tile_length(rows, inner, outputs)
@@ -58,15 +63,18 @@ def quantized_project_back(
     return dx
 
 
+@register("dequantize", "triton")
 def dequantize(parts: list[torch.Tensor], first_row: int, rows: int, K: int, dtype: torch.dtype) -> torch.Tensor:
-    """Rows first_row to first_row + rows of Ŵ (N, K)."""
+    """Returns rows first_row to first_row + rows of Ŵ (N, K) in ``dtype``."""
+    if dtype not in DTYPES:
+        return reference_dequantize(parts, first_row, rows, K, dtype)
     out = parts[0].new_empty(rows, K, dtype=dtype)
     _dequantize(parts, out, first_row, 0, K)
     return out
 
 
 def _product(kernel, y: torch.Tensor, x: torch.Tensor, parts: list[torch.Tensor], bias, summed: int) -> torch.Tensor:
-    """y (rows, cols) = x (rows, summed) times Ŵ or Ŵᵀ (summed, cols), by a kernel that dequantizes in its main loop."""
+    """Writes x (rows, summed) times Ŵ or Ŵᵀ (summed, cols) into y, by a kernel that dequantizes in its main loop."""
     rows, cols = y.shape
     if y.numel() == 0:
         return y
@@ -84,7 +92,7 @@ def _product(kernel, y: torch.Tensor, x: torch.Tensor, parts: list[torch.Tensor]
 
 
 def _rows_alone(kernel, y: torch.Tensor, x: torch.Tensor, parts: list[torch.Tensor], bias, summed: int, tile):
-    """y (rows, cols) = x (rows, summed) times Ŵ or Ŵᵀ (summed, cols), each row for itself."""
+    """Writes x (rows, summed) times Ŵ or Ŵᵀ (summed, cols) into y, each row by programs of its own."""
     cols = y.shape[1]
     if y.numel():
         launch(
@@ -94,20 +102,16 @@ def _rows_alone(kernel, y: torch.Tensor, x: torch.Tensor, parts: list[torch.Tens
     return y
 
 
-def _storage(parts: list[torch.Tensor]) -> str:
-    return "int8" if len(parts) == 2 else "nf4"
-
-
 def _other_size(parts: list[torch.Tensor], size: int) -> int:
-    """N for K, or K for N. Two values of nf4 share a byte, the last of which may be half empty."""
-    values = parts[0].numel() * (1 if _storage(parts) == "int8" else 2)
+    """Returns N for K, or K for N. Two values of nf4 share a byte, the last of which may be half empty."""
+    values = parts[0].numel() * (1 if storage_of(parts) == "int8" else 2)
     return values // size if size else 0
 
 
 def _tiles(
     parts: list[torch.Tensor], like: torch.Tensor, shape: tuple[int, int], along: int, size: int
 ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Tiles of Ŵ, `size` long along one dimension and whole along the other, in one scratch: the next overwrites it."""
+    """Yields tiles of Ŵ, `size` long along one dimension and whole along the other; each overwrites the one before."""
     scratch = like.new_empty(min(size, shape[along]) * shape[1 - along])
     for first in range(0, shape[along], size):
         length = min(size, shape[along] - first)
@@ -118,7 +122,7 @@ def _tiles(
 
 
 def _dequantize(parts: list[torch.Tensor], out: torch.Tensor, first_row: int, first_col: int, inner: int) -> None:
-    """out = Ŵ[first_row : first_row + rows, first_col : first_col + cols]"""
+    """Writes Ŵ[first_row : first_row + rows, first_col : first_col + cols] into out (rows, cols)."""
     rows, cols = out.shape
     if out.numel() == 0:
         return
@@ -131,8 +135,8 @@ def _dequantize(parts: list[torch.Tensor], out: torch.Tensor, first_row: int, fi
 
 
 def _arguments(parts: list[torch.Tensor]) -> tuple[torch.Tensor | None, ...]:
-    """(data, scale, absmax, offset, dynamic map); the last three are absent for int8."""
-    if _storage(parts) == "int8":
+    """Returns (data, scale, absmax, offset, dynamic map); the last three are None for int8."""
+    if storage_of(parts) == "int8":
         return *parts, None, None, None
     data, absmax, scale, offset = parts
     return data, scale, absmax, offset, dynamic_map(data.device)
@@ -140,7 +144,7 @@ def _arguments(parts: list[torch.Tensor]) -> tuple[torch.Tensor | None, ...]:
 
 @triton.jit
 def _block_scales(block, inside, absmax, scale, offset, table):
-    """The fp32 absmaxes of blocks of 64 values."""
+    """Returns the fp32 absmaxes of blocks of 64 values."""
     index = tl.load(absmax + block, mask=inside, other=0).to(tl.int32)
     return tl.load(table + index) * tl.load(scale + block // 256, mask=inside, other=0.0) + tl.load(offset)
 
@@ -152,7 +156,7 @@ def _of_four(bit0, bit1, a, b, c, d):
 
 @triton.jit
 def _code(nibble):
-    """The number of the NF4 code book (QLoRA, 2023): selects, since a load here would be copied ahead as an operand."""
+    """Returns numbers of NF4's code book by selects: the pipeline would copy a load here ahead, like an operand."""
     bit0, bit1, bit2 = (nibble & 1) != 0, (nibble & 2) != 0, (nibble & 4) != 0
     a = _of_four(bit0, bit1, -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453)
     b = _of_four(bit0, bit1, -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0)
@@ -163,8 +167,10 @@ def _code(nibble):
 
 @triton.jit
 def _codes(packed, LOOK_UP: tl.constexpr):
-    """(rows, bytes) as the (rows, 2 bytes) codes of their nibbles, the high one first. LOOK_UP: from a table in shared
-    memory, 8 instructions a value fewer, but a barrier, which the loop around a product is better without."""
+    """Returns the codes (rows, 2 bytes) of the nibbles of (rows, bytes), the high one first.
+
+    LOOK_UP takes them from a table in shared memory: 8 instructions a value fewer, but a barrier, which slows the loop
+    around a product."""
     packed = packed.to(tl.int32)
     if LOOK_UP:
         ROWS: tl.constexpr = packed.shape[0]
@@ -181,8 +187,10 @@ def _aligned_tile(
     row, col, row_inside, width, data, scale, absmax, offset, table,
     ROWS: tl.constexpr, COLS: tl.constexpr, LOOK_UP: tl.constexpr,
 ):  # fmt: skip
-    """Ŵ in fp32 for rows `row` and the COLS columns from `col` on, where 64 divides the width of Ŵ and `col`, or
-    COLS divides both 64 and `col`."""
+    """Returns Ŵ in fp32 for rows `row` and the COLS columns from `col` on.
+
+    Either 64 divides the width of Ŵ and `col`, or COLS divides both 64 and `col`.
+    """
     if absmax is None:
         at = col + tl.arange(0, COLS)
         value = tl.load(data + row[:, None] * width + at, mask=row_inside[:, None] & (at < width)[None, :], other=0)
@@ -204,7 +212,7 @@ def _project_rows_kernel(
     y, x, data, scale, absmax, offset, table, bias, N, K, stride_x,
     BN: tl.constexpr, BK: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """y = Ŵ x for BN rows of Ŵ and one row of x, in fp32: no two programs share a sum. 64 divides K and BK."""
+    """Writes y = Ŵ x for BN rows of Ŵ and one row of x, with fp32 sums of its own. 64 divides K and BK."""
     row = tl.program_id(1).to(tl.int64)
     cols = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)
     inside = cols < N
@@ -238,8 +246,10 @@ def _project_back_rows_kernel(
     dx, dy, data, scale, absmax, offset, table, bias, K, N, stride_dy,
     BN: tl.constexpr, BK: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """dx = dy Ŵ for BN columns of Ŵ and one row of dy, in fp32, BK rows of Ŵ at a time; no bias. BN divides 64, and 64
-    divides K."""
+    """Writes dx = dy Ŵ for BN columns of Ŵ and one row of dy, in fp32, BK rows of Ŵ at a time; no bias.
+
+    BN divides 64, and 64 divides K.
+    """
     row = tl.program_id(1).to(tl.int64)
     acc = tl.zeros((BK, BN), tl.float32)
     for start in tl.range(0, N, BK, num_stages=AHEAD):
@@ -253,7 +263,7 @@ def _project_back_rows_kernel(
 
 @triton.jit
 def _part(summed, BK: tl.constexpr):
-    """This program's part of the summed dimension, which the third axis of the grid splits."""
+    """Returns this program's part of the summed dimension, which the third axis of the grid splits."""
     length = tl.cdiv(tl.cdiv(summed, BK), tl.num_programs(2)) * BK
     start = tl.program_id(2) * length
     return start, min(start + length, summed)
@@ -264,8 +274,8 @@ def _quantized_project_kernel(
     y, x, data, scale, absmax, offset, table, bias, M, N, K, stride_x,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """yᵀ = Ŵ xᵀ for a tile: Ŵ is the left operand, which a matrix instruction takes from the registers where it was
-    dequantized, and few rows of x fill its narrow side. BK divides 64, and 64 divides K."""
+    """Writes yᵀ = Ŵ xᵀ for a tile. Ŵ is the left operand, which a matrix instruction takes from the registers where it
+    was dequantized, and few rows of x fill its narrow side. BK divides 64, and 64 divides K."""
     rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     cols = (tl.program_id(1) * BN + tl.arange(0, BN)).to(tl.int64)
     row_inside, col_inside = rows < M, cols < N
@@ -304,8 +314,10 @@ def _quantized_project_back_kernel(
     dx, dy, data, scale, absmax, offset, table, bias, M, K, N, stride_dy,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """dx = dy Ŵ for a tile of BN columns, BK rows of Ŵ at a time; no bias. int8's scale falls on Ŵ and not on dy, whose
-    small numbers would leave fp16."""
+    """Writes dx = dy Ŵ for a tile of BN columns, BK rows of Ŵ at a time; no bias.
+
+    int8's scale falls on Ŵ and not on dy, whose small numbers would leave fp16.
+    """
     rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     cols = tl.program_id(1) * BN + tl.arange(0, BN)
     row_inside, col_inside = rows < M, cols < K
@@ -326,7 +338,10 @@ def _dequantize_kernel(
     out, data, scale, absmax, offset, table, first_row, first_col, rows, cols, K,
     ALIGNED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """out = Ŵ[first_row : first_row + rows, first_col : first_col + cols]; ALIGNED: 64 divides K and first_col."""
+    """Writes Ŵ[first_row : first_row + rows, first_col : first_col + cols] into out.
+
+    ALIGNED: 64 divides K and first_col.
+    """
     row = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     col = tl.program_id(1) * BN + tl.arange(0, BN)
     row_inside, col_inside = row < rows, col < cols

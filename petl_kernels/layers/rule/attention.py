@@ -21,7 +21,7 @@ from petl_kernels.layers.rule.prefix import keys_and_values
 from petl_kernels.layers.rule.residual import Residual
 from petl_kernels.methods.adapter import BottleneckAdapter
 from petl_kernels.methods.prefix import Prefix
-from petl_kernels.ops.common import run
+from petl_kernels.ops.define import run
 
 
 class Attention:

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from petl_kernels.layers.border import Border
 from petl_kernels.layers.rule.call import Call, Gradients, Place
-from petl_kernels.ops.common import run
+from petl_kernels.ops.define import run
 from petl_kernels.ops.lora_border import room
 from petl_kernels.ops.room import copied_rows, whole_rows
 

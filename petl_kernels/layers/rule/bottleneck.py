@@ -6,7 +6,7 @@ from torch import Tensor
 
 from petl_kernels.layers.rule.call import Call, Gradients
 from petl_kernels.methods.adapter import BottleneckAdapter
-from petl_kernels.ops.common import run
+from petl_kernels.ops.define import run
 
 
 class Bottleneck:

@@ -27,7 +27,7 @@ from petl_kernels.layers.rule.residual import Residual
 from petl_kernels.methods.adapter import BottleneckAdapter, ParallelAdapter, PostNormPfeiffer, ReadInput
 from petl_kernels.methods.base import Piece
 from petl_kernels.methods.ia3 import Scale
-from petl_kernels.ops.common import run
+from petl_kernels.ops.define import run
 from petl_kernels.ops.frozen_ffn import what_to_keep
 from petl_kernels.ops.parallel_ffn import fill
 from petl_kernels.ops.quantized import parts_of

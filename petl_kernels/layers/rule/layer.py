@@ -17,7 +17,7 @@ from petl_kernels.layers.rule.call import Call, Gradients, joined
 from petl_kernels.layers.rule.feed_forward import FeedForward
 from petl_kernels.layers.rule.linears import Linear, Unknown
 from petl_kernels.layers.rule.watch import changed, stamps
-from petl_kernels.ops.common import below_autograd
+from petl_kernels.ops.define import below_autograd
 
 # Tiers from this one on keep the layer's input alone, and run as this tier says while backward lasts.
 WHOLE, WITHIN = 4, 1

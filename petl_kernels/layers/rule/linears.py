@@ -17,7 +17,7 @@ from petl_kernels.layers.rule.call import Call, Gradients, Place, summed
 from petl_kernels.methods.base import Piece
 from petl_kernels.methods.ia3 import Scale
 from petl_kernels.methods.lora import LoRALinear
-from petl_kernels.ops.common import accumulate_dtype, run
+from petl_kernels.ops.define import accumulate_dtype, run
 from petl_kernels.ops.quantized import parts_of
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from petl_kernels.layers.rule.call import Call, Gradients, Place
-from petl_kernels.ops.common import run
+from petl_kernels.ops.define import run
 
 
 class Norm:

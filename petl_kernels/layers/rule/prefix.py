@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from petl_kernels.layers.hooks import hooks_on
 from petl_kernels.layers.rule.watch import changed, stamps
 from petl_kernels.methods.prefix import Prefix
-from petl_kernels.ops.common import accumulate_dtype, below_autograd
+from petl_kernels.ops.define import accumulate_dtype, below_autograd
 
 # In a forward pass of this thread: what was made, by attention and by what it was made for.
 _made: ContextVar[dict[tuple, _Made] | None] = ContextVar("petl_prefixes", default=None)
