@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import gc
-import itertools
 import os
 from collections import defaultdict
 
 import pytest
 import torch
+from pairs import covering, values_of
 
 # Without a CUDA device the Triton kernels run in Triton's interpreter, which has to be chosen before Triton's import.
 if not torch.cuda.is_available():
@@ -30,25 +30,6 @@ def pytest_collection_modifyitems(items: list) -> None:
         chosen = covering([values_of(item) for item in some])
         for i in set(range(len(some))) - chosen:
             some[i].add_marker("repeat")
-
-
-def values_of(item: pytest.Item) -> list[tuple]:
-    """Returns a tuple for each ``parametrize`` of a test and each fixture with parameters, alike where values are."""
-    together = [mark.args[0] for mark in item.iter_markers("parametrize")]
-    axes = [names.replace(",", " ").split() if isinstance(names, str) else list(names) for names in together]
-    axes += [[name] for name in item.callspec.params.keys() - set(itertools.chain(*axes))]
-    return [(*sorted(names), *(id(item.callspec.params[name]) for name in sorted(names))) for names in sorted(axes)]
-
-
-def covering(cases: list[list]) -> set[int]:
-    """Returns the places of some ``cases``, each a list of values, with every pair of values that any of them has."""
-    pairs = [set(itertools.combinations(case, 2)) or {tuple(case)} for case in cases]
-    left, chosen = set().union(*pairs), set()
-    while left:
-        best = max(range(len(cases)), key=lambda i: len(pairs[i] & left))  # of several the first
-        chosen.add(best)
-        left -= pairs[best]
-    return chosen
 
 
 def pytest_collection_finish() -> None:
