@@ -15,7 +15,7 @@ SOURCES := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.c
 demo: $(VENV)/.package
 	$(BIN)/petl-mt demo
 
-# What to run after each change, in less than a minute: lint (what needs no run: style, types, the order of the rooms),
+# What to run after each change, to be kept under a minute: lint (what needs no run: style, types, the order of the rooms),
 # one case of each op, one step of each family. It imports every test file, too.
 check: lint $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "check and not repeat"
