@@ -11,6 +11,8 @@ from petl_kernels import backends, dispatch, ops
 from petl_kernels.errors import InputError
 from petl_kernels.planning.plan import check_allow
 
+pytestmark = pytest.mark.check
+
 
 def test_quantise_is_quantize():
     weight = torch.randn(8, 64)

@@ -99,6 +99,7 @@ def test_base_comes_back_bit_for_bit(model, key):
     assert torch.equal(logits(model), adapted)
 
 
+@pytest.mark.check
 def test_state_makes_the_same_adapter_on_a_plain_model(family, key):
     model = pk.adapt(build(family), make(key), name="a")
     train_a_little(model)

@@ -207,12 +207,12 @@ class CardCopies(Copies):
         assert device == CUDA
 
 
-@pytest.mark.parametrize("memory", [None, BUDGET])
+@pytest.mark.parametrize("memory", [None, pytest.param(BUDGET, marks=pytest.mark.repeat)])
 def test_inputs_in_host_memory(settings, tmp_path, expected, memory):
     assert_same_weights(run(settings, tmp_path / "card", tier=5, memory=memory), expected)
 
 
-@pytest.mark.parametrize("memory", [None, BUDGET])
+@pytest.mark.parametrize("memory", [BUDGET, pytest.param(None, marks=pytest.mark.repeat)])
 def test_cuda_graphs(settings, tmp_path, memory, monkeypatch, capsys):
     """Graphs are on by default; rows of a budget are filled up, which changes no gradient."""
     replays, replay = [], card.Graph.replay
@@ -243,7 +243,10 @@ def test_graphs_that_cannot_be_captured(settings, tmp_path, monkeypatch, capsys)
     assert_same_weights(run(settings, tmp_path / "eager", cuda_graphs=False, steps=3), found)
 
 
-@pytest.mark.parametrize("options", [{}, {"memory": BUDGET, "dropout": 0.1, "precision": "bf16"}])
+@pytest.mark.parametrize(
+    "options",
+    [{"memory": BUDGET, "dropout": 0.1, "precision": "bf16"}, pytest.param({}, marks=pytest.mark.repeat)],
+)
 def test_a_killed_run_goes_on(settings, tmp_path, monkeypatch, options):
     settings |= options
     run(settings, tmp_path / "whole")

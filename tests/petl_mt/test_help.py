@@ -13,6 +13,8 @@ from petl_mt.config import TrainConfig
 
 from petl_kernels.methods import METHODS
 
+pytestmark = pytest.mark.check
+
 COMMANDS = ("train", "finish", "plan", "translate", "score", "merge", "methods", "demo", "bench", "study", "doctor")
 # What has no default: it has to be given, or goes with something that has.
 GIVEN = {"--model", "--out", "--train", "--test", "--run", "run_folder", "--src-lang", "--tgt-lang"}

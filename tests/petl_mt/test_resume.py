@@ -105,7 +105,9 @@ def test_killed_twice_and_in_another_epoch(settings, tmp_path, monkeypatch):
     assert_same_run(settings["out"], tmp_path / "whole")
 
 
-@pytest.mark.parametrize("method", ["full", "prefix", "bitfit", "adapter"])
+@pytest.mark.parametrize(
+    "method", ["full", "prefix", *(pytest.param(other, marks=pytest.mark.repeat) for other in ("bitfit", "adapter"))]
+)
 def test_other_methods_resume_too(settings, tmp_path, monkeypatch, method):
     settings |= {"method": method, "method_args": {}, "lr": None}
     train(TrainConfig(**{**settings, "out": str(tmp_path / "whole")}), quiet=True)
@@ -158,7 +160,8 @@ def long_run(parent, text, tmp_path_factory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+# What SIGKILL leaves is what Killed leaves above, and what bench/product.py's run leaves (tests/bench/test_product.py).
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.repeat)])
 def test_signals(settings, long_run, tmp_path, number):
     """The real program, killed from outside at whatever step it is in."""
     settings |= LONG

@@ -86,7 +86,7 @@ def test_rows_and_files(config, tmp_path):
 def test_a_row_has_its_own_memory_and_keeps_the_budget(config):
     """The figures of a row, also of the parent's, have nothing of the rows before."""
     config.grid = ["full", "bitfit"]
-    config.base = dataclasses.replace(config.base, memory="1MiB")
+    config.base = dataclasses.replace(config.base, memory="1MiB", tier=2)  # one, since a plan counts each
     parent, full, bitfit = run_study(config, quiet=True)
     budget = parse_size(config.base.memory)
     weights = 4 * full.trained_parameters

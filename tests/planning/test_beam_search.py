@@ -33,6 +33,7 @@ CASES = {
     "t5, greedy": ("t5", 1, "dense", 16, 12, 24),
     "t5, beam 5, int8": ("t5", 5, "int8", 6, 24, 24),
 }
+FIRST = ("m2m100, beam 5", "m2m100, greedy", "m2m100, beam 5, int8", "t5, beam 5")  # the rest pairs them otherwise
 
 
 class _NeverEnds(LogitsProcessor):
@@ -86,7 +87,9 @@ def measured(model, beam: int, rows: int, source: int, output: int) -> int:
     return peak
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [case if case in FIRST else pytest.param(case, marks=pytest.mark.repeat) for case in CASES]
+)
 def test_the_counted_bytes_are_the_measured_ones(case):
     family, beam, storage, rows, source, output = CASES[case]
     with torch.device("meta"):
@@ -102,7 +105,7 @@ def test_the_plane_holds_between_the_shapes_that_were_counted():
         model = made("m2m100", "dense")
     search = Search(model, 4, 1, None)
     plane = search.bytes(2**30, 64)
-    for rows, source, output in ((1, 8, 48), (16, 40, 64), (5, 64, 64), (2, 64, 160)):
+    for rows, source, output in ((1, 8, 48), (16, 40, 64), (2, 64, 160)):
         counted = search.peak(rows, source, output)
         assert 0.98 * counted <= plane.always + rows * plane.of(source, output) <= 1.15 * counted
 

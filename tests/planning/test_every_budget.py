@@ -89,6 +89,7 @@ def test_with_bytes_of_a_step_that_are_invented(monkeypatch, method, device):
             assert fits(chooser, int(least * (1 + above))), (seed, least, above)
 
 
+@pytest.mark.check
 def test_where_a_whole_update_fits_nothing_else_is_counted(monkeypatch):
     with torch.device("meta"):
         model = pk.adapt(build("m2m100"), pk.LoRA(rank=4))
@@ -111,6 +112,7 @@ def test_a_plan_holds_no_model(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.repeat  # of what the invented bytes show
 def test_a_model_from_the_least_on(monkeypatch):
     """Once a parent was refused under 33.3 MiB and 40 MiB, where 33.2 and 36 MiB were enough."""
     monkeypatch.setattr(choosing, "APPROXIMATIONS", {})  # their least takes time to count
