@@ -8,10 +8,21 @@ from types import ModuleType
 from petl_kernels.errors import InputError
 
 
+def load_extension() -> ModuleType:
+    """Returns the extension, whose import registers ``torch.ops.petl_cpu`` and, built with CUDA, ``petl_cuda``.
+
+    Raises ImportError where it was not built.
+    """
+    try:
+        return importlib.import_module("petl_kernels._C")
+    except ModuleNotFoundError as error:
+        raise ImportError("the C++ extension was not built: reinstall with a C++ compiler on the PATH") from error
+
+
 def find_extension() -> ModuleType | None:
     """Returns the extension; None where it was not built."""
     try:
-        return importlib.import_module("petl_kernels._C")
+        return load_extension()
     except ImportError:
         return None
 

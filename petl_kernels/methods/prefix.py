@@ -31,6 +31,7 @@ from petl_kernels.models.structure import Attention, describe
 from petl_kernels.models.transformers_names import (
     attention_function,
     attention_implementation,
+    choose_attention,
     register_attention,
     runs_attention_functions,
 )
@@ -188,18 +189,13 @@ def check_attention(path: str, attention: nn.Module) -> None:
 def use_prefix_attention(model: nn.Module) -> None:
     """Lets the model's attentions go through ``attend``. Raises InputError for others than eager and sdpa."""
     versions.check("transformers")
-    from transformers import PreTrainedModel
-
     original = attention_implementation(model.config)
     if original is not None and original.startswith(_NAME):
         return
     if original not in _WRAPPED:
         raise InputError(f"prefix: attention implementation {original!r}, expected {' or '.join(map(repr, _WRAPPED))}")
     register_attention(_NAME + original, partial(attend, original), like=original)
-    for module in model.modules():
-        # transformers 5.17 leaves T5's encoder and decoder out, whose configs are copies of the model's
-        if isinstance(module, PreTrainedModel) and attention_implementation(module.config) == original:
-            module.set_attn_implementation(_NAME + original)
+    choose_attention(model, original, _NAME + original)
 
 
 def attend(

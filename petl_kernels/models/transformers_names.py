@@ -180,6 +180,16 @@ def attention_function(name: str, module: nn.Module) -> Callable:
         raise gone(f"{name} attention function for {type(module).__name__}", "prefix-tuning") from error
 
 
+def choose_attention(model: nn.Module, before: str | None, name: str) -> None:
+    """Lets the models in ``model`` that run the attention function ``before`` run ``name``."""
+    from transformers import PreTrainedModel
+
+    for module in model.modules():
+        # transformers 5.17 leaves T5's encoder and decoder out, whose configs are copies of the model's
+        if isinstance(module, PreTrainedModel) and attention_implementation(module.config) == before:
+            module.set_attn_implementation(name)
+
+
 def runs_attention_functions(attention: nn.Module) -> bool:
     """Returns whether ``attention`` calls the function that its config names, rather than computing everything itself.
 
