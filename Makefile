@@ -8,9 +8,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 # Folders of benchmarks that are there.
 BENCHES := $(foreach what,ops layers step,$(if $(wildcard bench/$(what)/bench_*.py),$(what)))
-SOURCES := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+SOURCES := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: demo test test-all test-newest test-oldest test-oldest-quick bench gpu gpu-more lint memory-table clean
+.PHONY: demo test test-all test-newest test-oldest test-oldest-quick bench gpu gpu-more lint docs memory-table clean
 
 demo: $(VENV)/.package
 	$(BIN)/petl-mt demo
@@ -30,7 +30,7 @@ LIBRARY_TESTS := tests/test_versions.py tests/models/test_transformers_names.py 
     tests/petl_mt/test_optimizer.py tests/petl_mt/test_train.py tests/petl_mt/test_translate_memory.py
 QUICK_TESTS := tests/test_versions.py tests/models/test_transformers_names.py tests/interop/test_hf.py \
     tests/interop/test_peft_format.py tests/methods/test_prefix.py tests/petl_mt/test_translate_memory.py
-COPIED := setup.py pyproject.toml constraints.txt README.md MANIFEST.in csrc petl_kernels python tests bench
+COPIED := setup.py pyproject.toml constraints.txt README.md LICENSE MANIFEST.in csrc petl_kernels python tests bench
 RANGES := import sys; from petl_kernels import versions; print(versions.constraints(sys.argv[1], sys.argv[2:]))
 
 test-newest test-oldest: test-%: $(VENV)-%/.made
@@ -73,6 +73,11 @@ memory-table: $(VENV)/.dev
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# The pages of docs/ with the API reference, in build/site.
+docs: $(VENV)/.dev
+	$(PIP) 'petl-kernels[docs]'
+	$(BIN)/mkdocs build --strict
 
 # What a card says in six minutes: bench/gpu.py has the parts and their limits. TEXT="a.en a.sw" LANGUAGES=en-sw trains on
 # your text, PARTS="product step" runs some of the parts, gpu-more those that take longer.

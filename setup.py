@@ -1,8 +1,9 @@
 """Builds the extension petl_kernels._C. Everything else about the package is in pyproject.toml.
 
 C++ always, unless there is no compiler: then the package is installed without the extension and runs on its
-reference and Triton backends. CUDA where nvcc with its headers and a PyTorch with CUDA are there, for the architectures
-of TORCH_CUDA_ARCH_LIST; PETL_CUDA=0 leaves it out.
+reference and Triton backends. csrc/cuda, too, where a PyTorch with CUDA and a toolkit (nvcc, with its headers) are
+there; PETL_CUDA=0 leaves it out. These files are C++ that calls CUDA's libraries, so no card has to be named
+(TORCH_CUDA_ARCH_LIST has no effect) and nvcc compiles none of them: it says where the toolkit lies.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ def compiler() -> str | None:
 
 
 def sources(*folders: str) -> list[str]:
-    return sorted(str(path) for folder in folders for path in Path("csrc", folder).glob("*.c*"))
+    return sorted(str(path) for folder in folders for path in Path("csrc", folder).glob("*.cpp"))
 
 
 def toolkit(found: str | None) -> str | None:
-    """The folder that has both nvcc and CUDA's headers: PyTorch's choice ``found``, or the one that nvcc itself names.
+    """Returns the folder with nvcc and CUDA's headers: PyTorch's choice ``found``, or the one that nvcc names; or None.
 
     PyTorch takes the folder above the nvcc on the PATH, which may be a script or a link beside other programs.
     """
@@ -48,20 +49,15 @@ def toolkit(found: str | None) -> str | None:
     for home in homes:
         if Path(home, "bin", "nvcc").exists() and Path(home, "include", "cuda_runtime_api.h").exists():
             return str(home)
-    print(f"petl-kernels: {nvcc} has no cuda_runtime_api.h; building without CUDA kernels", file=sys.stderr)
+    print(f"petl-kernels: {nvcc} has no cuda_runtime_api.h; building without csrc/cuda", file=sys.stderr)
     return None
 
 
-def has_target(torch) -> bool:
-    """Whether it is known which cards to compile for; PyTorch ends in a traceback where it sees and is told of none."""
-    if os.environ.get("TORCH_CUDA_ARCH_LIST") or torch.cuda.is_available():
-        return True
-    print("petl-kernels: no CUDA device and no TORCH_CUDA_ARCH_LIST; building without CUDA kernels", file=sys.stderr)
-    return False
-
-
 def cublaslt(home: str) -> list[str] | None:
-    """Where cuBLASLt's header is: no folder beside the toolkit's, or that of the package nvidia-cublas; else None."""
+    """Returns the folders to search for cublasLt.h beside the toolkit's: none, or that of the package nvidia-cublas.
+
+    None where there is no such header.
+    """
     if Path(home, "include", "cublasLt.h").exists():
         return []
     folders = sorted(Path(sysconfig.get_path("purelib"), "nvidia").glob("*/include"))
@@ -75,24 +71,24 @@ def extension():
     files = ["csrc/ops.cpp", *sources("cpu", "host")]
     flags = [*FLAGS, f'-DPETL_FLAGS="{" ".join(FLAGS)}"']
     wanted = torch.version.cuda and os.environ.get("PETL_CUDA") != "0"
-    home = toolkit(cpp_extension.CUDA_HOME) if wanted and has_target(torch) else None
+    home = toolkit(cpp_extension.CUDA_HOME) if wanted else None
     if home is None:
         return cpp_extension.CppExtension(
             "petl_kernels._C", files, extra_compile_args={"cxx": flags}, extra_link_args=["-fopenmp"]
         )
     cpp_extension.CUDA_HOME = home
     flags.append(f"-DPETL_CUDA={torch.version.cuda}")
-    kernels, folders = sources("cuda"), cublaslt(home)
+    cuda, folders = sources("cuda"), cublaslt(home)
     if folders is None:
         print("petl-kernels: no cublasLt.h; PyTorch's own products serve", file=sys.stderr)
-        kernels.remove("csrc/cuda/products.cpp")
+        cuda.remove("csrc/cuda/products.cpp")
     else:
         flags.append("-DPETL_CUBLASLT")
     return cpp_extension.CUDAExtension(
         "petl_kernels._C",
-        [*files, *kernels],
-        include_dirs=folders,
-        extra_compile_args={"cxx": flags, "nvcc": ["-O3"]},
+        [*files, *cuda],
+        include_dirs=folders or [],
+        extra_compile_args={"cxx": flags},
         extra_link_args=["-fopenmp", "-ldl"],
     )
 
@@ -113,6 +109,6 @@ def build_arguments() -> dict:
 
 setup(
     package_dir={"petl_mt": "python/petl_mt"},
-    package_data={"petl_mt": ["demo/**/*"]},
+    package_data={"petl_kernels": ["py.typed"], "petl_mt": ["py.typed", "demo/**/*"]},
     **build_arguments(),
 )
