@@ -10,14 +10,20 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c co
 BENCHES := $(foreach what,ops layers step,$(if $(wildcard bench/$(what)/bench_*.py),$(what)))
 SOURCES := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: demo test test-all test-newest test-oldest test-oldest-quick bench gpu gpu-more lint docs memory-table clean
+.PHONY: demo check test test-all test-newest test-oldest test-oldest-quick bench gpu gpu-more lint docs memory-table clean
 
 demo: $(VENV)/.package
 	$(BIN)/petl-mt demo
 
-# test-all has the repeats as well: more cases of what other tests show.
+# What to run after each change, to be kept under a minute: lint (what needs no run: style, types, the order of the rooms),
+# one case of each op, one step of each family. It imports every test file, too.
+check: lint $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "check and not repeat"
+
+# The tests, without repeats: more cases of what other tests show. test-all has those as well.
+# worksteal: each worker begins with one half, so that what a file's tests share is made once.
 test test-all: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(if $(filter test,$@),-m "not repeat")
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(if $(filter test,$@),-m "not repeat")
 
 # The parts of the suite that touch other libraries, with the newest and the oldest versions of those that pyproject.toml
 # allows, each in an environment of its own, on a copy of the sources with its own build of the extension. TORCH=2.13.0
@@ -68,7 +74,7 @@ bench: $(VENV)/.dev
 	$(BIN)/petl-mt bench $(BENCHES) --peers
 
 memory-table: $(VENV)/.dev
-	$(BIN)/python bench/kept_bytes.py
+	$(BIN)/python -m bench.kept_bytes
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -82,7 +88,7 @@ docs: $(VENV)/.dev
 # What a card says in six minutes: bench/gpu.py has the parts and their limits. TEXT="a.en a.sw" LANGUAGES=en-sw trains on
 # your text, PARTS="product step" runs some of the parts, gpu-more those that take longer.
 gpu gpu-more:
-	$(GPU_PYTHON) bench/gpu.py $(PARTS) $(if $(filter gpu-more,$@),--more) $(if $(TEXT),--text $(TEXT)) \
+	$(GPU_PYTHON) -m bench.gpu $(PARTS) $(if $(filter gpu-more,$@),--more) $(if $(TEXT),--text $(TEXT)) \
 	    $(if $(LANGUAGES),--languages $(LANGUAGES))
 
 clean:

@@ -1,8 +1,8 @@
 """A model of a published shape, random weights, trained for a few updates inside a budget of bytes.
 
-    python bench/budget.py nllb-3.3b 4GiB --allow quantized
+    python -m bench.budget nllb-3.3b 4GiB --allow quantized
 
-Writes the checkpoint (bf16) into a temporary folder, plans from its config, loads it as the plan says under a cap that
+Writes the checkpoint (bf16) into a temporary folder, plans from its config, loads it by the plan under a cap that
 the allocator enforces, trains, and adds a line to results/<device>/budget.json: the plan, the peak that the allocator
 saw, and seconds an update. On the CPU the cap counts every tensor; pages of streamed layers are counted beside it.
 """
@@ -12,17 +12,17 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import subprocess
 import tempfile
 import time
 from pathlib import Path
 
 import torch
-from petl_mt.prepare import cast_frozen_matrices
-from random_model import write_checkpoint
-from shapes import MODELS, m2m_config
+from petl_mt.models.adapt import cast_frozen_matrices
 
 import petl_kernels as pk
+from bench.random_model import write_checkpoint
+from bench.shapes import MODELS, m2m_config
+from bench.where import commit, results_of
 from petl_kernels.device import resolve
 from petl_kernels.files import atomic_write
 from petl_kernels.interop.hf import skeleton
@@ -75,11 +75,11 @@ def run(folder: Path, arguments: argparse.Namespace, device: torch.device) -> di
         cap.reset_peak(device)
         seconds, losses = updates(model, plan, arguments, device)
         peak = cap.peak(device) - before
-        pages = model.petl_streamed.resident_bytes() if plan.streamed and device.type == "cpu" else 0
+        pages = model.petl.streamed.resident_bytes() if plan.streamed and device.type == "cpu" else 0
     return {
-        "command": f"python bench/budget.py {arguments.shape} {arguments.memory} --allow {arguments.allow!r} "
+        "command": f"python -m bench.budget {arguments.shape} {arguments.memory} --allow {arguments.allow!r} "
         f"--batch-tokens {arguments.batch_tokens} --length {arguments.length}",
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
+        "commit": commit(),
         "torch": torch.__version__,
         "planned_peak": plan.peak,
         "measured_peak": peak + pages,
@@ -125,8 +125,7 @@ def updates(model, plan, arguments: argparse.Namespace, device: torch.device) ->
 
 
 def record(line: dict, device: torch.device) -> None:
-    name = torch.cuda.get_device_name().replace(" ", "-").lower() if device.type == "cuda" else "cpu"
-    path = Path(__file__).parent / "results" / name / "budget.json"
+    path = results_of(device.type) / "budget.json"
     lines = json.loads(path.read_text()) if path.exists() else []
     with atomic_write(path) as file:
         json.dump([old for old in lines if old["command"] != line["command"]] + [line], file, indent=1)

@@ -1,31 +1,28 @@
+"""Hooks of pytest for every benchmark: options, the machine's rates, results after each, tables at the end."""
+
 from __future__ import annotations
 
-import importlib.metadata
-import os
 import platform
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from pytest_benchmark.utils import safe_dumps
 
+from bench.run.machine import described
+from bench.run.rates import measured_rates
+from bench.show.measurements import Run, by_op
+from bench.show.raw import measurement
+from bench.show.table import case_table, render
+from bench.where import git
 from petl_kernels.files import atomic_write
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from measurements import Run, by_op, measurement  # noqa: E402
-from rates import measured_rates  # noqa: E402
-from table import case_table, render  # noqa: E402
 
 RATES = pytest.StashKey[dict]()
 WHERE = pytest.StashKey[dict]()  # machine and commit, which stay the same in a run
 WRITTEN = pytest.StashKey[int]()  # benchmarks in the result file
-# What decides most: a run may be cut.
+# The files that decide most come first: a run may be cut.
 FIRST = [f"bench_{name}" for name in ("step", "lora_linear", "linear_cross_entropy", "frozen_ffn", "attention")]
 FIRST += ["bench_bottleneck_adapter", "bench_quantized"]
-PACKAGES = ("triton", "transformers", "peft", "bitsandbytes", "liger-kernel", "cut-cross-entropy")
 
 
 def pytest_addoption(parser):
@@ -40,7 +37,7 @@ def pytest_collection_modifyitems(config, items):
         return
     for item in items:
         if item.get_closest_marker("peer"):
-            item.add_marker(pytest.mark.skip(reason="a peer: ask with --peers"))
+            item.add_marker(pytest.mark.skip(reason="a peer: timed with --peers"))
 
 
 def pytest_configure(config):
@@ -61,54 +58,26 @@ def pytest_runtestloop(session):
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
-    machine_info.update(_machine(config.getoption("--device"), machine_info.get("cpu", {})))
+    cpu = machine_info.get("cpu", {}).get("brand_raw")
+    machine_info.update(described(config.getoption("--device"), cpu or platform.machine()))
     machine_info["rates"] = config.stash.get(RATES, {})
-    # The names of the host and of its kernel say nothing about speed and are nobody's business.
+    # The names of the host and of its kernel say nothing about speed, and do not belong into a file that is shared.
     for name in ("node", "release"):
         machine_info.pop(name, None)
 
 
-def _machine(device: str, cpu: dict) -> dict:
-    """Versions, and the processor that did the work: "device" is "cpu" or the card's name."""
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "cpu_name": cpu.get("brand_raw") or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda if device == "cuda" else None,
-        "float32_matmul": torch.get_float32_matmul_precision(),
-        **{name: _version(name) for name in PACKAGES},
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def pytest_benchmark_update_commit_info(commit_info):
-    # Results are results of a tree: say when it was not the commit's. Of this checkout, from whatever folder it is run.
-    # Not by the results themselves, which the run before this one may have written.
-    status = _git("status", "--porcelain", "--", ".", ":(exclude)bench/results")
-    commit = _git("rev-parse", "HEAD")
-    time = _git("log", "-1", "--format=%cI")
+    # Results belong to a tree: "dirty" where it was not the commit's. Results themselves do not count, since the run
+    # before this one may have written them.
+    status = git("status", "--porcelain", "--", ".", ":(exclude)bench/results")
+    commit = git("rev-parse", "HEAD")
+    time = git("log", "-1", "--format=%cI")
     commit_info.clear()
     commit_info.update(id=commit, time=time, dirty=None if status is None else bool(status))
 
 
-def _git(*arguments: str) -> str | None:
-    try:
-        done = subprocess.run(["git", "-C", str(Path(__file__).parents[1]), *arguments], capture_output=True, text=True)
-    except OSError:
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
 def pytest_runtest_teardown(item):
-    # At once: whatever ends the run later, a signal that nobody can catch too, what was timed is in the file.
+    # After each benchmark: whatever ends the run later, SIGKILL too, what was timed is in the file.
     path, timed = item.config.getoption("--results"), item.config._benchmarksession
     whole = _whole(timed.benchmarks)
     if path and len(whole) > item.config.stash.get(WRITTEN, 0):
@@ -117,7 +86,7 @@ def pytest_runtest_teardown(item):
 
 
 def _write(path: Path, config, benchmarks: list) -> None:
-    """pytest-benchmark's JSON."""
+    """Writes pytest-benchmark's JSON."""
     if WHERE not in config.stash:
         commit: dict = {}
         pytest_benchmark_update_commit_info(commit)
@@ -129,7 +98,7 @@ def _write(path: Path, config, benchmarks: list) -> None:
 
 
 def _whole(benchmarks: list) -> list:
-    """Without the one that Ctrl-C met: it has no samples."""
+    """Returns the benchmarks without the one that Ctrl-C met, which has no samples."""
     return [bench for bench in benchmarks if bench.stats.data and not bench.has_error]
 
 

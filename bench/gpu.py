@@ -1,6 +1,6 @@
-"""What a card says in six minutes, `make gpu`: one part after the other, each with a limit of its own.
+"""Runs on a card for six minutes, `make gpu`: one part after the other, each with a limit of its own.
 
-    python bench/gpu.py [NAME ...] [--more] [--text SRC TGT --languages en-sw]
+    python -m bench.gpu [NAME ...] [--more] [--text SRC TGT --languages en-sw]
 
 A part that is not done in its time is ended, with all its processes, and the next one begins. What a part leaves of its
 time is given to the next one. Logs, results and what became of each part lie in results/<device>/part/ before the next
@@ -25,18 +25,19 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from bench.where import ROOT, commit, folder_name
+
 GRACE = 4  # seconds of a limit in which a part that was interrupted may say where it was
 TAIL = 12  # lines of the log of a part that did not pass
 
-# Of the ops at two widths, NLLB-600M's and 3.3B's: LoRA, loss, FFN, attention, adapter, quantized. One layer a side.
+# Ops at two widths, NLLB-600M's and 3.3B's: LoRA, loss, FFN, attention, adapter, quantized. One layer a side.
 OPS = (
     "(nllb-600m or nllb-3.3b) and not float32 and not torch.compile and ("
     "test_lora_linear and not 8- and not 64- or test_linear_cross_entropy and 0.1 or test_frozen_ffn and relu "
     "or test_attention and 0.1 or test_bottleneck_adapter and bwd and not 1024 and not 128- "
     "or test_product and batch and not ffn)"
 )
-# What docs/PERFORMANCE.md asks of single ops, each beside its limit and its peers.
+# The cases of single ops that docs/PERFORMANCE.md has targets for, each beside its limit and its peers.
 ASKED = (
     "not float32 and not torch.compile and (test_lora_border "
     "or (nllb-600m or nllb-3.3b or wide) and test_lora_linear and not 8- and not 64- and not q/k/v "
@@ -59,7 +60,7 @@ class Part:
 
 @dataclass
 class Done:
-    """Says what became of a part: "passed", "failed" or "cut"; in a few words what its log says of it."""
+    """Describes what became of a part. state: "passed", "failed" or "cut"; said: a summary of its log."""
 
     name: str
     state: str
@@ -71,9 +72,9 @@ class Done:
 
 
 def parts(text: Sequence[str] = ()) -> list[Part]:
-    """Returns the parts of `make gpu`, 350 s in all. text: flags of bench/product.py."""
+    """Returns the parts of `make gpu`, 350 s in all. text: flags of bench.product."""
     workers, tests = _workers(), ("-m", "pytest", "-v", "--tb=short")
-    product = ("bench/product.py", *text)
+    product = ("-m", "bench.product", *text)
     compiled = (*tests, "--benchmark-disable", "-o", "python_files=bench_*.py", "--device", "cuda", *workers)
     found = [
         Part("build", 58, ("setup.py", "--quiet", "build_ext", "--inplace")),
@@ -91,16 +92,16 @@ def parts(text: Sequence[str] = ()) -> list[Part]:
 
 def more_parts() -> list[Part]:
     """Returns the parts of `make gpu-more`: what a card is for once the parts of `make gpu` pass."""
-    tests, budget = ("-m", "pytest", "-v", "--tb=short", *_workers()), "bench/budget.py"
+    tests, budget = ("-m", "pytest", "-v", "--tb=short", *_workers()), ("-m", "bench.budget")
     return [
         Part("asked", 240, (*BENCH, "ops", "--peers", "--device", "cuda", "--only", ASKED)),
         Part("slow-tests", 300, (*tests, "-m", "gpu and slow", "tests")),
         Part("ahead-of-time", 200, (*tests, "tests/backends/test_triton_aot.py")),
         Part("doctor", 60, ("-m", "petl_mt.cli", "doctor")),
         Part("caps", 200, (*BENCH, "step", "--peers", "--device", "cuda")),
-        Part("contest", 500, ("bench/candidates/contest.py",)),
-        Part("budget-3.3b", 300, (budget, "nllb-3.3b", "4GiB", "--allow", "quantized")),
-        Part("budget-600m", 120, (budget, "nllb-600m", "1.5GiB")),
+        Part("contest", 500, ("-m", "bench.candidates.contest")),
+        Part("budget-3.3b", 300, (*budget, "nllb-3.3b", "4GiB", "--allow", "quantized")),
+        Part("budget-600m", 120, (*budget, "nllb-600m", "1.5GiB")),
         Part("all-layers", 900, (*BENCH, "layers", "--peers", "--device", "cuda")),
         Part("all-ops", 2400, (*BENCH, "ops", "--peers", "--device", "cuda")),
     ]
@@ -193,11 +194,6 @@ def _write(path: Path, done: Sequence[Done], times: Sequence[dict]) -> None:
     os.replace(temporary, path)
 
 
-def commit() -> str:
-    command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-
-
 # ---- the page
 
 
@@ -207,12 +203,12 @@ def times_of(folder: Path, began: float) -> list[dict]:
     The peer is PEFT with adapters in bf16 where it was timed, else the fastest other. began: seconds since 1970;
     a result file that is older is of another run.
     """
-    files = [place / f"{name}.json" for name in ("step", "layers", "ops") for place in (folder, folder.parent)]
+    files = [place / f"{name}.json" for name in ("step", "layers", "ops") for place in (folder, folder.parent / "raw")]
     fresh = [path for path in files if path.exists() and path.stat().st_mtime >= began]
     if not fresh:
         return []  # without an import that fails where the build did
-    sys.path.insert(0, str(ROOT))
-    from measurements import by_op, limit_of, load
+    from bench.show.measurements import by_op, limit_of
+    from bench.show.raw import load
 
     found = []
     for path in fresh:
@@ -244,8 +240,8 @@ def page(done: Sequence[Done], times: Sequence[dict], folder: Path) -> str:
 
 
 def _table(times: Sequence[dict]) -> str:
-    from measurements import digits, seconds
-    from table import render
+    from bench.show.figures import digits, seconds
+    from bench.show.table import render
 
     def cell(name: str, value) -> str:
         if value is None or isinstance(value, str):
@@ -267,7 +263,7 @@ def device_name() -> str:
         lines = []
     if not lines:
         raise SystemExit("make gpu: nvidia-smi names no card; expected a machine with a CUDA device")
-    return lines[0].strip().replace(" ", "-").lower()
+    return folder_name(lines[0])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,6 +1,6 @@
 """The table of docs/MEMORY.md: bytes kept between forward and backward, by model, method of saving, and tier.
 
-    python bench/kept_bytes.py            writes the table into docs/MEMORY.md, between its two markers
+    python -m bench.kept_bytes            writes the table into docs/MEMORY.md, between its two markers
 
 One encoder and one decoder layer of each shape, random weights, bf16, LoRA of rank 16 on q and v, dropout 0.1. Bytes
 are those of all storages that live after the forward pass because of it, per source and target token: the slope over
@@ -13,26 +13,23 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from shapes import m2m_config
 from torch import nn
 
 import petl_kernels as pk
+from bench.run.peers import lora_by_peft
+from bench.shapes import MODELS, m2m_config
+from bench.show import markdown
+from bench.where import ROOT
 from petl_kernels.accounting.live import Born
 from petl_kernels.accounting.work import linear_flops
 
-# name: width, feed-forward width, heads, layers on each side
-SHAPES = {
-    "NLLB-600M": (1024, 4096, 16, 12),
-    "NLLB-1.3B": (1024, 8192, 16, 24),
-    "NLLB-3.3B": (2048, 8192, 16, 24),
-}
+NAMES = ("nllb-600m", "nllb-1.3b", "nllb-3.3b")
 LENGTH = 64
 BUDGETS = (1.0, 0.5, 0.25)
-DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "MEMORY.md"
-MARKERS = ("<!-- table: python bench/kept_bytes.py -->", "<!-- end of table -->")
+DOCUMENT = ROOT / "docs" / "MEMORY.md"
+MARKERS = ("<!-- table: python -m bench.kept_bytes -->", "<!-- end of table -->")
 
 
 class Layers(nn.Module):
@@ -54,12 +51,8 @@ def base(d: int, ffn: int, heads: int) -> nn.Module:
     return M2M100ForConditionalGeneration(config).to(torch.bfloat16)
 
 
-def with_peft(model: nn.Module, autocast_adapter_dtype: bool) -> Layers:
-    import peft
-
-    config = peft.LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"])
-    adapted = peft.get_peft_model(copy.deepcopy(model), config, autocast_adapter_dtype=autocast_adapter_dtype)
-    return Layers(adapted.base_model.model).train()
+def with_peft(model: nn.Module, fp32_adapters: bool) -> Layers:
+    return Layers(lora_by_peft(copy.deepcopy(model), fp32_adapters).base_model.model).train()
 
 
 def with_tier(model: nn.Module, tier: int) -> Layers:
@@ -72,7 +65,7 @@ def inputs(rows: int, d: int) -> list[torch.Tensor]:
 
 
 def kept(layers: nn.Module, d: int, rows: int, in_host_memory: int = 0) -> int:
-    """Bytes that a forward pass keeps, its inputs among them, its output not."""
+    """Returns the bytes that a forward pass keeps, its inputs among them, its output not."""
     given = inputs(rows, d)
     with Born() as born:
         output = layers(*given)
@@ -81,7 +74,7 @@ def kept(layers: nn.Module, d: int, rows: int, in_host_memory: int = 0) -> int:
 
 
 def kept_by_compiled(layers: nn.Module, d: int, rows: int, budget: float) -> int:
-    """The same under torch.compile, whose one backward node says what it holds."""
+    """Returns the same under torch.compile, whose one backward node has what it holds."""
     torch._dynamo.reset()
     torch._functorch.config.activation_memory_budget = budget
     given = inputs(rows, d)
@@ -96,7 +89,7 @@ def kept_by_compiled(layers: nn.Module, d: int, rows: int, budget: float) -> int
 
 
 def slope(measure: Callable[[int], int]) -> float:
-    """Bytes per source and target token and layer."""
+    """Returns bytes per source and target token and layer."""
     return (measure(4) - measure(2)) / (2 * 2 * LENGTH)
 
 
@@ -106,8 +99,8 @@ def flops(layers: nn.Module, d: int) -> int:
 
 
 def rows_of(name: str) -> list[tuple[str, ...]]:
-    """The lines of one model."""
-    d, ffn, heads, layers = SHAPES[name]
+    """Returns the lines of one model."""
+    layers, d, ffn, heads, _ = MODELS[name]
     model = base(d, ffn, heads)
     linear = 2 * 2 * 2 * LENGTH * (12 * d * d + 4 * d * ffn)  # forward and input gradients of both layers
     defaults = with_peft(model, True)
@@ -117,7 +110,7 @@ def rows_of(name: str) -> list[tuple[str, ...]]:
     def add(what: str, count: float, extra: float | None) -> None:
         whole = count * 2 * layers * 4096 / 2**30
         shown = "" if extra is None else f"{extra:+.1%}"
-        lines.append((name, what, f"{count:,.0f}", f"{count / reference:.2f}", f"{whole:.2f} GiB", shown))
+        lines.append((name.upper(), what, f"{count:,.0f}", f"{count / reference:.2f}", f"{whole:.2f} GiB", shown))
         print("  ".join(lines[-1]), file=sys.stderr)
 
     add("PEFT, defaults", reference, 0.0)
@@ -136,18 +129,16 @@ def rows_of(name: str) -> list[tuple[str, ...]]:
 
 def main() -> None:
     head = ("model", "what", "bytes per token and layer", "of PEFT's", "all layers, 4,096 + 4,096 tokens", "more work")
-    lines = [head, ("---", "---", "---:", "---:", "---:", "---:")]
-    for name in SHAPES:
+    lines = [head]
+    for name in NAMES:
         lines += rows_of(name)
-    write_table(lines, *MARKERS)
+    write_table(lines, 4, *MARKERS)
 
 
-def write_table(lines: list[tuple[str, ...]], begin: str, end: str) -> None:
-    """Put the table into docs/MEMORY.md, between the two markers."""
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    before, rest = DOCUMENT.read_text(encoding="utf-8").split(begin)
-    after = rest.split(end, 1)[1]
-    DOCUMENT.write_text(f"{before}{begin}\n\n{table}\n\n{end}{after}", encoding="utf-8")
+def write_table(lines: list[tuple[str, ...]], numbers: int, begin: str, end: str) -> None:
+    """Puts the table into docs/MEMORY.md, between the two markers."""
+    text = DOCUMENT.read_text(encoding="utf-8")
+    DOCUMENT.write_text(markdown.filled(text, begin, end, markdown.table(lines, numbers)), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""What the planner makes of published shapes under budgets, for a card that is not here: nothing is trained.
+"""Plans for published shapes under budgets of memory, for a card that is not here: nothing is trained.
 
-    python bench/plans.py [SHAPE ...]     writes results/cpu/plans.json and the table of docs/MEMORY.md
+    python -m bench.plans [SHAPE ...]     writes results/cpu/plans.json and the table of docs/MEMORY.md
 
 bf16, LoRA of rank 16 on q and v, updates of 4,096 tokens in sentences of up to 128, exact levers only. Bytes are
 counted; seconds follow from assumed rates (ASSUMED in planning/cost.py): they order plans rather than predict a card.
@@ -9,17 +9,16 @@ counted; seconds follow from assumed rates (ASSUMED in planning/cost.py): they o
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import torch
-from budget import adapted
-from kept_bytes import write_table
-from shapes import config
 
 import petl_kernels as pk
+from bench.budget import adapted
+from bench.kept_bytes import write_table
+from bench.shapes import config
+from bench.where import RESULTS, commit
 from petl_kernels.errors import InputError
 from petl_kernels.files import atomic_write
 from petl_kernels.interop.hf import skeleton
@@ -28,29 +27,28 @@ from petl_kernels.units import format_size
 
 SHAPES = ("nllb-600m", "nllb-1.3b", "nllb-3.3b", "mbart", "madlad-3b", "madlad-10b")
 BUDGETS = (4, 6, 8, 12, 16, 24)
-RESULTS = Path(__file__).parent / "results" / "cpu" / "plans.json"
-MARKERS = ("<!-- table: python bench/plans.py -->", "<!-- end of the table of plans -->")
+PLANS = RESULTS / "cpu" / "plans.json"
+MARKERS = ("<!-- table: python -m bench.plans -->", "<!-- end of the table of plans -->")
 
 
 def main() -> None:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    found = json.loads(RESULTS.read_text())["plans"] if RESULTS.exists() else {}
+    found = json.loads(PLANS.read_text())["plans"] if PLANS.exists() else {}
     for name in sys.argv[1:] or SHAPES:
-        found[name] = {"commit": commit, **plans(name)}
+        found[name] = {"commit": commit(), **plans(name)}
     head = {
-        "command": "python bench/plans.py",
+        "command": "python -m bench.plans",
         "torch": torch.__version__,
         "device": "cuda, planned on a CPU",
         "rates": f"assumed, not measured: {ASSUMED}",
     }
-    with atomic_write(RESULTS) as file:
+    with atomic_write(PLANS) as file:
         json.dump({**head, "plans": found}, file, indent=1)
         file.write("\n")
-    write_table(table(found), *MARKERS)
+    write_table(table(found), 0, *MARKERS)
 
 
 def plans(name: str) -> dict[str, dict]:
-    """By budget: the plan, or why there is none; and the seconds that planning took."""
+    """Returns by budget the plan, or why there is none, and the seconds that planning took."""
     model, found = adapted(skeleton(config(name))), {}
     for gib in BUDGETS:
         began = time.perf_counter()
@@ -65,7 +63,7 @@ def plans(name: str) -> dict[str, dict]:
 
 
 def table(found: dict[str, dict]) -> list[tuple[str, ...]]:
-    lines = [("model", *(f"{gib} GiB" for gib in BUDGETS)), ("---", *("---" for _ in BUDGETS))]
+    lines = [("model", *(f"{gib} GiB" for gib in BUDGETS))]
     for name in filter(found.__contains__, SHAPES):
         lines.append((name, *(cell(found[name][f"{gib}GiB"]) for gib in BUDGETS)))
     return lines

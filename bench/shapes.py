@@ -35,13 +35,13 @@ MODELS = {
     "nllb-3.3b": (24, 2048, 8192, 16, 256206),
 }
 # T5 family, gated GELU: the same, and the width of a head, which need not be d / heads. The widths of madlad-10b are
-# those that add up to its published 10.7 billion parameters; its config was not at hand.
+# those that add up to its published 10.7 billion parameters.
 T5_MODELS = {
     "t5": (12, 768, 2048, 12, 32128, 64),
     "madlad-3b": (32, 1024, 8192, 16, 256000, 128),
     "madlad-10b": (32, 2048, 16384, 16, 256000, 256),
 }
-# Of no model: the width of LoRA's third target.
+# A shape of no model: the width of LoRA's third target.
 WIDE = {"wide": (1, 4096, 16384, 32, 256206)}
 # m2m-418m has nllb-600m's layers and half its words: what a CPU's vocabulary loss has time for.
 NAMES = ["nllb-600m", "nllb-1.3b", "nllb-3.3b", "mbart", *T5_MODELS]
@@ -54,7 +54,7 @@ def shape(name: str, device: str) -> Shape:
 
 
 def distinct(*fields: str) -> list[str]:
-    """The first name of each combination of these fields that a model has, "gated" among them."""
+    """Returns the first name of each combination of these fields that a model has, "gated" among them."""
     first = {}
     for name in NAMES:
         values = {**vars(shape(name, "cuda")), "gated": name in T5_MODELS}
@@ -67,7 +67,7 @@ def runs_on(name: str, device: str) -> bool:
 
 
 def config(name: str):
-    """Of a whole model: one of MODELS or T5_MODELS."""
+    """Returns the config of a whole model, one of MODELS or T5_MODELS."""
     if name in T5_MODELS:
         return t5_config(*T5_MODELS[name], tie_word_embeddings=False, decoder_start_token_id=0)
     if name != "mbart":
@@ -78,7 +78,7 @@ def config(name: str):
 
 
 def m2m_config(layers: int, d: int, ffn: int, heads: int, words: int, **settings):
-    """Of M2M-100 and NLLB; dropout as they train, and no layer is dropped."""
+    """Returns a config of M2M-100 or NLLB; dropout as they train, and no layer is dropped."""
     from transformers import M2M100Config
 
     return M2M100Config(**_bart(layers, d, ffn, heads, words), **settings)
@@ -92,7 +92,7 @@ def _bart(layers: int, d: int, ffn: int, heads: int, words: int) -> dict:
 
 
 def t5_config(layers: int, d: int, ffn: int, heads: int, words: int, head_dim: int, **settings):
-    """Of T5 v1.1 and MADLAD-400; dropout as they train."""
+    """Returns a config of T5 v1.1 or MADLAD-400; dropout as they train."""
     from transformers import T5Config
 
     widths = {"d_model": d, "d_ff": ffn, "d_kv": head_dim, "num_heads": heads, "vocab_size": words}

@@ -28,9 +28,10 @@ _HOME = {
         ),
         "petl_kernels.methods",
     ),
-    **dict.fromkeys(
-        ("adapt", "lean", "merge", "report", "trainable_parameters", "unmerge", "use_adapter"), "petl_kernels.api"
-    ),
+    **dict.fromkeys(("adapt", "trainable_parameters", "use_adapter"), "petl_kernels.methods.adapt"),
+    **dict.fromkeys(("merge", "unmerge"), "petl_kernels.methods.merge"),
+    "lean": "petl_kernels.api",
+    "report": "petl_kernels.reporting",
     **dict.fromkeys(("load_adapter", "save_adapter", "save_merged"), "petl_kernels.interop"),
     "pack": "petl_kernels.layers.packed",
     "linear_cross_entropy": "petl_kernels.ops",
@@ -48,6 +49,10 @@ def __getattr__(name: str):
         return getattr(importlib.import_module(_HOME[name]), name)
     if name in _MODULES:
         return importlib.import_module(f"petl_kernels.{name}")
+    if name[:1].isupper():  # the config of a method that has no line above
+        configs = importlib.import_module("petl_kernels.methods.registry").CONFIGS
+        if name in configs:
+            return configs[name]
     raise AttributeError(f"module 'petl_kernels' has no attribute {name!r}")
 
 

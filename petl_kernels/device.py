@@ -1,4 +1,4 @@
-"""Which device is meant: the one place that gives ``cuda`` its number."""
+"""The number of a CUDA device: the one place where ``cuda`` gets it."""
 
 from __future__ import annotations
 

@@ -1,3 +1,5 @@
+"""``InputError``, and the checks of arguments that raise it."""
+
 from __future__ import annotations
 
 
@@ -9,11 +11,18 @@ class InputError(ValueError):
 
 
 def shown(value: object) -> str:
-    """``value`` as one line of a message has it, however long it is."""
+    """Returns ``value`` as one line of a message has it: its repr, cut to 60 characters."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def check_whole(name: str, value: object, least: int = 1, most: int = 2**31 - 1) -> None:
+    """Raises InputError unless ``value`` is a whole number from ``least`` to ``most``."""
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
         raise InputError(f"{name} {shown(value)}: expected a whole number, {least} to {most:,}")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raises InputError unless ``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise InputError(f"{name} {shown(value)}: expected True or False")

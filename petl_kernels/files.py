@@ -2,7 +2,7 @@
 
 Everything is written under a temporary name beside its target, flushed to the disk, and then renamed. A run that is
 killed, or a disk that is full, leaves the old content as it was and no half-written file under the target's name.
-What is written may be read by whom the umask says: safetensors makes its files for their owner alone.
+Files get the permissions of the umask: safetensors makes its own readable for their owner alone.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary path beside `path`; what the block writes there becomes the file `path` when the block ends well.
+    """Yields a temporary path beside `path`, whose file becomes `path` when the block ends without an error.
 
-    Raises: OSError that names `path` when the disk is full or the folder cannot be written. On any error the
+    Raises OSError that names `path` when the disk is full or the folder cannot be written. On any error the
     temporary file is removed and an older `path` stays untouched.
     """
     path = Path(path)
@@ -43,7 +43,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
-    """An open file ("w": UTF-8 text with \\n line ends, "wb": bytes) that becomes `path` when the block ends well.
+    """Yields an open file ("w": UTF-8 text with \\n line ends, "wb": bytes), which becomes `path` at the block's end.
 
     Raises as `atomic_path` does.
     """
@@ -55,10 +55,10 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
 
 @contextlib.contextmanager
 def atomic_dir(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary folder beside `path`; it becomes the folder `path` when the block ends well.
+    """Yields a temporary folder beside `path`, which becomes the folder `path` when the block ends without an error.
 
     An older folder `path` is replaced as a whole, in one step where the system can exchange two names (Linux).
-    Raises: as `atomic_path`; then the temporary folder is removed and an older `path` stays untouched.
+    Raises as `atomic_path` does; then the temporary folder is removed and an older `path` stays untouched.
     """
     path = Path(path)
     temporary = _beside(path)
@@ -85,7 +85,7 @@ def _beside(path: Path) -> Path:
 
 
 def _mode_of_new_file(path: Path) -> int:
-    """The mode that the umask gives a file there. A process can read its umask only by setting it, in all threads."""
+    """Returns the mode that the umask gives a file there; to read the umask itself is to set it, for all threads."""
     path.touch(exist_ok=False)
     mode = path.stat().st_mode & 0o777
     path.unlink()
@@ -117,7 +117,7 @@ def _rename_folder(temporary: Path, path: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Swap two names in one step (Linux renameat2); False where the system or the file system cannot."""
+    """Swaps two names in one step (Linux renameat2); returns False where the system or the file system cannot."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError, TypeError):
@@ -127,7 +127,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 @contextlib.contextmanager
 def _errors_name(path: Path, temporary: Path) -> Iterator[None]:
-    """Let the disk's errors name the file that the user asked for: they name the temporary one, or none at all."""
+    """Makes the disk's errors name the file that the user has given, where they name the temporary one or none."""
     try:
         yield
     except OSError as error:

@@ -13,7 +13,7 @@ for _power, _letter in enumerate("KMGT", start=1):
 
 
 def parse_size(text: str | int) -> int:
-    """Bytes in ``text``: "8GiB" is 8 * 2**30, "8GB" is 8 * 10**9, "1048576" is bytes.
+    """Returns the bytes of ``text``: 8 * 2**30 for "8GiB", 8 * 10**9 for "8GB", 1,048,576 for "1048576".
 
     Raises InputError for anything else, and for sizes that are not above zero.
     """
@@ -35,7 +35,10 @@ def parse_size(text: str | int) -> int:
 
 
 def format_least(size: int) -> str:
-    """``format_size`` of the next size that it can say exactly enough: what it says suffices, a step less does not."""
+    """Returns ``format_size`` of the smallest size, from ``size`` on, whose text is not below ``size``.
+
+    A budget of that text suffices where ``size`` bytes are needed, and the next smaller text does not.
+    """
     text, larger = format_size(size), size
     while parse_size(text) < size:
         larger += max(1, larger // 4096)  # less than any step between two texts
@@ -44,13 +47,13 @@ def format_least(size: int) -> str:
 
 
 def format_below(size: int, least: int) -> str:
-    """``format_size`` of a size below ``least``; in bytes where it would read like ``format_least`` of that."""
+    """Returns ``format_size`` of a size below ``least``, or its bytes where that text would not be below either."""
     text = format_size(size)
     return text if parse_size(text) < parse_size(format_least(least)) else f"{size:,} bytes"
 
 
 def format_size(size: int) -> str:
-    """``size`` bytes with a binary unit and three figures: 1.50 GiB."""
+    """Returns ``size`` bytes with a binary unit and three figures: 1.50 GiB."""
     amount, unit = float(size), "B"
     for larger in ("KiB", "MiB", "GiB", "TiB"):
         if round(abs(amount)) < 1024:

@@ -1,8 +1,8 @@
-"""The versions of other libraries that this package is tested with: the ranges of pyproject.toml, and what is here.
+"""The versions of other libraries that this package works with: the ranges of pyproject.toml, and checks of them.
 
-A library that is older than its range is refused when it is first used: it lacks what is called, or computes in other
-shapes. One that is newer mostly works, so it is said once, in one line; a name that is gone from it has a line of its
-own (``models/transformers_names.py``).
+A library that is older than its range is refused when it is first used: it lacks names that are called, or computes in
+other shapes. One that is newer mostly works, and is warned of once; a name that it no longer has is refused where it is
+used (``models/transformers_names.py``).
 
     python -c 'from petl_kernels import versions; print(versions.constraints("oldest"))'
 """
@@ -29,9 +29,9 @@ class VersionError(InputError, ImportError):
 
 @functools.cache
 def check(name: str) -> None:
-    """Compare the library ``name`` that is installed with its range. Raises VersionError where it is older.
+    """Compares the installed library ``name`` with its range. Raises VersionError where it is older, warns of a newer.
 
-    Says nothing of a library that is not installed, or that has no range.
+    Does nothing for a library that is not installed, or that has no range.
     """
     try:
         installed = metadata.version(name)
@@ -46,7 +46,7 @@ def check(name: str) -> None:
 
 
 def ranges() -> dict[str, tuple[str, str | None]]:
-    """name -> (the oldest version that works, the first that is not tested or None), for what has a lower end."""
+    """Returns name -> (the oldest version that works, the first untested one or None), for each range with a start."""
     found = {}
     for requirement in _requirements():
         match = _REQUIREMENT.match(requirement)
@@ -68,14 +68,14 @@ def _requirements() -> list[str]:
 
 
 def _release(version: str) -> tuple[int, ...]:
-    """The numbers of a version, without what stands behind them: "2.13.0+cpu" is (2, 13, 0)."""
+    """Returns the numbers of a version, without what follows them: (2, 13, 0) for "2.13.0+cpu"."""
     return tuple(int(number) for number in re.match(r"\d+(?:\.\d+)*", version)[0].split("."))
 
 
 def constraints(end: str, but: Sequence[str] = ()) -> str:
-    """The ranges with both ends as a constraints file of pip, without the libraries ``but``.
+    """Returns the ranges with both ends as a constraints file of pip, without the libraries ``but``.
 
-    end: "oldest", the start of each; or "newest", all of it, of which pip takes the newest.
+    end: "oldest" for the start of each range, or "newest" for the whole range, of which pip takes the newest version.
     """
     both = {name: ends for name, ends in ranges().items() if None not in ends and name not in but}
     forms = {"oldest": "{}=={}", "newest": "{}>={},<{}"}

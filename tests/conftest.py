@@ -1,21 +1,35 @@
-"""What concerns the whole suite."""
+"""What concerns the whole suite: the order of tests, their repeats, and what a process makes once (README.md)."""
 
 from __future__ import annotations
 
 import gc
 import os
+from collections import defaultdict
 
 import pytest
 import torch
+from pairs import covering, values_of
 
 # Without a CUDA device the Triton kernels run in Triton's interpreter, which has to be chosen before Triton's import.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest takes out what -m does not name
 def pytest_collection_modifyitems(items: list) -> None:
-    """Puts the longest tests, which are processes of their own, first: at the end one worker would wait for them."""
+    """Puts the longest tests, which are processes of their own, first: at the end one worker would wait for them.
+
+    Marks as repeats the cases of a test of three or more parameters that show no pair of values which others do not.
+    """
     items.sort(key=lambda item: "test_rehearsal.py" not in item.nodeid)
+    cases = defaultdict(list)
+    for item in items:
+        if hasattr(item, "callspec") and not item.get_closest_marker("repeat"):
+            cases[item.path, item.cls, item.originalname].append(item)
+    for some in cases.values():
+        chosen = covering([values_of(item) for item in some])
+        for i in set(range(len(some))) - chosen:
+            some[i].add_marker("repeat")
 
 
 def pytest_collection_finish() -> None:

@@ -13,7 +13,7 @@ RATES = ("p", "dropout", "stored_dropout", "activation_dropout")
 
 def kind_of(model: torch.nn.Module) -> str:
     """Returns all of ``model`` that its bytes depend on, as a key: class, configuration, tensors, rates, method."""
-    from petl_kernels.methods.base import active_name, records
+    from petl_kernels.methods.owner import active_name, records
 
     tensors = [
         (name, tuple(t.shape), t.dtype, t.requires_grad, type(t))
@@ -26,19 +26,20 @@ def kind_of(model: torch.nn.Module) -> str:
 
 @contextmanager
 def counted_once() -> Iterator[None]:
-    """Within it, ``Planner`` and ``Search`` run a step or a search once for each kind of model and of batch."""
+    """Within it, ``StepBytes`` and ``Search`` simulate a step or a search once for each kind of model and of batch."""
     from petl_kernels.planning import simulate
     from petl_kernels.planning.beam_search import Search
-    from petl_kernels.planning.planner import Planner
+    from petl_kernels.planning.step_bytes import StepBytes
 
-    phases, made, count = Planner._phases, Search.__init__, Search.bytes
+    phases, made, count = StepBytes.phases, Search.__init__, Search.bytes
     known: dict[tuple, object] = {}
 
     def phases_once(self, *given):
         self.kind = getattr(self, "kind", None) or kind_of(self.model)
         patched = simulate.step, simulate.shallow  # by some tests
-        device = self.device.type, torch.get_num_threads()
-        key = self.kind, self.longest, self.autocast, self.packed, *device, *patched, *given
+        request = self.request
+        training = request.longest, request.autocast, request.packed, request.device.type
+        key = self.kind, *training, torch.get_num_threads(), *patched, *given
         if key not in known:
             known[key] = phases(self, *given)
         return known[key]
@@ -53,6 +54,6 @@ def counted_once() -> Iterator[None]:
             known[key] = count(self, memory, longest)
         return dataclasses.replace(known[key], memory=memory)
 
-    Planner._phases, Search.__init__, Search.bytes = phases_once, made_once, bytes_once
+    StepBytes.phases, Search.__init__, Search.bytes = phases_once, made_once, bytes_once
     yield
-    Planner._phases, Search.__init__, Search.bytes = phases, made, count
+    StepBytes.phases, Search.__init__, Search.bytes = phases, made, count

@@ -14,7 +14,7 @@ resource = pytest.importorskip("resource")
 
 @pytest.fixture
 def small_disk():
-    """No file may grow over 4 KiB: the write in the middle fails, as on a full disk."""
+    """Lets no file grow over 4 KiB, so that a write in the middle fails as on a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     yield

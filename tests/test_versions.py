@@ -1,4 +1,4 @@
-"""Installed versions against the ranges of pyproject.toml."""
+"""Checks of installed versions by the ranges of pyproject.toml."""
 
 from __future__ import annotations
 

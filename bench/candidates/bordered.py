@@ -20,8 +20,8 @@ into B_g, exactly where it is a power of two. No dropout: dx's mask falls on the
 from __future__ import annotations
 
 import torch
-from frame import shipped
 
+from bench.candidates.frame import shipped
 from petl_kernels.backends.triton import common
 
 
@@ -47,7 +47,7 @@ class Bordered:
         parts = [n if c is None else c for c, n in zip(biases, zero, strict=True)]
         self.bias = torch.cat(parts) if some else None
         self.wide_x, self.wide_dy = x.new_empty(rows, self.inner + ranks), x.new_empty(rows, self.outer + ranks)
-        # What the norm and the attention would have written there.
+        # The norm and the attention would have written these.
         self.wide_x[:, : self.inner] = common.as_rows(x)
         self.wide_dy[:, : self.outer] = torch.cat([common.as_rows(dy) for dy in dys], 1)
         self.sizes = sizes

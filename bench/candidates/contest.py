@@ -1,4 +1,4 @@
-"""The shipped LoRA kernels and the candidates on the same shapes: `python bench/candidates/contest.py`.
+"""The shipped LoRA kernels and the candidates on the same shapes: `python -m bench.candidates.contest`.
 
 Each shape: every value and gradient first, to the ops' own criterion, then medians of rounds in which each
 implementation runs once, as a CUDA graph (so that Python's launches are not what is measured), with the L2 cache
@@ -16,18 +16,20 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
+from datetime import datetime, timezone
 
 import torch
 import torch.nn.functional as F
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
-
-from petl_kernels import parity  # noqa: E402
-from petl_kernels.files import atomic_write  # noqa: E402
-from petl_kernels.ops.cases import lora_linear  # noqa: E402
+from bench.run.machine import described
+from bench.show.measurements import Measurement, Run, Times
+from bench.show.medians import add
+from bench.where import ROOT, commit, results_of
+from petl_kernels import parity
+from petl_kernels.files import atomic_write
+from petl_kernels.ops.cases import lora_linear
 
 # Rank by rank the shape of LoRA's first target, then the other widths, numbers of linears and of tokens.
 SHAPES = sorted(
@@ -40,19 +42,19 @@ FLUSH_BYTES = 256 << 20
 
 
 def functions(name: str, given: dict):
-    """What has the candidate's lora_linear and lora_linear_backward; None where the device cannot run it."""
+    """Returns the owner of a candidate's lora_linear and lora_linear_backward, None where the device cannot run it."""
     if name == "bordered":
-        from bordered import Bordered
+        from bench.candidates.bordered import Bordered
 
         return Bordered(*(given[key] for key in ("x", "dys", "weights", "biases", "a", "b", "scales")))
-    module = importlib.import_module("frame" if name == "shipped" else name)
+    module = importlib.import_module(f"bench.candidates.{'frame' if name == 'shipped' else name}")
     if hasattr(module, "runs_on") and not module.runs_on(given["x"]):
         return None
     return module.shipped if name == "shipped" else module
 
 
 def difference(name: str, given: dict, exact: dict | None = None, reference: dict | None = None) -> str | None:
-    """The first value or gradient that misses the criterion of ``parity.compare``, or None."""
+    """Returns the first value or gradient that misses the criterion of ``parity.compare``, or None."""
     exact = exact or parity.run("lora_linear", "reference", parity.in_float64(given))
     reference = reference or parity.run("lora_linear", "reference", given)
     candidate = functions(name, given)
@@ -64,7 +66,7 @@ def difference(name: str, given: dict, exact: dict | None = None, reference: dic
 
 
 def steps(name: str, given: dict) -> Callable[[], None]:
-    """Forward and backward, the biases frozen."""
+    """Returns a call of forward and backward, the biases frozen."""
     weights, biases, x, dys = given["weights"], given["biases"], given["x"], given["dys"]
     if name == "frozen":
 
@@ -100,7 +102,7 @@ def graph_of(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
 
 
 def medians(runs: dict[str, Callable[[], None]], flush: Callable[[], None]) -> dict[str, list[float]]:
-    """Seconds of each run in ROUNDS rounds."""
+    """Returns the seconds of each run in ROUNDS rounds."""
     events = {name: [] for name in runs}
     for round_ in range(WARM + ROUNDS):
         for name, run in runs.items():
@@ -116,7 +118,7 @@ def medians(runs: dict[str, Callable[[], None]], flush: Callable[[], None]) -> d
 
 
 class OnDevice(parity.Source):
-    """Values drawn where they are used: a CPU would take longer over the larger shapes than the kernels."""
+    """Draws values where they are used: a CPU would take longer over the larger shapes than the kernels."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype):
         super().__init__(device, dtype)
@@ -173,6 +175,22 @@ def show(rows: list[dict]) -> None:
     sys.stdout.flush()
 
 
+def run_of(rows: list[dict], machine: dict, date: str) -> Run:
+    """Returns what was timed, for the table of the device."""
+    found = []
+    for row in (row for row in rows if "median" in row):
+        tokens, d, rank, groups = row["shape"]
+        names = {"op": "lora contest", "shape": f"d={d}", "case": f"r={rank}, {groups} linear{'s' * (groups > 1)}"}
+        group = f"{names['op']} {names['shape']} {names['case']} {tokens} tokens bfloat16"
+        times = Times.of(row["samples"])
+        found.append(
+            Measurement(
+                **names, dtype="bfloat16", tokens=tokens, group=group, times=times, implementation=row["implementation"]
+            )
+        )
+    return Run("candidates", machine, {"id": commit()}, date, found)
+
+
 def on_a_cpu(names: list[str]) -> int:
     print("The kernels' times need a GPU; here only their values are checked, in Triton's interpreter.")
     failed = 0
@@ -196,13 +214,13 @@ def main() -> int:
     if options.device == "cpu":
         return on_a_cpu(options.names)
     if not torch.cuda.is_available():
-        print("contest.py: --device cuda: no CUDA device here", file=sys.stderr)
+        print("bench.candidates.contest: --device cuda: no CUDA device here", file=sys.stderr)
         return 2
     scratch = torch.empty(FLUSH_BYTES, device="cuda", dtype=torch.uint8)
     began, results = time.monotonic(), []
-    card = torch.cuda.get_device_name()
-    print(card)
-    path = Path(__file__).parents[1] / "results" / card.replace(" ", "-").lower() / "candidates.json"
+    machine, date = described("cuda"), datetime.now(timezone.utc).isoformat()
+    print(machine["device"])
+    path = results_of("cuda") / "raw" / "candidates.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     for shape in SHAPES:
         if time.monotonic() - began > options.seconds:
@@ -212,9 +230,9 @@ def main() -> int:
         show(rows)
         results += rows
         with atomic_write(path) as file:  # after each shape: the run may be cut at any time
-            machine = {"device": card, "torch": torch.__version__}
             json.dump({"machine": machine, "unit": "seconds", "results": results}, file, indent=1)
-    print(f"\n{path.relative_to(Path(__file__).parents[2])}")
+        add(path.parents[1], run_of(results, machine, date))
+    print(f"\n{path.relative_to(ROOT)}")
     return 1 if any(row.get("note", "").startswith("WRONG") for row in results) else 0
 
 

@@ -15,9 +15,10 @@ import itertools
 
 import pytest
 import torch
-import turns
 
 import petl_kernels as pk
+from bench.run import clock, turns
+from bench.run.peers import lora_by_peft
 from petl_kernels.models.transformers_names import drop_no_layer
 
 ROUNDS, WARM = 40, 8
@@ -48,7 +49,7 @@ def test_host(benchmark, device, method, implementation):
         implementation=implementation,
         of_peers={PEFT: turns.ratio(seconds, samples(device)["LoRA r=8", PEFT])},
     )
-    turns.write_down(benchmark, seconds)
+    clock.write_down(benchmark, seconds)
 
 
 @functools.cache
@@ -56,7 +57,11 @@ def samples(device: str) -> dict[tuple[str, str], list[float]]:
     """(method, implementation) -> seconds of each round."""
     steps = {}
     for method, implementation in dict.fromkeys(_timed(*case) for case in CASES):
-        net = with_peft(model(device)) if implementation == PEFT else ours(method, OURS[implementation], device)
+        net = (
+            lora_by_peft(model(device), False, rank=8)
+            if implementation == PEFT
+            else ours(method, OURS[implementation], device)
+        )
         steps[method, implementation] = step_of(net.train(), device)
     gc.collect()
     return turns.seconds_in_turn(steps, ROUNDS, WARM, device)
@@ -88,13 +93,6 @@ def model(device: str) -> torch.nn.Module:
 
 def ours(method: str, tier: int, device: str) -> torch.nn.Module:
     return pk.lean(pk.adapt(copy.deepcopy(model(device)), METHODS[method]()), tier)
-
-
-def with_peft(net: torch.nn.Module) -> torch.nn.Module:
-    import peft
-
-    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"])
-    return peft.get_peft_model(net, config, autocast_adapter_dtype=False)
 
 
 def step_of(net: torch.nn.Module, device: str):

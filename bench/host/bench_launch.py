@@ -16,7 +16,9 @@ from unittest import mock
 
 import pytest
 import torch
-from turns import ratio, write_down
+
+from bench.run.clock import write_down
+from bench.run.turns import ratio
 
 ROUNDS, WARM, PASSES = 40, 3, 20
 CASES = ["layer_norm", "dropout_add", "lora_linear", "lora_linear backward", "attention", "attention backward"]

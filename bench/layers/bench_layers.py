@@ -13,28 +13,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 
-import counts
 import pytest
 import torch
-from measure import (
-    Case,
-    Work,
-    close,
-    compiled,
-    copies,
-    error,
-    installed,
-    outcome,
-    peer,
-    record,
-    require,
-    rotation,
-    step,
-)
-from shapes import MODELS, T5_MODELS, m2m_config, shape, t5_config
 from torch import Tensor, nn
 
 import petl_kernels as pk
+from bench.predict import counts
+from bench.run.check import close, error, outcome
+from bench.run.measure import copies, record, rotation
+from bench.run.peers import compiled, installed, lora_by_peft, peer, require
+from bench.run.work import Case, Work, step
+from bench.shapes import MODELS, T5_MODELS, m2m_config, shape, t5_config
 from petl_kernels.accounting.saved import saved_bytes
 
 LENGTH, WORDS = 128, 64
@@ -103,12 +92,10 @@ def adapted(name: str, device: str, method: str) -> nn.Module:
     return model
 
 
-def with_peft(name: str, device: str, autocast_adapter_dtype: bool) -> nn.Module:
-    peft = installed("peft", "PEFT")
-    targets = ["q", "v"] if name in T5_MODELS else ["q_proj", "v_proj"]
-    config = peft.LoraConfig(r=16, lora_alpha=32, target_modules=targets)
-    model = peft.get_peft_model(base(name, device), config, autocast_adapter_dtype=autocast_adapter_dtype)
-    return model.base_model.model
+def with_peft(name: str, device: str, fp32_adapters: bool) -> nn.Module:
+    installed("peft", "PEFT")
+    targets = ("q", "v") if name in T5_MODELS else ("q_proj", "v_proj")
+    return lora_by_peft(base(name, device), fp32_adapters, targets=targets).base_model.model
 
 
 def work(model: nn.Module, run: Callable, side: str, x: Tensor, source: Tensor) -> Work:

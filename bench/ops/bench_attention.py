@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import functools
 
-import counts
-import model
 import pytest
 import torch
 import torch.nn.functional as F
-from measure import Case, compiled, differentiated, measure, peer, require
-from shapes import distinct, shape
 
+from bench import model
+from bench.predict import counts
+from bench.run.measure import measure
+from bench.run.peers import compiled, peer, require
+from bench.run.work import Case, differentiated
+from bench.shapes import distinct, shape
 from petl_kernels import ops
 from petl_kernels.ops.philox import draw_seed
 from petl_kernels.parity import boundaries
@@ -47,7 +49,7 @@ def sdpa(q, k, v, mask, dropout: float = 0.0):
 
 
 def lengths(tokens: int) -> list[int]:
-    """Of sentences that fill a row: log-normal around 20 tokens, the same at each call."""
+    """Returns lengths of sentences that fill a row: log-normal around 20 tokens, the same at each call."""
     generator, found = torch.Generator().manual_seed(0), []
     while sum(found) < tokens:
         drawn = (3 + 0.6 * torch.randn((), generator=generator)).exp()

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 
-import counts
 import pytest
 import torch
 import torch.nn.functional as F
-from measure import Case, compiled, differentiated, installed, measure, passes, peer, require
-from shapes import distinct, shape
 
+from bench.predict import counts
+from bench.run.measure import measure
+from bench.run.peers import compiled, installed, peer, require
+from bench.run.work import Case, differentiated, passes
+from bench.shapes import distinct, shape
 from petl_kernels import ops
 
 

@@ -10,28 +10,19 @@ from __future__ import annotations
 
 import functools
 
-import counts
-import model
 import pytest
 import torch
 import torch.nn.functional as F
-from measure import (
-    Case,
-    Work,
-    check,
-    copies,
-    differentiated,
-    installed,
-    peak_memory,
-    peer,
-    record,
-    require,
-    rotation,
-    step,
-)
-from shapes import distinct, shape
 from torch import Tensor
 
+from bench import model
+from bench.predict import counts
+from bench.run.check import check
+from bench.run.measure import copies, record, rotation
+from bench.run.memory import peak_memory
+from bench.run.peers import installed, peer, require
+from bench.run.work import Case, Work, differentiated, step
+from bench.shapes import distinct, shape
 from petl_kernels import ops
 
 MIB = 1 << 20

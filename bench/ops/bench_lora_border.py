@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import functools
 
-import counts
 import pytest
 import torch
 import torch.nn.functional as F
-from measure import Case, Work, differentiated, measure, require
-from shapes import WIDE, distinct, shape
 
+from bench.predict import counts
+from bench.run.measure import measure
+from bench.run.peers import require
+from bench.run.work import Case, Work, differentiated
+from bench.shapes import WIDE, distinct, shape
 from petl_kernels import ops
 from petl_kernels.ops.define import below_autograd, run
 from petl_kernels.ops.lora_border import room
@@ -46,7 +48,7 @@ def apart(x, *tensors):
 
 
 class _Border(torch.autograd.Function):
-    """One call of the op each way; rows with room are made once, ahead of the timed calls."""
+    """Calls the op once each way; rows with room are made once, ahead of the timed calls."""
 
     @staticmethod
     def forward(ctx, given: dict, x, *adapters):

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 
-import counts
 import pytest
 import torch
 import torch.nn.functional as F
-from measure import Case, Work, compiled, differentiated, installed, measure, peer, require
-from shapes import WIDE, distinct, shape
 
+from bench.predict import counts
+from bench.run.measure import measure
+from bench.run.peers import compiled, installed, peer, require
+from bench.run.work import Case, Work, differentiated
+from bench.shapes import WIDE, distinct, shape
 from petl_kernels import ops
 
 # name: linears in the group, rank

@@ -1,6 +1,6 @@
 """parallel_ffn beside the frozen network's products (the limit), an adapter beside the network, and eager PyTorch.
 
-The limit has no adapter: the ratio says what one costs. "ours, beside" is what runs where the two cannot be one network
+The limit has no adapter: the ratio is what one costs. "ours, beside" is what runs where the two cannot be one network
 (a quantized base, another activation): ``frozen_ffn``, then ``bottleneck_adapter`` added to its result.
 """
 
@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import functools
 
-import counts
 import pytest
 import torch
 import torch.nn.functional as F
-from measure import Case, compiled, differentiated, measure, peer, require
-from shapes import distinct, shape
 
+from bench.predict import counts
+from bench.run.measure import measure
+from bench.run.peers import compiled, peer, require
+from bench.run.work import Case, differentiated
+from bench.shapes import distinct, shape
 from petl_kernels import ops
 from petl_kernels.ops.parallel_ffn import room, with_room
 

@@ -4,27 +4,16 @@ from __future__ import annotations
 
 import functools
 
-import counts
 import pytest
 import torch
 import torch.nn.functional as F
-from measure import (
-    Case,
-    Work,
-    copies,
-    differentiated,
-    error,
-    installed,
-    measure,
-    outcome,
-    peer,
-    record,
-    require,
-    rotation,
-    step,
-)
-from shapes import distinct, shape
 
+from bench.predict import counts
+from bench.run.check import error, outcome
+from bench.run.measure import copies, measure, record, rotation
+from bench.run.peers import installed, peer, require
+from bench.run.work import Case, Work, differentiated, step
+from bench.shapes import distinct, shape
 from petl_kernels import ops
 from petl_kernels.ops.quantized import dequantize
 
@@ -52,7 +41,7 @@ def ours(storage: str):
 
 
 def dense_of(storage: str, dtype: torch.dtype):
-    """The product with what the storage says the weight is."""
+    """Returns the product with the values that the storage has of the weight."""
 
     def formula(x, weight):
         parts = ops.quantize(weight.to(dtype), storage).parts()

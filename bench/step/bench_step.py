@@ -22,18 +22,20 @@ import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import counts
 import numpy as np
 import pytest
 import torch
-import turns
-from measure import Case, describe, record
 from petl_mt.data import Batch
-from random_model import frozen_model, random_weights
-from sentences import FIRST_WORD, PAD, Data, batches, packed, packed_batches
-from shapes import MODELS, m2m_config
 
 import petl_kernels as pk
+from bench.predict import counts
+from bench.random_model import frozen_model, random_weights
+from bench.run import clock, turns
+from bench.run.measure import describe, record
+from bench.run.peers import lora_by_peft
+from bench.run.work import Case
+from bench.shapes import MODELS, m2m_config
+from bench.step.sentences import FIRST_WORD, PAD, Data, batches, packed, packed_batches
 from petl_kernels.step.graphs import CudaGraphs, Graphed
 
 NAME = "nllb-600m"
@@ -41,25 +43,18 @@ SHAPE = MODELS[NAME]
 WORDS = SHAPE[-1]
 
 
-def with_peft(model, autocast_adapter_dtype: bool):
-    import peft
-
-    config = peft.LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"])
-    return peft.get_peft_model(model, config, autocast_adapter_dtype=autocast_adapter_dtype)
-
-
 def with_tier(model, tier: int):
     return pk.lean(pk.adapt(model, pk.LoRA(rank=16, alpha=32.0)), tier)
 
 
-# What decides most comes first: time may run out.
+# Those that decide most come first: time may run out.
 IMPLEMENTATIONS = {
     "ours": lambda model: with_tier(model, 1),
     "ours, graph": lambda model: with_tier(model, 1),
-    "PEFT, bf16 adapters": lambda model: with_peft(model, False),
-    "PEFT, defaults": lambda model: with_peft(model, True),
+    "PEFT, bf16 adapters": lambda model: lora_by_peft(model, False),
+    "PEFT, defaults": lambda model: lora_by_peft(model, True),
     "ours, fp32": lambda model: with_tier(model, 1),
-    "PEFT, fp32": lambda model: with_peft(model, True),
+    "PEFT, fp32": lambda model: lora_by_peft(model, True),
     "ours, tier 2": lambda model: with_tier(model, 2),
     "ours, tier 3": lambda model: with_tier(model, 3),
 }
@@ -74,7 +69,7 @@ QUICK = (QUICK[0], *FP32, *QUICK[1:])  # of a CPU without instructions for bf16
 
 @dataclass(frozen=True)
 class Text:
-    """What a step reads: rows x length tokens a side, or the batches of ``data``. rounds, warm: those of a CPU."""
+    """Holds what a step reads: rows x length tokens a side, or ``data``'s batches. rounds, warm: those of a CPU."""
 
     implementations: tuple[str, ...]
     rounds: int
@@ -97,11 +92,11 @@ class Text:
 
     @property
     def tokens(self) -> tuple[int, int]:
-        """Those of the source and of the target, without padding."""
+        """Tokens of the source and of the target, without padding."""
         return sum(int((b.source != PAD).sum()) for b in self.batches), sum(b.target_tokens for b in self.batches)
 
     def inputs(self, implementation: str, device: str) -> list[dict]:
-        """Of the model, for each batch of a step."""
+        """Returns the model's inputs for each batch of a step."""
         place = torch.device(device)
         if implementation == GRAPH:
             rows = packed_batches(self.data, WORDS) if self.data else map(packed, self.batches)
@@ -118,7 +113,7 @@ def padded(batch: Batch) -> dict:
 
 
 def texts(device: str) -> dict[str, list[Text]]:
-    """By the function that times them."""
+    """Returns the texts by the function that times them."""
     if device == "cuda":
         real = Data(8192, 256, updates=4, multiple=8)
         return {"test_step": [Text(CARD, 3, rows=64)], "test_real_lengths": [Text(CARD[:4], 3, data=real)]}
@@ -179,7 +174,7 @@ def test_real_lengths(benchmark, text, implementation, device, make, in_turn):
 
 
 def test_few_tokens(benchmark, text, implementation, device, make, in_turn):
-    """Where products in bf16 are slow."""
+    """Runs where products in bf16 are slow."""
     time_step(benchmark, text, implementation, device, make, in_turn)
 
 
@@ -200,7 +195,7 @@ def time_step(benchmark, text: Text, implementation: str, device: str, make, in_
     benchmark.extra_info["of_peers"] = peers
     if not dtype:
         benchmark.extra_info["bytes"] = None  # which differ, and there is no one roofline
-    turns.write_down(benchmark, seconds[implementation])
+    clock.write_down(benchmark, seconds[implementation])
 
 
 def step_of(net: torch.nn.Module, inputs: list[dict]) -> Callable[[], None]:
@@ -214,7 +209,7 @@ def step_of(net: torch.nn.Module, inputs: list[dict]) -> Callable[[], None]:
 
 
 def captured_step_of(net: torch.nn.Module, inputs: list[dict]) -> Callable[[], None]:
-    """The same on packed rows on a GPU, captured when a shape first comes."""
+    """Returns the same on packed rows on a GPU, captured when a shape first comes."""
     for parameter in (own for own in net.parameters() if own.requires_grad):
         parameter.grad = torch.zeros_like(parameter)
     names = [name for name in inputs[0] if name != "longest"]

@@ -56,7 +56,7 @@ def halves(batch_tokens: int, longest: int) -> list[int]:
 
 
 def largest_that_fits(setting: Setting, run: Run, sizes: Sequence[int]) -> list[Tried]:
-    """What was tried of ``sizes`` (falling); the last of them that fits is the largest. None fits: the setting is out.
+    """Returns the trials of ``sizes`` (falling), of which the last that fits is the largest; none may fit.
 
     A failure that is not about memory would meet smaller micro-batches, too, and ends the search.
     """

@@ -59,5 +59,5 @@ def _drawn(data: Data, words: int) -> tuple[Corpus, list[np.ndarray]]:
     sides = [np.clip(np.rint(lengths), 4, data.longest).astype(int) for lengths in (source, target)]
     ragged = [Ragged(generator.integers(FIRST_WORD, words, n).tolist() for n in lengths) for lengths in sides]
     corpus = Corpus(*ragged, pad=PAD)
-    found = corpus.plan(data.batch_tokens, data.multiple)
+    found = corpus.batch_indices(data.batch_tokens, data.multiple)
     return corpus, [found[(2 * i + 1) * len(found) // (2 * data.updates)] for i in range(data.updates)]

@@ -1,4 +1,4 @@
-"""What a forward pass leaves alive, whoever holds it: the strictest count of what is kept for backward."""
+"""Bytes that a forward pass leaves alive, whatever holds them: the strictest count of what is kept for backward."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from petl_kernels.ops.quantized import parts_of
 
 
 class Born(TorchDispatchMode):
-    """Remembers, without holding them, the storages that the operations of a block make.
+    """Records, without holding them, the storages that the operations of a block make.
 
-    ``saved_bytes`` counts what autograd says it saves. This counts every byte that is still there: copies that a module
-    holds, inputs that a closure holds, caches.
+    ``saved_bytes`` counts what passes through autograd's hooks. This counts every byte that is still there: also copies
+    that a module holds, inputs that a closure holds, caches.
     """
 
     def __init__(self):
@@ -32,11 +32,11 @@ class Born(TorchDispatchMode):
         return result
 
     def alive(self) -> int:
-        """Bytes of those storages that live now."""
+        """Collects garbage and returns the bytes of the storages that live then."""
         gc.collect()
         return sum(size for reference, size in self._storages.values() if not reference.expired())
 
 
 def _storages(values) -> list[torch.UntypedStorage]:
     tensors = (leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor))
-    return [part.untyped_storage() for tensor in tensors for part in parts_of(tensor)]
+    return [plain.untyped_storage() for tensor in tensors for plain in parts_of(tensor)]

@@ -1,24 +1,26 @@
-"""How many bytes autograd keeps between forward and backward."""
+"""Bytes that autograd keeps between forward and backward."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from petl_kernels.layers import recompute
 from petl_kernels.ops.quantized import parts_of
+
+# Called with each tensor that lean layers save: hooks of ``torch.autograd.graph`` outside of theirs get none of them.
+observers: list[Callable[[Tensor], object]] = []
 
 
 @dataclass
 class Saved:
-    """What a forward pass saved: one entry per distinct storage, in bytes."""
+    """The storages that a forward pass saved, with their bytes."""
 
     storages: dict[int, int] = field(default_factory=dict)
-    # Holding the tensors keeps a storage's key from being handed out twice while we count.
+    # Tensors that are held, so that no other storage gets the key of one that was counted.
     _alive: list[Tensor] = field(default_factory=list, repr=False)
 
     @property
@@ -28,14 +30,14 @@ class Saved:
 
 @contextmanager
 def saved_bytes(exclude: Iterable[Tensor] = ()) -> Iterator[Saved]:
-    """Count the bytes that the operations of this block save for backward.
+    """Counts the bytes that the operations of this block save for backward, those of lean layers included.
 
-    Unique storages, whole storages: a saved view keeps all of what it looks into. ``exclude`` names tensors
-    that live anyway (parameters, buffers, the inputs of the step). Counting holds the saved tensors until the
-    block's ``Saved`` goes, so use it for one step, not for a run. What lean layers keep is counted where they keep it.
+    Each storage counts once and as a whole, since a saved view keeps all of it. exclude: tensors that live anyway
+    (parameters, buffers, the inputs of the step). The saved tensors are held until the ``Saved`` goes, so this is for
+    one step, not for a run.
     """
     # Storages by identity: one of a streamed layer that is away has no address.
-    living = {part.untyped_storage()._cdata for tensor in exclude for part in parts_of(tensor)}
+    living = {plain.untyped_storage()._cdata for tensor in exclude for plain in parts_of(tensor)}
     saved = Saved()
 
     def pack(tensor: Tensor) -> Tensor:
@@ -46,9 +48,9 @@ def saved_bytes(exclude: Iterable[Tensor] = ()) -> Iterator[Saved]:
             saved._alive.append(tensor.detach())
         return tensor.detach()  # a node that keeps its own output, with its history, would never go
 
-    recompute.observers.append(pack)
+    observers.append(pack)
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             yield saved
     finally:
-        recompute.observers.remove(pack)
+        observers.remove(pack)

@@ -1,4 +1,4 @@
-"""The matrix work of the linear layers in a piece of code, inside C++ kernels too, by PyTorch's profiler."""
+"""The matrix work of the linear layers in a piece of code, that inside C++ kernels included, by PyTorch's profiler."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _COUNTED = ("aten::mm", "aten::addmm")
 
 
 def linear_flops(run: Callable[[], object]) -> int:
-    """Floating-point operations of the matrix products that ``run`` makes on the CPU, those of attentions left out.
+    """Returns the operations of the matrix products that ``run`` makes on the CPU, without those of attentions.
 
     Attention is left out because PyTorch's own has its products inside one kernel, which the profiler cannot see.
     """
@@ -22,7 +22,7 @@ def linear_flops(run: Callable[[], object]) -> int:
 def _flops(event) -> int:
     if event.name in _COUNTED:
         return event.flops
-    if event.name == "aten::addmm_":  # which the profiler has no formula for
+    if event.name == "aten::addmm_":  # the profiler has no formula for it
         _, (rows, inner), (_, cols), *_ = event.input_shapes
         return 2 * rows * inner * cols
     return 0

@@ -8,12 +8,9 @@ import torch
 
 from petl_kernels.backends.products import CuBLASLtProducts
 from petl_kernels.dispatch import kernel_of, load_error, register
+from petl_kernels.extension import load_extension
 
-try:
-    import petl_kernels._C  # registers torch.ops.petl_cuda where it was built with CUDA
-except ModuleNotFoundError as error:
-    raise ImportError("the C++ extension was not built: reinstall with a C++ compiler on the PATH") from error
-if petl_kernels._C.build_info()["cuda"] == "no":
+if load_extension().build_info()["cuda"] == "no":
     raise ImportError("the extension was built without CUDA")
 
 

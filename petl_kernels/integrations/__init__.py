@@ -6,39 +6,30 @@ is there, now or later. Models without adapters go straight through.
 
 from __future__ import annotations
 
+import importlib
 import importlib.abc
 import importlib.util
 import sys
 from collections.abc import Callable
 from types import ModuleType
 
-# Modules of PEFT with the classes that integrations/peft.py wraps.
-_PEFT = ("peft.tuners.tuners_utils", "peft.peft_model")
+# Module of another library -> the module here whose ``wrap`` changes it. It is imported with the library and no sooner.
+_WRAPPED = {
+    "transformers.modeling_utils": "petl_kernels.integrations.models",
+    "transformers.trainer": "petl_kernels.integrations.trainer",
+    "peft.tuners.tuners_utils": "petl_kernels.integrations.peft",
+    "peft.peft_model": "petl_kernels.integrations.peft",
+}
 
 
 def install() -> None:
     """Wraps, once, what saves, resizes and resumes a model of transformers, and what puts PEFT's adapters on one."""
     if not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
-        waiting = {"transformers.modeling_utils": _models, "transformers.trainer": _trainer}
-        sys.meta_path.insert(0, _AfterImport({**waiting, **dict.fromkeys(_PEFT, _peft)}))
+        sys.meta_path.insert(0, _AfterImport(dict.fromkeys(_WRAPPED, _wrap)))
 
 
-def _models(module: ModuleType) -> None:
-    from petl_kernels.integrations.models import wrap
-
-    wrap(module)
-
-
-def _trainer(module: ModuleType) -> None:
-    from petl_kernels.integrations.trainer import wrap
-
-    wrap(module)
-
-
-def _peft(module: ModuleType) -> None:
-    from petl_kernels.integrations.peft import wrap
-
-    wrap(module)
+def _wrap(module: ModuleType) -> None:
+    importlib.import_module(_WRAPPED[module.__name__]).wrap(module)
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):

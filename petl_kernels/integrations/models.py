@@ -14,13 +14,16 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from types import ModuleType
 
-from torch import Tensor, nn
+from torch import nn
 
 from petl_kernels.errors import InputError
-from petl_kernels.methods.base import Named, active_name, records
+from petl_kernels.interop.adapters import write_adapters
+from petl_kernels.interop.plain import plain_state, state_to_save, without_adapters
+from petl_kernels.methods.owner import active_name, records
+from petl_kernels.methods.pieces import Named
 from petl_kernels.models.transformers_names import resized_embeddings
 from petl_kernels.ops.quantized import QuantizedTensor
 
@@ -44,13 +47,11 @@ def _saving(original: Callable) -> Callable:
 
     @functools.wraps(original)
     def save_pretrained(self, *args, **kwargs):
-        if (state := vars(self).get("petl_saved_as")) is not None:
+        if (state := state_to_save(self)) is not None:
             arguments = signature.bind(self, *args, **kwargs).arguments
             return original(self, *args, **(kwargs if "state_dict" in arguments else {**kwargs, "state_dict": state}))
         if not records(self):
             return original(self, *args, **kwargs)
-        from petl_kernels.interop.adapters import plain_state, without_adapters, write_adapters
-
         arguments = signature.bind(self, *args, **kwargs).arguments
         extra = arguments.pop("kwargs", {})
         del arguments["self"]
@@ -67,17 +68,6 @@ def _saving(original: Callable) -> Callable:
     return save_pretrained
 
 
-@contextmanager
-def saved_as_it_is(model: nn.Module, state: dict[str, Tensor]) -> Iterator[None]:
-    """Inside, ``model.save_pretrained`` writes no adapters beside the model: ``state``, where a subclass that has a
-    ``save_pretrained`` of its own gives no other."""
-    model.petl_saved_as = state
-    try:
-        yield
-    finally:
-        del model.petl_saved_as
-
-
 def _check_saving(model: nn.Module, arguments: dict) -> None:
     for option in ("push_to_hub", "distributed_checkpoint"):
         if arguments.get(option):
@@ -87,7 +77,7 @@ def _check_saving(model: nn.Module, arguments: dict) -> None:
 
 
 def _is_merged(model: nn.Module) -> bool:
-    """Whether the active adapter is in the weights; other adapters would stand on another base then, and are named."""
+    """Returns whether the active adapter is in the weights. Warns of the others, whose base is another one then."""
     name = active_name(model)
     merged = name is not None and records(model)[name].merged
     others = [other for other in records(model) if other != name]
@@ -133,7 +123,7 @@ def _concerns(model: nn.Module) -> bool:
 
 
 def _obstacle(model: nn.Module, rows: int) -> str:
-    """Why tables of ``rows`` tokens cannot be resized; empty where they can."""
+    """Returns why tables of ``rows`` tokens cannot be resized; empty where they can."""
     tables = dict(_tables(model, rows))
     tensors = {f"{path}.{kind}" for path in tables for kind in ("weight", "bias")}
     for path, table in tables.items():
@@ -155,7 +145,7 @@ def _obstacle(model: nn.Module, rows: int) -> str:
 
 
 def _tables(model: nn.Module, rows: int) -> Iterator[tuple[str, nn.Module]]:
-    """(path, module) of the token embeddings and the output projection."""
+    """Yields (path, module) of the token embeddings and the output projection."""
     head = model.get_output_embeddings()
     for path, module in model.named_modules():
         if module is head or (isinstance(module, nn.Embedding) and module.weight.shape[0] == rows):
@@ -163,7 +153,7 @@ def _tables(model: nn.Module, rows: int) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _aliases(model: nn.Module, names: tuple[str, ...]) -> set[str]:
-    """``names`` of parameters with all others that these have."""
+    """Returns ``names`` of parameters and all other names that these have."""
     named = dict(model.named_parameters(remove_duplicate=False))
     meant = {id(named[name]) for name in names if name in named}
     return {name for name, parameter in named.items() if id(parameter) in meant} | set(names)

@@ -13,9 +13,9 @@ from types import ModuleType
 from torch import nn
 
 from petl_kernels.errors import InputError
-from petl_kernels.methods.base import records
+from petl_kernels.methods.owner import records
 
-# What gets a model first, whichever adapter of PEFT it is for. Where PEFT has other names one day, nothing is refused.
+# Classes that get a model first, whichever adapter of PEFT it is for. Where PEFT renames them, nothing is refused.
 _CLASSES = ("BaseTuner", "PeftModel")
 
 

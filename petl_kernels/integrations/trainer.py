@@ -16,7 +16,9 @@ from types import ModuleType
 from torch import nn
 
 from petl_kernels.errors import InputError
-from petl_kernels.methods.base import records
+from petl_kernels.interop.adapters import fill_adapters, held_adapters
+from petl_kernels.interop.plain import without_adapters
+from petl_kernels.methods.owner import records
 from petl_kernels.models.transformers_names import loads_checkpoints
 
 
@@ -78,10 +80,8 @@ def _loading_best(original: Callable) -> Callable:
 
 
 def _load(trainer, folder: str, load: Callable[[], None]) -> None:
-    """``load()`` of the plain model, and its adapters from ``folder``."""
+    """Runs ``load()`` for the plain model, and gives it its adapters from ``folder``."""
     from transformers import PreTrainedModel
-
-    from petl_kernels.interop.adapters import fill_adapters, held_adapters, without_adapters
 
     model: nn.Module = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     if not isinstance(model, PreTrainedModel):  # saved and loaded with all of its tensors

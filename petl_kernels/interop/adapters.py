@@ -1,47 +1,30 @@
-"""`save_adapter`, `load_adapter`, `save_merged`: between adapted models and folders."""
+"""`save_adapter` and `load_adapter`: between adapted models and folders."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import json
 import os
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from petl_kernels.api import adapt, merge, unmerge, use_adapter
 from petl_kernels.errors import InputError
-from petl_kernels.files import atomic_dir, atomic_path
-from petl_kernels.integrations.models import saved_as_it_is
+from petl_kernels.files import atomic_path
 from petl_kernels.interop import native_format, peft_format
 from petl_kernels.interop.store import read_tensors, write_tensors
-from petl_kernels.methods.base import (
-    Method,
-    active_name,
-    adapter_parameters,
-    adapter_state,
-    find_record,
-    host_copy,
-    load_adapter_state,
-    load_training_state,
-    records,
-    training_state,
-)
+from petl_kernels.methods.adapt import adapt
+from petl_kernels.methods.base import Method
 from petl_kernels.methods.foreign import check_adaptable, check_no_peft, check_unwrapped
-from petl_kernels.methods.ia3 import IA3
-from petl_kernels.methods.lora import LoRA
-from petl_kernels.methods.state_dicts import ASIDE
-from petl_kernels.ops.quantized import QuantizedTensor
+from petl_kernels.methods.owner import active_name, find_record, records
+from petl_kernels.methods.state import adapter_state, load_adapter_state, load_training_state, training_state
 
 _FORMATS = (peft_format, native_format)
 _TRAINING = "petl_training.safetensors"  # what training has in another form than is stored
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike, name: str | None = None) -> Path:
-    """Write the adapter `name` (default: the active one) and return the folder that holds its two files.
+    """Writes the adapter `name` (default: the active one) and returns the folder that holds its two files.
 
     LoRA, (IA)^3 and LayerNorm tuning are written as Hugging Face PEFT reads them (`adapter_config.json`,
     `adapter_model.safetensors`), the other methods in our own format (`petl_adapter.json`, `petl_adapter.safetensors`).
@@ -61,8 +44,9 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, name: str | None =
 
 
 def write_adapters(model: nn.Module, folder: str | os.PathLike) -> None:
-    """Write every adapter of `model` into a subfolder of its name, as in ``save_pretrained`` and Trainer's checkpoints:
-    the files of ``save_adapter``, and what training goes on from where that is another form (prefix-tuning).
+    """Writes every adapter of `model` into a subfolder of its name, for ``save_pretrained`` and Trainer's checkpoints.
+
+    These are the files of ``save_adapter``, and what training goes on from where that is another form (prefix-tuning).
 
     Raises as ``save_adapter`` does.
     """
@@ -88,7 +72,7 @@ def _write(model: nn.Module, name: str, home: Path) -> Path:
 
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike, name: str | None = None) -> nn.Module:
-    """Put the adapter of `folder` (PEFT's format or ours) into `model`, make it the active one, return the model.
+    """Puts the adapter of `folder` (PEFT's format or ours) into `model`, makes it the active one, returns the model.
 
     `folder` is what ``save_adapter``, PEFT, ``model.save_pretrained`` of an adapted model or a Trainer's checkpoint is.
 
@@ -110,7 +94,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, name: str | None =
 
 
 def fill_adapter(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
-    """Give the active adapter of ``model`` the values of the one in ``folder``, which has its name; returns the model.
+    """Gives the active adapter of ``model`` the values of the one in ``folder``, which has its name; returns the model.
 
     Raises InputError as ``load_adapter`` does.
     """
@@ -120,7 +104,7 @@ def fill_adapter(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
 
 
 def fill_adapters(model: nn.Module, folder: str | os.PathLike) -> None:
-    """Give every adapter of ``model`` the values that ``write_adapters`` has put into ``folder``, bit for bit.
+    """Gives every adapter of ``model`` the values that ``write_adapters`` has put into ``folder``, bit for bit.
 
     Raises InputError for an adapter that is not there, or that computes something else there (another alpha, say).
     """
@@ -139,166 +123,11 @@ def fill_adapters(model: nn.Module, folder: str | os.PathLike) -> None:
 
 
 def held_adapters(folder: str | os.PathLike) -> list[str]:
-    """Names of the adapters in subfolders of ``folder``, sorted."""
+    """Returns the names of the adapters in subfolders of ``folder``, sorted."""
     folder = Path(folder)
     if not folder.is_dir():
         return []
     return sorted(child.name for child in folder.iterdir() if child.is_dir() and _holds_adapter(child))
-
-
-@contextlib.contextmanager
-def without_adapters(model: nn.Module) -> Iterator[None]:
-    """Inside, ``model`` has the plain model's tensors and state, and tensors of its adapters are not missed when others
-    are loaded. Afterwards the same adapter is active and the same parameters require grad.
-
-    Raises InputError where the active adapter is merged.
-    """
-    name, trained = active_name(model), {parameter for parameter in model.parameters() if parameter.requires_grad}
-    use_adapter(model, None)
-    model.petl_base_only = True
-    try:
-        yield
-    finally:
-        del model.petl_base_only
-        use_adapter(model, name)
-        for parameter in model.parameters():
-            if parameter.requires_grad != (parameter in trained):
-                parameter.requires_grad_(parameter in trained)
-
-
-def plain_state(model: nn.Module, state: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-    """``state`` (the model's own tensors by name, when not given) without adapters: the base's values also where the
-    active adapter trains base tensors, unless it is merged. Quantized tensors are dense, tied ones still one.
-
-    Raises InputError for a state of other shapes than the model's, such as parts of a model on several devices.
-    """
-    name = active_name(model)
-    record = None if name is None else records(model)[name]
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    other = _dense(model)
-    if record is not None and not record.merged:
-        other |= {id(parameters[key]): kept for key, kept in record.base.items()}
-    own = adapter_parameters(model)
-    given = model.state_dict(keep_vars=True) if state is None else state
-    found = {}
-    for key, tensor in given.items():
-        parameter = parameters.get(key)
-        if parameter is not None and tensor.shape != parameter.shape:
-            shapes = f"shape {tuple(tensor.shape)}, the model's has {tuple(parameter.shape)}"
-            raise InputError(f"state_dict: {key!r} has {shapes}; adapters are saved from a whole model")
-        if key not in own and not key.startswith(ASIDE):
-            own_value = other[id(parameter)].to(tensor.dtype) if id(parameter) in other else tensor.detach()
-            # What stands in wider memory, with others (layers/border.py), is no tensor that a file can have.
-            found[key] = own_value if own_value.is_contiguous() else host_copy(own_value)
-    return found
-
-
-def save_merged(
-    model: nn.Module,
-    tokenizer,
-    folder: str | os.PathLike,
-    dtype: torch.dtype | None = None,
-    say: Callable[[str], None] | None = None,
-) -> Path:
-    """Write model, active adapter merged in, and tokenizer as a plain checkpoint that `transformers` loads unchanged.
-
-    dtype: of all weights in the files; None: of each as the model has it. say: is called with a line on what rounding
-    to `dtype` costs, where it costs anything.
-    The model itself is the same afterwards. Quantized weights are merged into (see ``merge``) and written dense, with
-    the values that they stand for: all of them are in host memory for that, as are those in another `dtype`. Raises
-    InputError when the active adapter cannot be merged (adapters and prefixes add layers), the folder exists and is not
-    empty, or a weight is beyond the range of `dtype`; OSError that names the folder when the disk is full.
-    """
-    check_free(folder)
-    return write_merged(model, tokenizer, folder, dtype, say)
-
-
-def write_merged(
-    model: nn.Module,
-    tokenizer,
-    folder: str | os.PathLike,
-    dtype: torch.dtype | None = None,
-    say: Callable[[str], None] | None = None,
-) -> Path:
-    """``save_merged`` into a folder that may exist: it is replaced as a whole."""
-    folder = Path(folder)
-    if dtype is not None and not dtype.is_floating_point:
-        raise InputError(f"dtype {dtype}: expected a floating-point type")
-    name = active_name(model)
-    was_merged = name is None or find_record(model, name).merged
-    if not was_merged:
-        merge(model)
-    try:
-        state = plain_state(model)
-        if dtype is not None:
-            before = (find_record(model, name).unmerged or {}) if name is not None else {}
-            state, cost = _rounded(state, dtype, before)
-            if say is not None and cost:
-                say(cost)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_dir(folder) as temporary:
-            with saved_as_it_is(model, state):
-                model.save_pretrained(temporary, state_dict=state)
-            if dtype is not None:
-                _write_dtype(temporary / "config.json", dtype)
-            tokenizer.save_pretrained(temporary)
-    finally:
-        if not was_merged:
-            unmerge(model)
-    return folder
-
-
-def check_free(folder: str | os.PathLike) -> None:
-    """Refuse a folder that is not empty."""
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"output {str(folder)!r} exists and is not empty")
-
-
-def _dense(model: nn.Module) -> dict[int, torch.Tensor]:
-    """id of each quantized parameter -> its values, on the CPU."""
-    quantized = (parameter for parameter in model.parameters() if isinstance(parameter, QuantizedTensor))
-    return {id(parameter): parameter.dequantize().cpu() for parameter in quantized}
-
-
-def _rounded(
-    state: dict[str, torch.Tensor], dtype: torch.dtype, before: dict[str, torch.Tensor]
-) -> tuple[dict[str, torch.Tensor], str]:
-    """``state`` in ``dtype``, tied tensors still one, and a line on what that costs; empty when all stays as it was.
-
-    before: the weights of ``state`` that a merge has changed, as they were. Raises InputError for what does not fit."""
-    rounded: dict[tuple, torch.Tensor] = {}
-    worst, lost, changed = 0.0, 0.0, 0.0
-    for key, tensor in state.items():
-        place = _place(tensor)
-        if place in rounded or not tensor.is_floating_point():
-            continue
-        values = tensor.detach().cpu()
-        new = rounded[place] = values.to(dtype)
-        if values.isfinite().all() and not new.isfinite().all():
-            largest, limit = values.abs().max().item(), torch.finfo(dtype).max
-            raise InputError(f"dtype {dtype}: {key} has a value of {largest:.4g}, expected at most {limit:.4g}")
-        size, error = values.float().norm().item(), (new.float() - values.float()).norm().item()
-        worst = max(worst, error / size if size else 0.0)
-        if key in before and before[key].shape == values.shape:
-            old = before[key].dequantize() if isinstance(before[key], QuantizedTensor) else before[key]
-            lost, changed = lost + error**2, changed + (values.float() - old.detach().cpu().float()).norm().item() ** 2
-    line = f"rounded to {str(dtype).removeprefix('torch.')}: a relative error of at most {worst:.2g} in a weight"
-    if changed:
-        line += f", {(lost / changed) ** 0.5:.2%} of what the adapter changes"
-    return {key: rounded.get(_place(tensor), tensor.detach()) for key, tensor in state.items()}, line if worst else ""
-
-
-def _place(tensor: torch.Tensor) -> tuple:
-    """Returns the same for tied tensors, and for no others."""
-    return tensor.data_ptr(), tensor.shape, tensor.stride()
-
-
-def _write_dtype(path: Path, dtype: torch.dtype) -> None:
-    """Let a config that ``save_pretrained`` has written name the dtype of the files."""
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _pick_name(model: nn.Module, name: str | None) -> str:
@@ -319,21 +148,11 @@ def _read(model: nn.Module, home: Path) -> tuple[Method, dict[str, torch.Tensor]
 
 
 def _check_same(model: nn.Module, home: Path, here: Method, there: Method) -> None:
-    """Refuse an adapter in ``home`` that computes something else with the same tensors."""
-    ours, theirs = _computes(model, here), _computes(model, there)
+    """Raises InputError for an adapter in ``home`` that computes something else with the same tensors."""
+    ours, theirs = here.computes(model), there.computes(model)
     for what in {**ours, **theirs}:
         if ours.get(what) != theirs.get(what):
             raise InputError(f"{home}: {what} {theirs.get(what)!r}, and this model's adapter has {ours.get(what)!r}")
-
-
-def _computes(model: nn.Module, config: Method) -> dict[str, object]:
-    """Everything that a method computes with beside its tensors: what -> value. Dropout is for training to choose."""
-    if isinstance(config, LoRA):
-        plan = config.resolve(model)
-        return {f"(rank, scale) of {path!r}": values for path, values in plan.items()} | {"bias": config.bias}
-    if isinstance(config, IA3):
-        return {f"input scaled of {path!r}": value for path, value in config.places(model).items()}
-    return {"method": config.label} if peft_format.can_write(config) else config.to_dict()
 
 
 def _holds_adapter(folder: Path) -> bool:
@@ -341,7 +160,7 @@ def _holds_adapter(folder: Path) -> bool:
 
 
 def _find(folder: Path, name: str | None) -> tuple[Path, str]:
-    """(folder with the two files, the adapter's name in the model)."""
+    """Returns (folder with the two files, the adapter's name in the model)."""
     if not folder.is_dir():
         raise InputError(f"adapter folder {str(folder)!r} does not exist")
     if all((folder / reader.CONFIG).is_file() for reader in _FORMATS):
@@ -361,7 +180,7 @@ def _find(folder: Path, name: str | None) -> tuple[Path, str]:
 
 
 def _check_fit(model: nn.Module, home: Path, config, name: str, state: dict[str, torch.Tensor]) -> None:
-    """Adapt a copy of the model that has shapes but no values, and compare: the model itself stays untouched."""
+    """Adapts a copy of the model that has shapes but no values, and compares; the model itself stays as it is."""
     shapes = _without_values(model)
     try:
         adapt(shapes, config, name)
@@ -371,7 +190,7 @@ def _check_fit(model: nn.Module, home: Path, config, name: str, state: dict[str,
 
 
 def _without_values(model: nn.Module) -> nn.Module:
-    """A copy of the model on the meta device; tied parameters stay tied."""
+    """Returns a copy of the model on the meta device; tied parameters stay tied."""
     set_aside = [
         tensor
         for record in records(model).values()

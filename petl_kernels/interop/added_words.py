@@ -53,7 +53,7 @@ class AddedWords:
         return any(word in text for word in self._special)
 
     def learn_spaces(self, encode: Callable[[list[str]], Rows]) -> None:
-        """Find out which words are encoded the same with and without a space before them."""
+        """Finds out which words are encoded the same with and without a space before them."""
         words = list(self.ids)
         (before,) = encode(["a"])
         for word, row in zip(words, encode([f"a {word}" for word in words]), strict=True):
@@ -61,7 +61,7 @@ class AddedWords:
                 self._glued.add(self.ids[word])
 
     def encode(self, texts: list[str], encode: Callable[[list[str]], Rows]) -> Rows:
-        """Ids of ``texts``, with ``encode`` for what stands between words."""
+        """Returns the ids of ``texts``, with ``encode`` for what stands between words."""
         if self._pattern is None:
             return encode(texts)
         split = [self._split(text) if self._pattern.search(text) else [text] for text in texts]
@@ -73,8 +73,8 @@ class AddedWords:
         return [[i for part in parts for i in ids(part)] for parts in split]
 
     def _split(self, text: str) -> list[str]:
-        """``text`` cut at words as transformers' tokenizers in Python do: the leftmost, longest word, and then each
-        word's own wishes for what stands beside it."""
+        """Returns ``text`` cut at words as transformers' tokenizers in Python do: the leftmost, longest word first, and
+        then what each word's settings do to the text beside it."""
         parts = [part for part in self._pattern.split(text) if part]
         for i, word in enumerate(parts):
             if word not in self.ids:
@@ -92,7 +92,7 @@ class AddedWords:
         return [part for part in parts if part]
 
     def decode(self, rows: Iterable[list[int]], decode: Callable[[Rows], list[str]]) -> list[str]:
-        """Texts of ``rows``, with ``decode`` for what stands between words that the encoding has glued to it."""
+        """Returns the texts of ``rows``, with ``decode`` for what is between words that the encoding glues to it."""
         rows = list(rows)
         if not self._glued:
             return decode(rows)

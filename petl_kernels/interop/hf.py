@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from petl_kernels import versions
 from petl_kernels.errors import InputError
-from petl_kernels.methods.base import set_parameter
+from petl_kernels.methods.owner import own, owner
+from petl_kernels.models.structure import set_parameter
 from petl_kernels.models.transformers_names import has_own_head, language_ids, target_ids
 
 # config.model_type -> class; NLLB is an m2m_100, mBART-50 an mbart, MADLAD-400 a t5
@@ -29,7 +30,7 @@ SUPPORTED = {
     "mt5": "MT5ForConditionalGeneration",
 }
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
-# What transformers looks for, in this order: the first that is there is the checkpoint, alone.
+# Files that transformers looks for, in this order: the first that is there is the checkpoint, alone.
 _WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -40,7 +41,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "*.model", "*.spm", "vocab.json")
 
 
 def load_pretrained(path_or_id: str | os.PathLike, dtype: torch.dtype = torch.float32):
-    """(model, tokenizer) of a checkpoint folder or a hub id; the model is on the CPU, in eval mode, in `dtype`.
+    """Returns (model, tokenizer) of a checkpoint folder or a hub id; the model is on the CPU, in eval mode, in `dtype`.
 
     Classes: M2M-100 and NLLB, mBART and mBART-50, Marian, T5, mT5 and MADLAD-400. Layerdrop, which skips whole layers
     at random in training (0.05 in M2M-100's configs), is set to 0: adapters must see the same layers in every step.
@@ -56,10 +57,10 @@ def load_pretrained(path_or_id: str | os.PathLike, dtype: torch.dtype = torch.fl
 
 
 def load_skeleton(path_or_id: str | os.PathLike):
-    """(model, tokenizer) as ``load_pretrained``, with parameters on the meta device, in fp32.
+    """Returns (model, tokenizer) as ``load_pretrained``, with parameters on the meta device, in fp32.
 
-    Of the weights, names and shapes are read, and the values of tables that may be tied or not. ``petl_sources`` of the
-    model says where each parameter and buffer comes from: the name of a tensor in the files, or the tensor itself where
+    Of the weights, names and shapes are read, and the values of tables that may be tied or not. ``model.petl.sources``
+    has where each parameter and buffer comes from: the name of a tensor in the files, or the tensor itself where
     transformers makes it. Raises InputError as ``load_pretrained`` does.
     """
     name, folder, config = _checked(path_or_id)
@@ -71,7 +72,7 @@ def load_skeleton(path_or_id: str | os.PathLike):
 
 
 def _load_generation_config(name: str, model: nn.Module) -> None:
-    """Sets what ``from_pretrained`` sets for a folder: words that are never chosen, a forced end."""
+    """Sets what ``from_pretrained`` sets for a folder, such as words that are never chosen and a forced end."""
     from transformers import GenerationConfig
 
     with contextlib.suppress(OSError):  # a checkpoint without one: transformers makes it from the model's config
@@ -79,7 +80,7 @@ def _load_generation_config(name: str, model: nn.Module) -> None:
 
 
 def load_weights(path_or_id: str | os.PathLike, model: nn.Module, place: Callable[[str, Tensor], Tensor]) -> nn.Module:
-    """Give ``model``, a skeleton, the weights of its checkpoint, one tensor after the other; returns it.
+    """Gives ``model``, a skeleton, the weights of its checkpoint, one tensor after the other; returns it.
 
     place(name, tensor): what stands in the model in the place of ``tensor``, which is a view into a file: a copy in
     another dtype, say. Beside the finished model at most one tensor is in memory. Raises InputError as
@@ -88,7 +89,7 @@ def load_weights(path_or_id: str | os.PathLike, model: nn.Module, place: Callabl
     name = os.fspath(path_or_id)
     tensors = _attempt(f"model {name!r}", _tensors, name, model.config)
 
-    sources = getattr(model, "petl_sources", None) or _laid_out(name, model.config).petl_sources
+    sources = owner(model).sources or owner(_laid_out(name, model.config)).sources
 
     def read(key: str) -> Tensor:
         source = sources[key]
@@ -109,7 +110,7 @@ def load_weights(path_or_id: str | os.PathLike, model: nn.Module, place: Callabl
 
 
 def checkpoint_dtype(path_or_id: str | os.PathLike) -> torch.dtype:
-    """The floating-point type that most bytes of a checkpoint's weights are in. Raises InputError."""
+    """Returns the floating-point type that most bytes of a checkpoint's weights are in. Raises InputError."""
     name, _, config = _checked(path_or_id)
     sizes: dict[torch.dtype, int] = {}
     for shape, read in _attempt(f"model {name!r}", _tensors, name, config).values():
@@ -120,7 +121,7 @@ def checkpoint_dtype(path_or_id: str | os.PathLike) -> torch.dtype:
 
 
 def _from_pretrained(name: str, config, files: str | None, **options) -> nn.Module:
-    """transformers' own loader, of ``files`` or of the state dict among the options.
+    """Runs transformers' own loader, on ``files`` or on the state dict among the options.
 
     Raises InputError for tensors that are missing, or of another shape than the config's."""
     model, info = _attempt(
@@ -146,7 +147,7 @@ _MARK = -(2.0**22)
 
 
 def _laid_out(name: str, config) -> nn.Module:
-    """The model on the meta device, with ``petl_sources``.
+    """Returns the model on the meta device, with ``model.petl.sources``.
 
     Which tensor of the files goes where, and what is tied to what, is the decision of transformers' own loader: it
     gets tensors of the files' shapes that take no memory, and hold in the place of values which tensor they stand for.
@@ -170,20 +171,20 @@ def _laid_out(name: str, config) -> nn.Module:
 
     parameters = dict(model.named_parameters(remove_duplicate=False))
     buffers = model.state_dict(keep_vars=True).keys() & dict(model.named_buffers()).keys()
-    model.petl_sources = {key: source(key, tensor) for key, tensor in parameters.items()}
+    sources = own(model).sources = {key: source(key, tensor) for key, tensor in parameters.items()}
     empty = {p: nn.Parameter(torch.empty(p.shape, device="meta"), p.requires_grad) for p in set(parameters.values())}
     for key, parameter in parameters.items():
         set_parameter(model, key, empty[parameter])
     for key in buffers:
         owner, _, attribute = key.rpartition(".")
         found = model.get_buffer(key)
-        model.petl_sources[key] = source(key, found)
+        sources[key] = source(key, found)
         model.get_submodule(owner)._buffers[attribute] = torch.zeros(found.shape)
     return model
 
 
 def _marks(tensors: dict[str, _Stored], config) -> dict[str, float]:
-    """A number for each tensor, one for tables of words that have the same values: transformers compares those."""
+    """Returns a number for each tensor, the same for tables of words with equal values, which transformers compares."""
     rows = {config.vocab_size, getattr(config, "decoder_vocab_size", None)}
     marks: dict[str, float] = {}
     tables: list[str] = []
@@ -207,7 +208,7 @@ _Stored = tuple[torch.Size, Callable[[], Tensor]]  # the shape of a tensor in a 
 
 
 def _tensors(name: str, config) -> dict[str, _Stored]:
-    """The tensors of a checkpoint's files by name; nothing is read yet."""
+    """Returns the tensors of a checkpoint's files by name; nothing is read yet."""
     folder = Path(name)
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
@@ -229,7 +230,7 @@ def _tensors(name: str, config) -> dict[str, _Stored]:
 
 
 def _weight_files(folder: Path, config) -> list[Path]:
-    """The files that transformers reads, all that an index names."""
+    """Returns the files that transformers reads, all that an index names."""
     own = getattr(config, "transformers_weights", None)
     first = next((folder / name for name in ([own] if own else _WEIGHT_FILES) if (folder / name).is_file()), None)
     if first is None:
@@ -240,7 +241,7 @@ def _weight_files(folder: Path, config) -> list[Path]:
 
 
 def load_config(path_or_id: str | os.PathLike):
-    """The config of a checkpoint folder, a hub id or a config's JSON file alone. Raises InputError."""
+    """Returns the config of a checkpoint folder, a hub id or a config's JSON file alone. Raises InputError."""
     versions.check("transformers")
     import transformers
 
@@ -254,9 +255,9 @@ def load_config(path_or_id: str | os.PathLike):
 
 
 def skeleton(config):
-    """The model of a config on the meta device, in fp32 and in eval mode; its buffers are real.
+    """Returns the model of a config on the meta device, in fp32 and in eval mode; its buffers are real.
 
-    Whether its output projection has a weight of its own is what the config says; ``load_skeleton`` sees the weights.
+    Its output projection has a weight of its own where the config has one; ``load_skeleton`` sees the weights.
     """
     versions.check("accelerate")
     from accelerate import init_empty_weights
@@ -271,10 +272,10 @@ def skeleton(config):
 
 
 def load_outline(path_or_id: str | os.PathLike) -> nn.Module:
-    """The model that a plan is made from, on the meta device, in fp32 and in eval mode; a tokenizer is not needed.
+    """Returns the model that a plan is made from, on the meta device, in fp32 and in eval mode, without a tokenizer.
 
     What is tied to what is as the weights in a folder have it, as in ``load_skeleton``; where they are not all there,
-    for a hub id or a config's JSON file, as the config says. Raises InputError as ``load_skeleton`` does.
+    for a hub id or a config's JSON file, as the config has it. Raises InputError as ``load_skeleton`` does.
     """
     config, folder = load_config(path_or_id), Path(path_or_id)
     if _has(folder, _WEIGHT_FILES) and all(path.is_file() for path in _weight_files(folder, config)):
@@ -283,7 +284,7 @@ def load_outline(path_or_id: str | os.PathLike) -> nn.Module:
 
 
 def _checked(path_or_id: str | os.PathLike, weights: bool = True):
-    """(name, folder or None, config), of what can be loaded as far as names tell."""
+    """Returns (name, folder or None, config) of what can be loaded as far as names tell."""
     versions.check("transformers")
     import transformers
 
@@ -319,7 +320,7 @@ def _model_class(config):
 
 
 def _check_vocabulary(name: str, model, tokenizer) -> None:
-    """Refuse a tokenizer that has an id without a row in the model's tables, of words or of a language."""
+    """Raises InputError for a tokenizer with an id, of a word or a language, that has no row in the model's tables."""
     known = {**tokenizer.get_vocab(), **(language_ids(tokenizer) or {})}
     rows = model.get_input_embeddings().num_embeddings
     if max(known.values()) >= rows:
@@ -332,7 +333,7 @@ def _check_vocabulary(name: str, model, tokenizer) -> None:
 
 
 def _folder(name: str) -> Path | None:
-    """The local folder, or None for a hub id ("name" or "owner/name")."""
+    """Returns the local folder, or None for a hub id ("name" or "owner/name")."""
     path = Path(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -361,7 +362,7 @@ def _load_tokenizer(name: str, folder: Path | None):
 
 
 def positions(config) -> int | None:
-    """How many tokens a side of a model can have; None where its table of positions grows, or it has none.
+    """Returns how many tokens a side of a model can have; None where its table of positions grows, or it has none.
 
     M2M-100 and NLLB make more positions as they are needed; T5's family counts distances.
     """
@@ -375,7 +376,7 @@ def no_layerdrop(config) -> None:
 
 
 def _attempt(what: str, load, *args, **kwargs):
-    """Call `load`; whatever transformers, the hub or safetensors raise becomes one line."""
+    """Calls `load`; whatever transformers, the hub or safetensors raise becomes one line."""
     try:
         return load(*args, **kwargs)
     except (KeyboardInterrupt, MemoryError, torch.OutOfMemoryError):

@@ -66,7 +66,7 @@ _ALIASES = dict(
 )
 _ALIASES |= {flores.split("_")[0]: short for short, flores in _FLORES.items()}
 _SCRIPTS = {short: flores.split("_")[1] for short, flores in _FLORES.items()}
-# Of languages that no model here has a code for, or that have no short one; written without spaces, all of them.
+# Scripts of languages that no model here has a code for, or that have no short one; all are written without spaces.
 _MORE_SCRIPTS = dict(
     entry.split(":")
     for entry in """
@@ -147,7 +147,7 @@ class LanguagePair:
             self.forced_bos_token_id = target
 
     def _use_separate_vocabularies(self, model) -> None:
-        """Marian with a vocabulary for each side: labels and what is generated are ids of the target's.
+        """Sets up a Marian with a vocabulary for each side: labels and what is generated are ids of the target's.
 
         Raises InputError where the model ends with another id than the target's end of sentence, or has one table.
         """
@@ -178,15 +178,15 @@ class LanguagePair:
         return self.tokenizer(token, add_special_tokens=False)["input_ids"]
 
     def encode_source(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids for the encoder, language and end of sentence included; no padding, no truncation."""
+        """Returns token ids for the encoder, language and end of sentence included; no padding, no truncation."""
         return [self._source_head + ids + self.source_tail for ids in self._pieces(texts, target=False)]
 
     def encode_target(self, texts: Sequence[str]) -> list[list[int]]:
-        """Labels: what the decoder is to produce, language and end of sentence included."""
+        """Returns labels, the ids that the decoder is to produce: language and end of sentence included."""
         return [self._target_head + ids + self._target_tail for ids in self._pieces(texts, target=True)]
 
     def decode(self, sequences: Iterable) -> list[str]:
-        """Text of each sequence of ids (lists or a 2-d tensor), without language, padding and other special tokens."""
+        """Returns the text of each sequence of ids (lists or a 2-d tensor), without language and special tokens."""
         rows = [row.tolist() if hasattr(row, "tolist") else row for row in sequences]
         if self._targets is not None:
             rows = [self._sentence(list(row)) for row in rows]
@@ -253,7 +253,7 @@ def _by_sentencepiece(model, encoder: dict[str, int], unk_token: str, texts: lis
 
 
 def language_tokens(tokenizer) -> dict[str, int]:
-    """The language tokens that this tokenizer has, with their ids; empty for models that know no languages."""
+    """Returns the language tokens that this tokenizer has, with their ids; empty for models that know no languages."""
     added = {str(token): i for i, token in tokenizer.added_tokens_decoder.items()}
     known = language_ids(tokenizer)
     if known is not None:
@@ -266,7 +266,7 @@ def language_tokens(tokenizer) -> dict[str, int]:
         forms = ["nllb"]
     elif name.startswith("MBart"):
         forms = ["mbart"]
-    else:  # a tokenizer of the general class says nothing about its family: take the form that occurs
+    else:  # a tokenizer of the general class may be of any family: take the form that occurs
         forms = ["t5", "nllb", "m2m100", "mbart"]
     for form in forms:
         found = {token: i for token, i in vocabulary.items() if _TAG_FORMS[form].fullmatch(token)}
@@ -276,7 +276,7 @@ def language_tokens(tokenizer) -> dict[str, int]:
 
 
 def find_language(code: str | None, tags: Iterable[str], side: str = "") -> str:
-    """The language token among `tags` that `code` means.
+    """Returns the language token among `tags` that `code` means.
 
     Raises InputError that names the code and near ones: unknown codes, and codes that fit several tokens.
     """
@@ -303,7 +303,7 @@ def find_language(code: str | None, tags: Iterable[str], side: str = "") -> str:
 
 
 def _bare(token: str) -> str:
-    """The code in the token: __en__, <2en> and >>en<< are "en"; codes of other forms stay."""
+    """Returns the code in the token: __en__, <2en> and >>en<< are "en"; codes of other forms stay."""
     for form in ("m2m100", "marian", "t5"):
         match = _TAG_FORMS[form].fullmatch(token)
         if match:
@@ -312,7 +312,7 @@ def _bare(token: str) -> str:
 
 
 def _canonical(code: str) -> tuple[str, str | None]:
-    """(language, script or None): "swh_Latn" -> ("sw", "latn"), "zh-TW" -> ("zh", "hant"), "en_XX" -> ("en", None)."""
+    """Returns (language, script or None), such as ("sw", "latn") for "swh_Latn" and ("en", None) for "en_XX"."""
     language, *rest = re.split(r"[-_]", _bare(code).lower())
     language = _ALIASES.get(language, language)
     for part in rest:
@@ -331,7 +331,7 @@ def _script(code: str) -> str:
 
 
 def script_of(code: str) -> str:
-    """The script that a language's code names, or else the usual one of its language: "Latn"; "" when unknown.
+    """Returns the script that a language's code names, or else the usual one of its language: "Latn"; "" when unknown.
 
     All forms of codes: "zh", "zho_Hans", "zh-TW", "chi", "__zh__", "<2zh_Latn>", "zh-yue".
     """

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from petl_kernels.errors import InputError
 from petl_kernels.interop.store import read_json, read_tensors, write_adapter
 from petl_kernels.methods.base import Method
+from petl_kernels.methods.registry import from_dict
 from petl_kernels.models.structure import total_parameters
 
 CONFIG, WEIGHTS = "petl_adapter.json", "petl_adapter.safetensors"
@@ -22,13 +23,13 @@ VERSION = 1
 
 
 def write(folder: Path, model: nn.Module, config: Method, state: dict[str, Tensor]) -> None:
-    """Write the adapter's two files into `folder`."""
+    """Writes the adapter's two files into `folder`."""
     content = {"format_version": VERSION, "method": config.to_dict(), "base_model": fingerprint(model)}
     write_adapter(folder / CONFIG, content, folder / WEIGHTS, state)
 
 
 def read(folder: Path, model: nn.Module) -> tuple[Method, dict[str, Tensor]]:
-    """(config, state) of the adapter in `folder`. Raises InputError when it is damaged or made for another base."""
+    """Returns (config, state) of the adapter in `folder`. Raises InputError for damaged ones, or of another base."""
     path = folder / CONFIG
     content = read_json(path)
     if content.get("format_version") != VERSION:
@@ -39,14 +40,12 @@ def read(folder: Path, model: nn.Module) -> tuple[Method, dict[str, Tensor]]:
 
 
 def fingerprint(model: nn.Module) -> dict:
-    """What tells one base model from another: class, number of parameters, and (for people) where it came from."""
+    """Returns what tells base models apart: class, number of parameters and, for people, where it came from."""
     name_or_path = getattr(getattr(model, "config", None), "name_or_path", "") or ""
     return {"class": type(model).__name__, "parameters": total_parameters(model), "name_or_path": name_or_path}
 
 
 def _read_config(path: Path, fields) -> Method:
-    from petl_kernels.methods import from_dict
-
     if not isinstance(fields, dict):
         raise InputError(f"{path}: method {fields!r}, expected an object with the method's settings")
     try:

@@ -1,9 +1,7 @@
 """Hugging Face PEFT's format: LORA, IA3 and LN_TUNING, written and read.
 
-A folder with `adapter_config.json` and `adapter_model.safetensors`. Keys are "base_model.model." + the module's path
-in the Hugging Face model + a suffix; `_SUFFIXES` gives PEFT's suffix for each of ours. Matching of targets and patterns
-as in PEFT 0.21: a list matches a path exactly or by ".name" at its end, a string is a regular expression for the whole
-path; LoRA's scale is alpha / r, or alpha / sqrt(r) with `use_rslora`.
+A folder has `adapter_config.json` and `adapter_model.safetensors`. Keys are "base_model.model." + the module's path in
+the Hugging Face model + a suffix of PEFT's. LoRA's scale is alpha / r, or alpha / sqrt(r) with `use_rslora`.
 """
 
 from __future__ import annotations
@@ -16,18 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from petl_kernels.errors import InputError
+from petl_kernels.interop.peft_targets import read_targets, short_names, write_targets
 from petl_kernels.interop.store import read_json, read_tensors, write_adapter
 from petl_kernels.methods.base import Method
 from petl_kernels.methods.ia3 import IA3
 from petl_kernels.methods.ln_tuning import LayerNormTuning
 from petl_kernels.methods.lora import LoRA, largest_rank
-from petl_kernels.models.structure import base_modules
 from petl_kernels.ops.quantized import QuantizedTensor, quantize
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 
-# Settings that change what the adapter computes and have no counterpart here: refused unless they are off.
+# Settings that change what the adapter computes and have no counterpart here. They are refused unless they are off.
 _UNSUPPORTED = {
     "LORA": (
         "alora_invocation_tokens",
@@ -95,31 +93,33 @@ _WITHOUT_EFFECT = {
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 # Initialisations after which the base model is not the plain one any more, so that A and B alone mean nothing.
 _CHANGES_BASE = ("corda", "loftq", "lora_ga", "olora", "pissa")
-# What to do with a file of PEFT's that is not read.
+# The end of a refusal: what to do with a file of PEFT's that is not read.
 _INSTEAD = "PEFT's merge_and_unload() puts such an adapter into the model, and save_pretrained() of that is read"
 
 
 def can_write(config: Method) -> bool:
-    """Whether PEFT has a type for the method."""
-    return isinstance(config, (LoRA, IA3, LayerNormTuning))
+    """Returns whether PEFT has a type for the method."""
+    return config.peft_type is not None
 
 
 def write(folder: Path, model: nn.Module, config: Method, state: dict[str, Tensor]) -> None:
-    """Write the adapter's two files into `folder`."""
-    write_config = {LoRA: _lora_config, IA3: _ia3_config, LayerNormTuning: _ln_config}[type(config)]
+    """Writes the adapter's two files into `folder`."""
+    settings = {"LORA": _lora_settings, "IA3": _ia3_settings, "LN_TUNING": _ln_settings}[config.peft_type]
     content = {
         "base_model_name_or_path": getattr(getattr(model, "config", None), "name_or_path", "") or None,
         "inference_mode": True,
         "task_type": "SEQ_2_SEQ_LM",
-        **write_config(model, config),
+        "peft_type": config.peft_type,
+        "modules_to_save": None,
+        **settings(model, config),
     }
-    to_peft = {LoRA: _lora_key, IA3: str, LayerNormTuning: _ln_key}[type(config)]
+    to_peft = {"LORA": _lora_key, "IA3": str, "LN_TUNING": _ln_key}[config.peft_type]
     tensors = {_PREFIX + to_peft(key): tensor for key, tensor in state.items()}
     write_adapter(folder / CONFIG, content, folder / WEIGHTS, tensors)
 
 
 def read(folder: Path, model: nn.Module) -> tuple[Method, dict[str, Tensor]]:
-    """(config, state) of the adapter in `folder`, with the state's keys as `adapter_state` gives them.
+    """Returns (config, state) of the adapter in `folder`, with the state's keys as `adapter_state` has them.
 
     Raises InputError for damaged files, PEFT types and settings that are not supported, foreign keys.
     """
@@ -152,13 +152,12 @@ def _check_settings(path: Path, kind: str, content: dict) -> None:
 # -- LORA -----------------------------------------------------------------------------------------------------------
 
 
-def _lora_config(model: nn.Module, config: LoRA) -> dict:
+def _lora_settings(model: nn.Module, config: LoRA) -> dict:
     return {
-        "peft_type": "LORA",
         "r": config.rank,
         "lora_alpha": _whole(config.alpha),
         "lora_dropout": config.dropout,
-        "target_modules": _write_targets(model, config.targets, config.target_paths(model)),
+        "target_modules": write_targets(model, config.targets, config.target_paths(model)),
         "rank_pattern": config.rank_pattern,
         "alpha_pattern": {key: _whole(alpha) for key, alpha in config.alpha_pattern.items()},
         "use_rslora": config.rslora,
@@ -166,7 +165,6 @@ def _lora_config(model: nn.Module, config: LoRA) -> dict:
         "bias": config.bias,
         "fan_in_fan_out": False,
         "init_lora_weights": True,
-        "modules_to_save": None,
     }
 
 
@@ -193,7 +191,7 @@ def _read_lora(content: dict, tensors: dict[str, Tensor], model: nn.Module) -> t
         rank=content.get("r", 8),
         alpha=_number(content, "lora_alpha", 8),
         dropout=_number(content, "lora_dropout", 0.0),
-        targets=_read_targets(model, content),
+        targets=read_targets(model, content),
         rank_pattern=_patterns(content, "rank_pattern", int),
         alpha_pattern=_patterns(content, "alpha_pattern", (int, float)),
         rslora=bool(content.get("use_rslora")),
@@ -251,8 +249,8 @@ def _number(content: dict, key: str, default: float) -> float:
 
 
 def _without_base(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """``tensors`` without the weights of the base model that PEFT stores too: the output projection's where it is a
-    target, and those of tables that had been resized. They say nothing new unless they were trained."""
+    """Returns ``tensors`` without the weights of the base model that PEFT stores too: the output projection's where it
+    is a target, and those of tables that had been resized. Raises InputError where one differs from this model's."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     rest = {}
     for key, tensor in tensors.items():
@@ -280,29 +278,27 @@ def _check_same_base(here: Tensor | None, name: str, tensor: Tensor) -> None:
 # -- IA3 ------------------------------------------------------------------------------------------------------------
 
 
-def _ia3_config(model: nn.Module, config: IA3) -> dict:
+def _ia3_settings(model: nn.Module, config: IA3) -> dict:
     places = config.places(model)
     inputs = [path for path, feedforward in places.items() if feedforward]
-    names = _short_names(model, places)
+    names = short_names(model, places)
     short = sorted({path.rpartition(".")[2] for path in inputs})
     if isinstance(names, str) or _ending(places, short) != inputs or not set(short) <= set(names):
-        names, short = sorted(places), inputs  # PEFT wants the feed-forward names among the targets' names
+        names, short = sorted(places), inputs  # PEFT expects the feed-forward names among the targets' names
     return {
-        "peft_type": "IA3",
         "target_modules": names,
         "feedforward_modules": sorted(short),
         "fan_in_fan_out": False,
-        "modules_to_save": None,
     }
 
 
 def _ending(paths: Iterable[str], names: Iterable[str]) -> list[str]:
-    """PEFT's rule for feed-forward modules: the path ends with a name, whatever stands before."""
+    """Returns the paths that end with a name, whatever stands before it: PEFT's rule for feed-forward modules."""
     return [path for path in paths if path.endswith(tuple(names))]
 
 
 def _read_ia3(content: dict, tensors: dict[str, Tensor], model: nn.Module) -> tuple[IA3, dict[str, Tensor]]:
-    targets = _read_targets(model, content)
+    targets = read_targets(model, content)
     names = content.get("feedforward_modules") or ()
     places = IA3(targets=targets, feedforward=()).places(model)
     if isinstance(names, str):
@@ -318,12 +314,10 @@ def _read_ia3(content: dict, tensors: dict[str, Tensor], model: nn.Module) -> tu
 # -- LN_TUNING ------------------------------------------------------------------------------------------------------
 
 
-def _ln_config(model: nn.Module, config: LayerNormTuning) -> dict:
+def _ln_settings(model: nn.Module, config: LayerNormTuning) -> dict:
     paths = dict.fromkeys(name.rpartition(".")[0] for name in config.base_tensors(model))
     return {
-        "peft_type": "LN_TUNING",
-        "target_modules": _write_targets(model, config.targets, list(paths)),
-        "modules_to_save": None,
+        "target_modules": write_targets(model, config.targets, list(paths)),
     }
 
 
@@ -339,79 +333,7 @@ def _read_ln(content: dict, tensors: dict[str, Tensor], model: nn.Module) -> tup
         if not path.endswith(".ln_tuning_layers"):
             raise InputError(f"{WEIGHTS} holds {_PREFIX + key!r}, which LayerNorm tuning does not have")
         state[f"{path.removesuffix('.ln_tuning_layers')}.{last}"] = tensor
-    return LayerNormTuning(targets=_read_targets(model, content)), state
-
-
-# -- targets --------------------------------------------------------------------------------------------------------
-
-
-def _write_targets(model: nn.Module, targets: tuple[str, ...] | str | None, paths: list[str]) -> list[str] | str:
-    """As given where PEFT reads it in the same way, else by the paths that it stands for."""
-    if targets is None or targets == "all-linear":
-        return _short_names(model, paths)
-    return targets if isinstance(targets, str) else sorted(targets)
-
-
-def _short_names(model: nn.Module, paths: Iterable[str]) -> list[str]:
-    """The last parts of `paths` if they match these modules and no others, else the whole paths; sorted."""
-    paths = set(paths)
-    names = {path.rpartition(".")[2] for path in paths}
-    matched = {path for path, _ in base_modules(model) if path.rpartition(".")[2] in names}
-    return sorted(names if matched == paths else paths)
-
-
-def _read_targets(model: nn.Module, content: dict) -> tuple[str, ...] | str:
-    """Targets as our configs take them. Where PEFT narrows them further (excluded modules, some layers only), the paths
-    that are left."""
-    targets = content.get("target_modules")
-    if not targets or not isinstance(targets, (str, list)):
-        raise InputError(f"target_modules {targets!r}: expected a list of names or a regular expression")
-    excluded, layers, patterns = (content.get(k) for k in ("exclude_modules", "layers_to_transform", "layers_pattern"))
-    for key, value in (("layers_to_transform", layers), ("layers_pattern", patterns)):
-        if value is not None and isinstance(targets, str):
-            raise InputError(f"{key} {value!r}: expected none beside target_modules {targets!r}, which is no list")
-    if patterns and layers is None:
-        raise InputError(f"layers_pattern {patterns!r}: expected layers_to_transform beside it")
-    paths = [path for path, _ in base_modules(model) if path]
-    if isinstance(targets, str) and targets.lower() == "all-linear":
-        targets = _all_linear(model)
-        if not excluded:
-            return tuple(targets)
-    if isinstance(targets, list):  # PEFT is content when one of the names matches, we want each to
-        targets = [name for name in targets if any(_matches([name], path) for path in paths)] or targets
-    if not excluded and layers in (None, []):
-        return targets if isinstance(targets, str) else tuple(sorted(targets))
-    numbers = [layers] if isinstance(layers, int) else layers
-    left = [
-        path
-        for path in paths
-        if _matches(targets, path)
-        and not (excluded and _matches(excluded, path))
-        and (not numbers or path in targets or _layer_index(path, patterns or []) in numbers)
-    ]
-    if not left:
-        raise InputError("target_modules with exclude_modules or layers_to_transform leave no module of this model")
-    return tuple(left)
-
-
-def _all_linear(model: nn.Module) -> list[str]:
-    """Paths of every linear layer but the output projection."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return [path for path, module in base_modules(model) if isinstance(module, nn.Linear) and module is not head]
-
-
-def _matches(targets: list[str] | str, path: str) -> bool:
-    if isinstance(targets, str):
-        return re.fullmatch(targets, path) is not None
-    return any(path == name or path.endswith(f".{name}") for name in targets)
-
-
-def _layer_index(path: str, patterns: list[str] | str) -> int | None:
-    """The number of the layer that `path` is in: the first number in it, or the first after one of `patterns`."""
-    patterns = [patterns] if isinstance(patterns, str) else patterns
-    expressions = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in patterns] or [r".*?\.[^.]*\.(\d+)\."]
-    match = next(filter(None, (re.match(expression, path) for expression in expressions)), None)
-    return int(match.group(1)) if match else None
+    return LayerNormTuning(targets=read_targets(model, content)), state
 
 
 def _strip_prefix(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -422,5 +344,5 @@ def _strip_prefix(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _whole(number: float) -> int | float:
-    """32.0 -> 32: PEFT writes whole alphas as integers."""
+    """Returns 32 for 32.0, since PEFT writes whole alphas as integers."""
     return int(number) if float(number).is_integer() else number

@@ -15,7 +15,7 @@ from petl_kernels.files import atomic_path, atomic_write
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file. Raises InputError when it is missing, damaged or not an object."""
+    """Returns the object in a JSON file. Raises InputError when it is missing, damaged or not an object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -28,8 +28,10 @@ def read_json(path: Path) -> dict:
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a safetensors file, on the CPU. Raises InputError when it is missing, damaged or holds anything
-    but floating-point tensors."""
+    """Returns all tensors of a safetensors file, on the CPU.
+
+    Raises InputError when it is missing, damaged or holds anything but floating-point tensors.
+    """
     if not path.is_file():
         pickled = path.with_suffix(".bin")
         hint = f"; {pickled.name} is a pickle, which is not read" if pickled.is_file() else ""
@@ -45,13 +47,13 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write a safetensors file; tensors on any device."""
+    """Writes a safetensors file; tensors on any device."""
     tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
 
 
 def write_adapter(config_path: Path, config: dict, weights_path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write both files, or neither: the same config and tensors give the same bytes.
+    """Writes both files, or neither: the same config and tensors give the same bytes.
 
     Raises: OSError that names the file when the disk is full or the folder cannot be written.
     """

@@ -1,8 +1,8 @@
-"""Where the sentences of a packed row begin, on the way from a model to the attentions of its lean layers.
+"""The boundaries of a packed row's sentences, on the way from a model to the attentions of its lean layers.
 
-A model hands its layers masks, and nothing else of what is about sentences. So the boundaries travel on a mask: one
-without a column, which transformers passes on as it is, and with which no attention but a lean one can work. What gives
-this mask another place (a copy on another device, say) therefore ends in an error, never in other numbers.
+A model hands its layers masks, and nothing else that is about sentences. So the boundaries are an attribute of a mask:
+one without a column, which transformers passes on as it is, and which no attention but a lean one can use. A copy of
+it, on another device, say, has lost them, and ends in an error, never in other numbers.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ from torch import Tensor
 
 
 class Boundaries(NamedTuple):
-    """queries, keys: int32 (sentences + 1,), where each sentence begins and, at last, the number of tokens."""
+    """queries, keys: int32 (sentences + 1,), the first token of each sentence, and the number of tokens at the end."""
 
     queries: Tensor
     keys: Tensor
 
 
 def packed_mask(own: Tensor, readers: Tensor) -> Tensor:
-    """A mask (1, 1, 1, 0) for tokens with the boundaries ``own``, which tokens with those of ``readers`` attend to too.
+    """Returns a mask (1, 1, 1, 0) for keys with the boundaries ``own``.
 
-    The source's mask serves the encoder's self-attention and the decoder's cross-attention.
+    readers: the boundaries of the queries of a cross-attention to them. The source's mask serves both the encoder's
+    self-attention and the decoder's cross-attention.
     """
     mask = torch.ones(1, 1, 1, 0, dtype=torch.bool, device=own.device)
     mask.petl_boundaries = own, readers
@@ -31,11 +32,12 @@ def packed_mask(own: Tensor, readers: Tensor) -> Tensor:
 
 
 def is_packed(mask: Tensor | None) -> bool:
+    """Returns whether ``mask`` is a ``packed_mask``."""
     return hasattr(mask, "petl_boundaries")
 
 
 def boundaries(mask: Tensor | None, self_attention: bool) -> Boundaries | None:
-    """What a ``packed_mask`` says of an attention's queries and keys; None for any other mask."""
+    """Returns the boundaries of an attention's queries and keys; None for a mask that is no ``packed_mask``."""
     if not is_packed(mask):
         return None
     own, readers = mask.petl_boundaries

@@ -1,7 +1,7 @@
-"""Attention masks that the host does not look into.
+"""Attention masks for which the host does not wait.
 
-transformers asks the device three times a step whether a mask hides anything, and waits for the answer. A mask of four
-dimensions it takes as it is.
+transformers reads three times a step from the device whether a mask hides anything, and waits for the answer. It takes
+a mask of four dimensions as it is.
 """
 
 from __future__ import annotations
@@ -9,24 +9,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from petl_kernels.layers.blocks import as_causal
+from petl_kernels.layers.masks import as_causal
 from petl_kernels.models.transformers_names import attention_implementation, cache_in
 
 WAITED_FOR = ("cuda",)  # on a CPU the answer is there at once, and a mask that hides nothing is best left out
 
 
 def without_waiting(model: nn.Module, inputs: dict) -> dict:
-    """``inputs`` of a training step with masks (rows, 1, 1 | target, source | target), bool, in the place of 2-D ones.
+    """Returns ``inputs`` of a training step with bool masks of four dimensions in the place of those of two.
 
-    As they are: those for attentions other than sdpa's, masks of the decoder that somebody has given, and all of them
-    under ``torch.compile``.
+    The source's is (rows, 1, 1, source tokens), the target's (1, 1, target tokens, target tokens). A decoder's mask
+    that is given stays; all stay for an attention function other than sdpa's, and under ``torch.compile``.
     """
     ids = inputs.get("decoder_input_ids")
     if ids is None and inputs.get("decoder_inputs_embeds") is None:
-        ids = inputs.get("labels")  # which the model makes them of
+        ids = inputs.get("labels")  # the model makes decoder inputs of them
     if ids is None or ids.device.type not in WAITED_FOR or torch.compiler.is_compiling():
         return inputs
-    if cache_in(inputs) is not None:  # which makes the decoder's masks longer
+    if cache_in(inputs) is not None:  # it makes the decoder's masks longer
         return inputs
     if attention_implementation(model.config) != "sdpa":
         return inputs

@@ -20,7 +20,7 @@ class FrozenLinear(nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> FrozenLinear:
-        """The same layer, sharing the parameters of ``linear`` and freezing its weight."""
+        """Returns a layer with the parameters of ``linear``, whose weight it freezes."""
         layer = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         layer.weight, layer.bias = linear.weight, linear.bias
         layer.weight.requires_grad_(False)

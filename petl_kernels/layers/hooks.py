@@ -1,4 +1,4 @@
-"""Hooks that somebody has put on modules: what runs beside them has to let them see what they would."""
+"""Hooks on modules, which the lean forward of a layer must not pass over."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ _ON_ALL = [getattr(nn.modules.module, f"_global{kind}") for kind in _KINDS]
 
 
 def hooks_on(module: nn.Module) -> list[Callable]:
-    """Returns the hooks of ``module`` itself, forward and backward; most modules have none."""
+    """Returns the hooks of ``module`` itself, forward and backward."""
     own = module.__dict__
     return [hook for kind in _KINDS if own[kind] for hook in own[kind].values()]
 
 
 def is_foreign(hook: Callable) -> bool:
-    """Returns whether ``hook`` is somebody's whose wishes are not known here."""
-    known = ("petl_kernels.", "transformers.")  # transformers': they record attentions, when asked to
+    """Returns whether ``hook`` is neither of this package nor of transformers."""
+    known = ("petl_kernels.", "transformers.")  # those of transformers record attentions, for ``output_attentions``
     own = hook.func if isinstance(hook, partial) else hook
     return not getattr(own, "__module__", "").startswith(known)
 

@@ -2,11 +2,11 @@
 
 On CUDA the copies run on a stream of their own, beside the matrix work, and nothing waits on the host:
 
-    forward     the copy to pinned memory starts when the layer does; the layer after it waits for its end, and only
-                then is the input given back. So one input at most is there beside the running layer's.
-    backward    when a layer's input is needed, the copy of the one before it starts back to the device.
+    forward     the copy to pinned memory starts with the layer; the next layer waits for its end, and then the input
+                is freed. So one input at most is on the device beside the running layer's.
+    backward    when a layer's input is read, the copy of the input before it starts back to the device.
 
-Memory on the device belongs to the compute stream at both ends: a copy waits for what that stream has been given, and
+Memory on the device belongs to the compute stream at both ends: a copy waits for the work of that stream so far, and
 that stream waits for the copy before the memory is read or freed. Host buffers are read and written by the one stream
 of copies, in its order, so a buffer can be used again at once.
 """
@@ -25,32 +25,33 @@ from petl_kernels.errors import InputError
 
 
 def host_copy(x: Tensor) -> HostCopy | TravellingCopy:
-    """What holds ``x``, the input of the layer that runs next. ``leave`` ends the layer's forward pass."""
+    """Returns what holds ``x``, the input of the layer that runs next. Call its ``leave`` when the layer has run."""
     return _travels(x.device).out(x) if x.is_cuda else HostCopy(x)
 
 
 class HostCopy:
-    """A copy that is made at once, where there is no other device, and read where it lies."""
+    """A copy in the same memory, where there is no other device."""
 
     def __init__(self, x: Tensor):
         self._x: Tensor | None = x
         self._host: Tensor | None = None
 
     def get(self) -> Tensor:
-        """The tensor: the very one at first, later its copy."""
+        """Returns x itself until ``leave``, then its copy."""
         if self._x is not None:
             return self._x
         return self._host.detach().requires_grad_(self._requires_grad)
 
     def leave(self) -> None:
+        """Makes the copy and drops x."""
         x, self._x = self._x, None
         self._host, self._requires_grad = x.detach().clone(), x.requires_grad
 
 
 class TravellingCopy:
-    """A copy on its way, of the ``Travels`` that made it."""
+    """A copy to pinned memory and back. before: returns the copy of the layer before, while it lives."""
 
-    _x: Tensor | None = None  # on the device: the tensor itself, or what has come back of it
+    _x: Tensor | None = None  # on the device: the tensor itself, or its copy back
     _running = True
 
     def __init__(self, x: Tensor, buffer: Tensor, travels: Travels, before: Callable[[], TravellingCopy | None]):
@@ -61,7 +62,7 @@ class TravellingCopy:
         self._x = x
 
     def get(self) -> Tensor:
-        """The tensor: the very one while its layer runs forward, later its copy; the one before it is asked for."""
+        """Returns x itself until ``leave``, then its copy, and starts the copy of the input before it."""
         if self._running:
             return self._x
         self._fetch()
@@ -73,11 +74,11 @@ class TravellingCopy:
         return x.detach().requires_grad_(self._requires_grad)
 
     def leave(self) -> None:
-        """The layer has run. The tensor stays until the next one leaves: the last is needed first in backward."""
+        """Ends the layer's forward pass. x stays until the next layer starts: backward reads the last input first."""
         self._running = False
 
     def give_back(self) -> None:
-        """Free the memory on the device, after the copy."""
+        """Frees the memory on the device, after the copy."""
         if self._x is not None:
             self._travels.copies.wait(self._moved)
             self._x = None
@@ -97,11 +98,12 @@ class Travels:
 
     def __init__(self, copies: InputCopies):
         self.copies = copies
-        self._back: deque[Tensor] = deque()  # filled by whichever thread lets go of a copy
+        self._back: deque[Tensor] = deque()  # filled by the threads that drop copies
         self._free: list[Tensor] = []
         self._last: Callable[[], TravellingCopy | None] = lambda: None
 
     def out(self, x: Tensor) -> TravellingCopy:
+        """Starts a copy of ``x``, and frees the input before it on the device."""
         held = TravellingCopy(x, self._take(x.nbytes), self, self._last)
         before = self._last()
         if before is not None:
@@ -110,10 +112,11 @@ class Travels:
         return held
 
     def put(self, buffer: Tensor) -> None:
+        """Takes a pinned buffer back for later copies."""
         self._back.append(buffer)
 
     def _take(self, size: int) -> Tensor:
-        """The smallest free buffer that is large enough, or a new one in the place of one that is too small."""
+        """Returns the smallest free buffer of ``size`` bytes or more, or a new one in the place of a smaller."""
         while self._back:
             self._free.append(self._back.popleft())
         self._free.sort(key=lambda buffer: buffer.nbytes)
@@ -132,6 +135,7 @@ class InputCopies:
         self._device, self._stream = device, torch.cuda.Stream(device)
 
     def pinned(self, size: int) -> Tensor:
+        """Returns pinned memory uint8 (size,). Raises InputError where the host has not enough."""
         try:
             return torch.empty(size, dtype=torch.uint8, pin_memory=True)
         except RuntimeError as error:
@@ -141,14 +145,14 @@ class InputCopies:
             ) from None
 
     def start(self, to: Tensor, source: Tensor) -> torch.cuda.Event:
-        """Copy after all that the current stream has been given; returns the event of its end."""
+        """Starts a copy after the work of the current stream so far, and returns the event of its end."""
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             to.copy_(source, non_blocking=True)
         return self._stream.record_event()
 
     def wait(self, event: torch.cuda.Event) -> None:
-        """What the current stream is given from now on runs after ``event``."""
+        """Lets later work of the current stream run after ``event``."""
         torch.cuda.current_stream(self._device).wait_event(event)
 
 

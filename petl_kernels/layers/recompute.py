@@ -1,15 +1,15 @@
-"""Saved tensors that are made again instead of kept.
+"""Saved tensors that are recomputed.
 
-Autograd keeps whatever its rules ask for between forward and backward. Inside ``saving()``, a tensor that came out of
-``recomputed(fn, *inputs)`` is not kept: its place takes a recipe, which is ``fn`` and the inputs, and those are kept or
-have recipes themselves. What a layer keeps is then a matter of which of its steps it runs through ``recomputed``; the
-rules of the ops, of adapters and of plain PyTorch stay as they are, and so do the gradients, bit for bit.
+Autograd saves the tensors that its rules need. Inside ``saving()`` the result of ``recomputed(fn, *inputs)`` is not
+saved: a recipe takes its place, which is ``fn`` and the inputs, and those are saved or have recipes themselves. So the
+choice of steps that run through ``recomputed`` is the choice of what a layer saves. The rules of the ops, of adapters
+and of plain PyTorch stay as they are, and so do the gradients, bit for bit.
 
 A recipe runs without autograd, under the autocast state and with the dropout seeds of its forward pass. Its results
-live until the last of those who saved them has asked: k, v and the projections of one layer share one normalised input.
-It reads modules when backward arrives: ``Seen`` refuses one that is no longer what the forward pass saw.
+live until the last tensor that stands for one of them is read: k, v and the projections of one layer share one
+normalised input. A recipe reads modules during backward; ``Seen`` refuses one that has changed since the forward pass.
 
-``checkpointed`` keeps the inputs of a whole layer only; ``host_copy`` holds the first of them in host memory.
+``checkpointed`` saves the inputs of a whole layer only; ``host_copy`` holds the first of them in host memory.
 
 Each thread has its own recipes, so that several can run one model.
 """
@@ -18,36 +18,33 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
+from petl_kernels.accounting.saved import observers
 from petl_kernels.layers.host_copy import host_copy
 from petl_kernels.layers.seen import Seen
 from petl_kernels.ops import philox
 
 
-class _Made(threading.local):
-    """Storage -> its recipe, as long as the storage lives. The weak reference keeps its address from being used again.
-
-    ``layer`` is the lean layer that this thread is in; errors name its path.
-    """
+class _OfThread(threading.local):
+    """recipes: by address of a storage that one of them makes, as long as the storage lives. The weak reference keeps
+    the address from being used again. layer: the lean layer that the thread is in; errors name its path."""
 
     def __init__(self):
         self.recipes: dict[int, tuple[StorageWeakRef, Recipe, int]] = {}
         self.layer: nn.Module | None = None
 
 
-_made = _Made()
-# Called with every tensor that ``saving`` keeps: hooks of ``torch.autograd.graph`` outside of it see none of them.
-observers: list[Callable[[Tensor], object]] = []
+_of_thread = _OfThread()
 
 
-class Kept:
-    """A tensor that is kept as it is."""
+class Saved:
+    """A tensor that is saved as it is."""
 
     __slots__ = ("tensor", "version")
 
@@ -55,6 +52,7 @@ class Kept:
         self.tensor, self.version = tensor.detach(), tensor._version
 
     def get(self) -> Tensor:
+        """Returns the tensor. Raises RuntimeError where it was changed in place."""
         if self.tensor._version != self.version:
             raise RuntimeError(
                 f"a tensor of shape {tuple(self.tensor.shape)} that is kept for backward was changed in place: "
@@ -63,7 +61,7 @@ class Kept:
         return self.tensor
 
 
-class Remade:
+class Recomputed:
     """A view into one output of a recipe."""
 
     __slots__ = ("recipe", "index", "geometry")
@@ -74,28 +72,35 @@ class Remade:
         recipe.pending += 1
 
     def get(self) -> Tensor:
+        """Returns the view, of outputs that are computed where no other view has had them computed."""
         return self.recipe.take(self.index).as_strided(*self.geometry)
 
 
 class Recipe:
-    """How the tensors that ``fn`` returns are made again.
+    """How the tensors that ``fn`` returns are computed.
 
-    reads: the modules that it looks into. weights: parameters that it gets after its inputs, as they are now.
+    reads: the modules whose parameters and settings fn uses. parameters: given to fn after its inputs, as they are now.
+    pending: the number of reads of its outputs still to come.
     """
 
     __slots__ = ("fn", "inputs", "seen", "seeds", "autocast", "pending", "outputs", "__weakref__")
 
     def __init__(
-        self, fn: Callable, inputs: tuple[Tensor, ...], reads: tuple[nn.Module, ...], weights: tuple[Tensor, ...] = ()
+        self,
+        fn: Callable,
+        inputs: tuple[Tensor, ...],
+        reads: tuple[nn.Module, ...] = (),
+        parameters: tuple[Tensor, ...] = (),
     ):
-        self.fn, self.inputs = fn, [*map(_capture, inputs), *map(Kept, weights)]
-        self.seen = Seen(reads, _made.layer)
+        self.fn, self.inputs = fn, [*map(_pack, inputs), *map(Saved, parameters)]
+        self.seen = Seen(reads, _of_thread.layer)
         self.seeds: list[Tensor] = []
         self.autocast = _autocast_state(inputs[0].device.type)
-        self.pending = 0  # how many will still ask
+        self.pending = 0
         self.outputs: tuple[Tensor, ...] | None = None
 
     def take(self, index: int) -> Tensor:
+        """Returns output ``index``; the last read drops the outputs."""
         outputs = self.outputs  # in a variable: two threads may go back through one graph
         if outputs is None:
             self.outputs = outputs = self._run()
@@ -114,10 +119,10 @@ class Recipe:
 
 
 def recomputed(fn: Callable, *inputs: Tensor, reads: tuple[nn.Module, ...] = ()) -> Tensor | tuple[Tensor, ...]:
-    """``fn(*inputs)``, whose outputs are made again where autograd would keep them.
+    """Returns ``fn(*inputs)``, whose outputs are recomputed where autograd would save them.
 
-    fn: a function of tensors to a tensor or a tuple of tensors, each with a storage of its own, that draws no random
-    numbers but the seeds of the package's dropout, and that does nothing else. reads: the modules whose parameters,
+    fn: a function of tensors to a tensor or a tuple of tensors, each with a storage of its own. It draws no random
+    numbers but the seeds of this package's dropout, and has no other effects. reads: the modules whose parameters,
     adapters and settings it uses; backward raises RuntimeError where they have changed.
     """
     if not torch.is_grad_enabled():
@@ -130,27 +135,29 @@ def recomputed(fn: Callable, *inputs: Tensor, reads: tuple[nn.Module, ...] = ())
     return outputs
 
 
-def remade_by(fn: Callable, output: Tensor, *inputs: Tensor, weights: tuple[Tensor, ...] = ()) -> Tensor:
-    """``output``, which ``fn(*inputs, *weights)`` makes again where autograd would keep it; bit for bit the same.
+def recomputed_if(condition: bool, fn: Callable, *inputs: Tensor, reads: tuple[nn.Module, ...] = ()):
+    """Returns ``recomputed(fn, *inputs)`` where ``condition`` holds, else ``fn(*inputs)``, whose output is saved."""
+    return recomputed(fn, *inputs, reads=reads) if condition else fn(*inputs)
 
-    weights: parameters, whose memory is there anyway.
-    """
+
+def recomputed_by(fn: Callable, output: Tensor, *inputs: Tensor, parameters: tuple[Tensor, ...] = ()) -> Tensor:
+    """Returns ``output``, which ``fn(*inputs, *parameters)`` recomputes, to the bit, where autograd would save it."""
     if torch.is_grad_enabled():
-        _register(output, Recipe(fn, inputs, (), weights), 0)
+        _register(output, Recipe(fn, inputs, parameters=parameters), 0)
     return output
 
 
 def _register(output: Tensor, recipe: Recipe, index: int) -> None:
     storage = output.untyped_storage()
-    _made.recipes[storage._cdata] = StorageWeakRef(storage), recipe, index
+    _of_thread.recipes[storage._cdata] = StorageWeakRef(storage), recipe, index
 
 
-def _capture(tensor: Tensor) -> Kept | Remade:
-    found = _made.recipes.get(tensor.untyped_storage()._cdata)
+def _pack(tensor: Tensor) -> Saved | Recomputed:
+    found = _of_thread.recipes.get(tensor.untyped_storage()._cdata)
     if found is not None and not found[0].expired():
-        return Remade(found[1], found[2], tensor)
+        return Recomputed(found[1], found[2], tensor)
     _observe(tensor)
-    return Kept(tensor)
+    return Saved(tensor)
 
 
 def _observe(tensor: Tensor) -> None:
@@ -160,31 +167,31 @@ def _observe(tensor: Tensor) -> None:
 
 @contextmanager
 def saving(layer: nn.Module | None = None) -> Iterator[None]:
-    """What autograd saves in this block is kept, or has a recipe where it came out of ``recomputed``.
+    """Saves the tensors of this block for autograd, or a recipe for each that came out of ``recomputed``.
 
-    layer: the one that runs in the block, whose path errors name.
+    layer: the lean layer that runs in the block, whose path errors name.
     """
     if not torch.is_grad_enabled():
         yield
         return
-    outer, _made.layer = _made.layer, layer
+    outer, _of_thread.layer = _of_thread.layer, layer
     try:
-        with torch.autograd.graph.saved_tensors_hooks(_capture, lambda held: held.get()):
+        with torch.autograd.graph.saved_tensors_hooks(_pack, lambda held: held.get()):
             yield
     finally:
-        _made.layer = outer
+        _of_thread.layer = outer
 
 
 def forget() -> None:
-    """Drop this thread's recipes of tensors that are gone. Called when a layer has returned."""
-    recipes = _made.recipes
+    """Drops this thread's recipes of tensors that are gone. Called when a layer has returned."""
+    recipes = _of_thread.recipes
     for address in [address for address, (storage, *_) in recipes.items() if storage.expired()]:
         del recipes[address]
 
 
 def forget_all() -> None:
-    """Drop all of this thread's recipes, with what they hold. Called when a layer has failed."""
-    _made.recipes.clear()
+    """Drops all of this thread's recipes, with what they hold. Called when a layer has failed."""
+    _of_thread.recipes.clear()
 
 
 def _autocast_state(device: str) -> tuple[str, bool, torch.dtype]:
@@ -195,15 +202,15 @@ def _autocast_state(device: str) -> tuple[str, bool, torch.dtype]:
 
 
 def checkpointed(layer: nn.Module, fn: Callable, x: Tensor, *inputs, offload: bool = False):
-    """``fn(x, *inputs)``, of which only the inputs are kept; ``offload``: x in host memory.
+    """Returns ``fn(x, *inputs)``, of which only the inputs are saved; offload: x in host memory.
 
-    Everything between is computed again when backward arrives, with the same random numbers. fn reads ``layer``, which
-    must be then as it is now: backward raises RuntimeError where it is not.
+    Everything between is recomputed with the same random numbers. fn reads ``layer``; backward raises RuntimeError
+    where that has changed.
     """
     for tensor in inputs if offload else (x, *inputs):
         if isinstance(tensor, Tensor):
             _observe(tensor)
-    if not torch.compiler.is_compiling():  # which bind to a graph what they read
+    if not torch.compiler.is_compiling():  # a graph binds what it reads
         fn = _Repeated(layer, fn)
     if not offload:
         return checkpoint(fn, x, *inputs, use_reentrant=False)
@@ -214,7 +221,7 @@ def checkpointed(layer: nn.Module, fn: Callable, x: Tensor, *inputs, offload: bo
 
 
 class _Repeated:
-    """``fn``, which may run again as long as ``layer`` is what its first run saw."""
+    """``fn``, which raises RuntimeError from its second run on where ``layer`` has changed since its first."""
 
     def __init__(self, layer: nn.Module, fn: Callable):
         self.fn, self.seen, self.ran = fn, Seen((layer,), layer, graph=True), False
@@ -224,13 +231,3 @@ class _Repeated:
             self.seen.check()
         self.ran = True
         return self.fn(*inputs)
-
-
-def maybe(again: bool, fn: Callable, *inputs: Tensor, reads: tuple[nn.Module, ...] = ()):
-    """``recomputed(fn, *inputs)``, or plainly ``fn(*inputs)`` when its output is kept."""
-    return recomputed(fn, *inputs, reads=reads) if again else fn(*inputs)
-
-
-def context(lean: bool, layer: nn.Module):
-    """``saving()`` for a lean layer; nothing for one inside a checkpoint, which has hooks of its own."""
-    return saving(layer) if lean else nullcontext()

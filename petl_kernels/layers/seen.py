@@ -1,7 +1,7 @@
-"""What a forward pass saw of modules that backward will read again.
+"""The state of modules in a forward pass, compared with their state when backward reads them again.
 
-Compared are the parameters (which, over which memory, and their versions), the adapter in use, and every plain setting:
-dropout rates, scales, the mode of what drops anything.
+It has the parameters (by identity, memory and version), the adapter in use, and every plain setting: dropout rates,
+scales, the mode of modules that drop anything.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from petl_kernels.methods.base import Named
+from petl_kernels.methods.pieces import Named
 from petl_kernels.ops.quantized import QuantizedTensor, parts_of
 
 _PLAIN = (bool, int, float, str, type(None))
@@ -20,9 +20,10 @@ _LIBRARIES = ("torch.", "transformers.", "peft.", "petl_kernels.")
 
 
 class Seen:
-    """The state of ``modules``, with what they contain; ``layer`` is the lean layer around them, for its path.
+    """The state of ``modules`` and the modules inside.
 
-    graph: backward makes their autograd graph again, so that the same parameters have to require grad.
+    layer: the lean layer around them, for its path. graph: whether backward records their graph again, so that the same
+    parameters have to require grad.
     """
 
     __slots__ = ("modules", "layer", "graph", "states")
@@ -32,7 +33,7 @@ class Seen:
         self.states = [_state(part, graph) for module in modules for _, part in _parts(module)]
 
     def check(self) -> None:
-        """Raises RuntimeError, which names the first change."""
+        """Raises RuntimeError where a state has changed, and names the first change."""
         if [_state(part, self.graph) for module in self.modules for _, part in _parts(module)] != self.states:
             raise RuntimeError(
                 f"{self._change()}: from tier 2 on backward computes it again, so nothing of it may change between the "
@@ -60,13 +61,13 @@ class Seen:
 
 def _named(layer: nn.Module | None) -> Iterator[tuple[str, nn.Module]]:
     if layer is not None:
-        start = getattr(layer, "petl_path", type(layer).__name__)
+        start = layer.petl_lean.path if hasattr(layer, "petl_lean") else type(layer).__name__
         for path, module in layer.named_modules():
             yield f"{start}.{path}".rstrip("."), module
 
 
 def _parts(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """``module`` and what it contains, without adapters that are not in use."""
+    """Yields ``module`` and the modules inside by path, without adapters that are not in use."""
     yield path, module
     for name, child in module._modules.items():
         if child is not None and not (isinstance(module, Named) and name != module.active):
@@ -86,14 +87,14 @@ def _state(module: nn.Module, graph: bool) -> dict[str, Any]:
 
 
 def _values(parameter: Tensor) -> tuple:
-    """Returns what is another when ``parameter`` is, was written to, or has got other memory by ``.data``.
+    """Returns values that differ for another parameter, after a write to it, and for other memory by ``.data``.
 
-    Storages are compared and not addresses: those of streamed weights change. Their being held here keeps a later one
-    from being taken for the same.
+    They have storages and not addresses: those of streamed weights change. A storage that is held here cannot be taken
+    for a later one.
     """
     own = id(parameter), parameter._version
     if not isinstance(parameter, QuantizedTensor) and type(parameter) not in (nn.Parameter, Tensor):
-        return own  # a tensor of others may have no storage
+        return own  # a tensor class of another library may have no storage
     places = ((part.untyped_storage(), part.storage_offset(), part.stride()) for part in parts_of(parameter))
     return *own, *places
 
@@ -105,7 +106,7 @@ def _plain(value: Any) -> Any:
 
 
 def _heeds_mode(module: nn.Module, settings: dict[str, Any]) -> bool:
-    """Whether train and eval may differ: for what drops something, has running statistics, or is not known here."""
+    """Returns whether train and eval may differ: for a module with dropout or buffers, or of another library."""
     rates = (value for key, value in settings.items() if key == "p" or "dropout" in key)
     if any(isinstance(rate, float) and rate > 0 for rate in rates) or module._buffers:
         return True

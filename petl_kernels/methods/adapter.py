@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 from weakref import WeakKeyDictionary
@@ -31,7 +30,8 @@ from torch import Tensor, nn
 
 from petl_kernels import ops
 from petl_kernels.errors import InputError
-from petl_kernels.methods.base import Method, Piece, attach, check_size, piece_dtype
+from petl_kernels.methods.base import Method, check_size, setting
+from petl_kernels.methods.pieces import Piece, attach, piece_dtype
 from petl_kernels.models.structure import Structure, describe
 
 ACTIVATIONS = ("relu", "gelu", "silu")
@@ -68,7 +68,7 @@ class BottleneckAdapter(Piece):
         nn.init.zeros_(self.up.bias)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """``residual`` (..., d), x itself when None, is what the adapter's result is added to."""
+        """Returns the adapter's result for x (..., d), added to ``residual`` (..., d), which is x itself when None."""
         ln_weight, ln_bias, eps = (None, None, 1e-5) if self.norm is None else (*self.norm.parameters(), self.norm.eps)
         return ops.bottleneck_adapter(
             x,
@@ -92,7 +92,7 @@ class BottleneckAdapter(Piece):
 
 
 class PreNormPfeiffer(BottleneckAdapter):
-    """On a pre-norm layer: y = x + A(LN_f(x)). ``norm_name``: LN_f's path inside the layer."""
+    """A piece on a pre-norm layer: y = x + A(LN_f(x)). ``norm_name``: LN_f's path inside the layer."""
 
     def __init__(self, norm_name: str, *args, **kwargs):
         super().__init__(*args, norm=False, **kwargs)
@@ -103,7 +103,7 @@ class PreNormPfeiffer(BottleneckAdapter):
 
 
 class PostNormPfeiffer(BottleneckAdapter):
-    """On the norm that ends a post-norm layer: y = LN_f(x + A(LN_f(x)))."""
+    """A piece on the norm that ends a post-norm layer: y = LN_f(x + A(LN_f(x)))."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, norm=False, **kwargs)
@@ -117,7 +117,7 @@ def _frozen_norm(norm: nn.Module, x: Tensor) -> Tensor:
 
 
 class ParallelAdapter(BottleneckAdapter):
-    """On the feed-forward block's last linear: adds scale · A(x), x the block's input, which ``ReadInput`` hands it."""
+    """A piece on the feed-forward block's last linear: adds scale · A(x), x the block's input, from ``ReadInput``."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, norm=False, **kwargs)
@@ -137,7 +137,7 @@ _handed = _Handed()
 
 
 def _drop_after(layer: nn.Module) -> None:
-    """Let a layer that fails between the two leave nothing behind."""
+    """Lets a layer that fails between the two leave nothing behind."""
     if _drop not in layer._forward_hooks.values():
         layer.register_forward_hook(_drop, always_call=True)
 
@@ -147,7 +147,7 @@ def _drop(layer: nn.Module, args: tuple, output) -> None:
 
 
 class ReadInput(Piece):
-    """On the feed-forward block's first linear: hands its input to the parallel adapter of the block."""
+    """A piece on the feed-forward block's first linear: hands its input to the block's parallel adapter."""
 
     def __init__(self, adapter: ParallelAdapter):
         super().__init__()
@@ -165,14 +165,24 @@ class Adapter(Method):
     scale: factor on the adapter's result; None is 4 for parallel ones, else 1.
     """
 
-    bottleneck: int = 64
-    placement: str = "layer"
-    parallel: bool = False
-    pfeiffer: bool = False
-    activation: str = "relu"
-    scale: float | None = None
+    bottleneck: int = setting(64, "units of the bottleneck")
+    placement: str = setting("layer", "layer or sublayer: behind each layer, or each block in it")
+    parallel: bool = setting(False, "beside the feed-forward block, not behind the layer")
+    pfeiffer: bool = setting(False, "through the layer's own norm")
+    activation: str = setting("relu", "relu, gelu or silu")
+    scale: float | None = setting(None, "factor on the adapter's result; null: 4 for parallel, else 1")
 
     method: ClassVar[str] = "adapter"
+    trains: ClassVar[str] = "a bottleneck (down, activation, up) behind each layer"
+    variants: ClassVar[dict] = {
+        "adapter-sublayer": (
+            {"placement": "sublayer"},
+            "a bottleneck behind each attention and each feed-forward block",
+        ),
+        "pfeiffer": ({"pfeiffer": True}, "a bottleneck behind each layer, through the layer's own last norm"),
+        "parallel": ({"parallel": True}, "a bottleneck beside each feed-forward block"),
+    }
+    cannot_merge: ClassVar[str] = "a bottleneck adapter is not linear, so no weight can hold it"
     size_field: ClassVar[str] = "bottleneck"
     ops: ClassVar[tuple[str, ...]] = ("bottleneck_adapter",)
 
@@ -188,12 +198,6 @@ class Adapter(Method):
             raise InputError(f"adapter scale {self.scale!r}: expected a finite number")
         if self.parallel + self.pfeiffer + (self.placement == "sublayer") > 1:
             raise InputError("adapter: placement 'sublayer', parallel and pfeiffer exclude each other")
-
-    @property
-    def label(self) -> str:
-        if self.parallel or self.pfeiffer:
-            return "parallel" if self.parallel else "pfeiffer"
-        return "adapter" if self.placement == "layer" else "adapter-sublayer"
 
     def inject(self, model: nn.Module, name: str) -> None:
         structure = describe(model)
@@ -211,9 +215,6 @@ class Adapter(Method):
         d, m = structure.d_model, self.bottleneck
         own_norm = 0 if self.parallel or self.pfeiffer else 2 * d
         return len(self._places(structure)) * (2 * d * m + m + d + own_norm)
-
-    def merged_weights(self, model: nn.Module, name: str) -> Iterator[tuple[str, Tensor]]:
-        raise InputError(f"adapter {name!r}: a bottleneck adapter is not linear, so no weight can hold it")
 
     def _places(self, structure: Structure) -> list[str]:
         if self.placement == "sublayer":

@@ -14,21 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from petl_kernels.errors import InputError
-from petl_kernels.methods.base import Method, find_record
+from petl_kernels.methods.base import Method, setting
+from petl_kernels.methods.owner import find_record
 from petl_kernels.models.structure import base_parameters, describe, norms
 
 
 @dataclass(frozen=True)
 class BitFit(Method):
-    """layer_norm: the LayerNorms' weights are trained as well."""
+    """Training of biases alone. layer_norm: the LayerNorms' weights are trained as well."""
 
-    layer_norm: bool = True
+    layer_norm: bool = setting(True, "the norms' weights are trained, too")
 
     method: ClassVar[str] = "bitfit"
-
-    @property
-    def label(self) -> str:
-        return "bitfit" if self.layer_norm else "bitfit-biases"
+    trains: ClassVar[str] = "all biases, and the weights of the norms"
+    learning_rate: ClassVar[float] = 1e-3
+    variants: ClassVar[dict] = {"bitfit-biases": ({"layer_norm": False}, "all biases")}
 
     def base_tensors(self, model: nn.Module) -> list[str]:
         weights = {f"{path}.weight" for path in norms(model)} if self.layer_norm else set()
@@ -47,8 +47,7 @@ class BitFit(Method):
         }
 
     def count(self, model: nn.Module) -> int:
-        trained = sum(model.get_parameter(name).numel() for name in self.base_tensors(model))
-        return trained + sum(bias.numel() for bias in self.added_tensors(model).values())
+        return super().count(model) + sum(bias.numel() for bias in self.added_tensors(model).values())
 
     def merged_weights(self, model: nn.Module, name: str) -> Iterator[tuple[str, Tensor]]:
         if find_record(model, name).added:
@@ -57,7 +56,7 @@ class BitFit(Method):
 
 
 def _layer_linears(model: nn.Module) -> tuple[str, ...]:
-    """The linears that BitFit gives biases; none in models of other kinds."""
+    """Returns the paths of the linears that BitFit gives biases; none in models of other kinds."""
     try:
         return describe(model).linears
     except InputError:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 from torch import nn
 
 from petl_kernels.errors import InputError
 from petl_kernels.models.structure import total_parameters
-
-if TYPE_CHECKING:
-    from petl_kernels.methods.base import Method
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 # A budget is met when the smallest size exceeds it by at most this, and the largest reaches at least this share of it
@@ -19,7 +16,7 @@ _OVER, _UNDER = 1.05, 0.5
 
 
 def parse_budget(budget: float | int | str) -> float | int:
-    """A share of the model's parameters as a float in (0, 1], or a number of parameters as an int above 1.
+    """Returns a share of the model's parameters as a float in (0, 1], or a number of parameters as an int above 1.
 
     "10%" and 0.1 are the share 0.1; "2M", "1.5k", "1B", "40000" and 40000 are numbers. Raises InputError.
     """
@@ -53,7 +50,7 @@ def _refusal(budget: object) -> InputError:
 
 
 def budget_parameters(model: nn.Module, budget: float | int | str) -> int:
-    """The budget as a number of parameters of ``model``. InputError when it is more than the model has."""
+    """Returns the budget as a number of parameters of ``model``. Raises InputError for more than the model has."""
     value, total = parse_budget(budget), total_parameters(model)
     if isinstance(value, float):
         return int(value * total)
@@ -62,18 +59,11 @@ def budget_parameters(model: nn.Module, budget: float | int | str) -> int:
     return value
 
 
-def solve(cls: type[Method], model: nn.Module, budget: float | int | str, fixed: dict) -> Method:
-    """``cls`` with the largest size whose count fits the budget. See ``Method.for_budget``."""
-    limit = budget_parameters(model, budget)
-    if cls.size_field is None:
-        return _accept(cls(**fixed), model, budget, limit)
-    if cls.size_field in fixed:
-        raise InputError(f"{cls.method} {cls.size_field} {fixed[cls.size_field]}: a parameter budget sets it, give one")
-    largest = cls.largest_size(model, **fixed)
+def largest_that_fits(fits: Callable[[int], bool], largest: int | None) -> int:
+    """Returns the largest size, up to ``largest`` where there is a bound, that fits; 1 where none does.
 
-    def fits(size: int) -> bool:
-        return cls.sized(size, **fixed).count(model) <= limit
-
+    ``fits(size)`` is true up to some size and false from there on.
+    """
     low, high = 1, 2  # low: taken even if it does not fit; high: fits no more, or is past the largest
     while (largest is None or high <= largest) and fits(high):
         low, high = high, 2 * high
@@ -82,16 +72,15 @@ def solve(cls: type[Method], model: nn.Module, budget: float | int | str, fixed:
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
-    return _accept(cls.sized(low, **fixed), model, budget, limit)
+    return low
 
 
-def _accept(config: Method, model: nn.Module, budget: float | int | str, limit: int) -> Method:
-    count = config.count(model)
+def check_reached(model: nn.Module, budget: float | int | str, limit: int, count: int, label: str, size: str) -> None:
+    """Raises InputError unless ``count`` parameters meet the budget of ``limit``. label, size: those of the method."""
     if _UNDER * limit <= count <= _OVER * limit:
-        return config
-    size = f" ({config.size_field} {getattr(config, config.size_field)})" if config.size_field else ""
+        return
     share = count / total_parameters(model)
     raise InputError(
-        f"parameter budget {budget!r} ({limit:,} parameters): {config.label} cannot reach it; "
+        f"parameter budget {budget!r} ({limit:,} parameters): {label} cannot reach it; "
         f"the nearest it can is {count:,} parameters, {share:.3%}{size}"
     )

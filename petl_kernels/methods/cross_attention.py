@@ -1,7 +1,7 @@
 """Cross-attention tuning (arXiv 2104.08771).
 
-Trained are q, k, v and the output projection of the decoder's attention to the source, with its LayerNorm (before it,
-in post-norm models after it); everything else is frozen.
+It trains q, k, v and the output projection of the decoder's attention to the source, with its LayerNorm (before it, in
+post-norm models after it); everything else is frozen.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from petl_kernels.models.structure import describe
 @dataclass(frozen=True)
 class CrossAttention(Method):
     method: ClassVar[str] = "cross-attention"
+    trains: ClassVar[str] = "the decoder's cross-attentions, whole, with their norms"
+    learning_rate: ClassVar[float] = 1e-4
 
     def base_tensors(self, model: nn.Module) -> list[str]:
         modules = [
@@ -32,6 +34,3 @@ class CrossAttention(Method):
             for name in ("weight", "bias")
             if getattr(model.get_submodule(path), name, None) is not None
         ]
-
-    def count(self, model: nn.Module) -> int:
-        return sum(model.get_parameter(name).numel() for name in self.base_tensors(model))

@@ -6,14 +6,15 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from petl_kernels.errors import InputError
-from petl_kernels.methods.base import Named, records
+from petl_kernels.methods.owner import records
+from petl_kernels.methods.pieces import Named
 from petl_kernels.models.structure import check_model
 
 _WRAPPERS = ("torch.nn.parallel.", "torch.distributed.", "deepspeed.", "accelerate.")
 
 
 def check_unwrapped(model: object) -> None:
-    """Refuse what is no module, and a wrapper around one: its paths are not those of the model inside."""
+    """Raises InputError for what is no module, and for a wrapper, whose paths are not those of the model inside."""
     check_model(model)
     kind = type(model).__name__
     if hasattr(model, "_orig_mod"):
@@ -23,7 +24,7 @@ def check_unwrapped(model: object) -> None:
 
 
 def check_adaptable(model: object) -> None:
-    """Refuse models that ``adapt`` cannot change: wrapped ones, and those with changes of PEFT or torch in them."""
+    """Raises InputError for models that ``adapt`` cannot change: wrapped, or changed by PEFT or torch."""
     check_unwrapped(model)
     for path, module in model.named_modules():
         where = f"model {type(model).__name__}: {path or 'it'!r}"
@@ -44,7 +45,7 @@ def check_adaptable(model: object) -> None:
 
 
 def check_no_peft(model: nn.Module) -> None:
-    """Refuse to read or write adapters of a model that PEFT has changed since: it has moved their modules."""
+    """Raises InputError for an adapted model that PEFT has changed since: it has moved the adapters' modules."""
     for path, module in model.named_modules():
         if type(module).__module__.startswith("peft."):
             raise InputError(

@@ -18,10 +18,9 @@ from petl_kernels.models.structure import base_modules, base_parameters
 @dataclass(frozen=True)
 class FullFineTuning(Method):
     method: ClassVar[str] = "full"
+    trains: ClassVar[str] = "every tensor of the model"
+    learning_rate: ClassVar[float] = 3e-5
 
     def base_tensors(self, model: nn.Module) -> list[str]:
         fixed = {path for path, module in base_modules(model) if "Sinusoidal" in type(module).__name__}
         return [name for name in base_parameters(model) if name.rpartition(".")[0] not in fixed]
-
-    def count(self, model: nn.Module) -> int:
-        return sum(model.get_parameter(name).numel() for name in self.base_tensors(model))

@@ -13,12 +13,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from petl_kernels.methods.base import Method, Piece, attach, piece_dtype, wide_copy
-from petl_kernels.models.structure import describe, find_targets
+from petl_kernels.methods.base import Method, setting
+from petl_kernels.methods.pieces import Piece, attach, piece_dtype
+from petl_kernels.methods.targets import find_targets
+from petl_kernels.methods.values import wide_copy
+from petl_kernels.models.structure import describe
 
 
 class Scale(Piece):
-    """l of one linear layer: (out, 1), or (1, in) when it multiplies the input."""
+    """The vector l of one linear layer: (out, 1), or (1, in) when it multiplies the input."""
 
     what = "(IA)³"
 
@@ -43,16 +46,27 @@ class Scale(Piece):
 
 @dataclass(frozen=True)
 class IA3(Method):
-    """targets: names of linear layers, or a regular expression for whole paths; None is k and v of every attention and
-    the feed-forward blocks' last linear. feedforward: those of the targets whose input is scaled (None: the last)."""
+    """Scaling of what linear layers return or read.
 
-    targets: tuple[str, ...] | str | None = None
-    feedforward: tuple[str, ...] | str | None = None
+    targets: names of linear layers, or a regular expression for whole paths; None is k and v of every attention and
+    the feed-forward blocks' last linear. feedforward: those of the targets whose input is scaled; None is the
+    feed-forward blocks' last linear.
+    """
+
+    targets: tuple[str, ...] | str | None = setting(
+        None, "names of modules, or a regular expression for paths; null: those above"
+    )
+    feedforward: tuple[str, ...] | str | None = setting(
+        None, "targets whose input is scaled; null: the last linear of a block"
+    )
 
     method: ClassVar[str] = "ia3"
+    trains: ClassVar[str] = "a factor on keys, values and the feed-forward blocks' hidden units"
+    learning_rate: ClassVar[float] = 3e-3
+    peft_type: ClassVar[str] = "IA3"
 
     def places(self, model: nn.Module) -> dict[str, bool]:
-        """Path -> whether its input is scaled."""
+        """Returns path -> whether its input is scaled (else its output), for every target."""
         if self.targets is None:
             structure = describe(model)
             outputs = {path: False for attention in structure.attentions for path in (attention.k, attention.v)}
@@ -72,6 +86,9 @@ class IA3(Method):
     def count(self, model: nn.Module) -> int:
         linears = ((model.get_submodule(path), feedforward) for path, feedforward in self.places(model).items())
         return sum(linear.in_features if feedforward else linear.out_features for linear, feedforward in linears)
+
+    def computes(self, model: nn.Module) -> dict[str, object]:
+        return {f"input scaled of {path!r}": value for path, value in self.places(model).items()}
 
     def merged_weights(self, model: nn.Module, name: str) -> Iterator[tuple[str, Tensor]]:
         for path, feedforward in self.places(model).items():

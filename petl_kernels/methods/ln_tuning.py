@@ -8,17 +8,23 @@ from typing import ClassVar
 from torch import nn
 
 from petl_kernels.errors import InputError
-from petl_kernels.methods.base import Method
-from petl_kernels.models.structure import find_targets, norms
+from petl_kernels.methods.base import Method, setting
+from petl_kernels.methods.targets import find_targets
+from petl_kernels.models.structure import norms
 
 
 @dataclass(frozen=True)
 class LayerNormTuning(Method):
-    """targets: names of the norms, or a regular expression for whole paths; None is every norm."""
+    """Training of norms. targets: their names, or a regular expression for whole paths; None is every norm."""
 
-    targets: tuple[str, ...] | str | None = None
+    targets: tuple[str, ...] | str | None = setting(
+        None, "names of modules, or a regular expression for paths; null: those above"
+    )
 
     method: ClassVar[str] = "ln"
+    trains: ClassVar[str] = "weights and biases of the norms"
+    learning_rate: ClassVar[float] = 1e-3
+    peft_type: ClassVar[str] = "LN_TUNING"
 
     def base_tensors(self, model: nn.Module) -> list[str]:
         every = norms(model)
@@ -28,5 +34,5 @@ class LayerNormTuning(Method):
         paths = every if self.targets is None else find_targets(model, self.targets, kinds, "ln")
         return [name for path in paths for name, _ in model.get_submodule(path).named_parameters(path, recurse=False)]
 
-    def count(self, model: nn.Module) -> int:
-        return sum(model.get_parameter(name).numel() for name in self.base_tensors(model))
+    def computes(self, model: nn.Module) -> dict[str, object]:
+        return {"method": self.label}

@@ -13,7 +13,7 @@ import copy
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -22,8 +22,11 @@ from torch.nn import functional as F
 
 from petl_kernels import ops
 from petl_kernels.errors import InputError
-from petl_kernels.methods.base import Method, Named, Piece, attach, check_size, piece_dtype, stored_as, wide_copy
-from petl_kernels.models.structure import describe, find_targets
+from petl_kernels.methods.base import Method, check_size, setting
+from petl_kernels.methods.pieces import Named, Piece, attach, piece_dtype
+from petl_kernels.methods.targets import find_targets
+from petl_kernels.methods.values import stored_as, wide_copy
+from petl_kernels.models.structure import describe
 from petl_kernels.ops.philox import RATES, has_mask
 from petl_kernels.ops.quantized import tiles
 
@@ -59,7 +62,7 @@ class LowRank(Piece):
         return {"lora_A": self.A, "lora_B": self.B}
 
     def delta(self, rows: slice = slice(None)) -> Tensor:
-        """``rows`` of scale · B A, (out, in)."""
+        """Returns ``rows`` of scale · B A, (out, in)."""
         return self.stored_scale * (self.B[rows] @ self.A)
 
     def extra_repr(self) -> str:
@@ -76,7 +79,7 @@ class LoRALinear(nn.Linear):
     def from_linear(
         cls, linear: nn.Linear, rank: int = 16, alpha: float | None = None, dropout: float = 0.0, name: str = "default"
     ) -> LoRALinear:
-        """``linear``, frozen, with one active adapter; alpha is 2 · rank when not given."""
+        """Returns ``linear``, frozen, with one active adapter; alpha is 2 · rank when not given."""
         layer = cls.wrap(linear)
         layer.requires_grad_(False)
         layer.add(name, rank, (2 * rank if alpha is None else alpha) / rank, dropout)
@@ -85,7 +88,7 @@ class LoRALinear(nn.Linear):
 
     @classmethod
     def wrap(cls, linear: nn.Linear) -> LoRALinear:
-        """``linear`` with its parameters, hooks and submodules, ready for ``add``."""
+        """Returns a layer with the parameters, hooks and submodules of ``linear``, ready for ``add``."""
         layer = cls.__new__(cls)
         layer.__dict__.update(linear.__dict__)
         for own in ("_parameters", "_buffers", "_modules"):
@@ -95,7 +98,7 @@ class LoRALinear(nn.Linear):
         return layer
 
     def add(self, name: str, rank: int, scale: float, dropout: float = 0.0) -> None:
-        """A new adapter, not active. Raises InputError for a rank that is no size or larger than the layer."""
+        """Adds an adapter, not yet active. Raises InputError for a rank that is no size or larger than the layer."""
         check_rank(f"{self.out_features} x {self.in_features} linear", rank, self.in_features, self.out_features)
         self.lora[name] = LowRank(self, rank, scale, dropout).train(self.training)
 
@@ -108,7 +111,7 @@ class LoRALinear(nn.Linear):
         return ops.lora_linear(x, self.weight, self.bias, piece.A, piece.B, piece.scale, dropout)
 
     def merge(self) -> float | None:
-        """Put the active adapter into the weight. The original is kept, so ``unmerge`` restores it bit for bit.
+        """Puts the active adapter into the weight. The original is kept, so ``unmerge`` restores it bit for bit.
 
         A quantized weight is quantized again: returns the error ‖Ŵ - W‖ / ‖W‖ of that, None for a dense one.
         """
@@ -141,7 +144,7 @@ class GroupedLoRALinear(nn.Module):
     def from_linears(
         cls, linears: list[nn.Linear], rank: int = 16, alpha: float | None = None, dropout: float = 0.0
     ) -> GroupedLoRALinear:
-        """``linears``, frozen, each with an adapter of ``rank``; alpha is 2 · rank when not given."""
+        """Returns ``linears``, frozen, each with an adapter of ``rank``; alpha is 2 · rank when not given."""
         if not linears:
             raise InputError("GroupedLoRALinear: expected at least one linear layer")
         return cls([LoRALinear.from_linear(linear, rank, alpha, dropout) for linear in linears])
@@ -180,7 +183,7 @@ class EmbeddingLowRank(Piece):
         return {"lora_embedding_A": self.A, "lora_embedding_B": self.B}
 
     def delta(self, rows: slice = slice(None)) -> Tensor:
-        """``rows`` of scale · Aᵀ Bᵀ, (vocabulary, dim)."""
+        """Returns ``rows`` of scale · Aᵀ Bᵀ, (vocabulary, dim)."""
         return self.scale * (self.B @ self.A[:, rows]).T
 
 
@@ -194,16 +197,20 @@ class LoRA(Method):
     bias: "none", or "lora_only": the targets' own biases are trained as well.
     """
 
-    rank: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
-    targets: tuple[str, ...] | str | None = None
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
-    rslora: bool = False
-    bias: str = "none"
+    rank: int = setting(16, "rank of the change")
+    alpha: float = setting(32.0, "the change counts alpha / rank")
+    dropout: float = setting(0.0, "share of the adapter's inputs that is dropped")
+    targets: tuple[str, ...] | str | None = setting(
+        None, "names of modules, a regular expression for paths, or all-linear; null: those above"
+    )
+    rank_pattern: dict[str, int] = setting(dict, "other ranks, by a regular expression for the path's end")
+    alpha_pattern: dict[str, float] = setting(dict, "other alphas, the same way")
+    rslora: bool = setting(False, "the change counts alpha / square root of rank")
+    bias: str = setting("none", "none, or lora_only: the targets' biases are trained, too")
 
     method: ClassVar[str] = "lora"
+    trains: ClassVar[str] = "a low-rank change of linear layers: q and v of every attention"
+    peft_type: ClassVar[str] = "LORA"
     size_field: ClassVar[str] = "rank"
     ops: ClassVar[tuple[str, ...]] = ("lora_linear",)
 
@@ -236,15 +243,15 @@ class LoRA(Method):
             module.add(name, rank, scale, self.dropout)
 
     def resolve(self, model: nn.Module) -> dict[str, tuple[int, float]]:
-        """Path -> (rank, scale) of every target."""
-        plan = {}
+        """Returns path -> (rank, scale) of every target."""
+        found = {}
         for path in self.target_paths(model):
             rank = self.rank_of(path)
             alpha = _by_pattern(self.alpha_pattern, path, self.alpha)
             _check_plain(path, model.get_submodule(path))
             check_rank(repr(path), rank, *_shape(model.get_submodule(path)))
-            plan[path] = (rank, alpha / (math.sqrt(rank) if self.rslora else rank))
-        return plan
+            found[path] = (rank, alpha / (math.sqrt(rank) if self.rslora else rank))
+        return found
 
     def rank_of(self, path: str) -> int:
         return _by_pattern(self.rank_pattern, path, self.rank)
@@ -265,7 +272,11 @@ class LoRA(Method):
 
     def count(self, model: nn.Module) -> int:
         low_rank = sum(rank * sum(_shape(model.get_submodule(path))) for path, (rank, _) in self.resolve(model).items())
-        return low_rank + sum(model.get_parameter(name).numel() for name in self.base_tensors(model))
+        return low_rank + super().count(model)
+
+    def computes(self, model: nn.Module) -> dict[str, object]:
+        targets = {f"(rank, scale) of {path!r}": values for path, values in self.resolve(model).items()}
+        return {**targets, "bias": self.bias}
 
     def merged_weights(self, model: nn.Module, name: str) -> Iterator[tuple[str, Tensor]]:
         for path in self.target_paths(model):
@@ -295,7 +306,7 @@ def check_rank(what: str, rank: int, n_in: int, n_out: int) -> None:
 
 @torch.no_grad()
 def _merged(weight: Tensor, piece: LowRank | EmbeddingLowRank) -> Tensor:
-    """W + scale · B A, summed in fp32 or wider; the second term in tiles."""
+    """Returns W + scale · B A, summed in fp32 or wider; the second term in tiles."""
     total = wide_copy(weight)
     for rows in tiles(*total.shape, total.dtype):
         total[rows] += piece.delta(rows)
@@ -309,7 +320,7 @@ def _shape(module: nn.Linear | nn.Embedding) -> tuple[int, int]:
 
 
 def _check_plain(path: str, module: nn.Linear | nn.Embedding) -> None:
-    """A module that computes with its weight as it is, not one that holds it packed."""
+    """Raises InputError for a module that holds its weight packed."""
     size = tuple(reversed(_shape(module))) if isinstance(module, nn.Linear) else _shape(module)
     if tuple(module.weight.shape) != size or not module.weight.is_floating_point():
         raise InputError(f"lora target {path!r}: a {type(module).__name__} with packed weights, expected plain ones")
@@ -323,7 +334,7 @@ def _by_pattern(patterns: dict, path: str, default):
 
 
 def _check_embedding(model: nn.Module, path: str) -> None:
-    """Token embeddings only, and only tables that the forward pass reads."""
+    """Raises InputError for an embedding that is no table of tokens, or one that the forward pass does not read."""
     module = model.get_submodule(path)
     if not isinstance(module, nn.Embedding):
         return

@@ -13,7 +13,6 @@ wrap its "eager" and "sdpa" ones. Masks and T5's position bias are extended by z
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -25,11 +24,14 @@ from torch.nn import functional as F
 
 from petl_kernels import versions
 from petl_kernels.errors import InputError
-from petl_kernels.methods.base import Method, Named, Piece, attach, check_size, find_record, piece_dtype, pieces
+from petl_kernels.methods.base import Method, check_size, setting
+from petl_kernels.methods.owner import find_record
+from petl_kernels.methods.pieces import Named, Piece, attach, piece_dtype, pieces
 from petl_kernels.models.structure import Attention, describe
 from petl_kernels.models.transformers_names import (
     attention_function,
     attention_implementation,
+    choose_attention,
     register_attention,
     runs_attention_functions,
 )
@@ -42,13 +44,12 @@ _NAME = "petl_prefix_"
 class Prefix(Piece):
     """The prefix of one attention: ``key`` and ``value`` (length, heads · head_dim).
 
-    While there is an MLP they are its inputs, afterwards the prefix itself.
+    While there is an MLP they are its inputs, once it is folded the prefix itself.
     """
 
     what = "prefix"
-    kind: tuple[
-        Prefix, ...
-    ] = ()  # those that share the MLP, in a tuple like it; none in models that were pickled early
+    # The pieces that share the MLP, in a tuple as it is; none in models that were pickled early.
+    kind: tuple[Prefix, ...] = ()
 
     def __init__(self, attention: Attention, length: int, mlp: nn.Module, weight: Tensor):
         super().__init__()
@@ -95,7 +96,7 @@ class Prefix(Piece):
         self.mlp = None
 
     def joined(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """The prefix in front of key and value (batch, heads, tokens, head_dim)."""
+        """Returns key and value (batch, heads, tokens, head_dim) with the prefix in front of them."""
         own_key, own_value = (self._heads(own, key) for own in self.folded())
         return torch.cat([own_key, key], dim=2), torch.cat([own_value, value], dim=2)
 
@@ -130,9 +131,12 @@ class PrefixMLPs(Piece):
 class PrefixTuning(Method):
     """``length`` trained keys and values in every attention."""
 
-    length: int = 20
+    length: int = setting(20, "keys and values that stand before an attention's own")
 
     method: ClassVar[str] = "prefix"
+    trains: ClassVar[str] = "keys and values before those of every attention"
+    learning_rate: ClassVar[float] = 1e-3
+    cannot_merge: ClassVar[str] = "a prefix is not part of any weight, so it cannot be merged"
     size_field: ClassVar[str] = "length"
 
     def __post_init__(self):
@@ -161,12 +165,9 @@ class PrefixTuning(Method):
     def count(self, model: nn.Module) -> int:
         return sum(2 * self.length * attention.heads * attention.head_dim for attention in describe(model).attentions)
 
-    def merged_weights(self, model: nn.Module, name: str) -> Iterator[tuple[str, Tensor]]:
-        raise InputError(f"adapter {name!r}: a prefix is not part of any weight, so it cannot be merged")
-
 
 def fold(model: nn.Module, name: str) -> None:
-    """Replace the MLP of the prefix ``name`` by its results: the same outputs, fewer parameters, less work.
+    """Replaces the MLP of the prefix ``name`` by its results: the same outputs, fewer parameters, less work.
 
     The folded prefix is trained directly from then on; an optimiser of the MLP has to be made anew.
     """
@@ -177,7 +178,7 @@ def fold(model: nn.Module, name: str) -> None:
 
 
 def check_attention(path: str, attention: nn.Module) -> None:
-    """Refuse an attention that would pass over a prefix, which would then be trained without an effect."""
+    """Raises InputError for an attention that would pass over a prefix, which would be trained without an effect."""
     if not runs_attention_functions(attention):
         raise InputError(
             f"prefix: {path!r} is a {type(attention).__name__}, which calls none of transformers' attention functions, "
@@ -186,26 +187,21 @@ def check_attention(path: str, attention: nn.Module) -> None:
 
 
 def use_prefix_attention(model: nn.Module) -> None:
-    """Let the model's attentions go through ``attend``; InputError for implementations other than eager and sdpa."""
+    """Lets the model's attentions go through ``attend``. Raises InputError for others than eager and sdpa."""
     versions.check("transformers")
-    from transformers import PreTrainedModel
-
     original = attention_implementation(model.config)
     if original is not None and original.startswith(_NAME):
         return
     if original not in _WRAPPED:
         raise InputError(f"prefix: attention implementation {original!r}, expected {' or '.join(map(repr, _WRAPPED))}")
     register_attention(_NAME + original, partial(attend, original), like=original)
-    for module in model.modules():
-        # transformers 5.17 leaves T5's encoder and decoder out, whose configs are copies of the model's
-        if isinstance(module, PreTrainedModel) and attention_implementation(module.config) == original:
-            module.set_attn_implementation(_NAME + original)
+    choose_attention(model, original, _NAME + original)
 
 
 def attend(
     original: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs
 ) -> tuple[Tensor, Tensor | None]:
-    """transformers' attention ``original`` with the prefix of ``module``'s active adapter, if it has one.
+    """Runs transformers' attention ``original`` with the prefix of ``module``'s active adapter, if it has one.
 
     query (batch, heads, queries, head_dim), key and value (batch, heads, keys, head_dim), attention_mask
     (batch or 1, 1, queries, keys), boolean or additive, or None.

@@ -1,8 +1,8 @@
 """``state_dict`` and ``load_state_dict`` of an adapted model.
 
-A state has the pieces of all adapters, and the values that base tensors have with the active one. What the other
-adapters train of the base stands beside, as "petl_aside.<adapter>.<tensor>"; the name of the active one in the state's
-metadata. So a state that was saved with another adapter active is refused where its values would be taken for others.
+A state has the pieces of all adapters, and the values that base tensors have with the active one. The base tensors of
+the other adapters stand beside them as "petl_aside.<adapter>.<tensor>", and the active one's name in the metadata. A
+state that was saved with another adapter active is refused where its values would be taken for others.
 """
 
 from __future__ import annotations
@@ -13,35 +13,36 @@ import torch
 from torch import Tensor, nn
 
 from petl_kernels.errors import InputError
+from petl_kernels.methods.owner import adapter_parameters, owner
 
 ASIDE = "petl_aside."
 _ACTIVE = "petl_active"
 
 
 def watch(model: nn.Module) -> None:
-    """Let an adapted ``model``'s states hold all of its adapters; once a model."""
-    if _say_what_was_left not in model._load_state_dict_post_hooks.values():
+    """Lets the states of an adapted ``model`` hold all of its adapters; hooks a model once."""
+    if _report_missing not in model._load_state_dict_post_hooks.values():
         model.register_state_dict_post_hook(_put_aside)
         model.register_load_state_dict_pre_hook(_take_aside)
-        model.register_load_state_dict_post_hook(_say_what_was_left)
+        model.register_load_state_dict_post_hook(_report_missing)
 
 
 def _aside(model: nn.Module) -> dict[str, Tensor]:
-    """The values, by key, of what adapters that are not active train of the base."""
+    """Returns, by key, the base tensors of the adapters that are not active."""
     found = {}
-    for name, record in model.petl_adapters.items():
-        if name != model.petl_active:
+    for name, record in owner(model).adapters.items():
+        if name != owner(model).active:
             kept = {**record.base, **record.added}
             found |= {f"{ASIDE}{name}.{key}": tensor for key, tensor in kept.items()}
     return found
 
 
 def _put_aside(model: nn.Module, state: dict, prefix: str, metadata: dict) -> None:
-    if getattr(model, "petl_base_only", False):
-        for key in _own(model):
+    if owner(model).base_only:
+        for key in adapter_parameters(model):
             state.pop(prefix + key, None)
         return
-    metadata[_ACTIVE] = model.petl_active
+    metadata[_ACTIVE] = owner(model).active
     state.update({prefix + key: tensor.detach() for key, tensor in _aside(model).items()})
 
 
@@ -58,18 +59,12 @@ def _take_aside(model, state, prefix, metadata, strict, missing, unexpected, err
                 tensor.copy_(value)
 
 
-def _own(model: nn.Module) -> set[str]:
-    from petl_kernels.methods.base import adapter_parameters  # which imports this module
-
-    return adapter_parameters(model)
-
-
 def _check_active(model: nn.Module, metadata: dict) -> None:
-    saved, here = metadata.get(_ACTIVE), model.petl_active
+    saved, here = metadata.get(_ACTIVE), owner(model).active
     if _ACTIVE not in metadata or saved == here:
         return
     for name in (saved, here):
-        record = model.petl_adapters.get(name)
+        record = owner(model).adapters.get(name)
         if record is not None and (record.base or record.added):
             raise InputError(
                 f"load_state_dict: saved with adapter {saved!r} active, and {here!r} is: "
@@ -77,11 +72,11 @@ def _check_active(model: nn.Module, metadata: dict) -> None:
             )
 
 
-def _say_what_was_left(model: nn.Module, incompatible) -> None:
-    """Warns of adapters that keep their values, which ``strict=False`` would let pass without a word."""
-    own = _own(model)
+def _report_missing(model: nn.Module, incompatible) -> None:
+    """Warns of adapters that keep their values, which ``strict=False`` would let pass in silence."""
+    own = adapter_parameters(model)
     left = [key for key in incompatible.missing_keys if key in own or key.startswith(ASIDE)]
-    if getattr(model, "petl_base_only", False):  # they come from elsewhere
+    if owner(model).base_only:  # they come from elsewhere
         incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if key not in left]
     elif left:
         warnings.warn(

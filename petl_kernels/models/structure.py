@@ -1,4 +1,4 @@
-"""Where the parts of a sequence-to-sequence model are: layers, attentions, feed-forward blocks, norms, by dotted path.
+"""The anatomy of a sequence-to-sequence model: paths of its layers, attentions, feed-forward blocks and norms.
 
 Two families, told apart by what their layers hold and not by class, so that nothing of transformers is imported:
 
@@ -8,15 +8,13 @@ Two families, told apart by what their layers hold and not by class, so that not
 
 from __future__ import annotations
 
-import difflib
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
 
 from petl_kernels.errors import InputError, shown
-from petl_kernels.methods.base import Named
+from petl_kernels.models.added import AddedModules, AddedParameters
 from petl_kernels.models.transformers_names import heads_of
 
 _EXPECTED = (
@@ -67,7 +65,10 @@ class Layer:
 
 @dataclass(frozen=True)
 class Structure:
-    """``pre_norm``: each block normalises its input (else the sum of its input and output, as Marian does)."""
+    """The anatomy of one model.
+
+    pre_norm: each block normalises its input; else the sum of its input and output, as Marian does.
+    """
 
     family: str
     d_model: int
@@ -92,7 +93,7 @@ def check_model(model: object) -> None:
 
 
 def describe(model: nn.Module) -> Structure:
-    """The structure of ``model``; InputError when it is not an encoder-decoder of the two families."""
+    """Returns the structure of ``model``. Raises InputError for what is no encoder-decoder of the two families."""
     for family, stack_name, layer in (("bart", "layers", _bart_layer), ("t5", "block", _t5_layer)):
         sides = {side: _find_stack(model, side, stack_name) for side in ("encoder", "decoder")}
         if None in sides.values():
@@ -162,15 +163,15 @@ def _out_features(model: nn.Module, path: str) -> int:
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """``named_modules`` without what adapters have added."""
-    added = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, Named))
+    """Yields what ``named_modules`` does, without what adapters have added."""
+    added = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, AddedModules))
     for path, module in model.named_modules():
-        if not isinstance(module, Named) and not f"{path}.".startswith(added):
+        if not isinstance(module, AddedModules) and not f"{path}.".startswith(added):
             yield path, module
 
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The plain model's parameters by name, tied ones once and under their first name."""
+    """Returns the plain model's parameters by name, tied ones once and under their first name."""
     found: dict[str, nn.Parameter] = {}
     seen = set()
     for path, module in base_modules(model):
@@ -178,67 +179,24 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
             if parameter not in seen:
                 seen.add(parameter)
                 found[name] = parameter
-    for record in getattr(model, "petl_adapters", {}).values():
-        for name in record.added:
-            found.pop(name, None)
+    owner = getattr(model, "petl", None)
+    for name in owner.added if isinstance(owner, AddedParameters) else ():
+        found.pop(name, None)
     return found
 
 
 def total_parameters(model: nn.Module) -> int:
-    """The number of parameters of the plain model, tied ones counted once."""
+    """Returns the number of parameters of the plain model, tied ones counted once."""
     return sum(parameter.numel() for parameter in base_parameters(model).values())
 
 
 def norms(model: nn.Module) -> list[str]:
-    """Paths of every LayerNorm and RMSNorm."""
+    """Returns the paths of every LayerNorm and RMSNorm."""
     names = ("LayerNorm", "RMSNorm")
     return [path for path, module in base_modules(model) if type(module).__name__.endswith(names)]
 
 
-def find_targets(model: nn.Module, targets: tuple[str, ...] | str, kinds: tuple[type, ...], method: str) -> list[str]:
-    """Paths of the modules that ``targets`` names, in the model's order.
-
-    targets: names that match a path exactly or by ".name" at its end; a string is a regular expression for whole paths,
-    or "all-linear" for every linear layer inside the encoder's and decoder's layers. Each name must match, and match
-    modules of ``kinds`` only.
-    Raises InputError for a name that matches nothing, listing near ones.
-    """
-    if targets == "all-linear":
-        return list(describe(model).linears)
-    modules = dict(base_modules(model))
-    if isinstance(targets, str):
-        expression = _compile(targets, method)
-        found = [path for path in modules if path and expression.fullmatch(path)]
-        if not found:
-            raise InputError(f"{method} target {targets!r}: matches no module of {type(model).__name__}")
-        return [path for path in found if _check_kind(path, modules[path], kinds, method)]
-    found = set()
-    for target in targets:
-        matched = [path for path in modules if path == target or path.endswith(f".{target}")]
-        if not matched:
-            raise InputError(
-                f"{method} target {target!r}: matches no module of {type(model).__name__}; "
-                f"near: {', '.join(_near(target, modules, kinds))}"
-            )
-        found.update(path for path in matched if _check_kind(path, modules[path], kinds, method))
-    return [path for path in modules if path in found]
-
-
-def _compile(expression: str, method: str) -> re.Pattern:
-    try:
-        return re.compile(expression)
-    except re.error as error:
-        raise InputError(f"{method} target {expression!r}: not a regular expression ({error})") from None
-
-
-def _check_kind(path: str, module: nn.Module, kinds: tuple[type, ...], method: str) -> bool:
-    if not isinstance(module, kinds):
-        expected = " or ".join(kind.__name__ for kind in kinds)
-        raise InputError(f"{method} target {path!r}: a {type(module).__name__}, expected {expected}")
-    return True
-
-
-def _near(target: str, modules: dict[str, nn.Module], kinds: tuple[type, ...]) -> list[str]:
-    names = {path.rpartition(".")[2]: None for path, module in modules.items() if isinstance(module, kinds)}
-    last = target.rpartition(".")[2]
-    return difflib.get_close_matches(last, names, n=4, cutoff=0.3) or sorted(names)[:6]
+def set_parameter(model: nn.Module, path: str, parameter: nn.Parameter | None) -> None:
+    """Puts ``parameter`` into ``model`` at the dotted ``path``; None leaves the module without one there."""
+    owner, _, attribute = path.rpartition(".")
+    setattr(model.get_submodule(owner), attribute, parameter)

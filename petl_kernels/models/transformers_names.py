@@ -1,9 +1,9 @@
-"""Names of transformers that it does not promise to keep: each in one place, which says what happens when it is gone.
+"""Names of transformers that it does not promise to keep: each in one place, with what happens when it is gone.
 
 What is public there is used where it is needed: model classes, ``generate``, ``from_pretrained``, fields of
 configurations, and the names of modules that hold parameters, since checkpoints are made of those.
-Where nothing can stand in for a name, ``gone`` makes one line of it. This module needs PyTorch alone until a function
-is called.
+Where nothing can stand in for a name, ``gone`` makes one line of it. The module needs PyTorch alone until a
+function is called.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from petl_kernels.errors import InputError
 
 # Class names of activation modules: the ops' names for them. A class that is none of these leaves its layers plain, and
-# ``pk.report`` says so.
+# ``pk.report`` names it.
 ACTIVATIONS = {
     "ReLU": "relu",
     "GELU": "gelu",
@@ -38,15 +38,15 @@ ACTIVATIONS = {
 
 # Prefixes of the classes whose ``forward`` lean layers have been compared with, formula by formula: "Bart" stands for
 # BartEncoderLayer, BartDecoderLayer and BartAttention. A layer that runs another ``forward`` stays plain, and
-# ``pk.report`` says which.
+# ``pk.report`` names that.
 BART_NAMES = (
     "Bart", "Blenderbot", "BlenderbotSmall", "M2M100", "MBart", "Marian", "PLBart", "Pegasus", "PegasusX",
     "Speech2Text", "Whisper",
 )  # fmt: skip
 T5_NAMES = ("MT5", "T5")
 
-# What lean layers read of a layer and of its attentions beside modules with parameters. A layer without one of these
-# stays plain, and ``pk.report`` names it (``lacking``).
+# Attributes that lean layers read of a layer and of its attentions, beside modules with parameters. A layer without one
+# of these stays plain, and ``pk.report`` names it (``lacking``).
 BART_LAYER = ("dropout", "activation_fn", "activation_dropout")
 BART_ATTENTION = ("scaling", "is_causal", "dropout")
 T5_ATTENTION = (
@@ -56,8 +56,8 @@ T5_FEED_FORWARD = ("act", "dropout")
 
 # Classes of position embeddings whose ``forward`` is known: it looks up, for each token, the row of its place in its
 # sentence in ``weight`` (behind ``offset`` rows), or as M2M-100 in ``weights``, where padding has a row of its own.
-# And stacks of layers that do nothing to tokens but alone, beside what these and layers do. A model with others reads
-# no packed rows.
+# ``STACKS`` below are stacks of layers that treat every token alone, apart from positions and layers. A model with
+# others reads no packed rows.
 POSITIONS = frozenset(
     (
         "BartLearnedPositionalEmbedding",
@@ -73,7 +73,7 @@ POSITIONS = frozenset(
 
 
 def of(prefixes: Iterable[str], *endings: str) -> frozenset[str]:
-    """The names of classes that begin with one of ``prefixes`` and end with one of ``endings``."""
+    """Returns the names of classes that begin with one of ``prefixes`` and end with one of ``endings``."""
     return frozenset(prefix + ending for prefix in prefixes for ending in endings)
 
 
@@ -81,15 +81,21 @@ STACKS = of(BART_NAMES, "Encoder", "Decoder") | of(T5_NAMES, "Stack")
 
 
 def activation_name(module: nn.Module) -> str:
-    """The ops' name for an activation; empty for one that they do not have."""
+    """Returns the ops' name for an activation; empty for one that they do not have."""
     name = type(module).__name__
     if name == "GELU" and module.approximate != "none":
         name = "GELUTanh"
     return ACTIVATIONS.get(name, "")
 
 
+def activation_of(layer: nn.Module) -> str:
+    """Returns the ops' name for the activation of an encoder or decoder layer; "" for one that they do not have."""
+    function = getattr(layer, "activation_fn", None) or layer.layer[-1].DenseReluDense.act
+    return activation_name(function)
+
+
 def class_that_runs(module: nn.Module) -> str:
-    """The class whose ``forward`` a call of ``module`` runs, as PyTorch or transformers have written it.
+    """Returns the class whose ``forward`` a call of ``module`` runs, as PyTorch or transformers have written it.
 
     Empty where somebody has put another function there, in the module, its class or a subclass.
     """
@@ -98,7 +104,7 @@ def class_that_runs(module: nn.Module) -> str:
 
 @functools.cache
 def class_of(forward: Callable) -> str:
-    """The class in which PyTorch or transformers define ``forward``; empty for code of others."""
+    """Returns the class in which PyTorch or transformers define ``forward``; empty for code of others."""
     code = getattr(forward, "__code__", None)
     if code is None or not code.co_filename.startswith(_roots()):
         return ""
@@ -112,12 +118,12 @@ def _roots() -> tuple[str, ...]:
 
 
 def gone(name: str, what: str) -> InputError:
-    """The error of a name that the installed transformers has not, and that ``what`` cannot do without."""
+    """Returns the error of a name that the installed transformers has not, and that ``what`` cannot do without."""
     return InputError(f"transformers {metadata.version('transformers')} has no {name}: {what} cannot work with it")
 
 
 def lacking(module: nn.Module, names: Iterable[str]) -> str:
-    """A reason why ``module`` cannot be read; empty when it has every one of ``names``."""
+    """Returns a reason why ``module`` cannot be read; empty when it has every one of ``names``."""
     found = [name for name in names if not hasattr(module, name)]
     return f"{type(module).__name__} has no {found[0]}" if found else ""
 
@@ -126,7 +132,7 @@ def lacking(module: nn.Module, names: Iterable[str]) -> str:
 
 
 def attention_implementation(config: Any) -> str | None:
-    """The attention function that a model runs, by its name: "eager", "sdpa".
+    """Returns the attention function that a model runs, by its name: "eager", "sdpa".
 
     If it is gone, returns None: lean layers step aside for the model's own, masks stay as they are, and a prefix is
     refused.
@@ -135,7 +141,7 @@ def attention_implementation(config: Any) -> str | None:
 
 
 def heads_of(attention: nn.Module) -> tuple[int, int]:
-    """(heads, head_dim) of an attention: BART's family names them otherwise than T5's.
+    """Returns (heads, head_dim) of an attention: BART's family names them otherwise than T5's.
 
     If they are gone, raises InputError: what needs the structure of a model refuses it, and ``pk.lean`` leaves it as it
     is.
@@ -147,7 +153,7 @@ def heads_of(attention: nn.Module) -> tuple[int, int]:
 
 
 def register_attention(name: str, function: Callable, like: str) -> None:
-    """Make ``name`` an attention function of transformers, with the masks of its own function ``like``.
+    """Makes ``name`` an attention function of transformers, with the masks of its own function ``like``.
 
     If it is gone, raises InputError: prefix-tuning alone needs it.
     """
@@ -163,7 +169,7 @@ def register_attention(name: str, function: Callable, like: str) -> None:
 
 
 def attention_function(name: str, module: nn.Module) -> Callable:
-    """The attention function ``name`` as the attention ``module`` runs it. Raises InputError as above."""
+    """Returns the attention function ``name`` as the attention ``module`` runs it. Raises InputError as above."""
     try:
         if name == "eager":  # each model file has its own
             return sys.modules[type(module).__module__].eager_attention_forward
@@ -174,8 +180,18 @@ def attention_function(name: str, module: nn.Module) -> Callable:
         raise gone(f"{name} attention function for {type(module).__name__}", "prefix-tuning") from error
 
 
+def choose_attention(model: nn.Module, before: str | None, name: str) -> None:
+    """Lets the models in ``model`` that run the attention function ``before`` run ``name``."""
+    from transformers import PreTrainedModel
+
+    for module in model.modules():
+        # transformers 5.17 leaves T5's encoder and decoder out, whose configs are copies of the model's
+        if isinstance(module, PreTrainedModel) and attention_implementation(module.config) == before:
+            module.set_attn_implementation(name)
+
+
 def runs_attention_functions(attention: nn.Module) -> bool:
-    """Whether ``attention`` calls the function that its config names, rather than computing everything itself.
+    """Returns whether ``attention`` calls the function that its config names, rather than computing everything itself.
 
     Known by the table that its ``forward`` looks into. If that is gone, returns False, and a prefix is refused.
     """
@@ -189,7 +205,7 @@ _PLAIN = (Tensor, bool, int, float, str, tuple, list, dict, type(None))
 
 
 def cache_in(arguments: dict[str, Any]) -> Any:
-    """The cache of keys and values among the keyword arguments of a model's or layer's forward, or None.
+    """Returns the cache of keys and values among the keyword arguments of a model's or layer's forward, or None.
 
     It is found by what it is, no tensor and no plain value, since its keyword has changed: ``past_key_values`` up to
     transformers 5.23, ``cache`` since.
@@ -198,7 +214,7 @@ def cache_in(arguments: dict[str, Any]) -> Any:
 
 
 def takes_first_tokens(cache: Any, index: int) -> bool:
-    """Whether ``fill_cache`` can fill ``cache``: it is one of growing tensors, with nothing of layer ``index`` yet.
+    """Returns whether ``fill_cache`` can fill ``cache``: its tensors grow, and it has nothing of layer ``index`` yet.
 
     If a name is gone, returns False: layers with a cache then run as they are.
     """
@@ -214,8 +230,10 @@ def takes_first_tokens(cache: Any, index: int) -> bool:
 
 
 def fill_cache(cache: Any, index: int, key: Tensor, value: Tensor, *cross: Tensor) -> None:
-    """Put the first keys and values (rows, heads, tokens, head_dim) of layer ``index`` into ``cache``: those of the
-    self-attention, then those of the cross-attention."""
+    """Puts the first keys and values of layer ``index`` into ``cache``, (rows, heads, tokens, head_dim) each.
+
+    key, value: those of the self-attention. cross: those of the cross-attention.
+    """
     if not hasattr(cache, "self_attention_cache"):
         cache.update(key, value, index)
         return
@@ -226,7 +244,7 @@ def fill_cache(cache: Any, index: int, key: Tensor, value: Tensor, *cross: Tenso
 
 
 def self_attention_caches(cache: Any) -> list[Any]:
-    """What ``cache`` holds of the decoder's self-attentions, one for each layer that has any yet.
+    """Returns what ``cache`` holds of the decoder's self-attentions, one for each layer that has any yet.
 
     Each has ``keys`` and ``values`` (rows, heads, tokens, head_dim). If they are gone, raises InputError: bytes of a
     search cannot be counted, so ``--memory`` is refused.
@@ -238,7 +256,7 @@ def self_attention_caches(cache: Any) -> list[Any]:
 
 
 def cache_field(output: type) -> str:
-    """The name of the cache in a model's output: ``past_key_values`` up to transformers 5.23, ``cache`` since.
+    """Returns the name of the cache in a model's output: ``past_key_values`` up to transformers 5.23, ``cache`` since.
 
     If it is gone, raises InputError.
     """
@@ -249,7 +267,7 @@ def cache_field(output: type) -> str:
 
 
 def cache_of(output: Any) -> Any:
-    """The cache in a model's output."""
+    """Returns the cache in a model's output."""
     return output[cache_field(type(output))]
 
 
@@ -257,7 +275,7 @@ def cache_of(output: Any) -> Any:
 
 
 def model_of(cls: type, config: Any, dtype: torch.dtype) -> nn.Module:
-    """A model of class ``cls`` in ``dtype``, with the attention function that ``config`` names.
+    """Returns a model of class ``cls`` in ``dtype``, with the attention function that ``config`` names.
 
     If it is gone, the class is called and its result cast: the same, but for its peak.
     """
@@ -267,7 +285,7 @@ def model_of(cls: type, config: Any, dtype: torch.dtype) -> nn.Module:
 
 # Classes whose forward, read line by line, takes the cross-entropy of its logits and labels, ``CrossEntropyLoss()``,
 # and nothing else of either, with the logits from ``lm_head`` and perhaps ``final_logits_bias``. True: with labels, it
-# returns a cache where the config says so. A class that is not here computes its loss in its own way.
+# returns a cache where the config has it. A class that is not here computes its loss in its own way.
 LOSSES = {
     "BartForConditionalGeneration": False,
     "BigBirdPegasusForConditionalGeneration": False,
@@ -289,12 +307,12 @@ LOSSES = {
 
 
 def forward_owner(cls: type) -> type:
-    """The class that ``cls`` has its forward from."""
+    """Returns the class that ``cls`` has its forward from."""
     return next(base for base in cls.__mro__ if "forward" in vars(base))
 
 
 def knows_loss(cls: type) -> bool:
-    """Whether ``cls`` runs the forward of a class in ``LOSSES``, as transformers' file of that class has it.
+    """Returns whether ``cls`` runs the forward of a class in ``LOSSES``, as transformers' file of that class has it.
 
     A subclass with a forward of its own does not, nor one whose forward somebody has replaced.
     """
@@ -312,12 +330,12 @@ def knows_loss(cls: type) -> bool:
 
 
 def has_cache_beside_loss(model: nn.Module) -> bool:
-    """What ``LOSSES`` says of the class of ``model``, or of the first one above it that is there."""
+    """Returns what ``LOSSES`` has for the class of ``model``, or of the first one above it that is there."""
     return next(LOSSES[cls.__name__] for cls in type(model).__mro__ if cls.__name__ in LOSSES)
 
 
 def returns_cache(model: nn.Module) -> bool:
-    """Whether a model of ``LOSSES`` returns a cache beside a loss when ``use_cache`` is not given."""
+    """Returns whether a model of ``LOSSES`` returns a cache beside a loss when ``use_cache`` is not given."""
     if not has_cache_beside_loss(model):
         return False
     decoder = model.get_decoder()
@@ -326,7 +344,7 @@ def returns_cache(model: nn.Module) -> bool:
 
 
 def decoder_inputs(model: nn.Module, labels: Tensor) -> Tensor:
-    """What the decoder reads to predict ``labels``, by the model's own rule.
+    """Returns what the decoder reads to predict ``labels``, by the model's own rule.
 
     T5's family has it as a method, BART's as a function in the file of the model. Raises
     InputError where neither is there.
@@ -350,16 +368,17 @@ def _shift_function(model: nn.Module) -> Callable:
 
 
 def has_own_head(config: Any) -> bool:
-    """Whether an output projection has a weight of its own by ``config``, which always says "tied" in T5's family.
+    """Returns whether ``config`` has an output projection with a weight of its own.
 
-    What the file said stands in ``scale_decoder_outputs``. If it is gone, returns False: as ``config`` says.
+    In T5's family ``tie_word_embeddings`` is always true, and ``scale_decoder_outputs`` has what the file had there. If
+    that is gone, returns False.
     """
     return config.model_type == "mt5" or getattr(config, "scale_decoder_outputs", True) is False
 
 
 class _Never:
-    """The layerdrop of a model that drops none. A number is drawn even for a rate of 0, and compared with it: a fake
-    tensor could not say which is less.
+    """The layerdrop of a model that drops none. A number is drawn even for a rate of 0 and compared with it, which a
+    fake tensor cannot be.
     """
 
     def __gt__(self, other: object) -> bool:
@@ -367,14 +386,14 @@ class _Never:
 
 
 def drop_no_layer(model: nn.Module) -> None:
-    """Let no layer of ``model`` be skipped at random, on fake tensors neither. If it is gone, nothing is drawn."""
+    """Lets no layer of ``model`` be skipped at random, on fake tensors neither. If it is gone, nothing is drawn."""
     for module in model.modules():
         if hasattr(module, "layerdrop"):
             module.layerdrop = _Never()
 
 
 def resized_embeddings(cls: type) -> str | None:
-    """The method of ``PreTrainedModel`` that makes every table of another size, by its name.
+    """Returns the method of ``PreTrainedModel`` that makes every table of another size, by its name.
 
     If it is gone, returns None: ``resize_token_embeddings`` is checked alone, and Marian's method for a decoder's own
     table leaves an adapter on it behind.
@@ -383,7 +402,7 @@ def resized_embeddings(cls: type) -> str | None:
 
 
 def loads_checkpoints(cls: type) -> tuple[str, str]:
-    """The methods of ``Trainer`` that load a checkpoint: to go on from, and the best one at the end.
+    """Returns the methods of ``Trainer`` that load a checkpoint: to go on from, and the best one at the end.
 
     If they are gone, raises InputError: a Trainer would go on from a fresh adapter.
     """
@@ -397,7 +416,7 @@ def loads_checkpoints(cls: type) -> tuple[str, str]:
 
 
 def pieces_of(tokenizer: Any, target: bool) -> tuple[Any, dict[str, int]] | None:
-    """(SentencePiece model, its pieces' ids) of a tokenizer in Python, which takes a sentence at a time.
+    """Returns (SentencePiece model, its pieces' ids) of a tokenizer in Python, which takes a sentence at a time.
 
     M2M-100's and Marian's, whose two sides may differ. Where they are gone, returns None, and the tokenizer
     itself is called, which gives the same ids, later.
@@ -412,7 +431,7 @@ def pieces_of(tokenizer: Any, target: bool) -> tuple[Any, dict[str, int]] | None
 
 
 def target_ids(tokenizer: Any) -> dict[str, int] | None:
-    """Pieces and ids of the target's vocabulary where a tokenizer has one for each side (Marian's may), else None.
+    """Returns pieces and ids of the target's vocabulary where a tokenizer has one a side (Marian's may), else None.
 
     If the names are gone, returns None, and the tokenizer itself is called.
     """
@@ -420,16 +439,15 @@ def target_ids(tokenizer: Any) -> dict[str, int] | None:
 
 
 def language_ids(tokenizer: Any) -> dict[str, int] | None:
-    """M2M-100's language tokens, with their ids. If they are gone, returns None, and the
-    vocabulary is searched.
-    """
+    """Returns M2M-100's language tokens, with their ids. If they are gone, returns None; the vocabulary is searched."""
     ids = getattr(tokenizer, "lang_token_to_id", None)
     return None if ids is None else dict(ids)
 
 
 def rows_of_m2m100(tokenizer: Any) -> int:
-    """Ids that an M2M-100 tokenizer gives away, language tokens included. If they are gone, raises InputError:
-    ``--model new`` alone needs it.
+    """Returns the number of ids that an M2M-100 tokenizer gives away, language tokens included.
+
+    If they are gone, raises InputError: ``--model new`` alone needs it.
     """
     try:
         return len(tokenizer.encoder) + len(tokenizer.lang_token_to_id)
@@ -438,7 +456,7 @@ def rows_of_m2m100(tokenizer: Any) -> int:
 
 
 def ends_with_language(tokenizer: Any) -> bool:
-    """Whether a source ends with its language: mBART of 25 languages, NLLB's legacy form.
+    """Returns whether a source ends with its language: mBART of 25 languages, NLLB's legacy form.
 
     If the name is gone, a source begins with it.
     """
@@ -446,7 +464,8 @@ def ends_with_language(tokenizer: Any) -> bool:
 
 
 def has_pieces_apart(tokenizer: Any) -> bool:
-    """Whether the vocabulary stands beside the SentencePiece model: Marian's. If that is gone, tags are split as
-    text is.
+    """Returns whether the vocabulary stands beside the SentencePiece model, as Marian's does.
+
+    If that is gone, tags are split as text is.
     """
     return hasattr(tokenizer, "current_spm")

@@ -1,10 +1,11 @@
 """The bytes of beam search beside the weights, found without a weight: transformers' own ``generate`` on fake tensors.
 
-    bytes = always + rows · (sentence + source · S + output · L)          a plane that counted shapes lie on
+    bytes = always + sentences · (sentence + source · S + output · L)          S source tokens, L output tokens
 
-Its first steps run, and then its last one: before that the caches of self-attention are made as long as they will be.
-What a step takes is counted as it comes: caches grown by concatenation and copied when beams are reordered, logits in
-the model's dtype and in fp32, log-probabilities of this step and of the one before, the running beams.
+The four coefficients come from simulations of a few shapes, between which the bytes are affine. A simulation runs the
+first two steps of the search and then its last one, for which the caches of self-attention are replaced by ones of
+their final length. All that a step allocates is counted when it is allocated: caches that are concatenated and copied
+when beams change places, logits in the model's dtype and in fp32, log-probabilities of two steps, the running beams.
 """
 
 from __future__ import annotations
@@ -20,19 +21,20 @@ from petl_kernels.models.transformers_names import cache_in, self_attention_cach
 from petl_kernels.planning import simulate
 from petl_kernels.planning.peak import Ledger
 
-_ROWS, _SHORT = 8, 8  # of the shapes that are counted
+_SENTENCES, _SHORT = 8, 8  # sentences of the simulated batches, and tokens of the short ones
 
 
 def output_length(source: int, max_length: int) -> int:
-    """Tokens that a translation of ``source`` tokens may have."""
+    """Returns how many tokens a translation of ``source`` tokens may have."""
     return min(max_length, 2 * source + 32)
 
 
 @dataclass(frozen=True)
 class SearchBytes:
-    """What beam search may take, ``memory``, and what it takes: ``always``, and of each sentence.
+    """Bytes that beam search may take, ``memory``, and those that it takes.
 
-    All in bytes; source and output are those of one padded token, for all beams of a sentence.
+    always: for a batch of any size. sentence: for each sentence, all of its beams together; source and output: for each
+    padded token of the sentence and of its translation, again for all beams.
     """
 
     memory: float
@@ -42,69 +44,80 @@ class SearchBytes:
     output: float
 
     def of(self, width, output):
-        """Of one sentence: numbers, or arrays of them."""
+        """Returns the bytes of a sentence of ``width`` tokens with ``output`` tokens of translation.
+
+        Both are numbers, or arrays with an element for each sentence.
+        """
         return self.sentence + self.source * width + self.output * output
 
     def rows(self, width: int, output: int) -> int:
-        """Sentences that fit into a batch; 0 where not even one does."""
+        """Returns how many such sentences fit into a batch; 0 where not even one does."""
         return max(0, int((self.memory - self.always) / self.of(width, output)))
 
     def halved(self) -> SearchBytes:
-        """For batches of half the size."""
+        """Returns the same for batches of half the size."""
         return dataclasses.replace(self, memory=self.always + (self.memory - self.always) / 2)
 
 
 class Search:
     """Beam search of a model, adapted and possibly on the meta device, with ``beam`` beams (1: greedy).
 
-    tier: of the layers; autocast: the dtype of products, where the search runs inside ``torch.autocast``.
+    tier: of the layers. autocast: the dtype of products, where the search runs inside ``torch.autocast``.
     """
 
     def __init__(self, model: nn.Module, beam: int, tier: int, autocast: torch.dtype | None, storage: str = "dense"):
         self.beam, self.autocast = beam, autocast
-        self.depths = tuple(int(getattr(model.config, name)) for name in simulate._depth_names(model.config))
-        self._cached = 0.0
-        self.mode = simulate.fake_mode()
+        self._depths = simulate.depths(model.config)
+        self._mode = simulate.fake_mode()
         self._models = {}
-        with self.mode:
+        with self._mode:
             for depth in (1, 2):
                 like = simulate.shallow(model, depth, depth, storage)
                 simulate.set_tiers(like, [tier] * 2 * depth)
                 like.generation_config = model.generation_config
                 self._models[depth] = like.eval()
 
-    def peak(self, rows: int, source: int, output: int) -> int:
-        """The most bytes beside weights, for ``rows`` sentences of ``source`` tokens and translations of ``output``."""
-        one, two = (self._phases(self._models[depth], rows, source, output) for depth in (1, 2))
-        encoder, decoder = self.depths
-        layers = encoder, decoder, decoder
-        return max(a + (n - 1) * (b - a) for a, b, n in zip(one, two, layers, strict=True))
+    def peak(self, sentences: int, source: int, output: int) -> int:
+        """Returns the most bytes beside weights, for ``sentences`` of that many tokens each, and of translation."""
+        return self._counted(sentences, source, output)[0]
 
     def bytes(self, memory: float, longest: int) -> SearchBytes:
-        """For sentences of up to ``longest`` tokens and translations of up to twice as many."""
+        """Returns the bytes for sentences of up to ``longest`` tokens and translations of up to twice as many and 32.
+
+        memory: those that the search may take.
+        """
         longest = max(longest, _SHORT + 1)
-        short, long = (self.peak(_ROWS, n, output_length(n, 2 * longest + 32)) for n in (_SHORT, longest))
-        both = (long - short) / _ROWS / (longest - _SHORT)  # of a source token and the two output tokens it brings
-        output = min(both / 2, self._cached * self.depths[1])  # at least: the rest of the slope falls to the source
-        source = both - 2 * output
-        row = short / _ROWS
-        always = 0.0
+        most = 2 * longest + 32
+        short, _ = self._counted(_SENTENCES, _SHORT, output_length(_SHORT, most))
+        long, cached = self._counted(_SENTENCES, longest, output_length(longest, most))
+        # by a source token, which brings two output tokens
+        slope = (long - short) / _SENTENCES / (longest - _SHORT)
+        output = min(slope / 2, cached * self._depths[1])  # at least the cache's: the rest counts for the source
+        source = slope - 2 * output
+        each, always = short / _SENTENCES, 0.0
         if self.autocast is not None:  # casts of trained weights live as long as the search
-            one = self.peak(1, _SHORT, output_length(_SHORT, 2 * longest + 32))
-            row = (short - one) / (_ROWS - 1)
-            always = max(0.0, one - row)
-        sentence = row - source * _SHORT - output * output_length(_SHORT, 2 * longest + 32)
+            one, _ = self._counted(1, _SHORT, output_length(_SHORT, most))
+            each = (short - one) / (_SENTENCES - 1)
+            always = max(0.0, one - each)
+        sentence = each - source * _SHORT - output * output_length(_SHORT, most)
         return SearchBytes(memory, always, max(0.0, sentence), source, output)
 
-    def _phases(self, model: nn.Module, rows: int, source: int, output: int) -> tuple[int, int, int]:
-        """The most while encoding, in the first step, and in the last ones."""
-        with self.mode, torch.no_grad(), torch.autocast("cpu", self.autocast, enabled=self.autocast is not None):
+    def _counted(self, sentences: int, source: int, output: int) -> tuple[int, float]:
+        """Returns (peak of the whole depth, bytes that a layer caches for an output token of one sentence)."""
+        (one, _), (two, cached) = (self._simulated(self._models[d], sentences, source, output) for d in (1, 2))
+        encoder, decoder = self._depths
+        layers = encoder, decoder, decoder
+        return max(a + (n - 1) * (b - a) for a, b, n in zip(one, two, layers, strict=True)), cached / sentences
+
+    def _simulated(self, model: nn.Module, sentences: int, source: int, output: int) -> tuple[tuple[int, ...], int]:
+        """Returns (peaks while encoding, in the first step and in the last ones; bytes cached for an output token)."""
+        with self._mode, torch.no_grad(), torch.autocast("cpu", self.autocast, enabled=self.autocast is not None):
             living = [*model.parameters(), *model.buffers()]
             with Ledger(living) as ledger:
                 always = ledger.live
                 steps = _Steps(ledger, max(1, output - 1))
                 handle = model.register_forward_pre_hook(steps, with_kwargs=True)
-                ids = torch.ones(rows, source, dtype=torch.long)
+                ids = torch.ones(sentences, source, dtype=torch.long)
                 try:
                     with _Answers(self.beam > 1):
                         model.generate(
@@ -120,19 +133,22 @@ class Search:
                     pass
                 finally:
                     handle.remove()
-        self._cached = steps.token_bytes / rows
-        return tuple(peak - always for peak in steps.peaks)
+        return tuple(peak - always for peak in steps.peaks), steps.token_bytes
 
 
 class _Enough(Exception):
-    """All that has to be seen was seen."""
+    """Ends a search of which all steps that count were seen."""
 
 
 class _Steps:
-    """A pre-hook of the model's forward: peaks between its calls, and the caches grown before the last."""
+    """A pre-hook of the model's forward, which notes the peak between its calls.
 
-    def __init__(self, ledger: Ledger, cached: int):
-        self.ledger, self.cached, self.peaks = ledger, cached, []
+    Before the last step that counts it replaces the caches by ones as long as that step would find them.
+    """
+
+    def __init__(self, ledger: Ledger, length: int):
+        """length: tokens in the caches before the last step."""
+        self.ledger, self.length, self.peaks = ledger, length, []
         self.token_bytes = 0  # keys and values of one token in one layer
 
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -146,12 +162,11 @@ class _Steps:
         self.ledger.peak = self.ledger.live
 
     def _grown(self, cache: Tensor) -> Tensor:
-        """One shorter than it will be: the step adds the last token's."""
-        return cache.new_empty(*cache.shape[:2], self.cached, cache.shape[3])
+        return cache.new_empty(*cache.shape[:2], self.length, cache.shape[3])
 
 
 class _Answers(TorchDispatchMode):
-    """What the search asks of values that no fake tensor has: ``answer``, such that it goes on."""
+    """Gives ``answer`` where the search reads a value, which no fake tensor has; with the right one it goes on."""
 
     def __init__(self, answer: bool):
         super().__init__()

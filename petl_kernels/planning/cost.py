@@ -1,9 +1,9 @@
-"""How long a training step takes, as far as a planner has to know: matrix work, bytes over memory, bytes from the host.
+"""Seconds of an update, as far as a choice of plans needs them: matrix work and bytes that travel.
 
     t(micro-batch) = max(work / r_products + bytes of weights read / r_memory, bytes from the host / r_host)
 
-Work is that of the linear layers and of the vocabulary projection, forward and input gradients, and what the tier makes
-again. The rates are measured on the device in about a second; the same shapes give the same order of plans on any
+Work is that of the linear layers and of the vocabulary projection, forward and input gradients, and what the tier
+recomputes. The rates are measured on the device in about a second; the same shapes give the same order of plans on any
 card whose rates stand in the same proportions.
 """
 
@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from petl_kernels.layers.blocks import activation_of
 from petl_kernels.models.structure import Attention, Layer, Structure
+from petl_kernels.models.transformers_names import activation_of
 from petl_kernels.ops.product import product_into
 from petl_kernels.planning.simulate import Batch
 
@@ -33,7 +33,7 @@ class Rates:
     measured: bool
 
 
-# What is assumed of a card that is not here: between an L4 and an A100.
+# Assumed of a card that is not here: rates between those of an L4 and of an A100.
 ASSUMED = Rates(100e12, 0.6e12, 20e9, measured=False)
 
 
@@ -41,9 +41,10 @@ ASSUMED = Rates(100e12, 0.6e12, 20e9, measured=False)
 class LayerWork:
     """Multiplications of a layer's linears for one token of its own side, and of the source that it attends to.
 
-    qkv, out and inner (the first half of a feed-forward block) are those that tiers make again.
+    Tiers recompute ``qkv``, ``out`` and ``inner``, the first half of a feed-forward block.
     """
 
+    side: str
     own: int
     source: int
     qkv_own: int
@@ -52,35 +53,65 @@ class LayerWork:
     inner: int
 
     def step(self, tier: int, own: int, source: int) -> float:
-        """Operations of forward, input gradients and recomputation, for that many tokens."""
+        """Returns the operations of forward, input gradients and recomputation, for that many tokens of each side."""
         forward = self.own * own + self.source * source
-        again = 0.0
+        recomputed = 0.0
         if tier >= 4:
-            again = forward
+            recomputed = forward
         elif tier >= 2:
-            again = self.qkv_own * own + self.qkv_source * source + self.inner * own
-            again += self.out * own if tier == 3 else 0
-        return 2 * (2 * forward + again)
+            recomputed = self.qkv_own * own + self.qkv_source * source + self.inner * own
+            recomputed += self.out * own if tier == 3 else 0
+        return 2 * (2 * forward + recomputed)
 
 
-def layer_work(model: nn.Module, structure: Structure, layer: Layer) -> LayerWork:
+@dataclass(frozen=True)
+class ModelWork:
+    """layers: encoder first. head: values of the vocabulary projection, words × width."""
+
+    layers: tuple[LayerWork, ...]
+    head: int
+
+    def step(self, tiers: tuple[int, ...], batch: Batch) -> float:
+        """Returns the operations of forward and backward for ``batch``."""
+        source, target = batch.pairs * batch.source, batch.pairs * batch.target
+        operations = 4.0 * self.head * target
+        for layer, tier in zip(self.layers, tiers, strict=True):
+            operations += layer.step(tier, source if layer.side == "encoder" else target, source)
+        return operations
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes of a micro-batch. weights: read forward, and as many backward. host: from host memory, both ways."""
+
+    weights: int
+    host: int
+
+
+def model_work(model: nn.Module, structure: Structure) -> ModelWork:
+    head = getattr(model, "lm_head", None)
+    layers = tuple(_layer_work(model, structure, layer) for layer in structure.layers)
+    return ModelWork(layers, 0 if head is None else head.weight.numel())
+
+
+def _layer_work(model: nn.Module, structure: Structure, layer: Layer) -> LayerWork:
     def size(path: str) -> int:
         return model.get_submodule(path).weight.numel()
 
     def projections(attention: Attention) -> tuple[int, int]:
-        """(of its own tokens, of the source's)"""
+        """Returns the multiplications of q, k and v for a token of the layer's own side and for one of the source."""
         kv = size(attention.k) + size(attention.v)
         return (size(attention.q), kv) if attention.kind == "cross" else (size(attention.q) + kv, 0)
 
-    own, source = (sum(part) for part in zip(*map(projections, layer.attentions), strict=True))
+    own, source = (sum(each) for each in zip(*map(projections, layer.attentions), strict=True))
     out = sum(size(attention.out) for attention in layer.attentions)
     inner = sum(map(size, layer.ffn.inputs))
     bits = len(layer.ffn.inputs) == 1 and activation_of(model.get_submodule(layer.path)) == "relu"
     ffn = inner + size(layer.ffn.out)
-    return LayerWork(own + out + ffn, source, own, source, out, 0 if bits else inner)
+    return LayerWork(layer.side, own + out + ffn, source, own, source, out, 0 if bits else inner)
 
 
-@functools.cache  # of this machine; several plans of a process then go by the same
+@functools.cache  # one measurement a process, so that several plans go by the same rates
 def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     """Returns the rates of products (512 a side on a CPU, 4,096 on CUDA), of copies of 64 MiB, and on CUDA of copies
     from pinned memory; medians of five. Products are those that the package's layers make (``product_into``).
@@ -113,23 +144,8 @@ def _seconds(run: Callable[[], object], device: torch.device) -> float:
 
 
 def update_seconds(
-    rates: Rates,
-    work: list[tuple[str, LayerWork]],
-    tiers: tuple[int, ...],
-    head: int,
-    batch: Batch,
-    micro_batches: int,
-    weight_bytes: int,
-    host_bytes: int,
+    rates: Rates, work: ModelWork, tiers: tuple[int, ...], batch: Batch, micro_batches: int, traffic: Traffic
 ) -> float:
-    """Of ``micro_batches`` times ``batch``.
-
-    work: (side, its work) a layer. head: words × width. weight_bytes: read once forward and once backward. host_bytes:
-    those of a micro-batch that come from host memory, both ways together.
-    """
-    source, target = batch.rows * batch.source, batch.rows * batch.target
-    operations = 4.0 * head * target
-    for (side, layer), tier in zip(work, tiers, strict=True):
-        operations += layer.step(tier, source if side == "encoder" else target, source)
-    compute = operations / rates.products + 2 * weight_bytes / rates.memory
-    return micro_batches * max(compute, host_bytes / rates.host)
+    """Returns the seconds of an update of ``micro_batches`` times ``batch``. tiers: one a layer, encoder first."""
+    compute = work.step(tiers, batch) / rates.products + 2 * traffic.weights / rates.memory
+    return micro_batches * max(compute, traffic.host / rates.host)

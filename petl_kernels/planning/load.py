@@ -1,4 +1,4 @@
-"""The weights of a checkpoint as a plan wants them: each tensor in its dtype, storage and place as it is read."""
+"""Reads the weights of a checkpoint into a plan: each tensor gets its dtype, storage and place as it is read."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from petl_kernels.weights.quantized import quantizable, storage_of
 def load_planned(
     path_or_id: str | os.PathLike, model: nn.Module, like: nn.Module, plan: Plan | SearchPlan, folder: Path | None
 ) -> nn.Module:
-    """Give ``model`` (of ``load_skeleton``) its weights, one tensor after the other; returns it.
+    """Gives ``model`` (of ``load_skeleton``) its weights, one tensor after the other; returns it.
 
-    like: the model as it will be trained, on the meta device, which shows each weight's dtype. folder: for the file
-    that streamed layers are read from on the CPU: they are written into it, and are never in memory together.
+    like: the model as it will be trained, on the meta device, with the dtype of each weight. folder: on the CPU, for
+    the file that streamed layers are read from: they are written into it, and are never in memory together.
     Raises InputError as ``load_weights`` does.
     """
     wanted = dict(like.named_parameters(remove_duplicate=False))
@@ -32,7 +32,7 @@ def load_planned(
     file = None
     if plan.streamed and plan.device == "cpu":
         names = streamed_weights(like, plan.streamed)
-        file = WeightFile(folder / "streamed.safetensors", {name: wanted[name] for name in names})
+        file = WeightFile.create(folder / "streamed.safetensors", {name: wanted[name] for name in names})
 
     def place(name: str, tensor: Tensor) -> Tensor:
         parameter = wanted[name]

@@ -16,37 +16,38 @@ from petl_kernels.planning.scratch import scratch_bytes
 class Ledger(TorchDispatchMode):
     """Adds up the storages that operations create, and takes each off when it is freed.
 
-    What a kernel allocates and frees inside itself is not seen, but known for the ops of this package (``scratch``).
+    live, peak: bytes now, and the most so far. A kernel's own temporaries are no operations; those of this package's
+    ops are added as ``scratch_bytes`` gives them.
     """
 
     def __init__(self, living: Iterable[Tensor], device: str = "cpu"):
-        """living: what is there already. device: whose kernels are counted."""
+        """living: tensors that exist already. device: the kind of device whose kernels are counted."""
         super().__init__()
         self.device = device
         self.live = self.peak = 0
-        self._known: dict[int, int] = {}
-        for tensor in living:
-            for part in parts_of(tensor):
-                self._enter(part)
+        self._sizes: dict[int, int] = {}  # of the storages that live
+        self._enter_all(living)
+
+    def _enter_all(self, tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors:
+            for plain in parts_of(tensor):
+                self._enter(plain)
 
     def _enter(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
-        if key in self._known or not size:
+        if key in self._sizes or not size:
             return
-        self._known[key] = size
+        self._sizes[key] = size
         self.live += size
         self.peak = max(self.peak, self.live)
         weakref.finalize(storage, self._leave, key)
 
     def _leave(self, key: int) -> None:
-        self.live -= self._known.pop(key, 0)
+        self.live -= self._sizes.pop(key, 0)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                for part in parts_of(leaf):
-                    self._enter(part)
+        self._enter_all(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
         self.peak = max(self.peak, self.live + scratch_bytes(function, args, self.device))
         return result

@@ -1,6 +1,6 @@
 """A plan: how one update is computed inside a budget of bytes, as a table that a person reads, and as a file.
 
-``planning/planner.py`` finds one; ``apply`` puts it on a model.
+``planner.plan`` finds one; ``apply`` puts it on a model.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from torch import nn
 
 from petl_kernels.errors import InputError, shown
 from petl_kernels.files import atomic_write
+from petl_kernels.layers.lean_model import lean_model
 from petl_kernels.models.structure import check_model, describe
 from petl_kernels.planning.beam_search import SearchBytes
-from petl_kernels.planning.resident import GRADIENT_BYTES, OPTIMIZER_BYTES, SLOTS, STORAGES
+from petl_kernels.planning.levers import CHUNKS, STORAGES, Levers
+from petl_kernels.planning.resident import GRADIENT_BYTES, OPTIMIZER_BYTES, SLOTS
 from petl_kernels.step.gradients import RoundedGradients
 from petl_kernels.units import format_size
 from petl_kernels.weights.quantized import quantize_model
@@ -31,7 +33,6 @@ APPROXIMATIONS = {
     "bf16-gradients": "gradients of what is trained rounded to 16 bits between micro-batches",
 }
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
-CHUNKS = (32 * 2**20, 8 * 2**20, 2 * 2**20)  # of the loss' logits
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,11 @@ class Plan:
     rows: sentence pairs of the longest kind in a micro-batch of ``micro_tokens``; micro_batches of them make an update.
     tiers: one for each layer, encoder first. storage: of frozen weights in layers. tables: of frozen token embeddings
     and the output projection; as ``storage`` when not given. gradients: their dtype between micro-batches. streamed:
-    how many layers live in host memory; copies_hidden: whether the copy of one takes no longer than the matrix work of
-    another. precision: of matrix products. cuda_graphs: whether steps may be captured, which such a plan leaves room
-    for. parts: bytes by purpose, which add up to ``peak``.
-    seconds: an update, by the rates of the device. more: (budget, seconds, what changes).
+    how many layers live in host memory. copies_hidden: whether the copy of one takes no longer than the matrix work of
+    another. precision: of matrix products. cuda_graphs: whether steps may be captured, for which the plan leaves room.
+    parts: bytes by purpose, which add up to ``peak``. seconds: of an update, by the rates of the device.
+    more: (budget, seconds, levers) of larger budgets that would be faster. search: bytes that an evaluation may take,
+    and those that beam search takes.
     """
 
     model: str
@@ -73,47 +75,46 @@ class Plan:
     tables: str | None = None
     gradients: str = "float32"
     cuda_graphs: bool = False
-    search: SearchBytes | None = None  # what evaluation may take, and what beam search takes of it
+    search: SearchBytes | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tables", self.tables or self.storage)
 
     def apply(self, model: nn.Module, folder: str | Path | None = None, files: Sequence[Path] = ()) -> nn.Module:
-        """Put the plan's tiers, storage, streamed layers and chunk on ``model``, in place; returns it.
+        """Puts the plan's tiers, storage, streamed layers and chunk on ``model``, in place; returns it.
 
         Where gradients wait in bf16, ``model.petl_gradients`` (``RoundedGradients``) clips and steps for the loop.
 
-        On the CPU streamed layers are read from ``files`` (safetensors that hold them already) or from a file in
-        ``folder``, of temporary files when not given. Raises InputError when the plan is for another model.
+        On the CPU streamed layers are read from ``files`` (safetensors that hold them already) or from a file that is
+        written into ``folder``, a temporary one when not given. Raises InputError when the plan is for another model.
         """
         self.check(model)
-        from petl_kernels.api import lean
-        from petl_kernels.layers.loss.lean_loss import set_chunk_bytes
-
         if (self.storage, self.tables) != ("dense", "dense"):
             quantize_model(model, self.storage, self.tables)
         if self.streamed:
             paths = [layer.path for layer in describe(model).layers[: self.streamed]]
             with tempfile.TemporaryDirectory() as own:  # its file is mapped, and needs no name after that
                 stream_layers(model, paths, SLOTS, folder or own, files, device=self.device)
-        lean(model, list(self.tiers))  # after streaming: it moves weights that stay
-        set_chunk_bytes(model, self.chunk_bytes)
-        if (before := getattr(model, "petl_gradients", None)) is not None:  # of an earlier plan
-            before.close()
+        lean_model(model, self.tiers, self.chunk_bytes)  # after streaming: it moves weights that stay
+        self._set_gradients(model)
+        return model
+
+    def _set_gradients(self, model: nn.Module) -> None:
+        if (earlier := getattr(model, "petl_gradients", None)) is not None:
+            earlier.close()
             model.petl_gradients = None
         if self.gradients == "bfloat16":
             model.petl_gradients = RoundedGradients(p for p in model.parameters() if p.requires_grad)
-        return model
 
     def tighter(self) -> Plan | None:
-        """The next plan that takes less and computes the same, without CUDA graphs at last; None when there is none."""
+        """Returns the next plan that takes less and computes the same, at last without CUDA graphs; None after it."""
         if self.rows > 1:
-            rows = -(-self.rows // 2)
+            pairs = -(-self.rows // 2)
             return dataclasses.replace(
                 self,
-                rows=rows,
-                micro_tokens=rows * self.longest,
-                micro_batches=-(-self.rows * self.micro_batches // rows),
+                rows=pairs,
+                micro_tokens=pairs * self.longest,
+                micro_batches=-(-self.rows * self.micro_batches // pairs),
             )
         on_host = self.device.startswith("cuda") and not self.cuda_graphs
         highest = (5 if on_host else 4,) * len(self.tiers)
@@ -125,6 +126,7 @@ class Plan:
         return dataclasses.replace(self, cuda_graphs=False) if self.cuda_graphs else None
 
     def check(self, model: nn.Module) -> None:
+        """Raises InputError unless the plan is for a model of this class and size."""
         check_model(model)
         found = type(model).__name__, sum(p.numel() for p in model.parameters())
         if found != (self.model, self.parameters):
@@ -133,21 +135,26 @@ class Plan:
             )
 
     def forbidden(self, allow: Sequence[str], optimizer: str) -> str:
-        """The first approximation that it uses and that is not allowed; 8-bit moments may be asked for by name."""
+        """Returns the first approximation that it uses and that is not allowed, or "".
+
+        optimizer: the one that the user has named, which is allowed by that.
+        """
         allowed = [*allow, *(["8bit-optimizer"] if self.optimizer == optimizer else [])]
         return next((name for name in approximations_of(self) if name not in allowed), "")
 
     def to_dict(self) -> dict:
+        """Returns the fields as they stand in a plan's file."""
         return dataclasses.asdict(self)
 
     def save(self, path: str | Path) -> None:
+        """Writes the plan as JSON."""
         with atomic_write(path) as file:
             json.dump(self.to_dict(), file, indent=1)
             file.write("\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
-        """A plan that ``save`` has written. InputError for a file that is none."""
+        """Returns the plan that ``save`` has written to ``path``. Raises InputError for a file that is none."""
         foreign = InputError(f"plan {path}: not a plan; expected a file of petl-mt plan --json")
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -176,7 +183,7 @@ class Plan:
         return found
 
     def _wrong(self) -> str:
-        """What no plan can have; empty when there is nothing."""
+        """Returns the first value that no plan can have, and what was expected; "" where all are possible."""
         for name in ("memory", "longest", "rows", "micro_tokens", "micro_batches", "chunk_bytes", "evaluation_tokens"):
             if not isinstance(value := getattr(self, name), int) or value < 1:
                 return f"{name} is {value!r}; expected a whole number above 0"
@@ -207,8 +214,8 @@ class Plan:
 _NEEDED = [field.name for field in dataclasses.fields(Plan) if field.default is dataclasses.MISSING]
 
 
-def approximations_of(levers) -> tuple[str, ...]:
-    """Names of what is not exact about a plan, or about a planner's setting."""
+def approximations_of(levers: Plan | Levers) -> tuple[str, ...]:
+    """Returns the names of the approximations that a plan or its levers use."""
     used = {
         "quantized": (levers.storage, levers.tables) != ("dense", "dense"),
         "8bit-optimizer": levers.optimizer == "adamw8bit",
@@ -228,20 +235,21 @@ def check_allow(allow: Sequence[str]) -> tuple[str, ...]:
     return names
 
 
-def levers(plan: Plan) -> str:
+def levers_text(plan: Plan) -> str:
+    """Returns the levers of ``plan`` as a line: micro-batches, tiers, and what differs from the plain training."""
     tiers = ", ".join(f"{plan.tiers.count(t)} × tier {t}" for t in sorted(set(plan.tiers)))
-    parts = [f"{plan.micro_batches} × {plan.micro_tokens:,} tokens", tiers]
+    words = [f"{plan.micro_batches} × {plan.micro_tokens:,} tokens", tiers]
     if plan.storage != plan.tables:
-        parts.append(f"layers {plan.storage}, embeddings and output projection {plan.tables}")
+        words.append(f"layers {plan.storage}, embeddings and output projection {plan.tables}")
     elif plan.storage != "dense":
-        parts.append(plan.storage)
+        words.append(plan.storage)
     if plan.streamed:
-        parts.append(f"{plan.streamed} layers streamed{'' if plan.copies_hidden else ' (slower than the matrix work)'}")
+        words.append(f"{plan.streamed} layers streamed{'' if plan.copies_hidden else ' (slower than the matrix work)'}")
     if plan.optimizer != "adamw":
-        parts.append(plan.optimizer)
+        words.append(plan.optimizer)
     if plan.gradients != "float32":
-        parts.append(f"gradients {plan.gradients}")
-    return "; ".join(parts)
+        words.append(f"gradients {plan.gradients}")
+    return "; ".join(words)
 
 
 def _summary(plan: Plan) -> list[str]:
@@ -249,7 +257,8 @@ def _summary(plan: Plan) -> list[str]:
     lines = [
         f"{plan.model}, {plan.parameters:,} parameters, {plan.device}, memory {format_size(plan.memory)} "
         f"({plan.memory / 1e9:.3g} GB)",
-        f"update of {plan.batch_tokens:,} tokens: {levers(plan)}; loss in chunks of {format_size(plan.chunk_bytes)}",
+        f"update of {plan.batch_tokens:,} tokens: {levers_text(plan)}; loss in chunks of "
+        f"{format_size(plan.chunk_bytes)}",
         f"about {plan.seconds:.3g} s an update ({rates}); evaluation in batches of {plan.evaluation_tokens:,} tokens",
     ]
     names = "; ".join(f"{name}: {APPROXIMATIONS[name]}" for name in plan.approximations)
@@ -257,8 +266,8 @@ def _summary(plan: Plan) -> list[str]:
 
 
 def _table(plan: Plan) -> list[str]:
-    rows = [*plan.parts.items(), ("peak", plan.peak), ("free", plan.memory - plan.peak)]
-    return [f"  {name:<20} {format_size(size):>10}" for name, size in rows]
+    lines = [*plan.parts.items(), ("peak", plan.peak), ("free", plan.memory - plan.peak)]
+    return [f"  {name:<20} {format_size(size):>10}" for name, size in lines]
 
 
 def _more_lines(plan: Plan) -> list[str]:

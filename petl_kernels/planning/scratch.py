@@ -1,7 +1,7 @@
-"""What one call of an op allocates inside itself, beside its inputs and outputs, on the CPU's C++ kernels.
+"""Bytes that one call of an op allocates inside itself and frees, beside its inputs and outputs.
 
-On CUDA the feed-forward block has larger chunks. Only ops whose scratch grows with the batch or is a matter of
-megabytes; the others stay below the planner's slack.
+They are those of the CPU's C++ kernels, and on CUDA those of Triton's where these take more. Ops are listed whose
+scratch grows with the batch or comes to megabytes; that of the others stays below a plan's slack.
 """
 
 from __future__ import annotations
@@ -19,9 +19,17 @@ from petl_kernels.ops.lora_border import CUDA_PARTS
 from petl_kernels.ops.product import product_bytes
 from petl_kernels.ops.quantized import CUDA_TILE_BYTES, TILE_BYTES, in_features, is_quantized, out_features, split_parts
 
+# How the C++ kernels cut their work, by the names in csrc/cpu; tests/planning/test_scratch.py compares the two.
+ATTENTION = {"kBlockScores": 1 << 17, "kMinRows": 16, "kMaxRows": 256}  # attention.cpp
+BLOCKS = {"kMaxRows": 256, "kMaxSlices": 16}  # common.h
+QUANTIZED = {"kBackRows": 1024}  # quantized.cpp
+
 
 def scratch_bytes(function, args: tuple, device: str = "cpu") -> int:
-    """Bytes for ``function`` (a ``torch.ops.petl`` overload) called with ``args`` on ``device``; 0 for any other."""
+    """Returns the bytes for ``function``, an overload of ``torch.ops.petl``, called with ``args``; 0 for any other.
+
+    device: "cpu" or "cuda", whose kernels are counted wherever ``args`` are.
+    """
     name = function.name()
     if not name.startswith("petl::"):
         return 0
@@ -69,12 +77,12 @@ def _loss_by_rows(given: dict) -> int:
 
 
 def _products(rows: int, k: int, n: int, dtype: torch.dtype) -> int:
-    """The larger of what x (rows, k) Wᵀ and dy (rows, n) W take for their blocks."""
+    """Returns the larger of what x (rows, k) Wᵀ and dy (rows, n) W take for their blocks."""
     return max(product_bytes(rows, k, n, dtype), product_bytes(rows, n, k, dtype))
 
 
 def _frozen_linear(given: dict) -> int:
-    """A tile of a quantized weight, which may be all of it, and the blocks of the product."""
+    """Counts a tile of a quantized weight, which may be all of it, and the blocks of the product."""
     x = given["x"]
     d = x.shape[-1]
     n = out_features(given["weight"], d)
@@ -105,21 +113,21 @@ def _lora_linear_backward(given: dict) -> int:
 
 
 def _lora_products(given: dict) -> int:
-    """The blocks of the largest product, with W or with an adapter."""
+    """Counts the blocks of the largest product, with W or with an adapter."""
     x = given["x"]
     d, ranks = x.shape[-1], sum(a.shape[0] for a in given["a"])
-    widths = [out_features(parts, d) for parts in split_parts(given["weights"])]
+    widths = [out_features(weight, d) for weight in split_parts(given["weights"])]
     return max(_products(x.numel() // max(1, d), d, n, x.dtype) for n in (ranks, *widths))
 
 
 def _lora_border(given: dict) -> int:
-    """The border in the dtype of the rows, where it has another."""
+    """Counts the border in the dtype of the rows, where it has another."""
     border, wide = given["border"], given["wide"]
     return border.numel() * wide.itemsize if border.dtype != wide.dtype else 0
 
 
 def _lora_border_backward(given: dict) -> int:
-    """And the parts of dB and of the biases' gradients, or after them of dA, of which there are fewer."""
+    """Counts also the partial sums of dB and of the biases' gradients, or of dA, which come after them, if larger."""
     a, b, wide = given["a"], given["b"], given["wide"]
     outputs = sum(own.shape[0] for own in b)
     biases = outputs if any(given["need_dbias"]) else 0
@@ -127,26 +135,26 @@ def _lora_border_backward(given: dict) -> int:
     return _lora_border(given) + (min(CUDA_PARTS, -(-wide.shape[0] // 32)) * largest + biases) * 4
 
 
-def _any_quantized(parts: list[Tensor]) -> bool:
-    """Of the parts of several weights, one after the other."""
-    return not all(part.is_floating_point() for part in parts)
+def _any_quantized(tensors: list[Tensor]) -> bool:
+    """Returns whether one of several weights is quantized, whose tensors stand one weight after the other."""
+    return not all(tensor.is_floating_point() for tensor in tensors)
 
 
-def _largest(parts: list[Tensor], columns: int) -> int:
-    """Values of the largest of several weights."""
-    return max(out_features(weight, columns) for weight in split_parts(parts)) * columns
+def _largest(tensors: list[Tensor], columns: int) -> int:
+    """Returns the number of values of the largest of several weights."""
+    return max(out_features(weight, columns) for weight in split_parts(tensors)) * columns
 
 
 def _tile(given: dict, values: int, like: Tensor) -> int:
-    """Of a quantized weight of so many values, in the dtype of ``like``."""
+    """Returns the bytes of a tile of a quantized weight of so many values, in the dtype of ``like``."""
     return min(CUDA_TILE_BYTES, values * like.itemsize) if given["device"] == "cuda" else TILE_BYTES
 
 
 def _back(given: dict, rows: Tensor, values: int) -> int:
-    """Of a product with a quantized weight: a tile, and on a CPU fp32 sums of some rows."""
+    """Counts a product with a quantized weight: a tile, and on a CPU the fp32 sums of some rows."""
     if given["device"] == "cuda":
         return _tile(given, values, rows)
-    return TILE_BYTES + 2 * min(rows.numel(), 1024 * rows.shape[-1]) * 4
+    return TILE_BYTES + 2 * min(rows.numel(), QUANTIZED["kBackRows"] * rows.shape[-1]) * 4
 
 
 def _scaled(given: dict) -> int:
@@ -183,14 +191,15 @@ def _parallel_ffn_backward(given: dict) -> int:
 
 
 def _attention(given: dict, buffers: int = 1) -> int:
-    """A thread's keys and values of one head, and its block of scores: see csrc/cpu/attention.cpp.
+    """Counts for each thread the keys and values of one head, and its block of scores.
 
     Sentences of a packed row are taken to be of one length, as those of a simulation are.
     """
     q, k, prefix, ends = given["q"], given["k"], given["prefix_k"], given.get("cu_seqlens_k")
     sentences = 1 if ends is None else len(ends) - 1
     columns = -(-k.shape[2] // sentences) + (0 if prefix is None else prefix.shape[0])
-    block = min(max(16, min(256, (1 << 17) // max(1, columns))), max(1, -(-q.shape[2] // sentences)))
+    wanted = min(ATTENTION["kMaxRows"], ATTENTION["kBlockScores"] // max(1, columns))
+    block = min(max(ATTENTION["kMinRows"], wanted), max(1, -(-q.shape[2] // sentences)))
     scores = block * columns * (2 if given["dropout"] else 1)
     own = 2 * columns * q.shape[3] + 2 * block * q.shape[3] + scores
     return torch.get_num_threads() * buffers * own * accumulate_dtype(q.dtype).itemsize
@@ -199,13 +208,13 @@ def _attention(given: dict, buffers: int = 1) -> int:
 def _bottleneck_adapter(given: dict) -> int:
     x, down = given["x"], given["down"]
     rows = x.numel() // x.shape[-1]
-    blocks = min(rows, 256) * (3 * x.shape[-1] + 3 * down.shape[0])
+    blocks = min(rows, BLOCKS["kMaxRows"]) * (3 * x.shape[-1] + 3 * down.shape[0])
     return (torch.get_num_threads() * blocks + 2 * down.numel()) * 4
 
 
 def _bottleneck_adapter_backward(given: dict) -> int:
     x, down = given["x"], given["down"]
-    slices = max(1, min(16, x.numel() // x.shape[-1] // 256))
+    slices = max(1, min(BLOCKS["kMaxSlices"], x.numel() // x.shape[-1] // BLOCKS["kMaxRows"]))
     return _bottleneck_adapter(given) + 2 * slices * down.numel() * 4
 
 

@@ -1,7 +1,7 @@
 """The bytes of a training step, found without a weight: the step runs on fake tensors, which have shapes and no values.
 
-The very modules, hooks and autograd rules of a real step run, so that what is counted is what will happen. A model of
-one to three layers stands for a deep one, whose layers are alike.
+A simulation runs the same modules, hooks and autograd rules as a real step, and counts what they allocate. A model of
+one or two layers a side stands for a deep one, whose layers are alike.
 """
 
 from __future__ import annotations
@@ -19,15 +19,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from petl_kernels.errors import InputError
 from petl_kernels.interop.hf import no_layerdrop
 from petl_kernels.layers.border import as_on
+from petl_kernels.layers.lean_model import lean_model
 from petl_kernels.layers.loss.lean_loss import packing_obstacle
-from petl_kernels.methods.base import active_name, records
+from petl_kernels.layers.mixed_in import original_class
+from petl_kernels.methods.adapt import adapt
+from petl_kernels.methods.owner import active_name, records
 from petl_kernels.models.transformers_names import drop_no_layer, model_of
 from petl_kernels.planning.peak import Ledger
 from petl_kernels.step.gradients import RoundedGradients
 from petl_kernels.weights.quantized import quantize_model
 
 _LAYER = re.compile(r"(\.(?:layers|block))\.\d+\.")
-# How configurations of the two families name their depths.
+# Names of the depths (encoder, decoder) in the configurations of the two families.
 _DEPTHS = (("encoder_layers", "decoder_layers"), ("num_layers", "num_decoder_layers"))
 
 
@@ -35,7 +38,7 @@ _DEPTHS = (("encoder_layers", "decoder_layers"), ("num_layers", "num_decoder_lay
 class Phases:
     """Bytes beside what lives through the whole step (weights, gradients, optimiser state).
 
-    kept: between forward and backward. forward, backward: the most while they run, what is kept included.
+    kept: between forward and backward. forward, backward: the most while they run, kept bytes included.
     """
 
     kept: int
@@ -49,31 +52,31 @@ class Phases:
 
 @dataclass(frozen=True)
 class Batch:
-    """Padded: ``rows`` sentence pairs of ``source`` and ``target`` tokens."""
+    """Sentence pairs of ``source`` and ``target`` tokens each."""
 
-    rows: int
+    pairs: int
     source: int
     target: int
 
     @property
     def tokens(self) -> int:
-        """Of the longer side."""
-        return self.rows * max(self.source, self.target)
+        """Tokens of the longer side."""
+        return self.pairs * max(self.source, self.target)
 
 
 def shallow(
     model: nn.Module, encoder: int, decoder: int, storage: str = "dense", tables: str | None = None
 ) -> nn.Module:
-    """A model like ``model`` with that many layers, on the fake tensors of the mode that is on.
+    """Returns a model like ``model`` with that many layers, on the fake tensors of the mode that is on.
 
     Dtypes, dropout rates, the active adapter's method and what is trained are those of ``model``; frozen weights are
-    in ``storage``, embeddings and the output projection in ``tables``, as ``quantize_model`` has them.
+    in ``storage``, embeddings and the output projection in ``tables``, as ``quantize_model`` leaves them.
     """
     config = copy.deepcopy(model.config)
     for name, depth in zip(_depth_names(config), (encoder, decoder), strict=True):
         setattr(config, name, depth)
     no_layerdrop(config)  # drawn layer by layer, and the worst step drops none
-    like = model_of(_plain_class(model), config, torch.float32)
+    like = model_of(original_class(type(model)), config, torch.float32)
     given = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     _set_dtypes(like, given)
     name = active_name(model)
@@ -81,8 +84,6 @@ def shallow(
         for key, parameter in like.named_parameters():
             parameter.requires_grad_(key in given and given[key].requires_grad)
     else:
-        from petl_kernels.api import adapt  # which stands above this module, and is all that knows how
-
         adapt(like, records(model)[name].config)
     _set_rates(like, model)
     drop_no_layer(like)
@@ -94,20 +95,22 @@ def shallow(
 def step(
     model: nn.Module,
     batch: Batch,
+    *,
     autocast: torch.dtype | None = None,
     gradients: str = "float32",
     packed: bool = False,
     device: str = "cpu",
 ) -> Phases:
-    """Forward and backward of ``model``, whose parameters are fake; its gradients exist already.
+    """Runs forward and backward of ``model``, whose parameters are fake, and returns what they take.
 
-    gradients: "bfloat16" when they wait for the update in ``RoundedGradients``. packed: the sentences of ``batch`` are
-    one packed row, where ``model`` reads such rows. device: whose kernels are counted; the tensors are the CPU's.
+    Gradients exist already, as in every micro-batch but the first. gradients: "bfloat16" when they wait for the update
+    in ``RoundedGradients``. packed: the sentences of ``batch`` are one packed row, where ``model`` reads such rows.
+    device: the kind whose kernels are counted; the tensors are the CPU's.
     """
     inputs = _packed_row(batch) if packed and not packing_obstacle(model) else _padded_rows(batch)
     trained = [p for p in model.parameters() if p.requires_grad]
     living = [*model.parameters(), *model.buffers()]
-    with _waiting(trained, gradients) as sums, Ledger([*living, *sums], device) as ledger, _autocast(autocast):
+    with _earlier_gradients(trained, gradients) as sums, Ledger([*living, *sums], device) as ledger, _under(autocast):
         always = ledger.live
         output = model(**inputs, label_smoothing=0.1, reduction="sum")
         loss = output.loss
@@ -119,15 +122,15 @@ def step(
 
 
 def _padded_rows(batch: Batch) -> dict[str, Tensor]:
-    ids = torch.ones(batch.rows, batch.source, dtype=torch.long)
-    labels = torch.ones(batch.rows, batch.target, dtype=torch.long)
+    ids = torch.ones(batch.pairs, batch.source, dtype=torch.long)
+    labels = torch.ones(batch.pairs, batch.target, dtype=torch.long)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
 def _packed_row(batch: Batch) -> dict[str, Tensor | int]:
-    ids = torch.ones(1, batch.rows * batch.source, dtype=torch.long)
-    labels = torch.ones(1, batch.rows * batch.target, dtype=torch.long)
-    ends = torch.arange(batch.rows + 1, dtype=torch.int32)
+    ids = torch.ones(1, batch.pairs * batch.source, dtype=torch.long)
+    labels = torch.ones(1, batch.pairs * batch.target, dtype=torch.long)
+    ends = torch.arange(batch.pairs + 1, dtype=torch.int32)
     return {
         "input_ids": ids,
         "labels": labels,
@@ -139,8 +142,8 @@ def _packed_row(batch: Batch) -> dict[str, Tensor | int]:
 
 
 @contextmanager
-def _waiting(trained: list[nn.Parameter], gradients: str) -> Iterator[list[Tensor]]:
-    """What earlier micro-batches have left of the gradients of ``trained``."""
+def _earlier_gradients(trained: list[nn.Parameter], gradients: str) -> Iterator[list[Tensor]]:
+    """Gives ``trained`` the gradients that earlier micro-batches have left, and yields their tensors."""
     for parameter in trained:
         parameter.grad = torch.empty_like(parameter) if gradients == "float32" else None
     if gradients == "float32":
@@ -153,7 +156,7 @@ def _waiting(trained: list[nn.Parameter], gradients: str) -> Iterator[list[Tenso
         rounded.close()
 
 
-def _autocast(dtype: torch.dtype | None) -> torch.autocast:
+def _under(dtype: torch.dtype | None) -> torch.autocast:
     return torch.autocast("cpu", dtype, enabled=dtype is not None)
 
 
@@ -162,11 +165,15 @@ def fake_mode() -> FakeTensorMode:
 
 
 def set_tiers(model: nn.Module, tiers: Sequence[int], device: str = "cpu") -> None:
-    """device: the kind that the step will run on, whose weights stand together there."""
-    from petl_kernels.api import lean
-
+    """Makes ``model`` lean at ``tiers``, one a layer, as on a kind of device: weights stand together there or not."""
     with as_on(device):
-        lean(model, list(tiers))
+        lean_model(model, tiers)
+
+
+def depths(config) -> tuple[int, int]:
+    """Returns the numbers of layers of encoder and decoder."""
+    encoder, decoder = _depth_names(config)
+    return int(getattr(config, encoder)), int(getattr(config, decoder))
 
 
 def _depth_names(config) -> tuple[str, str]:
@@ -176,14 +183,10 @@ def _depth_names(config) -> tuple[str, str]:
     raise InputError(f"config of {type(config).__name__}: no numbers of layers; expected an encoder-decoder's")
 
 
-def _plain_class(model: nn.Module) -> type:
-    return getattr(type(model), "petl_bases", (type(model),))[0]
-
-
 def _set_dtypes(like: nn.Module, given: dict[str, Tensor]) -> None:
-    """Give each parameter and buffer the dtype of its namesake; tied ones stay tied.
+    """Gives each parameter and buffer the dtype of its namesake in ``given``; tied ones stay tied.
 
-    A layer that ``given`` does not have, being shallower, is like the first.
+    A layer that ``given`` does not have, being shallower, gets the dtypes of the first.
     """
 
     def namesake(path: str, name: str) -> str:
@@ -205,7 +208,7 @@ def _set_dtypes(like: nn.Module, given: dict[str, Tensor]) -> None:
 
 
 def _set_rates(like: nn.Module, model: nn.Module) -> None:
-    """Dropout rates as they stand on the modules of ``model``, where a trainer may have changed them."""
+    """Copies the dropout rates that stand on the modules of ``model``, where a trainer may have changed them."""
     modules = dict(model.named_modules())
     for path, module in like.named_modules():
         known = modules.get(path, modules.get(_LAYER.sub(r"\1.0.", path + ".")[:-1]))

@@ -1,4 +1,4 @@
-"""A limit on tensor memory that the allocator enforces: over it, an allocation raises torch.OutOfMemoryError."""
+"""A limit on tensor memory that the allocator enforces: an allocation beyond it raises torch.OutOfMemoryError."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from petl_kernels.units import format_size
 
 @contextmanager
 def capped(memory: int | None, device: torch.device) -> Iterator[None]:
-    """Inside, this process cannot take more than ``memory`` bytes of ``device``; None is no limit.
+    """Limits this process to ``memory`` bytes of ``device`` within the block; None is no limit.
 
-    CUDA: of the caching allocator, the rest of the budget being CUDA's own context. CPU: of what is allocated from here
-    on, in all threads; without the C++ extension there is no limit there. Raises InputError when the device has less.
+    On CUDA the limit holds for the caching allocator, to which the budget leaves what CUDA's own context does not take.
+    On the CPU it holds for what is allocated from the block's start on, in all threads; without the C++ extension there
+    is no limit there. Raises InputError when the device has less.
     """
     if memory is None:
         yield
@@ -34,10 +35,10 @@ def capped(memory: int | None, device: torch.device) -> Iterator[None]:
 
 
 def expand_segments() -> None:
-    """Let CUDA's allocator grow its segments, before it makes the first: blocks of many sizes then leave no holes.
+    """Makes CUDA's allocator grow its segments, so that blocks of many sizes leave no holes.
 
-    The share of a process, which ``capped`` sets, holds for them too: the allocator counts the memory that it maps.
-    A user's own settings stay, and nothing is done where CUDA is in use already.
+    To be called before the allocator makes its first segment; nothing is done after that, nor where the user has
+    settings of the allocator. ``capped`` holds for such segments too: the allocator counts the memory that it maps.
     """
     given = any(name in os.environ for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
     if torch.cuda.is_available() and not torch.cuda.is_initialized() and not given:
@@ -45,6 +46,7 @@ def expand_segments() -> None:
 
 
 def reset_peak(device: torch.device) -> None:
+    """Starts ``peak`` and ``held_peak`` anew."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif (extension := find_extension()) is not None:
@@ -52,7 +54,7 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak(device: torch.device) -> int:
-    """The most that tensors took since ``reset_peak``; on the CPU of those that were made inside ``capped``."""
+    """Returns the most bytes of tensors since ``reset_peak``; on the CPU of those that were made inside ``capped``."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     extension = find_extension()
@@ -60,10 +62,10 @@ def peak(device: torch.device) -> int:
 
 
 def count(device: torch.device) -> int | None:
-    """Count from here on what the allocator of ``device`` gives, with or without a limit.
+    """Starts to count what the allocator of ``device`` gives, with or without a limit.
 
-    Returns what has to be taken off ``held_peak`` for the bytes that a budget counts: on the CPU those of tensors that
-    live already; on CUDA nothing but, with its sign turned, CUDA's context. None where nothing counts.
+    Returns the bytes to subtract from ``held_peak`` to have those that a budget counts: on the CPU the bytes of tensors
+    that live already; on CUDA minus those of the context. None where nothing counts.
     """
     device = resolve(device)
     if device.type == "cuda":
@@ -79,24 +81,32 @@ def count(device: torch.device) -> int | None:
 
 
 def held_peak(device: torch.device) -> int:
-    """The most that the allocator held since ``reset_peak``, which is what ``capped`` limits: on CUDA its free blocks
-    are part of it."""
+    """Returns the most bytes that the allocator held since ``reset_peak``, which ``capped`` limits.
+
+    On CUDA its free blocks are part of them.
+    """
     return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else peak(device)
 
 
 def context_bytes(device: torch.device) -> int:
-    """What CUDA takes for itself: used on the card and not by the allocator. Whatever runs beside us counts too."""
+    """Returns the bytes that are used on the card outside of the allocator: CUDA's own, and other processes'."""
     free, total = torch.cuda.mem_get_info(device)
     return total - free - torch.cuda.memory_reserved(device)
 
 
-def _limit_cuda(memory: int | None, device: torch.device) -> None:
+def check_memory(memory: int, device: torch.device) -> None:
+    """Raises InputError where a budget of ``memory`` bytes is above what a CUDA device has."""
     total = torch.cuda.get_device_properties(device).total_memory
+    if memory > total:
+        raise InputError(f"memory {format_size(memory)}: the device has {format_size(total)}; expected at most that")
+
+
+def _limit_cuda(memory: int | None, device: torch.device) -> None:
     if memory is None:
         torch.cuda.set_per_process_memory_fraction(1.0, device)
         return
-    if memory > total:
-        raise InputError(f"memory {format_size(memory)}: the device has {format_size(total)}; expected at most that")
+    check_memory(memory, device)
+    total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction(max(0, memory - context_bytes(device)) / total, device)
 
 

@@ -1,9 +1,9 @@
 """Parts of a training step as CUDA graphs: captured once for each shape of their inputs, replayed after that.
 
 At d = 1024 a kernel takes some 50 µs and its launch from Python about as long. A replay launches all of a step's
-kernels at once. What a captured step may not do: wait for the device (``ops.linear_cross_entropy`` needs ``counted``),
-read a number of Python's that changes from step to step, or find its gradients in another place than before. So it
-cannot stream layers, hold their inputs in host memory (tier 5) or keep gradients in 16 bits.
+kernels at once. A captured step must not wait for the device (``ops.linear_cross_entropy`` needs ``counted``), read a
+number of Python's that changes from step to step, or find its gradients in another place than before. So it cannot
+stream layers, hold their inputs in host memory (tier 5) or have gradients in 16 bits.
 
 Its inputs are packed rows, filled up so that there are few shapes: ``row_tokens`` and ``row_sentences``.
 """
@@ -19,9 +19,9 @@ from torch import Tensor
 from petl_kernels.errors import InputError
 
 MOST = 64  # shapes; the graph of each takes some megabytes of the driver's own, which no allocator counts
-WORKSPACE = 32 * 2**20  # of cuBLAS, which has one for each stream: the largest that PyTorch gives it (Hopper's)
+WORKSPACE = 32 * 2**20  # bytes that cuBLAS has for each stream: the most that PyTorch gives it (on Hopper)
 _SMALLEST = 512  # bytes that CUDA's allocator gives to a number
-_SIZES, _ALIGN = 8, 128  # lengths of rows up to the longest; tokens that all of them are multiples of
+_SIZES, _ALIGN = 8, 128  # how many lengths rows have up to the longest; the number of tokens that divides them
 
 Run = Callable[..., Tensor]
 Replay = Callable[[], None]
@@ -64,18 +64,18 @@ def graph_bytes(tokens: int) -> int:
 
 
 class CudaGraphs:
-    """Captures on ``device``. The memory of all graphs is one pool: they run one after the other.
+    """Captures graphs on ``device``, whose memory is one pool: they run one after the other.
 
-    ``reason`` says why a capture has failed, in one line; it is empty while none has. Then nothing is captured any
-    more, and what was captured before is given back.
+    reason: why a capture has failed, in one line; "" while none has. After one has failed nothing is captured any more,
+    and the graphs captured before are dropped.
     """
 
     def __init__(self, device: torch.device):
         self.device, self.reason, self._pool = device, "", None
-        self.users: list[Graphed] = []  # of the pool
+        self.users: list[Graphed] = []  # those that have graphs in the pool
 
     def capture(self, run: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
-        """(what runs it again, the tensor that its result is written to). Nothing is computed yet."""
+        """Returns (a call that runs it again, the tensor that its result is written to). Computes nothing yet."""
         with torch.cuda.device(self.device):
             if self._pool is None:
                 torch.cuda.empty_cache()  # what eager steps have left; the pool cannot use it
@@ -102,6 +102,7 @@ class CudaGraphs:
         torch.cuda.empty_cache()
 
     def give_up(self, reason: str) -> None:
+        """Drops all graphs and captures no others."""
         self.reason = reason
         self.release()
 
@@ -115,13 +116,13 @@ class CudaGraphs:
 
 
 class Graphed:
-    """``run(*inputs)``, replayed where the same shapes have come before.
+    """Calls ``run(*inputs)``, as a replay where inputs of the same shapes have come before.
 
-    run takes tensors of fixed dtypes on the recorder's device and returns a scalar; the gradients that it adds to stay
-    where they are. Inputs may be on the host, in pinned memory. The first call runs as it is: kernels are compiled and
-    checked then, which no capture could hold. Shapes beyond the first 64 run as they are. So does everything after a
-    capture that has failed, of this or of another ``Graphed`` with the same recorder. Raises torch.OutOfMemoryError and
-    InputError as ``run`` does.
+    run: takes tensors of fixed dtypes on the recorder's device and returns a scalar; the gradients that it adds to stay
+    where they are. Inputs may be on the host, in pinned memory. ``run`` itself is called the first time, when kernels
+    are compiled and checked, which no capture could hold; for shapes beyond the first 64; and always after a capture
+    has failed, of this or of another ``Graphed`` with the same recorder. Raises torch.OutOfMemoryError and InputError
+    as ``run`` does.
     """
 
     def __init__(self, run: Run, recorder: CudaGraphs):
@@ -142,18 +143,18 @@ class Graphed:
         for mine, given in zip(own, inputs, strict=True):
             mine.copy_(given, non_blocking=True)
         replay()
-        return result.clone()  # the next replay writes over it
+        return result.clone()  # the next replay overwrites it
 
     def __len__(self) -> int:
         return len(self._captured)
 
     @property
     def is_full(self) -> bool:
-        """Whether no other shape is captured, since there are as many as may be."""
+        """Returns whether as many shapes are captured as may be."""
         return len(self) >= MOST
 
     def forget(self) -> None:
-        """Drops the graphs; the next call runs as it is."""
+        """Drops the graphs; the next call runs ``run`` itself."""
         self._captured.clear()
         self._warm = False
 

@@ -1,8 +1,8 @@
-"""Weights that are pages of safetensors files: the files' headers, reading them where they lie, and writing one.
+"""Weights that are pages of memory-mapped safetensors files: finding them in files, and writing such a file.
 
-Pages come when they are read (asked for ahead), and are given back when the layer is done. While a model runs ``slots``
-layers hold memory, and a large page of the file's cache (2 MiB) at either end of each unbroken range, since the system
-maps the whole one around a byte that is read.
+The system reads pages when they are touched, or ahead when it is told, and they are given back when the layer is done.
+While a model runs ``slots`` layers hold memory, and a large page of the file's cache (2 MiB) at either end of each
+unbroken range, since the system maps the whole one around a byte that is read.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from petl_kernels.errors import InputError
 from petl_kernels.extension import extension
 from petl_kernels.files import atomic_path
-from petl_kernels.methods.base import set_parameter
+from petl_kernels.models.structure import set_parameter
 
 FILE = "frozen_layers.safetensors"
 _DTYPES = {
@@ -36,31 +36,51 @@ _PAGE = 4096
 Weights = dict[str, Tensor]  # the tensors of one layer by name
 
 
-class MappedWeights:
-    """Weights in memory-mapped files."""
+Place = tuple[Path, int, int]  # where a tensor lies: file, first byte, end
 
-    def __init__(self, weights: list[Weights], folder: str | Path | None, files: Sequence[str | Path], unread: bool):
-        places = _find_in(files, weights) if files else _find_in([_written(folder, weights)], weights)
+
+def mapped_weights(
+    weights: list[Weights], folder: str | Path | None, files: Sequence[str | Path], unread: bool
+) -> MappedWeights:
+    """Returns ``weights``, those of each layer, mapped from ``files``, or from a file in ``folder``.
+
+    The file is written unless it is there already. unread: the weights have no values yet but those of ``files``.
+    Raises InputError where the files do not have such tensors, or neither is given.
+    """
+    places = _find_in(files or [_written(folder, weights)], weights)
+    return MappedWeights(weights, places, unread)
+
+
+class MappedWeights:
+    """The weights of some layers, mapped from the ``places`` of their values in files."""
+
+    def __init__(self, weights: list[Weights], places: dict[str, Place], unread: bool):
+        self._weights, self._places, self._unread = weights, places, unread
         self._files = _map(places)
-        self._spans = [_spans(places[name] for name in own) for own in weights]  # of each layer: (path, first, last)
+        self._spans = [_spans(places[name] for name in own) for own in weights]  # of each layer
+
+    def take(self) -> None:
+        """Lets the model's tensors be the pages of the files, so that what they held is freed.
+
+        Raises InputError, with the tensors as they were, where the files hold other values.
+        """
         views = {}
-        for i, own in enumerate(weights):
+        for i, own in enumerate(self._weights):
             for name, tensor in own.items():
-                views[name] = _view(self._files, places[name], tensor)
-                if not unread and not _same(views[name], tensor):
-                    raise InputError(f"{places[name][0]}: tensor {name!r} has other values than the model's")
+                views[name] = _view(self._files, self._places[name], tensor)
+                if not self._unread and not _same(views[name], tensor):
+                    raise InputError(f"{self._places[name][0]}: tensor {name!r} has other values than the model's")
             self.use(i, [])
-        for own in weights:
+        for own in self._weights:
             for name, tensor in own.items():
                 tensor.data = views[name]
-        self._weights = weights
 
     def use(self, i: int, ahead: list[int]) -> None:
-        """Give back the pages of all layers but these, and ask for those of ``ahead``."""
+        """Gives back the pages of all layers but ``i`` and ``ahead``, and lets the system read those of ``ahead``."""
         for path, file in self._files.items():
             first = 0
-            kept = sorted(span[1:] for layer in (i, *ahead) for span in self._spans[layer] if span[0] == path)
-            for start, end in (*kept, (file.size(), file.size())):
+            needed = sorted(span[1:] for layer in (i, *ahead) for span in self._spans[layer] if span[0] == path)
+            for start, end in (*needed, (file.size(), file.size())):
                 file.drop(first, start - first)
                 first = end
         for layer in ahead:
@@ -68,12 +88,15 @@ class MappedWeights:
                 self._files[path].will_need(start, end - start)
 
     def resident_bytes(self) -> int:
+        """Returns the bytes of the files' pages that are in this process' memory."""
         return sum(file.resident(0, file.size()) for file in self._files.values())
 
     def saved(self, i: int) -> Weights:
-        return {}  # the model's own tensors have their values
+        """Returns the values of layer ``i`` that its tensors do not have: none."""
+        return {}
 
     def values(self) -> Iterable[tuple[Tensor, Tensor]]:
+        """Yields (tensor, a copy of its values in memory), one layer after the other."""
         for i, own in enumerate(self._weights):
             for tensor in own.values():
                 yield tensor, tensor.detach().clone()
@@ -81,7 +104,10 @@ class MappedWeights:
 
 
 def from_files(model: nn.Module, weights: list[Weights], files: Sequence[str | Path]) -> list[Weights]:
-    """Parameters in the place of those on the meta device, with the values in ``files``."""
+    """Puts parameters with the values in ``files`` in the place of those on the meta device; returns them.
+
+    Raises InputError without files, or where a weight is quantized.
+    """
     if not files or any(type(tensor) is not nn.Parameter for own in weights for tensor in own.values()):
         raise InputError(
             "stream_layers: the weights are on the meta device; expected the checkpoint's files, or load it"
@@ -97,17 +123,17 @@ def from_files(model: nn.Module, weights: list[Weights], files: Sequence[str | P
     return found
 
 
-def _map(places: dict[str, tuple[Path, int, int]]) -> dict[Path, object]:
+def _map(places: dict[str, Place]) -> dict[Path, object]:
     return {path: extension().MappedFile(str(path)) for path in {path for path, *_ in places.values()}}
 
 
-def _view(files: dict[Path, object], place: tuple[Path, int, int], like: Tensor) -> Tensor:
+def _view(files: dict[Path, object], place: Place, like: Tensor) -> Tensor:
     path, start, end = place
     return files[path].tensor(start, end - start).view(like.dtype).view(like.shape)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    """The same bytes."""
+    """Returns whether two tensors hold the same bytes."""
     return torch.equal(_raw(one), _raw(other).to(one.device))
 
 
@@ -115,9 +141,9 @@ def _raw(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous().flatten().view(torch.uint8)
 
 
-def _spans(places: Iterable[tuple[Path, int, int]]) -> list[tuple[Path, int, int]]:
-    """Unbroken ranges of bytes."""
-    spans: list[tuple[Path, int, int]] = []
+def _spans(places: Iterable[Place]) -> list[Place]:
+    """Returns ``places`` with neighbours joined into unbroken ranges."""
+    spans: list[Place] = []
     for path, start, end in sorted(places):
         if spans and spans[-1][0] == path and spans[-1][2] == start:
             start = spans.pop()[1]
@@ -125,8 +151,8 @@ def _spans(places: Iterable[tuple[Path, int, int]]) -> list[tuple[Path, int, int
     return spans
 
 
-def _find_in(files: Sequence[str | Path], weights: list[Weights]) -> dict[str, tuple[Path, int, int]]:
-    """Name -> (file, first byte, end) of every tensor; InputError for one that is not there as the model has it."""
+def _find_in(files: Sequence[str | Path], weights: list[Weights]) -> dict[str, Place]:
+    """Returns name -> place of every tensor. Raises InputError for one that is not there as the model has it."""
     headers = {Path(path): _read_header(Path(path)) for path in files}
     found = {}
     for name, tensor in ((name, tensor) for own in weights for name, tensor in own.items()):
@@ -146,7 +172,7 @@ def _find_in(files: Sequence[str | Path], weights: list[Weights]) -> dict[str, t
 
 
 def _read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
-    """Name -> (dtype, shape, first byte, end) of a safetensors file; InputError when it is none."""
+    """Returns name -> (dtype, shape, first byte, end) of a safetensors file. Raises InputError when it is none."""
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
@@ -169,37 +195,35 @@ def _read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...], int, int]]
 
 
 def _written(folder: str | Path | None, weights: list[Weights]) -> Path:
-    """The file in ``folder`` that has these weights: written now, unless it is there."""
+    """Returns the file in ``folder`` that has these weights; writes it unless it is there."""
     if folder is None:
         raise InputError(
             "stream_layers: expected the checkpoint's safetensors files, or a folder for a file of weights"
         )
     path = Path(folder, FILE)
-    if not _has(path, weights):
+    if not path.exists() or not _compare(path, weights):
         path.parent.mkdir(parents=True, exist_ok=True)
         _write(path, weights)
     return path
 
 
-def _has(path: Path, weights: list[Weights]) -> bool:
-    if not path.exists():
-        return False
+def _compare(path: Path, weights: list[Weights]) -> bool:
+    """Reads a file, one layer in memory at a time, and returns whether it has these weights with their values."""
     try:
         places = _find_in([path], weights)
     except InputError:
         return False
-    file = extension().MappedFile(str(path))
+    files = _map(places)
     for own in weights:
-        for name, tensor in own.items():
-            _, start, end = places[name]
-            if not _same(file.tensor(start, end - start), tensor):
-                return False
-        file.drop(0, file.size())
+        if not all(_same(_view(files, places[name], tensor), tensor) for name, tensor in own.items()):
+            return False
+        for file in files.values():
+            file.drop(0, file.size())
     return True
 
 
 def _write(path: Path, weights: list[Weights]) -> None:
-    """A safetensors file whose data start at a page; one tensor is copied at a time."""
+    """Writes a safetensors file whose data start at a page; one tensor is copied at a time."""
     ordered = _by_alignment(weights)
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         file.write(_header(ordered)[0])
@@ -208,7 +232,7 @@ def _write(path: Path, weights: list[Weights]) -> None:
 
 
 def _header(ordered: list[tuple[str, Tensor]]) -> tuple[bytes, dict[str, int]]:
-    """The first bytes of a safetensors file with these tensors, up to a page, and where each one's data start."""
+    """Returns the first bytes of a safetensors file, up to a page, and where each tensor's data start."""
     header, starts, end = {}, {}, 0
     for name, tensor in ordered:
         start, end = end, end + tensor.nbytes
@@ -220,23 +244,25 @@ def _header(ordered: list[tuple[str, Tensor]]) -> tuple[bytes, dict[str, int]]:
 
 
 class WeightFile:
-    """A safetensors file that takes the weights of a model one after the other, and gives them back as its pages.
+    """A safetensors file that takes the weights of a model one after the other, and gives them back as its pages."""
 
-    weights: name -> a tensor of the shape and dtype that it will have, on the meta device, say.
-    """
+    def __init__(self, path: Path, weights: Weights, starts: dict[str, int]):
+        self.path, self._weights, self._starts = path, weights, starts
+        self._mapped = extension().MappedFile(str(path))
 
-    def __init__(self, path: Path, weights: Weights):
-        self.path, self._weights = path, weights
+    @classmethod
+    def create(cls, path: Path, weights: Weights) -> WeightFile:
+        """Makes the file, with room for tensors of the shapes and dtypes of ``weights``, which may be meta tensors."""
         ordered = _by_alignment([weights])
-        header, self._starts = _header(ordered)
+        header, starts = _header(ordered)
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "wb") as file:
             file.write(header)
             file.truncate(len(header) + sum(tensor.nbytes for _, tensor in ordered))
-        self._mapped = extension().MappedFile(str(path))
+        return cls(path, weights, starts)
 
     def put(self, name: str, values: Tensor) -> Tensor:
-        """Write ``values`` and return them as they stand in the file."""
+        """Writes ``values`` and returns them as they stand in the file."""
         like, start = self._weights[name], self._starts[name]
         with open(self.path, "r+b") as file:
             file.seek(start)
@@ -245,6 +271,6 @@ class WeightFile:
 
 
 def _by_alignment(weights: list[Weights]) -> list[tuple[str, Tensor]]:
-    """Larger elements first, so that each tensor is aligned; among equals, layer after layer."""
+    """Returns all tensors, larger elements first, so that each is aligned; among equals, layer after layer."""
     named = [item for own in weights for item in own.items()]
     return sorted(named, key=lambda item: -item[1].element_size())

@@ -6,19 +6,19 @@ from torch import nn
 
 from petl_kernels.errors import InputError
 from petl_kernels.layers.lean import LeanLayer, narrow
-from petl_kernels.methods.base import records
+from petl_kernels.methods.owner import records
 from petl_kernels.models.structure import base_modules
 from petl_kernels.ops.quantized import STORAGES, QuantizedTensor, quantize
 
 
 def quantize_model(model: nn.Module, storage: str, tables: str | None = None) -> nn.Module:
-    """Hold the frozen weights of ``model``'s linear layers and token embeddings in ``storage``; returns the model.
+    """Holds the frozen weights of ``model``'s linear layers and token embeddings in ``storage``; returns the model.
 
     storage: "int8" or "nf4". tables: that of token embeddings and of the output projection, where it is another. Either
-    may be "dense", which leaves its weights as they are. One weight after the other, so that at most one exists twice.
-    Tied weights stay tied. As they were stay norms, biases, embeddings of positions, adapters, and every weight that is
-    trained or that an adapter of the model trains while it is active. A weight that is quantized already stays in the
-    storage it has.
+    may be "dense", which leaves its weights as they are. Weights are quantized one after the other, so that at most one
+    exists twice. Tied weights stay tied. Norms, biases, embeddings of positions and adapters are left as they are, and
+    so is every weight that is trained or that an adapter of the model trains while it is active. A weight that is
+    quantized already stays in its storage.
 
     Raises InputError: another storage, a model without a frozen weight (adapt it first, or ``requires_grad_(False)``).
     """
@@ -49,14 +49,18 @@ def _check(storage: str, tables: str | None) -> None:
 
 
 def storage_of(model: nn.Module, owners: list[nn.Module], storage: str, tables: str | None) -> str:
-    """Of the weight that ``owners`` hold: ``tables`` for one of token embeddings or of the output projection."""
+    """Returns the storage of the weight that ``owners`` hold: ``tables`` for one of ``is_table``, if given."""
+    return tables if tables is not None and is_table(model, owners) else storage
+
+
+def is_table(model: nn.Module, owners: list[nn.Module]) -> bool:
+    """Returns whether the weight that ``owners`` hold is one of token embeddings or of the output projection."""
     head = getattr(model, "lm_head", None)
-    is_table = any(isinstance(owner, nn.Embedding) or owner is head for owner in owners)
-    return tables if is_table and tables is not None else storage
+    return any(isinstance(owner, nn.Embedding) or owner is head for owner in owners)
 
 
 def quantizable(model: nn.Module) -> list[list[nn.Module]]:
-    """For each weight that can be quantized, the modules that hold it."""
+    """Returns, for each weight that can be quantized, the modules that hold it."""
     exchanged = {key for record in records(model).values() for key in record.base}
     owners: dict[int, list[nn.Module]] = {}
     refused = set()
@@ -64,13 +68,13 @@ def quantizable(model: nn.Module) -> list[list[nn.Module]]:
         for name, parameter in module.named_parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(module)
             frozen = not parameter.requires_grad and f"{path}.{name}" not in exchanged
-            if not (frozen and name == "weight" and _may_be(path, module)):
+            if not (frozen and name == "weight" and _holds_a_matrix(path, module)):
                 refused.add(id(parameter))
     return [modules for key, modules in owners.items() if key not in refused]
 
 
-def _may_be(path: str, module: nn.Module) -> bool:
-    """A linear layer, or an embedding of tokens."""
+def _holds_a_matrix(path: str, module: nn.Module) -> bool:
+    """Returns whether ``module`` is a linear layer or an embedding of tokens."""
     if isinstance(module, nn.Embedding):
         name = f"{type(module).__name__} {path.rpartition('.')[2]}".lower()
         return "position" not in name and "relative" not in name

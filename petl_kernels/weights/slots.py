@@ -1,4 +1,4 @@
-"""Weights in pinned host memory that travel into a few slots of device memory, on a stream of their own."""
+"""Weights in pinned host memory that are copied into a few slots of device memory, on a stream of their own."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ALIGNMENT = 256  # of tensors in a slot, as CUDA's own allocations have
 
 
 class SlotCopies:
-    """Pinned memory, and the copies from it into slots."""
+    """Pinned memory, and the copies from it into slots of ``device``."""
 
     def __init__(self, device: torch.device):
         self._device, self._ring = resolve(device), None
@@ -42,22 +42,29 @@ class SlotCopies:
 
 
 class Slots:
-    """Weights in pinned host memory, with slots on the device."""
+    """The weights of some layers in pinned host memory, with ``count`` slots on the device."""
 
-    def __init__(self, weights: list[Weights], slots: int, device: torch.device, copies: SlotCopies):
+    def __init__(self, weights: list[Weights], count: int, device: torch.device, copies: SlotCopies):
         self._weights, self._copies, self._device = weights, copies, device
-        self._host: list[Weights] = []
-        self._move_out()
         self._offsets = [_offsets(own.values()) for own in weights]
+        self._layer_in: list[int | None] = [None] * count
+        self._host: list[Weights] = []
+        self._memory: list[Tensor] = []
+
+    def take(self) -> None:
+        """Moves the weights into host memory and allocates the slots.
+
+        Raises InputError, with the weights where they were, for too little pinned memory.
+        """
+        self._move_out()
         size = max(offsets[-1] for offsets in self._offsets)
-        self._memory = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(slots)]
-        copies.open([memory.data_ptr() for memory in self._memory])
-        for slot in range(slots):
-            copies.release(slot)  # what had this memory before may still be at work
-        self._layer_in: list[int | None] = [None] * slots
+        self._memory = [torch.empty(size, dtype=torch.uint8, device=self._device) for _ in self._layer_in]
+        self._copies.open([memory.data_ptr() for memory in self._memory])
+        for slot in range(len(self._memory)):
+            self._copies.release(slot)  # what had this memory before may still be at work
 
     def use(self, i: int, ahead: list[int]) -> None:
-        """Layer ``i`` can be read by what the current stream gets from now on; ``ahead`` are on their way."""
+        """Makes the current stream wait for layer ``i``, and starts the copies of ``ahead``."""
         needed = (i, *ahead)
         for layer in needed:
             if layer not in self._layer_in:
@@ -65,18 +72,21 @@ class Slots:
         self._copies.acquire(self._layer_in.index(i))
 
     def resident_bytes(self) -> int:
+        """Returns the bytes of the slots."""
         return sum(memory.nbytes for memory in self._memory)
 
     def saved(self, i: int) -> Weights:
+        """Returns the values of layer ``i``, in host memory."""
         return self._host[i]
 
     def values(self) -> Iterable[tuple[Tensor, Tensor]]:
+        """Yields (tensor, a copy of its values on the device)."""
         for own, host in zip(self._weights, self._host, strict=True):
             for name, tensor in own.items():
                 yield tensor, host[name].to(self._device, copy=True)
 
     def _move_out(self) -> None:
-        """Layer after layer, so that host memory never holds the weights twice."""
+        """Moves layer after layer, so that host memory never holds the weights twice."""
         before = next(iter(self._weights[0].values())).device
         try:
             for i, own in enumerate(self._weights):
@@ -117,7 +127,7 @@ class Slots:
 
 
 def _offsets(tensors: Iterable[Tensor]) -> list[int]:
-    """Where each tensor starts in a slot, and where the last one ends."""
+    """Returns the bytes at which each tensor starts in a slot, and the one at which the last ends."""
     offsets = [0]
     for tensor in tensors:
         offsets.append(offsets[-1] + -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT)

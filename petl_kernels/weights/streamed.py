@@ -3,30 +3,31 @@
 ``stream_layers(model)`` takes the frozen weights of a model's layers out of (device) memory. When a layer runs, forward
 or backward, its weights are there and those of the next layers are on their way; ``slots`` layers at most hold memory.
 Trained parameters, norms, biases, embeddings and the output projection stay where they are: biases and norms are about
-a thousandth of a layer's bytes, and what other adapters train.
+a thousandth of a layer's bytes, and other adapters train them.
 
     CPU     weights are pages of a memory-mapped safetensors file, the checkpoint's own or one that is written once.
-            Pages come when they are read (asked for ahead), and are given back when the layer is done.
+            The system reads pages ahead of their use, and they are given back when the layer is done.
     CUDA    weights are in pinned host memory. Copies run on a stream of their own into device slots as large as the
             largest layer; the compute stream waits for a copy by event, and a copy for the last use of its slot.
 
-Order of use: encoder layers, decoder layers, and back. Hooks on the layer tell when it starts: a forward pre-hook, and
+Order of use: encoder layers, decoder layers, and back. Hooks on the layer run when it starts: a forward pre-hook, and
 in backward a pre-hook on the autograd node that made the layer's output. Everything of the layer's graph comes after
-that node, what checkpoints and recipes compute again too (tiers 1 to 5), and all of it runs before the next layer's
-node: of the nodes that are ready, autograd takes the last made first. PyTorch's module backward hooks would do as well,
+that node, and so does what checkpoints and recipes recompute (tiers 1 to 5); all of it runs before the next layer's
+node, since autograd takes the last made of the nodes that are ready. PyTorch's module backward hooks would do as well,
 but put a node of their own around the layer's inputs and outputs.
 
-Why the storage of a weight stays one object: autograd keeps weights from forward to backward, some as the parameter
-itself, some as views (``F.linear`` keeps Wᵀ), and the hooks of lean layers as detached aliases. Assigning ``.data``
-would reach the first kind only, and the others would read a slot that holds another layer by then. All of them share
-the weight's storage, so it is the storage's address that changes (as FSDP resizes storages to nothing and back), behind
-the version counters, which therefore still notice changes of the values. On the CPU not even the address changes.
-Reading a weight that is out of the device raises an error that names it.
+The storage of a weight stays one object: autograd keeps weights from forward to backward, some as the parameter itself,
+some as views (``F.linear`` keeps Wᵀ), and the hooks of lean layers as detached aliases. Assigning ``.data`` would reach
+the first kind only, and the others would read a slot that holds another layer by then. All of them share the weight's
+storage, so it is the storage's address that changes (as FSDP resizes storages to nothing and back), behind the version
+counters, which therefore still notice changes of the values. On the CPU not even the address changes. Reading a weight
+that is out of the device raises an error that names it.
 
-A weight may be quantized, a parameter that holds several plain tensors: ``plain_tensors``.
+A quantized weight is streamed as the plain tensors that hold it.
 
-``state_dict`` has the weights (on CUDA: those in host memory). Not while streamed: loading a state dict, deep copies,
-merging on CUDA, switching to an adapter that trains streamed weights; ``unstream`` puts everything back.
+``state_dict`` has the weights (on CUDA those in host memory). While a model is streamed it refuses to load a state
+dict, to be copied, to be merged on CUDA, and to switch to an adapter that trains streamed weights; ``unstream`` puts
+everything back.
 """
 
 from __future__ import annotations
@@ -43,15 +44,17 @@ from petl_kernels.device import resolve
 from petl_kernels.errors import InputError
 from petl_kernels.extension import extension
 from petl_kernels.layers.lean import narrow
+from petl_kernels.methods.owner import own, owner
 from petl_kernels.models.structure import Layer, describe
-from petl_kernels.weights.mapped import MappedWeights, Weights, from_files
+from petl_kernels.ops.quantized import parts_of
+from petl_kernels.weights.mapped import MappedWeights, Weights, from_files, mapped_weights
 from petl_kernels.weights.slots import SlotCopies, Slots
 
 
 def copies_hide(
     layer_bytes: int, tokens: int, flops_per_token: float, pcie_bytes_per_s: float, flops_per_s: float
 ) -> bool:
-    """Whether the copy of a layer takes no longer than the matrix work of the layer before it:
+    """Returns whether the copy of a layer takes no longer than the matrix work of the layer before it:
 
         layer_bytes / pcie_bytes_per_s  <=  tokens · flops_per_token / flops_per_s
 
@@ -62,12 +65,6 @@ def copies_hide(
     return layer_bytes / pcie_bytes_per_s <= tokens * flops_per_token / flops_per_s
 
 
-def plain_tensors(parameter: Tensor) -> list[Tensor]:
-    """The tensors that hold the values of ``parameter``: itself, or what its ``parts()`` returns."""
-    parts = getattr(parameter, "parts", None)
-    return [parameter] if parts is None else list(parts())
-
-
 def stream_layers(
     model: nn.Module,
     layers: Sequence[str] | None = None,
@@ -76,7 +73,7 @@ def stream_layers(
     files: Sequence[str | Path] = (),
     device: torch.device | str | None = None,
 ) -> Streamed:
-    """Stream the frozen weights of ``layers`` (paths as in ``describe(model)``; None for all), in place.
+    """Streams the frozen weights of ``layers`` (paths as in ``describe(model)``; None for all), in place.
 
     slots: how many layers hold memory at once, at least 2: the one in use and the next.
     folder, files: for the CPU. The weights are read from ``files`` (safetensors, the checkpoint that the model came
@@ -90,7 +87,7 @@ def stream_layers(
     """
     if isinstance(slots, bool) or not isinstance(slots, int) or slots < 2:
         raise InputError(f"slots {slots!r}: expected a whole number of at least 2")
-    if getattr(model, "petl_streamed", None) is not None:
+    if owner(model).streamed is not None:
         raise InputError("stream_layers: the model is streamed already, unstream it first")
     chosen = _chosen_layers(model, layers)
     for layer in chosen:
@@ -101,12 +98,15 @@ def stream_layers(
     if unread:
         weights, home = from_files(model, weights, files), torch.device("cpu")
     store = _store(weights, slots, home if device is None else resolve(device), folder, files, unread)
-    return Streamed(model, chosen, weights, slots, store)
+    store.take()
+    streamed = Streamed(model, chosen, weights, slots, store)
+    streamed.attach()
+    return streamed
 
 
 def unstream(model: nn.Module) -> nn.Module:
-    """Put the weights of a streamed model back into memory; returns the model."""
-    streamed = getattr(model, "petl_streamed", None)
+    """Puts the weights of a streamed model back into memory; returns the model. Raises InputError for another one."""
+    streamed = owner(model).streamed
     if streamed is None:
         raise InputError("unstream: the model is not streamed")
     streamed.unstream()
@@ -114,7 +114,7 @@ def unstream(model: nn.Module) -> nn.Module:
 
 
 class Streamed:
-    """A model's streamed layers, in ``model.petl_streamed``; ``layer_bytes`` is the largest one's."""
+    """A model's streamed layers, in ``model.petl.streamed``. bytes: of them all; layer_bytes: of the largest."""
 
     def __init__(
         self, model: nn.Module, layers: list[Layer], weights: list[Weights], slots: int, store: MappedWeights | Slots
@@ -123,22 +123,28 @@ class Streamed:
         sizes = [sum(tensor.nbytes for tensor in own.values()) for own in weights]
         self.bytes, self.layer_bytes = sum(sizes), max(sizes)
         self._model, self._weights, self._store = model, weights, store
-        self._versions = [tensor._version for tensor in self._tensors()]
         self._decoder = next((i for i, layer in enumerate(layers) if layer.side == "decoder"), 0)
+        self._versions: list[int] = []
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def attach(self) -> None:
+        """Puts the hooks on the model that bring weights and take them away."""
+        self._versions = [tensor._version for tensor in self._tensors()]
         self._handles = [handle for i, path in enumerate(self.paths) for handle in self._hook(i, path)]
-        model.petl_streamed = self
+        own(self._model).streamed = self
 
     def resident_bytes(self) -> int:
-        """CPU: bytes of the files' pages that are in this process' memory now. CUDA: bytes of the slots."""
+        """Returns on the CPU the bytes of the files' pages in this process' memory, on CUDA those of the slots."""
         return 0 if self._store is None else self._store.resident_bytes()
 
     def unstream(self) -> None:
+        """Takes the hooks off and puts the weights back."""
         for handle in self._handles:
             handle.remove()
         for tensor, values in self._store.values():
             tensor.data = values
         self._store = None
-        del self._model.petl_streamed
+        own(self._model).streamed = None
 
     def __reduce_ex__(self, protocol):
         raise InputError("a streamed model: unstream it before it is copied or pickled")
@@ -164,7 +170,7 @@ class Streamed:
         self._store.use(i, list(islice(self._next(i, backward), self.slots - 1)))
 
     def _next(self, i: int, backward: bool) -> Iterable[int]:
-        """The layers in the order in which they will be needed after layer ``i``, each once."""
+        """Returns the layers in the order in which they will be needed after layer ``i``, each once."""
         up, down = range(i + 1, len(self.paths)), range(i - 1, -1, -1)
         if backward:
             order = chain(down, up)  # after the first layer comes the next step's forward pass
@@ -184,7 +190,7 @@ class Streamed:
         return (tensor for own in self._weights for tensor in own.values())
 
     def _saved(self, i: int, path: str, layer: nn.Module, state: dict, prefix: str, metadata) -> None:
-        """What a state dict has for weights that are out of the device: those in host memory."""
+        """Gives a state dict the values in host memory for weights that are out of the device."""
         for name, values in self._store.saved(i).items():
             key = prefix + name.removeprefix(f"{path}.")
             if key in state:
@@ -213,7 +219,7 @@ def _chosen_layers(model: nn.Module, paths: Sequence[str] | None) -> list[Layer]
 
 
 def _frozen_weights(model: nn.Module, layer: Layer) -> Weights:
-    """The layer's frozen linear weights that no module outside of the layer reads."""
+    """Returns the tensors of the layer's frozen linear weights that no other module reads."""
     inside = {f"{path}.weight" for block in (*layer.attentions, layer.ffn) for path in block.linears}
     holders: dict[int, int] = {}
     for _, parameter in model.named_parameters(remove_duplicate=False):
@@ -223,7 +229,7 @@ def _frozen_weights(model: nn.Module, layer: Layer) -> Weights:
         parameter = model.get_parameter(name)
         if parameter.requires_grad or holders[id(parameter)] > 1:
             continue
-        tensors = plain_tensors(parameter)
+        tensors = parts_of(parameter)
         found.update({name: tensors[0]} if tensors[0] is parameter else _numbered(name, tensors))
     if not found:
         raise InputError(f"layer {layer.path!r}: no frozen weight in it, so there is nothing to stream")
@@ -251,9 +257,9 @@ def _store(
     files: Sequence[str | Path],
     unread: bool,
 ) -> MappedWeights | Slots:
-    """``unread``: the weights are the files' own, with nothing in memory yet."""
+    """Returns a place for the weights of layers on ``device``. unread: they have no values yet but the files'."""
     if device.type == "cpu":
-        return MappedWeights(weights, folder, files, unread)
+        return mapped_weights(weights, folder, files, unread)
     if device.type != "cuda" or not hasattr(extension(), "SlotRing"):
         raise InputError(
             f"stream_layers: device {str(device)!r}, expected the CPU, or CUDA and an extension built for it"

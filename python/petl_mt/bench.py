@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import importlib.util
 import os
 import re
 import sys
@@ -18,22 +19,19 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 FAILED, INTERRUPTED, WRONG_USAGE, NOTHING_MATCHES = 1, 2, 4, 5  # pytest's exit codes
 EXAMPLES = """examples:
   petl-mt bench ops layers --peers
-      into bench/results/<device>/: ops.json, layers.json, report.html
+      medians into bench/results/<device>/medians.csv, every sample into raw/ there, and report.html
   petl-mt bench ops --only "lora_linear and bfloat16"
       into bench/results/<device>/part/
   petl-mt bench report [DIR]
-      report.html again, from the JSON files in DIR
+      report.html again, from the medians.csv in DIR, or its JSON files
   petl-mt bench compare A.json B.json
-      what became slower; exit code 1 when something of ours did
+      what became slower; exit code 1 when something of ours did. A medians.csv has the last runs of its device,
+      medians.csv@COMMIT those of a commit
 """
 
 
-def add_parser(commands) -> None:
-    """Add the command ``bench`` to the program."""
-    parser = commands.add_parser(
-        "bench", help="benchmarks", epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.set_defaults(run=_command)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog, parser.formatter_class = EXAMPLES, argparse.RawDescriptionHelpFormatter
     what = parser.add_argument_group("what")
     told = "folders of bench/ to time, or report [DIR], or compare A.json B.json (default: ops)"
     what.add_argument("words", nargs="*", default=["ops"], metavar="ops|layers|step|host|report|compare", help=told)
@@ -45,7 +43,7 @@ def add_parser(commands) -> None:
     how.add_argument("--threshold", metavar="N%", help=told)
 
 
-def _command(arguments: argparse.Namespace) -> int:
+def run_command(arguments: argparse.Namespace) -> int:
     what, rest = arguments.words[0], arguments.words[1:]
     if what not in ("report", "compare"):
         _refuse(arguments, "compare", "threshold")
@@ -55,21 +53,22 @@ def _command(arguments: argparse.Namespace) -> int:
         _refuse(arguments, "ops, layers and step", "device")
         if len(rest) != 2:
             raise InputError(f"compare: {len(rest)} files; expected two, A.json B.json")
-        return _module("compare").compare(*rest, _fraction(arguments.threshold or "5%"))
+        return _module("show.compare").compare(*rest, _fraction(arguments.threshold or "5%"))
     _refuse(arguments, "compare", "threshold")
     if len(rest) > 1:
         raise InputError(f"report: {len(rest)} folders; expected one at most")
     folder = Path(rest[0]) if rest else _results(_device(arguments.device))
-    print(f"written: {_module('report').write(folder)}", file=sys.stderr)
+    print(f"written: {_module('show.report').write(folder)}", file=sys.stderr)
     return 0
 
 
 def run(what: Sequence[str], device: str | None = None, peers: bool = False, only: str | None = None) -> int:
     """Run the benchmarks of the folders ``what`` of ``bench/`` and write what they measured.
 
-    A complete run becomes ``bench/results/<device>/<what>.json``, and ``report.html`` beside it is made anew. What is
-    not the whole stays apart, in the folder ``part`` there, and leaves the file of the last complete run: a run with
-    ``only`` (an expression over names, pytest's ``-k``), one that was interrupted, one in which a benchmark failed.
+    A complete run becomes ``bench/results/<device>/raw/<what>.json``, its medians are added to ``medians.csv`` in the
+    device's folder, and ``report.html`` there is made anew. What is not the whole stays apart, in the folder ``part``,
+    and leaves the rest as it was: a run with ``only`` (an expression over names, pytest's ``-k``), one that was
+    interrupted, one in which a benchmark failed.
 
     Returns 0, 1 when a benchmark failed, 130 when interrupted. Raises InputError where there is no checkout, no such
     folder or device, or when nothing matches ``only``.
@@ -84,7 +83,7 @@ def run(what: Sequence[str], device: str | None = None, peers: bool = False, onl
         code, timed = _measure(folder, part, options, names)
         codes.append(code)
         if timed and code == 0 and not only:
-            os.replace(part, results / part.name)
+            _keep(part, results)
             written.append(results)
         elif timed and code in (0, FAILED, INTERRUPTED):
             print(f"not the whole of bench {folder.name}: {part}", file=sys.stderr)
@@ -92,13 +91,21 @@ def run(what: Sequence[str], device: str | None = None, peers: bool = False, onl
         if code == INTERRUPTED:
             break
     for folder in dict.fromkeys(written):
-        print(f"written: {_module('report').write(folder)}", file=sys.stderr)
+        print(f"written: {_module('show.report').write(folder)}", file=sys.stderr)
     if only and WRONG_USAGE in codes:
         raise InputError(f"--only {only!r}: expected names joined by and, or, not, as pytest's -k has them")
     if set(codes) == {NOTHING_MATCHES}:
         filtered = f" for --only {only!r}{names.near(only)}" if only else ""
         raise InputError(f"{' '.join(what)}: nothing to time{filtered}{'' if peers else '; peers need --peers'}")
     return 130 if INTERRUPTED in codes else 0 if set(codes) <= {0, NOTHING_MATCHES} else 1
+
+
+def _keep(part: Path, results: Path) -> None:
+    """Moves a complete run to the raw results of its device, and adds its medians to the table."""
+    path = results / "raw" / part.name
+    path.parent.mkdir(exist_ok=True)
+    os.replace(part, path)
+    _module("show.medians").add(results, _module("show.raw").load(path))
 
 
 class _Names:
@@ -160,21 +167,20 @@ def _device(name: str | None) -> str:
 
 
 def _results(device: str) -> Path:
-    """Of the device: "cpu", or the card's name."""
-    import torch
-
-    name = torch.cuda.get_device_name().replace(" ", "-").lower() if device == "cuda" else "cpu"
-    return CHECKOUT / "bench" / "results" / name
+    """Returns the folder of the device's results."""
+    return _module("where").results_of(device)
 
 
 def _module(name: str) -> ModuleType:
-    """A module of ``bench/``, whose files import one another by their plain names, as its benchmarks do."""
-    folder = str(CHECKOUT / "bench")
-    if not (CHECKOUT / "bench" / f"{name}.py").exists():
-        raise InputError(f"{name}: no bench/{name}.py beside the package; run it from a checkout")
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    return importlib.import_module(name)
+    """Returns a module of the checkout's package ``bench``, which is not installed and need not be on the path."""
+    package = CHECKOUT / "bench" / "__init__.py"
+    if not package.exists():
+        raise InputError(f"{name}: no folder bench/ beside the package; run it from a checkout")
+    if getattr(sys.modules.get("bench"), "__file__", None) != str(package):
+        places = [str(package.parent)]
+        spec = importlib.util.spec_from_file_location("bench", package, submodule_search_locations=places)
+        sys.modules["bench"] = importlib.util.module_from_spec(spec)
+    return importlib.import_module(f"bench.{name}")
 
 
 def _fraction(text: str) -> float:

@@ -1,4 +1,4 @@
-"""What is refused before any work: launchers, files that are one, text that has changed, outputs without a place."""
+"""Checks before any work: launchers, files that are one, text that has changed, outputs without a place."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from petl_kernels.errors import InputError
-from petl_kernels.files import atomic_write
 from petl_kernels.units import format_least, format_size
 
 from .config import Pair, TrainConfig
 
-# How launchers tell a process how many of it there are: torchrun and accelerate, Open MPI, MPICH, MVAPICH.
+# Variables in which launchers keep the number of processes: torchrun and accelerate, Open MPI, MPICH, MVAPICH.
 COUNTS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
-AT_ONCE = 2**22
+AT_ONCE = 2**22  # bytes that are read at once
 
 
 def check_one_process() -> None:
+    """Raises InputError in a process of a launcher that has started several."""
     for name in COUNTS:
         count = os.environ.get(name, "")
         if count.isdigit() and int(count) > 1:
@@ -33,7 +33,7 @@ def check_one_process() -> None:
 
 
 def check_files(config: TrainConfig) -> list[str]:
-    """Refuse a training pair whose two sides are one file; returns lines on other files that are given twice."""
+    """Raises InputError for a training pair of one file; returns lines on other files that are given twice."""
     for pair in config.train:
         check_two_files(pair)
     lines = [
@@ -54,7 +54,7 @@ def check_files(config: TrainConfig) -> list[str]:
 
 
 def little_effect(config: TrainConfig) -> list[str]:
-    """Lines on options of which a run of so many steps sees little; ``config`` is resolved."""
+    """Returns lines on options with little effect in a run of so many steps; ``config`` has all defaults filled in."""
     lines = []
     if config.warmup >= config.steps > 1:
         lines.append(
@@ -68,6 +68,7 @@ def little_effect(config: TrainConfig) -> list[str]:
 
 
 def check_two_files(pair: Pair) -> None:
+    """Raises InputError where source and target are one file."""
     if _same(pair.source, pair.target):
         raise InputError(f"{pair.source}: given as source and as target; expected two files")
 
@@ -88,7 +89,7 @@ def _same(one: str | Path, other: str | Path) -> bool:
 
 
 def names_of(pairs: Sequence[Pair]) -> list[str]:
-    """A name for each: that of its languages, with a number where several have those."""
+    """Returns a name for each pair: that of its languages, with a number where several pairs have the same."""
     count, seen, names = Counter(pair.name for pair in pairs), Counter(), []
     for pair in pairs:
         seen[pair.name] += 1
@@ -97,13 +98,13 @@ def names_of(pairs: Sequence[Pair]) -> list[str]:
 
 
 def text_sums(config: TrainConfig) -> dict[str, dict]:
-    """Size and SHA-256 of each file of text that the run reads."""
+    """Returns {"bytes", "sha256"} of each file of text that the run reads, by path."""
     files = [path for pair in [*config.train, *config.valid] for path in (pair.source, pair.target)]
     return {path: file_sum(path) for path in dict.fromkeys([*files, *config.vocab_text])}
 
 
 def file_sum(path: str | Path) -> dict:
-    """{"bytes", "sha256"} of a file. InputError where it cannot be read."""
+    """Returns {"bytes", "sha256"} of a file. Raises InputError where it cannot be read."""
     total, size = hashlib.sha256(), 0
     try:
         with open(path, "rb") as file:
@@ -116,7 +117,7 @@ def file_sum(path: str | Path) -> dict:
 
 
 def check_same_text(path: Path, now: dict[str, dict]) -> None:
-    """Refuse text other than that of which ``write_text_sums`` has written the sums to ``path``."""
+    """Raises InputError where the sums ``now`` differ from those that the JSON file ``path`` has."""
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
         before = {str(name): {"bytes": sums["bytes"], "sha256": sums["sha256"]} for name, sums in before.items()}
@@ -131,14 +132,8 @@ def check_same_text(path: Path, now: dict[str, dict]) -> None:
             raise InputError(f"{name}: has changed since the run began ({sizes}); expected the text of the run")
 
 
-def write_text_sums(path: Path, sums: dict[str, dict]) -> None:
-    with atomic_write(path) as file:
-        json.dump(sums, file, indent=1, ensure_ascii=False)
-        file.write("\n")
-
-
 def check_folder(name: str, folder: str | Path) -> None:
-    """Refuse a folder that cannot be made, or written to."""
+    """Raises InputError for a folder that cannot be made, or written to; ``name`` is its option."""
     place = _existing(Path(folder))
     if not place.is_dir():
         raise InputError(f"{name} {folder}: {place} is no folder; expected one")
@@ -146,7 +141,10 @@ def check_folder(name: str, folder: str | Path) -> None:
 
 
 def check_file(name: str, path: str | Path, inputs: Sequence[str | Path] = (), size: int = 0) -> None:
-    """Refuse a file that cannot be written, is one of ``inputs``, or whose disk has less than ``size`` bytes left."""
+    """Raises InputError for a file that cannot be written, or that is one of ``inputs``; ``name`` is its option.
+
+    size: the bytes that its disk needs to have free.
+    """
     path = Path(path)
     if path.exists() and not path.is_file() and not path.is_dir():
         return  # a device or a pipe
@@ -162,7 +160,7 @@ def check_file(name: str, path: str | Path, inputs: Sequence[str | Path] = (), s
 
 
 def check_space(name: str, folder: str | Path, need: int, what: str) -> None:
-    """Refuse a disk with less than ``need`` bytes free."""
+    """Raises InputError for a disk with less than ``need`` bytes free; ``what`` will be written there."""
     free = shutil.disk_usage(_existing(Path(folder))).free
     if free < need:
         raise InputError(
@@ -175,7 +173,7 @@ def _existing(path: Path) -> Path:
 
 
 def _try_to_write(name: str, path: str | Path, folder: Path) -> None:
-    """Writes to a file without a name, of which nothing is left behind."""
+    """Writes to a file without a name, so that nothing is left behind."""
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"x")

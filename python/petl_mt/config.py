@@ -1,4 +1,8 @@
-"""What a training run is told: one dataclass, read from flags, from YAML, or made in Python."""
+"""The configuration of a training run: one dataclass, read from flags, from YAML, or made in Python.
+
+A field of ``TrainConfig`` has its default, its help with the unit, and its name for a value in one place; the flags of
+``petl-mt``, their help and the keys of a YAML file follow from the fields.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +10,15 @@ import dataclasses
 import difflib
 import importlib.util
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
-
-import yaml
 
 from petl_kernels import versions
 from petl_kernels.errors import InputError
+from petl_kernels.units import parse_size
+
+from .config_file import LANGUAGE_KEYS, typed
 
 OF_A_NEW_MODEL = ("vocab_size", "vocab_text", "character_coverage", "d_model", "layers", "ffn", "heads")
 COUNTS = ("steps", "batch_tokens", "accumulate", "max_length", "beam", "d_model", "layers", "vocab_size")
@@ -22,34 +26,33 @@ COUNTS += ("ffn", "heads", "eval_every", "patience")
 SCHEDULES = ("inverse-sqrt", "linear", "polynomial")
 PRECISIONS = ("fp32", "bf16")
 OPTIMIZERS = ("adamw", "adamw8bit")
+APPROXIMATIONS = "quantized (frozen weights in 8 or 4 bits), 8bit-optimizer, bf16-gradients"
 UNCAPTURED = {  # tiers that no CUDA graph holds, and why
     0: "CUDA graphs take packed rows, which lean layers alone read",
     5: "a CUDA graph holds no inputs in host memory",
 }
 
-# Peak learning rates for a model of width 1,024, where full fine-tuning wants 3e-5 (fairseq's mBART recipe). What
-# starts at zero beside a frozen base wants 10 to 30 times that, single vectors and prefixes more still. Adam's best
-# rate falls with the width, so `default_lr` multiplies by 1024 / d_model.
-LEARNING_RATES = {
-    "full": 3e-5,
-    "cross-attention": 1e-4,
-    "adapter": 5e-4,
-    "adapter-sublayer": 5e-4,
-    "pfeiffer": 5e-4,
-    "parallel": 5e-4,
-    "lora": 5e-4,
-    "bitfit": 1e-3,
-    "bitfit-biases": 1e-3,
-    "ln": 1e-3,
-    "prefix": 1e-3,
-    "ia3": 3e-3,
-}
 NEW_MODEL_LEARNING_RATE = 5e-4  # at width 512, the transformer's usual rate with inverse-sqrt decay
+
+
+def option(
+    default: Any, help: str, metavar: str | tuple[str, ...] = "", otherwise: str = "", joined: bool = False
+) -> Any:
+    """Returns a field of ``TrainConfig`` with its texts as metadata: "help", "metavar", "default" and "joined".
+
+    help: the meaning and the unit; {methods} stands for the names of all methods. metavar: the name of the value in
+    ``--help``. otherwise: the default in words, where the value alone does not tell it. joined: the flag takes a list
+    as one word, with commas. A list, dict or other callable default is called for each configuration.
+    """
+    metadata = {"help": help, "metavar": metavar, "default": otherwise, "joined": joined}
+    if callable(default):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two files aligned line by line, and their languages."""
+    """Two files that are aligned line by line, and their languages."""
 
     src_lang: str
     tgt_lang: str
@@ -63,59 +66,104 @@ class Pair:
 
 @dataclass
 class TrainConfig:
-    """Everything that decides a run. ``None`` means: the default of the method or model, see ``resolve``."""
+    """Everything that decides a run. ``None`` stands for the default of the method or of the model, see ``resolve``."""
 
-    model: str = ""  # folder, hub id, or "new"
-    out: str = ""
-    train: list[Pair] = field(default_factory=list)
-    valid: list[Pair] = field(default_factory=list)
+    model: str = option("", "checkpoint folder, hub id, or new: train from scratch", "DIR|ID|new")
+    out: str = option("", "folder for the run, made if it is not there", "DIR")
+    train: list[Pair] = option(list, "two text files to train on, a sentence a line, aligned; gzip too", ("SRC", "TGT"))
+    valid: list[Pair] = option(
+        list, "two text files that choose the best checkpoint and are scored", ("SRC", "TGT"), otherwise="none"
+    )
 
     # --model new
-    vocab_size: int = 8000
-    vocab_text: list[str] = field(default_factory=list)  # further text for the vocabulary only
-    character_coverage: float = 0.9999
-    d_model: int = 512
-    layers: int = 6  # encoder layers, and as many decoder layers
-    ffn: int | None = None  # 4 * d_model
-    heads: int | None = None  # d_model / 64
+    vocab_size: int = option(8000, "pieces of the vocabulary that is learnt from the text")
+    vocab_text: list[str] = option(list, "more text, for the vocabulary only", "FILE", otherwise="none")
+    character_coverage: float = option(0.9999, "share of the text's characters in the vocabulary", "SHARE")
+    d_model: int = option(512, "width: values a token")
+    layers: int = option(6, "encoder layers, and as many decoder layers")
+    ffn: int | None = option(None, "hidden units of a feed-forward block", otherwise="4 times --d-model")
+    heads: int | None = option(None, "attention heads", otherwise="--d-model / 64")
 
-    method: str | None = None  # "full" for a new model, "adapter" for any other
-    params: str | int | float | None = None  # "10%", "2M", 0.1
-    method_args: dict[str, Any] = field(default_factory=dict)
+    method: str | None = option(
+        None,
+        "what is trained: {methods}; see petl-mt methods",
+        "NAME",
+        otherwise="adapter; full for a new model",
+    )
+    params: str | int | float | None = option(
+        None,
+        "size of the method in trained parameters: 10% of the model's, or 2M",
+        "BUDGET",
+        otherwise="the method's own size",
+    )
+    method_args: dict[str, Any] = option(
+        dict, "settings of the method, such as {rank: 16}; `petl-mt methods` has them", otherwise="none"
+    )
 
-    steps: int = 10_000
-    batch_tokens: int = 4096  # padded tokens of the longer side, in one batch
-    accumulate: int = 1  # batches to one update
-    max_length: int = 256  # tokens; longer pairs are left out, and counted
-    memory: str | None = None  # a plan is made for that many bytes, see petl_kernels.plan
-    plan: str | None = None  # a plan's file, in place of one that is made
-    allow: list[str] = field(default_factory=list)  # approximations that a plan may use
-    tier: int | None = None  # how little the layers keep for backward, see petl_kernels.lean; 1, or the plan's choice
+    steps: int = option(10_000, "updates of the parameters")
+    batch_tokens: int = option(4096, "tokens of a batch, padding included, on its longer side")
+    accumulate: int = option(1, "batches to one update")
+    max_length: int = option(256, "longest sentence, in tokens; longer pairs are left out, and counted")
+    memory: str | None = option(
+        None,
+        "bytes that all of it may take, such as 8GiB; docs/TROUBLESHOOTING.md says what counts",
+        "SIZE",
+        otherwise="no limit",
+    )
+    plan: str | None = option(None, "a plan of petl-mt plan --json", "FILE", otherwise="one is made now")
+    allow: list[str] = option(
+        list, f"what a plan may round: {APPROXIMATIONS}", "NAMES", otherwise="nothing", joined=True
+    )
+    tier: int | None = option(
+        None,
+        "how little layers keep for the backward pass: 1 to 5, 0 for the model's own layers",
+        otherwise="1, or the choice of the plan",
+    )
+    cuda_graphs: bool | None = option(
+        None,
+        "capture steps once for each shape of their rows, and replay them",
+        otherwise="on a CUDA device, where that can be",
+    )
+    optimizer: str = option("adamw", "adamw8bit keeps 2 bytes a parameter in the place of 8", "adamw|adamw8bit")
+    lr: float | None = option(None, "highest learning rate", otherwise="by method and width")
+    schedule: str | None = option(
+        None,
+        "how the rate falls: inverse-sqrt, linear or polynomial",
+        "NAME",
+        otherwise="linear; inverse-sqrt for a new model",
+    )
+    warmup: int | None = option(
+        None, "updates during which the rate rises", otherwise="a tenth of --steps, 4000 at most"
+    )
+    label_smoothing: float = option(0.1, "share of the target that is spread over all words")
+    dropout: float | None = option(
+        None, "share of values that are dropped", otherwise="the model's own; 0.1 for a new one"
+    )
+    attention_dropout: float | None = option(
+        None, "share of attention weights that are dropped", otherwise="the model's own"
+    )
+    clip: float = option(1.0, "largest norm of the gradient; 0: no clipping")
+    weight_decay: float = option(0.0, "AdamW's decay of matrices, a unit of learning rate")
+    betas: tuple[float, float] = option((0.9, 0.98), "AdamW's decay of its two moments", ("B1", "B2"))
+    precision: str = option("fp32", "dtype of matrix products and frozen matrices", "fp32|bf16")
+    seed: int = option(1, "seed of order, dropout and what starts at random")
 
-    # steps are captured once for each shape of their rows, and replayed; None: on a CUDA device, where that can be
-    cuda_graphs: bool | None = None
-    optimizer: str = "adamw"  # or adamw8bit: moments rounded to 8 bits, by bitsandbytes
-    lr: float | None = None
-    schedule: str | None = None  # inverse-sqrt for a new model, linear for any other
-    warmup: int | None = None  # steps / 10, at most 4,000
-    label_smoothing: float = 0.1
-    dropout: float | None = None  # the model's own; 0.1 for a new one
-    attention_dropout: float | None = None
-    clip: float = 1.0  # 0 switches it off
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.98)
-    precision: str = "fp32"
-    seed: int = 1
-
-    eval_every: int | None = None  # steps / 10
-    patience: int | None = None  # evaluations without a better validation loss before stopping
-    beam: int = 5
-    bleu_tokenize: str | None = None  # sacreBLEU's tokenizer; None chooses by target language
-    tensorboard: bool = False
+    eval_every: int | None = option(
+        None, "updates between two evaluations, which also save", otherwise="a tenth of --steps"
+    )
+    patience: int | None = option(
+        None, "evaluations without a better validation loss that end the run", otherwise="no end before --steps"
+    )
+    beam: int = option(5, "beams of the search")
+    bleu_tokenize: str | None = option(
+        None, "sacreBLEU's tokenizer", "NAME", otherwise="by target language; 13a for most"
+    )
+    tensorboard: bool = option(False, "write metrics for TensorBoard, too", otherwise="off")
 
     def __post_init__(self) -> None:
-        self.train = [_pair(item, self, "train") for item in self.train]
-        self.valid = [_pair(item, self, "valid") for item in self.valid]
+        self.train, self.valid = (
+            [item if isinstance(item, Pair) else Pair(**item) for item in pairs] for pairs in (self.train, self.valid)
+        )
         self.betas = tuple(self.betas)
 
     @property
@@ -123,7 +171,7 @@ class TrainConfig:
         return self.model == "new"
 
     def check(self) -> None:
-        """Refuse what can be refused without reading a file."""
+        """Raises InputError for what is wrong whatever the files hold."""
         _need(bool(self.model), "model: not given; expected a folder, a hub id, or new")
         _need(bool(self.out), "out: not given; expected a folder to write the run to")
         _need(bool(self.train), "train: not given; expected a source file and a target file")
@@ -141,7 +189,7 @@ class TrainConfig:
             require_bitsandbytes("allow 8bit-optimizer")
 
     def check_settings(self) -> None:
-        """Refuse wrong numbers and names, whatever the model and the text are."""
+        """Raises InputError for wrong numbers and names, whatever the model and the text are."""
         _need(
             not (self.is_new and self.method not in (None, "full")),
             f"method {self.method!r}: a new model is trained in full, leave --method out",
@@ -178,20 +226,18 @@ class TrainConfig:
             "or the longest sentences fit in no batch",
         )
         if self.params is not None:
-            from petl_kernels.methods import parse_budget
+            from petl_kernels.methods import parse_budget  # here: it loads PyTorch, which --help does without
 
             parse_budget(self.params)
         if self.memory is not None:
-            from petl_kernels.units import parse_size
-
             parse_size(self.memory)
         if self.allow:
-            from petl_kernels.planning.plan import check_allow
+            from petl_kernels.planning.plan import check_allow  # here: it loads PyTorch
 
             self.allow = list(check_allow(self.allow))
 
     def _refuse_without_effect(self) -> None:
-        """Options that nothing would look at."""
+        """Raises InputError for options without an effect beside the others."""
         defaults = TrainConfig()
         for name in OF_A_NEW_MODEL if self.model and not self.is_new else ():
             _need(
@@ -204,7 +250,7 @@ class TrainConfig:
         _need(not full or self.params is None, f"params {self.params}: no effect, since all of the model is trained")
 
     def resolve(self, d_model: int) -> TrainConfig:
-        """The same configuration with every default of the method and of the model's width filled in."""
+        """Returns the configuration with the defaults filled in that follow from the method and the model's width."""
         new = dataclasses.replace(self)
         new.method = self.method or ("full" if self.is_new else "adapter")
         new.lr = self.lr if self.lr is not None else default_lr(new.method, d_model, self.is_new)
@@ -220,52 +266,57 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "config") -> TrainConfig:
-        """A configuration from a mapping; keys that are not fields are refused, with the nearest names."""
+        """Returns the configuration of a mapping. Raises InputError for keys that are no fields."""
         return cls(**check_keys(values, where))
 
 
 def check_count(name: str, value: int | None) -> None:
-    """Raise InputError unless ``value`` is at least 1 and at most 2^31 - 1, or None."""
+    """Raises InputError unless ``value`` is at least 1 and at most 2^31 - 1, or None."""
     _need(value is None or value >= 1, f"{name} {value}: expected at least 1")
     _need(value is None or value < 2**31, f"{name} {value}: expected at most 2^31 - 1")
 
 
 def require_bitsandbytes(what: str) -> None:
+    """Raises InputError where bitsandbytes is missing or outside of the supported versions; ``what`` needs it."""
     installed = importlib.util.find_spec("bitsandbytes") is not None
     _need(installed, f"{what}: bitsandbytes is not installed; expected it (pip install 'petl-kernels[8bit]')")
     versions.check("bitsandbytes")
 
 
 def default_lr(method: str, d_model: int, is_new: bool) -> float:
+    """Returns the peak learning rate of a method at the width ``d_model``, to three digits."""
     if is_new:
         return float(f"{NEW_MODEL_LEARNING_RATE * (512 / d_model) ** 0.5:.3g}")
-    return float(f"{LEARNING_RATES.get(method, 5e-4) * 1024 / d_model:.3g}")
+    from petl_kernels.methods import METHODS, Method
 
-
-_EXTRA_KEYS = ("src_lang", "tgt_lang")
+    rate = METHODS[method].config.learning_rate if method in METHODS else Method.learning_rate
+    return float(f"{rate * 1024 / d_model:.3g}")
 
 
 def check_keys(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """``values`` as keyword arguments of ``TrainConfig``: names and types checked, pairs made from short forms."""
+    """Returns ``values`` as keyword arguments of ``TrainConfig``, with pairs in the place of their short forms.
+
+    Raises InputError for unknown names and for values of another type.
+    """
     if not isinstance(values, Mapping):
         raise InputError(f"{where}: expected a mapping of option names to values, found {type(values).__name__}")
     fields = {f.name: f for f in dataclasses.fields(TrainConfig)}
     result = {}
     for key, value in values.items():
         name = str(key).replace("-", "_")
-        if name in _EXTRA_KEYS:
+        if name in LANGUAGE_KEYS:
             continue
         if name not in fields:
-            near = difflib.get_close_matches(name, [*fields, *_EXTRA_KEYS], n=3, cutoff=0.5)
+            near = difflib.get_close_matches(name, [*fields, *LANGUAGE_KEYS], n=3, cutoff=0.5)
             hint = f"; did you mean {' or '.join(near)}?" if near else f"; known: {', '.join(fields)}"
             raise InputError(f"{where}: unknown option {key!r}{hint}")
-        result[name] = _typed(name, str(fields[name].type), value, where)
-    if len(result) + sum(str(key).replace("-", "_") in _EXTRA_KEYS for key in values) < len(values):
+        result[name] = typed(name, str(fields[name].type), value, where)
+    if len(result) + sum(str(key).replace("-", "_") in LANGUAGE_KEYS for key in values) < len(values):
         twice = next(key for key in values if "-" in str(key) and str(key).replace("-", "_") in values)
         raise InputError(f"{where}: {twice} and {twice.replace('-', '_')}: one option, given twice")
-    languages = [values.get(key, values.get(key.replace("_", "-"))) for key in _EXTRA_KEYS]
-    short = [name for name in ("train", "valid") if _is_short(result.get(name, ()))]
-    for key, language in zip(_EXTRA_KEYS, languages, strict=True):
+    languages = [values.get(key, values.get(key.replace("_", "-"))) for key in LANGUAGE_KEYS]
+    short = [name for name in ("train", "valid") if is_short(result.get(name, ()))]
+    for key, language in zip(LANGUAGE_KEYS, languages, strict=True):
         _code(key, language, where)
         if language is not None and not short and (result.get("train") or result.get("valid")):
             raise InputError(f"{where}: {key} {language!r}: no effect, since every pair names its own languages")
@@ -273,49 +324,6 @@ def check_keys(values: Mapping[str, Any], where: str) -> dict[str, Any]:
         if name in result:
             result[name] = _pairs(result[name], languages, name, where)
     return result
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML as it is meant here: no key twice, and a language's code as it is written (no is Norwegian)."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen: set[str] = set()
-        for key, value in node.value:
-            name = str(key.value).replace("-", "_")
-            if name in seen:
-                raise yaml.constructor.ConstructorError(problem=f"key {key.value!r} twice", problem_mark=key.start_mark)
-            seen.add(name)
-            if name in _EXTRA_KEYS and isinstance(value, yaml.ScalarNode) and value.tag != "tag:yaml.org,2002:null":
-                value.tag = "tag:yaml.org,2002:str"
-        return super().construct_mapping(node, deep)
-
-
-def parse_yaml(text: Any) -> Any:
-    """What a YAML text or an open file holds; a key that stands twice is a YAMLError."""
-    return yaml.load(text, _Loader)
-
-
-def each_once(name: str, settings: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """KEY=VALUE settings as a mapping. Raises InputError for a key that is given twice; ``name`` is the option's."""
-    result: dict[str, Any] = {}
-    for key, value in settings:
-        _need(key not in result, f"{name} {key}: given twice; expected it once")
-        result[key] = value
-    return result
-
-
-def load_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file."""
-    try:
-        with open(path, encoding="utf-8") as stream:
-            values = parse_yaml(stream)
-    except OSError as error:
-        raise InputError(f"config {path}: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"config {path}: not readable as YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"config {path}: expected a mapping of option names to values")
-    return values
 
 
 def _need(condition: bool, message: str) -> None:
@@ -328,43 +336,9 @@ def _choice(name: str, value: Any, choices: tuple) -> None:
     _need(value in choices, f"{name} {value!r}: expected one of {shown}")
 
 
-def _typed(name: str, annotation: str, value: Any, where: str) -> Any:
-    """``value`` as the field's type: YAML has 3e-4 as a string, and 1 for 1.0."""
-    if value is None and "None" in annotation:
-        return None
-    kinds = {"int": int, "float": float, "str": str, "bool": bool}
-    for part in (p.strip() for p in annotation.split("|")):
-        kind = kinds.get(part)
-        if kind is None or (isinstance(value, bool) and kind is not bool):
-            continue
-        if isinstance(value, kind):
-            return value
-        if kind is float and isinstance(value, (int, str)):
-            try:
-                return float(value)
-            except ValueError:
-                continue
-        if kind is int and isinstance(value, float) and value.is_integer():
-            return int(value)
-    if annotation.startswith(("list", "dict", "tuple")):
-        wanted = {"l": list, "d": dict, "t": (list, tuple)}[annotation[0]]
-        if isinstance(value, wanted) and _holds(annotation, value):
-            return value
-    raise InputError(f"{where}: {name} {value!r}: expected {annotation.replace(' | None', '')}")
-
-
-def _holds(annotation: str, values: Any) -> bool:
-    """Whether a list or mapping of the field's type has what that type says."""
-    if annotation.startswith("list[str]"):
-        return all(isinstance(value, str) for value in values)
-    if annotation.startswith("tuple[float"):
-        return all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
-    return not annotation.startswith("dict[str") or all(isinstance(key, str) for key in values)
-
-
 def _pairs(items: list, languages: list[str | None], name: str, where: str) -> list[Pair]:
-    """``[SRC, TGT]`` with the languages beside it, or a list of mappings or pairs."""
-    if _is_short(items):
+    """Returns the pairs of ``[SRC, TGT]`` with the languages beside it, or of a list of mappings or pairs."""
+    if is_short(items):
         if None in languages:
             raise InputError(f"{where}: {name} is given as two files; src_lang and tgt_lang are needed with it")
         return [Pair(str(languages[0]), str(languages[1]), *items)]
@@ -375,20 +349,16 @@ def _pairs(items: list, languages: list[str | None], name: str, where: str) -> l
                 f"{where}: {name}: expected two files, or a list of mappings with src_lang, tgt_lang, "
                 f"source and target; found {item!r}"
             )
-        for key in _EXTRA_KEYS if isinstance(item, Mapping) else ():
+        for key in LANGUAGE_KEYS if isinstance(item, Mapping) else ():
             _code(f"{name}: {key}", item[key], where)
     return [item if isinstance(item, Pair) else Pair(**{k: str(v) for k, v in item.items()}) for item in items]
 
 
-def _is_short(items) -> bool:
-    """Whether a pair is given as two files, with its languages elsewhere."""
+def is_short(items) -> bool:
+    """Returns whether a pair is given as two files, with its languages elsewhere."""
     return len(items) == 2 and all(isinstance(item, str) for item in items)
 
 
 def _code(name: str, value: Any, where: str) -> None:
     if value is not None and not isinstance(value, str):
         raise InputError(f"{where}: {name} {value!r}: expected a language's code, in quotes ('no' for Norwegian)")
-
-
-def _pair(item: Any, config: TrainConfig, name: str) -> Pair:
-    return item if isinstance(item, Pair) else Pair(**item)

@@ -1,4 +1,4 @@
-"""`petl-mt doctor`: what is installed here, what serves each op, and does it compute what the reference computes.
+"""``petl-mt doctor``: the versions that are installed, the backend of each op, and its agreement with the reference.
 
 On a card most of the time goes into compiling: some 270 kernels of 16 ops in three dtypes, each about a second of a
 processor. They are compiled side by side, those for bf16 first, and what is compiled is kept on disk.
@@ -6,6 +6,7 @@ processor. They are compiled side by side, those for bf16 first, and what is com
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import os
 import platform
@@ -15,11 +16,13 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from enum import IntEnum
-from importlib import metadata
 from queue import SimpleQueue
 from typing import NamedTuple
 
 import torch
+
+from petl_kernels import __version__, dispatch, machine, ops, parity
+from petl_kernels.device import resolve
 
 # After this no check begins. One that runs cannot be stopped: the longest take some seconds more.
 SECONDS = 20
@@ -41,18 +44,18 @@ PACKAGES = (
 
 
 class Verdict(IntEnum):
-    """What is known of a kernel; of several cases the least counts."""
+    """The result of checking a kernel; of several cases the least counts."""
 
     WRONG = 0
     UNKNOWN = 1
     RIGHT = 2
 
 
-Outcome = tuple[Verdict, str]  # and why
+Outcome = tuple[Verdict, str]  # with the reason
 
 
 class Check(NamedTuple):
-    """What a backend's kernels of one op are worth in one dtype."""
+    """The result for a backend's kernels of one op in one dtype."""
 
     op: str
     backend: str
@@ -61,15 +64,20 @@ class Check(NamedTuple):
     why: str
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds nothing: the command has no options."""
+
+
+def run_command(arguments: argparse.Namespace) -> int:
+    return doctor()
+
+
 def doctor() -> int:
-    """Print the report, each line as soon as it is known.
+    """Prints the report, each line as soon as it is there.
 
-    Returns 0 when every op agrees with the reference on this machine, 1 when one does not, and 3 when none is known not
-    to, but time or memory did not suffice to check them all.
+    Returns 0 when every op agrees with the reference on this machine, 1 when one does not, and 3 when none was found
+    wrong, but time or memory did not suffice to check them all.
     """
-    from petl_kernels import ops
-    from petl_kernels.device import resolve
-
     stop = time.monotonic() + SECONDS
     for line in facts():
         print(line, flush=True)
@@ -89,9 +97,7 @@ def doctor() -> int:
 
 
 def checks(device: torch.device, stop: float) -> Iterator[Check]:
-    """Every backend but the reference, op by op in each dtype, as they are finished. ``stop``: see ``_outcome``."""
-    from petl_kernels import parity
-
+    """Yields the result of every backend but the reference, for each op and dtype. ``stop``: see ``_outcome``."""
     pool = ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1) if device.type == "cuda" else 1)
     row_of, done, outcomes = {}, SimpleQueue(), defaultdict(list)
     try:
@@ -111,8 +117,6 @@ def checks(device: torch.device, stop: float) -> Iterator[Check]:
 
 
 def _rows(device: torch.device) -> Iterator[tuple[str, str, torch.dtype]]:
-    from petl_kernels import dispatch, ops, parity
-
     for dtype in parity.DTYPES:
         for op in ops.OPS:
             for backend in dispatch.serving(op, device):
@@ -121,9 +125,7 @@ def _rows(device: torch.device) -> Iterator[tuple[str, str, torch.dtype]]:
 
 
 def _outcome(op: str, backend: str, dtype: torch.dtype, case: Callable, device: torch.device, stop: float) -> Outcome:
-    """Returns what one case of ``parity.CASES`` shows. None begins after ``stop``, a time of ``time.monotonic``."""
-    from petl_kernels import parity
-
+    """Checks one case of ``parity.CASES``; after ``stop``, a time of ``time.monotonic``, no check begins."""
     if time.monotonic() > stop:
         return Verdict.UNKNOWN, "no time"
     try:
@@ -145,35 +147,24 @@ def _line(check: Check, device: torch.device) -> str:
 
 
 def _default(op: str, device: torch.device) -> str:
-    """The backend that serves ``op`` if it is right."""
-    from petl_kernels import dispatch
-
+    """Returns the backend that serves ``op`` if it is right."""
     return next(name for name in dispatch.default_order(op, device) if dispatch.kernel_of(op, name) is not None)
 
 
 def facts() -> list[str]:
-    from petl_kernels import __version__
-    from petl_kernels.dispatch import BACKENDS, load_error
-
+    """Returns lines on versions, the device, the extension and the backends."""
     lines = [f"petl-kernels {__version__}, Python {sys.version.split()[0]}, {platform.platform()}"]
-    lines.append(", ".join(f"{name} {_installed(name)}" for name in PACKAGES))
+    lines.append(", ".join(f"{name} {machine.version(name) or '-'}" for name in PACKAGES))
     lines.append(f"device: {_device()}")
     lines.append(f"extension: {_extension()}")
-    for name in BACKENDS:
-        error = load_error(name)
+    for name in dispatch.BACKENDS:
+        error = dispatch.load_error(name)
         lines.append(f"backend {name}: {'available' if error is None else f'not here ({error})'}")
     return lines
 
 
-def _installed(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "-"
-
-
 def _device() -> str:
-    threads = f"{os.cpu_count()} CPUs, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    threads = f"{machine.cores()} CPUs, {machine.threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
     if not torch.cuda.is_available():
         return f"CPU ({threads}); no CUDA device"
     properties = torch.cuda.get_device_properties(0)

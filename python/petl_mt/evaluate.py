@@ -1,61 +1,32 @@
-"""Validation loss, beam search, BLEU and chrF."""
+"""Validation loss and beam search, in batches that fit into a budget of memory."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from sacrebleu.metrics import BLEU, CHRF
 from torch import Tensor
 
-from petl_kernels import versions
 from petl_kernels.errors import InputError
 from petl_kernels.interop.hf import positions
-from petl_kernels.interop.languages import script_of
 from petl_kernels.planning.beam_search import SearchBytes, output_length
 
 from .data import Corpus, PackedBatch, Ragged, has_text
 from .loss import sequence_loss
 
-# Scripts that put no spaces between words, where 13a would take a sentence for one word. sacreBLEU has a tokenizer for
-# Chinese; its others for such scripts are models that have to be downloaded, or packages that have to be installed, and
-# characters need neither. Korean has spaces, and 13a.
-_TOKENIZE = dict.fromkeys("Hans Hant Hani Bopo".split(), "zh")
-_TOKENIZE |= dict.fromkeys("Jpan Hira Kana Hrkt Thai Laoo Khmr Mymr Tibt Lana Talu Tale Tavt".split(), "char")
-
-versions.check("sacrebleu")
-
 Autocast = Callable[[], AbstractContextManager]
 
 
 @dataclass(frozen=True)
-class Scores:
-    """Corpus BLEU and chrF2 with what sacreBLEU needs to make them again."""
-
-    bleu: float
-    bleu_signature: str
-    chrf: float
-    chrf_signature: str
-    sentences: int
-
-    def lines(self) -> list[str]:
-        return [f"BLEU {self.bleu:.2f} {self.bleu_signature}", f"chrF {self.chrf:.2f} {self.chrf_signature}"]
-
-    def to_dict(self) -> dict:
-        return asdict(self)
-
-
-@dataclass(frozen=True)
 class BatchLimit:
-    """Of evaluation: padded tokens of a batch, in beam search times beams, and the bytes that the search may take."""
+    """The largest batch of an evaluation."""
 
-    tokens: int
-    search: SearchBytes | None = None
+    tokens: int  # padding included; in a beam search, times beams
+    search: SearchBytes | None = None  # the bytes of a search and of its budget, where there is one
 
     def halved(self) -> BatchLimit:
         return replace(self, tokens=self.tokens // 2, search=self.search and self.search.halved())
@@ -64,9 +35,9 @@ class BatchLimit:
 def until_it_fits(
     run: Callable[[BatchLimit], Any], limit: BatchLimit, memory: str, say: Callable[[str], None]
 ) -> tuple[Any, BatchLimit]:
-    """(``run(limit)``, the limit it ran under), with smaller batches while memory does not suffice.
+    """Returns (``run(limit)``, the limit that it ran under), with smaller batches while memory does not suffice.
 
-    InputError where not even one sentence fits.
+    memory: the budget, for messages. Raises InputError where not even one sentence fits.
     """
     while True:
         try:
@@ -84,48 +55,6 @@ def until_it_fits(
         say(f"memory {memory}: evaluation goes on in batches of {limit.tokens:,} tokens")
 
 
-def bleu_tokenizer(tgt_lang: str) -> str:
-    """The tokenizer that BLEU is computed with when none is named: zh for Chinese characters, char for other scripts
-    without spaces between words (Japanese, Thai, Lao, Khmer, Burmese, Tibetan), else 13a. Any code of a language goes.
-    """
-    return _TOKENIZE.get(script_of(tgt_lang), "13a")
-
-
-_HAN = "\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-_OTHERS = "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff"  # Thai, Lao, Tibetan; Burmese; Khmer; kana
-
-
-def _tokenizer_for(tgt_lang: str, references: Sequence[str]) -> str:
-    """Returns the tokenizer of the language, or of most characters in ``references`` where its code says nothing."""
-    if script_of(tgt_lang):
-        return bleu_tokenizer(tgt_lang)
-    text = "".join("".join(references).split())
-    others = len(re.findall(f"[{_OTHERS}]", text))
-    if 2 * (others + len(re.findall(f"[{_HAN}]", text))) <= len(text):
-        return "13a"
-    return "char" if others else "zh"
-
-
-def bleu_metric(tgt_lang: str, tokenize: str | None = None) -> BLEU:
-    """sacreBLEU for a target language. InputError for a tokenizer that is unknown or cannot run here."""
-    try:
-        return BLEU(tokenize=tokenize or bleu_tokenizer(tgt_lang))
-    except Exception as error:  # a package or a download that is missing, by whatever exception
-        known = ", ".join(BLEU.TOKENIZERS)
-        reason = "" if tokenize not in BLEU.TOKENIZERS else f" ({' '.join(str(error).split())})"
-        raise InputError(f"bleu_tokenize {tokenize!r}{reason}: expected one of {known}") from None
-
-
-def score_lines(
-    hypotheses: Sequence[str], references: Sequence[str], tgt_lang: str, tokenize: str | None = None
-) -> Scores:
-    """BLEU and chrF2 of ``hypotheses`` against one reference each."""
-    bleu, chrf = bleu_metric(tgt_lang, tokenize or _tokenizer_for(tgt_lang, references)), CHRF()
-    b, c = (metric.corpus_score(list(hypotheses), [list(references)]) for metric in (bleu, chrf))
-    signatures = str(bleu.get_signature()), str(chrf.get_signature())
-    return Scores(round(b.score, 4), signatures[0], round(c.score, 4), signatures[1], len(hypotheses))
-
-
 @torch.no_grad()
 def validation_loss(
     model,
@@ -137,7 +66,7 @@ def validation_loss(
     packed: bool = False,
     captured: Callable[[PackedBatch, int], Tensor] | None = None,
 ) -> float:
-    """Mean negative log-likelihood of a target token, in nats, without label smoothing.
+    """Returns the mean negative log-likelihood of a target token, in nats, without label smoothing.
 
     told: is called after each batch with the number of sentence pairs that are done. packed: in packed rows, of the
     sentences of each batch. captured: (a packed row on the host, the most tokens of a row) -> the sum of its losses,
@@ -146,7 +75,7 @@ def validation_loss(
     device, done = next(model.parameters()).device, 0
     total = torch.zeros((), dtype=torch.float64, device=device)
     with _evaluating(model):
-        for indices in corpus.plan(batch_tokens):
+        for indices in corpus.batch_indices(batch_tokens):
             batch = corpus.packed(indices, start) if packed else corpus.collate(indices)
             if captured is not None:
                 total += captured(batch, batch_tokens)
@@ -169,12 +98,11 @@ def translate(
     autocast: Autocast = nullcontext,
     told: Callable[[int], None] = lambda done: None,
 ) -> tuple[list[str], int]:
-    """Translations by beam search, in the order of ``texts``, and how many sources were cut to ``max_length`` tokens,
-    or to the positions of a model that has fewer.
+    """Returns (translations by beam search, in the order of ``texts``; the number of sources that were cut).
 
-    A line without text gives an empty line, and so does one of characters that nobody sees. Searched in batches of like
-    length; limit: of a batch, or its tokens. told: is called after each batch with the
-    number of ``texts`` that are done.
+    A source is cut to ``max_length`` tokens, or to the positions of a model that has fewer. A line that shows nothing
+    gives an empty line. Sentences of like length are searched together. limit: the largest batch, or its tokens. told:
+    is called after each batch with the number of ``texts`` that are done.
     """
     device = next(model.parameters()).device
     max_length = fitting_length(model, max_length)
@@ -213,7 +141,7 @@ def translate(
 
 
 def shortened(ids: list[int], most: int, tail: int) -> list[int]:
-    """``ids``, at most ``most`` (1 or more) of them: the beginning, and the last ``tail`` ids, which are marks."""
+    """Returns at most ``most`` (1 or more) of ``ids``: the beginning, and the last ``tail`` ids, which are marks."""
     if len(ids) <= most:
         return ids
     end = ids[-min(tail, most) :]
@@ -221,13 +149,13 @@ def shortened(ids: list[int], most: int, tail: int) -> list[int]:
 
 
 def fitting_length(model, max_length: int) -> int:
-    """``max_length``, or the number of positions of a model that has fewer."""
+    """Returns ``max_length``, or the number of positions of a model that has fewer."""
     return min(max_length, positions(model.config) or max_length)
 
 
 @contextmanager
 def _evaluating(model) -> Iterator[None]:
-    """Without dropout; afterwards as before, also when memory has not sufficed."""
+    """Switches dropout off while the block runs, also where memory does not suffice."""
     was_training = model.training
     model.eval()
     try:
@@ -237,11 +165,11 @@ def _evaluating(model) -> Iterator[None]:
 
 
 def _batches(corpus: Corpus, limit: BatchLimit, beam: int, max_length: int) -> list[np.ndarray]:
-    """Batches of sentences within both limits; one sentence at least."""
+    """Returns batches of sentences within both limits, of one sentence at least."""
     tokens, search = max(1, limit.tokens // beam), limit.search
     if search is None:
-        return corpus.plan(tokens)
+        return corpus.batch_indices(tokens)
     outputs = np.array([output_length(int(length), max_length) for length in corpus.lengths])
     room = max(1.0, search.memory - search.always)
     shares = np.maximum(corpus.lengths / tokens, search.of(corpus.lengths, outputs) / room)
-    return corpus.plan(1, costs=shares)
+    return corpus.batch_indices(1, costs=shares)

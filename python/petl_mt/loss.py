@@ -1,4 +1,4 @@
-"""The training loss, in one place."""
+"""The loss of a batch, for training and evaluation."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from .data import IGNORE, Batch, PackedBatch
 
 
 def shift_right(labels: Tensor, start: int, pad: int) -> Tensor:
-    """Decoder input: ``start`` and then the labels without their last column, padding as ``pad``."""
+    """Returns decoder inputs: ``start`` and then the labels without their last column, padding as ``pad``."""
     shifted = torch.cat([labels.new_full((labels.shape[0], 1), start), labels[:, :-1]], dim=1)
     return shifted.masked_fill_(shifted == IGNORE, pad)
 
 
 def sequence_loss(model, batch: Batch | PackedBatch, start: int, pad: int, label_smoothing: float = 0.0) -> Tensor:
-    """Summed over target tokens: (1 - ε)·(-log p(y)) + ε·mean over the vocabulary of -log p, with sums in fp32.
+    """Returns the sum over target tokens of (1 - ε)·(-log p(y)) + ε·mean over the vocabulary of -log p, in fp32.
 
-    Without logits where the model's loss is lean (``petl_kernels.lean``), as it has to be for a packed batch.
+    start, pad: the ids that decoder inputs begin with and that padding has. No logits are kept where the model's loss
+    is lean (``petl_kernels.lean``), which a packed batch needs.
     """
     options = {"label_smoothing": label_smoothing, "reduction": "sum", "counted": batch.target_tokens}
     if isinstance(batch, PackedBatch):

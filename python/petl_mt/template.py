@@ -3,7 +3,7 @@
     python -m petl_mt.template > train.yaml
 
 Options that ``EXAMPLE`` sets are there with its value, all others at their default behind "#", so that a user takes the
-mark away. Names, defaults and texts are those of ``TrainConfig`` and ``options.TRAINING``: none is written twice.
+mark away. Names, defaults and texts are those of the fields of ``TrainConfig``: none is written twice.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import yaml
 from petl_kernels.methods import METHODS
 
 from .config import OF_A_NEW_MODEL, TrainConfig
-from .options import TRAINING
 
 WIDTH = 110
 # Adapts the model that ships with the package to dates as its text writes them, offline, in the sources' folder.
@@ -41,9 +40,7 @@ EXAMPLE: dict[str, Any] = {
 HEAD = """Options of `petl-mt train --config FILE`, written by `python -m petl_mt.template`. Flags go on top.
 A name behind "#" is an option at its default; null stands for the default that its comment names."""
 
-# Of what no flag has the same name as the field.
 LANGUAGE = "language of the {side} text, such as en, sw or swh_Latn; not where each pair of train names its own"
-METHOD_ARGS = "settings of the method, such as {rank: 16}; `petl-mt methods` has them (default: none)"
 
 
 def template() -> str:
@@ -59,22 +56,20 @@ def _options() -> dict[str, tuple[str, Any]]:
     options: dict[str, tuple[str, Any]] = {}
     for field in dataclasses.fields(TrainConfig):
         default = getattr(TrainConfig(), field.name)
-        options[field.name] = _meaning(field.name, default), default
+        options[field.name] = _meaning(field, default), default
         if field.name == "valid":  # beside the text that they are the languages of
             options["src_lang"] = LANGUAGE.format(side="source"), None
             options["tgt_lang"] = LANGUAGE.format(side="target"), None
     return options
 
 
-def _meaning(name: str, default: Any) -> str:
+def _meaning(field: dataclasses.Field, default: Any) -> str:
     """Returns the option's help with its default in words, where the value itself does not say it."""
-    if name == "method_args":
-        return METHOD_ARGS
-    settings, text, words = TRAINING[f"--{name.replace('_', '-')}"]
-    text = text.replace("{methods}", ", ".join(METHODS)).replace("%%", "%")
-    if re.fullmatch(r"[a-z0-9]+\|[a-z0-9|]+", str(settings.get("metavar"))):
-        text = f"{settings['metavar'].replace('|', ' or ')}: {text}"
-    if name in OF_A_NEW_MODEL:
+    text, metavar, words = (field.metadata[name] for name in ("help", "metavar", "default"))
+    text = text.replace("{methods}", ", ".join(METHODS))
+    if re.fullmatch(r"[a-z0-9]+\|[a-z0-9|]+", str(metavar)):
+        text = f"{metavar.replace('|', ' or ')}: {text}"
+    if field.name in OF_A_NEW_MODEL:
         text = f"of a new model: {text}"
     shown = words or ("" if default in ("", None, []) else _yaml(default))
     return f"{text} (default: {shown})" if shown else text
@@ -82,7 +77,8 @@ def _meaning(name: str, default: Any) -> str:
 
 def _comment(text: str) -> Iterator[str]:
     """Yields the lines of a comment, with options named as in the file: batch_tokens for --batch-tokens."""
-    text = re.sub("|".join(TRAINING), lambda flag: flag[0][2:].replace("-", "_"), text)
+    flags = (f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(TrainConfig))
+    text = re.sub("|".join(flags), lambda flag: flag[0][2:].replace("-", "_"), text)
     for line in text.splitlines():
         yield from textwrap.wrap(line, WIDTH, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False)
 

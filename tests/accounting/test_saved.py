@@ -37,7 +37,7 @@ def test_temporary_tensors_do_not_share_an_address():
 
 
 def test_nothing_stays_of_what_was_counted():
-    """Neither of a graph that has no backward, nor of an operation that keeps its own output."""
+    """That holds for a graph that has no backward and for an operation that saves its own output."""
     x = torch.ones(8, requires_grad=True)
     with saved_bytes([x]) as saved:
         x.exp().tanh().softmax(0)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +14,6 @@ pytestmark = [
     pytest.mark.repeat,  # nothing that is installed calls a candidate
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="contest.py checks them on a CUDA device"),
 ]
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench" / "candidates"))
 # Ranks of 8 and widths of 8 where rows have to begin at multiples of 16 bytes (the library's own loads).
 CASES = {
     "one linear": dict(rows=(33,), ns=(40,), k=72, ranks=(8,)),
@@ -30,15 +27,14 @@ CASES = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize("case", CASES)
 def test_values_and_gradients(case, dtype):
-    import contest
+    from bench.candidates import contest
 
     given = parity.lora_linear_arguments(parity.Source(torch.device("cpu"), dtype), **CASES[case])
     assert contest.difference("bordered", given) is None
 
 
 def test_a_wrong_candidate_is_found(monkeypatch):
-    import bordered
-    import contest
+    from bench.candidates import bordered, contest
 
     right = bordered.border_of
     monkeypatch.setattr(bordered, "border_of", lambda *args: right(*args) * 1.01)

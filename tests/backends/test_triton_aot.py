@@ -50,27 +50,34 @@ WITHOUT_COPIES = {"_distance_gradient_kernel"}
 STACK = 16
 
 
+def test_every_kernel_is_compiled_for_every_card():
+    """The first launch of each, whose code no other card has."""
+    reports = compile_kernels("first", *SHARED_MEMORY)
+    for card in ("sm80", "sm90"):
+        assert {report["kernel"] for report in reports if report["card"] == card} == KERNELS
+    assert_no_problems(reports)
+
+
 # Where another card has the same launch, its compiled code and this card's shared memory say what counts.
+@pytest.mark.repeat  # the same kernels with other tiles and options; to be run where a kernel or a tile changes
 @pytest.mark.parametrize(
-    ("card", "part"),
-    [
-        *((card, "own") for card in SHARED_MEMORY),
-        *(pytest.param(card, "shared", marks=pytest.mark.repeat) for card in ("sm100", "small")),
-    ],
+    ("card", "part"), [*((card, "own") for card in SHARED_MEMORY), ("sm100", "shared"), ("small", "shared")]
 )
-def test_compiled_kernels(card, part):
-    reports = compile_kernels(card, part)
-    names = {report["kernel"] for report in reports}
-    assert names <= KERNELS and (names == KERNELS or card in ("sm100", "small"))
-    found = [f"{problem}: {report}" for report in reports for problem in problems(card, report)]
+def test_every_launch_is_compiled(card, part):
+    assert_no_problems(compile_kernels(part, card))
+
+
+def assert_no_problems(reports: list[dict]) -> None:
+    assert {report["kernel"] for report in reports} <= KERNELS
+    found = [f"{problem}: {report}" for report in reports for problem in problems(report["card"], report)]
     assert not found, "\n".join(found)
 
 
-def compile_kernels(card: str, part: str) -> list[dict]:
+def compile_kernels(part: str, *cards: str) -> list[dict]:
     """In a process of its own: in this one the kernels may be the interpreter's."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(SCRIPT.parents[2]), environment.get("PYTHONPATH", "")])
-    run = subprocess.run([sys.executable, SCRIPT, card, part], capture_output=True, text=True, env=environment)
+    run = subprocess.run([sys.executable, SCRIPT, part, *cards], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
     return [json.loads(line) for line in run.stdout.splitlines()]
 

@@ -20,9 +20,7 @@ from petl_kernels import parity
 
 pytest.importorskip("triton")
 HERE = Path(__file__).parent
-CANDIDATES = HERE.parents[1] / "bench" / "candidates"
-sys.path[:0] = [str(CANDIDATES), str(HERE)]
-import wgmma  # noqa: E402
+from bench.candidates import wgmma  # noqa: E402
 
 emulated = pytest.mark.skipif(
     shutil.which("g++") is None or sys.platform != "linux", reason="the emulation needs g++ and Linux' ucontext"
@@ -112,7 +110,7 @@ def test_product(emulation, monkeypatch, shape, by_rows, schedule):
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="its other launches are Triton's")
 @pytest.mark.parametrize("case", ["one linear", "three linears"])
 def test_values_and_gradients(emulation, monkeypatch, case):
-    import contest
+    from bench.candidates import contest
 
     more = {} if case == "one linear" else dict(rows=(2, 17), ns=(40, 32, 8), ranks=(8, 8, 16), bias=False)
     shapes = dict(rows=(33,), ns=(40,), k=72, ranks=(8,), adapter_dtype=torch.float32) | more

@@ -1,8 +1,9 @@
 """Compile the Triton kernels for cards that need not be here, exactly as the launcher would.
 
 The backend's own functions run on meta tensors with `launch` replaced, so every signature, alignment and configuration
-is the one that ships. `python tests/backends/triton_aot.py CARD own` prints one JSON line for each compiled kernel that
-no other card stands for, with the cards that it stands for; `CARD shared` those that another stands for.
+is the one that ships. `python tests/backends/triton_aot.py own CARD...` prints one JSON line for each compiled launch
+that no other card stands for, with the cards that it stands for; `first` of those the first of each kernel, in 16 bits
+and in fp32; `shared` those that another card stands for.
 """
 
 from __future__ import annotations
@@ -435,16 +436,23 @@ def shared(card: str) -> set[tuple]:
     return {key for key, launch in other.items() if card == "small" or launch[1].fn.__module__ in modules}
 
 
-def main(card: str, part: str) -> None:
-    """part: "own", without what ``shared`` has, or "shared", that alone."""
-    theirs = shared(card)
+def main(part: str, *cards: str) -> None:
+    for card in cards:
+        print_compiled(part, card)
+
+
+def print_compiled(part: str, card: str) -> None:
+    """part: "own", without what ``shared`` has, "first", the first of each kernel of those, or "shared" alone."""
+    theirs, seen = shared(card), set()
     used = {card: launches(card).keys()}
     used |= {name: launches(name).keys() & shared(name) for name in LIKE if LIKE[name] == card}
     for key, (dtype, kernel, args, constexprs, options) in launches(card).items():
-        if (key in theirs) == (part == "shared"):
-            report = compile_launch(card, kernel, args, constexprs, options)
-            cards = [name for name in used if key in used[name]]
-            print(json.dumps({"dtype": dtype, "cards": cards, **report}), flush=True)
+        if (key in theirs) != (part == "shared") or (part == "first" and (key[0], key[-1]) in seen):
+            continue
+        seen.add((key[0], key[-1]))
+        report = compile_launch(card, kernel, args, constexprs, options)
+        stands_for = [name for name in used if key in used[name]]
+        print(json.dumps({"card": card, "dtype": dtype, "cards": stands_for, **report}), flush=True)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,12 @@ import subprocess
 import sys
 
 import pytest
-import rates
-from measurements import load
 from petl_mt import bench, cli
+from result_files import CHECKOUT, entry
 
-from .conftest import CHECKOUT, entry
+from bench.run import rates
+from bench.show import medians
+from bench.show.raw import load
 
 TINY = """
 import os, pathlib, signal, time
@@ -40,8 +41,7 @@ MAIN = """
 import sys, pathlib
 import petl_mt.bench
 petl_mt.bench.CHECKOUT = pathlib.Path(sys.argv[1])
-sys.path.insert(0, sys.argv[1] + "/bench")
-import rates
+from bench.run import rates
 rates.COPY_BYTES["cpu"], rates.SIDE["cpu"], rates.LEAST_SECONDS = 1 << 20, 16, 0.0
 from petl_mt.cli import main
 sys.exit(main(["bench", *sys.argv[2:]]))
@@ -57,6 +57,8 @@ def checkout(tmp_path):
         (tmp_path / "bench" / what / f"bench_tiny_{what}.py").write_text(TINY)
     for path in (CHECKOUT / "bench").glob("*.py"):
         shutil.copy(path, tmp_path / "bench")
+    for what in ("run", "show", "predict"):
+        shutil.copytree(CHECKOUT / "bench" / what, tmp_path / "bench" / what)
     return tmp_path
 
 
@@ -73,18 +75,20 @@ def test_complete_then_failed_then_interrupted(checkout):
     results = checkout / "bench" / "results" / "cpu"
     done = run(checkout, "ops", "layers", "--device", "cpu", "--peers")
     assert done.returncode == 0, done.stdout + done.stderr
-    ops = load(results / "ops.json")
+    ops = load(results / "raw" / "ops.json")
     assert [one.implementation for one in ops.measurements] == ["limit", "ours", "PEFT, defaults"] * 2
-    assert ops.measurements[0].samples == 5 and len(load(results / "layers.json").measurements) == 6
+    assert ops.measurements[0].times.samples == 5 and len(load(results / "raw" / "layers.json").measurements) == 6
+    assert [(run.name, len(run.measurements)) for run in medians.read(results)] == [("ops", 6), ("layers", 6)]
     assert "/ PEFT, defaults" in done.stdout and "\x1b[" not in done.stdout
     page = (results / "report.html").read_text()
     assert "first_op" in page and '<h2 id="layers">' in page
-    machine, text = ops.machine, (results / "ops.json").read_text()
+    machine, text = ops.machine, (results / "raw" / "ops.json").read_text()
     assert machine["threads"] == 1 and machine["device"] == "cpu" and machine["rates"]["copy"] > 0
     assert set(machine["rates"]["matmul"]) == {"bfloat16", "float16", "float32"}
     assert str(checkout) not in text and f'"{os.uname().nodename}"' not in text
 
-    before = (results / "ops.json").read_bytes()
+    kept = [results / "raw" / "ops.json", results / "medians.csv", results / "runs.jsonl"]
+    before = [path.read_bytes() for path in kept]
     (checkout / "bench" / "ops" / "second_op").write_text("wrong")
     failed = run(checkout, "ops", "--device", "cpu")
     assert failed.returncode == 1 and "not the whole" in failed.stderr
@@ -96,7 +100,7 @@ def test_complete_then_failed_then_interrupted(checkout):
     ops_seen = [one.op for one in load(results / "part" / "ops.json").measurements]
     assert ops_seen == ["first_op", "first_op", "second_op"]
     assert not (results / "part" / "layers.json").exists()  # the folders after it are not run
-    assert (results / "ops.json").read_bytes() == before
+    assert [path.read_bytes() for path in kept] == before
     assert not list(checkout.rglob("*.tmp"))
 
 
@@ -114,7 +118,9 @@ def test_only(checkout):
     done = run(checkout, "ops", "--device", "cpu", "--only", "first_op and ours")
     assert done.returncode == 0, done.stdout + done.stderr
     assert [one.op for one in load(results / "part" / "ops.json").measurements] == ["first_op"]
-    assert not (results / "ops.json").exists()  # a part never takes the place of the whole
+    assert (
+        not (results / "raw").exists() and not (results / "medians.csv").exists()
+    )  # a part never takes the place of the whole
     before = (results / "part" / "ops.json").read_bytes()
     nothing = run(checkout, "ops", "layers", "--device", "cpu", "--only", "third_op and ours")
     assert nothing.returncode == 2 and nothing.stderr == (

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import pytest
-from compare import compare, differences, paired
-from measurements import load
 from petl_mt.cli import main
+from result_files import entry
 
-from .conftest import entry
+from bench.show import medians
+from bench.show.compare import compare, differences, paired
+from bench.show.medians import load
 
 BASE = [entry("limit", 0.010), entry("ours", 0.020), entry("eager", 0.030)]
+
+
+def test_a_raw_result_beside_a_table(result_file, capsys):
+    """Six digits are enough to find nothing changed, and the wall's quartiles stand in the table."""
+    path = result_file("ops.json", [entry("ours", 0.02, wall_seconds=0.1, wall_samples=[0.1, 0.11, 0.1, 0.09, 0.1])])
+    slow = result_file("slow.json", [entry("ours", 0.02, wall_seconds=0.2, wall_samples=[0.2] * 5)])
+    table = medians.add(path.parent, load(path))
+    assert main(["bench", "compare", str(table), str(path)]) == 0
+    assert main(["bench", "compare", f"{table}@01234", str(slow)]) == 1
+    assert "wall" in capsys.readouterr().out
 
 
 def test_equal_runs(result_file, capsys):

@@ -8,11 +8,11 @@ import subprocess
 import sys
 import time
 
-import gpu
 import pytest
-from gpu import Done, Part, page, parts, run_all, times_of
+from result_files import CHECKOUT, content, entry
 
-from .conftest import CHECKOUT, content, entry
+from bench import gpu
+from bench.gpu import Done, Part, page, parts, run_all, times_of
 
 # A part that ignores Ctrl-C, as a kernel that hangs does, and so does a process that it has started.
 HANGS = """
@@ -185,9 +185,10 @@ def test_the_page(tmp_path):
 
 def test_nothing_is_left_running_when_the_driver_is_ended(tmp_path):
     """By a signal that asks for it: the part and its processes go with it."""
-    script = "import sys, gpu, time, pathlib; gpu.parts = lambda text: [gpu.Part('hangs', 60, ('-c', sys.argv[1]))]\n"
+    script = "import sys, pathlib\nfrom bench import gpu\n"
+    script += "gpu.parts = lambda text: [gpu.Part('hangs', 60, ('-c', sys.argv[1]))]\n"
     script += "gpu.device_name, gpu.ROOT = (lambda: 'card'), pathlib.Path(sys.argv[2])\nsys.exit(gpu.main([]))"
-    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT / "bench")}
+    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
     driver = subprocess.Popen([sys.executable, "-c", script, HANGS, str(tmp_path)], env=environment)
     log = tmp_path / "bench" / "results" / "card" / "part" / "hangs.log"
     end = time.monotonic() + 60
@@ -201,7 +202,7 @@ def test_nothing_is_left_running_when_the_driver_is_ended(tmp_path):
 
 def test_a_machine_without_a_card_is_told(tmp_path):
     done = subprocess.run(
-        [sys.executable, str(CHECKOUT / "bench" / "gpu.py")],
+        [sys.executable, "-m", "bench.gpu"], cwd=CHECKOUT,
         capture_output=True, text=True, env={**os.environ, "PATH": str(tmp_path)},
     )  # fmt: skip
     assert done.returncode == 1 and done.stderr.startswith("make gpu: nvidia-smi names no card")

@@ -1,23 +1,17 @@
-"""bench/lean_step.py: a layer's list has the ops that the rule runs, and a step the work that its linears have."""
+"""bench/predict/lean_step.py: a layer has the ops that the rule runs, and a step the work of its linears."""
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
+from layers.lean_cases import adapted, ragged, step
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
-
-import counts  # noqa: E402
-import lean_step  # noqa: E402
-from layers.lean_cases import adapted, ragged, step  # noqa: E402
-from shapes import shape  # noqa: E402
-
-import petl_kernels as pk  # noqa: E402
-from petl_kernels.layers import border  # noqa: E402
-from petl_kernels.ops import define  # noqa: E402
+import petl_kernels as pk
+from bench.predict import counts, lean_step
+from bench.shapes import shape
+from petl_kernels.layers import border
+from petl_kernels.ops import define
 
 
 def test_a_layer_runs_what_is_listed(monkeypatch):

@@ -1,19 +1,15 @@
-"""bench/measure.py: what is wrong is refused, inputs rotate, and what is written down is what the report reads."""
+"""bench/run: wrong results are refused, inputs rotate, and the report's names are written down."""
 
 from __future__ import annotations
 
-import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
-
-import counts  # noqa: E402
-import measure  # noqa: E402
+from bench.predict import counts
+from bench.run import check, clock, measure, memory, work
 
 
 def inputs(tokens):
@@ -36,12 +32,12 @@ class WrongGradient(torch.autograd.Function):
 
 
 def test_check_accepts_the_formula_and_refuses_wrong_values_and_gradients():
-    measure.check(measure.differentiated(linear), linear, inputs(6))
-    measure.check(measure.forward_only(linear), linear, inputs(6))
+    check.check(work.differentiated(linear), linear, inputs(6))
+    check.check(work.forward_only(linear), linear, inputs(6))
     with pytest.raises(AssertionError, match="gradient 0"):
-        measure.check(measure.differentiated(lambda x, w: 1.01 * linear(x, w)), linear, inputs(6))
+        check.check(work.differentiated(lambda x, w: 1.01 * linear(x, w)), linear, inputs(6))
     with pytest.raises(AssertionError, match="gradient 1"):
-        measure.check(measure.differentiated(WrongGradient.apply), linear, inputs(6))
+        check.check(work.differentiated(WrongGradient.apply), linear, inputs(6))
 
 
 def test_copies_fill_the_cache_twice_and_are_drawn_anew(monkeypatch):
@@ -61,13 +57,13 @@ def test_rotation_takes_turns():
 
 def test_step_forms_the_leaves_gradients():
     x, weight = inputs(4)
-    (dx,) = measure.step(measure.differentiated(linear)(x, weight))()
+    (dx,) = work.step(work.differentiated(linear)(x, weight))()
     assert dx.shape == x.shape
-    assert not measure.step(measure.forward_only(linear)(x, weight))().requires_grad
+    assert not work.step(work.forward_only(linear)(x, weight))().requires_grad
 
 
 def test_the_cache_of_this_machine_has_a_size():
-    assert measure.cache_bytes("cpu") >= 1 << 18
+    assert memory.cache_bytes("cpu") >= 1 << 18
 
 
 @pytest.fixture
@@ -79,9 +75,9 @@ def enabled(benchmark, monkeypatch):
 
 
 def test_what_is_written_down(enabled):
-    case = measure.Case("frozen_linear", "t5", 6, "float32", "cpu", "small", rounds=3)
+    case = work.Case("frozen_linear", "t5", 6, "float32", "cpu", "small", rounds=3)
     counted = counts.frozen_linear(6, 4, 8, 4, dbias=True)
-    measure.measure(enabled, case, "ours", measure.differentiated(linear), inputs, counted, linear)
+    measure.measure(enabled, case, "ours", work.differentiated(linear), inputs, counted, linear)
     assert enabled.group == "frozen_linear t5 small 6 tokens float32"
     assert enabled.extra_info == {
         "op": "frozen_linear",
@@ -126,23 +122,23 @@ def card(monkeypatch):
 
 
 def test_the_device_is_timed_in_a_queue_that_is_filled_ahead(card, monkeypatch):
-    monkeypatch.setattr(measure, "busy_seconds", None)
+    monkeypatch.setattr(clock, "busy_seconds", None)
     runs = []
-    seconds, walls = measure.device_seconds(lambda: runs.append(0), 15)
+    seconds, walls = clock.device_seconds(lambda: runs.append(0), 15)
     assert seconds == [2e-3] * 15 and len(walls) == 5 and len(runs) == 3 + 5 + 15 and len(card) == 15
 
 
 def test_the_queue_is_ahead_by_what_the_host_takes_and_not_the_device(card, monkeypatch):
     """Or a loss of 85 ms, of which the host takes one, would be timed for three times as long."""
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: time.sleep(0.02))
-    _, walls = measure.device_seconds(lambda: None, 5)
+    _, walls = clock.device_seconds(lambda: None, 5)
     assert min(walls) >= 0.02 and max(card) < 2.5e9 * 0.01
 
 
 def test_what_no_queue_holds_is_timed_by_the_profiler(card, monkeypatch):
     monkeypatch.setattr(Event, "reached", True)
-    monkeypatch.setattr(measure, "busy_seconds", lambda run, rounds: [7.0] * rounds)
-    seconds, _ = measure.device_seconds(lambda: None, 5)
+    monkeypatch.setattr(clock, "busy_seconds", lambda run, rounds: [7.0] * rounds)
+    seconds, _ = clock.device_seconds(lambda: None, 5)
     assert seconds == [7.0] * 5 and len(card) == 2  # two late rounds of five are enough
 
 
@@ -164,15 +160,15 @@ def test_seconds_in_which_the_device_is_busy(card, monkeypatch):
             ]
 
     monkeypatch.setattr(torch.profiler, "profile", Profile)
-    assert measure.busy_seconds(lambda: None, 2) == [pytest.approx(21e-6)] * 2
+    assert clock.busy_seconds(lambda: None, 2) == [pytest.approx(21e-6)] * 2
 
 
 def test_times_of_the_device_become_the_benchmarks_rounds(enabled, monkeypatch):
     """As on CUDA: the rounds have run, and their seconds are handed to the fixture."""
     seconds = [1.0, 2.0, 4.0]
-    monkeypatch.setattr(measure, "device_seconds", lambda run, rounds: (seconds, [5.0, 9.0, 5.0]))
+    monkeypatch.setattr(clock, "device_seconds", lambda run, rounds: (seconds, [5.0, 9.0, 5.0]))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
-    case = measure.Case("frozen_linear", "t5", 6, "bfloat16", "cuda", rounds=3)
+    case = work.Case("frozen_linear", "t5", 6, "bfloat16", "cuda", rounds=3)
     measure.record(enabled, case, "ours", lambda: None, counts.frozen_linear(6, 4, 8, 2))
     assert enabled.stats.stats.data == seconds
     assert enabled.extra_info["wall_seconds"] == 5.0 and enabled.extra_info["wall_samples"] == [5.0, 9.0, 5.0]

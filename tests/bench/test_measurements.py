@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import astuple, replace
 
-import measurements
 import pytest
-from measurements import load, load_folder
-from table import case_table, render
+from result_files import CHECKOUT, entry
 
+from bench.show import figures, medians
+from bench.show.measurements import Times
+from bench.show.medians import load, load_folder
+from bench.show.table import case_table, render
 from petl_kernels.errors import InputError
-
-from .conftest import CHECKOUT, entry
 
 
 def test_figures_that_follow(result_file):
@@ -40,8 +41,50 @@ def test_kinds(result_file):
 
 def test_the_repository_s_results_are_read():
     runs = load_folder(CHECKOUT / "bench" / "results" / "cpu")
-    assert {"ops", "step"} <= {run.name for run in runs}
+    assert [run.name for run in runs] == ["ops", "layers", "step", "host"]
     assert all(one.median > 0 and one.group and one.op for run in runs for one in run.measurements)
+
+
+def test_the_table_gives_back_what_was_measured(result_file):
+    """Times to six digits, all else as it was: work, walls, figures of single benchmarks, machine, rates, commit."""
+    walls = [0.05, 0.04, 0.06, 0.09, 0.05]
+    odd = entry("PEFT, defaults", 1 / 3, tokens=None, case='a, "b"', group="by hand", of_peers={"PEFT, fp32": 1.5})
+    entries = [entry("ours", 0.02, wall_seconds=0.05, wall_samples=walls, launches=7), entry("limit", 0.01), odd]
+    run = load(result_file("ops.json", entries, dirty=True))
+    folder = result_file("ops.json", entries).parent
+    medians.add(folder, run)
+    (found,) = medians.read(folder)
+    assert (found.name, found.date, found.commit, found.rates) == ("ops", run.date, run.commit, run.rates)
+    assert found.machine == {name: run.machine[name] for name in medians.MACHINE if name in run.machine}
+    third = found.measurements[2]
+    assert third.median == 0.333333 and third.of_peers == {"PEFT, fp32": 1.5} and third.group == "by hand"
+    for one, expected in zip(found.measurements[:2], run.measurements, strict=False):
+        assert astuple(one.times) == pytest.approx(astuple(expected.times), rel=1e-5)
+        assert replace(one, times=expected.times) == expected
+
+
+def test_the_table_has_the_history(result_file):
+    """A later run is added and is the one that is shown; the same again takes its own place."""
+    path = result_file("ops.json", [entry("ours", 0.02)])
+    first = load(path)
+    later = replace(load(result_file("later.json", [entry("ours", 0.03)])), name="ops", date="2026-11-22T10:00:00")
+    later = replace(later, commit={**later.commit, "id": "fedcba9876543210"})
+    for run in (first, later, first):
+        table = medians.add(path.parent, run)
+    assert len(medians.read(path.parent)) == 2
+    medians.add(path.parent, later)
+    assert [one.median for run in load_folder(path.parent) for one in run.measurements] == [0.03]
+    assert [load(f"{table}{at}").measurements[0].median for at in ("", "@0123", "@fedcba987")] == [0.03, 0.02, 0.03]
+    with pytest.raises(InputError, match="no run at commit 'abc'"):
+        load(f"{table}@abc")
+
+
+def test_a_table_without_its_runs_is_refused(result_file):
+    path = result_file("ops.json", [entry("ours", 0.02)])
+    table = medians.add(path.parent, load(path))
+    (path.parent / "runs.jsonl").unlink()
+    with pytest.raises(InputError, match="medians.csv: .*; expected a table that petl-mt bench has written"):
+        load(table)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"benchmarks": [{}]}', '"text"', "\x00"])
@@ -78,13 +121,13 @@ def test_a_folder_without_results_is_refused(tmp_path):
     ],
 )
 def test_seconds(value, text):
-    assert measurements.seconds(value) == text
+    assert figures.seconds(value) == text
 
 
 def test_sizes_and_rates():
-    assert [measurements.size(n) for n in (12, 1536, 3 << 20, 5 << 30)] == ["12 B", "1.50 KiB", "3.00 MiB", "5.00 GiB"]
-    assert measurements.rate(215e9, "FLOP/s") == "215 GFLOP/s"
-    assert measurements.rate(3.35e12, "B/s") == "3.35 TB/s"
+    assert [figures.size(n) for n in (12, 1536, 3 << 20, 5 << 30)] == ["12 B", "1.50 KiB", "3.00 MiB", "5.00 GiB"]
+    assert figures.rate(215e9, "FLOP/s") == "215 GFLOP/s"
+    assert figures.rate(3.35e12, "B/s") == "3.35 TB/s"
 
 
 def test_table_of_a_case(result_file):
@@ -135,7 +178,7 @@ def test_the_wall_as_a_measurement_of_its_own(result_file):
     entries = [entry("ours", 0.01, wall_seconds=0.05, wall_samples=walls), entry("eager", 0.02, wall_seconds=0.03)]
     ours, eager = load(result_file("ops.json", entries)).measurements
     wall = ours.by_the_wall()
-    assert (wall.median, wall.q1, wall.q3, wall.least, wall.most, wall.samples) == (0.05, 0.05, 0.06, 0.04, 0.09, 5)
+    assert wall.times == Times(0.05, 0.05, 0.06, 0.04, 0.09, 5)
     assert wall.key == ours.key and eager.wall == 0.03 and eager.by_the_wall() is None
 
 

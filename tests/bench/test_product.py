@@ -1,4 +1,4 @@
-"""bench/product.py on this machine with a tiny model: the whole way works, and what does not is told."""
+"""bench/product on this machine with a tiny model: the whole way works, and what does not is told."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ import signal
 import sys
 import time
 
-import product
 import pytest
 import torch
-from product import Program, checkpoint, make_text, under_budgets, whole_way
 
+from bench.product import program as programs
+from bench.product import whole_way as way
+from bench.product.budgets import checkpoint, under_budgets
+from bench.product.program import Program, Run, line_of
+from bench.product.text import make_text
 from petl_kernels.errors import InputError
 
 TINY = (1, 32, 48, 2, 5000)
@@ -48,7 +51,7 @@ def lines(tmp_path_factory):
 def test_the_whole_way(program, model, lines, tmp_path, capfd):
     text = make_text(tmp_path, lines, "en-de", 100, 6)
     flags = ["--batch-tokens", "128", "--max-length", "24", "--beam", "1", "--precision", "fp32"]
-    whole_way(program, model, text, "2GiB", 12, flags)
+    way.whole_way(program, model, text, "2GiB", 12, flags)
     runs = {run["name"]: run for run in written(program)}
     assert list(runs) == ["train, killed", "train, resumed", "translate", "score", "merge"]
     assert not any(run["wrong"] for run in runs.values()), [run["wrong"] for run in runs.values()]
@@ -68,7 +71,7 @@ def test_budgets_and_what_goes_wrong(program, model, lines, tmp_path):
     fits, refused = written(program)
     assert fits["wrong"] == "" and fits["figures"]["planned peak"] <= 2 << 30
     assert refused["code"] == 2 and "64XB" in refused["wrong"] and refused["wrong"].startswith("exit code 2: petl-mt")
-    assert "WRONG" in product.line_of(refused) and "WRONG" not in product.line_of(fits)
+    assert "WRONG" in line_of(refused) and "WRONG" not in line_of(fits)
 
 
 @pytest.fixture
@@ -78,8 +81,8 @@ def instead(monkeypatch):
     def put(main):
         from petl_mt import cli
 
-        monkeypatch.setattr(product, "context", lambda: multiprocessing.get_context("fork"))
-        monkeypatch.setattr(product, "_peaks", lambda: (0, 0))  # CUDA does not live through a fork
+        monkeypatch.setattr(programs, "context", lambda: multiprocessing.get_context("fork"))
+        monkeypatch.setattr(programs, "_peaks", lambda: (0, 0))  # CUDA does not live through a fork
         monkeypatch.setattr(cli, "main", main)
 
     return put
@@ -103,7 +106,7 @@ def test_a_run_that_hangs_is_ended_and_a_crash_is_told(program, instead):
 
 
 def test_a_resumed_run_with_other_losses_is_wrong(tmp_path):
-    run = product.Run("train, resumed", "")
+    run = Run("train, resumed", "")
     figures = {
         "plan.json": {"seconds": 1.0, "peak": 5, "memory": 9, "micro_batches": 1, "tiers": [1, 2], "streamed": 0}
     }
@@ -114,12 +117,12 @@ def test_a_resumed_run_with_other_losses_is_wrong(tmp_path):
     metrics = [{"step": step, "loss": loss, "seconds": float(step)} for step, loss in after.items()]
     metrics.insert(2, {"step": 2, "valid_loss": 4.5})
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics) + '{"step": 5, "lo')
-    assert product._resumed(tmp_path, {1: 5.0, 2: 4.0, 3: 3.0}, 4, run) == ""
+    assert way._resumed(tmp_path, {1: 5.0, 2: 4.0, 3: 3.0}, 4, run) == ""
     assert run.figures["updates done again"] == 1 and run.figures["seconds an update"] == 1.0
-    assert "loss of update 3: 3.1 before" in product._resumed(tmp_path, {1: 5.0, 2: 4.0, 3: 3.1}, 4, run)
-    assert "expected 1 to 5" in product._resumed(tmp_path, {1: 5.0, 2: 4.0, 3: 3.0}, 5, run)
+    assert "loss of update 3: 3.1 before" in way._resumed(tmp_path, {1: 5.0, 2: 4.0, 3: 3.1}, 4, run)
+    assert "expected 1 to 5" in way._resumed(tmp_path, {1: 5.0, 2: 4.0, 3: 3.0}, 5, run)
     run.taken = 10
-    assert product._resumed(tmp_path, {1: 5.0, 2: 4.0, 3: 3.0}, 4, run) == "10 B taken; expected at most 9 B"
+    assert way._resumed(tmp_path, {1: 5.0, 2: 4.0, 3: 3.0}, 4, run) == "10 B taken; expected at most 9 B"
 
 
 def test_text_without_babel_and_wrong_files(tmp_path, lines, monkeypatch):
@@ -141,9 +144,9 @@ def test_a_merge_that_changes_nothing_is_wrong(model, tmp_path):
     tensors = load_file(model / "rest.safetensors")
     for path in model.glob("*.safetensors"):
         save_file(load_file(path), tmp_path / path.name)
-    assert product._merged(tmp_path, model) == "no weight differs from the base's"
+    assert way._merged(tmp_path, model) == "no weight differs from the base's"
     name = next(iter(tensors))
     save_file(tensors | {name: tensors[name] + torch.nan}, tmp_path / "rest.safetensors")
-    assert product._merged(tmp_path, model) == "a weight is no number"
+    assert way._merged(tmp_path, model) == "a weight is no number"
     (tmp_path / "rest.safetensors").unlink()
-    assert "is missing" in product._merged(tmp_path, model)
+    assert "is missing" in way._merged(tmp_path, model)

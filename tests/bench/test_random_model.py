@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from random_model import frozen_model, random_weights, write_checkpoint
-from shapes import m2m_config
 from transformers import M2M100ForConditionalGeneration
 
 import petl_kernels as pk
+from bench.random_model import frozen_model, random_weights, write_checkpoint
+from bench.shapes import m2m_config
 from petl_kernels.interop.hf import load_weights, skeleton
 
 CONFIG = m2m_config(2, 32, 64, 2, 200)

@@ -7,11 +7,10 @@ import math
 import re
 import xml.etree.ElementTree as ElementTree
 
-import plots
 import pytest
-import report
+from result_files import entry
 
-from .conftest import entry
+from bench.show import plots, report
 
 PEERS = {"limit": 0.01, "ours": 0.0125, "PEFT, defaults": 0.015}
 

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 from fake_graphs import Recorder
 
 import petl_kernels as pk
-
-from .conftest import CHECKOUT
-
-sys.path.insert(0, str(CHECKOUT / "bench" / "step"))
-
-import bench_step  # noqa: E402
-import turns  # noqa: E402
-from bench_step import BF16, CARD, PEERS, QUICK, Text  # noqa: E402
-from random_model import frozen_model, random_weights  # noqa: E402
-from sentences import Data  # noqa: E402
-from shapes import m2m_config  # noqa: E402
+from bench.random_model import frozen_model, random_weights
+from bench.run import turns
+from bench.shapes import m2m_config
+from bench.step import bench_step
+from bench.step.bench_step import BF16, CARD, PEERS, QUICK, Text
+from bench.step.sentences import Data
 
 CONFIG = m2m_config(1, 32, 64, 2, 200)
 

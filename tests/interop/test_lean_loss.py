@@ -449,12 +449,12 @@ def test_a_compiled_model():
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager", dynamic=True)
     graphs = []
-    for rows in (2, 3, 4, 5):
+    for rows in (2, 3, 4):
         found, expected = compiled(**labelled(rows)), plain(**labelled(rows))
         assert_equal_outputs(found, expected)
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert_same_gradients(gradients(model, found.loss), gradients(plain, expected.loss))
-    assert graphs[3] == graphs[1] > 0
+    assert graphs[2] == graphs[1] > 0
     with pytest.raises(torch._dynamo.exc.Unsupported, match="fullgraph=True is not supported"):
         torch.compile(model, backend="eager", fullgraph=True)(**labelled())
     with pytest.raises(InputError, match=r"torch.export of a lean model is not supported"):

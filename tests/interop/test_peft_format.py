@@ -140,7 +140,7 @@ def test_named_adapters_of_peft(make, tmp_path):
     theirs = fill_theirs(peft.get_peft_model(copy.deepcopy(model), config, adapter_name="en-de")).eval()
     theirs.save_pretrained(tmp_path)
     close(logits(pk.load_adapter(model, tmp_path)), logits(theirs))
-    assert model.petl_active == "en-de"
+    assert model.petl.active == "en-de"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -378,7 +378,7 @@ def test_several_adapters_in_one_folder(make, tmp_path):
         assert torch.equal(logits(pk.use_adapter(base, name)), expected)
     refused(base, tmp_path, "en-sw", "already", name="en-sw")
     one = pk.load_adapter(make("m2m100")[0], tmp_path / "en-de", "mine")
-    assert torch.equal(logits(one), wanted["en-de"]) and set(one.petl_adapters) == {"mine"}
+    assert torch.equal(logits(one), wanted["en-de"]) and set(one.petl.adapters) == {"mine"}
     with pytest.raises(InputError, match="nobody"):
         pk.save_adapter(model, tmp_path, "nobody")
     with pytest.raises(InputError, match=re.escape("no adapter is active: the model has no adapter")):

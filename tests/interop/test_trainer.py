@@ -129,7 +129,7 @@ def test_all_named_adapters_are_in_a_checkpoint():
     trainer_of(model, 2, save_only_model=True).train()
     again = pk.use_adapter(make(), "one")
     trainer_of(again, 2)._load_from_checkpoint("out/checkpoint-2")
-    assert again.petl_active == "one"
+    assert again.petl.active == "one"
     for name in ("one", "two", "three", None):
         assert torch.equal(logits(pk.use_adapter(again, name).eval()), logits(pk.use_adapter(model, name).eval()))
 

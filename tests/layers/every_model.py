@@ -1,4 +1,4 @@
-"""Every sequence-to-sequence class of transformers: a small model of it and its inputs, or why there is none."""
+"""Small models of every sequence-to-sequence class of transformers, and inputs, or why there is none of a class."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ _STACK = {
     "head_dim": 8,
 }
 
-# model type -> what makes its configuration small
+# model type -> settings of a small configuration
 SETTINGS = {
     "bart": _BART,
     "bigbird_pegasus": {**_BART, "attention_type": "original_full"},
@@ -113,16 +113,16 @@ SETTINGS = {
     "whisper": {**_SOUND, "max_source_positions": SOURCE},
 }  # fmt: skip
 
-SINGLE = {"fsmt", "prophetnet"}  # their masks are fp32's
+SINGLE = {"fsmt", "prophetnet"}  # their masks are in fp32
 
-# Classes with no model here, and why. They are other kinds: ``pk.lean`` finds no layers in them, as in a decoder alone.
-_SPEECH = "hears, with an encoder of sound and no encoder-decoder of text"
+# Classes without a model here, and why. ``pk.lean`` finds no layers in them, as in a decoder alone.
+_SPEECH = "an encoder of sound, and no encoder-decoder of text"
 UNTRIED = {
     "encoder-decoder": "any two models: tried by name in test_other_models",
     "speech-encoder-decoder": _SPEECH,
-    "pop2piano": "plays: T5's blocks under another name, which are left as they are",
+    "pop2piano": "music: T5's layers under another name, which stay as they are",
     "speecht5": _SPEECH,
-    "t5gemma2": "reads pictures too, through an encoder of its own",
+    "t5gemma2": "pictures too, with an encoder of its own",
     **dict.fromkeys(
         (
             "audioflamingo3", "canary", "cohere_asr", "dia", "fun_asr_nano", "glmasr", "granite_speech",
@@ -136,7 +136,7 @@ UNTRIED = {
 
 
 def classes() -> dict[str, str]:
-    """Model type -> name of its class, of every sequence-to-sequence model that the installed transformers has."""
+    """Returns model type -> name of its class, for every sequence-to-sequence model of the installed transformers."""
     found: dict[str, str] = {}
     for mapping in MAPPINGS:
         for model_type, name in getattr(modeling_auto, mapping).items():
@@ -145,8 +145,10 @@ def classes() -> dict[str, str]:
 
 
 def build(model_type: str, cls: type | None = None) -> nn.Module:
-    """A seeded model, of ``cls`` where it is given (a subclass), in float64 where it can be, no parameter of which is 0
-    or 1."""
+    """Returns a seeded model, of the subclass ``cls`` where it is given, in float64 where it can be.
+
+    No parameter of it is 0 or 1.
+    """
     config = transformers.AutoConfig.for_model(model_type, **SETTINGS[model_type])
     torch.manual_seed(3)
     model = (cls or getattr(transformers, classes()[model_type]))(config)
@@ -164,7 +166,7 @@ def shake(model: nn.Module) -> None:
 
 
 def inputs_of(model: nn.Module) -> dict[str, Tensor]:
-    """Source and labels with padding, or sound for the models that hear."""
+    """Returns source and labels with padding; sound in the place of the source for models of speech."""
     generator = torch.Generator().manual_seed(5)
     labels = torch.randint(3, WORDS, (ROWS, TARGET), generator=generator)
     labels[1, -2:] = -100
@@ -177,6 +179,6 @@ def inputs_of(model: nn.Module) -> dict[str, Tensor]:
     source = torch.randint(3, WORDS, (ROWS, SOURCE), generator=generator)
     mask = torch.ones_like(source)
     mask[1, -3:] = 0
-    if model.config.model_type == "fsmt":  # which makes decoder inputs of the source
+    if model.config.model_type == "fsmt":  # it makes decoder inputs of the source
         return {"input_ids": source, "attention_mask": mask, "labels": labels, "decoder_input_ids": labels.clamp(min=3)}
     return {"input_ids": source, "attention_mask": mask, "labels": labels}

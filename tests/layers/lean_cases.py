@@ -20,7 +20,7 @@ DROPOUT = {"dropout": 0.2, "attention_dropout": 0.15, "activation_dropout": 0.1}
 
 
 def adapted(family: str, method: str, attention: str = "sdpa", dtype=torch.float64, **settings) -> nn.Module:
-    """A model in training mode, with every trained parameter away from its start."""
+    """Returns a model in training mode, with every trained parameter away from its initial value."""
     model = build(family, attention, **settings).to(dtype)
     pk.adapt(model, METHODS[method](**SETTINGS.get(method, {})))
     generator = torch.Generator().manual_seed(1)
@@ -33,7 +33,7 @@ def adapted(family: str, method: str, attention: str = "sdpa", dtype=torch.float
 
 
 def exact_rms_norms(model: nn.Module) -> None:
-    """T5's norm takes its mean square in fp32, in float64 too: as a yardstick it has to be exact.
+    """Makes T5's norms exact: they take the mean square in fp32, in float64 too.
 
     The norms of this model get a forward that is, and is the same in fewer bits; other models keep transformers' own.
     """
@@ -47,7 +47,7 @@ _exact: dict[type, type] = {}  # by transformers' own
 
 
 def _with_exact_forward(cls: type) -> type:
-    """Passes for code of transformers: lean layers step aside for anybody else's."""
+    """Returns a subclass that passes for code of transformers: lean layers step aside for any other."""
     code = _exact_rms_norm.__code__.replace(co_filename=inspect.getfile(cls))
     forward = types.FunctionType(code, globals(), "forward")
     forward.__qualname__ = f"{cls.__name__}.forward"
@@ -73,7 +73,7 @@ def _exact_rms_norm(self, x: Tensor) -> Tensor:
 
 
 def ragged(model: nn.Module, side: str = "right", rows: int = 3) -> dict[str, Tensor]:
-    """Source and labels, both padded on ``side``."""
+    """Returns source and labels, both padded on ``side``."""
     generator = torch.Generator().manual_seed(11)
     source = torch.randint(3, 97, (rows, 7), generator=generator)
     labels = torch.randint(3, 97, (rows, 5), generator=generator)
@@ -89,7 +89,7 @@ def ragged(model: nn.Module, side: str = "right", rows: int = 3) -> dict[str, Te
 
 
 def step(model: nn.Module, inputs: dict[str, Tensor], seed: int = 5, **options) -> dict[str, Tensor]:
-    """The loss, and the gradient of every trained parameter by name."""
+    """Returns the loss, and the gradient of every trained parameter, by name."""
     model.zero_grad(set_to_none=True)
     torch.manual_seed(seed)
     loss = model(**inputs, **options).loss
@@ -102,7 +102,7 @@ def step(model: nn.Module, inputs: dict[str, Tensor], seed: int = 5, **options) 
 
 
 def without_recomputation(model: nn.Module) -> nn.Module:
-    """A copy whose lean layers keep everything: autograd alone, through the same ops and the same random numbers."""
+    """Returns a copy whose lean layers recompute nothing: autograd alone, with the same ops and random numbers."""
     model = copy.deepcopy(model)
     for module in model.modules():
         if isinstance(module, LeanLayer):
@@ -115,11 +115,11 @@ class _Plainly:
         self.layer = layer
 
     def __call__(self, kwargs, *inputs):
-        return self.layer.body(*inputs, 0)[0]
+        return self.layer.op_by_op(*inputs, 0)[0]
 
 
 def worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
-    """The largest relative difference and whose it is; the names must be the same."""
+    """Returns the largest relative difference, and its name; the names must be the same."""
     assert found.keys() == expected.keys()
     scale = max(value.norm().item() for value in expected.values())
 
@@ -128,3 +128,20 @@ def worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float,
         return ((found[name].double() - expected[name].double()).norm() / size).item()
 
     return max((difference(name), name) for name in expected)
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-9) -> None:
+    difference, name = worst(found, expected)
+    assert difference < tolerance, (name, difference)
+
+
+def borders(model: nn.Module) -> list[str]:
+    """Returns the names of the borders of all layers, in their order."""
+    layers = [module for module in model.modules() if isinstance(module, LeanLayer)]
+    return [name for layer in layers for name in layer.petl_lean.borders or {}]
+
+
+def wide(model: nn.Module) -> list[str]:
+    """Returns the paths of the layers whose feed-forward network has an adapter inside."""
+    layers = [module for module in model.modules() if isinstance(module, LeanLayer)]
+    return [layer.petl_lean.path for layer in layers if layer.petl_lean.wide is not None]

@@ -46,7 +46,7 @@ def _assert_reported(model, lean: bool, partly: bool = False) -> None:
 
 @pytest.mark.parametrize("model_type", sorted(SETTINGS.keys() & classes().keys() - {"seamless_m4t_v2"}))
 def test_adapt_is_exact_or_refused(model_type):
-    """With an adapter that changes nothing yet the model is what it was, and its gradients are lean ones' too."""
+    """An adapter at its initial values leaves the loss as it was, and a lean model has the gradients of a plain one."""
     model = build(model_type)
     inputs = inputs_of(model)
     loss = step(model, inputs)["loss"]
@@ -94,7 +94,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("kind", OTHERS)
 def test_other_models(kind):
-    """They are left as they are, and the report says so."""
+    """They stay as they are, and the report has the reason."""
     torch.manual_seed(3)
     model = OTHERS[kind]().double()
     shake(model)

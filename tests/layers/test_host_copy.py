@@ -1,4 +1,4 @@
-"""Tier 5 with copies that travel: the bookkeeping with copies as late as they may be, and the same on a card."""
+"""Tier 5 with copies to host memory: the bookkeeping, with copies as late as they may be, and the same on a card."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from petl_kernels.methods import METHODS
 
 from .lean_cases import DROPOUT, adapted, ragged, step
 
-HOLDERS = recompute, one_node  # what keeps a layer's input in host memory
+HOLDERS = recompute, one_node  # the modules that hold a layer's input in host memory
 
 
 class Copies:
-    """``InputCopies`` on the CPU: in order, each made when somebody waits for it or for a later one.
+    """``InputCopies`` on the CPU: in order, each made when it or a later one is waited for.
 
-    Until then the target is NaN, and both ends have to stay alive without help.
+    Until then the target is NaN, and both ends have to stay alive.
     """
 
     def __init__(self):
@@ -124,7 +124,7 @@ def test_backward_twice_a_dropped_graph_and_two_graphs_at_once(copies):
         kept = model(**inputs).loss
         kept.backward(retain_graph=True)
         del kept
-        model(**inputs).loss  # noqa: B018  nobody asks for its gradient
+        model(**inputs).loss  # noqa: B018  its gradient is never computed
         first, second = (model(**ragged(model, rows=rows)).loss for rows in (2, 4))
         first.backward()
         second.backward()
@@ -158,7 +158,7 @@ def test_on_a_card(method):
 
 @pytest.mark.gpu
 def test_tier_5_keeps_one_input_on_the_card():
-    """Between forward and backward: the last layer's input, and no pinned memory is made in a second step."""
+    """The last layer's input is on the card between forward and backward; a second step pins no memory."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     sizes = {"d_model": 512, "encoder_ffn_dim": 2048, "decoder_ffn_dim": 2048, "encoder_layers": 6}

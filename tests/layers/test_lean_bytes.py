@@ -1,8 +1,7 @@
-"""What lean layers keep and compute, against PEFT's defaults: the bounds that each tier is to keep.
+"""The bounds of each tier: bytes that lean layers save and work that they do, over PEFT's defaults.
 
 One encoder and one decoder layer of M2M-100's size, bf16, LoRA of rank 16 on q and v. Bytes are those of the storages
-that live after the forward pass only because of it. Work is that of
-the matrix products outside attention.
+that live after the forward pass only because of it. Work is that of the matrix products outside of attention.
 """
 
 from __future__ import annotations
@@ -65,7 +64,7 @@ def inputs(rows: int = ROWS) -> list[torch.Tensor]:
 
 
 def kept(layers: Layers, rows: int = ROWS) -> float:
-    """Bytes per token of source and target and layer, the layers' inputs among them."""
+    """Returns the bytes a token of source and target and a layer, the layers' inputs among them."""
     given = inputs(rows)
     with Born() as born:
         output = layers(*given)
@@ -74,7 +73,7 @@ def kept(layers: Layers, rows: int = ROWS) -> float:
 
 
 def flops(layers: Layers) -> int:
-    """Of the matrix products of forward and backward outside attention: in fp32, which a CPU does 40 times as fast."""
+    """Returns the work of the products outside of attention, in fp32, which a CPU does 40 times as fast."""
     given = [tensor.detach().float().requires_grad_() for tensor in inputs()]
     return linear_flops(lambda: layers.float()(*given).sum().backward())
 
@@ -139,7 +138,7 @@ def test_saved_bytes_sees_what_lean_layers_keep(base, tier):
 
 
 def test_the_encoding_is_kept_once_under_autocast(base):
-    """A further decoder layer that reads it keeps no copy of it, in neither dtype."""
+    """A second decoder layer that reads the source saves no copy of it, in either dtype."""
     model = pk.lean(pk.adapt(copy.deepcopy(base).float(), pk.LoRA(rank=16)), 4).train()
     decoder = model.model.decoder.layers[0]
     target = torch.randn(ROWS, LENGTH, D, requires_grad=True)
@@ -167,7 +166,7 @@ BESIDE_LORA = {
 
 @pytest.mark.parametrize("method", BESIDE_LORA)
 def test_other_methods_against_lora(base, method):
-    """Bytes per token and layer over LoRA's tier 2: the slope over two batches, for prefixes keep some for no token."""
+    """Bytes a token and layer over LoRA's tier 2: the slope over two batches, since prefixes save some for no token."""
     make, allowed = BESIDE_LORA[method]
     layers = Layers(pk.lean(pk.adapt(copy.deepcopy(base), make()), 2).train())
 

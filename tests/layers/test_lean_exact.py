@@ -18,22 +18,23 @@ TIERS = (1, 2, 3, 4, 5)
 SOME = ("lora", "adapter-sublayer", "prefix", "full")
 
 
-# Relatives have a family's layers in other classes: some methods show that they are lean, the repeats have all.
-ALL = [(family, method) for family in FAMILIES for method in METHODS]
-ALL += [
-    (family, method) if method in SOME else pytest.param(family, method, marks=pytest.mark.repeat)
-    for family in RELATIVES
-    for method in METHODS
-]
+def marks_of(family: str, method: str):
+    """Relatives have a family's layers in other classes: some methods show that they are lean, the repeats have all."""
+    if method == "lora":
+        return pytest.mark.check
+    return pytest.mark.repeat if family in RELATIVES and method not in SOME else ()
 
 
-@pytest.mark.parametrize(("family", "method"), ALL)
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [pytest.param(f, m, marks=marks_of(f, m)) for f in (*FAMILIES, *RELATIVES) for m in METHODS],
+)
 def test_float64(family, method):
     model = adapted(family, method)
-    for side in ("right", "left"):
+    for side, tiers in (("right", TIERS), ("left", (3,))):  # what padding hides is hidden alike in every tier
         inputs = ragged(model, side)
         plain = step(pk.lean(model, 0), inputs)
-        for tier in TIERS:
+        for tier in tiers:
             difference, name = worst(step(pk.lean(model, tier), inputs), plain)
             assert difference < 1e-9, (side, tier, name, difference)
 
@@ -99,7 +100,7 @@ def test_peft(family):
 def test_dropout(family, method):
     """Each layer's rule draws the masks of the ops that it stands for: all tiers agree with autograd over those ops.
 
-    The bound is for biases of keys, whose gradient is nothing but rounding.
+    The bound is for biases of keys, whose gradient is rounding alone.
     """
     settings = {"dropout_rate": 0.2} if family == "t5" else DROPOUT
     if family == "t5":
@@ -159,7 +160,7 @@ def test_sixteen_bits(family, precision, tier):
 
 
 def _distance(found, expected) -> float:
-    """The length of the difference over all gradients together, relative."""
+    """Returns the relative length of the difference over all gradients together."""
     names = [name for name in expected if name != "loss"]
     assert found.keys() == expected.keys()
     difference = sum((found[name].double() - expected[name]).square().sum() for name in names)

@@ -111,6 +111,26 @@ def test_copies_and_pickles_stay_lean(family):
         assert worst(step(other, inputs), expected)[0] == 0
 
 
+def test_a_layer_gets_one_attribute_which_goes_with_lean(family):
+    model = adapted(family, "lora")
+    inputs = ragged(model)
+    step(model, inputs)
+
+    def attributes() -> dict[str, set[str]]:
+        return {path: set(vars(module)) for path, module in model.named_modules()}
+
+    before, keys = attributes(), list(model.state_dict())
+    pk.lean(model, [1, 2, 3, 4])
+    step(model, inputs)
+    added = {path: own - before[path] for path, own in attributes().items() if own != before[path]}
+    assert list(added.values()) == [{"petl_lean"}] * 4 and list(model.state_dict()) == keys
+    assert {module.petl_lean.path: module.petl_lean.tier for module in map(model.get_submodule, added)} == dict(
+        zip(added, [1, 2, 3, 4], strict=True)
+    )
+    pk.lean(model, 0)
+    assert attributes() == before
+
+
 def test_backward_twice():
     model = pk.lean(adapted("marian", "lora"), 3)
     loss = model(**ragged(model)).loss
@@ -125,21 +145,21 @@ def test_recipes_are_forgotten():
     model = pk.lean(adapted("marian", "lora"), 3)
     step(model, ragged(model))
     recompute.forget()
-    assert not recompute._made.recipes
+    assert not recompute._of_thread.recipes
 
 
 def test_a_layer_that_fails_leaves_no_recipes(monkeypatch):
-    """They would hold the layer's tensors while a trainer tries the step again with less memory."""
+    """Recipes would hold the layer's tensors while a trainer tries the step again with less memory."""
 
     def fail(*_):
         raise torch.OutOfMemoryError("none is left")
 
     model = pk.lean(adapted("marian", "lora"), 3)
     monkeypatch.setattr(LeanLayer, "_rule", lambda self, *_, **__: None)  # op by op
-    monkeypatch.setattr("petl_kernels.layers.bart.feed_forward_block", fail)
+    monkeypatch.setattr("petl_kernels.layers.lean_layer.feed_forward_block", fail)
     with pytest.raises(torch.OutOfMemoryError):
         step(model, ragged(model))
-    assert not recompute._made.recipes and recompute._made.layer is None
+    assert not recompute._of_thread.recipes and recompute._of_thread.layer is None
 
 
 def test_a_changed_input_is_noticed():
@@ -163,7 +183,7 @@ def test_layer_drop(family):
     assert worst(step(pk.lean(model, 2), inputs, seed=2), plain)[0] < 1e-9
 
 
-# ---- what is not lean ----------------------------------------------------------------------------------------------
+# ---- models and layers that stay plain -----------------------------------------------------------------------------
 
 
 def test_report():
@@ -244,7 +264,7 @@ def test_wrong_tiers(tier, message):
     "tiers", [(1, 3), *(pytest.param(tiers, marks=pytest.mark.repeat) for tiers in ((3, 1), (4, 4)))]
 )
 def test_compiled(tiers):
-    """One layer a side: compiling is what takes the time."""
+    """It has one layer a side, since compiling takes the time."""
     model = adapted("m2m100", "lora", dtype=torch.float32, encoder_layers=1, decoder_layers=1)
     pk.lean(model, tiers)
     inputs = ragged(model)

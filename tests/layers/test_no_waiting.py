@@ -1,4 +1,4 @@
-"""A lean step asks the device for nothing: forward, loss and backward are queued without the host waiting."""
+"""A lean step reads nothing from the device: forward, loss and backward are queued without the host waiting."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WITHOUT_PREFIX = [method for method in METHODS if method != "prefix"]
 
 @pytest.fixture
 def like_a_gpu(monkeypatch):
-    """The CPU is a device that the host should not wait for."""
+    """Lets the CPU be a device that the host does not wait for."""
     monkeypatch.setattr(device_masks, "WAITED_FOR", ("cpu",))
 
 
@@ -40,10 +40,10 @@ def test_a_step_waits_for_nothing(family, method, tier, like_a_gpu):
     rates = {} if family == "t5" else DROPOUT
     model = build(family, **rates).train()
     pk.lean(pk.adapt(model, METHODS[method](**SETTINGS.get(method, {}))), tier)
-    drop_no_layer(model)  # transformers 5.17 draws a number on the host to skip layers, which asks no device
+    drop_no_layer(model)  # transformers 5.17 draws a number on the host to skip layers, which reads no device
     inputs = inputs_of(model)
     number = counted(inputs)
-    step(model, inputs, counted=number, reduction="sum")  # what is done once a process is done now
+    step(model, inputs, counted=number, reduction="sum")  # work that is done once a process
     model.zero_grad(set_to_none=True)
     with waits() as found:
         model(**inputs, counted=number, reduction="sum").loss.backward()
@@ -52,7 +52,7 @@ def test_a_step_waits_for_nothing(family, method, tier, like_a_gpu):
 
 
 def test_waiting_is_found():
-    """On a CPU the masks are looked into, and the rows that count are looked for."""
+    """On a CPU the masks are read, and the labels that count are searched."""
     model = pk.lean(adapted("m2m100", "lora"), 1)
     inputs = inputs_of(model)
     with waits() as found:

@@ -1,4 +1,4 @@
-"""The network that makes prefixes, in lean layers: run once a kind of attention, with the gradients of plain layers."""
+"""The network of prefixes in lean layers: it runs once a kind of attention, with the gradients of plain layers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LENGTH = 3  # of ``adapted``
 
 @pytest.fixture
 def runs(monkeypatch):
-    """Gets the number of prefixes of each run of the network for a rule."""
+    """Records the number of prefixes of each run of the network for a rule."""
     found, run = [], network._run
 
     def counted(dtype, shape, read):
@@ -43,7 +43,7 @@ def same_as_plain(model: nn.Module, tiers=(1, 4), **options) -> None:
 
 
 def test_once_a_kind(runs):
-    """Also where backward runs the layers again, which reads what is there."""
+    """It runs once, too, where backward runs the layers again."""
     model = adapted("m2m100", "prefix")
     for tier in (1, 3, 5):
         runs.clear()
@@ -61,7 +61,7 @@ def test_once_a_kind(runs):
 
 @pytest.mark.parametrize("tier", [0, 1, 2, 4])
 def test_a_layer_alone_and_one_that_is_dropped(tier):
-    """What no layer has read gets no gradient, whether its prefix was made with the others or not."""
+    """A prefix that no layer has read gets no gradient, whether it was computed with the others or not."""
     model = adapted("m2m100", "prefix")
     layer, dropped = pk.lean(model, tier).model.encoder.layers
     x = torch.randn(2, 5, model.config.d_model, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -83,14 +83,14 @@ def test_a_layer_alone_and_one_that_is_dropped(tier):
 
 
 def layer_gradients(x: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The gradients of a plain first layer."""
+    """Returns the gradients of a plain first layer."""
     model = adapted("m2m100", "prefix")
     model.model.encoder.layers[0](x, None).sin().sum().backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def test_layers_may_run_backward_one_after_the_other():
-    """As greedy training of layers does: the prefixes were made by one node, and each loss has its own layer's part."""
+    """Greedy training of layers has a loss a layer: one node computed the prefixes, and each loss has its own part."""
     model = adapted("m2m100", "prefix")
     x = torch.randn(2, 5, model.config.d_model, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -112,7 +112,7 @@ def test_layers_may_run_backward_one_after_the_other():
 
 
 def test_a_layer_with_a_hook_has_its_own_made(runs):
-    """A hook may bring a layer's parameters or take them away: they are read while it runs, and not before."""
+    """A hook may load a layer's parameters or free them: they are read while the layer runs, and not before."""
     model = adapted("m2m100", "prefix")
     encoder = model.model.encoder
     held = encoder.layers[1].self_attn.petl.default.key
@@ -213,7 +213,7 @@ def test_some_of_it_frozen():
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_under_a_checkpoint(reentrant):
-    """transformers' own checkpoints run a layer again outside of the model's forward pass, where it makes its own."""
+    """transformers' own checkpoints run a layer again outside of the model's forward pass, with its prefix alone."""
     model = adapted("m2m100", "prefix")
     inputs = ragged(model)
     plain = step(pk.lean(model, 0), inputs)
@@ -245,7 +245,7 @@ def test_folding_changes_nothing_under_autocast(tier):
 
 
 def test_bytes_are_those_of_no_token():
-    """Kept are tanh's output, and keys and values: as much for a long batch as for a short one."""
+    """tanh's output, and keys and values, are saved: as much for a long batch as for a short one."""
     model = pk.lean(adapted("m2m100", "prefix", dtype=torch.float32), 2)
     d = model.config.d_model
     for length in (5, 50):

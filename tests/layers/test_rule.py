@@ -1,4 +1,4 @@
-"""The one rule of a layer: what it keeps, what it binds, and what runs op by op in its place."""
+"""The rule of a layer: the tensors that it saves, what it binds, and layers that run op by op."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 import petl_kernels as pk
 from petl_kernels.layers import rule
 from petl_kernels.layers.lean import LeanLayer
-from petl_kernels.layers.rule.call import KEPT
+from petl_kernels.layers.rule.call import SAVED
 from petl_kernels.ops import define
 from petl_kernels.ops.define import run
 
@@ -19,7 +19,7 @@ from .lean_cases import DROPOUT, adapted, ragged, step, worst
 STATISTICS = {"self.mean", "self.rstd", "ffn.mean", "ffn.rstd"}
 ALWAYS = STATISTICS | {"self.o", "self.lse"}
 QKV = {"self.q", "self.k", "self.v"}
-# (family, method) -> tier -> what an encoder layer keeps beside its input.
+# (family, method) -> tier -> names of the tensors that an encoder layer saves beside its input.
 TABLE = {
     ("m2m100", "lora"): {
         1: ALWAYS | QKV | {"self.qkv.latent0", "self.sum", "ffn.bits"},
@@ -50,7 +50,7 @@ TABLE = {
 
 
 def node_of(y: torch.Tensor):
-    """The autograd node of a layer's rule, which stands right behind its output."""
+    """Returns the autograd node of a layer's rule, which has made its output."""
     return y.grad_fn
 
 
@@ -59,8 +59,8 @@ def encoder_layer(model: nn.Module) -> nn.Module:
     return encoder.layers[0] if hasattr(encoder, "layers") else encoder.block[0]
 
 
-def kept(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What the first encoder layer keeps beside its input and what is trained, by name."""
+def saved(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Returns what the first encoder layer saves beside its input and the trained tensors, by name."""
     d = model.config.d_model
     x = torch.randn(2, 5, d, dtype=model.dtype, requires_grad=True)
     y = encoder_layer(model)(x, None)
@@ -69,28 +69,28 @@ def kept(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("case", TABLE, ids=" ".join)
-def test_what_is_kept_is_what_the_table_says(case):
+def test_a_tier_saves_the_names_of_the_table(case):
     model = adapted(*case)
     for tier, names in TABLE[case].items():
-        assert set(kept(pk.lean(model, tier))) == names, tier
+        assert set(saved(pk.lean(model, tier))) == names, tier
 
 
 def test_every_name_of_the_table_has_a_tier():
-    kept_names = {name for tiers in TABLE.values() for own in tiers.values() for name in own}
-    assert {name.rpartition(".")[2].rstrip("0123456789") for name in kept_names} == set(KEPT)
+    names = {name for tiers in TABLE.values() for own in tiers.values() for name in own}
+    assert {name.rpartition(".")[2].rstrip("0123456789") for name in names} == set(SAVED)
 
 
 def test_bytes_of_the_table():
-    """In bytes a token, for fp32 and d = 16: the names stand for these sizes."""
+    """The names stand for these sizes, in bytes a token for fp32 and d = 16."""
     model = pk.lean(adapted("m2m100", "lora", dtype=torch.float32), 1)
     d, heads, ffn = model.config.d_model, model.config.encoder_attention_heads, model.config.encoder_ffn_dim
     sizes = {"q": 4 * d, "k": 4 * d, "v": 4 * d, "o": 4 * d, "sum": 4 * d, "mean": 4, "rstd": 4}
     sizes |= {"lse": 4 * heads, "latent0": 4 * 2 * 3, "bits": -(-ffn // 8)}
-    for name, tensor in kept(model).items():
+    for name, tensor in saved(model).items():
         assert tensor.nbytes / 10 == sizes[name.rpartition(".")[2]], name
 
 
-# What an encoder layer runs beside products and attention: forward, and backward.
+# The ops of an encoder layer beside products and attention: forward, and backward.
 PASSES = {
     "m2m100": (
         ["layer_norm", "dropout_add_norm", "dropout_add"],
@@ -106,7 +106,7 @@ PASSES = {
 
 @pytest.mark.parametrize("family", PASSES)
 def test_between_two_blocks_is_one_kernel(family, monkeypatch):
-    """The sum, its dropout and the norm that reads it; and their gradients, with the residual stream's in them."""
+    """It has the sum, its dropout and the norm that reads it; backward their gradients and the residual stream's."""
     model = pk.lean(adapted(family, "lora", **({} if family == "t5" else DROPOUT)), 1)
     for module in model.modules():
         if type(module) is nn.Dropout:
@@ -118,12 +118,12 @@ def test_between_two_blocks_is_one_kernel(family, monkeypatch):
     y = encoder_layer(model)(x, None)
     forward, seen[:] = list(seen), []
     torch.autograd.grad((y[0] if isinstance(y, tuple) else y).sin().sum(), x)
-    backward = [name for name in seen if not name.endswith("_from_statistics")]  # what LoRA has read, made again
+    backward = [name for name in seen if not name.endswith("_from_statistics")]  # recomputed, for LoRA
     assert (forward, backward) == PASSES[family]
 
 
 def test_a_layer_has_the_numbers_of_the_ops_one_after_the_other(monkeypatch):
-    """To the bit, in bf16 and with dropout: what a step gives is what it gave before there was one kernel."""
+    """A step is the same to the bit, in bf16 and with dropout, with the ops that one kernel replaces."""
     results = []
     for together in (True, False):
         if not together:
@@ -161,7 +161,7 @@ def test_backward_twice_gives_the_same(tier):
 
 @pytest.mark.parametrize("tier", [1, 2, 4])
 def test_gradients_through_the_keys_of_a_cache(tier):
-    """k and v that a model returns are differentiable, as those of its own layers are."""
+    """k and v that a model returns are differentiable, as those of plain layers are."""
     model = adapted("m2m100", "lora")
     inputs = ragged(model)
 
@@ -181,7 +181,7 @@ def test_gradients_through_the_keys_of_a_cache(tier):
     assert difference < 1e-9, (name, difference)
 
 
-def test_what_the_rule_does_not_have_runs_op_by_op_and_is_named():
+def test_a_layer_that_the_rule_does_not_cover_runs_op_by_op_and_is_named():
     model = pk.lean(build("t5").to(torch.float16), 1)
     states = pk.report(model).layers
     assert {state.tier for state in states} == {1}
@@ -192,7 +192,7 @@ def test_what_the_rule_does_not_have_runs_op_by_op_and_is_named():
 @pytest.mark.parametrize("method", ["lora", "adapter-sublayer", "parallel", "prefix", "ia3", "full"])
 @pytest.mark.parametrize("family", ["m2m100", "marian", "t5"])
 def test_op_by_op_gives_the_same(family, method, monkeypatch):
-    """As compiled graphs run, and layers that the rule does not have."""
+    """Compiled graphs run so, and layers that the rule does not cover."""
     model = adapted(family, method)
     inputs = ragged(model)
     plain = step(pk.lean(model, 0), inputs)
@@ -203,7 +203,7 @@ def test_op_by_op_gives_the_same(family, method, monkeypatch):
 
 
 def test_nothing_wants_a_gradient():
-    """Without anything to train the pass is the same, and no node keeps anything."""
+    """Without anything to train the pass is the same, and no node saves anything."""
     model = pk.lean(adapted("m2m100", "lora"), 1)
     inputs = ragged(model)
     expected = model(**inputs).loss
@@ -214,7 +214,7 @@ def test_nothing_wants_a_gradient():
 
 
 def test_frozen_inputs_need_no_gradient():
-    """The first layer forms no gradient of embeddings that are frozen, and the adapters' are what they were."""
+    """The first layer computes no gradient of frozen embeddings, and those of adapters stay the same."""
     model = adapted("m2m100", "lora")
     inputs = ragged(model)
     plain = step(pk.lean(model, 0), inputs)

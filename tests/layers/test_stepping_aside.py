@@ -1,5 +1,7 @@
-"""Lean layers where somebody watches or has changed what they pass over: the layer's own forward runs, and the report
-says why. And what is read again in backward: as the forward pass saw it, or one line."""
+"""Lean layers with hooks or changes on modules that they do not call: their own forward runs, and the report has why.
+
+And modules that backward reads again: they are as the forward pass saw them, or one line names the change.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +26,9 @@ FIRST = {"m2m100": "model.encoder.layers.0", "t5": "encoder.block.0", "mbart": "
 
 @pytest.fixture
 def ran(monkeypatch) -> list[str]:
-    """The paths of the lean layers that run."""
+    """Records the paths of the lean layers that run."""
     paths, run = [], LeanLayer.run
-    monkeypatch.setattr(LeanLayer, "run", lambda self, *args: paths.append(self.petl_path) or run(self, *args))
+    monkeypatch.setattr(LeanLayer, "run", lambda self, *args: paths.append(self.petl_lean.path) or run(self, *args))
     return paths
 
 
@@ -152,7 +154,7 @@ def test_a_changed_part(change):
 
 def test_a_class_of_layers_with_another_forward(monkeypatch):
     model = pk.lean(build("m2m100").double(), 2)
-    layer = type(model.model.encoder.layers[0]).petl_bases[1]
+    layer = type(model.model.encoder.layers[0]).petl_bases[-1]
     own = layer.forward
     monkeypatch.setattr(layer, "forward", lambda self, *args, **kwargs: own(self, *args, **kwargs) * 2)
     inputs = ragged(model)
@@ -178,7 +180,7 @@ def test_peft_over_norms_that_are_lean():
 
 
 def test_weights_elsewhere():
-    """accelerate's hooks bring each module's weights when it is called, which lean layers do not do."""
+    """accelerate's hooks load each module's weights when it is called, and lean layers do not call all."""
     model = build("m2m100")
     inputs = ragged(model)
     expected = model(**inputs).loss
@@ -188,7 +190,7 @@ def test_weights_elsewhere():
 
 
 def test_a_dispatched_model(ran):
-    """The report tells what runs: whoever wraps a layer's forward before ``lean`` keeps it."""
+    """The report has what runs: a wrapper around a layer's forward from before ``lean`` stays."""
     model = build("m2m100")
     accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)
     pk.lean(model, 2)(**ragged(model))
@@ -213,7 +215,7 @@ def test_all_is_dropped(rate):
     model = pk.lean(build(family, **({} if family == "t5" else {rate: 1.0})).double(), 2)
     if family == "t5":
         model.encoder.block[0].layer[1].DenseReluDense.dropout.p = 1.0
-    assert reason(model, FIRST[family]) == ""  # in eval mode nothing is
+    assert reason(model, FIRST[family]) == ""  # nothing is dropped in eval mode
     model.train()
     inputs = ragged(model)
     found = step(model, inputs)
@@ -238,7 +240,7 @@ def test_each_part_has_its_own_mode():
 
 @pytest.mark.parametrize("family", ["m2m100", "mbart", "marian", "t5"])
 def test_a_cache_that_nobody_has_asked_for_is_filled(family, ran):
-    """``use_cache`` is on by default: a loop with a loss of its own is lean, and gets the same cache."""
+    """``use_cache`` is on by default: a model with a loss of the caller's is lean, and returns the same cache."""
     model = adapted(family, "lora")
     inputs = ragged(model)
     inputs["decoder_input_ids"] = inputs.pop("labels").clamp(min=3)
@@ -302,7 +304,7 @@ def test_a_source_of_nothing_but_padding(attention, kind):
 
 
 def test_a_row_of_nothing_but_minus_infinity():
-    """transformers makes NaN of it where attention is eager; a lean layer makes 0, and leaves other sentences alone."""
+    """transformers' eager attention has NaN for it; a lean layer has 0, and other sentences are not affected."""
     for family in ("m2m100", "t5"):
         model = adapted(family, "lora", "eager")
         inputs = ragged(model)
@@ -323,7 +325,7 @@ def test_a_row_of_nothing_but_minus_infinity():
 @pytest.mark.parametrize(("method", "tier"), [("lora", 2), ("parallel", 3), ("parallel", 0), ("adapter", 5)])
 def test_one_model_in_several_threads(method, tier):
     model = pk.lean(adapted("m2m100", method), tier)
-    if method == "parallel":  # not inside the network: through its hooks
+    if method == "parallel":  # beside the network, by its hooks
         model.model.encoder.layers[0].activation_dropout = 1e-9
     batches = [ragged(model, rows=rows) for rows in (2, 3, 4)]
     for inputs in batches:
@@ -352,7 +354,7 @@ def test_one_model_in_several_threads(method, tier):
     assert not wrong, wrong[0]
 
 
-# ---- what is read again in backward --------------------------------------------------------------------------------
+# ---- modules that backward reads again -----------------------------------------------------------------------------
 
 
 def _switch(model):
@@ -404,7 +406,7 @@ def _gradients(model, inputs, change=lambda model: None) -> dict[str, torch.Tens
 @pytest.mark.parametrize("change", BETWEEN)
 @pytest.mark.parametrize("family", ["m2m100", "t5"])
 def test_what_changes_before_backward_does_not_count(family, change):
-    """Backward reads what its own forward pass has read."""
+    """Backward reads the tensors of its own forward pass."""
     for tier in (1, 2, 3, 4, 5):
         expected = _gradients(_with_dropout(family, tier), ragged(_with_dropout(family, tier)))
         model = _with_dropout(family, tier)
@@ -482,7 +484,7 @@ def test_second_derivatives_are_refused(method):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_t5_with_a_wide_projection(method, dtype):
-    """As transformers loads it in fp16: the last projection of its networks stays in fp32, and so does the stream."""
+    """transformers loads it in fp16 so: the last projection of its networks stays in fp32, and so does the stream."""
     exact = adapted("t5", method)
     inputs = ragged(exact)
     expected = step(exact, inputs)

@@ -1,4 +1,4 @@
-"""What makes the host wait for a device: asking a tensor for its values, or for how many of them there are."""
+"""Calls that let the host wait for a device: reads of a tensor's values, or of how many of them there are."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ OPS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique", "is_nonzero
 
 @contextmanager
 def waits() -> Iterator[list[str]]:
-    """Where code in the block asks, in Python (inside of custom ops too) or in an op of PyTorch's."""
+    """Yields a list that gets each such call in the block, of Python (in custom ops too) or of PyTorch's ops."""
     found: list[str] = []
     with ExitStack() as stack:
         for name in METHODS:
-            stack.enter_context(mock.patch.object(Tensor, name, _telling(getattr(Tensor, name), name, found)))
+            stack.enter_context(mock.patch.object(Tensor, name, _recording(getattr(Tensor, name), name, found)))
         for name in FUNCTIONS:
-            stack.enter_context(mock.patch.object(torch, name, _telling(getattr(torch, name), name, found)))
-        indexed = _telling(Tensor.__getitem__, "boolean index", found, only=_has_boolean_index)
+            stack.enter_context(mock.patch.object(torch, name, _recording(getattr(torch, name), name, found)))
+        indexed = _recording(Tensor.__getitem__, "boolean index", found, only=_has_boolean_index)
         stack.enter_context(mock.patch.object(Tensor, "__getitem__", indexed))
         stack.enter_context(_Ops(found))
         yield found
 
 
-def _telling(function, name: str, found: list[str], only=lambda *_: True):
-    def told(*args, **kwargs):
+def _recording(function, name: str, found: list[str], only=lambda *_: True):
+    def recorded(*args, **kwargs):
         if only(*args):
             found.append(f"{name}: {_caller()}")
         return function(*args, **kwargs)
 
-    return told
+    return recorded
 
 
 def _has_boolean_index(_, index) -> bool:

@@ -16,7 +16,6 @@ from .models import FAMILIES, RELATIVES, batch, build, logits, train_a_little
 
 SMALL = {"lora": {"rank": 3}, "prefix": {"length": 5}}
 SMALL |= {key: {"bottleneck": 5} for key in ("adapter", "adapter-sublayer", "pfeiffer", "parallel")}
-EXACT_START = ("full", "lora", "bitfit", "bitfit-biases", "cross-attention", "ia3", "ln")
 NEAR_START = ("adapter", "adapter-sublayer", "pfeiffer", "parallel")
 
 
@@ -48,13 +47,13 @@ def families(turn: int) -> tuple[str, str]:
 def test_starts_from_the_base_model(model, key):
     base = logits(model)
     pk.adapt(model, make(key))
-    if key in EXACT_START:
-        assert torch.equal(logits(model), base)
+    if key == "prefix":
+        assert not torch.allclose(logits(model), base, atol=1e-2)
     elif key in NEAR_START:
         torch.testing.assert_close(logits(model), base, atol=2e-3, rtol=0)
         assert not torch.equal(logits(model), base)
     else:
-        assert not torch.allclose(logits(model), base, atol=1e-2)
+        assert torch.equal(logits(model), base)
 
 
 def test_trains_all_of_its_parameters_and_nothing_else(model, key):
@@ -100,6 +99,7 @@ def test_base_comes_back_bit_for_bit(model, key):
     assert torch.equal(logits(model), adapted)
 
 
+@pytest.mark.check
 def test_state_makes_the_same_adapter_on_a_plain_model(family, key):
     model = pk.adapt(build(family), make(key), name="a")
     train_a_little(model)

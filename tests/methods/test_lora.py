@@ -252,7 +252,7 @@ def test_refuses_settings_and_leaves_the_model(settings, message):
         pk.adapt(model, pk.LoRA(**settings))
     assert [path for path, _ in model.named_modules()] == modules
     assert all(parameter.requires_grad for parameter in model.parameters())
-    assert not any("petl_adapters" in vars(module) for module in model.modules())
+    assert not any("petl" in vars(module) for module in model.modules())
 
 
 def test_refuses_learned_positions():

@@ -10,7 +10,8 @@ from transformers import M2M100Config, M2M100ForConditionalGeneration, MBartConf
 
 from petl_kernels.errors import InputError
 from petl_kernels.methods import Adapter, BitFit, CrossAttention, LayerNormTuning, LoRA, describe, total_parameters
-from petl_kernels.models.structure import find_targets, norms
+from petl_kernels.methods.targets import find_targets
+from petl_kernels.models.structure import norms
 
 from .models import build
 

@@ -82,7 +82,7 @@ def test_without_the_attention_implementation_layers_run_as_they_are(family, mon
     inputs = ragged(model)
     assert tiers(model) == {2}
     plain = step(model, inputs)
-    monkeypatch.setattr("petl_kernels.layers.lean.attention_implementation", lambda config: None)
+    monkeypatch.setattr("petl_kernels.layers.obstacles.attention_implementation", lambda config: None)
     monkeypatch.setattr(device_masks, "attention_implementation", lambda config: None)
     monkeypatch.setattr(device_masks, "WAITED_FOR", ("cpu",))
     assert reasons(model) == {"attention implementation None, expected eager or sdpa"}

@@ -11,6 +11,7 @@ from petl_kernels.ops import philox
 from . import contract
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("op", ops.OPS)
 @pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
 @pytest.mark.parametrize("backend", contract.BACKENDS)

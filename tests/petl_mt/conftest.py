@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from petl_mt import plan, study
 from petl_mt.config import Pair, TrainConfig
-from petl_mt.train import train
+from petl_mt.train import budget, train
 
 from petl_kernels.planning import planner
 
@@ -31,8 +30,8 @@ def one_thread():
 
 @pytest.fixture(autouse=True, scope="session")
 def plans_made_once():
-    """Most runs under a budget here train one model in one way: a plan takes seconds, and is the same again."""
-    made, make = {}, plan.make_plan
+    """Keeps plans: one takes seconds, and most runs under a budget here train one model in one way."""
+    made, make = {}, budget.make_plan
 
     def once(model, *given, **options):
         parameters = [(name, p.shape, p.dtype, p.requires_grad) for name, p in model.named_parameters()]
@@ -43,19 +42,19 @@ def plans_made_once():
             made[key] = make(model, *given, **options)
         return made[key]
 
-    plan.make_plan = once
+    budget.make_plan = once
     yield
-    plan.make_plan = make
+    budget.make_plan = make
 
 
 @pytest.fixture
 def in_this_process(monkeypatch):
-    """Rows of a study as calls: a process each costs seconds, and one test has them."""
-    monkeypatch.setattr(study, "apart", lambda function, *arguments: function(*arguments))
+    """Runs the rows of a study as calls: a process for each costs seconds, and one test has them."""
+    monkeypatch.setattr("petl_mt.study.run.in_own_process", lambda function, *arguments: function(*arguments))
 
 
 def toy_lines(count: int, seed: int) -> tuple[list[str], list[str]]:
-    """Sentences of 1 to 7 words, and the same sentences word by word in the other language."""
+    """Returns sentences of 1 to 7 words, and the same sentences word by word in the other language."""
     draw = random.Random(seed)
     rows = [[draw.randrange(len(ENGLISH)) for _ in range(draw.randint(1, 7))] for _ in range(count)]
     return [" ".join(ENGLISH[i] for i in row) for row in rows], [" ".join(GERMAN[i] for i in row) for row in rows]
@@ -125,7 +124,7 @@ def settings(parent, text, tmp_path) -> dict:
 
 
 def settings_of(parent: Path, text: dict[str, Pair], out: Path) -> dict:
-    """Keyword arguments of a short run on the parent with LoRA, dropout on."""
+    """Returns the keyword arguments of a short run on the parent with LoRA, dropout on."""
     return {
         "model": str(parent / "model"),
         "out": str(out),

@@ -12,15 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from petl_mt import train as trainer
-from petl_mt import update
 from petl_mt.cli import main
 from petl_mt.config import Pair, TrainConfig
 from petl_mt.demo.make_parent import parent_folder
 from petl_mt.demo.text import parallel_lines
-from petl_mt.plan import plan_for, prepared
+from petl_mt.models.adapt import prepare_model
 from petl_mt.runs import RunFolder
-from petl_mt.train import train
+from petl_mt.train import setup, train, update
+from petl_mt.train.budget import plan_for
 from rehearsal import card
 from safetensors.torch import load_file
 from test_resume import Killed, assert_same_run, kill_at
@@ -42,7 +41,7 @@ SIZES = {"attention_heads": 2, "ffn_dim": 48}
 
 @pytest.fixture(autouse=True)
 def quick_rates(monkeypatch):
-    """Products that take a card a moment take host memory half a minute."""
+    """Assumes rates: the products that measure them take a processor half a minute."""
     monkeypatch.setattr(planner, "measure_rates", lambda device, dtype: cost.ASSUMED)
 
 
@@ -60,7 +59,7 @@ def lines(tmp_path_factory) -> dict[str, Pair]:
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory) -> str:
-    """A checkpoint of the demo's parent, with its tokenizer, and small: nothing here is about what it has learnt."""
+    """A checkpoint like the demo's parent, with its tokenizer, but small and untrained."""
     folder = tmp_path_factory.mktemp("small") / "model"
     shutil.copytree(parent_folder(), folder, ignore=shutil.ignore_patterns("*.safetensors"))
     config = AutoConfig.from_pretrained(folder)
@@ -95,7 +94,7 @@ def settings_of(lines: dict[str, Pair], small: str, out: Path) -> dict:
 
 
 def run(settings: dict, out: Path, quiet: bool = True, **changes) -> dict[str, torch.Tensor]:
-    """Trains as a user does; returns what was trained, of the last step."""
+    """Trains as a user does; returns the trained tensors of the last step."""
     gc.collect()  # of an earlier run, whose end would hide the bytes of this one
     before = card.allocated()
     train(TrainConfig(**{**settings, "out": str(out), **changes}), quiet=quiet)
@@ -105,11 +104,11 @@ def run(settings: dict, out: Path, quiet: bool = True, **changes) -> dict[str, t
 
 @pytest.fixture(scope="session")
 def expected(lines, small, tmp_path_factory) -> dict[str, torch.Tensor]:
-    """What the same run trains on the CPU."""
+    """The trained tensors of the same run on the CPU."""
     out = tmp_path_factory.mktemp("expected") / "cpu"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_USE_CPU", "true")
-        patch.setattr(trainer, "width_multiple", lambda device: 8)  # which decides what stands in a batch
+        patch.setattr(setup, "width_multiple", lambda device: 8)  # which decides what stands in a batch
         AcceleratorState._reset_state(reset_partial_state=True)
         train(TrainConfig(**settings_of(lines, small, out)), quiet=True)
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -123,11 +122,11 @@ def assert_same_weights(found: dict, expected: dict) -> None:
 
 
 def saved_plan(settings: dict, path: Path, memory: str = BUDGET, **changes) -> str:
-    """A plan's file for the settings' model on the card, with levers as a test wants them."""
+    """Writes a plan for the settings' model on the card, with some of its fields changed; returns its path."""
     config = TrainConfig(**settings, memory=memory)
     model, _ = load_skeleton(config.model)
     config = config.resolve(model.config.d_model)
-    dataclasses.replace(plan_for(prepared(model, config), config, 48, CUDA), **changes).save(path)
+    dataclasses.replace(plan_for(prepare_model(model, config), config, 48, CUDA), **changes).save(path)
     return str(path)
 
 
@@ -148,7 +147,7 @@ def test_a_budget_is_planned_kept_and_taken_back(settings, tmp_path, expected, m
 
 
 def test_a_device_without_its_number_is_noticed(settings, tmp_path, monkeypatch):
-    """The fault that ended every run with a budget on a card: PyTorch's own check of the device refuses it."""
+    """PyTorch's own check of the device refuses it; that once ended every run with a budget on a card."""
     monkeypatch.setattr(cap, "resolve", lambda device: torch.device(device.type))
     with pytest.raises(ValueError, match="Expected a torch.device with a specified index"):
         run(settings, tmp_path / "card", memory=BUDGET)
@@ -175,7 +174,7 @@ ROUNDED = [("int8", "nf4"), *(pytest.param(kind, kind, marks=pytest.mark.repeat)
 
 @pytest.mark.parametrize(("storage", "tables"), ROUNDED)
 def test_quantized_weights(settings, tmp_path, capsys, storage, tables):
-    """Trained, gone on with, translated and merged both ways."""
+    """A run beside rounded weights trains, goes on, translates, and is merged both ways."""
     levers = {"storage": storage, "tables": tables, "streamed": 0, "approximations": ["quantized"]}
     settings |= {
         "memory": BUDGET,
@@ -208,14 +207,14 @@ class CardCopies(Copies):
         assert device == CUDA
 
 
-@pytest.mark.parametrize("memory", [None, BUDGET])
+@pytest.mark.parametrize("memory", [None, pytest.param(BUDGET, marks=pytest.mark.repeat)])
 def test_inputs_in_host_memory(settings, tmp_path, expected, memory):
     assert_same_weights(run(settings, tmp_path / "card", tier=5, memory=memory), expected)
 
 
-@pytest.mark.parametrize("memory", [None, BUDGET])
+@pytest.mark.parametrize("memory", [BUDGET, pytest.param(None, marks=pytest.mark.repeat)])
 def test_cuda_graphs(settings, tmp_path, memory, monkeypatch, capsys):
-    """They are on by default; rows of a budget are filled up, which changes no gradient."""
+    """Graphs are on by default; rows of a budget are filled up, which changes no gradient."""
     replays, replay = [], card.Graph.replay
     monkeypatch.setattr(card.Graph, "replay", lambda self: replays.append(1) or replay(self))
     settings |= {"steps": 6, "memory": memory}
@@ -228,7 +227,7 @@ def test_cuda_graphs(settings, tmp_path, memory, monkeypatch, capsys):
 
 
 def test_graphs_that_cannot_be_captured(settings, tmp_path, monkeypatch, capsys):
-    """The run says why, and goes on with what a capture that has failed leaves put right."""
+    """The run logs the reason, and goes on as if no capture had been tried."""
     loss = update.sequence_loss
 
     def waiting(*given):
@@ -244,7 +243,10 @@ def test_graphs_that_cannot_be_captured(settings, tmp_path, monkeypatch, capsys)
     assert_same_weights(run(settings, tmp_path / "eager", cuda_graphs=False, steps=3), found)
 
 
-@pytest.mark.parametrize("options", [{}, {"memory": BUDGET, "dropout": 0.1, "precision": "bf16"}])
+@pytest.mark.parametrize(
+    "options",
+    [{"memory": BUDGET, "dropout": 0.1, "precision": "bf16"}, pytest.param({}, marks=pytest.mark.repeat)],
+)
 def test_a_killed_run_goes_on(settings, tmp_path, monkeypatch, options):
     settings |= options
     run(settings, tmp_path / "whole")

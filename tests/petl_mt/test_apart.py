@@ -11,20 +11,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from petl_mt.apart import apart
-from petl_mt.memory import process_bytes
+from petl_mt.memory_meter import process_bytes
+from petl_mt.own_process import in_own_process
 
 from petl_kernels.errors import InputError
 
 
 def take(megabytes: int) -> tuple[int, int, int]:
-    """(the process, its highest resident set, its threads) after it has written so many megabytes."""
+    """Returns (the process, its highest resident set, its threads) after it has written so many megabytes."""
     held = np.ones(megabytes << 20, dtype=np.uint8)
     return os.getpid(), process_bytes() + 0 * int(held[-1]), torch.get_num_threads()
 
 
 class Stopped(InputError):
-    """An error of its own kind."""
+    """An error that only this module defines."""
 
 
 def stop() -> None:
@@ -36,17 +36,17 @@ def die() -> None:
 
 
 def test_a_process_has_its_own_memory():
-    """What one has taken is not seen by the next, whatever it leaves behind."""
-    (one, much, threads), (other, little, _) = apart(take, 300), apart(take, 1)
+    """The memory of one process does not count for the next."""
+    (one, much, threads), (other, little, _) = in_own_process(take, 300), in_own_process(take, 1)
     assert len({one, other, os.getpid()}) == 3 and threads == torch.get_num_threads()
     assert much - little > 250 << 20
 
 
 def test_errors_come_back_as_they_are():
     with pytest.raises(Stopped, match="loss is nan"):
-        apart(stop)
+        in_own_process(stop)
     with pytest.raises(InputError, match="the process of die was killed"):
-        apart(die)
+        in_own_process(die)
 
 
 def wait_for_signal(path: str) -> None:
@@ -61,7 +61,7 @@ def wait_for_signal(path: str) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.repeat)])
 def test_signals_end_the_process_too(tmp_path, number):
-    """Once for several that come together, as from `timeout` or Ctrl-C."""
+    """Several signals that come together, as from `timeout` or Ctrl-C, are passed on once."""
     path = tmp_path / "said"
 
     def send():
@@ -74,6 +74,6 @@ def test_signals_end_the_process_too(tmp_path, number):
     thread = threading.Thread(target=send)
     thread.start()
     with pytest.raises(KeyboardInterrupt):
-        apart(wait_for_signal, str(path))
+        in_own_process(wait_for_signal, str(path))
     thread.join()
     assert path.read_text() == "SIGTERM" and signal.getsignal(number) is before

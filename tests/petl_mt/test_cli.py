@@ -14,7 +14,7 @@ import torch
 import yaml
 from petl_mt.cli import main
 from petl_mt.config import TrainConfig
-from petl_mt.runs import quantize_as_trained
+from petl_mt.inference import quantize_as_trained
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 import petl_kernels as pk
@@ -38,7 +38,7 @@ def lora_run(parent, text, tmp_path_factory):
 
 
 def feed(monkeypatch, data: bytes) -> io.BytesIO:
-    """Standard input of these bytes; returns what standard output collects."""
+    """Feeds bytes to standard input; returns the buffer of standard output."""
     out = io.BytesIO()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out))
@@ -160,7 +160,7 @@ def test_merge_gives_a_folder_for_transformers(lora_run, parent, tmp_path):
 
 
 def test_merge_keeps_the_dtype_of_the_checkpoint(lora_run, parent, tmp_path, capsys):
-    """Or takes another, and says what rounding costs."""
+    """Another dtype can be named; a line then tells the error of rounding."""
     flags = ["merge", "--run", str(lora_run), "--out"]
     assert main([*flags, str(tmp_path / "half"), "--dtype", "fp16"]) == 0
     assert re.search(r"^rounded to float16: a relative error of at most [\de.-]+ in a weight, [\d.]+% of what",

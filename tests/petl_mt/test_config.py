@@ -1,18 +1,20 @@
-"""Options: from YAML, from flags, on top of each other, checked and resolved."""
+"""Options from YAML and from flags on top of them, checked and resolved."""
 
 from __future__ import annotations
 
 import pytest
 import yaml
-from petl_mt.cli import _parser, train_config
-from petl_mt.config import LEARNING_RATES, Pair, TrainConfig, default_lr, load_yaml
+from petl_mt.cli import parser_for
+from petl_mt.commands.training_options import train_config
+from petl_mt.config import Pair, TrainConfig, default_lr
+from petl_mt.config_file import load_yaml
 
 from petl_kernels.errors import InputError
 from petl_kernels.methods import METHODS
 
 
 def from_flags(*flags: str) -> TrainConfig:
-    return train_config(_parser("train").parse_args(["train", *flags]))
+    return train_config(parser_for("train").parse_args(["train", *flags]))
 
 
 def test_flags_go_on_top_of_the_file(tmp_path):
@@ -125,10 +127,11 @@ def test_8_bits_need_their_library(change, monkeypatch):
 
 
 def test_defaults_follow_method_and_width():
-    assert set(LEARNING_RATES) == set(METHODS)
-    full = LEARNING_RATES["full"]
-    assert all(10 * full <= LEARNING_RATES[name] <= 30 * full for name in ("adapter", "pfeiffer", "parallel", "lora"))
-    assert default_lr("full", 1024, is_new=False) == full and default_lr("full", 256, is_new=False) == 4 * full
+    rates = {name: default_lr(name, 1024, is_new=False) for name in METHODS}
+    full = rates["full"]
+    assert all(10 * full <= rates[name] <= 30 * full for name in ("adapter", "pfeiffer", "parallel", "lora"))
+    assert full == 3e-5 and rates["ia3"] == 3e-3 and rates["bitfit-biases"] == 1e-3 and rates["cross-attention"] == 1e-4
+    assert default_lr("full", 256, is_new=False) == 4 * full
     adapted = TrainConfig(model="m", steps=500).resolve(1024)
     assert (adapted.method, adapted.schedule, adapted.warmup, adapted.eval_every) == ("adapter", "linear", 50, 50)
     new = TrainConfig(model="new", steps=100_000).resolve(512)

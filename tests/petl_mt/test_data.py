@@ -135,7 +135,7 @@ def corpus() -> Corpus:
 @pytest.mark.parametrize("multiple", [1, 8])
 @pytest.mark.parametrize("budget", [33, 100, 1000])
 def test_batches_keep_to_the_budget_and_lose_nothing(corpus, budget, multiple):
-    batches = corpus.plan(budget, multiple, np.random.default_rng(0))
+    batches = corpus.batch_indices(budget, multiple, np.random.default_rng(0))
     assert sorted(np.concatenate(batches)) == list(range(257))
     for indices in batches:
         batch = corpus.collate(indices, multiple)
@@ -155,7 +155,7 @@ def test_collate_pads_each_side_its_own_way():
 
 def test_order_follows_from_seed_and_epoch(corpus):
     def order(seed: int, epoch: int) -> list[list[int]]:
-        return [list(indices) for indices in TrainBatches(corpus, 100, seed).plan(epoch)]
+        return [list(indices) for indices in TrainBatches(corpus, 100, seed).epoch_indices(epoch)]
 
     assert order(1, 0) == order(1, 0)
     assert order(1, 0) != order(1, 1) and order(1, 0) != order(2, 0)
@@ -163,7 +163,7 @@ def test_order_follows_from_seed_and_epoch(corpus):
 
 def test_any_position_can_be_gone_back_to(corpus):
     batches, position, seen = TrainBatches(corpus, 300, seed=1), Position(), []
-    for _ in range(len(batches.plan(0)) + 3):
+    for _ in range(len(batches.epoch_indices(0)) + 3):
         seen.append(((position.epoch, position.batch), list(batches.take(position).indices)))
     assert seen[-1][0] == (1, 2)
     again = TrainBatches(corpus, 300, seed=1)

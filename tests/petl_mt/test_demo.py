@@ -11,7 +11,7 @@ from petl_mt.config import TrainConfig
 from petl_mt.demo import make_parent
 from petl_mt.demo.demo import Plan, run_demo
 from petl_mt.demo.text import LANGUAGES, parallel_lines
-from petl_mt.new_model import make_model, train_vocabulary
+from petl_mt.models.new_model import make_model, train_vocabulary
 
 from petl_kernels.errors import InputError
 from petl_kernels.interop.hf import load_pretrained

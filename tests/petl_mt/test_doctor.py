@@ -1,4 +1,4 @@
-"""`petl-mt doctor`: a line as soon as it is known, what is wrong, and what there was no time for."""
+"""`petl-mt doctor`: each line at once, kernels that are wrong, and checks that there was no time for."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def no_interpreter(monkeypatch):
-    """Tests of Triton's kernels set it for the whole process, and it takes minutes to check them so."""
+    """Switches Triton's interpreter off, which other tests set for the whole process: checks would take minutes."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Checks that find nothing wrong, at once; the kernels that were asked for."""
+    """Replaces checks by ones that find nothing wrong at once; returns the kernels that were checked."""
     asked = []
 
     def check_case(op, backend, device, dtype, case):
@@ -41,7 +41,7 @@ HERE = [op for op in pk.ops.OPS if op != "lora_border"]
 
 
 def lines_of(report: str) -> list[list[str]]:
-    """Kind, op, backend and what was found, of each line of the table."""
+    """Returns dtype, op, backend and result of each line of the table."""
     return [line.split(maxsplit=3) for line in report.split("parity with the reference:\n")[1].splitlines()]
 
 
@@ -103,7 +103,7 @@ raise SystemExit(doctor.doctor())
 
 @pytest.mark.skipif(dispatch.load_error("cpu") is not None, reason="the extension is not built")
 def test_lines_leave_at_once_and_what_there_was_no_time_for_is_named():
-    """Through a pipe, where Python would keep them back."""
+    """Lines go through a pipe, where Python would buffer them."""
     with subprocess.Popen([sys.executable, "-c", SLOW], stdout=subprocess.PIPE, text=True) as run:
         came = [(time.monotonic(), line) for line in run.stdout]
         ended = time.monotonic()

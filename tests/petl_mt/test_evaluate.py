@@ -7,7 +7,8 @@ import sacrebleu
 import torch
 from petl_mt.config import Pair
 from petl_mt.data import encode_pairs, read_pair
-from petl_mt.evaluate import bleu_tokenizer, score_lines, shortened, translate, validation_loss
+from petl_mt.evaluate import shortened, translate, validation_loss
+from petl_mt.scores import bleu_tokenizer, score_lines
 
 from petl_kernels.errors import InputError
 from petl_kernels.interop.hf import load_pretrained
@@ -97,14 +98,14 @@ def test_long_sources_are_cut_and_counted(loaded, language, monkeypatch):
 
 
 def test_a_source_is_cut_to_any_length():
-    """Its beginning stays, with the marks behind it: one, or two where a language stands there."""
+    """The beginning stays, with the marks at the end: one, or two where one of them is a language's."""
     ids = [9, 1, 2, 3, 0]
     assert [shortened(ids, most, 1) for most in range(1, 7)] == [[0], [9, 0], [9, 1, 0], [9, 1, 2, 0], ids, ids]
     assert [shortened(ids, most, 2) for most in range(1, 6)] == [[0], [3, 0], [9, 3, 0], [9, 1, 3, 0], ids]
 
 
 def test_lines_that_nobody_sees_are_empty(loaded, language):
-    """Their order and number stay. Some are letters to Unicode."""
+    """The order and the number of lines stay. Unicode counts some of these characters as letters."""
     lines = ["one two", "\u200b", "tree", "\ufeff\u00a0", "\u00ad", "three", "\u3164", "\x7f", "\u202a\u202c"]
     results, cut = translate(loaded[0], language, lines, beam=1, max_length=20)
     seen = [0, 2, 5]

@@ -13,9 +13,10 @@ from petl_mt.cli import main
 from petl_mt.config import Pair, TrainConfig
 from petl_mt.data import IGNORE, encode_pairs
 from petl_mt.evaluate import fitting_length, validation_loss
-from petl_mt.plan import plan
-from petl_mt.prepare import check_positions, decoder_start, set_dropout
+from petl_mt.models.adapt import set_dropout
+from petl_mt.models.load import check_positions, decoder_start
 from petl_mt.train import train
+from petl_mt.train.budget import plan_without_text
 from transformers import AutoModelForSeq2SeqLM
 
 from petl_kernels.errors import InputError
@@ -31,7 +32,7 @@ LANGUAGES = {"nllb": ("eng_Latn", "swh_Latn"), "mbart50": ("en_XX", "de_DE"), "m
 
 @pytest.fixture(scope="module", params=["nllb", "mbart50", "mbart25", "marian", "marian-separate", "t5", "t5-tied"])
 def checkpoint(request, tmp_path_factory):
-    """(folder, source language, target language) of a random checkpoint."""
+    """Returns (folder, source language, target language) of a random checkpoint."""
     folder = tmp_path_factory.mktemp(request.param)
     tokenizer = families.make_tokenizer(request.param, folder / "pieces")
     rows = 1 + max(tokenizer.get_vocab().values())
@@ -50,7 +51,7 @@ def pair(checkpoint, tmp_path) -> Pair:
 
 
 def read(checkpoint, pair, lines: int):
-    """(model, its corpus of so many lines, where its decoder starts)"""
+    """Returns (model, its corpus of so many lines, the id that its decoder starts with)."""
     model, tokenizer = load_pretrained(checkpoint[0])
     language = LanguagePair(model, tokenizer, *checkpoint[1:])
     texts = [text.split("\n")[:lines] for text in (Path(pair.source).read_text(), Path(pair.target).read_text())]
@@ -61,7 +62,7 @@ def read(checkpoint, pair, lines: int):
 def test_the_loss_is_that_of_the_family(checkpoint, pair):
     model, corpus, start = read(checkpoint, pair, 7)
     total, tokens = 0.0, 0
-    for indices in corpus.plan(1):  # one sentence a batch: the families' own shifts need no padding then
+    for indices in corpus.batch_indices(1):  # one sentence a batch: the families' own shifts need no padding then
         batch = corpus.collate(indices)
         count = int((batch.labels != IGNORE).sum())
         total += model(input_ids=batch.source, labels=batch.labels).loss.item() * count
@@ -71,7 +72,7 @@ def test_the_loss_is_that_of_the_family(checkpoint, pair):
 
 
 def test_sentences_longer_than_the_positions_are_refused_before_training(checkpoint, pair, tmp_path):
-    """64 here. M2M-100 and NLLB make more as they need them, T5 has none."""
+    """The models have 64 positions. M2M-100 and NLLB make more as they need them, T5 has none."""
     model, _, start = read(checkpoint, pair, 1)
     if model.config.model_type not in ("mbart", "marian"):
         check_positions(model, 400)
@@ -84,7 +85,7 @@ def test_sentences_longer_than_the_positions_are_refused_before_training(checkpo
     with pytest.raises(InputError, match="max_length 65: the model has 64 positions; expected at most as many"):
         train(config, quiet=True)
     with pytest.raises(InputError, match="max_length 65: the model has 64 positions"):
-        plan(dataclasses.replace(config, memory="1GiB"))
+        plan_without_text(dataclasses.replace(config, memory="1GiB"))
     assert not (tmp_path / "run").exists()
     ids = torch.full((1, 64), 5)
     assert torch.isfinite(model(input_ids=ids, decoder_input_ids=ids).logits).all()

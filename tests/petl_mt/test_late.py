@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from petl_mt.late import LateReader
+from petl_mt.train.delayed_reader import DelayedReader
 
 
 @pytest.fixture
@@ -10,8 +10,8 @@ def told() -> list:
     return []
 
 
-def reader(told: list, late: bool) -> LateReader:
-    made = LateReader(torch.device("cpu"), lambda step, values: told.append((step, values)))
+def reader(told: list, late: bool) -> DelayedReader:
+    made = DelayedReader(torch.device("cpu"), lambda step, values: told.append((step, values)))
     made._late = late
     return made
 
@@ -39,7 +39,7 @@ def test_what_telling_raises_comes_out_and_is_not_told_again(told):
         told.append(step)
         raise ValueError
 
-    numbers = LateReader(torch.device("cpu"), tell)
+    numbers = DelayedReader(torch.device("cpu"), tell)
     numbers._late = True
     numbers.put(torch.zeros(1), 1)
     with pytest.raises(ValueError):
@@ -52,7 +52,7 @@ def test_what_telling_raises_comes_out_and_is_not_told_again(told):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_the_card(told):
-    numbers = LateReader(torch.device("cuda"), lambda step, values: told.append((step, values)))
+    numbers = DelayedReader(torch.device("cuda"), lambda step, values: told.append((step, values)))
     torch.cuda.set_sync_debug_mode("error")
     try:
         for step in (1, 2):

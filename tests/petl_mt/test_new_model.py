@@ -6,9 +6,8 @@ import pytest
 import torch
 from conftest import toy_lines
 from petl_mt.config import Pair, TrainConfig
-from petl_mt.new_model import make_model, train_vocabulary
-from petl_mt.prepare import load_model
-from petl_mt.runs import RunFolder
+from petl_mt.models.load import load_model
+from petl_mt.models.new_model import make_model, train_vocabulary
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from petl_kernels.errors import InputError
@@ -96,9 +95,9 @@ def test_the_largest_size_that_is_named_works():
 
 def test_learning_a_vocabulary_is_announced(monkeypatch, capsys, tmp_path):
     for made in ("train_vocabulary", "make_model"):
-        monkeypatch.setattr(f"petl_mt.new_model.{made}", lambda *_: None)
+        monkeypatch.setattr(f"petl_mt.models.load.{made}", lambda *_: None)
     pair = Pair("en", "de", "s", "t")
     for quiet, said in ((False, "vocabulary: learning 90 pieces from 3 lines\n"), (True, "")):
         config = TrainConfig(model="new", out=str(tmp_path), vocab_size=90)
-        load_model(config, RunFolder(tmp_path), [(pair, ["a", "b"], ["c"])], False, quiet)
+        load_model(config, None, [(pair, ["a", "b"], ["c"])], quiet)
         assert capsys.readouterr().err == said

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from petl_mt.checkpoint import Checkpoints
 from petl_mt.cli import main
 from petl_mt.config import TrainConfig
-from petl_mt.prepare import make_optimizer
 from petl_mt.runs import RunFolder
-from petl_mt.train import _Training, train
+from petl_mt.runs.checkpoint import Checkpoints
+from petl_mt.train import train
+from petl_mt.train.optimizer import make_optimizer
+from petl_mt.train.setup import set_up
 from test_resume import Killed, assert_same_run, kill_at
 from torch import nn
 
@@ -168,6 +169,6 @@ def test_a_run_uses_what_its_plan_says(wide, tmp_path):
         assert json.loads(path.read_text())["optimizer"] == optimizer
         out = str(tmp_path / optimizer)
         config = TrainConfig(**{**wide, "out": out, "memory": "64MiB", "plan": str(path), "allow": ["8bit-optimizer"]})
-        loop = _Training(config, RunFolder(Path(out)), resuming=False, quiet=True)
+        loop = set_up(config, RunFolder(Path(out)), resuming=False, quiet=True)
         assert isinstance(loop.optimizer.optimizer, bitsandbytes.optim.AdamW8bit) == (optimizer == "adamw8bit")
         assert loop.config.optimizer == "adamw"

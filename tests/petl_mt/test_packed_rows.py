@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from petl_mt import train
 from petl_mt.config import TrainConfig
 from petl_mt.data import Corpus, PackedBatch, Position, Ragged, TrainBatches
-from petl_mt.log import RunLog
 from petl_mt.runs import RunFolder
-from petl_mt.train import _Training
+from petl_mt.runs.log import RunLog
+from petl_mt.train.loop import run_training
+from petl_mt.train.setup import Setup, set_up
 
 from petl_kernels.errors import InputError
 
@@ -33,32 +33,32 @@ def tiny(text, tmp_path) -> dict:
     }
 
 
-def training(settings: dict, resuming: bool = False, **changes) -> _Training:
+def training(settings: dict, resuming: bool = False, **changes) -> Setup:
     config = TrainConfig(**{**settings, **changes})
-    return _Training(config, RunFolder(Path(config.out)), resuming=resuming, quiet=True)
+    return set_up(config, RunFolder(Path(config.out)), resuming=resuming, quiet=True)
 
 
-def run(settings: dict, resuming: bool = False, **changes) -> _Training:
+def run(settings: dict, resuming: bool = False, **changes) -> Setup:
     loop = training(settings, resuming, **changes)
-    loop.run()
+    run_training(loop)
     return loop
 
 
-def metrics(loop: _Training) -> list[dict]:
+def metrics(loop: Setup) -> list[dict]:
     lines = (loop.folder.path / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
 
 
 @pytest.fixture
 def said(monkeypatch) -> list[str]:
-    """What runs say."""
+    """The lines that runs log."""
     lines = []
     monkeypatch.setattr(RunLog, "say", lambda self, line: lines.append(line))
     return lines
 
 
 def padded(monkeypatch) -> None:
-    monkeypatch.setattr(train, "packing_obstacle", lambda model: "a test")
+    monkeypatch.setattr("petl_mt.train.batching.packing_obstacle", lambda model: "a test")
 
 
 def test_packed_runs_are_padded_runs_without_padding(tiny, tmp_path, monkeypatch, said):
@@ -66,7 +66,7 @@ def test_packed_runs_are_padded_runs_without_padding(tiny, tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         padded(patch)
         other = run(tiny, out=str(tmp_path / "padded"))
-    assert packed.losses == pytest.approx(other.losses, rel=1e-5)
+    assert packed.step_log.losses == pytest.approx(other.step_log.losses, rel=1e-5)
     found, expected = (
         [line["valid_loss"] for line in metrics(loop) if "valid_loss" in line] for loop in (packed, other)
     )
@@ -86,12 +86,12 @@ def test_micro_batches_are_rows_of_at_most_so_many_tokens(tiny, tmp_path):
     batch = parts.batches.take(Position(0, 0))
     assert 1 < len(found := [part.source.numel() for part in parts.update._micro_batches(batch)])
     assert max(found) <= 48 and sum(found) == batch.source.numel()
-    parts.run()
-    assert whole.losses == pytest.approx(parts.losses, rel=1e-5)
+    run_training(parts)
+    assert whole.step_log.losses == pytest.approx(parts.step_log.losses, rel=1e-5)
 
 
 def test_a_run_goes_on_as_it_began(tiny, monkeypatch, said):
-    """One of an earlier version has padded batches; one with packed rows cannot go on without them."""
+    """A run of an earlier version has padded batches; a run with packed rows cannot go on without them."""
     tiny |= {"dropout": 0.1}
     with monkeypatch.context() as patch:
         padded(patch)
@@ -128,7 +128,7 @@ def test_packed_batches_are_the_sentences_of_padded_ones():
     draw = np.random.default_rng(1)
     text = corpus([tuple(draw.integers(1, 12, 2)) for _ in range(40)])
     batches = TrainBatches(text, 60, seed=3)
-    for indices in batches.plan(0)[:4]:
+    for indices in batches.epoch_indices(0)[:4]:
         rows, packed = text.collate(indices), text.packed(indices, 2)
         assert packed.target_tokens == rows.target_tokens
         assert text.tokens(indices) == packed.source.numel() + packed.labels.numel()

@@ -16,34 +16,34 @@ import pytest
 import torch
 import yaml
 from conftest import settings_of
-from petl_mt import checkpoint
 from petl_mt.cli import main
 from petl_mt.config import TrainConfig
-from petl_mt.train import _Training, train
-from petl_mt.update import Update
+from petl_mt.runs import checkpoint
+from petl_mt.train import loop, train
+from petl_mt.train.update import Update
 from safetensors.torch import load_file
 
 from petl_kernels.errors import InputError
 
 
 class Killed(BaseException):
-    """What nobody catches."""
+    """An error that nothing catches."""
 
 
 def kill_at(monkeypatch, step: int) -> None:
-    """Let the run die in the middle of update ``step``: gradients are there, the optimiser has not moved."""
-    update, move, now = _Training._update, Update.step, []
+    """Kills the run in the middle of update ``step``: gradients are there, the optimiser has not moved."""
+    update, move, now = loop.train_one_update, Update.step, []
 
-    def numbered(self):
-        now[:] = [self.progress.step + 1]
-        update(self)
+    def numbered(run):
+        now[:] = [run.progress.step + 1]
+        update(run)
 
     def die(self, lr):
         if now == [step]:
             raise Killed
         return move(self, lr)
 
-    monkeypatch.setattr(_Training, "_update", numbered)
+    monkeypatch.setattr(loop, "train_one_update", numbered)
     monkeypatch.setattr(Update, "step", die)
 
 
@@ -91,7 +91,7 @@ def test_killed_and_resumed(settings, whole, monkeypatch, step):
 
 
 def test_killed_twice_and_in_another_epoch(settings, tmp_path, monkeypatch):
-    """Two epochs and more, accumulation, dropout in the model and in LoRA, warm-up still going on."""
+    """The run has more than two epochs, accumulation, dropout in the model and in LoRA, warm-up still going on."""
     settings |= {"batch_tokens": 400, "accumulate": 2, "steps": 11, "eval_every": 2, "warmup": 9}
     train(TrainConfig(**{**settings, "out": str(tmp_path / "whole")}), quiet=True)
     for step in (4, 9):
@@ -105,7 +105,9 @@ def test_killed_twice_and_in_another_epoch(settings, tmp_path, monkeypatch):
     assert_same_run(settings["out"], tmp_path / "whole")
 
 
-@pytest.mark.parametrize("method", ["full", "prefix", "bitfit", "adapter"])
+@pytest.mark.parametrize(
+    "method", ["full", "prefix", *(pytest.param(other, marks=pytest.mark.repeat) for other in ("bitfit", "adapter"))]
+)
 def test_other_methods_resume_too(settings, tmp_path, monkeypatch, method):
     settings |= {"method": method, "method_args": {}, "lr": None}
     train(TrainConfig(**{**settings, "out": str(tmp_path / "whole")}), quiet=True)
@@ -125,7 +127,7 @@ def test_a_resumed_run_keeps_its_plan(settings, tmp_path, monkeypatch):
     with pytest.raises(Killed):
         train(TrainConfig(**settings), quiet=True)
     monkeypatch.undo()
-    monkeypatch.setattr("petl_mt.train.plan_for", None)
+    monkeypatch.setattr("petl_mt.train.budget.plan_for", None)
     train(TrainConfig(**settings), resume=True, quiet=True)
     assert_same_run(settings["out"], tmp_path / "whole")
 
@@ -158,7 +160,8 @@ def long_run(parent, text, tmp_path_factory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+# What SIGKILL leaves is what Killed leaves above, and what bench/product.py's run leaves (tests/bench/test_product.py).
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.repeat)])
 def test_signals(settings, long_run, tmp_path, number):
     """The real program, killed from outside at whatever step it is in."""
     settings |= LONG

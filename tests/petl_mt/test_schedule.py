@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from petl_mt.schedule import lr_factor
+from petl_mt.train.schedule import lr_factor
 
 
 @pytest.mark.parametrize("schedule", ["inverse-sqrt", "linear", "polynomial"])

@@ -1,4 +1,4 @@
-"""A run that was stopped can be used, ended, lengthened; and nothing damaged or changed is taken for what it was."""
+"""A stopped run can be used, ended and lengthened; damaged or changed files are noticed."""
 
 from __future__ import annotations
 
@@ -14,16 +14,22 @@ from pathlib import Path
 import pytest
 import torch
 from petl_mt import checks
-from petl_mt.checkpoint import Checkpoints, damage
 from petl_mt.cli import main
 from petl_mt.config import Pair, TrainConfig
-from petl_mt.lock import locked
-from petl_mt.log import RunLog
-from petl_mt.runs import RunFolder, Translator, load_run, trained_weights
-from petl_mt.train import _absolute_paths, _interrupts, _Training, finish, train
+from petl_mt.inference import Translator, load_run
+from petl_mt.inference.trained_weights import trained_weights
+from petl_mt.runs import RunFolder
+from petl_mt.runs.checkpoint import Checkpoints, damage
+from petl_mt.runs.lock import locked
+from petl_mt.runs.log import RunLog
+from petl_mt.train import _with_absolute_paths, finish, loop, train
+from petl_mt.train.evaluation import save_checkpoint
+from petl_mt.train.interrupts import stop_requests
+from petl_mt.train.setup import set_up
 from safetensors.torch import load_file
 
 from petl_kernels.errors import InputError
+from petl_kernels.interop import hf
 
 LINES = ["one two", "red house tree", "blue river"]
 
@@ -33,15 +39,15 @@ class Killed(BaseException):
 
 
 def stop_after(monkeypatch, step: int) -> None:
-    """Let a run die before update ``step`` + 1."""
-    update = _Training._update
+    """Kills a run before update ``step`` + 1."""
+    update = loop.train_one_update
 
-    def die(self):
-        if self.progress.step == step:
+    def die(run):
+        if run.progress.step == step:
             raise Killed
-        update(self)
+        update(run)
 
-    monkeypatch.setattr(_Training, "_update", die)
+    monkeypatch.setattr(loop, "train_one_update", die)
 
 
 def stopped(settings: dict, monkeypatch, step: int = 7, **changes) -> str:
@@ -108,7 +114,13 @@ def test_a_stopped_run_inside_a_budget(settings, monkeypatch, capsys):
 def test_the_weights_of_a_stopped_full_run_are_not_loaded_outside_of_its_budget(settings, monkeypatch):
     out = RunFolder(Path(stopped(settings, monkeypatch, step=3, method="full", method_args={}, lr=None)))
     checkpoint = Checkpoints(out.checkpoints).path("best")
-    monkeypatch.setattr("petl_kernels.interop.hf.load_pretrained", lambda *given, **options: pytest.fail("loaded"))
+    read = hf._from_pretrained
+
+    def skeletons_only(name, config, files, **options):
+        assert files is None, "weights are loaded"
+        return read(name, config, files, **options)
+
+    monkeypatch.setattr(hf, "_from_pretrained", skeletons_only)
     with trained_weights(out, out.read_config()) as folder:
         ours, theirs = load_file(folder / "model.safetensors"), load_file(checkpoint / "trained.safetensors")
         assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
@@ -125,16 +137,16 @@ def test_a_stopped_run_merges_and_scores(settings, text, monkeypatch, tmp_path, 
 
 
 def test_what_was_not_evaluated_is_at_the_end(settings, monkeypatch):
-    """Stopped by Ctrl-C after step 4, of which nothing says how good it is."""
-    update = _Training._update
+    """The run is stopped by Ctrl-C after step 4, which has not been evaluated."""
+    update = loop.train_one_update
 
-    def interrupt(self):
-        update(self)
-        if self.progress.step == 4:
+    def interrupt(run):
+        update(run)
+        if run.progress.step == 4:
             os.kill(os.getpid(), 2)
 
     with monkeypatch.context() as patch:
-        patch.setattr(_Training, "_update", interrupt)
+        patch.setattr(loop, "train_one_update", interrupt)
         with pytest.raises(KeyboardInterrupt):
             train(TrainConfig(**settings), quiet=True)
     out = settings["out"]
@@ -154,48 +166,48 @@ def test_without_a_checkpoint_there_is_nothing_to_use(settings, monkeypatch):
 
 def test_what_a_signal_is_answered(settings, monkeypatch, capfd):
     said = []
-    with pytest.raises(KeyboardInterrupt), _interrupts(said.append) as interrupted:
+    with pytest.raises(KeyboardInterrupt), stop_requests(said.append) as interrupted:
         os.kill(os.getpid(), 2)
         os.kill(os.getpid(), 15)  # at once: it is the same, as `timeout` sends it
         assert interrupted() and said == [False]
-        monkeypatch.setattr("petl_mt.train.ONE_SIGNAL", 0.0)
+        monkeypatch.setattr("petl_mt.train.interrupts.ONE_SIGNAL", 0.0)
         os.kill(os.getpid(), 2)
     assert said == [False, True]
-    loop = _Training(TrainConfig(**settings), RunFolder(Path(settings["out"])), False, False)
+    run = set_up(TrainConfig(**settings), RunFolder(Path(settings["out"])), False, False)
     capfd.readouterr()
-    loop._tell_interrupt(again=False)
+    loop.tell_interrupt(run, again=False)
     error = capfd.readouterr().err
     assert "stops after this update or evaluation" in error and "no step is on disk yet" in error
-    loop._save(best=True)
-    loop._tell_interrupt(again=True)
+    save_checkpoint(run, best=True)
+    loop.tell_interrupt(run, again=True)
     assert "stopped at once; step 0 is on disk, go on with --resume" in capfd.readouterr().err
     kept, (reader, writer) = os.dup(2), os.pipe()
     os.close(reader)
     os.dup2(writer, 2)
     try:
-        loop._tell_interrupt(again=False)  # `2>&1 | tee`, which Ctrl-C ends first
+        loop.tell_interrupt(run, again=False)  # `2>&1 | tee`, which Ctrl-C ends first
     finally:
         os.dup2(kept, 2)
     for descriptor in (kept, writer):
         os.close(descriptor)
-    loop.log.close()
+    run.log.close()
 
 
 def test_checkpoints_that_a_run_removes_meanwhile(settings, tmp_path, monkeypatch):
-    """The newest is taken then, without a word of damage; what nobody removes stays an error."""
+    """The newest one is used then, without a line on damage; a checkpoint that stays damaged is an error."""
     checkpoints = Checkpoints(RunFolder(Path(settings["out"])).checkpoints)
-    loop = _Training(TrainConfig(**settings), RunFolder(Path(settings["out"])), False, True)
-    checkpoints.save(loop.model, loop.optimizer, {"step": 1, "best_step": 1}, best=True)
+    run = set_up(TrainConfig(**settings), RunFolder(Path(settings["out"])), False, True)
+    checkpoints.save(run.model, run.optimizer, {"step": 1, "best_step": 1}, best=True)
     moments = []
 
     def goes_on(path: Path) -> str:
         if len(moments) < 3:
             moments.append(path.name)
             step = len(moments) + 1
-            checkpoints.save(loop.model, loop.optimizer, {"step": step, "best_step": step}, best=True)
+            checkpoints.save(run.model, run.optimizer, {"step": step, "best_step": step}, best=True)
         return damage(path)
 
-    monkeypatch.setattr("petl_mt.checkpoint.damage", goes_on)
+    monkeypatch.setattr("petl_mt.runs.checkpoint.damage", goes_on)
     assert checkpoints.whole("best") == (checkpoints.folder.resolve() / "step-4", [])
     moments.clear()
     run, config = RunFolder(Path(settings["out"])), loop.config
@@ -205,17 +217,17 @@ def test_checkpoints_that_a_run_removes_meanwhile(settings, tmp_path, monkeypatc
     def removed(self, path, model):
         if not moments:
             moments.append(path.name)
-            checkpoints.save(loop.model, loop.optimizer, {"step": 9, "best_step": 9}, best=True)
+            checkpoints.save(run.model, run.optimizer, {"step": 9, "best_step": 9}, best=True)
         return read(self, path, model)
 
-    monkeypatch.setattr("petl_mt.checkpoint.damage", damage)
+    monkeypatch.setattr("petl_mt.runs.checkpoint.damage", damage)
     monkeypatch.setattr(Checkpoints, "load_trained", removed)
     with trained_weights(run, config) as weights:
         assert moments == ["step-4"] and weights.is_dir()
     (checkpoints.folder / "step-9" / "trained.safetensors").unlink()
     with pytest.raises(InputError, match="step-9: damaged, trained.safetensors is missing"):
         checkpoints.whole("best")
-    loop.log.close()
+    run.log.close()
 
 
 def test_a_run_that_was_killed_before_its_first_step_begins_anew(settings):
@@ -232,23 +244,23 @@ def test_a_run_that_was_killed_before_its_first_step_begins_anew(settings):
 
 
 def test_a_plan_is_found_from_another_folder(settings, tmp_path, monkeypatch):
-    """Also in runs of earlier versions, which wrote its path as it was given."""
+    """Runs of earlier versions wrote the path as it was given, and work, too."""
     monkeypatch.chdir(tmp_path)
     config = TrainConfig(**settings, memory="1GiB", plan="plan.json")
     run = RunFolder(Path(settings["out"]))
     run.path.mkdir(parents=True, exist_ok=True)
     run.write_config(config)
-    run.check_same(_absolute_paths(config))
-    run.write_config(_absolute_paths(config))
+    run.check_same(_with_absolute_paths(config))
+    run.write_config(_with_absolute_paths(config))
     monkeypatch.chdir("/")
-    run.check_same(_absolute_paths(run.read_config()))
+    run.check_same(_with_absolute_paths(run.read_config()))
     assert run.read_config().plan == str(tmp_path / "plan.json")
     with pytest.raises(InputError, match="another configuration: plan"):
-        run.check_same(_absolute_paths(config))
+        run.check_same(_with_absolute_paths(config))
 
 
 def test_longer_is_the_longer_run(settings, tmp_path):
-    """With rates that do not depend on the end, bit by bit; 5 steps, then 8."""
+    """Where rates do not depend on the number of steps, 5 steps and then 8 end bit by bit as 8 do."""
     settings |= {"schedule": "inverse-sqrt", "warmup": 2, "eval_every": 8}
     train(TrainConfig(**{**settings, "out": str(tmp_path / "whole")}), quiet=True)
     out = settings["out"]
@@ -303,7 +315,7 @@ def test_one_at_a_time(settings, tmp_path, capsys):
 
 
 def test_a_lock_ends_with_its_process_however_that_ends(tmp_path):
-    code = f"from petl_mt.lock import locked; import os, pathlib\nwith locked(pathlib.Path({str(tmp_path)!r})): os.kill(os.getpid(), 9)"  # noqa: E501
+    code = f"from petl_mt.runs.lock import locked; import os, pathlib\nwith locked(pathlib.Path({str(tmp_path)!r})): os.kill(os.getpid(), 9)"  # noqa: E501
     assert subprocess.run([sys.executable, "-c", code]).returncode == -9
     assert (tmp_path / ".lock").read_text().startswith("process ")
     RunFolder(tmp_path).check_free()
@@ -381,7 +393,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_word(settings, monkeypatch, 
     spoil, message = DAMAGES[kind]
     losses = iter([1.0, 2.0, 3.0])  # the best is the first
     with monkeypatch.context() as patch:
-        patch.setattr("petl_mt.train.validation_loss", lambda *_: next(losses))
+        patch.setattr("petl_mt.train.evaluation.validation_loss", lambda *_: next(losses))
         out = stopped(settings, patch)
     assert (step_of(out, "best"), step_of(out)) == (3, 6)
     folder = Path(out) / "checkpoints"
@@ -403,7 +415,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_word(settings, monkeypatch, 
 def test_a_damaged_best_gives_way_to_the_newest(settings, monkeypatch, capsys):
     losses = iter([1.0, 2.0])
     with monkeypatch.context() as patch:
-        patch.setattr("petl_mt.train.validation_loss", lambda *_: next(losses))
+        patch.setattr("petl_mt.train.evaluation.validation_loss", lambda *_: next(losses))
         out = stopped(settings, patch)
     spoil_bit(Path(out) / "checkpoints" / "best")
     Translator(out)
@@ -517,7 +529,7 @@ def test_scores_that_fail_do_not_lose_the_run(settings, monkeypatch, capsys):
     def too_large(*_):
         raise InputError("memory 8MiB: evaluation of one sentence does not fit")
 
-    monkeypatch.setattr("petl_mt.train.translate", too_large)
+    monkeypatch.setattr("petl_mt.train.result.translate", too_large)
     result = train(TrainConfig(**settings))
     assert result.scores == {} and RunFolder(Path(settings["out"])).finished_step() == 8
     assert "the run ends without scores: memory 8MiB" in capsys.readouterr().err

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 from petl_mt.checks import check_folder
-from petl_mt.output import LineSink, hold_closed_descriptors
-from petl_mt.progress import EVERY, Watch, say, time_left
-from petl_mt.stream import FIRST, LineWindows, check_other
+from petl_mt.commands.input_lines import FIRST, LineWindows, check_other
+from petl_mt.commands.output_lines import OutputLines
+from petl_mt.commands.standard_streams import hold_closed_descriptors
+from petl_mt.terminal import EVERY, Watch, say, time_left
 
 from petl_kernels.errors import InputError
 
@@ -38,7 +39,7 @@ def test_what_a_line_is(tmp_path, data, lines):
 
 @pytest.fixture
 def pipe():
-    """(path to read, descriptor to write)."""
+    """Returns (path to read, descriptor to write)."""
     read, write = os.pipe()
     yield f"/dev/fd/{read}", write
     os.close(read)
@@ -98,11 +99,11 @@ def test_what_is_read_is_not_written_over(tmp_path, monkeypatch):
 
 
 def test_lines_for_a_reader_that_is_not_there_go_nowhere(monkeypatch, capsys):
-    """Not to standard output, where ``print`` puts what is for None; and no work ends for them."""
+    """They do not go to standard output, which ``print`` takes for None; and no work ends because of them."""
     monkeypatch.setattr("sys.stderr", None)
     say("one")
     with Watch("score", 5, "lines") as watch:
-        monkeypatch.setattr("petl_mt.progress.EVERY", 0.0)
+        monkeypatch.setattr("petl_mt.terminal.EVERY", 0.0)
         watch.at(3)
     reader, writer = os.pipe()
     os.close(reader)
@@ -124,17 +125,17 @@ def test_no_file_gets_the_number_of_a_closed_standard_stream():
 
 def test_lines_are_in_a_part_until_all_are_there(tmp_path, capsys):
     path = str(tmp_path / "out")
-    with LineSink("--out", path) as sink:
+    with OutputLines("--out", path) as sink:
         sink.write(["one", "zwei"])
         assert Path(path + ".part").read_text() == "one\nzwei\n" and not os.path.exists(path)
     assert os.listdir(tmp_path) == ["out"] and Path(path).read_text() == "one\nzwei\n"
-    with pytest.raises(KeyboardInterrupt), LineSink("--out", path) as sink:
+    with pytest.raises(KeyboardInterrupt), OutputLines("--out", path) as sink:
         sink.write(["un"])
         raise KeyboardInterrupt
     assert Path(path).read_text() == "one\nzwei\n" and Path(path + ".part").read_text() == "un\n"
     assert capsys.readouterr().err == f"1 lines are in {path}.part\n"
     with pytest.raises(InputError, match=r"^--out .*/out: .*out.part holds lines of a run that was stopped"):
-        LineSink("--out", path)
+        OutputLines("--out", path)
     assert Path(path + ".part").read_text() == "un\n"
 
 
@@ -142,7 +143,7 @@ def test_a_link_leads_to_the_file_that_is_written(tmp_path):
     (tmp_path / "link").symlink_to("there/file")
     (tmp_path / "there").mkdir()
     for lines in (["one"], ["two"]):  # a link to nothing yet, and to a file
-        with LineSink("--out", str(tmp_path / "link")) as sink:
+        with OutputLines("--out", str(tmp_path / "link")) as sink:
             sink.write(lines)
         assert (tmp_path / "link").is_symlink()
         assert (tmp_path / "there/file").read_text() == f"{lines[0]}\n"
@@ -155,28 +156,28 @@ def test_a_link_leads_to_the_file_that_is_written(tmp_path):
 
 def test_what_cannot_be_written_is_refused_at_once(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="--out .*/nowhere/out: .*nowhere: there is no such folder"):
-        LineSink("--out", str(tmp_path / "nowhere" / "out"))
+        OutputLines("--out", str(tmp_path / "nowhere" / "out"))
     with pytest.raises(InputError, match="is a folder; expected a file to write"):
-        LineSink("--out", str(tmp_path))
+        OutputLines("--out", str(tmp_path))
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="file: is no folder"):
-        LineSink("--out", str(tmp_path / "file" / "out"))
+        OutputLines("--out", str(tmp_path / "file" / "out"))
     with pytest.raises(InputError, match="is no folder"):
         check_folder("out", tmp_path / "file" / "a" / "b")
     check_folder("out", tmp_path / "a" / "b")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
     with pytest.raises(InputError, match="1 B are free on its disk; expected 2 B"):
-        LineSink("--out", str(tmp_path / "out"), 2)
+        OutputLines("--out", str(tmp_path / "out"), 2)
     monkeypatch.setattr(sys, "stdout", None)
     with pytest.raises(InputError, match="standard output: is closed"):
-        LineSink("--out", None)
+        OutputLines("--out", None)
     assert os.listdir(tmp_path) == ["file"]
 
 
 def test_a_file_that_others_read_keeps_its_lines(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     reader = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
-    with LineSink("--out", str(tmp_path / "fifo")) as sink:
+    with OutputLines("--out", str(tmp_path / "fifo")) as sink:
         sink.write(["one"])
         assert os.read(reader, 10) == b"one\n"
     os.close(reader)

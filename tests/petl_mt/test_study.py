@@ -8,12 +8,16 @@ import re
 
 import pytest
 import torch
-from petl_mt import cli, study
+from petl_mt import cli
 from petl_mt.config import Pair, TrainConfig
 from petl_mt.demo.text import parallel_lines, write_pair
-from petl_mt.lock import locked
-from petl_mt.new_model import make_model, train_vocabulary
+from petl_mt.models.new_model import make_model, train_vocabulary
+from petl_mt.runs.lock import locked
 from petl_mt.study import Entry, Row, StudyConfig, parse_grid, run_study
+from petl_mt.study.command import study_config
+from petl_mt.study.rows import _fingerprint, finished_row, run, write_json
+from petl_mt.study.tables import notes
+from petl_mt.train import train
 
 from petl_kernels.errors import InputError
 from petl_kernels.units import parse_size
@@ -80,9 +84,9 @@ def test_rows_and_files(config, tmp_path):
 
 
 def test_a_row_has_its_own_memory_and_keeps_the_budget(config):
-    """Training and scoring, the parent's own row too; what came before leaves nothing in the figures."""
+    """The figures of a row, also of the parent's, have nothing of the rows before."""
     config.grid = ["full", "bitfit"]
-    config.base = dataclasses.replace(config.base, memory="1MiB")
+    config.base = dataclasses.replace(config.base, memory="1MiB", tier=2)  # one, since a plan counts each
     parent, full, bitfit = run_study(config, quiet=True)
     budget = parse_size(config.base.memory)
     weights = 4 * full.trained_parameters
@@ -104,8 +108,8 @@ def test_finished_rows_are_not_run_again_and_interrupted_ones_go_on(config, monk
             raise KeyboardInterrupt  # after training, before the row is written
         return result
 
-    started, train = [], study.train
-    monkeypatch.setattr(study, "train", interrupted)
+    started = []
+    monkeypatch.setattr("petl_mt.study.rows.train", interrupted)
     config.grid = grid
     with pytest.raises(KeyboardInterrupt):
         run_study(config, quiet=True)
@@ -114,7 +118,9 @@ def test_finished_rows_are_not_run_again_and_interrupted_ones_go_on(config, monk
     assert said.count("\n") == 1 and re.search(
         "interrupted in .*rows/lora-2pct, .*the same command goes on there", said
     )
-    monkeypatch.setattr(study, "train", lambda run, **options: started.append(run.method) or train(run, **options))
+    monkeypatch.setattr(
+        "petl_mt.study.rows.train", lambda run, **options: started.append(run.method) or train(run, **options)
+    )
     rows = run_study(config, quiet=True)
     assert started == ["lora", "lora", "bitfit"] and len(rows) == 5
     assert run_study(config, quiet=True) == rows and len(started) == 3
@@ -129,15 +135,15 @@ def test_another_configuration_in_the_same_folder_is_refused(config):
 
 
 def test_the_parents_row_is_of_one_budget(config):
-    """Rows of earlier versions do not say which, and stay."""
+    """Rows of earlier versions have no budget in them, and stay."""
     path = config.folder(None) / "row.json"
 
     def finished(**changes):
-        return study._finished(dataclasses.replace(config, base=dataclasses.replace(config.base, **changes)), None)
+        return finished_row(dataclasses.replace(config, base=dataclasses.replace(config.base, **changes)), None)
 
     def write(config, *without):
-        fingerprint = {k: v for k, v in study._fingerprint(config, None).items() if k not in without}
-        study._write_json(path, Row("parent", config=fingerprint).to_dict())
+        fingerprint = {k: v for k, v in _fingerprint(config, None).items() if k not in without}
+        write_json(path, Row("parent", config=fingerprint).to_dict())
 
     budget = dataclasses.replace(config, base=dataclasses.replace(config.base, memory="1MiB"))
     write(budget)
@@ -179,7 +185,7 @@ def test_a_damaged_row_is_one_line(config, content):
     path.parent.mkdir(parents=True)
     path.write_text(content)
     with pytest.raises(InputError, match="row.json: damaged; remove it"):
-        study._finished(config, Entry("bitfit"))
+        finished_row(config, Entry("bitfit"))
 
 
 def test_one_study_at_a_time(config, tmp_path):
@@ -189,18 +195,16 @@ def test_one_study_at_a_time(config, tmp_path):
 
 
 def test_a_row_that_fails_is_said_and_the_others_are_run(config, monkeypatch):
-    run = study._run
-
     def fail(config, entry, *others):
         if entry.method == "full":
             raise InputError("memory 1MiB: needs 2 MiB")
         return run(config, entry, *others)
 
-    monkeypatch.setattr(study, "_run", fail)
+    monkeypatch.setattr("petl_mt.study.run.run", fail)
     config.grid = ["full", "bitfit"]
     rows = run_study(config, quiet=True)
-    assert [row.status for row in rows] == ["done", "failed", "done"] and "needs 2 MiB" in study.notes(rows)[0]
-    assert study._finished(config, Entry("full")) is None  # it is tried again
+    assert [row.status for row in rows] == ["done", "failed", "done"] and "needs 2 MiB" in notes(rows)[0]
+    assert finished_row(config, Entry("full")) is None  # it is tried again
 
 
 @pytest.mark.parametrize("grid, message", [
@@ -240,15 +244,15 @@ def test_grid():
 def test_options_of_a_study_that_cannot_work(tmp_path, line, message):
     values = "" if line.startswith("test") else "test: [a, b]\n"
     (tmp_path / "study.yaml").write_text(f"{values}{line}\nsrc_lang: en\ntgt_lang: fi\n")
-    arguments = cli._parser("study").parse_args(["study", "--config", str(tmp_path / "study.yaml")])
+    arguments = cli.parser_for("study").parse_args(["study", "--config", str(tmp_path / "study.yaml")])
     with pytest.raises(InputError, match=re.escape(message)):
-        study.study_config(arguments)
+        study_config(arguments)
 
 
 def test_a_rate_that_is_given_twice_is_refused():
     flags = ["study", "--test", "a", "b", "--src-lang", "en", "--tgt-lang", "fi", "--lr", "full=1e-3", "full=2e-3"]
     with pytest.raises(InputError, match="lr full: given twice"):
-        study.study_config(cli._parser("study").parse_args(flags))
+        study_config(cli.parser_for("study").parse_args(flags))
 
 
 def test_unequal_test_files_are_refused_before_anything_is_written(config, tmp_path):

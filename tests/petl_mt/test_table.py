@@ -1,11 +1,12 @@
-"""The tables of study and demo: 80 columns, and the words for bytes."""
+"""The tables of study and demo: their 80 columns, and their words for bytes."""
 
 from __future__ import annotations
 
 import io
 
-from petl_mt.evaluate import Scores
-from petl_mt.study import COLUMNS, NARROW, Row, cells, markdown, print_table
+from petl_mt.scores import Scores
+from petl_mt.study import Row
+from petl_mt.study.tables import COLUMNS, NARROW, cells, markdown, print_table
 from rich.console import Console
 
 SCORES = Scores(98.765, "nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:2.6.0", 99.9,

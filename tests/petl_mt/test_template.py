@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 
 import pytest
-from petl_mt.config import TrainConfig, load_yaml
+from petl_mt.config import TrainConfig
+from petl_mt.config_file import load_yaml
 from petl_mt.template import EXAMPLE, template
 
 FILE = Path(__file__).parents[2] / "examples/train.yaml"

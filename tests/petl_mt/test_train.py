@@ -10,7 +10,9 @@ import torch
 import yaml
 from petl_mt.config import TrainConfig
 from petl_mt.runs import RunFolder
-from petl_mt.train import TrainingStopped, _Training, train
+from petl_mt.train import TrainingStopped, result, train
+from petl_mt.train.loop import run_training, train_one_update
+from petl_mt.train.setup import Setup, set_up
 from safetensors.torch import load_file
 from transformers import M2M100ForConditionalGeneration
 
@@ -19,19 +21,19 @@ from petl_kernels.errors import InputError
 from petl_kernels.methods import METHODS
 
 
-def training(settings: dict, **changes) -> _Training:
+def training(settings: dict, **changes) -> Setup:
     """Everything that a run sets up, before its first step."""
     config = TrainConfig(**{**settings, **changes})
-    return _Training(config, RunFolder(Path(config.out)), resuming=False, quiet=True)
+    return set_up(config, RunFolder(Path(config.out)), resuming=False, quiet=True)
 
 
-def gradients_of_first_update(loop: _Training) -> dict[str, torch.Tensor]:
+def gradients_of_first_update(loop: Setup) -> dict[str, torch.Tensor]:
     found = {}
     loop.optimizer.step = lambda: found.update(
         {name: p.grad.clone() for name, p in loop.model.named_parameters() if p.grad is not None}
     )
     loop.model.train()
-    loop._update()
+    train_one_update(loop)
     return found
 
 
@@ -46,9 +48,11 @@ def test_accumulation_gives_the_gradient_of_one_large_batch(settings, tmp_path):
     one = training(settings, batch_tokens=64, accumulate=3, max_length=30)
     accumulated = gradients_of_first_update(one)
     joined = training(settings, out=str(tmp_path / "joined"), batch_tokens=64, max_length=30)
-    indices = [i for batch in one.batches.plan(0)[:3] for i in batch]
-    joined.batches.plan(0)[0] = torch.tensor(indices).numpy()
-    assert len({len(batch) for batch in one.batches.plan(0)[:3]}) > 1  # unequal batches, or a mean of means would pass
+    indices = [i for batch in one.batches.epoch_indices(0)[:3] for i in batch]
+    joined.batches.epoch_indices(0)[0] = torch.tensor(indices).numpy()
+    assert (
+        len({len(batch) for batch in one.batches.epoch_indices(0)[:3]}) > 1
+    )  # unequal batches, or a mean of means would pass
     assert_same_gradients(accumulated, gradients_of_first_update(joined))
 
 
@@ -67,7 +71,7 @@ def test_micro_batches_give_the_gradient_of_the_batch(settings, tmp_path):
 def test_a_memory_budget_splits_batches_and_changes_no_gradient(settings, tmp_path):
     settings |= {"method_args": {"rank": 2}, "dropout": 0.0, "batch_tokens": 2000}
     whole = gradients_of_first_update(training(settings))
-    small = training(settings, out=str(tmp_path / "small"), memory="700KiB")
+    small = training(settings, out=str(tmp_path / "small"), memory="700KiB", tier=4)
     assert small.update.micro_tokens < 2000
     assert_same_gradients(gradients_of_first_update(small), whole)
 
@@ -81,12 +85,15 @@ def test_clipping_bounds_the_norm(settings):
     assert norms[0] > 2e-3 and norms[1] == pytest.approx(1e-3, rel=1e-3)
 
 
-@pytest.mark.parametrize("method", METHODS)
+FIRST = ("full", "lora", "adapter", "prefix", "bitfit")  # tests/methods has what each of them trains
+
+
+@pytest.mark.parametrize("method", [m if m in FIRST else pytest.param(m, marks=pytest.mark.repeat) for m in METHODS])
 def test_every_method_trains_what_it_should_and_nothing_else(settings, parent, method):
     base = M2M100ForConditionalGeneration.from_pretrained(parent / "model").state_dict()
     settings |= {"method": method, "method_args": {}, "steps": 3, "valid": [], "lr": None}
     loop = training(settings)
-    result, run = loop.run(), RunFolder(Path(settings["out"]))
+    result, run = run_training(loop), RunFolder(Path(settings["out"]))
     assert run.model.is_dir() == (method == "full") and run.adapter.is_dir() == (method != "full")
     trained = load_file(run.checkpoints / "latest" / "trained.safetensors")
     assert sum(t.numel() for t in trained.values()) == result.trained_parameters >= result.stored_parameters
@@ -135,11 +142,11 @@ def test_what_a_run_folder_holds(settings, parent):
 
 @pytest.fixture
 def prescribed(monkeypatch):
-    """Validation losses as given, one an evaluation."""
+    """Replaces validation losses by given ones, one an evaluation."""
 
     def prescribe(*losses: float) -> None:
         given = iter(losses)
-        monkeypatch.setattr("petl_mt.train.validation_loss", lambda *rest: next(given))
+        monkeypatch.setattr("petl_mt.train.evaluation.validation_loss", lambda *rest: next(given))
 
     return prescribe
 
@@ -166,7 +173,7 @@ def test_bf16_trains_fp32_adapters_beside_a_bf16_base(settings):
     loop = training(settings, precision="bf16", label_smoothing=0.0)
     dtypes = {p.requires_grad: p.dtype for p in loop.model.parameters() if p.dim() > 1}
     assert dtypes == {True: torch.float32, False: torch.bfloat16}
-    bf16 = loop.run()
+    bf16 = run_training(loop)
     fp32 = train(TrainConfig(**{**settings, "out": settings["out"] + "32", "label_smoothing": 0.0}), quiet=True)
     assert bf16.losses == pytest.approx(fp32.losses, rel=0.03) and bf16.losses != fp32.losses
     assert bf16.saved_bytes_per_token < fp32.saved_bytes_per_token
@@ -181,7 +188,7 @@ def test_dropout_settings_reach_the_model(settings):
 
 @pytest.mark.parametrize("lr", [1e38, 1e30])
 def test_a_loss_that_is_no_number_stops_the_run(settings, lr):
-    """The rate is zero-ish through warm-up to step 3, where a checkpoint is written, and absurd after that."""
+    """The rate is near zero through warm-up to step 3, where a checkpoint is written, and absurd after that."""
     settings |= {"steps": 40, "eval_every": 1, "lr": lr, "warmup": 0, "valid": []}
     with pytest.raises(TrainingStopped) as stop:
         train(TrainConfig(**settings), quiet=True)
@@ -205,7 +212,7 @@ def test_tensorboard_is_written_when_asked(settings):
 
 
 def test_what_a_check_turned_down_is_in_the_log_once(settings, monkeypatch, capsys):
-    """One in the first update, one in the third, one while the run is scored."""
+    """A backend is turned down in the first update, another in the third, another while the run is scored."""
     settings |= {"steps": 4, "eval_every": 4}
     errors = {}
     monkeypatch.setattr(dispatch, "_parity_errors", errors)
@@ -213,8 +220,8 @@ def test_what_a_check_turned_down_is_in_the_log_once(settings, monkeypatch, caps
     def found(op: str) -> None:
         errors[op, "triton", torch.device("cuda", 0), torch.bfloat16] = "y is off by 1, allowed 0.1"
 
-    loop = _Training(TrainConfig(**settings), RunFolder(Path(settings["out"])), resuming=False, quiet=False)
-    gradients, score = loop.update.gradients, loop._score
+    loop = set_up(TrainConfig(**settings), RunFolder(Path(settings["out"])), resuming=False, quiet=False)
+    gradients, score = loop.update.gradients, result.score_validation_text
     found_in = {0: ["lora_linear"], 2: ["attention"]}
 
     def with_first_uses(*given):
@@ -222,12 +229,13 @@ def test_what_a_check_turned_down_is_in_the_log_once(settings, monkeypatch, caps
             found(op)
         return gradients(*given)
 
-    def score_with_first_use():
+    def score_with_first_use(run):
         found("dequantize")
-        return score()
+        return score(run)
 
-    loop.update.gradients, loop._score = with_first_uses, score_with_first_use
-    loop.run()
+    loop.update.gradients = with_first_uses
+    monkeypatch.setattr(result, "score_validation_text", score_with_first_use)
+    run_training(loop)
     said = [line for line in capsys.readouterr().err.splitlines() if "is not used" in line]
     expected = [
         f"triton {op} is not used on cuda:0 in bfloat16: y is off by 1, allowed 0.1"

@@ -11,11 +11,12 @@ import torch
 from petl_mt.cli import main
 from petl_mt.config import TrainConfig
 from petl_mt.evaluate import BatchLimit, until_it_fits
-from petl_mt.runs import Translator
+from petl_mt.inference import Translator
 from petl_mt.train import train
 from test_memory import saved_plan
 
 from petl_kernels.errors import InputError
+from petl_kernels.methods.owner import owner
 from petl_kernels.step import cap
 from petl_kernels.units import parse_size
 
@@ -56,7 +57,7 @@ def test_a_run_without_a_budget_translates_within_one(settings, tmp_path, text, 
         return dataclasses.replace(plan_search(*arguments), streamed=streamed)
 
     plan_search = planner.plan_search
-    monkeypatch.setattr(planner, "plan_search", found)
+    monkeypatch.setattr("petl_mt.inference.load.plan_search", found)
     trained(settings, tmp_path / "run")
     lines = Path(text["train"].source).read_text().splitlines()[:60]
     free = list(Translator(tmp_path / "run", beam=4).stream(lines))
@@ -65,13 +66,13 @@ def test_a_run_without_a_budget_translates_within_one(settings, tmp_path, text, 
     with ExitStack() as limits:
         translator = Translator(tmp_path / "run", beam=4, memory=memory, limits=limits)  # the cap holds while it loads
         cap.reset_peak(CPU)
-        assert (getattr(translator.model, "petl_streamed", None) is not None) == bool(streamed)
+        assert (owner(translator.model).streamed is not None) == bool(streamed)
         assert list(translator.stream(lines)) == free
         assert cap.peak(CPU) - before <= parse_size(memory)
 
 
 def _least(run: Path) -> str:
-    """The least budget that it says would do."""
+    """Returns the least budget that the refusal names."""
     try:
         Translator(run, beam=4, memory="1KiB")
     except InputError as error:

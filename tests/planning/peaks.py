@@ -8,7 +8,7 @@ from petl_kernels.planning.peak import Ledger
 
 
 def peak_bytes(work: Callable[[], object], living: Iterable[Tensor]) -> int:
-    """Peak bytes of tensors while ``work`` runs, ``living`` included: outputs of operations, counted by storage."""
+    """Returns the peak bytes of tensors while ``work`` runs: ``living``, and outputs of operations by storage."""
     ledger = Ledger(living)
     with ledger:
         work()

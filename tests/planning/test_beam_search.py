@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 WIDE = {"vocab_size": 2000, "d_model": 128, "encoder_ffn_dim": 256, "decoder_ffn_dim": 256, "encoder_layers": 3}
 WIDE |= {"decoder_layers": 3, "max_position_embeddings": 512}
 
-# family, beam, storage, rows, source, output
+# family, beam, storage, sentences, source tokens, output tokens
 CASES = {
     "m2m100, beam 5": ("m2m100", 5, "dense", 6, 40, 24),
     "m2m100, greedy": ("m2m100", 1, "dense", 16, 40, 24),
@@ -33,16 +33,17 @@ CASES = {
     "t5, greedy": ("t5", 1, "dense", 16, 12, 24),
     "t5, beam 5, int8": ("t5", 5, "int8", 6, 24, 24),
 }
+FIRST = ("m2m100, beam 5", "m2m100, greedy", "m2m100, beam 5, int8", "t5, beam 5")  # the rest pairs them otherwise
 
 
 class _NeverEnds(LogitsProcessor):
-    """Without it a random model may stop at once."""
+    """Forbids the end of a sentence, with which a random model may begin."""
 
     def __init__(self, eos: int):
         self.eos = eos
 
     def __call__(self, ids, scores):
-        scores[:, self.eos] = -1e9  # in place: no bytes of its own
+        scores[:, self.eos] = -1e9  # in place, which takes no bytes
         return scores
 
 
@@ -69,7 +70,7 @@ def measured(model, beam: int, rows: int, source: int, output: int) -> int:
     mask = torch.ones_like(ids)
     mask[0, -3:] = 0
     with torch.no_grad():
-        for length in (3, output):  # the first time something may be made that stays
+        for length in (3, output):  # the first run may make what stays
             gc.collect()
             with cap.capped(2**33, CPU):
                 from petl_kernels import _C
@@ -86,7 +87,9 @@ def measured(model, beam: int, rows: int, source: int, output: int) -> int:
     return peak
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [case if case in FIRST else pytest.param(case, marks=pytest.mark.repeat) for case in CASES]
+)
 def test_the_counted_bytes_are_the_measured_ones(case):
     family, beam, storage, rows, source, output = CASES[case]
     with torch.device("meta"):
@@ -102,7 +105,7 @@ def test_the_plane_holds_between_the_shapes_that_were_counted():
         model = made("m2m100", "dense")
     search = Search(model, 4, 1, None)
     plane = search.bytes(2**30, 64)
-    for rows, source, output in ((1, 8, 48), (16, 40, 64), (5, 64, 64), (2, 64, 160)):
+    for rows, source, output in ((1, 8, 48), (16, 40, 64), (2, 64, 160)):
         counted = search.peak(rows, source, output)
         assert 0.98 * counted <= plane.always + rows * plane.of(source, output) <= 1.15 * counted
 

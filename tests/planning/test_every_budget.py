@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import re
+import weakref
 
 import numpy as np
 import pytest
@@ -12,11 +14,17 @@ from methods.models import build
 
 import petl_kernels as pk
 from petl_kernels.errors import InputError
+from petl_kernels.planning import chooser as choosing
 from petl_kernels.planning import planner as planning
 from petl_kernels.planning.beam_search import SearchBytes
+from petl_kernels.planning.budget import smallest_budget, usable
+from petl_kernels.planning.chooser import Chooser
 from petl_kernels.planning.cost import ASSUMED
-from petl_kernels.planning.plan import APPROXIMATIONS, CHUNKS
-from petl_kernels.planning.planner import EXACT, Planner, _Slopes, plan_search, smallest_budget, usable
+from petl_kernels.planning.figures import Figures
+from petl_kernels.planning.levers import CHUNKS, EXACT, Request, Rounding
+from petl_kernels.planning.plan import APPROXIMATIONS
+from petl_kernels.planning.planner import plan_search
+from petl_kernels.planning.step_bytes import Slopes, StepBytes
 from petl_kernels.units import format_below, format_least, format_size, parse_size
 
 METHODS = {
@@ -29,31 +37,35 @@ MIB = 2**20
 
 @pytest.fixture(autouse=True)
 def cheap(monkeypatch):
-    """Rates of no device, no search counted, nothing told of larger budgets."""
+    """Uses assumed rates, counts no search, and leaves out what larger budgets would bring."""
     monkeypatch.setattr(planning, "measure_rates", lambda *_: ASSUMED)
-    monkeypatch.setattr(Planner, "_search", lambda self, room: SearchBytes(room, 0.0, 1e3, 10.0, 10.0))
-    monkeypatch.setattr(Planner, "_more", lambda *_: ())
+    monkeypatch.setattr(Figures, "search", lambda self, room: SearchBytes(room, 0.0, 1e3, 10.0, 10.0))
+    monkeypatch.setattr(Chooser, "more", lambda *_: ())
 
 
 def invented(seed: int):
-    """Bytes of a step that no model has: more rows take more, by a line that bends; leaner tiers keep less and work
-    with more; rounding needs room of its own."""
+    """Returns bytes of a step that no model has: more pairs take more, by a line that bends; leaner tiers keep less and
+    work with more; rounding needs room of its own."""
     draw = np.random.default_rng(seed)
     kept, work = np.cumsum(draw.uniform(0.1, 3, 6))[::-1] * 1e5, np.cumsum(draw.uniform(0, 4, 6)) * 1e5
     bend, first = draw.uniform(0.6, 1.4), draw.uniform(0, 1e6)
     room = dict(zip(("dense", "int8", "nf4"), (0.0, *draw.uniform(0, 1e6, 2)), strict=True))
 
-    def slopes(self, tier: int, rows: int, chunk_bytes: int, kind: tuple[str, str, str]) -> _Slopes:
-        size = rows**bend
-        beside = first + chunk_bytes / 8 + room[kind[0]] + room[kind[1]] + work[tier] * size
-        return _Slopes(kept[tier] * size, 1.3 * kept[tier] * size, beside, 1.5 * beside)
+    def slopes(self, tier: int, pairs: int, chunk_bytes: int, rounding: Rounding) -> Slopes:
+        size = pairs**bend
+        beside = first + chunk_bytes / 8 + room[rounding[0]] + room[rounding[1]] + work[tier] * size
+        return Slopes(kept[tier] * size, 1.3 * kept[tier] * size, beside, 1.5 * beside)
 
     return slopes
 
 
-def fits(planner: Planner, memory: int) -> bool:
+def chooser_for(model, *training, **options) -> Chooser:
+    return Chooser(Figures(model, Request(*training, **options), ASSUMED))
+
+
+def fits(chooser: Chooser, memory: int) -> bool:
     try:
-        found = planner.best(memory)
+        found = chooser.best(memory)
     except InputError:
         return False
     assert sum(found.parts.values()) == found.peak <= memory
@@ -69,40 +81,52 @@ def test_with_bytes_of_a_step_that_are_invented(monkeypatch, method, device):
     names = tuple(APPROXIMATIONS)
     options = itertools.product([(), names], [None, 2], [False, True] if device == "cuda" else [False])
     for seed, (allow, tier, graphs) in enumerate(options):
-        monkeypatch.setattr(Planner, "_simulated", invented(seed))
-        planner = Planner(model, 1600, 64, "adamw", allow, torch.device(device), None, tier, 5, graphs)
-        least = planner._least(allow)
-        assert fits(planner, least) and not fits(planner, least - 1)
+        monkeypatch.setattr(StepBytes, "_counted", invented(seed))
+        chooser = chooser_for(model, 1600, 64, allow=allow, device=torch.device(device), tier=tier, graphs=graphs)
+        least = chooser.least(allow)
+        assert fits(chooser, least) and not fits(chooser, least - 1)
         for above in np.geomspace(1e-4, 4, 16):
-            assert fits(planner, int(least * (1 + above))), (seed, least, above)
+            assert fits(chooser, int(least * (1 + above))), (seed, least, above)
 
 
+@pytest.mark.check
 def test_where_a_whole_update_fits_nothing_else_is_counted(monkeypatch):
     with torch.device("meta"):
         model = pk.adapt(build("m2m100"), pk.LoRA(rank=4))
     counted, count = [], invented(0)
-    monkeypatch.setattr(Planner, "_simulated", lambda self, *given: counted.append(given) or count(self, *given))
-    planner = Planner(model, 1600, 64, "adamw", (), torch.device("cpu"), None)
-    found = planner.best(2**32)
+    monkeypatch.setattr(StepBytes, "_counted", lambda self, *given: counted.append(given) or count(self, *given))
+    found = chooser_for(model, 1600, 64).best(2**32)
     assert found.micro_batches == 1 and set(found.tiers) == {1}
     assert counted == [(1, 25, CHUNKS[0], EXACT)]
 
 
+def test_a_plan_holds_no_model(monkeypatch):
+    monkeypatch.setattr(StepBytes, "_counted", invented(1))
+    with torch.device("meta"):
+        model = pk.adapt(build("m2m100"), pk.LoRA(rank=4))
+    chooser_for(model, 1600, 64).best(2**32)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
 @pytest.mark.slow
+@pytest.mark.repeat  # of what the invented bytes show
 def test_a_model_from_the_least_on(monkeypatch):
-    """Where the demo's parent was refused under 33.3 MiB and 40 MiB, and 33.2 and 36 MiB were enough."""
-    monkeypatch.setattr(planning, "APPROXIMATIONS", {})  # what they would bring takes time to count
+    """Once a parent was refused under 33.3 MiB and 40 MiB, where 33.2 and 36 MiB were enough."""
+    monkeypatch.setattr(choosing, "APPROXIMATIONS", {})  # their least takes time to count
     with torch.device("meta"):
         model = pk.adapt(build("m2m100", encoder_layers=2), pk.Adapter(bottleneck=16))
-    planner = Planner(model, 64, 16, "adamw", (), torch.device("cpu"), None)
+    chooser = chooser_for(model, 64, 16)
     with pytest.raises(InputError) as error:
-        planner.best(1000)
+        chooser.best(1000)
     named = re.search(r"needs ([\d.]+) KiB", str(error.value))[1]
     step = 10.0 ** -len(named.partition(".")[2])
-    assert fits(planner, parse_size(f"{named}KiB"))
-    assert not fits(planner, parse_size(f"{float(named) - step:.4f}KiB"))
+    assert fits(chooser, parse_size(f"{named}KiB"))
+    assert not fits(chooser, parse_size(f"{float(named) - step:.4f}KiB"))
     for above in np.linspace(0, 1, 12):
-        assert fits(planner, int(planner._least(()) * (1 + above))), above
+        assert fits(chooser, int(chooser.least(()) * (1 + above))), above
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -131,7 +155,7 @@ def test_a_search_fits_from_the_named_size_on(monkeypatch, device):
 
 def test_tier_auto_fits_from_the_named_size_on(monkeypatch):
     model = pk.adapt(build("m2m100"), pk.LoRA(rank=4))
-    monkeypatch.setattr(Planner, "_simulated", invented(3))
+    monkeypatch.setattr(StepBytes, "_counted", invented(3))
 
     def lean(memory: int):
         return planning.tiers_in_place(model, memory, 1600, 64, None)

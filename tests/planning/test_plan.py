@@ -1,4 +1,4 @@
-"""Plans: their bytes against those that the allocator counts, what is chosen, and what is refused."""
+"""Plans: their bytes beside those that the allocator counts, the choice of levers, and refusals."""
 
 from __future__ import annotations
 
@@ -15,11 +15,15 @@ from methods.models import build
 import petl_kernels as pk
 from petl_kernels.errors import InputError
 from petl_kernels.layers import recompute
+from petl_kernels.planning import chooser as choosing
 from petl_kernels.planning import planner as planning
+from petl_kernels.planning.chooser import Chooser
 from petl_kernels.planning.cost import ASSUMED
+from petl_kernels.planning.figures import Figures
+from petl_kernels.planning.levers import EXACT, STORAGES, Levers, Request
 from petl_kernels.planning.plan import APPROXIMATIONS, Plan
-from petl_kernels.planning.planner import Planner, Setting, plan
-from petl_kernels.planning.resident import STEP_BYTES, STORAGES
+from petl_kernels.planning.planner import plan
+from petl_kernels.planning.resident import STEP_BYTES
 from petl_kernels.step.gradients import GROUP_BYTES, RoundedGradients
 from petl_kernels.step.graphs import WORKSPACE
 from petl_kernels.weights.quantized import quantize_model
@@ -29,7 +33,8 @@ _C = pytest.importorskip("petl_kernels._C")
 CPU = torch.device("cpu")
 MIB = 2**20
 WIDE = {"vocab_size": 4000, "d_model": 256, "encoder_ffn_dim": 1024, "decoder_ffn_dim": 1024, "encoder_layers": 3}
-# Few rows, and bf16 in one case alone: a CPU without instructions for it takes 40 times as long for a product.
+# Rows are few, and products in bf16 are in one case alone: they take a CPU without instructions for them 40 times as
+# long.
 ROWS, LENGTH = 4, 96
 WIDE |= {"max_position_embeddings": 512, "dropout": 0.1}
 
@@ -70,9 +75,13 @@ CASES = {
     "t5, LoRA, tier 1": ("t5", pk.LoRA(rank=8, targets=("q", "v")), (1,) * 5, torch.float32, None),
 }  # fmt: skip
 FIRST = (
-    *("m2m100, LoRA, tier 1", "mbart, prefix, tier 4", "marian, BitFit, tier 2", "t5, LoRA, tier 1"),
-    *("m2m100, LoRA, int8 layers, NF4 tables", "m2m100, wide adapters, bf16 gradients"),
+    *("m2m100, LoRA, tier 1", "mbart, prefix, tier 4", "m2m100, LoRA, int8 layers, NF4 tables"),
+    "m2m100, wide adapters, bf16 gradients",  # T5 and Marian have packed rows below
 )
+
+
+def figures_of(model, *training, **options) -> Figures:
+    return Figures(model, Request(*training, **options), ASSUMED)
 
 
 def made(family: str, method, dtype: torch.dtype, storage: str = "dense", tables: str | None = None):
@@ -97,7 +106,7 @@ def fused_adamw(parameters) -> torch.optim.AdamW:
 def measured_peak(
     make, tiers, rows: int, length: int, autocast, make_optimizer=fused_adamw, dtype: str = "float32", packed=False
 ) -> int:
-    """Of everything that lives because of it: the model, its gradients, its optimiser, two updates."""
+    """Returns the peak bytes of all that two updates need: the model, its gradients and its optimiser included."""
     gc.collect()
     recompute.forget()  # of an earlier step: the next forward pass would free it, and it would not count
     _C.install_cpu_allocator()
@@ -130,15 +139,15 @@ def measured_peak(
 
 
 def test_the_predicted_peak_with_8_bit_moments():
-    """Large adapters, so that moments matter: most of them rounded, biases and norms in fp32."""
+    """The adapters are large, so that moments matter: most of them are rounded, those of biases and norms in fp32."""
     bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (extra 8bit)")
     family, method, tiers = "m2m100", pk.Adapter(bottleneck=1024), (2,) * 5
     with torch.device("meta"):
         model = made(family, method, torch.float32)
     found = {}
     for name, make in {"adamw": fused_adamw, "adamw8bit": bitsandbytes.optim.AdamW8bit}.items():
-        planner = Planner(model, ROWS * LENGTH, LENGTH, name, (), CPU, None)
-        predicted = sum(planner.parts(Setting("dense", name, 0, 32 * MIB), ROWS, tiers).values())
+        figures = figures_of(model, ROWS * LENGTH, LENGTH, name)
+        predicted = sum(figures.by_purpose(Levers("dense", name, 0, 32 * MIB), ROWS, tiers).values())
         measured = measured_peak(lambda: made(family, method, torch.float32), tiers, ROWS, LENGTH, None, make)
         print(name, predicted / measured)
         assert 0.98 * measured <= predicted <= 1.05 * measured, (predicted / MIB, measured / MIB)
@@ -150,13 +159,13 @@ def test_the_predicted_peak_with_8_bit_moments():
     "case", [case if case in FIRST else pytest.param(case, marks=pytest.mark.repeat) for case in CASES]
 )
 def test_the_predicted_peak_is_the_measured_one(case):
-    family, method, tiers, dtype, autocast, *levers = CASES[case]
-    storage, tables, gradients = [*levers, *("dense", None, "float32")[len(levers) :]]
+    family, method, tiers, dtype, autocast, *given = CASES[case]
+    storage, tables, gradients = [*given, *("dense", None, "float32")[len(given) :]]
     with torch.device("meta"):
         model = made(family, method, dtype)
-    planner = Planner(model, ROWS * LENGTH, LENGTH, "adamw", (), CPU, autocast)
-    setting = Setting(storage, "adamw", 0, 32 * MIB, tables, gradients)
-    predicted = sum(planner.parts(setting, ROWS, tiers).values())
+    figures = figures_of(model, ROWS * LENGTH, LENGTH, autocast=autocast)
+    levers = Levers(storage, "adamw", 0, 32 * MIB, tables, gradients)
+    predicted = sum(figures.by_purpose(levers, ROWS, tiers).values())
     make = functools.partial(made, family, method, dtype, storage, tables)
     measured = measured_peak(make, tiers, ROWS, LENGTH, autocast, dtype=gradients)
     print(case, predicted / measured)
@@ -168,9 +177,9 @@ def test_the_predicted_peak_of_packed_rows(case):
     family, method, tiers, dtype, autocast = CASES[case]
     with torch.device("meta"):
         model = made(family, method, dtype)
-    setting = Setting("dense", "adamw", 0, 32 * MIB)
-    planner = Planner(model, ROWS * LENGTH, LENGTH, "adamw", (), CPU, autocast, packed=True)
-    predicted = sum(planner.parts(setting, ROWS, tiers).values())
+    levers = Levers("dense", "adamw", 0, 32 * MIB)
+    figures = figures_of(model, ROWS * LENGTH, LENGTH, autocast=autocast, packed=True)
+    predicted = sum(figures.by_purpose(levers, ROWS, tiers).values())
     make = functools.partial(made, family, method, dtype)
     measured = measured_peak(make, tiers, ROWS, LENGTH, autocast, packed=True)
     print(case, predicted / measured)
@@ -178,7 +187,7 @@ def test_the_predicted_peak_of_packed_rows(case):
 
 
 def test_the_predicted_peak_where_the_optimiser_steps():
-    """All of a model, a small batch: on the CPU bitsandbytes widens the largest matrix, when nothing else is kept."""
+    """All of a model is trained on a small batch: bitsandbytes widens the largest matrix when layers keep nothing."""
     bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (extra 8bit)")
 
     def make():
@@ -186,10 +195,10 @@ def test_the_predicted_peak_where_the_optimiser_steps():
 
     with torch.device("meta"):
         model = make()
-    planner = Planner(model, 32, 32, "adamw8bit", (), CPU, None)
+    figures = figures_of(model, 32, 32, "adamw8bit")
     for gradients in ("float32", "bfloat16"):
-        setting = Setting("dense", "adamw8bit", 0, 2 * MIB, None, gradients)
-        parts = planner.parts(setting, 1, (4,) * 5)
+        levers = Levers("dense", "adamw8bit", 0, 2 * MIB, None, gradients)
+        parts = figures.by_purpose(levers, 1, (4,) * 5)
         predicted, largest = sum(parts.values()), max(p.numel() for p in model.parameters())
         widened = (
             0 if gradients == "float32" else GROUP_BYTES
@@ -220,7 +229,7 @@ def test_what_one_step_of_each_optimiser_allocates(dtype):
 
 @pytest.fixture(autouse=True, scope="module")
 def fixed_rates():
-    """Measuring takes seconds where products in bf16 do; runs of petl-mt have it (tests/petl_mt/test_memory.py)."""
+    """Assumes rates: to measure them takes seconds where products in bf16 do. tests/petl_mt/test_memory.py does it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(planning, "measure_rates", lambda device, dtype: ASSUMED)
         yield
@@ -228,8 +237,8 @@ def fixed_rates():
 
 @pytest.fixture
 def no_more(monkeypatch):
-    """Without what larger budgets would bring, which a plan tells at its end."""
-    monkeypatch.setattr(Planner, "_more", lambda *_: ())
+    """Leaves out what larger budgets would bring, which a plan tells at its end."""
+    monkeypatch.setattr(Chooser, "more", lambda *_: ())
 
 
 def skeleton(**settings):
@@ -243,26 +252,25 @@ def small_plan() -> Plan:
 
 
 def test_one_layer_a_side_is_counted_with_a_second_like_it():
-    """In 16 bits, dropout rates changed by hand: the layer that only the simulation has is like the first."""
+    """The layer that only the simulation has gets the first one's dtypes and dropout rates, changed by hand here."""
     one, two = skeleton(encoder_layers=1, decoder_layers=1), skeleton(encoder_layers=2, decoder_layers=2)
     found = []
     for model in (one, two):
         for module in model.modules():
             if isinstance(getattr(module, "dropout", None), float):
                 module.dropout = 0.3
-        planner = Planner(model, 6 * 64, 64, "adamw", (), CPU, None)
-        found.append(planner._measured(2, 6, 32 * MIB))
+        found.append(figures_of(model, 6 * 64, 64).step.counted(2, 6, 32 * MIB, EXACT))
     assert found[0] == found[1]
 
 
 def test_more_layers_cost_what_the_first_ones_do():
-    """Counting at two layers a side foretells four: the simulation of the whole model says the same."""
+    """The counts at one and two layers a side give those of four, as the simulation of the whole model does."""
     from petl_kernels.planning import simulate
 
     model, batch = skeleton(encoder_layers=4, decoder_layers=4), simulate.Batch(6, 64, 64)
-    planner = Planner(model, batch.tokens, 64, "adamw", (), CPU, None)
+    figures = figures_of(model, batch.tokens, 64)
     for tier in (0, 2, 4):
-        parts = planner.parts(Setting("dense", "adamw", 0, 32 * MIB), batch.rows, (tier,) * 8)
+        parts = figures.by_purpose(Levers("dense", "adamw", 0, 32 * MIB), batch.pairs, (tier,) * 8)
         with simulate.fake_mode():
             whole = simulate.shallow(model, 4, 4)
             simulate.set_tiers(whole, [tier] * 8)
@@ -271,8 +279,8 @@ def test_more_layers_cost_what_the_first_ones_do():
 
 
 def test_smaller_budgets_are_slower_and_kept():
-    planner = Planner(skeleton(vocab_size=20_000), 1024, 128, "adamw", (), CPU, None)  # one counts once for all
-    found = [planner.best(size * MIB) for size in (400, 80, 30)]
+    chooser = Chooser(figures_of(skeleton(vocab_size=20_000), 1024, 128))  # one, which counts once
+    found = [chooser.best(size * MIB) for size in (400, 80, 30)]
     assert set(found[0].tiers) == {1} and found[0].micro_batches == 1 and not found[0].more
     for budget, (larger, smaller) in zip((80, 30), zip(found, found[1:], strict=False), strict=True):
         assert smaller.seconds >= larger.seconds and smaller.peak <= budget * MIB
@@ -286,10 +294,10 @@ def test_8_bit_moments_only_where_they_are_allowed_or_asked_for(no_more, monkeyp
     with torch.device("meta"):
         model = pk.adapt(build("m2m100", **WIDE).to(torch.bfloat16), pk.Adapter(bottleneck=2048))
     settings = {"batch_tokens": 512, "max_length": 64, "device": "cpu", "tier": 4}  # one tier, since each is counted
-    planner = Planner(model, 512, 64, "adamw", ("8bit-optimizer",), CPU, None, tier=4)
-    roomy, tight = planner.best(1024 * MIB), planner.best(85 * MIB)
+    chooser = Chooser(figures_of(model, 512, 64, allow=("8bit-optimizer",), tier=4))
+    roomy, tight = chooser.best(1024 * MIB), chooser.best(85 * MIB)
     assert roomy.optimizer == "adamw" and not roomy.approximations
-    monkeypatch.setattr(planning, "APPROXIMATIONS", ("8bit-optimizer",))  # all of them: test_wrong_input.py of petl_mt
+    monkeypatch.setattr(choosing, "APPROXIMATIONS", ("8bit-optimizer",))  # all of them: test_wrong_input.py of petl_mt
     with pytest.raises(InputError, match="with --allow 8bit-optimizer"):
         plan(model, "85MiB", **settings)
     asked = plan(model, "1GiB", optimizer="adamw8bit", **settings)
@@ -301,17 +309,18 @@ def test_8_bit_moments_only_where_they_are_allowed_or_asked_for(no_more, monkeyp
 def test_tables_and_layers_are_rounded_apart():
     """A CPU streams dense layers beside rounded tables; each that is rounded has to pay for itself."""
     model = skeleton(vocab_size=60_000)
-    planner = Planner(model, 512, 64, "adamw", tuple(APPROXIMATIONS), CPU, None)
-    settings = list(planner._settings(32 * MIB, planner.allow))
-    assert {(s.storage, s.tables) for s in settings if s.streamed} == {("dense", tables) for tables in STORAGES}
-    assert len({(s.storage, s.tables) for s in settings if not s.streamed}) == 9
-    exact, rounded, both = (Setting("dense", "adamw", 0, 32 * MIB, tables) for tables in ("dense", "int8", "int8"))
-    assert planner._price(1.0, rounded) == pytest.approx(1.1 * planner._price(1.0, exact))
+    chooser = Chooser(figures_of(model, 512, 64, allow=tuple(APPROXIMATIONS)))
+    levers = list(chooser.figures.choices(32 * MIB, tuple(APPROXIMATIONS)))
+    assert {(s.storage, s.tables) for s in levers if s.streamed} == {("dense", tables) for tables in STORAGES}
+    assert len({(s.storage, s.tables) for s in levers if not s.streamed}) == 9
+    exact, rounded, both = (Levers("dense", "adamw", 0, 32 * MIB, tables) for tables in ("dense", "int8", "int8"))
+    assert chooser.price(1.0, rounded) == pytest.approx(1.1 * chooser.price(1.0, exact))
     both = dataclasses.replace(both, storage="int8", gradients="bfloat16")
-    assert planner._price(1.0, both) == pytest.approx(1.1**3 * planner._price(1.0, exact))
-    dense = planner.weights.resident("dense", "dense", 0)
-    tables = planner.weights.resident("dense", "int8", 0)
-    assert dense - tables == planner.weights.resident("int8", "dense", 0) - planner.weights.resident("int8", "int8", 0)
+    assert chooser.price(1.0, both) == pytest.approx(1.1**3 * chooser.price(1.0, exact))
+    weights = chooser.figures.weights
+    dense = weights.resident("dense", "dense", 0)
+    tables = weights.resident("dense", "int8", 0)
+    assert dense - tables == weights.resident("int8", "dense", 0) - weights.resident("int8", "int8", 0)
     assert dense - tables == pytest.approx(60_000 * 256, rel=0.03)
 
     found = plan(model, "30MiB", 512, max_length=64, device="cpu", allow=("quantized",), tier=4)
@@ -323,22 +332,22 @@ def test_tables_and_layers_are_rounded_apart():
 def test_bf16_gradients_only_where_they_are_allowed_and_were_wider(no_more, monkeypatch):
     with torch.device("meta"):
         model = pk.adapt(build("m2m100", **WIDE).to(torch.bfloat16), pk.Adapter(bottleneck=2048))
-    planner = Planner(model, 512, 64, "adamw", ("bf16-gradients",), CPU, None, tier=4)
-    assert planner.best(1024 * MIB).gradients == "float32"
-    tight = planner.best(100 * MIB)
-    monkeypatch.setattr(planning, "APPROXIMATIONS", ("bf16-gradients",))
+    narrow = ("bf16-gradients",)
+    chooser = Chooser(figures_of(model, 512, 64, allow=narrow, tier=4))
+    assert chooser.best(1024 * MIB).gradients == "float32"
+    tight = chooser.best(100 * MIB)
+    monkeypatch.setattr(choosing, "APPROXIMATIONS", ("bf16-gradients",))
     with pytest.raises(InputError, match="with --allow bf16-gradients"):
         plan(model, "100MiB", 512, max_length=64, device="cpu", tier=4)
     assert tight.gradients == "bfloat16" and tight.approximations == ("bf16-gradients",)
     assert "gradients of what is trained rounded to 16 bits" in str(tight)
     for parameter in pk.trainable_parameters(model):
         parameter.data = parameter.data.bfloat16()
-    planner = Planner(model, 512, 64, "adamw", ("bf16-gradients",), CPU, None)
-    assert {setting.gradients for setting in planner._settings(2 * MIB, planner.allow)} == {"float32"}
+    assert {levers.gradients for levers in figures_of(model, 512, 64).choices(2 * MIB, narrow)} == {"float32"}
 
 
 def test_a_plan_for_cuda_graphs_has_only_what_a_graph_can_hold(no_more, monkeypatch):
-    monkeypatch.setattr(planning, "APPROXIMATIONS", ())  # whose least takes a while, and is tested elsewhere
+    monkeypatch.setattr(choosing, "APPROXIMATIONS", ())  # whose least takes a while, and is tested elsewhere
     model, given = skeleton(), {"batch_tokens": 64, "max_length": 64, "device": "cuda"}
     with pytest.raises(InputError, match=r"needs [\d.]+ MiB, or [\d.]+ MiB without CUDA graphs; ") as error:
         plan(model, "1MiB", cuda_graphs=True, tier=4, **given)
@@ -349,9 +358,9 @@ def test_a_plan_for_cuda_graphs_has_only_what_a_graph_can_hold(no_more, monkeypa
     assert found.parts["CUDA graphs"] == WORKSPACE + 2 * (3 * 8 * 64 + 2 * 4 * 65 + 1024)
     other = plan(model, f"{without}MiB", tier=4, **given)
     assert other.streamed and "CUDA graphs" not in other.parts
-    planner = Planner(model, 512, 64, "adamw", ("bf16-gradients",), torch.device("cuda"), None, graphs=True)
-    assert {setting.gradients for setting in planner._settings(2 * MIB, planner.allow)} == {"float32"}
-    assert max(planner.tiers) == 4
+    figures = figures_of(model, 512, 64, device=torch.device("cuda"), graphs=True)
+    assert {levers.gradients for levers in figures.choices(2 * MIB, ("bf16-gradients",))} == {"float32"}
+    assert max(figures.request.tiers) == 4
     with pytest.raises(InputError, match="cuda_graphs: the device is cpu; expected cuda"):
         plan(model, "1GiB", cuda_graphs=True, **{**given, "device": "cpu"})
     with pytest.raises(InputError, match="tier 5: a CUDA graph holds no inputs in host memory"):
@@ -367,14 +376,14 @@ def test_a_tightened_plan_gives_graphs_up_last(small_plan):
 
 
 def test_what_cannot_work_is_refused_with_the_least_that_can(no_more, monkeypatch):
-    monkeypatch.setattr(planning, "APPROXIMATIONS", ())  # whose least takes a while, and is told in other tests
-    model = skeleton()
+    monkeypatch.setattr(choosing, "APPROXIMATIONS", ())  # whose least takes a while, and is told in other tests
+    model, settings = skeleton(), {"batch_tokens": 1024, "max_length": 64, "device": "cpu", "tier": 4}
     with pytest.raises(InputError, match=r"memory 1 MiB: one sentence pair of 64 tokens needs ([\d.]+) MiB") as error:
-        plan(model, "1MiB", 1024, max_length=64, device="cpu")
+        plan(model, "1MiB", **settings)
     least = float(str(error.value).split("needs ")[1].split(" MiB")[0])
-    plan(model, f"{1.01 * least}MiB", 1024, max_length=64, device="cpu")
+    plan(model, f"{1.01 * least}MiB", **settings)
     with pytest.raises(InputError, match="needs"):
-        plan(model, f"{0.98 * least}MiB", 1024, max_length=64, device="cpu")
+        plan(model, f"{0.98 * least}MiB", **settings)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from petl_kernels.layers import border
 from petl_kernels.ops.lora_border import room
 from petl_kernels.ops.quantized import CUDA_TILE_BYTES, quantize
 from petl_kernels.planning import simulate
-from petl_kernels.planning.scratch import scratch_bytes
+from petl_kernels.planning.scratch import ATTENTION, BLOCKS, QUANTIZED, scratch_bytes
 
 BF16, FP32, MIB = torch.bfloat16, torch.float32, 1 << 20
 PETL = torch.ops.petl
@@ -25,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "backends"))
 
 
 class Allocated(TorchDispatchMode):
-    """Bytes of each new tensor of a wrapper on meta tensors."""
+    """Records the bytes of each new tensor of a wrapper on meta tensors."""
 
     def __init__(self):
         super().__init__()
@@ -43,7 +44,7 @@ def new(*shape, dtype=BF16):
 
 
 def allocated(call, inputs, card: str = "sm90") -> int:
-    """Bytes of what ``call`` makes on ``card`` and does not return."""
+    """Returns the bytes of what ``call`` makes on ``card`` and does not return."""
     pytest.importorskip("triton")
     aot = importlib.import_module("triton_aot")
     results = []
@@ -76,7 +77,7 @@ def test_the_parts_of_a_border_s_gradients_are_bounded_and_counted(rank, tokens,
 
 @pytest.mark.parametrize("storage", ["int8", "nf4"])
 def test_a_quantized_feed_forward_network_has_its_hidden_values_once_and_counts_its_tiles(storage):
-    """Of 8,192 rows, 64 MiB of hidden values and a tile of each weight after the other."""
+    """Its 8,192 rows have 64 MiB of hidden values; a tile of each weight is made after the other."""
     from petl_kernels.backends.triton import frozen_ffn
 
     tokens, d, f = 8192, 1024, 4096
@@ -110,7 +111,7 @@ def test_a_quantized_lora_linear_counts_its_tile_and_what_is_added_to_dx():
 
 
 def test_a_simulated_step_has_the_borders_of_a_card(monkeypatch):
-    """Rows of k's and v's input are copied, and s and ds stand behind rows: the step with borders says how much."""
+    """Rows of k's and v's input are copied, and s and ds stand behind rows, as in a step with borders on the CPU."""
     with torch.device("meta"):
         model = pk.adapt(build("m2m100"), pk.LoRA(rank=8))
     batch, found = simulate.Batch(4, 16, 16), {}
@@ -124,3 +125,16 @@ def test_a_simulated_step_has_the_borders_of_a_card(monkeypatch):
         simulate.set_tiers(like, [2] * 2)
         forced = simulate.step(like, batch, device="cuda")
     assert found["cuda"] == forced != found["cpu"]
+
+
+@pytest.mark.parametrize(
+    ("file", "constants"), [("attention.cpp", ATTENTION), ("common.h", BLOCKS), ("quantized.cpp", QUANTIZED)]
+)
+def test_the_kernels_cut_their_work_as_it_is_counted(file, constants):
+    source = Path(__file__).parents[2] / "csrc" / "cpu" / file
+    if not source.exists():
+        pytest.skip("runs in a source tree")
+    text = source.read_text(encoding="utf-8")
+    for name, value in constants.items():
+        found = re.search(rf"constexpr int64_t [^;]*\b{name} = ([\d <]+)", text)
+        assert found and eval(found[1]) == value, name

@@ -15,7 +15,8 @@ CUDA = torch.device("cuda", 0)
 CASES = [(family, "lora", 1) for family in FAMILIES]
 CASES += [("m2m100", "lora", tier) for tier in (2, 3, 4)]
 CASES += [("t5", "prefix", 2), ("mbart", "prefix", 1), ("marian", "bitfit", 3), ("m2m100", "parallel", 1)]
-CASES += [("m2m100", method, 1) for method in ("pfeiffer", "ia3", "ln", "cross-attention")]
+CASES += [("m2m100", "cross-attention", 1)]
+CASES += [pytest.param("m2m100", method, 1, marks=pytest.mark.repeat) for method in ("pfeiffer", "ia3", "ln")]
 
 
 def row(seed: int) -> dict:
@@ -46,7 +47,7 @@ def test_a_replay_gives_the_gradients_of_the_cpu(family, method, tier):
     plain = pk.lean(adapted(family, method), tier)
     model = pk.lean(adapted(family, method), tier).to(CUDA)
     if method == "lora":  # q, k and v stand together on a card
-        assert all(module.petl_borders for module in model.modules() if isinstance(module, LeanLayer))
+        assert all(module.petl_lean.borders for module in model.modules() if isinstance(module, LeanLayer))
     parameters = pk.trainable_parameters(model)
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)

@@ -1,4 +1,4 @@
-"""Gradients that wait in bf16: their values, the update that comes of them, and what lives beside them."""
+"""Gradients that wait in bf16: their values, the updates made from them, and the bytes beside them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import petl_kernels as pk
 from petl_kernels.step import gradients
 from petl_kernels.step.gradients import RoundedGradients, groups
 
-UNIT = 2.0**-8  # of bf16
+UNIT = 2.0**-8  # the relative rounding of bf16
 
 
 def made(method=None) -> nn.Module:
@@ -44,7 +44,7 @@ def adamw8bit(parameters) -> torch.optim.Optimizer:
 @pytest.mark.parametrize("largest", [float("inf"), 1e-3])
 @pytest.mark.parametrize("make_optimizer", [adamw, adamw8bit])
 def test_an_update_is_that_of_rounded_gradients(make_optimizer, largest, monkeypatch):
-    """One micro-batch, two updates, bit for bit; the optimiser sees some parameters at a time."""
+    """Two updates of one micro-batch are the same bit for bit; the optimiser gets some parameters at a time."""
     monkeypatch.setattr(gradients, "GROUP_BYTES", 2000)
     model, plain = made(), made()
     rounded, optimizers = RoundedGradients(trained(model)), [make_optimizer(trained(m)) for m in (model, plain)]
@@ -126,7 +126,7 @@ def test_closed_it_leaves_gradients_as_they_are():
 
 
 def test_one_wide_gradient_lives_at_a_time():
-    """Of a stack of equal layers: at the end of a backward, and while the optimiser steps."""
+    """Bytes of a stack of equal layers are counted at the end of a backward, and while the optimiser steps."""
     from petl_kernels import _C
 
     _C.install_cpu_allocator()

@@ -25,7 +25,7 @@ def step_of(weight):
 
 
 def warm(step: Graphed, weight: torch.nn.Parameter) -> Graphed:
-    """Behind its first call, which is captured by nobody."""
+    """Returns it after its first call, which is not captured."""
     step(torch.ones(7, 4, device=weight.device), torch.ones((), device=weight.device))
     weight.grad.zero_()
     return step
@@ -79,7 +79,7 @@ def test_whatever_a_capture_fails_with(weight, error):
 
 
 def test_a_first_call_that_fails_is_no_first_call(weight):
-    """A smaller one comes next, whose kernels have to be checked as well."""
+    """A smaller one comes next, whose kernels are unchecked too."""
     recorder, failing = Recorder(), [True]
 
     def run(x, scale):
@@ -113,7 +113,7 @@ def test_no_more_than_the_most(weight, monkeypatch):
 
 
 def test_release(weight):
-    """Then the next call runs as it is."""
+    """The next call then runs without a capture."""
     recorder = Recorder()
     step = warm(Graphed(step_of(weight), recorder), weight)
     for _ in range(2):
@@ -125,7 +125,7 @@ def test_release(weight):
 
 @pytest.mark.parametrize("most", [1, 100, 128, 1000, 4096, 8190])
 def test_rows_have_few_shapes(most):
-    """Of at most 8 lengths, the longest of which is what a row may have, an eighth apart or by the smallest step."""
+    """Rows have at most 8 lengths, an eighth of the longest apart, or the smallest step."""
     sizes = [row_tokens(count, most) for count in range(1, most + 1)]
     assert all(count <= size <= most for count, size in enumerate(sizes, 1)) and len(set(sizes)) <= 8
     assert max(size - count for count, size in enumerate(sizes, 1)) < max(128, -(-most // 8) + 128)
@@ -136,7 +136,7 @@ def test_rows_have_few_shapes(most):
 
 
 def test_bytes_beside_a_step():
-    """The inputs of each shape that rows of 8,192 tokens can have, and cuBLAS' workspace."""
+    """They are the inputs of each shape that rows of 8,192 tokens can have, and cuBLAS' workspace."""
     a_shape = 3 * 8 * 8192 + 2 * 4 * 8193 + 2 * 512
     assert graphs.graph_bytes(8192) == 32 * 2**20 + 64 * a_shape
     assert graphs.graph_bytes(128) == 32 * 2**20 + 2 * (3 * 8 * 128 + 2 * 4 * 129 + 2 * 512)

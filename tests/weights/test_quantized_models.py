@@ -13,9 +13,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import petl_kernels as pk
-from petl_kernels.api import _move
 from petl_kernels.errors import InputError
 from petl_kernels.methods import METHODS
+from petl_kernels.methods.merge import _move
 from petl_kernels.ops.quantized import STORAGES, TILE_BYTES, QuantizedTensor, quantize, storage_bytes
 from petl_kernels.weights.quantized import quantize_model
 
@@ -26,7 +26,7 @@ families = pytest.mark.parametrize("family", FAMILIES)
 
 
 def dense_twin(model: nn.Module, dtype: torch.dtype = FP64) -> nn.Module:
-    """A copy with the dequantized weights, in ``dtype``."""
+    """Returns a copy with the dequantized weights, in ``dtype``."""
     twin, made = copy.deepcopy(model), {}
     for module in twin.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -90,7 +90,7 @@ def test_what_is_quantized(family, storage):
     }
     assert names == expected and any("lm_head" in name for name in names)
 
-    # tied before, tied after
+    # what was tied stays tied
     def ties(of):
         groups = {}
         for name, parameter in of.named_parameters(remove_duplicate=False):
@@ -331,7 +331,7 @@ def test_one_weight_after_the_other(storage):
 @storages
 @families
 def test_a_step_without_memory(family, storage):
-    """What a plan counts with: shapes and bytes of a step, on nothing."""
+    """A plan counts with such tensors, which have shapes and bytes and no values."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = quantize_model(pk.adapt(build(family), pk.LoRA(rank=2)), storage)
         pk.lean(model.train(), 2)(**ragged(model)).loss.backward()
@@ -340,7 +340,7 @@ def test_a_step_without_memory(family, storage):
 
 @families
 def test_tables_in_a_storage_of_their_own(family):
-    """Token embeddings and the output projection, tied or not; the layers in theirs, or as they were."""
+    """Token embeddings and the output projection, tied or not, have one storage, and layers another or none."""
     for storage, tables in (("int8", "nf4"), ("dense", "nf4"), ("int8", "dense")):
         model = adapted(family, "lora", dtype=FP32)
         head = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}

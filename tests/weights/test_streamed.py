@@ -15,9 +15,12 @@ from torch import nn
 import petl_kernels as pk
 from petl_kernels.errors import InputError
 from petl_kernels.layers import border
+from petl_kernels.methods.owner import owner
+from petl_kernels.methods.state import adapter_state
 from petl_kernels.models.structure import describe
+from petl_kernels.ops.quantized import quantize
 from petl_kernels.weights import streamed as stream
-from petl_kernels.weights.mapped import FILE
+from petl_kernels.weights.mapped import FILE, mapped_weights
 from petl_kernels.weights.slots import Slots
 from petl_kernels.weights.streamed import copies_hide, stream_layers, unstream
 
@@ -114,7 +117,7 @@ def _run(model: nn.Module) -> dict[str, torch.Tensor]:
         with torch.no_grad():
             found[f"loss {k}"] = model(**inputs).loss
         model.train()
-    return found | dict(pk.api.adapter_state(model, "default"))
+    return found | dict(adapter_state(model, "default"))
 
 
 def test_backward_twice_and_checkpointing_of_transformers(streamed):
@@ -165,6 +168,23 @@ def test_merging_and_other_adapters(tmp_path):
     expected = run()
     stream_layers(model, folder=tmp_path)
     assert_same(run(), expected)
+
+
+@pytest.mark.parametrize("kind", ["file", "slots"])
+def test_a_store_leaves_weights_where_they_are_until_it_takes_them(kind, tmp_path):
+    weights = [{name: torch.randn(8)} for name in "ab"]
+    values = {name: tensor.clone() for own in weights for name, tensor in own.items()}
+    places = [tensor.data_ptr() for own in weights for tensor in own.values()]
+    if kind == "file":
+        store = mapped_weights(weights, tmp_path, (), unread=False)
+    else:
+        store = Slots(weights, 2, torch.device("cpu"), Copies())
+    assert places == [tensor.data_ptr() for own in weights for tensor in own.values()]
+    store.take()
+    for i, own in enumerate(weights):
+        store.use(i, [])
+        for name, tensor in own.items():
+            assert tensor.data_ptr() not in places and torch.equal(tensor, values[name])
 
 
 def test_bf16_and_some_layers_only(streamed):
@@ -257,9 +277,8 @@ def test_a_parameter_of_several_plain_tensors(streamed):
     model = adapted("m2m100", "lora", dtype=torch.float32)
     held = []
     for layer in model.model.encoder.layers:
-        parts = [torch.randint(-127, 128, (57, 31), dtype=torch.int8), torch.rand(57)]  # an odd number of bytes
-        held += parts
-        layer.fc1.weight.parts = lambda parts=parts: parts
+        layer.fc1.weight = nn.Parameter(quantize(torch.randn(57, 31), "int8"), requires_grad=False)
+        held += layer.fc1.weight.parts()  # an odd number of bytes
     expected = [tensor.clone() for tensor in held]
     found = streamed(model, layers=["model.encoder.layers.0", "model.encoder.layers.1"])
     assert {f"model.encoder.layers.0.fc1.weight.{k}" for k in (0, 1)} < set(found._weights[0])
@@ -387,7 +406,7 @@ def test_wrong_input(tmp_path):
         with pytest.raises(InputError, match=message) as error:
             stream_layers(model, **arguments)
         assert "\n" not in str(error.value)
-    assert not hasattr(model, "petl_streamed")
+    assert owner(model).streamed is None
     with pytest.raises(InputError, match="on the meta device; expected the checkpoint's files, or load it"):
         stream_layers(copy.deepcopy(model).to("meta"), folder=tmp_path)
     half = copy.deepcopy(model)

@@ -1,7 +1,7 @@
 """Products with wgmma and TMA in CUDA C++, their loads on a warp of their own: sm_90 only.
 
 Triton waits for copies and products in the same warps on sm_90; here one thread copies and two warpgroups multiply
-(product.h says how). The rank part is seeded into the accumulator and scaled there in fp32, as in
+(product.h describes how). The rank part is seeded into the accumulator and scaled there in fp32, as in
 the shipped kernel. One launch for the y of each linear, and one for the dx of a group, whose products follow each other
 in the same accumulator. The adapters are cast (and A is stacked) ahead of it: TMA copies bytes, it does not convert.
 
@@ -20,8 +20,8 @@ import tempfile
 from pathlib import Path
 
 import torch
-from frame import pair, shipped
 
+from bench.candidates.frame import pair, shipped
 from petl_kernels.backends.triton import config
 
 FOLDER = Path(__file__).parent
@@ -54,7 +54,7 @@ def library() -> ctypes.CDLL:
 
 
 def build(target: Path) -> str:
-    """Makes the shared library; returns what ptxas says of each kernel."""
+    """Makes the shared library; returns what ptxas prints of each kernel."""
     command = ["nvcc", "-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas", "-v", "-I", FOLDER]
     command += ["-shared", "-Xcompiler", "-fPIC", FOLDER / "product.cu", "-o", target]
     run = subprocess.run(command, capture_output=True, text=True)
@@ -64,7 +64,7 @@ def build(target: Path) -> str:
 
 
 def loaded(path: Path) -> ctypes.CDLL:
-    """The library in this file, its function told what it takes: product.cu says the same."""
+    """Returns the library in this file with the argument types of its function, which are those of product.cu."""
     opened = ctypes.CDLL(str(path))
     matrix, number, flag, address = ctypes.POINTER(Matrix), ctypes.c_int, ctypes.c_bool, ctypes.c_void_p
     function = opened.petl_wgmma_product

@@ -1,8 +1,8 @@
-"""The cache of keys and values that a model returns beside a loss, made when somebody looks at it.
+"""The cache of keys and values that a model returns beside a loss, made when it is read.
 
-M2M-100's and T5's forwards make one by default (``config.use_cache``), with labels too. Lean layers could not run
-beside it, and hardly anyone reads it in training. So where gradients are recorded and ``use_cache`` is not given,
-the model runs without one, and this stands in its place.
+M2M-100's and T5's forwards make one by default (``config.use_cache``), with labels too. It would hold the keys and
+values of all layers, and is rarely read in training. So where gradients are recorded and ``use_cache`` is not given,
+the model runs without a cache, and ``late_cache`` returns the object in its place.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from petl_kernels.layers.loss.late_logits import autocast_now
+from petl_kernels.layers.loss.projection import autocast_now
 from petl_kernels.models.transformers_names import cache_field, cache_in, returns_cache
 
 
 def late_cache(model: nn.Module, make: Callable[[], object]) -> object:
-    """An EncoderDecoderCache that is ``make()`` when it is read.
+    """Returns an EncoderDecoderCache that gets the values of ``make()`` when it is read.
 
-    Reading it raises RuntimeError where that would be another one: ``model`` was in training mode, or its mode or
+    To read it raises RuntimeError where these would be others: ``model`` was in training mode, or its mode or
     parameters have changed since.
     """
     trained, autocast = model.training, autocast_now(model.device.type)
@@ -42,22 +42,24 @@ def late_cache(model: nn.Module, make: Callable[[], object]) -> object:
 
 
 def leaves_out_cache(model: nn.Module, kwargs: dict) -> bool:
-    """Whether ``model`` is to run without the cache that it would return, as nothing in ``kwargs`` says of one."""
+    """Returns whether ``model`` is to run without the cache that it would return, since no argument is about one."""
     if kwargs.get("use_cache") is not None or cache_in(kwargs) is not None or not torch.is_grad_enabled():
         return False
     return returns_cache(model)
 
 
 def with_cache(output: object, cache: object) -> object:
-    """``output`` (a model's own, or a tuple of loss, logits and the rest) with ``cache`` where the model puts it."""
+    """Returns ``output`` (a model's own, or a tuple of loss, logits and the rest) with ``cache`` in its place there."""
     if isinstance(output, tuple):
         return *output[:2], cache, *output[2:]
     return type(output)(**{**output, cache_field(type(output)): cache})
 
 
 class _State:
-    """The parameters of a model, by identity, and their versions. Weak references: the id of a parameter that has gone
-    may be another one's now."""
+    """The parameters of a model, by identity, and their versions.
+
+    The references are weak, and not ids: that of a parameter that has gone may be another one's now.
+    """
 
     def __init__(self, model: nn.Module):
         self.seen = [(weakref.ref(parameter), parameter._version) for parameter in _parameters(model)]
@@ -91,7 +93,7 @@ def _class() -> type:
             return getattr(self, name)
 
         def __bool__(self) -> bool:
-            return True  # with labels each layer puts something there
+            return True  # with labels each layer puts its keys there
 
         def __repr__(self) -> str:
             return "LateCache(made when it is read)" if "petl_make" in self.__dict__ else super().__repr__()

@@ -1,15 +1,13 @@
-"""Logits that are made when somebody looks at them.
+"""Logits that are computed when they are read.
 
-``LateLogits`` is a tensor with shape, dtype, device and place in the autograd graph, and without values: an output
-projection gives it instead of its product. Whatever reads it, in Python or in C++, gets the product, made
-at that moment from the tensors of the forward pass. So it can stand in a model's own output, be indexed, iterated,
-gathered, copied and converted there, and takes no memory where nobody reads it.
+``LateLogits`` is a tensor with a shape, a dtype, a device and a place in the autograd graph, and without values. An
+output projection returns it in the place of its product. Code that reads it, in Python or in C++, gets the product,
+computed at that time from the tensors of the forward pass. So it can be in a model's output, and be indexed, iterated,
+gathered, copied and converted there. It takes no memory until it is read.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,80 +16,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map_only
 
-
-class ForwardPass:
-    """A model's forward pass as far as its logits go.
-
-    While it is ``running``, a bias that is added to them and their cross-entropy need no values either. The latter is
-    ``cross_entropy(hidden, weight, labels, bias)``, with rows of hidden as long as labels.
-    """
-
-    def __init__(self, cross_entropy: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]):
-        self.running, self.cross_entropy = True, cross_entropy
-
-    def end(self) -> None:
-        self.running, self.cross_entropy = False, None
-
-
-class Projection:
-    """What logits are made of: ``hidden`` (..., d), ``weight`` (words, d), ``bias`` (1, words) or None.
-
-    Autocast and inference mode are those of the moment when it is made.
-    """
-
-    def __init__(self, hidden: Tensor, weight: Tensor, forward: ForwardPass):
-        self.hidden, self.weight, self.bias = hidden, weight, None
-        self.forward = forward
-        self.autocast = autocast_now(hidden.device.type)
-        self.inference = torch.is_inference_mode_enabled()
-        self._seen = [("hidden states", hidden, _state(hidden)), ("weight", weight, _state(weight))]
-
-    def with_bias(self, bias: Tensor) -> Projection:
-        """Returns the same projection with ``bias`` added."""
-        other = Projection.__new__(Projection)
-        other.__dict__.update(self.__dict__, bias=bias, _seen=[*self._seen, ("bias", bias, _state(bias))])
-        return other
-
-    @property
-    def shape(self) -> torch.Size:
-        return torch.Size((*self.hidden.shape[:-1], self.weight.shape[0]))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        on, dtype = self.autocast.keywords["enabled"], self.autocast.keywords["dtype"]
-        product = dtype if on and self.hidden.dtype != torch.float64 else self.hidden.dtype
-        return product if self.bias is None else torch.promote_types(product, self.bias.dtype)
-
-    def logits(self, hidden: Tensor | None = None, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        """(..., words), of the given tensors or of the forward pass's. Raises RuntimeError where these have changed."""
-        for name, tensor, state in self._seen:
-            if _state(tensor) != state:
-                raise RuntimeError(
-                    f"logits after pk.lean: the {name} of the output projection changed since the forward pass;"
-                    " expected logits to be read before that"
-                )
-        hidden, weight = self.hidden if hidden is None else hidden, self.weight if weight is None else weight
-        bias = self.bias if bias is None else bias
-        with self.autocast():
-            product = F.linear(hidden, weight)
-            return product if bias is None else product + bias
-
-
-def autocast_now(device: str) -> functools.partial:
-    """Returns what makes the autocast of this moment again at a later one."""
-    options = {"dtype": torch.get_autocast_dtype(device), "enabled": torch.is_autocast_enabled(device)}
-    return functools.partial(torch.autocast, device, **options, cache_enabled=False)
-
-
-def _state(tensor: Tensor) -> tuple:
-    """Returns what changes when a tensor is written to, or gets other memory."""
-    version = 0 if tensor.is_inference() else tensor._version
-    address = tensor.data_ptr() if type(tensor) in (Tensor, torch.nn.Parameter) else 0
-    return version, address, tensor.device
+from petl_kernels.layers.loss.projection import Projection
 
 
 class LateLogits(Tensor):
-    """See above. ``projection`` gives its values, which are then cast to its dtype and brought into its shape."""
+    """Logits without values. Those of ``projection``, cast to the dtype and viewed in the shape, become the values."""
 
     projection: Projection
     petl_made: Tensor | None = None
@@ -102,14 +31,14 @@ class LateLogits(Tensor):
         return _Project.apply(projection, projection.hidden, projection.weight, projection.bias)
 
     def made(self) -> Tensor:
-        """The logits as a plain tensor, always the same one, with gradients where the forward pass had them."""
+        """Returns the logits as a plain tensor, each time the same, with gradients where they were recorded."""
         if self.petl_made is None:
             with torch.inference_mode(self.projection.inference), torch.set_grad_enabled(self.requires_grad):
                 self.petl_made = _Made.apply(self)
         return self.petl_made
 
     def values(self) -> Tensor:
-        """A new tensor of the logits, without gradients."""
+        """Returns a new tensor of the logits, outside of the graph."""
         with torch.no_grad():
             logits = self.projection.logits().to(self.dtype)
         return logits if logits.shape == self.shape else logits.view(self.shape)
@@ -132,7 +61,7 @@ class LateLogits(Tensor):
     @classmethod
     @torch.compiler.disable
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        """Serves what calls operators without Python's functions: autograd's rules for them are above this."""
+        """Serves callers of operators below Python's functions, and below autograd."""
         args, kwargs = tree_map_only(LateLogits, _unrecorded, (args, kwargs or {}))
         return function(*args, **kwargs)
 
@@ -148,7 +77,7 @@ def _without_values(projection: Projection, shape: torch.Size, dtype: torch.dtyp
 
 
 class _Project(torch.autograd.Function):
-    """The projection's place in the graph. A backward pass through it is rare, and makes the logits again."""
+    """The projection's place in the graph. A backward pass through it is rare, and computes the logits again."""
 
     @staticmethod
     def forward(ctx, projection: Projection, *tensors: Tensor | None) -> LateLogits:
@@ -172,7 +101,7 @@ class _Project(torch.autograd.Function):
 
 
 class _Made(torch.autograd.Function):
-    """Gives logits without values their values."""
+    """The node that gives logits their values."""
 
     @staticmethod
     def forward(ctx, late: LateLogits) -> Tensor:
@@ -197,18 +126,18 @@ class _Recast(torch.autograd.Function):
         return dlogits.to(dtype).view(shape), None, None
 
 
-# ---- what needs no values -------------------------------------------------------------------------------------------
+# ---- functions that need no values ----------------------------------------------------------------------------------
 
 
 def _float(late: LateLogits) -> LateLogits:
-    """Mixed precision wraps models in a conversion of all that they return."""
+    """Returns fp32 logits: mixed precision wraps models in a conversion of all that they return."""
     if late.petl_made is not None:
         return NotImplemented
     return late if late.dtype == torch.float32 else _Recast.apply(late, late.shape, torch.float32)
 
 
 def _clone(late: LateLogits, **options: Any) -> LateLogits:
-    """DistributedDataParallel clones what a model returns when it looks for unused parameters."""
+    """Returns a clone: DistributedDataParallel clones outputs when it searches for unused parameters."""
     if options or late.petl_made is not None:
         return NotImplemented
     return _Recast.apply(late, late.shape, late.dtype)
@@ -256,7 +185,7 @@ _LATE = {
     F.cross_entropy: _cross_entropy,
 }
 
-# Questions about a tensor, and about its place in the graph, that the one without values answers itself.
+# Properties of a tensor, and of its place in the graph, that do not depend on its values.
 _ABOUT = {
     *(
         getattr(Tensor, name).__get__

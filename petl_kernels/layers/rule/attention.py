@@ -4,18 +4,20 @@
     post-norm    u = x                                                    the next block has x = u = LN(h)
 
 P is the adapter on the output projection, where there is one. The norm that reads h, LN' of the next block or the
-block's own LN, goes with the sum in one pass; so does its backward.
+block's own LN, runs in one pass with the sum; so does its backward.
 """
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-from petl_kernels.layers.blocks import AttentionBlock, as_added
+from petl_kernels.layers.blocks import AttentionBlock
 from petl_kernels.layers.boundaries import boundaries
+from petl_kernels.layers.masks import as_added, is_causal
+from petl_kernels.layers.pieces import active_piece
 from petl_kernels.layers.rule.bottleneck import Bottleneck
 from petl_kernels.layers.rule.call import Call, Gradients, Place, joined, summed
-from petl_kernels.layers.rule.linears import Linears, Unknown, current
+from petl_kernels.layers.rule.linears import Linears, Unknown
 from petl_kernels.layers.rule.norm import Norm
 from petl_kernels.layers.rule.prefix import keys_and_values
 from petl_kernels.layers.rule.residual import Residual
@@ -25,39 +27,49 @@ from petl_kernels.ops.define import run
 
 
 class Attention:
-    """One attention as the rule reads it; ``block`` names it among what is kept."""
+    """One attention, bound. name: "self" or "cross", the first part of the keys of its saved tensors.
 
-    def __init__(self, block: str, parts: AttentionBlock, cross: bool):
-        self.block, self.cross, self.parts = block, cross, parts
-        self.heads, self.scale = parts.heads, float(parts.scale)
-        self.dropout, self.residual = float(parts.dropout), Residual(block, parts.residual_dropout)
-        self.pre_norm, self.norm = parts.pre_norm, Norm(block, parts.norm)
-        self.reader = self.norm  # of h; with the norms in front the next block's, which the layer puts here
-        if current(parts.norm) is not None:
+    reader: the norm that reads h; of a pre-norm layer that of the next block, which the layer sets. together: whether
+    prefixes of all attentions are computed with this one's; the layer sets it.
+    """
+
+    def __init__(self, name: str, block: AttentionBlock):
+        self.name, self.cross, self.block = name, name == "cross", block
+        self.heads, self.scale = block.heads, float(block.scale)
+        self.dropout, self.residual = float(block.dropout), Residual(name, block.residual_dropout)
+        self.pre_norm, self.norm = block.pre_norm, Norm(name, block.norm)
+        self.reader = self.norm
+        if active_piece(block.norm) is not None:
             raise Unknown("an adapter on the norm of an attention")
-        self.linears = [
-            Linears(name, named, (parts.borders or {}).get(name)) for name, named in _together(block, parts, cross)
-        ]
+        borders = block.borders or {}
+        self.linears = [Linears(group, named, borders.get(group)) for group, named in self._groups()]
         self._leave_room()
         self.named = [linear for group in self.linears for linear in group.all]
-        self.out = Linears(f"{block}.out", {"out": parts.out})
+        self.out = Linears(f"{name}.out", {"out": block.out})
         self.adapter = _adapter(self.out.all[0].piece)
         if any(linear.piece is not None for linear in self.named):
             raise Unknown("an adapter on q, k or v")
         self.scales = any(group.scales for group in self.linears)
         self.reads_u = any(group.reads_input for group in self.linears)
-        self.prefix, self.together = prefix_of(parts), True
-        self.places = [Place(block, linear.name) for linear in self.named]
-        self.o, self.lse = Place(block, "o"), Place(block, "lse")
-        self.sum = Place(block, "adapted_sum" if self.adapter else "sum")
-        self.read = Place(block, "read")
-        self.attention = f"{block}.attention"  # name of a seed
+        self.prefix, self.together = _prefix_of(block), True
+        self.places = [Place(name, linear.name) for linear in self.named]
+        self.o, self.lse = Place(name, "o"), Place(name, "lse")
+        self.sum = Place(name, "adapted_sum" if self.adapter else "sum")
+        self.read = Place(name, "read")
+        self.seed = f"{name}.attention"
         parts = (self.norm, *self.linears, self.out, *([self.adapter] if self.adapter else []))
         self.bound = [tensor for part in parts for tensor in part.bound]
         self.trains_norm = any(tensor.requires_grad for tensor in self.norm.bound)
 
+    def _groups(self) -> list[tuple[str, dict[str, nn.Module]]]:
+        """Returns the linears that read one input, with the name of each such group."""
+        block = self.block
+        if self.cross:
+            return [("cross.q", {"q": block.q}), ("cross.kv", {"k": block.k, "v": block.v})]
+        return [("self.qkv", {"q": block.q, "k": block.k, "v": block.v})]
+
     def _leave_room(self) -> None:
-        """What is written behind the rows of u and of the gradients of q, k and v gets room where those are made."""
+        """Lets the norm and the backward pass of attention leave room for borders behind their rows."""
         first = self.linears[0].bordered
         if first and self.pre_norm:
             first.own_input = True
@@ -65,24 +77,24 @@ class Attention:
         self.rooms = [own.room for own in self.linears] if any(own.bordered for own in self.linears) else ()
 
     def holds(self) -> bool:
-        """Whether weights that stand together still do."""
+        """Returns whether weights in borders are still there."""
         return all(own.bordered.holds() for own in self.linears if own.bordered)
 
-    def see(self, call: Call, mask: Tensor | None, bias: Tensor | None, x: Tensor) -> None:
-        """Puts into ``call`` what queries may see: the mask and the bias as the kernels read them, the boundaries of
-        packed sentences, and the prefix."""
+    def set_visible(self, call: Call, mask: Tensor | None, bias: Tensor | None, x: Tensor) -> None:
+        """Puts into ``call`` what the queries attend to: mask and bias as the kernels read them, the boundaries of a
+        packed row, and the prefix."""
         packed = boundaries(mask, not self.cross)
-        if packed is not None or getattr(mask, "petl_causal", False):
-            mask = None  # the kernels have a shorter way
-        call.causal[self.block] = self.parts.causal and mask is None and x.shape[1] > 1
+        if packed is not None or is_causal(mask):
+            mask = None  # the kernels have arguments for both
+        call.causal[self.name] = self.block.causal and mask is None and x.shape[1] > 1
         dtype = call.dtype or x.dtype
         if mask is not None:
-            mask, bias = as_added(self.parts, mask, bias, dtype)
-        call.masks[self.block], call.biases[self.block] = mask, bias
+            mask, bias = as_added(self.block, mask, bias, dtype)
+        call.masks[self.name], call.biases[self.name] = mask, bias
         if packed is not None:
-            call.boundaries[self.block] = packed
+            call.boundaries[self.name] = packed
         if self.prefix is not None:
-            call.prefixes[self.block] = keys_and_values(self.prefix, dtype, self.together)
+            call.prefixes[self.name] = keys_and_values(self.prefix, dtype, self.together)
 
     # ---- forward ----------------------------------------------------------------------------------------------------
 
@@ -91,25 +103,25 @@ class Attention:
         u = call.cast(u)
         raw = self._project(u, u if source is None else source, call)
         for place, y in zip(self.places, raw, strict=True):
-            call.keep(place, y)
+            call.save(place, y)
         q, k, v = self._heads(raw)
         o, lse = self._attend(q, k, v, call)
-        call.keep(self.o, o)
-        call.keep(self.lse, lse)
+        call.save(self.o, o)
+        call.save(self.lse, lse)
         del q, raw
         y = self._adapted(self._read(o, call), call)
         h, u = self.residual.add_and_norm(y, x, self.reader, call)
-        call.keep(self.sum, h)
+        call.save(self.sum, h)
         return (h, call.cast(u), k, v) if self.pre_norm else (u, u, k, v)
 
-    def sum_again(self, x: Tensor, call: Call) -> Tensor:
-        """Returns h once more, from what is kept."""
-        h = call.kept.get(self.sum.key)
-        return self.residual.add(self._adapted(self._read_again(call), call), x, call) if h is None else h
+    def recomputed_sum(self, x: Tensor, call: Call) -> Tensor:
+        """Returns h, saved or recomputed."""
+        h = call.saved.get(self.sum.key)
+        return self.residual.add(self._adapted(self._recomputed_read(call), call), x, call) if h is None else h
 
-    def output_again(self, h: Tensor, call: Call) -> Tensor:
-        """Returns x of the next block once more."""
-        return h if self.pre_norm else self.norm.again(h, call)
+    def recomputed_output(self, h: Tensor, call: Call) -> Tensor:
+        """Returns x of the next block, recomputed from h."""
+        return h if self.pre_norm else self.norm.recomputed(h, call)
 
     def _project(self, u: Tensor, source: Tensor, call: Call) -> list[Tensor]:
         if not self.cross:
@@ -126,40 +138,41 @@ class Attention:
         return run("attention", q, k, v, *self._attention_inputs(call, bias), *packed, call.backend)
 
     def _bias_and_boundaries(self, call: Call) -> tuple[Tensor | None, ...]:
-        """Returns the bias of each query and key, the boundaries, and the bias by distance, which packed rows have."""
-        bias, packed = call.biases.get(self.block), call.boundaries.get(self.block)
+        """Returns the bias by query and key, the boundaries of queries and keys, and a packed row's bias by distance;
+        each may be None."""
+        bias, packed = call.biases.get(self.name), call.boundaries.get(self.name)
         return (bias, None, None, None) if packed is None else (None, *packed, bias)
 
     def _attention_inputs(self, call: Call, bias: Tensor | None) -> tuple:
-        prefix_k, prefix_v = call.prefixes.get(self.block, (None, None))
+        prefix_k, prefix_v = call.prefixes.get(self.name, (None, None))
         return (
-            call.masks.get(self.block),
+            call.masks.get(self.name),
             bias,
             prefix_k,
             prefix_v,
-            call.causal[self.block],
+            call.causal[self.name],
             self.scale,
             self.dropout,
-            call.seed(self.attention, self.dropout),
+            call.seed(self.seed, self.dropout),
         )
 
     def _read(self, o: Tensor, call: Call) -> Tensor:
-        """Returns the output projection, which an adapter on it reads."""
+        """Returns the output of the projection, which an adapter on it reads."""
         (raw,) = self.out.forward(_rows(o), call)
         read = self.out.all[0].scaled(raw)
         if self.adapter:
-            call.keep(self.read, read)
+            call.save(self.read, read)
         elif self.out.all[0].after is not None:
-            call.keep(self.read, raw)
+            call.save(self.read, raw)
         return read
 
     def _adapted(self, read: Tensor, call: Call) -> Tensor:
         return self.adapter.forward(read, None, call) if self.adapter else read
 
-    def _read_again(self, call: Call) -> Tensor:
-        read = call.kept.get(self.read.key)
+    def _recomputed_read(self, call: Call) -> Tensor:
+        read = call.saved.get(self.read.key)
         if read is None:
-            return self._read(call.kept[self.o.key], call)
+            return self._read(call.saved[self.o.key], call)
         return read if self.adapter else self.out.all[0].scaled(read)
 
     # ---- backward ---------------------------------------------------------------------------------------------------
@@ -169,11 +182,11 @@ class Attention:
     ) -> tuple[Tensor, Tensor]:
         """Returns dx, without what comes through u, and the gradient of o (batch, tokens, heads · head_dim).
 
-        dx, du: gradients of the next block's x, without what comes through its u, and of its u.
+        dx: the gradient of the next block's x, without what comes through its u. du: that of its u. h: of this block.
         """
         if not self.pre_norm:
             du, dx = joined(du, dx), None
-        dtype = call.kept[self.o.key].dtype
+        dtype = call.saved[self.o.key].dtype
         dx, dy = self.residual.norm_backward(du, dx, h, self.reader, dtype, call, gradients)
         return dx, self._out_backward(dy, call, gradients)
 
@@ -189,11 +202,14 @@ class Attention:
         need_du: bool,
         need_dsource: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Returns du and dsource where they are needed. ``dk_more``, ``dv_more``: gradients of the k and v that the
-        forward pass has returned."""
-        u = self._u_again(x, call)
+        """Returns du and dsource where they are needed.
+
+        do: as ``end_backward`` returns it. dk_more, dv_more: the gradients of the k and v that ``forward`` has
+        returned, or None. x: this block's.
+        """
+        u = self._recomputed_u(x, call)
         seen = u if source is None else source
-        raw = [call.kept.get(place.key) for place in self.places]
+        raw = [call.saved.get(place.key) for place in self.places]
         if any(y is None for y in raw):
             raw = self._project(u, seen, call)
         q, k, v = self._heads(raw)
@@ -206,29 +222,28 @@ class Attention:
         du = self.linears[0].backward(dys[:1], u, raw[:1], call, gradients, need_du)
         return du, self.linears[1].backward(dys[1:], seen, raw[1:], call, gradients, need_dsource)
 
-    def _u_again(self, x: Tensor, call: Call) -> Tensor | None:
-        """Returns what the products have read, where backward reads it or makes the products again."""
-        needed = self.reads_u or any(place.key not in call.kept for place in self.places)
+    def _recomputed_u(self, x: Tensor, call: Call) -> Tensor | None:
+        """Returns u in the dtype of products, where backward reads it or recomputes the products."""
+        needed = self.reads_u or any(place.key not in call.saved for place in self.places)
         if not needed:
             return None
-        return call.cast(self.norm.again(x, call) if self.pre_norm else x)
+        return call.cast(self.norm.recomputed(x, call) if self.pre_norm else x)
 
     def _out_backward(self, dy: Tensor, call: Call, gradients: Gradients) -> Tensor:
         """Returns the gradient of o (batch, tokens, heads · head_dim) from that of what is added to x."""
-        o, raw = _rows(call.kept[self.o.key]), None
+        o, raw = _rows(call.saved[self.o.key]), None
         if self.adapter:
-            dy = self.adapter.backward(dy, self._read_again(call), True, call, gradients, True)
+            dy = self.adapter.backward(dy, self._recomputed_read(call), True, call, gradients, True)
         elif self.out.all[0].after is not None:
-            raw = call.kept.get(self.read.key)
+            raw = call.saved.get(self.read.key)
             if raw is None:
                 (raw,) = self.out.forward(o, call)
         return self.out.backward([dy], o, [raw], call, gradients, True)
 
     def _attention_backward(self, do: Tensor, q, k, v, call: Call, gradients: Gradients) -> tuple[Tensor, ...]:
-        kept = call.kept
-        o, lse = kept[self.o.key], kept[self.lse.key]
+        o, lse = call.saved[self.o.key], call.saved[self.lse.key]
         do = do.view(do.shape[0], do.shape[1], self.heads, -1).transpose(1, 2)
-        prefix = call.prefixes.get(self.block)
+        prefix = call.prefixes.get(self.name)
         bias, *packed = self._bias_and_boundaries(call)
         inputs, distances = self._attention_inputs(call, bias), packed[-1]
         needs = gradients.wants(bias), gradients.wants(distances)
@@ -245,15 +260,8 @@ class Attention:
         return dq, dk, dv
 
 
-def _together(block: str, parts: AttentionBlock, cross: bool) -> list[tuple[str, dict[str, nn.Module]]]:
-    """Returns the linears that read one input, with the name of each such group."""
-    if cross:
-        return [(f"{block}.q", {"q": parts.q}), (f"{block}.kv", {"k": parts.k, "v": parts.v})]
-    return [(f"{block}.qkv", {"q": parts.q, "k": parts.k, "v": parts.v})]
-
-
-def prefix_of(parts: AttentionBlock) -> Prefix | None:
-    piece = current(parts.host)
+def _prefix_of(block: AttentionBlock) -> Prefix | None:
+    piece = active_piece(block.host)
     if piece is not None and not isinstance(piece, Prefix):
         raise Unknown(f"a {type(piece).__name__} on an attention")
     return piece
@@ -268,5 +276,5 @@ def _adapter(piece) -> Bottleneck | None:
 
 
 def _rows(o: Tensor) -> Tensor:
-    """(batch, heads, tokens, head_dim) as (batch, tokens, heads · head_dim)."""
+    """Returns o (batch, heads, tokens, head_dim) as (batch, tokens, heads · head_dim)."""
     return o.transpose(1, 2).reshape(o.shape[0], o.shape[2], -1)

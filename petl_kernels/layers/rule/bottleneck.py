@@ -1,4 +1,4 @@
-"""Bottleneck adapters inside of a layer: y = residual + scale · A(x), with A as ``ops.bottleneck_adapter`` has it."""
+"""Bottleneck adapters inside of a layer: y = residual + scale · A(x), with the A of ``ops.bottleneck_adapter``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from petl_kernels.ops.define import run
 
 
 class Bottleneck:
-    """One adapter as the rule reads it."""
+    """One adapter, bound."""
 
     def __init__(self, piece: BottleneckAdapter):
         norm = piece.norm
@@ -22,7 +22,7 @@ class Bottleneck:
         self.bound = [tensor for tensor in self.parameters if tensor is not None]
 
     def forward(self, x: Tensor, residual: Tensor | None, call: Call) -> Tensor:
-        """``residual`` is x itself when None."""
+        """Returns y; a residual of None stands for x."""
         return run(
             "bottleneck_adapter", x, residual, *self.parameters, self.eps, self.activation, self.scale, call.backend
         )
@@ -30,7 +30,7 @@ class Bottleneck:
     def backward(
         self, dy: Tensor, x: Tensor, residual_is_x: bool, call: Call, gradients: Gradients, need_dx: bool
     ) -> Tensor | None:
-        """Returns dx, with dy in it where x is the residual."""
+        """Returns dx, with dy added where x is the residual; None where it is not needed."""
         *inner, up_bias = self.parameters
         dx, *found = run(
             "bottleneck_adapter_backward",

@@ -1,4 +1,4 @@
-"""What one forward pass of a layer keeps, and what its backward pass collects."""
+"""The tensors that one forward pass of a layer saves, and the gradients that its backward pass collects."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from petl_kernels.dispatch import active
 from petl_kernels.layers.boundaries import Boundaries
 from petl_kernels.ops import philox
 
-# Name of what is kept -> the last tier that keeps it. ``adapted_...`` are the exceptions of the package's table.
-KEPT = {
+# Name of a tensor -> the last tier that saves it. ``adapted_...`` are the exceptions of the package's table.
+SAVED = {
     "mean": 3,
     "rstd": 3,
     "latent": 3,
@@ -32,18 +32,18 @@ KEPT = {
 
 
 class Place:
-    """Where a block keeps something: its key, and the last tier that keeps it."""
+    """A tensor that a block may save: its key, and the last tier that saves it."""
 
     __slots__ = ("key", "last")
 
     def __init__(self, block: str, name: str):
-        self.key, self.last = f"{block}.{name}", KEPT[name.rstrip("0123456789")]
+        self.key, self.last = f"{block}.{name}", SAVED[name.rstrip("0123456789")]
 
 
 class Call:
-    """One forward pass: its tier, seeds and dtypes, and the tensors that it keeps, by "<block>.<name>".
+    """One forward pass: its tier, seeds and dtypes, and the tensors that it saves, by "<block>.<name>".
 
-    dtype: that of products; None where x has it already. backend: what ``ops.use`` asks for.
+    dtype: that of products; None where x has it already. backend: the one that ``ops.use`` has chosen.
     """
 
     __slots__ = (
@@ -57,7 +57,7 @@ class Call:
         "causal",
         "prefixes",
         "seeds",
-        "kept",
+        "saved",
     )
 
     def __init__(self, tier: int, x: Tensor):
@@ -71,20 +71,20 @@ class Call:
         self.causal: dict[str, bool] = {}
         self.prefixes: dict[str, tuple[Tensor, Tensor]] = {}
         self.seeds: dict[str, Tensor] = {}
-        self.kept: dict[str, Tensor] = {}
+        self.saved: dict[str, Tensor] = {}
 
-    def keep(self, place: Place, tensor: Tensor) -> None:
-        """Keeps ``tensor`` for backward where the tier does; the first one, where backward makes it again."""
+    def save(self, place: Place, tensor: Tensor) -> None:
+        """Saves ``tensor`` where the tier does; one that is there already, of the forward pass, stays."""
         if 0 < self.tier <= place.last:
-            self.kept.setdefault(place.key, tensor)
+            self.saved.setdefault(place.key, tensor)
 
     @property
-    def keeps_some(self) -> bool:
-        """Whether anything but the layer's input may be kept."""
+    def saves_some(self) -> bool:
+        """Whether anything but the layer's input may be saved."""
         return 0 < self.tier < 4
 
     def seed(self, name: str, rate: float) -> Tensor | None:
-        """Returns the seed of the dropout called ``name``: drawn in the first forward pass, the same in another."""
+        """Returns the seed of the dropout called ``name``, drawn at its first use; None for a rate of 0."""
         if rate == 0:
             return None
         seed = self.seeds.get(name)
@@ -92,16 +92,16 @@ class Call:
             seed = self.seeds[name] = philox.draw_seed(self.device)
         return seed
 
-    def again(self, kept: dict[str, Tensor]) -> Call:
-        """Returns this pass with ``kept`` in the place of what it has kept."""
+    def for_backward(self, saved: dict[str, Tensor]) -> Call:
+        """Returns this pass with ``saved`` in the place of its own saved tensors."""
         call = object.__new__(Call)
         for name in self.__slots__:
             setattr(call, name, getattr(self, name))
-        call.kept = kept
+        call.saved = saved
         return call
 
     def cast(self, x: Tensor) -> Tensor:
-        """Returns x as products read it."""
+        """Returns x in the dtype of products."""
         return x if self.dtype is None else x.to(self.dtype)
 
 
@@ -134,12 +134,12 @@ class Gradients:
 
 
 def summed(total: Tensor | None, more: Tensor | None) -> Tensor | None:
-    """Returns the sum of two gradients of one tensor, either of which may be missing. It writes into the first."""
+    """Returns the sum of two gradients of one tensor, either of which may be None, and writes it into the first."""
     if total is None or more is None:
         return more if total is None else total
     return total.add_(more)
 
 
 def joined(du: Tensor, dx: Tensor) -> Tensor:
-    """Returns du + dx in the dtype of dx, for one x that is read twice. It writes into du where that has this dtype."""
+    """Returns du + dx in the dtype of dx, for an x that is read twice, and writes into a du of that dtype."""
     return du.to(dx.dtype).add_(dx)

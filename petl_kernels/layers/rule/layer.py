@@ -19,22 +19,23 @@ from petl_kernels.layers.rule.linears import Linear, Unknown
 from petl_kernels.layers.rule.watch import changed, stamps
 from petl_kernels.ops.define import below_autograd
 
-# Tiers from this one on keep the layer's input alone, and run as this tier says while backward lasts.
+# From tier WHOLE on a layer saves its input alone, and backward runs its forward pass again at tier WITHIN.
 WHOLE, WITHIN = 4, 1
 
 
 class Rule:
-    """A layer's blocks, bound: what a forward pass and its backward pass read, whatever the modules do in between.
+    """The blocks of ``layer``, bound: a forward pass and its backward pass read the tensors that are in here.
 
-    Raises Unknown, when it is made, for what only ops one by one can do.
+    path: that of the layer, for errors. x: an input like those that the rule is for, of which the dtype and the device
+    count. Raises Unknown for what the rule does not cover.
     """
 
-    def __init__(self, layer: nn.Module, attentions: Sequence[AttentionBlock], ffn: FeedForwardBlock, x: Tensor):
-        self.path = getattr(layer, "petl_path", type(layer).__name__)
-        self.attentions = [
-            Attention(name, parts, name == "cross") for name, parts in zip(("self", "cross"), attentions, strict=False)
-        ]
-        # another's hook may put parameters there only while the layer runs
+    def __init__(
+        self, layer: nn.Module, path: str, attentions: Sequence[AttentionBlock], ffn: FeedForwardBlock, x: Tensor
+    ):
+        self.path = path
+        self.attentions = [Attention(*own) for own in zip(("self", "cross"), attentions, strict=False)]
+        # hooks of others may put parameters there only while the layer runs
         together = not any(map(is_foreign, hooks_on(layer))) and "forward" not in layer.__dict__
         for attention in self.attentions:
             attention.together = together
@@ -52,7 +53,7 @@ class Rule:
         self._refuse_dtypes(x, attentions[0].adds_bias)
 
     def holds(self) -> bool:
-        """Whether the weights are still where the rule has found them, which ``Watch`` does not see."""
+        """Returns whether weights in buffers are still there, which ``Watch`` does not compare."""
         return self.ffn.holds() and all(attention.holds() for attention in self.attentions)
 
     def _refuse_dtypes(self, x: Tensor, is_t5: bool) -> None:
@@ -79,13 +80,13 @@ class Rule:
         source_mask: Tensor | None,
         with_keys: bool,
     ) -> tuple[Tensor, ...]:
-        """Returns y (batch, tokens, d), ``with_keys`` also k and v (batch, heads, tokens, head_dim) of each attention.
+        """Returns y (batch, tokens, d); with_keys: also k and v (batch, heads, tokens, head_dim) of each attention.
 
-        x (batch, tokens, d) and source (batch, source tokens, d); the masks, and the bias of the self-attention, as
-        the model gives them to its layers.
+        x: (batch, tokens, d). source: (batch, source tokens, d), or None. mask, source_mask, and bias, that of the
+        self-attention: as the model gives them to its layers.
         """
         for attention, own, added in zip(self.attentions, (mask, source_mask), (bias, None), strict=False):
-            attention.see(call, own, added, x)
+            attention.set_visible(call, own, added, x)
         outputs = self._run(call, x, source)
         return outputs if with_keys else outputs[:1]
 
@@ -116,11 +117,11 @@ class Rule:
         need_dx: bool,
         need_dsource: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Returns dx and dsource where they are needed; ``dkeys``: gradients of the k and v that forward returned."""
+        """Returns dx and dsource where they are needed. dkeys: gradients of the k and v that ``forward`` returned."""
         inputs, sums, dsource = [x], [], None
         for attention in self.attentions:
-            sums.append(attention.sum_again(inputs[-1], call))
-            inputs.append(attention.output_again(sums[-1], call))
+            sums.append(attention.recomputed_sum(inputs[-1], call))
+            inputs.append(attention.recomputed_output(sums[-1], call))
         dx, du = self.ffn.backward(dy, inputs.pop(), call, gradients)
         for i in reversed(range(len(self.attentions))):
             attention = self.attentions[i]
@@ -156,10 +157,10 @@ class _OneNode(torch.autograd.Function):
             outputs = rule.forward(x, source, call)
         if held is not None:
             held.leave()
-        ctx.held, ctx.names = held, list(call.kept)
+        ctx.held, ctx.names = held, list(call.saved)
         seen = [own for own in (*call.masks.values(), *call.biases.values()) if own is not None]
-        ctx.save_for_backward(None if held is not None else x, source, *wanted, *seen, *call.kept.values())
-        call.kept = {}
+        ctx.save_for_backward(None if held is not None else x, source, *wanted, *seen, *call.saved.values())
+        call.saved = {}
         return outputs
 
     @staticmethod
@@ -170,15 +171,15 @@ class _OneNode(torch.autograd.Function):
                 "expected first derivatives only"
             )
         rule, wanted = ctx.rule, ctx.wanted
-        x, source, *saved = ctx.saved_tensors
+        x, source, *others = ctx.saved_tensors
         if stamps(rule.bound) != ctx.stamps:
             raise _changed(rule, ctx.stamps)
         needs_x, needs_source, *needs = ctx.needs_input_grad[3:]
         gradients = Gradients([tensor for tensor, need in zip(wanted, needs, strict=True) if need])
-        kept = dict(zip(ctx.names, saved[len(saved) - len(ctx.names) :], strict=True))
+        saved = dict(zip(ctx.names, others[len(others) - len(ctx.names) :], strict=True))
         with torch.no_grad(), below_autograd(ctx.call.device.type):
             x = ctx.held.get().detach() if ctx.held is not None else x
-            call = ctx.call.again(kept)
+            call = ctx.call.for_backward(saved)
             if call.tier >= WHOLE:
                 call.tier = WITHIN
                 rule.forward(x, source, call)

@@ -1,9 +1,9 @@
-"""Linear layers that read one input, with what adapters put on them.
+"""Linear layers that read one input, with their adapters.
 
     y = ((x ⊙ l_in) Wᵀ + c + scale · drop(x) Aᵀ Bᵀ) ⊙ l_out
 
-Each part may be absent: LoRA (A, B) beside a frozen W, (IA)³'s l before or after, the bias. W is frozen, dense or
-quantized, or trained. Those with LoRA at one rate of dropout are one product with stacked A.
+All but W may be absent: LoRA (A, B) beside a frozen W, (IA)³'s l before or after, the bias c. W is frozen, dense or
+quantized, or trained. Linears with LoRA at one rate of dropout are one product with stacked A.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from petl_kernels.layers.border import Border
-from petl_kernels.layers.frozen_linear import FrozenLinear
-from petl_kernels.layers.rule.border import Bordered, bordered
+from petl_kernels.layers.pieces import LINEARS, active_piece, has_other_hooks
+from petl_kernels.layers.rule.border import Bordered, bordered, release_trained
 from petl_kernels.layers.rule.call import Call, Gradients, Place, summed
-from petl_kernels.methods.base import Piece
 from petl_kernels.methods.ia3 import Scale
 from petl_kernels.methods.lora import LoRALinear
 from petl_kernels.ops.define import accumulate_dtype, run
@@ -22,17 +21,19 @@ from petl_kernels.ops.quantized import parts_of
 
 
 class Unknown(Exception):
-    """Something that the rule does not have: its layer runs composed from ops. The text says what."""
+    """Raised for something that the rule does not cover, named in the text: the layer then runs op by op."""
 
 
 class Linear:
-    """One linear layer as the rule reads it. ``name`` is what its output is called among what is kept."""
+    """One linear layer, bound. name: that of its output among the saved tensors.
+
+    piece: what an adapter other than LoRA and (IA)³ has put on it. bound: the tensors that backward reads.
+    """
 
     def __init__(self, name: str, module: nn.Module):
-        own = 1 if hasattr(module, "petl") else 0
-        if type(module) not in (nn.Linear, LoRALinear, FrozenLinear):
+        if type(module) not in LINEARS:
             raise Unknown(f"a {type(module).__name__} in the place of a linear layer")
-        if len(module._forward_hooks) != own or len(module._forward_pre_hooks) != own:
+        if has_other_hooks(module):
             raise Unknown("a hook on a linear layer")
         self.name, self.weight, self.bias = name, module.weight, module.bias
         self.parts = parts_of(self.weight)
@@ -43,7 +44,7 @@ class Linear:
                 raise Unknown("LoRA on a weight that is trained")
             self.lora, self.scale = (lora.A, lora.B), float(lora.scale)
             self.dropout = lora.dropout if module.training else 0.0
-        piece = current(module)
+        piece = active_piece(module)
         self.before = piece.scale if isinstance(piece, Scale) and piece.feedforward else None
         self.after = piece.scale if isinstance(piece, Scale) and not piece.feedforward else None
         self.piece = None if isinstance(piece, Scale) else piece
@@ -54,19 +55,16 @@ class Linear:
 
     @property
     def reads_input(self) -> bool:
-        """Whether backward needs the layer's input."""
+        """Whether backward reads the input."""
         return self.lora is not None or self.before is not None or self.weight.requires_grad
 
     def scaled(self, y: Tensor) -> Tensor:
+        """Returns y ⊙ l_out."""
         return y if self.after is None else y * self.after.flatten().to(y.dtype)
 
 
-def current(module: nn.Module) -> Piece | None:
-    return module.petl.current() if hasattr(module, "petl") else None
-
-
 class Group:
-    """Linear layers with LoRA that one product with stacked A serves. ``latent`` is where x Aᵀ is kept."""
+    """Linear layers with LoRA as one product with stacked A. latent: the place of x Aᵀ."""
 
     def __init__(self, block: str, i: int, linears: list[Linear]):
         self.latent, self.linears = Place(block, f"latent{i}"), linears
@@ -81,13 +79,13 @@ class Group:
         seed = call.seed(self.latent.key, self.dropout)
         rest = *self.adapters, self.scales, self.dropout, seed, call.backend
         ys, latent = run("lora_linear", _before(x, self), self.weights, self.biases, *rest)
-        call.keep(self.latent, latent)
+        call.save(self.latent, latent)
         return ys
 
     def backward(self, dys: list[Tensor], x: Tensor, call: Call, gradients: Gradients, need_dx: bool) -> Tensor | None:
         needs_x = need_dx or gradients.wants(self.before)
         need_dbias = [gradients.wants(linear.bias) for linear in self.linears]
-        seed, latent = call.seeds.get(self.latent.key), call.kept[self.latent.key]
+        seed, latent = call.seeds.get(self.latent.key), call.saved[self.latent.key]
         rest = *self.adapters, self.scales, self.dropout, seed, needs_x, need_dbias, call.backend
         dx, das, dbs, dbiases = run("lora_linear_backward", dys, _before(x, self), latent, self.weights, *rest)
         for linear, da, db, dbias, need in zip(self.linears, das, dbs, dbiases, need_dbias, strict=True):
@@ -99,11 +97,12 @@ class Group:
 
 
 class Linears:
-    """Linear layers that read the same x (..., K). ``border`` has their weights, where they stand together."""
+    """Linear layers that read the same x (..., K). border: the buffer of their weights, where they stand in one."""
 
     def __init__(self, block: str, named: dict[str, nn.Module], border: Border | None = None):
-        self.all = [Linear(name, module) for name, module in named.items()]
-        self.bordered: Bordered | None = bordered(block, self.all, list(named.values()), border)
+        self.all, modules = [Linear(name, module) for name, module in named.items()], list(named.values())
+        release_trained(modules, border)
+        self.bordered: Bordered | None = bordered(block, self.all, modules, border)
         apart = [] if self.bordered else self.all
         together: dict[tuple, list[Linear]] = {}
         for linear in apart:
@@ -119,11 +118,11 @@ class Linears:
 
     @property
     def room(self) -> int:
-        """How many columns are written behind the rows of the input, and of the outputs' gradients."""
+        """The number of columns that are written behind the rows of the input, and of the outputs' gradients."""
         return self.bordered.room if self.bordered else 0
 
     def forward(self, x: Tensor, call: Call) -> list[Tensor]:
-        """Returns each one's output before ``scaled``, in the order of ``named``."""
+        """Returns the output of each linear before l_out, in the order of ``named``."""
         if self.bordered:
             return self.bordered.forward(x, call)
         ys: dict[str, Tensor] = {}
@@ -143,8 +142,10 @@ class Linears:
         gradients: Gradients,
         need_dx: bool,
     ) -> Tensor | None:
-        """Returns dx where it is needed. x is None where ``reads_input`` is false; ``raw``: the outputs of forward,
-        which only those with an l after them need."""
+        """Returns dx where it is needed.
+
+        x: None where ``reads_input`` is False. raw: the outputs of ``forward``; None for linears without an l_out.
+        """
         if self.bordered:
             return self.bordered.backward(dys, x, call, gradients, need_dx)
         own = {}
@@ -179,7 +180,7 @@ def _before_backward(linear: Linear | Group, dx: Tensor, x: Tensor | None, gradi
 
 
 def _scale_backward(scale: Tensor, dy: Tensor, x: Tensor, gradients: Gradients) -> Tensor:
-    """Returns dx of y = x ⊙ l, and adds dl."""
+    """Returns dx of y = x ⊙ l, and adds the gradient of l."""
     if gradients.wants(scale):
         gradients.add(scale, (dy * x).reshape(-1, x.shape[-1]).sum(0, dtype=accumulate_dtype(x.dtype)))
     return dy * scale.flatten().to(dy.dtype)

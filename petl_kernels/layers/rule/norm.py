@@ -1,4 +1,4 @@
-"""LayerNorm and RMSNorm of a block: kept are the statistics, the output is made again from them."""
+"""LayerNorm and RMSNorm of a block. Their statistics are saved, and the output is recomputed from these."""
 
 from __future__ import annotations
 
@@ -20,27 +20,29 @@ class Norm:
         self.bias = norm.bias if self.centred else None
         self.eps = norm.eps if self.centred else norm.variance_epsilon
         self.bound = [tensor for tensor in (self.weight, self.bias) if tensor is not None]
-        self.room: tuple[int, ...] = ()  # one number: columns that its output leaves free behind each row
+        self.room: tuple[int, ...] = ()  # one number: free columns behind each row of the output
 
     def named(self, block: str) -> Norm:
-        """Returns the same norm for another place, whose statistics are kept under the name ``block``."""
+        """Returns the same norm at another place, whose statistics are saved under the name ``block``."""
         other = copy.copy(self)
         other.mean, other.rstd = Place(block, "mean"), Place(block, "rstd")
         return other
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
+        """Returns u, and saves the statistics."""
         if self.centred:
             u, mean, rstd = run("layer_norm", x, self.weight, self.bias, self.eps, call.backend, *self.room)
-            call.keep(self.mean, mean)
+            call.save(self.mean, mean)
         else:
             u, rstd = run("rms_norm", x, self.weight, self.eps, call.backend, *self.room)
-        call.keep(self.rstd, rstd)
+        call.save(self.rstd, rstd)
         return self._narrowed(u, x)
 
-    def again(self, x: Tensor, call: Call) -> Tensor:
-        rstd = call.kept[self.rstd.key]
+    def recomputed(self, x: Tensor, call: Call) -> Tensor:
+        """Returns u from x and the saved statistics."""
+        rstd = call.saved[self.rstd.key]
         if self.centred:
-            mean = call.kept[self.mean.key]
+            mean = call.saved[self.mean.key]
             own = self.weight, self.bias, call.backend, *self.room
             return run("layer_norm_from_statistics", x, mean, rstd, *own)
         return self._narrowed(run("rms_norm_from_statistics", x, rstd, self.weight, call.backend, *self.room), x)
@@ -50,8 +52,8 @@ class Norm:
         own = self.weight, self.bias, self.eps, rate, seed, self.centred
         h, u, mean, rstd = run("dropout_add_norm", y, x, *own, call.backend, *self.room)
         if self.centred:
-            call.keep(self.mean, mean)
-        call.keep(self.rstd, rstd)
+            call.save(self.mean, mean)
+        call.save(self.rstd, rstd)
         return h, self._narrowed(u, h)
 
     def backward_sum(
@@ -65,10 +67,13 @@ class Norm:
         call: Call,
         gradients: Gradients,
     ) -> tuple[Tensor, Tensor]:
-        """Returns the gradients of h, with ``dh`` from elsewhere in it, and of y in ``dtype``, of size 0 for None."""
+        """Returns the gradient of h, with dh added, and that of y in ``dtype``, which is of size 0 for None.
+
+        du: the gradient of norm(h). dh: what h gets from elsewhere, or None.
+        """
         needs = gradients.wants(self.weight), gradients.wants(self.bias)
-        mean = call.kept[self.mean.key] if self.centred else None
-        own = mean, call.kept[self.rstd.key], self.weight
+        mean = call.saved[self.mean.key] if self.centred else None
+        own = mean, call.saved[self.rstd.key], self.weight
         dropout = dtype, rate, seed
         dh, dy, *found = run("dropout_add_norm_backward", du, dh, h, *own, *dropout, *needs, call.backend)
         if needs[0] or needs[1]:
@@ -76,7 +81,7 @@ class Norm:
         return dh, dy
 
     def backward(self, du: Tensor, dx: Tensor | None, x: Tensor, call: Call, gradients: Gradients) -> Tensor:
-        """Returns the gradient of x, with ``dx`` from elsewhere in it."""
+        """Returns the gradient of x from du, with dx, what x gets from elsewhere, added."""
         return self.backward_sum(du, dx, x, None, 0.0, None, call, gradients)[0]
 
     def parameters_backward(self, du: Tensor, x: Tensor, call: Call, gradients: Gradients) -> None:
@@ -84,16 +89,16 @@ class Norm:
         needs = gradients.wants(self.weight), gradients.wants(self.bias)
         if not any(needs):
             return
-        du, rstd = du.to(torch.promote_types(x.dtype, self.weight.dtype)), call.kept[self.rstd.key]
+        du, rstd = du.to(torch.promote_types(x.dtype, self.weight.dtype)), call.saved[self.rstd.key]
         if self.centred:
-            own = call.kept[self.mean.key], rstd, self.weight, False, *needs
+            own = call.saved[self.mean.key], rstd, self.weight, False, *needs
             _, *found = run("layer_norm_backward", du, x, *own, call.backend)
         else:
             _, *found = run("rms_norm_backward", du, x, rstd, self.weight, False, needs[0], call.backend)
         self._add(found, gradients)
 
     def _add(self, found: list[Tensor], gradients: Gradients) -> None:
-        """``found``: gradients of weight and bias, of size 0 where they are not wanted."""
+        """Adds the gradients of weight and bias; they are of size 0 where they are not wanted."""
         for parameter, gradient in zip(self.bound, found, strict=False):
             gradients.add(parameter, gradient)
 

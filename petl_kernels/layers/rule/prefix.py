@@ -1,14 +1,14 @@
-"""The prefixes of attentions as the rules of layers read them, made by their network while there is one.
+"""The prefixes of attentions, computed by their network while there is one.
 
     [P_k; P_v] = tanh(P' W_1ᵀ + b_1) W_2ᵀ + b_2
 
-In one forward pass of a model (``one_pass``) the first attention of a kind has the prefixes of all attentions of this
-kind made at once, keys and values as the rows of one product, by one node of the graph: a step has one share of the
-network's gradients a kind, and not two an attention. A layer that runs outside of such a pass, or that somebody has put
-hooks on, has its own prefix made alone. A prefix that no attention has read gets no gradient, as if it was not made.
+In one forward pass of a model (``one_pass``) the first attention of a kind computes the prefixes of all attentions of
+this kind at once, keys and values as the rows of one product, in one node of the graph. So a step sums the network's
+gradients once a kind, and not twice an attention. A layer that runs outside of such a pass, or has hooks of others,
+computes its own prefix alone. A prefix that no attention has read gets no gradient, as if it did not exist.
 
-For backward a node keeps tanh's output, (2 · length, 512) an attention, in the dtype of the network's parameters. The
-network works in that dtype under autocast too.
+A node saves tanh's output, (2 · length, 512) an attention, in the dtype of the network's parameters. The network works
+in that dtype under autocast too.
 """
 
 from __future__ import annotations
@@ -27,35 +27,38 @@ from petl_kernels.layers.rule.watch import changed, stamps
 from petl_kernels.methods.prefix import Prefix
 from petl_kernels.ops.define import accumulate_dtype, below_autograd
 
-# In a forward pass of this thread: what was made, by attention and by what it was made for.
-_made: ContextVar[dict[tuple, _Made] | None] = ContextVar("petl_prefixes", default=None)
+# In a forward pass of this thread: the prefixes, by attention and by (dtype, grad mode, inference mode).
+_computed: ContextVar[dict[tuple, _Computed] | None] = ContextVar("petl_prefixes", default=None)
 
 
 @contextmanager
 def one_pass() -> Iterator[None]:
-    """A block that is one forward pass of a model: what it reads of prefixes' parameters stays the same inside."""
-    before = _made.set({})
+    """Marks one forward pass of a model: in this block the parameters of prefixes stay the same."""
+    before = _computed.set({})
     try:
         yield
     finally:
-        _made.reset(before)
+        _computed.reset(before)
 
 
 def keys_and_values(piece: Prefix, dtype: torch.dtype, together: bool) -> tuple[Tensor, Tensor]:
-    """Returns the prefix, (length, heads, head_dim) each, in ``dtype``; ``together``: whether with those of others."""
-    made = _made.get() if together and piece.mlp is not None else None
-    if made is None:
+    """Returns keys and values of the prefix, (length, heads, head_dim) each, in ``dtype``.
+
+    together: whether the prefixes of all attentions of the kind are computed with it.
+    """
+    computed = _computed.get() if together and piece.mlp is not None else None
+    if computed is None:
         return _alone(piece, dtype)
     mode = dtype, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-    found = made.get((piece, mode))
+    found = computed.get((piece, mode))
     if found is None or not found.holds(piece):
-        made.update({(own.piece, mode): own for own in _together(piece, dtype)})
-        found = made.get((piece, mode))
+        computed.update({(own.piece, mode): own for own in _together(piece, dtype)})
+        found = computed.get((piece, mode))
     return _alone(piece, dtype) if found is None else found.rows
 
 
-class _Made:
-    """The prefix of one attention as it was made."""
+class _Computed:
+    """The keys and values of one attention's prefix, and the parameters that they were computed from."""
 
     __slots__ = ("piece", "inputs", "rows")
 
@@ -63,7 +66,7 @@ class _Made:
         self.piece, self.inputs, self.rows = piece, _inputs(piece), rows
 
     def holds(self, piece: Prefix) -> bool:
-        """Whether it was made from the parameters that the attention has now."""
+        """Returns whether they were computed from the parameters that the attention has now."""
         return all(map(is_, self.inputs, _inputs(piece)))
 
 
@@ -79,16 +82,17 @@ def _alone(piece: Prefix, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return key, value
 
 
-def _together(piece: Prefix, dtype: torch.dtype) -> Iterator[_Made]:
-    if piece not in piece.kind or not _is_plain(*piece.mlp):  # not among them is one of a copy for another device
+def _together(piece: Prefix, dtype: torch.dtype) -> Iterator[_Computed]:
+    """Yields the prefixes of all attentions of the kind of ``piece``; none where they cannot be one product."""
+    if piece not in piece.kind or not _is_plain(*piece.mlp):  # a replica's piece is not in its kind
         return
     group = [other for other in piece.kind if _is_like(other, piece)]
     rows = _network(group, dtype)
-    yield from map(_Made, group, zip(rows[::2], rows[1::2], strict=True))
+    yield from map(_Computed, group, zip(rows[::2], rows[1::2], strict=True))
 
 
 def _is_like(other: Prefix, piece: Prefix) -> bool:
-    """Whether both are rows for one product; not so where a tensor is elsewhere until its layer runs (FSDP)."""
+    """Returns whether both are rows for one product; not so where a tensor is elsewhere until its layer runs (FSDP)."""
     if other.mlp is None or other.mlp[0] is not piece.mlp[0]:
         return False
     mine = piece.key
@@ -99,7 +103,7 @@ def _is_like(other: Prefix, piece: Prefix) -> bool:
 
 
 def _is_plain(mlp: nn.Module) -> bool:
-    """Whether nobody has changed the network or wants to see it run."""
+    """Returns whether the network is as this package builds it, without hooks or another forward."""
     if [type(part) for part in mlp.modules()] != [nn.Sequential, nn.Linear, nn.Tanh, nn.Linear]:
         return False
     seen = any(hooks_on(part) or "forward" in part.__dict__ for part in mlp.modules())
@@ -129,7 +133,7 @@ def _run(dtype: torch.dtype, shape: tuple[int, int], read: Sequence[Tensor]) -> 
 
 
 class _Network(torch.autograd.Function):
-    """What it reads in backward it holds itself: parts of a model may run backward one after the other."""
+    """The network as one node. It holds the tensors that backward reads, which may run for one layer after another."""
 
     @staticmethod
     def forward(ctx, dtype: torch.dtype, shape: tuple[int, int], *read: Tensor) -> tuple[Tensor, ...]:
@@ -141,7 +145,7 @@ class _Network(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *drows: Tensor | None) -> tuple[Tensor | None, ...]:
-        at = [i for i, own in enumerate(drows) if own is not None]  # the others have had no part in the loss
+        at = [i for i, own in enumerate(drows) if own is not None]  # the others are no part of the loss
         if not at:
             return (None,) * len(ctx.needs_input_grad)
         _refuse_changes(ctx.read, ctx.stamps, at)

@@ -11,7 +11,7 @@ from petl_kernels.ops.define import run
 
 
 class Residual:
-    """The sum of one block; ``rate``: of the dropout of what is added."""
+    """The sum of one block. rate: that of the dropout on y."""
 
     def __init__(self, block: str, rate: float):
         self.rate, self.seed = float(rate), f"{block}.residual"
@@ -27,7 +27,7 @@ class Residual:
         return norm.forward_sum(y, x, self.rate, call.seed(self.seed, self.rate), call)
 
     def backward(self, dh: Tensor, dtype: torch.dtype, call: Call) -> Tensor:
-        """Returns the gradient of y, in ``dtype``, from that of h alone."""
+        """Returns the gradient of y in ``dtype``, from that of h alone."""
         if self.rate == 0:
             return dh.to(dtype)
         return run("dropout_add_backward", dh, dtype, self.rate, call.seeds[self.seed], call.backend)
@@ -42,8 +42,10 @@ class Residual:
         call: Call,
         gradients: Gradients,
     ) -> tuple[Tensor, Tensor]:
-        """Returns the gradients of h and of y, the latter in ``dtype``, from du, that of norm(h), and dh, what h has
-        from elsewhere."""
+        """Returns the gradients of h and of y, the latter in ``dtype``.
+
+        du: the gradient of norm(h). dh: what h gets from elsewhere, or None.
+        """
         dropped = self.rate > 0 or dtype != h.dtype
         seed = call.seeds.get(self.seed)
         dh, dy = norm.backward_sum(du, dh, h, dtype if dropped else None, self.rate, seed, call, gradients)

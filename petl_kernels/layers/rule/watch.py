@@ -1,8 +1,8 @@
-"""Whether a layer is still what its rule was made from.
+"""The comparison of a layer with what its rule was made from.
 
-Compared by identity are all that the layer and its parts hold: settings, parameters, submodules, hooks, and which of
-the parameters are trained in which dtype. That takes microseconds, so it runs at every call, and everything that is
-slower (what the rule has, what it is refused for) only when something has changed.
+All values that the layer and the modules inside hold are compared by identity: settings, parameters, submodules and
+hooks; of parameters also the dtype, and whether they are trained. That takes microseconds, so it runs at every call.
+What is slower, obstacles and the making of a rule, runs only where something has changed.
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ from operator import is_
 
 from torch import Tensor, nn
 
-try:
-    from petl_kernels._C import same_values, stamps, values
-except ImportError:  # a machine without a compiler
+from petl_kernels.extension import find_extension
+
+_extension = find_extension()
+if _extension is not None:
+    same_values, stamps, values = _extension.same_values, _extension.stamps, _extension.values
+else:  # a machine without a compiler
 
     def values(dictionaries: list[dict]) -> list:
         return list(chain.from_iterable([own.values() for own in dictionaries]))
@@ -32,7 +35,7 @@ _DICTS = ("_parameters", "_modules", "_forward_hooks", "_forward_pre_hooks", "_b
 
 
 class Watch:
-    """The state of ``layer`` when it is made."""
+    """The state of ``layer`` at the time when this is made."""
 
     __slots__ = ("modules", "dicts", "classes", "parameters", "before", "kinds")
 
@@ -44,7 +47,7 @@ class Watch:
         self.before, self.kinds = values(self.dicts), self._kinds()
 
     def holds(self) -> bool:
-        """Whether nothing has changed since."""
+        """Returns whether nothing has changed since."""
         return same_values(self.dicts, self.before) and self._kinds() == self.kinds
 
     def _kinds(self) -> list:

@@ -1,1 +1,1 @@
-"""The embedded demo: text made from Babel's CLDR data, a small multilingual parent, and `petl-mt demo`."""
+"""The demo: text made from Babel's CLDR data, a small multilingual parent, and ``petl-mt demo``."""

@@ -1,4 +1,4 @@
-"""`petl-mt demo`: a parent that never saw Finnish or Turkish is adapted to them, with each method, in minutes.
+"""``petl-mt demo``: a parent that never saw Finnish or Turkish is adapted to them, with each method, in minutes.
 
 Nothing is downloaded: the text is made (text.py), the parent ships with the package (parent.yaml says how it was made).
 """
@@ -20,21 +20,25 @@ from petl_kernels.interop.languages import LanguagePair
 
 from ..checks import check_folder
 from ..config import Pair, TrainConfig
-from ..evaluate import Scores, score_lines, translate
-from ..progress import time_left
-from ..runs import hush
-from ..study import PARENT, Row, StudyConfig, cells, print_table, run_study, table_console, title
+from ..evaluate import translate
+from ..scores import Scores, score_lines
+from ..silence import hush
+from ..study.grid import StudyConfig
+from ..study.rows import PARENT, Row
+from ..study.run import run_study, title
+from ..study.tables import cells, print_table, table_console
+from ..terminal import time_left
 from ..train import train
 from .make_parent import parent_folder
 from .text import parallel_lines, write_pair
 
 PAIRS = ("en-fi", "en-tr")
-SHARE = 0.85  # of the minutes is planned with; the rest is for a machine that slows down
+SHARE = 0.85  # share of the minutes that is planned with; the rest is for a machine that slows down
 
 
 @dataclass
 class Plan:
-    """What the demo does; the defaults fit five minutes on two cores."""
+    """The work of the demo; the defaults fit five minutes on two cores."""
 
     grids: dict[str, Sequence[str]] = field(default_factory=lambda: {
         "en-fi": ("full", "adapter=10%,1%", "parallel=10%", "lora=10%,1%", "cross-attention", "prefix=1%", "bitfit"),
@@ -69,7 +73,7 @@ class Plan:
 
 def run_demo(out: str | Path, pairs: Sequence[str] = PAIRS, minutes: float = 5.0, plan: Plan | None = None,
              model: str | Path | None = None) -> dict[str, list[Row]]:  # fmt: skip
-    """Run the demo into the folder ``out``; returns the rows of each pair. Finished rows there are not run again."""
+    """Runs the demo into the folder ``out``; returns the rows of each pair. Finished rows there are not run again."""
     began = time.perf_counter()
     plan = plan or Plan()
     plan.grids = {pair: plan.grids[pair] for pair in pairs}
@@ -114,7 +118,7 @@ def _study(plan: Plan, pair: str, model: str, out: Path) -> StudyConfig:
 
 
 def _own_pair(plan: Plan, model: str) -> tuple[Scores, float]:
-    """The parent on en-de, and the seconds that one line took."""
+    """Returns the scores of the parent on en-de, and the seconds that one line took."""
     rows = parallel_lines(("en", "de"), "test", plan.own, plan.seed)
     parent, tokenizer = load_pretrained(model)
     began = time.perf_counter()
@@ -124,7 +128,7 @@ def _own_pair(plan: Plan, model: str) -> tuple[Scores, float]:
 
 
 def _fitting_steps(plan: Plan, base: TrainConfig, budget: float, began: float, line_seconds: float) -> int:
-    """The plan's steps, or fewer when a trial says that they would take longer than ``budget`` seconds in all."""
+    """Returns the plan's steps, or fewer where a trial shows that they would take longer than ``budget`` seconds."""
     trial = 4
     with tempfile.TemporaryDirectory() as folder:
         tried = train(TrainConfig(model=base.model, out=f"{folder}/trial", train=base.train, method="full", steps=trial,
@@ -135,7 +139,7 @@ def _fitting_steps(plan: Plan, base: TrainConfig, budget: float, began: float, l
 
 
 def _steps_of(out: Path) -> int | None:
-    """The steps of the demo that ``out`` holds already: it goes on with them."""
+    """Returns the steps of the demo that ``out`` holds already, with which it goes on; None where there is none."""
     for path in sorted(out.glob("*/study.json")):
         try:
             return int(json.loads(path.read_text(encoding="utf-8"))["config"]["steps"])
@@ -150,7 +154,7 @@ def _first_line(path: str) -> str:
 
 
 class _Rows:
-    """Says each row as it is there, and how long the others will take."""
+    """Prints each row when it is there, and how long the others will take."""
 
     def __init__(self, console, rows: int) -> None:
         self.console, self.rows, self.done, self.began = console, rows, 0, time.perf_counter()
@@ -167,8 +171,8 @@ class _Rows:
 
 
 def _print_examples(console, study: StudyConfig, rows: Sequence[Row], count: int) -> None:
-    """The longest of the first test sentences, with what the parent, full fine-tuning and an adapter make of it."""
-    from rich.table import Table
+    """Prints the first test sentences, with the translations of the parent, full fine-tuning, an adapter and LoRA."""
+    from rich.table import Table  # here: drawn on a terminal only
 
     named = {row.method: row for row in reversed(rows) if row.status == "done"}
     shown = {"source": Path(study.test.source), "reference": Path(study.test.target)}
@@ -187,13 +191,11 @@ def _print_examples(console, study: StudyConfig, rows: Sequence[Row], count: int
 
 
 def shorten(line: str, longest: int = 60) -> str:
+    """Returns the line, or its beginning with an ellipsis where it has more than ``longest`` characters."""
     return line if len(line) <= longest else line[: longest - 1] + "…"
 
 
-def add_parser(commands) -> None:
-    """``petl-mt demo``: adds the command to the subparsers of ``petl-mt``."""
-    parser = commands.add_parser("demo", help="the main job on text the package makes itself, no download")
-    parser.set_defaults(run=_main)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     demo = parser.add_argument_group("demo")
     told = "folder to write; finished rows in it are not run again (default: runs/demo)"
     demo.add_argument("--out", metavar="DIR", default="runs/demo", help=told)
@@ -202,10 +204,9 @@ def add_parser(commands) -> None:
     demo.add_argument("--minutes", type=float, metavar="X", default=5.0, help=told)
 
 
-def _main(arguments: argparse.Namespace) -> int:
+def run_command(arguments: argparse.Namespace) -> None:
     if not 0 < arguments.minutes < math.inf:
         raise InputError(f"minutes {arguments.minutes:g}: expected more than 0, and an end")
     if not arguments.out:
         raise InputError("out '': expected a folder")
     run_demo(arguments.out, PAIRS if arguments.pair == "both" else (arguments.pair,), arguments.minutes)
-    return 0

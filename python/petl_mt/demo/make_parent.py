@@ -1,4 +1,4 @@
-"""Where the demo's parent lies, and how it was made small: its weights are stored in 16 bits.
+"""The demo's parent: its folder, and how it was made small, with weights in 16 bits.
 
 python -m petl_mt.demo.make_parent runs/demo-parent/model python/petl_mt/demo/parent
 """
@@ -14,20 +14,20 @@ from petl_kernels.errors import InputError
 from petl_kernels.files import atomic_dir
 from petl_kernels.interop.hf import load_pretrained
 
-from ..runs import hush
+from ..silence import hush
 
 PARENT = Path(__file__).parent / "parent"
 
 
 def parent_folder() -> Path:
-    """The folder of the parent that ships with the package."""
+    """Returns the folder of the parent that ships with the package."""
     if not (PARENT / "config.json").is_file():
         raise InputError(f"demo parent {PARENT}: not there; make it as python/petl_mt/demo/parent.yaml says")
     return PARENT
 
 
 def shrink(source: str | Path, target: str | Path) -> int:
-    """Write the model folder `source` to `target` with fp16 weights; returns the bytes of the new folder."""
+    """Writes the model folder ``source`` to ``target`` with fp16 weights; returns the bytes of the new folder."""
     with hush(), atomic_dir(target) as folder:
         model, tokenizer = load_pretrained(str(source))
         model.to(torch.float16).save_pretrained(folder)

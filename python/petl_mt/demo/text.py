@@ -1,7 +1,7 @@
 """Multi-parallel text made from the CLDR data that Babel carries: no download; the same seed, the same text.
 
-A sentence is a template filled with phrases (a date, an amount of money, a list of countries ...). A phrase
-knows its content, not its language; CLDR says how a language writes it: word order, inflection and plurals.
+A sentence is a template filled with phrases (a date, an amount of money, a list of countries ...). A phrase is a
+content without a language; CLDR has the form in each language: word order, inflection and plurals.
 
     en  Finland, Kenya, and Japan – 3 weeks – Tuesday, March 4, 2031
     fi  Suomi, Kenia ja Japani – 3 viikkoa – tiistai 4. maaliskuuta 2031
@@ -108,13 +108,13 @@ SECONDS = {
 
 @lru_cache(maxsize=1 << 20)
 def split_of(key: str) -> str:
-    """The split in which a combination of atoms may appear: 70% train, 10% valid, 20% test, by its hash."""
+    """Returns the split in which a combination of atoms may appear: 70% train, 10% valid, 20% test, by its hash."""
     bucket = blake2b(key.encode(), digest_size=4).digest()[0] * 10 // 256
     return "train" if bucket < 7 else "valid" if bucket == 7 else "test"
 
 
 class Phrase(NamedTuple):
-    """What a phrase says (`kind` and `content`), for the function in `RENDER` that says it in a language."""
+    """The kind and the content of a phrase, for the function in ``RENDER`` that writes it in a language."""
 
     kind: str
     content: tuple
@@ -280,7 +280,7 @@ def _cities(language, zones, style):
 
 @cache
 def _length(language: str, *units: str) -> str:
-    """The longest form in which the language has these units; of two equal ones CLDR keeps the shorter."""
+    """Returns the longest form in which the language has these units; of two equal ones CLDR keeps the shorter."""
     names = Locale.parse(language)._data["unit_patterns"]
     return next(form for form in ("long", "short") if all("other" in names[unit].get(form, {}) for unit in units))
 
@@ -297,11 +297,12 @@ _MARKS = re.compile("[\u200e\u200f\u061c]")  # direction marks: invisible, and s
 
 
 def render(phrase: Phrase, language: str) -> str:
+    """Returns the phrase in a language, without direction marks."""
     text = RENDER[phrase.kind](language, *phrase.content)
     return unicodedata.normalize("NFC", " ".join(_MARKS.sub("", text).split()))
 
 
-# ---- what a phrase may say --------------------------------------------------------------------------------
+# ---- the contents of phrases --------------------------------------------------------------------------------
 
 
 class Draw:
@@ -311,7 +312,7 @@ class Draw:
         self.rng, self.split = rng, split
 
     def _until(self, name: str, propose: Callable[[], tuple]) -> tuple:
-        """Contents as they are proposed, until one is of this split."""
+        """Returns the first of the proposed contents that is of this split."""
         while True:
             content = propose()
             if split_of(" ".join(map(str, (name, *content)))) == self.split:
@@ -322,12 +323,12 @@ class Draw:
         return self._until("date", lambda: (first + dt.timedelta(self.rng.randrange(days)),))[0]
 
     def _time(self) -> tuple[int, int]:
-        """Hour and minute, the latter more often a multiple of five."""
+        """Returns hour and minute, the latter more often a multiple of five."""
         minute = lambda: self.rng.randrange(12) * 5 + self.rng.choice((0, 0, 0, 1, 2, 3, 4))  # noqa: E731
         return self._until("time", lambda: (self.rng.randrange(24), minute()))
 
     def _amount(self, units) -> tuple:
-        """A number, small ones more often, and a unit."""
+        """Returns a number, small ones more often, and a unit."""
 
         def propose():
             number = self.rng.randint(1, self.rng.choice((20, 99, 999)))
@@ -338,7 +339,7 @@ class Draw:
         return self._until("amount", propose)
 
     def _chain(self, items, key: str, longest: int) -> tuple:
-        """Different items; each two neighbours are a pair of this split."""
+        """Returns different items; each two neighbours are a pair of this split."""
         length = self.rng.randint(2, longest)
         chain = [self.rng.choice(items)]
         tries = 0
@@ -520,6 +521,7 @@ class Sentence(NamedTuple):
     phrases: tuple[Phrase, ...]
 
     def text(self, language: str) -> str:
+        """Returns the sentence in a language."""
         comma = {"ar": "، ", "ja": "、"}.get(language, ", ")
         out = [self.pieces[0]]
         for phrase, after in zip(self.phrases, self.pieces[1:], strict=True):
@@ -531,7 +533,7 @@ _SLOT = re.compile(r"\{(\w+)\}")
 
 
 def sentences(split: str, seed: int | str) -> Iterator[Sentence]:
-    """An endless stream of sentences of one split, determined by the seed."""
+    """Yields sentences of one split without end, determined by the seed."""
     rng = random.Random(f"{split} {seed}")
     draw = Draw(rng, split)
     while True:
@@ -541,7 +543,7 @@ def sentences(split: str, seed: int | str) -> Iterator[Sentence]:
 
 
 def parallel_lines(languages: tuple[str, ...], split: str, count: int, seed: int | str) -> list[tuple[str, ...]]:
-    """`count` rows: a sentence (3 to 25 English words) in each language; none stands twice in a language."""
+    """Returns ``count`` rows: a sentence (3 to 25 English words) in each language; none stands twice in a language."""
     for language in languages:
         if language not in LANGUAGES:
             raise InputError(f"no demo text in language {language!r}: expected one of {', '.join(LANGUAGES)}")
@@ -564,7 +566,7 @@ def parallel_lines(languages: tuple[str, ...], split: str, count: int, seed: int
 
 
 def write_pair(out: Path, pair: str, train: int, valid: int, test: int, seed: int) -> dict[str, tuple[Path, Path]]:
-    """Write `<split>.<pair>.<language>` for the three splits; returns the two paths of each split.
+    """Writes `<split>.<pair>.<language>` for the three splits; returns the two paths of each split.
 
     Training lines differ from pair to pair; validation and test lines are the same sentences for all of them.
     """
@@ -581,7 +583,7 @@ def write_pair(out: Path, pair: str, train: int, valid: int, test: int, seed: in
 
 
 def write_vocabulary_text(out: Path, languages: tuple[str, ...], count: int, seed: int) -> list[Path]:
-    """Write `vocabulary.<language>`: training sentences, for a SentencePiece model of all the languages."""
+    """Writes `vocabulary.<language>`: training sentences, for a SentencePiece model of all the languages."""
     out.mkdir(parents=True, exist_ok=True)
     paths = []
     for language in languages:

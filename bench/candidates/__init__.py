@@ -1,0 +1,1 @@
+"""Candidates for the LoRA linear on a GPU, until a card has decided between them."""

@@ -1,0 +1,1 @@
+"""Results of benchmarks: read, compared, and shown as tables and as a page."""

@@ -1,0 +1,1 @@
+"""Benchmarks of training steps, and of steps under caps of memory."""

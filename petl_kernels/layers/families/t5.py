@@ -1,0 +1,173 @@
+"""Encoder and decoder layers of the T5 family: T5, mT5, MADLAD-400. transformers calls such a layer a block.
+
+    h = x + drop(attn(RMSNorm(x)))      with a relative position bias, which the first layer makes for all
+    y = h + drop(ffn(RMSNorm(h)))       with a gated or plain feed-forward network
+
+A decoder layer has a cross-attention without a bias between the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from petl_kernels.layers.blocks import AttentionBlock, FeedForwardBlock
+from petl_kernels.layers.boundaries import is_packed
+from petl_kernels.layers.source import shared_for_products
+from petl_kernels.models.transformers_names import (
+    ACTIVATIONS,
+    T5_ATTENTION,
+    T5_FEED_FORWARD,
+    T5_NAMES,
+    activation_name,
+    lacking,
+    of,
+)
+
+WRAPPERS = of(T5_NAMES, "LayerSelfAttention", "LayerCrossAttention", "LayerFF")
+ATTENTIONS, NORMS = of(T5_NAMES, "Attention"), of(T5_NAMES, "LayerNorm")
+FEED_FORWARDS, DROPOUTS = of(T5_NAMES, "DenseActDense", "DenseGatedActDense"), frozenset(["Dropout"])
+
+
+class LeanT5Layer:
+    """Mixed in before a layer class of the family."""
+
+    known = of(T5_NAMES, "Block")
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_bias: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        encoder_decoder_position_bias: Tensor | None = None,
+        **kwargs,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Returns hidden states, the self-attention's position bias, and None: the cross-attention has no bias."""
+        if self.steps_aside(kwargs):
+            self.refuse_packed(attention_mask, kwargs)
+            return super().forward(
+                hidden_states,
+                attention_mask,
+                position_bias,
+                encoder_hidden_states,
+                encoder_attention_mask,
+                encoder_decoder_position_bias,
+                **kwargs,
+            )
+        if position_bias is None:
+            position_bias = self._position_bias(hidden_states, attention_mask)
+        source = shared_for_products(encoder_hidden_states)
+        y = self.run(kwargs, hidden_states, attention_mask, position_bias, source, encoder_attention_mask)
+        return y, position_bias, encoder_decoder_position_bias
+
+    def blocks(self, crosses: bool) -> tuple[list[AttentionBlock], FeedForwardBlock]:
+        """Returns the layer's blocks in their order; crosses: with the cross-attention, where the layer has one."""
+        attentions = [self._attention(0, "SelfAttention")]
+        if crosses and len(self.layer) == 3:
+            attentions.append(self._attention(1, "EncDecAttention"))
+        return attentions, self._feed_forward()
+
+    def after_block(self, x: Tensor) -> Tensor:
+        return _finite(x)
+
+    def finished(self, x: Tensor) -> Tensor:
+        return x
+
+    def _position_bias(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
+        """Returns the bias (1, heads, tokens, tokens); for a packed row by distance, (heads, 2R + 1) from -R to R.
+
+        Distances beyond the attention's largest, R, are in the bucket of R. None for a layer that makes no bias.
+        """
+        attention = self.layer[0].SelfAttention
+        if not attention.has_relative_attention_bias:
+            return None
+        if not is_packed(mask):
+            return attention.compute_bias(x.shape[1], x.shape[1], device=x.device)
+        reach = attention.relative_attention_max_distance
+        return attention.compute_bias(reach + 1, 2 * reach + 1, device=x.device)[0, :, reach]
+
+    def _attention(self, index: int, name: str) -> AttentionBlock:
+        part = self.layer[index]
+        attention = getattr(part, name)
+        return AttentionBlock(
+            host=attention,
+            q=attention.q,
+            k=attention.k,
+            v=attention.v,
+            out=attention.o,
+            norm=part.layer_norm,
+            heads=attention.n_heads,
+            scale=1.0,
+            causal=bool(attention.is_causal),
+            dropout=attention.dropout if attention.training else 0.0,
+            residual_dropout=_rate(part.dropout),
+            pre_norm=True,
+            adds_bias=True,
+            borders=self.petl_lean.borders,
+        )
+
+    def _feed_forward(self) -> FeedForwardBlock:
+        part = self.layer[-1]
+        ffn = part.DenseReluDense
+        return FeedForwardBlock(
+            inputs=(ffn.wi_0, ffn.wi_1) if hasattr(ffn, "wi_0") else (ffn.wi,),
+            out=ffn.wo,
+            norm=part.layer_norm,
+            activation=activation_name(ffn.act),
+            dropout=_rate(ffn.dropout),
+            residual_dropout=_rate(part.dropout),
+            pre_norm=True,
+            wide=self.petl_lean.wide,
+        )
+
+    def layer_index(self) -> int:
+        return self.layer[0].SelfAttention.layer_idx
+
+    @staticmethod
+    def parts(layer: nn.Module) -> Iterator[tuple[str, nn.Module, frozenset[str]]]:
+        """Yields (path, module, classes whose ``forward`` it may have) of what the lean forward does not call."""
+        for i, part in enumerate(layer.layer):
+            at = f"layer.{i}"
+            yield at, part, WRAPPERS
+            yield f"{at}.layer_norm", part.layer_norm, NORMS
+            yield f"{at}.dropout", part.dropout, DROPOUTS
+        yield "layer.0.SelfAttention", layer.layer[0].SelfAttention, ATTENTIONS
+        if len(layer.layer) == 3:
+            yield "layer.1.EncDecAttention", layer.layer[1].EncDecAttention, ATTENTIONS
+        ffn = part.DenseReluDense
+        yield f"{at}.DenseReluDense", ffn, FEED_FORWARDS
+        yield f"{at}.DenseReluDense.dropout", ffn.dropout, DROPOUTS
+        yield f"{at}.DenseReluDense.act", ffn.act, frozenset(ACTIVATIONS)
+
+    @staticmethod
+    def rates(layer: nn.Module) -> list[float]:
+        """Returns the rates of dropout that are in effect."""
+        attentions = [layer.layer[0].SelfAttention, *(part.EncDecAttention for part in layer.layer[1:-1])]
+        dropouts = [*(part.dropout for part in layer.layer), layer.layer[-1].DenseReluDense.dropout]
+        return [*map(_rate, dropouts), *(attention.dropout for attention in attentions if attention.training)]
+
+    @staticmethod
+    def uncovered(layer: nn.Module) -> str:
+        """Returns why a layer cannot be lean; "" when it can."""
+        ffn = layer.layer[-1].DenseReluDense
+        reason = lacking(layer.layer[0].SelfAttention, T5_ATTENTION) or lacking(ffn, T5_FEED_FORWARD)
+        if not reason and not activation_name(ffn.act):
+            return f"activation {type(ffn.act).__name__}"
+        return reason
+
+
+def _rate(dropout: nn.Dropout) -> float:
+    return dropout.p if dropout.training else 0.0
+
+
+def _finite(x: Tensor) -> Tensor:
+    """Returns x, clamped in fp16, where the family's sums overflow."""
+    if x.dtype != torch.float16:
+        return x
+    largest = torch.finfo(x.dtype).max
+    limit = torch.where(torch.isinf(x).any(), largest - 1000, largest)
+    return x.clamp(-limit, limit)

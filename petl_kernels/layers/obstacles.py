@@ -1,0 +1,96 @@
+"""The reasons why a layer is not lean, or why its own forward runs in the place of the lean one.
+
+Each function here returns a reason in words, and "" where there is none.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from petl_kernels.layers.families import FAMILIES
+from petl_kernels.layers.hooks import hooked_all, hooks_on, is_foreign
+from petl_kernels.layers.mixed_in import original_class
+from petl_kernels.models.transformers_names import attention_implementation, class_of, class_that_runs
+from petl_kernels.ops.philox import RATES, has_mask
+
+# Attention functions of transformers whose masks the lean attention reads, also with a prefix.
+ATTENTIONS = ("eager", "sdpa", "petl_prefix_eager", "petl_prefix_sdpa")
+
+
+def reason_of_build(family: str, module: nn.Module) -> str:
+    """Returns why a layer of ``family`` cannot be lean, from how it is built."""
+    return FAMILIES[family].uncovered(module) or _unknown_forward(FAMILIES[family], type(module))
+
+
+def obstacle(layer: nn.Module) -> str:
+    """Returns what about the lean ``layer`` lets its own forward run now."""
+    family = family_of(layer)
+    if hooked_all():
+        return "a hook on all modules"
+    return (
+        _unknown_forward(family, type(layer))
+        or _changed_part(family, layer)
+        or _watched(layer)
+        or next((f"dropout {rate}, expected less than 1" for rate in family.rates(layer) if rate >= 1), "")
+        or next((f"dropout {rate}, expected {RATES}" for rate in family.rates(layer) if not has_mask(rate)), "")
+    )
+
+
+@torch.compiler.assume_constant_result
+def obstacle_of_graph(layer: nn.Module) -> str:
+    """Returns the obstacle when a graph is made: as with PyTorch's own calls, later hooks are not in it."""
+    return obstacle(layer)
+
+
+def replaced_forward(layer: nn.Module) -> str:
+    """Returns why a call of ``layer`` does not reach its lean forward."""
+    if "forward" not in layer.__dict__:
+        return ""
+    wrapped = getattr(layer, "_old_forward", None)  # accelerate's hooks: they came after, and call it
+    return "" if getattr(wrapped, "__func__", None) is type(layer).forward else "another forward is in its place"
+
+
+def family_of(layer: nn.Module) -> type:
+    """Returns the class of the family that is mixed into the lean ``layer``."""
+    return type(layer).petl_bases[1]
+
+
+def _unknown_forward(family: type, cls: type) -> str:
+    """Returns why no lean layer of ``family`` stands for the ``forward`` of the class without mixins."""
+    original = original_class(cls)
+    if class_of(original.forward) in family.known:
+        return ""
+    return f"{original.__name__} has a forward of its own, which no lean layer stands for"
+
+
+def _changed_part(family: type, layer: nn.Module) -> str:
+    """Returns which module that the lean forward does not call is of another class than it takes it for."""
+    for name, part, classes in family.parts(layer):
+        if class_that_runs(part) not in classes:
+            what = type(part).__name__
+            return f"{name} is a {what}{' with another forward' if what in classes else ''}"
+        if hasattr(part, "weight") and part._parameters.get("weight") is None:
+            return f"{name} has no weight of its own"
+        config = getattr(part, "config", None)
+        if config is not None and attention_implementation(config) not in ATTENTIONS:
+            return f"attention implementation {attention_implementation(config)!r}, expected eager or sdpa"
+    return ""
+
+
+def _watched(module: nn.Module, path: str = "") -> str:
+    """Returns which module inside of ``module`` has a hook, another forward or a parametrization."""
+    for name, part in module._modules.items():
+        if part is None:
+            continue
+        own = part.__dict__
+        if any(map(is_foreign, hooks_on(part))):
+            return f"a hook on {path}{name}"
+        if "forward" in own:
+            return f"{path}{name} is a {type(part).__name__} with another forward"
+        if "parametrizations" in part._modules:
+            return f"a parametrization of {path}{name}"
+        found = _watched(part, f"{path}{name}.") if part._modules else ""
+        if found:
+            return found
+    return ""

@@ -1,0 +1,1 @@
+"""The commands of ``petl-mt``, one file each, with their options."""

@@ -1,0 +1,68 @@
+"""A loaded model made ready for training: the method, dropout, and the dtypes of frozen and trained tensors."""
+
+from __future__ import annotations
+
+import difflib
+
+import torch
+from torch import nn
+
+import petl_kernels as pk
+from petl_kernels.errors import InputError
+from petl_kernels.methods import METHODS
+
+from ..config import TrainConfig
+
+
+def prepare_model(model: nn.Module, config: TrainConfig) -> nn.Module:
+    """Returns ``model`` with the method of ``config``, its dropout and its dtypes; on the meta device, too."""
+    model = adapt(model, config)
+    set_dropout(model, config.dropout, config.attention_dropout)
+    if config.precision == "bf16":
+        cast_frozen_matrices(model, torch.bfloat16)
+    for parameter in model.parameters():  # biases that BitFit gives to a model that was read in 16 bits
+        if parameter.requires_grad and parameter.dtype.itemsize == 2:
+            parameter.data = parameter.data.float()
+    return model
+
+
+def adapt(model, config: TrainConfig):
+    """Returns ``model`` with what ``config.method`` trains; everything else is frozen."""
+    if config.method not in METHODS:
+        near = difflib.get_close_matches(config.method, METHODS, n=3) or list(METHODS)
+        raise InputError(f"method {config.method!r}: unknown; expected {', '.join(near)}")
+    method = METHODS[config.method]
+    if config.params is not None:
+        settings = method.for_budget(model, config.params, **config.method_args)
+    else:
+        settings = method(**config.method_args)
+    if config.method == "full":  # no copy of the base to go back to
+        return model.requires_grad_(True)
+    return pk.adapt(model, settings)
+
+
+def set_dropout(model: nn.Module, dropout: float | None, attention_dropout: float | None) -> None:
+    """Sets the rates of a model; None leaves one as it is.
+
+    Families keep rates as numbers on attentions and layers (BART's), or as Dropout modules as well (T5's).
+    """
+    for module in model.modules():
+        is_attention = hasattr(module, "q_proj") or (hasattr(module, "q") and hasattr(module, "k"))
+        rate = attention_dropout if is_attention else dropout
+        if rate is None:
+            continue
+        if isinstance(module, nn.Dropout):
+            module.p = rate
+        elif isinstance(getattr(module, "dropout", None), float) and _is_of_transformers(module):
+            module.dropout = rate
+
+
+def _is_of_transformers(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("transformers.")
+
+
+def cast_frozen_matrices(model: nn.Module, dtype: torch.dtype) -> None:
+    """Casts frozen matrices to ``dtype``; vectors (biases, norms), which are small, and trained tensors stay."""
+    for parameter in model.parameters():
+        if not parameter.requires_grad and parameter.dim() > 1 and parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)

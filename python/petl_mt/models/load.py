@@ -1,0 +1,60 @@
+"""The model of a configuration before training, and checks of the configuration against it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from petl_kernels.errors import InputError
+from petl_kernels.interop.hf import load_pretrained, load_skeleton, positions
+
+from ..config import TrainConfig
+from ..data import Text, read_lines
+from .new_model import LINES_AT_MOST, load_vocabulary, make_model, train_vocabulary
+
+
+def load_model(config: TrainConfig, vocabulary: Path | None, text: list[Text], quiet: bool = True):
+    """Returns (model, tokenizer): a new model, or a checkpoint's, without weights where a plan has to be made first.
+
+    vocabulary: the folder of a new model's tokenizer; None lets one be learnt from ``text``. quiet: prints no line on
+    standard error that a vocabulary is being learnt.
+    """
+    if not config.is_new:
+        return load_pretrained(config.model) if config.memory is None else load_skeleton(config.model)
+    tokenizer = load_vocabulary(vocabulary) if vocabulary else _learn_vocabulary(config, text, quiet)
+    torch.manual_seed(config.seed)
+    return make_model(config, tokenizer), tokenizer
+
+
+def _learn_vocabulary(config: TrainConfig, text: list[Text], quiet: bool):
+    files = {path: read_lines(path) for path in config.vocab_text}
+    for pair, source, target in text:  # a file that stands in several pairs counts once
+        files |= {pair.source: source, pair.target: target}
+    lines = [line for lines in files.values() for line in lines]
+    if not quiet:  # SentencePiece learns in one call, during which no progress can be shown
+        used = min(len(lines), LINES_AT_MOST)
+        print(f"vocabulary: learning {config.vocab_size:,} pieces from {used:,} lines", file=sys.stderr, flush=True)
+    return train_vocabulary(lines, config.vocab_size, config.character_coverage, config.seed)
+
+
+def check_positions(model, max_length: int) -> None:
+    """Raises InputError for sentences that may be longer than what the model has positions for."""
+    limit = positions(model.config)
+    if limit is not None and max_length > limit:
+        raise InputError(f"max_length {max_length}: the model has {limit} positions; expected at most as many")
+
+
+def decoder_start(model, language) -> int:
+    """Returns the id that the decoder begins with: of the language for mBART-25, else of the model."""
+    for start in (language.decoder_start_token_id, model.config.decoder_start_token_id):
+        if start is not None:
+            return start
+    raise InputError("model: its config has no decoder_start_token_id; expected one (mBART-50 has 2)")
+
+
+def check_beam(beam: int, model) -> None:
+    """Raises InputError for more beams than words: a search chooses its beams among the words that may come first."""
+    if not 1 <= beam <= model.config.vocab_size:
+        raise InputError(f"beam {beam}: expected 1 to {model.config.vocab_size}, the words of the model")

@@ -1,0 +1,140 @@
+"""The plan that keeps a run inside its budget of memory: made for the run, or given to it and checked.
+
+A plan is made from a model without weights, before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from petl_kernels.device import resolve
+from petl_kernels.errors import InputError
+from petl_kernels.interop.hf import load_outline
+from petl_kernels.planning.plan import Plan
+from petl_kernels.planning.planner import plan as make_plan
+from petl_kernels.units import format_size, parse_size
+
+from ..config import UNCAPTURED, TrainConfig
+from ..models.adapt import prepare_model
+from ..models.load import check_beam, check_positions
+from ..runs import RunFolder
+from ..silence import hush
+
+MOST_OF_PLAIN = 1.2  # seconds of an update in a plan with CUDA graphs, over those of one without
+
+
+def plan_without_text(config: TrainConfig, device: str | None = None) -> Plan:
+    """Returns the plan for ``config``, whose sentences are taken to be as long as ``max_length`` allows.
+
+    device: "cpu" or "cuda"; None is what is here. Raises InputError for what cannot be planned.
+    """
+    if config.memory is None:
+        raise InputError("memory: not given; expected the budget to plan for, such as --memory 8GiB")
+    if not config.model:
+        raise InputError("model: not given; expected a folder, a hub id, or a config's JSON file")
+    if config.is_new:
+        raise InputError("model 'new': its vocabulary is learnt from the text; train it with --memory to see its plan")
+    if device not in (None, "cpu", "cuda"):
+        raise InputError(f"device {device!r}: expected cpu or cuda")
+    config.check_settings()
+    device = resolve(device)
+    with hush():
+        model = load_outline(config.model)
+    check_positions(model, config.max_length)
+    check_beam(config.beam, model)
+    config = config.resolve(model.config.d_model)
+    return plan_for(prepare_model(model, config), config, widened(config.max_length, device), device)
+
+
+def plan_of_run(model: nn.Module, config: TrainConfig, run: RunFolder, longest: int, device: torch.device) -> Plan:
+    """Returns the plan under ``--memory``: the given one, that of a resumed run, or the fastest for this model.
+
+    model: as it will be trained, on the meta device. longest: tokens of the longest sentence, padding included. Raises
+    InputError for a plan that was made for something else.
+    """
+    given, own = config.plan, run.plan
+    if given is None and own.exists() and torch.device(Plan.load(own).device).type == device.type:
+        given = own  # resumed: the same storage and optimiser, whatever the rates are today
+    if given is None:
+        return plan_for(model, config, longest, device)
+    plan = Plan.load(given)
+    plan.check(model)
+    if plan.memory != (memory := parse_size(config.memory)):
+        raise InputError(
+            f"plan {given}: for {format_size(plan.memory)}; expected one for the {format_size(memory)} of --memory"
+        )
+    if torch.device(plan.device).type != device.type:
+        raise InputError(f"plan {given}: for {plan.device}; expected one for {device.type}")
+    if config.cuda_graphs and not plan.cuda_graphs and given != own:  # its own may have been tightened
+        raise InputError(
+            f"plan {given}: has no room for CUDA graphs, or uses what they cannot hold; expected one made with "
+            "--cuda-graphs, or a run without it"
+        )
+    if plan.precision != config.precision:
+        raise InputError(
+            f"plan {given}: for products in {plan.precision}; expected one for the {config.precision} of --precision"
+        )
+    if plan.batch_tokens != config.batch_tokens:
+        raise InputError(
+            f"plan {given}: for updates of {plan.batch_tokens} tokens; expected the {config.batch_tokens} of "
+            "--batch-tokens"
+        )
+    forbidden = plan.forbidden(config.allow, config.optimizer)
+    if forbidden:
+        raise InputError(f"plan {given}: uses {forbidden}; expected --allow {forbidden} beside it")
+    if plan.longest < longest:
+        raise InputError(f"plan {given}: for sentences of {plan.longest} tokens; the text has some of {longest}")
+    return plan
+
+
+def plan_for(model: nn.Module, config: TrainConfig, longest: int, device: torch.device) -> Plan:
+    """Returns the fastest plan of a run with sentences of ``longest`` tokens.
+
+    Where ``config`` leaves CUDA graphs open, the plan has room for them if that rounds nothing more and an update takes
+    a fifth more time at most: planned times leave out the host, whose time graphs spare.
+    """
+    if config.cuda_graphs is not None or not wants_graphs(config, device):
+        return _fastest(model, config, longest, device, graphs=bool(config.cuda_graphs))
+    without = _fastest(model, config, longest, device, graphs=False)
+    try:
+        found = _fastest(model, config, longest, device, graphs=True)
+    except InputError:  # they have no room
+        return without
+    exact = set(found.approximations) <= set(without.approximations)
+    return found if exact and found.seconds <= MOST_OF_PLAIN * without.seconds else without
+
+
+def wants_graphs(config: TrainConfig, device: torch.device) -> bool:
+    """Returns whether steps on ``device`` are to be captured as CUDA graphs; on CUDA that is the default."""
+    if config.cuda_graphs is not None:
+        return config.cuda_graphs
+    return device.type == "cuda" and config.tier not in UNCAPTURED
+
+
+def widened(length: int, device: torch.device) -> int:
+    """Returns the tokens that padded sentences of ``length`` tokens have at least."""
+    multiple = width_multiple(device)
+    return -(-length // multiple) * multiple
+
+
+def width_multiple(device: torch.device) -> int:
+    """Returns the number that widths of padded batches are multiples of: a GPU computes in tiles."""
+    return 8 if device.type == "cuda" else 1
+
+
+def _fastest(model: nn.Module, config: TrainConfig, longest: int, device: torch.device, graphs: bool) -> Plan:
+    return make_plan(
+        model,
+        config.memory,
+        config.batch_tokens,
+        config.optimizer,
+        max_length=longest,
+        allow=config.allow,
+        device=device.type,  # a plan holds for whichever card of a machine runs it
+        autocast=torch.bfloat16 if config.precision == "bf16" else None,
+        tier=config.tier,
+        beam=config.beam,
+        cuda_graphs=graphs,
+        packed=True,
+    )

@@ -1,0 +1,44 @@
+"""The device with its precision, and the optimiser."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import nn
+
+from petl_kernels import versions
+from petl_kernels.errors import InputError
+
+from ..config import TrainConfig, require_bitsandbytes
+
+
+def make_accelerator(precision: str):
+    """Returns accelerate's object for the device and the precision. Raises InputError for several processes."""
+    versions.check("accelerate")
+    from accelerate import Accelerator  # here: its version is checked first
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()  # a second run in this process may want another precision
+    accelerator = Accelerator(mixed_precision="bf16" if precision == "bf16" else "no")
+    if accelerator.num_processes > 1:
+        count = accelerator.num_processes
+        raise InputError(f"{count} processes: petl-mt trains on one device; start it without a launcher")
+    return accelerator
+
+
+def make_optimizer(parameters: list[nn.Parameter], config: TrainConfig, name: str) -> torch.optim.Optimizer:
+    """Returns AdamW as ``name``, "adamw" or "adamw8bit", has it; weight decay is on matrices alone."""
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    settings = {"params": [g for g in groups if g["params"]], "lr": config.lr, "betas": config.betas, "eps": 1e-6}
+    if name == "adamw":
+        return torch.optim.AdamW(**settings, fused=True)
+    require_bitsandbytes(f"optimizer {name}")
+    # on the CPU it warns that a product with 4-bit weights is missing, which no optimiser needs
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit(**settings)
