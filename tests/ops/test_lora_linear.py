@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from petl_kernels import ops, parity
+from petl_kernels import dispatch, ops, parity
 from petl_kernels.errors import InputError
 from petl_kernels.ops import philox
 
@@ -259,7 +259,7 @@ def test_reads_x_in_one_product_for_the_whole_group():
     """q, k and v: one product with the stacked A, three with W, three with B."""
     arguments = arguments_of(FP32, rows=(32,), ns=(40, 40, 40), ranks=(4, 4, 4))
     with torch.no_grad(), torch.profiler.profile() as profile:
-        parity.dispatch.kernel_of("lora_linear", "cpu")(
+        dispatch.kernel_of("lora_linear", "cpu")(
             *[arguments[name] for name in ("x", "weights", "biases", "a", "b", "scales", "dropout", "seed")]
         )
     counts = {event.key: event.count for event in profile.key_averages()}
