@@ -10,7 +10,7 @@ The words of this package:
     recomputed     not saved, and computed once more in the backward pass from what is saved
     rule           one autograd node for a whole layer (``rule/``); a layer that the rule does not cover runs op by op
     obstacle       the reason why a layer's own forward runs in the place of the lean one
-    piece          what an adapter has put on one module (``methods.base.Piece``)
+    piece          what an adapter has put on one module (``methods.pieces.Piece``)
     border, wide   buffers where frozen weights stand with room for an adapter: of q, k and v; of a feed-forward network
     boundaries     where the sentences of a packed row begin (``cu_seqlens``)
 """
