@@ -11,9 +11,9 @@ RESULTS = ROOT / "bench" / "results"
 
 def results_of(device: str) -> Path:
     """Returns the folder of the results of a device ("cpu", or "cuda" for the card that is there)."""
-    import torch
+    from petl_kernels.machine import device_name
 
-    return RESULTS / folder_name(torch.cuda.get_device_name() if device == "cuda" else "cpu")
+    return RESULTS / folder_name(device_name(device))
 
 
 def folder_name(device: str) -> str:

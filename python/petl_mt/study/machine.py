@@ -2,43 +2,29 @@
 
 from __future__ import annotations
 
-import os
 import platform
-import re
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
+from petl_kernels import machine as here
 from petl_kernels.units import format_size
+
+PACKAGES = ("petl-kernels", "torch", "transformers", "sentencepiece", "sacrebleu", "Babel")
 
 
 def machine() -> dict[str, Any]:
     """Returns processor, memory, versions and commit, which a figure needs beside it."""
-    about: dict[str, Any] = {"processor": _processor(), "threads": torch.get_num_threads()}
-    about["host memory"] = format_size(psutil.virtual_memory().total)
+    about: dict[str, Any] = {"processor": f"{here.processor()} ({here.cores()} cores)", "threads": here.threads()}
+    about["host memory"] = format_size(here.total_bytes())
     if torch.cuda.is_available():
-        about["device"] = torch.cuda.get_device_name()
+        about["device"] = here.device_name("cuda")
     about["python"] = platform.python_version()
-    for package in ("petl-kernels", "torch", "transformers", "sentencepiece", "sacrebleu", "Babel"):
-        try:
-            about[package] = version(package)
-        except PackageNotFoundError:
-            continue
+    about |= {package: version for package in PACKAGES if (version := here.version(package)) is not None}
     commit = _commit()
     return {**about, "commit": commit} if commit else about
-
-
-def _processor() -> str:
-    cores = os.cpu_count()
-    try:
-        name = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        name = None
-    return f"{name[1].strip() if name else platform.processor() or platform.machine()} ({cores} cores)"
 
 
 def _commit() -> str | None:
