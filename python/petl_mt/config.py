@@ -287,7 +287,7 @@ def default_lr(method: str, d_model: int, is_new: bool) -> float:
     """Returns the peak learning rate of a method at the width ``d_model``, to three digits."""
     if is_new:
         return float(f"{NEW_MODEL_LEARNING_RATE * (512 / d_model) ** 0.5:.3g}")
-    from petl_kernels.methods import METHODS, Method
+    from petl_kernels.methods import METHODS, Method  # here: it loads PyTorch
 
     rate = METHODS[method].config.learning_rate if method in METHODS else Method.learning_rate
     return float(f"{rate * 1024 / d_model:.3g}")
