@@ -79,6 +79,7 @@ memory-table: $(VENV)/.dev
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 # The pages of docs/ with the API reference, in build/site.
 docs: $(VENV)/.dev
