@@ -225,8 +225,8 @@ def quantize_like(weight: QuantizedTensor, values: Tensor) -> tuple[QuantizedTen
 
 
 def _sum_of_squares(values: Tensor) -> Tensor:
-    norm = torch.linalg.vector_norm(values, dtype=torch.float64)  # pyright: ignore[reportUnknownMemberType]
-    return cast(Tensor, norm).square()
+    norm = torch.linalg.vector_norm  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    return cast(Tensor, norm(values, dtype=torch.float64)).square()
 
 
 def parts_of(weight: Tensor) -> list[Tensor]:
