@@ -156,7 +156,7 @@ class Chunk(NamedTuple):
 class Inputs:
     """The inputs of an attention, and the scores and sums of their chunks."""
 
-    # In packed rows: of the keys that each query sees, and how far level ones are apart.
+    # In packed rows, of each query: where the keys that it sees begin and end, and how far on the level one is.
     start: Tensor
     stop: Tensor
     shift: Tensor
