@@ -20,9 +20,9 @@ import importlib
 import os
 import threading
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Generator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -37,16 +37,20 @@ DEFAULT_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
 # The specification, and kernels that the same machine has compiled and that no driver or card can change.
 UNCHECKED = ("reference", "cpu")
 
+# A backend's callable; each has the arguments of its op.
+Kernel = Callable[..., Any]
+_K = TypeVar("_K", bound=Kernel)
+
 # A check of a backend's op on a device in a dtype. It returns None or the first error.
 Check = Callable[[str, str, torch.device, torch.dtype], str | None]
 
-_kernels: dict[tuple[str, str], Callable] = {}
+_kernels: dict[tuple[str, str], Kernel] = {}
 _op_of: dict[str, str] = {}
-_room_dtypes: dict[Callable, Collection[torch.dtype]] = {}
+_room_dtypes: dict[Kernel, Collection[torch.dtype]] = {}
 _orders: dict[tuple[str, str], tuple[str, ...]] = {}
 _first_use_check: Check | None = None
 _load_errors: dict[str, str | None] = {}
-_chosen: dict[tuple[str, torch.device, str, torch.dtype], Callable] = {}
+_chosen: dict[tuple[str, torch.device, str, torch.dtype], Kernel] = {}
 _parity_errors: dict[tuple[str, str, torch.device, torch.dtype], str | None] = {}
 _checking: dict[tuple[str, str, torch.device, torch.dtype], threading.Lock] = {}
 _warned: set[str] = set()
@@ -55,7 +59,7 @@ _active = ""
 
 def register(
     name: str, backend: str, op: str | None = None, room_dtypes: Collection[torch.dtype] = ()
-) -> Callable[[Callable], Callable]:
+) -> Callable[[_K], _K]:
     """Returns a decorator that makes a callable ``backend``'s kernel ``name``.
 
     ``op``: the op that the kernel belongs to, where ``name`` is neither the op's own nor that with "_backward" behind
@@ -63,7 +67,7 @@ def register(
     which the kernel takes one argument more and writes its rows where that tells (``ops/room.py``).
     """
 
-    def add(kernel: Callable) -> Callable:
+    def add(kernel: _K) -> _K:
         _kernels[name, backend] = kernel
         if op is not None:
             _op_of[name] = op
@@ -79,7 +83,7 @@ def op_of(name: str) -> str:
     return _op_of.get(name, name.removesuffix("_backward"))
 
 
-def takes_room(kernel: Callable, dtype: torch.dtype) -> bool:
+def takes_room(kernel: Kernel, dtype: torch.dtype) -> bool:
     """Returns whether ``kernel`` takes the argument more that ``register`` describes, for activations of ``dtype``."""
     return dtype in _room_dtypes.get(kernel, ())
 
@@ -132,7 +136,7 @@ def available_backends() -> tuple[str, ...]:
 
 
 @contextmanager
-def use(name: str) -> Iterator[None]:
+def use(name: str) -> Generator[None]:
     """Serves every op of this block with backend ``name``, in the whole process (autograd has threads of its own).
 
     An op that the backend does not have keeps its default. A backward pass uses the backend of its forward pass.
@@ -157,7 +161,7 @@ def active() -> str:
     return _active
 
 
-def kernel_of(op: str, backend: str) -> Callable | None:
+def kernel_of(op: str, backend: str) -> Kernel | None:
     """Returns the kernel ``op`` of one backend, or None where it has none or this machine cannot run it."""
     return _kernels.get((op, backend)) if load_error(backend) is None else None
 
@@ -196,7 +200,7 @@ def backend_of(op: str, device: torch.device | str, dtype: torch.dtype = torch.f
     return _choose(op, resolve(device), _active, dtype)[0]
 
 
-def dispatch(op: str, device: torch.device, backend: str, dtype: torch.dtype) -> Callable:
+def dispatch(op: str, device: torch.device, backend: str, dtype: torch.dtype) -> Kernel:
     """Returns the kernel ``op`` for activations of ``dtype`` on ``device``; ``backend``: a name, or "" for the default.
 
     Raises InputError: a named backend that has the kernel and does not run on ``device``.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import petl_kernels.ops.lora_border  # noqa: F401  no function: a layer's rule runs it
+# The first has no function: a layer's rule runs it.
+import petl_kernels.ops.lora_border  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from petl_kernels.dispatch import available_backends, backend_of, use
 from petl_kernels.ops.activation import activation
 from petl_kernels.ops.attention import attention

@@ -112,7 +112,7 @@ def _save(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
     ctx.save_for_backward(output[1] if ctx.kind == "relu" else z, seed)
 
 
-def _gradients(ctx: Any, needs: Sequence[Any], dy: Tensor, _) -> tuple[Any, ...]:
+def _gradients(ctx: Any, needs: Sequence[Any], dy: Tensor, _: Any) -> tuple[Any, ...]:
     saved, seed = ctx.saved_tensors
     dz = torch.ops.petl.activation_backward(dy, saved, ctx.kind, ctx.dropout, seed, ctx.backend)
     return dz, None, None, None, None

@@ -106,10 +106,24 @@ def attention(
 
 
 def _forward(
-    q, k, v, mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed, cu_seqlens_q, cu_seqlens_k, distance_bias,
-    backend,
-):  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout: float,
+    seed: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    distance_bias: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
     if cu_seqlens_q is not None and reads_without_waiting(cu_seqlens_q):
+        assert cu_seqlens_k is not None
         check_boundaries("cu_seqlens_q", cu_seqlens_q, q.shape[2])
         check_boundaries("cu_seqlens_k", cu_seqlens_k, k.shape[2])
     kernel = dispatch("attention", q.device, backend, q.dtype)
@@ -118,14 +132,33 @@ def _forward(
     )
 
 
-def _forward_fake(q, *_):
+def _forward_fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return empty_outputs(q)
 
 
 def _backward(
-    do, q, k, v, o, lse, mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed, need_dbias,
-    cu_seqlens_q, cu_seqlens_k, distance_bias, need_ddistance_bias, backend, rooms=(),
-):  # fmt: skip
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout: float,
+    seed: Tensor | None,
+    need_dbias: bool,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    distance_bias: Tensor | None,
+    need_ddistance_bias: bool,
+    backend: str,
+    rooms: Sequence[int] = (),
+) -> tuple[Tensor, ...]:
     """Returns the gradients; ``rooms``: free columns behind the rows of [dq dk dv], or of dq and of [dk dv]."""
     kernel = dispatch("attention_backward", q.device, backend, q.dtype)
     arguments = (
@@ -155,18 +188,38 @@ def _side_by_side(q: Tensor, k: Tensor, v: Tensor, rooms: Sequence[int]) -> list
 def _columns(like: list[Tensor], room: int) -> list[Tensor]:
     batch, heads, length, features = like[0].shape
     rows = roomy(like[0], (batch, length, len(like) * heads * features), room)
-    return [part.unflatten(2, (heads, features)).transpose(1, 2) for part in rows.chunk(len(like), 2)]
+    return [torch.unflatten(part, 2, (heads, features)).transpose(1, 2) for part in rows.chunk(len(like), 2)]
 
 
 def _backward_fake(
-    do, q, k, v, o, lse, mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed, need_dbias,
-    cu_seqlens_q, cu_seqlens_k, distance_bias, need_ddistance_bias, backend, rooms=(),
-):  # fmt: skip
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout: float,
+    seed: Tensor | None,
+    need_dbias: bool,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    distance_bias: Tensor | None,
+    need_ddistance_bias: bool,
+    backend: str,
+    rooms: Sequence[int] = (),
+) -> tuple[Tensor, ...]:
     sums = accumulate_dtype(q.dtype)
     prefix = (0, q.shape[1], q.shape[3]) if prefix_k is None else prefix_k.shape
-    dbias = q.new_empty(bias.shape if need_dbias else 0, dtype=sums)
+    dbias = q.new_empty(bias.shape if need_dbias and bias is not None else 0, dtype=sums)
     dprefix = (q.new_empty(prefix, dtype=sums) for _ in range(2))
-    ddistance = q.new_empty(distance_bias.shape if need_ddistance_bias else 0, dtype=sums)
+    distances = distance_bias.shape if need_ddistance_bias and distance_bias is not None else 0
+    ddistance = q.new_empty(distances, dtype=sums)
     grads = _side_by_side(q, k, v, rooms) if rooms else map(like_heads, (q, k, v))
     return (*grads, dbias, *dprefix, ddistance)
 
@@ -179,7 +232,7 @@ def _save(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx: Any, needs: Sequence[Any], do: Tensor | None, _) -> tuple[Any, ...]:
+def _gradients(ctx: Any, needs: Sequence[Any], do: Tensor | None, _: Any) -> tuple[Any, ...]:
     if do is None:
         return (None,) * len(needs)
     q, k, v, o, lse, mask, bias, prefix_k, prefix_v, seed, cu_q, cu_k, distance_bias = ctx.saved_tensors

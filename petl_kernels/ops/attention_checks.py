@@ -112,7 +112,7 @@ def check_packed(
 
 
 def check_boundaries(name: str, cu: Tensor, tokens: int) -> None:
-    values = cu.tolist()
+    values: list[int] = cu.tolist()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
     if values[0] != 0 or values[-1] != tokens:
         raise InputError(f"attention: {name} goes from {values[0]} to {values[-1]}: expected 0 to {tokens}, the tokens")
     for sentence, (start, stop) in enumerate(itertools.pairwise(values)):

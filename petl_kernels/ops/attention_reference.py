@@ -97,7 +97,8 @@ def reference_backward(
     )
     prefix = inputs.prefix
     dq, dk, dv = (like_heads(tensor) for tensor in (q, k, v))
-    dk.zero_(), dv.zero_()  # for keys that no query sees
+    dk.zero_()  # for keys that no query sees
+    dv.zero_()
     dbias = _zeros(bias, sums) if need_dbias else empty(q)
     ddistance = _zeros(distance_bias, sums) if need_ddistance_bias else empty(q)
     dprefix_k, dprefix_v = (q.new_zeros(_heads_first(p).shape, dtype=sums) for p in (inputs.prefix_k, inputs.prefix_v))
@@ -155,6 +156,11 @@ class Chunk(NamedTuple):
 class Inputs:
     """The inputs of an attention, and the scores and sums of their chunks."""
 
+    # In packed rows, of each query: where the keys that it sees begin and end, and how far on the level one is.
+    start: Tensor
+    stop: Tensor
+    shift: Tensor
+
     def __init__(
         self,
         q: Tensor,
@@ -180,10 +186,10 @@ class Inputs:
         self.prefix_v = nothing if prefix_v is None else prefix_v.to(q.dtype)
         self.prefix = self.prefix_k.shape[0]
         self.sums = accumulate_dtype(q.dtype)
-        if cu_q is not None:
+        if cu_q is not None and cu_k is not None:
             positions = torch.arange(q.shape[2], dtype=cu_q.dtype, device=q.device)
             sentence = torch.searchsorted(cu_q.contiguous(), positions, right=True) - 1
-            self.start, self.stop = cu_k[sentence], cu_k[sentence + 1]  # of the keys that each query sees
+            self.start, self.stop = cu_k[sentence], cu_k[sentence + 1]
             self.shift = self.stop - cu_q[sentence + 1]
 
     def chunks(self) -> Iterator[Chunk]:
@@ -196,10 +202,12 @@ class Inputs:
 
     def sentences(self) -> Iterator[tuple[slice, slice]]:
         """Yields queries and keys of each sentence; all of them together where reading the boundaries would wait."""
-        if self.cu_q is None or not reads_without_waiting(self.cu_q):
+        if self.cu_q is None or self.cu_k is None or not reads_without_waiting(self.cu_q):
             yield slice(0, self.q.shape[2]), slice(0, self.k.shape[2])
             return
-        for queries, keys in zip(*map(itertools.pairwise, (self.cu_q.tolist(), self.cu_k.tolist())), strict=True):
+        cu_q: list[int] = self.cu_q.tolist()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+        cu_k: list[int] = self.cu_k.tolist()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+        for queries, keys in zip(itertools.pairwise(cu_q), itertools.pairwise(cu_k), strict=True):
             yield slice(*queries), slice(*keys)
 
     def scores(self, chunk: Chunk) -> Tensor:
@@ -234,6 +242,7 @@ class Inputs:
 
     def summed_by_distance(self, chunk: Chunk, ds: Tensor) -> Tensor:
         """Returns (heads, queries, keys) summed to (heads, 2R + 1)."""
+        assert self.distance_bias is not None
         reach, keys = self.distance_bias.shape[1] // 2, ds.shape[2]
         distances = self.distances(chunk)
         total = ds.new_zeros(ds.shape[0], 2 * reach + 1)
@@ -271,6 +280,7 @@ class Inputs:
         """Returns dropout's factors: 0 for a dropped probability, and the keep scale for the others."""
         if self.dropout == 0:
             return 1.0
+        assert self.seed is not None
         _, heads, queries, _ = self.q.shape
         b, h, rows = chunk.queries
         size = (b.stop - b.start, h.stop - h.start, rows.stop - rows.start)

@@ -20,7 +20,7 @@ def pack_bits(rows: Tensor) -> Tensor:
     """Returns bools (..., f) as uint8 (..., ceil(f / 8))."""
     padded = F.pad(rows.to(torch.uint8), (0, -rows.shape[-1] % 8))
     shifts = torch.arange(8, dtype=torch.uint8, device=rows.device)
-    return (padded.unflatten(-1, (-1, 8)) << shifts).sum(-1, dtype=torch.uint8)
+    return (torch.unflatten(padded, -1, (-1, 8)) << shifts).sum(-1, dtype=torch.uint8)
 
 
 def unpack_bits(packed: Tensor, features: int) -> Tensor:

@@ -179,33 +179,57 @@ def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if tensor is None else tensor.to(dtype)
 
 
-def _forward(x, residual, ln_weight, ln_bias, down, down_bias, up, up_bias, eps, activation, scale, backend) -> Tensor:
+def _forward(
+    x: Tensor,
+    residual: Tensor | None,
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    up: Tensor,
+    up_bias: Tensor | None,
+    eps: float,
+    activation: str,
+    scale: float,
+    backend: str,
+) -> Tensor:
     kernel = dispatch("bottleneck_adapter", x.device, backend, x.dtype)
     return kernel(x, residual, ln_weight, ln_bias, down, down_bias, up, up_bias, eps, activation, scale)
 
 
 def _forward_fake(
-    x, residual, ln_weight, ln_bias, down, down_bias, up, up_bias, eps, activation, scale, backend
+    x: Tensor,
+    residual: Tensor | None,
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    up: Tensor,
+    up_bias: Tensor | None,
+    eps: float,
+    activation: str,
+    scale: float,
+    backend: str,
 ) -> Tensor:
     return x.new_empty(x.shape)
 
 
 def _backward(
-    dy,
-    x,
-    residual_is_x,
-    ln_weight,
-    ln_bias,
-    down,
-    down_bias,
-    up,
-    eps,
-    activation,
-    scale,
-    need_dx,
-    has_up_bias,
-    backend,
-):
+    dy: Tensor,
+    x: Tensor,
+    residual_is_x: bool,
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    up: Tensor,
+    eps: float,
+    activation: str,
+    scale: float,
+    need_dx: bool,
+    has_up_bias: bool,
+    backend: str,
+) -> tuple[Tensor, ...]:
     kernel = dispatch("bottleneck_adapter_backward", x.device, backend, x.dtype)
     dx, *grads = kernel(
         dy,
@@ -228,21 +252,21 @@ def _backward(
 
 
 def _backward_fake(
-    dy,
-    x,
-    residual_is_x,
-    ln_weight,
-    ln_bias,
-    down,
-    down_bias,
-    up,
-    eps,
-    activation,
-    scale,
-    need_dx,
-    has_up_bias,
-    backend,
-):
+    dy: Tensor,
+    x: Tensor,
+    residual_is_x: bool,
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    up: Tensor,
+    eps: float,
+    activation: str,
+    scale: float,
+    need_dx: bool,
+    has_up_bias: bool,
+    backend: str,
+) -> tuple[Tensor, ...]:
     sums = accumulate_dtype(x.dtype)
     grads = [
         x.new_empty(0, dtype=sums) if p is None else p.new_empty(p.shape)

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from petl_kernels.dispatch import Kernel
 from petl_kernels.errors import InputError
 
+_C: Any = torch._C  # pyright: ignore[reportPrivateUsage]  guards and keys of the dispatcher have no public names
+
 AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
+# The length of each list of tensors among some values, None for a value that is no list; None where none is.
+_Sizes = Sequence[int | None] | None
 # Name of an op -> its kernel for every device, as it was registered.
-_kernels: dict[str, Callable] = {}
+_kernels: dict[str, Kernel] = {}
 
 
-def define(name: str, schema: str, kernel: Callable, fake: Callable, autocast: tuple[int, ...] = ()) -> None:
+def define(name: str, schema: str, kernel: Kernel, fake: Kernel, autocast: tuple[int, ...] = ()) -> None:
     """Registers ``petl::name``: its schema, the kernel for every device, and the shape-only kernel.
 
     ``autocast``: positions of the activations, which ``torch.autocast`` casts as it does for ``F.linear``.
@@ -25,7 +30,7 @@ def define(name: str, schema: str, kernel: Callable, fake: Callable, autocast: t
     qualname = f"petl::{name}"
     torch.library.define(qualname, schema, tags=torch.Tag.pt2_compliant_tag)
     torch.library.impl(qualname, "CompositeExplicitAutograd")(kernel)
-    torch.library.register_fake(qualname)(fake)
+    torch.library.register_fake(qualname)(fake)  # pyright: ignore[reportUnknownMemberType]
     overload = getattr(torch.ops.petl, name).default
     for device, key in AUTOCAST_KEYS.items():
         torch.library.impl(qualname, key)(_autocast_kernel(overload, device, key, autocast))
@@ -39,28 +44,28 @@ def run(name: str, *args: Any) -> Any:
     dispatch mode is on (fake tensors, counters of bytes or operations) does the call go where the mode sees it.
     The caller is inside ``below_autograd``.
     """
-    if torch._C._len_torch_dispatch_stack():
+    if _C._len_torch_dispatch_stack():
         return getattr(torch.ops.petl, name).default(*args)
     return _kernels[name](*args)
 
 
 @contextmanager
-def below_autograd(device: str) -> Iterator[None]:
+def below_autograd(device: str) -> Generator[None]:
     """Opens a block in which autograd records nothing and autocast on ``device`` casts nothing."""
-    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, AUTOCAST_KEYS.get(device, "AutocastCPU")))
-    with torch._C._AutoDispatchBelowAutograd(), torch._C._ExcludeDispatchKeyGuard(keys):
+    keys = _C.DispatchKeySet(getattr(_C.DispatchKey, AUTOCAST_KEYS.get(device, "AutocastCPU")))
+    with _C._AutoDispatchBelowAutograd(), _C._ExcludeDispatchKeyGuard(keys):
         yield
 
 
-def _autocast_kernel(overload: Callable, device: str, key: str, positions: tuple[int, ...]) -> Callable:
+def _autocast_kernel(overload: Kernel, device: str, key: str, positions: tuple[int, ...]) -> Kernel:
     # torch.library.register_autocast fixes the dtype when it registers and casts the parameters too.
-    keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+    keyset = _C.DispatchKeySet(getattr(_C.DispatchKey, key))
 
-    def kernel(*args):
-        args = list(args)
+    def kernel(*given: Any) -> Any:
+        args = list(given)
         for i in positions:
             args[i] = _cast(args[i], torch.get_autocast_dtype(device))
-        with torch._C._ExcludeDispatchKeyGuard(keyset):
+        with _C._ExcludeDispatchKeyGuard(keyset):
             return overload(*args)
 
     return kernel
@@ -70,7 +75,9 @@ def _cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return x if x is None or x.dtype == torch.float64 else x.to(dtype)
 
 
-def differentiate(name: str, save: Callable, backward: Callable) -> None:
+def differentiate(
+    name: str, save: Callable[[Any, Sequence[Any], Any], None], backward: Callable[..., Sequence[Any]]
+) -> None:
     """Registers the autograd rule of ``petl::name``.
 
     ``save(ctx, inputs, output)`` keeps what backward needs. ``backward(ctx, needs, *grads)`` returns one gradient per
@@ -85,9 +92,9 @@ def differentiate(name: str, save: Callable, backward: Callable) -> None:
 
     class Rule(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, sizes, output_sizes, *flat):
+        def forward(ctx: Any, sizes: _Sizes, output_sizes: list[int | None], *flat: Any) -> Any:
             inputs = _nest(flat, sizes)
-            with torch._C._AutoDispatchBelowAutograd():
+            with _C._AutoDispatchBelowAutograd():
                 output = run(name, *inputs)
             save(ctx, inputs, output)
             ctx.sizes, ctx.output_sizes = sizes, None
@@ -98,19 +105,21 @@ def differentiate(name: str, save: Callable, backward: Callable) -> None:
             return tuple(_flatten(output, output_sizes))
 
         @staticmethod
-        def backward(ctx, *grads):
+        def backward(ctx: Any, *grads: Any) -> Any:
             _refuse_second_derivatives(name)
             needs = _nest(ctx.needs_input_grad[2:], ctx.sizes)
             return None, None, *_flatten(backward(ctx, needs, *_nest(grads, ctx.output_sizes)), ctx.sizes)
 
-    def kernel(*inputs):
-        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)):
-            with torch._C._AutoDispatchBelowAutograd():
+    apply = cast(Kernel, Rule.apply)  # pyright: ignore[reportUnknownMemberType]
+
+    def kernel(*inputs: Any) -> Any:
+        if not (torch.is_grad_enabled() and _C._any_requires_grad(*inputs)):
+            with _C._AutoDispatchBelowAutograd():
                 return overload(*inputs)
         # A last input that has its default is left out by PyTorch.
         sizes = takes and [len(value) if lists else None for value, lists in zip(inputs, takes, strict=False)]
-        output_sizes = []
-        output = Rule.apply(sizes, output_sizes, *_flatten(inputs, sizes))
+        output_sizes: list[int | None] = []
+        output = apply(sizes, output_sizes, *_flatten(inputs, sizes))
         return output if gives is None else tuple(_nest(output, output_sizes))
 
     torch.library.impl(f"petl::{name}", "Autograd")(kernel)
@@ -124,25 +133,26 @@ def _refuse_second_derivatives(name: str) -> None:
         )
 
 
-def _lists(places: Sequence) -> list[bool] | None:
+def _lists(places: Sequence[Any]) -> list[bool] | None:
     """Returns which of a schema's arguments or results are lists of tensors; None where none is."""
     found = [str(place.type) == "List[Tensor]" for place in places]
     return found if any(found) else None
 
 
-def _flatten(values: Sequence, sizes: Sequence[int | None] | None) -> Sequence:
+def _flatten(values: Sequence[Any], sizes: _Sizes) -> Sequence[Any]:
     if sizes is None:
         return values
-    flat = []
+    flat: list[Any] = []
     for value, size in zip(values, sizes, strict=True):
         flat.append(value) if size is None else flat.extend(value)
     return flat
 
 
-def _nest(flat: Sequence, sizes: Sequence[int | None] | None) -> Sequence:
+def _nest(flat: Sequence[Any], sizes: _Sizes) -> Sequence[Any]:
     if sizes is None:
         return flat
-    values, first = [], 0
+    values: list[Any] = []
+    first = 0
     for size in sizes:
         values.append(flat[first] if size is None else list(flat[first : first + size]))
         first += 1 if size is None else size

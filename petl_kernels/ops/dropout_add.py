@@ -52,14 +52,14 @@ def check_residual(op: str, residual: Tensor, x: Tensor) -> None:
 
 
 @register("dropout_add", "reference")
-def reference(x: Tensor, residual: Tensor, p: float, seed: Tensor) -> Tensor:
+def reference(x: Tensor, residual: Tensor, p: float, seed: Tensor | None) -> Tensor:
     dtype = torch.promote_types(x.dtype, residual.dtype)
     dropped = philox.dropout(x.reshape(-1, x.shape[-1]).to(accumulate_dtype(dtype)), p, seed)
     return (residual + dropped.view(x.shape)).to(dtype).contiguous()
 
 
 @register("dropout_add_backward", "reference")
-def reference_backward(dy: Tensor, dtype: torch.dtype, p: float, seed: Tensor) -> Tensor:
+def reference_backward(dy: Tensor, dtype: torch.dtype, p: float, seed: Tensor | None) -> Tensor:
     rows = dy.reshape(-1, dy.shape[-1]).to(accumulate_dtype(dy.dtype))
     return philox.dropout(rows, p, seed).to(dtype).view(dy.shape)
 

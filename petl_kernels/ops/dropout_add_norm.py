@@ -118,24 +118,72 @@ def reference_backward(
     return dh, dy, dweight, dbias
 
 
-def _forward(y, residual, weight, bias, eps, p, seed, centred, backend, room=0):
+def _forward(
+    y: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    p: float,
+    seed: Tensor | None,
+    centred: bool,
+    backend: str,
+    room: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     kernel = dispatch("dropout_add_norm", y.device, backend, y.dtype)
     return leaving_room(kernel, room, 1, y, residual, weight, bias, eps, p, seed, centred)
 
 
-def _forward_fake(y, residual, weight, bias, eps, p, seed, centred, backend, room=0):
+def _forward_fake(
+    y: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    p: float,
+    seed: Tensor | None,
+    centred: bool,
+    backend: str,
+    room: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     h = y.new_empty(y.shape, dtype=torch.promote_types(y.dtype, residual.dtype))
     u = roomy(h, h.shape, room, torch.promote_types(h.dtype, weight.dtype))
     rstd = h.new_empty(h.shape[:-1], dtype=accumulate_dtype(h.dtype))
     return h, u, torch.empty_like(rstd) if centred else empty(rstd), rstd
 
 
-def _backward(du, dresidual, h, mean, rstd, weight, dtype, p, seed, need_dweight, need_dbias, backend):
+def _backward(
+    du: Tensor,
+    dresidual: Tensor | None,
+    h: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor,
+    weight: Tensor,
+    dtype: torch.dtype | None,
+    p: float,
+    seed: Tensor | None,
+    need_dweight: bool,
+    need_dbias: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     kernel = dispatch("dropout_add_norm_backward", h.device, backend, dtype or h.dtype)
     return kernel(du, dresidual, h, mean, rstd, weight, dtype, p, seed, need_dweight, need_dbias)
 
 
-def _backward_fake(du, dresidual, h, mean, rstd, weight, dtype, p, seed, need_dweight, need_dbias, backend):
+def _backward_fake(
+    du: Tensor,
+    dresidual: Tensor | None,
+    h: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor,
+    weight: Tensor,
+    dtype: torch.dtype | None,
+    p: float,
+    seed: Tensor | None,
+    need_dweight: bool,
+    need_dbias: bool,
+    backend: str,
+) -> tuple[Tensor, ...]:
     dh = h.new_empty(h.shape)
     dy = empty(h) if dtype is None else h.new_empty(h.shape, dtype=dtype)
     return dh, dy, *(rstd.new_empty(h.shape[-1] if needed else 0) for needed in (need_dweight, need_dbias))
@@ -151,7 +199,7 @@ def _save(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _gradients(ctx: Any, needs: Sequence[Any], dh: Tensor | None, du: Tensor | None, *_) -> tuple[Any, ...]:
+def _gradients(ctx: Any, needs: Sequence[Any], dh: Tensor | None, du: Tensor | None, *others: Any) -> tuple[Any, ...]:
     h, mean, rstd, weight, seed = ctx.saved_tensors
     need_dy, need_dresidual, need_dweight, need_dbias, *_ = needs
     writes_dy = need_dy and (ctx.p > 0 or ctx.dtype != h.dtype)

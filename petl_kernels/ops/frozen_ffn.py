@@ -152,7 +152,7 @@ def reference_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     sums = accumulate_dtype(dy.dtype)
     rows = dy.reshape(-1, dy.shape[-1])
-    x_rows = None if x is None else x.reshape(rows.shape)
+    x_rows = x.reshape(rows.shape) if x is not None and keeps == "x" else None
     dx = rows.new_empty(rows.shape) if need_dx else empty(dy)
     hidden = out_features(w1, dy.shape[-1])
     dc1 = dy.new_zeros(hidden if need_dc1 else 0, dtype=sums)
@@ -161,8 +161,8 @@ def reference_backward(
         if keeps == "bits":
             dz, dg = dh * unpack_bits(kept_z[part], hidden), None
         else:
-            z, g = _project(x_rows[part], w1, c1, gate) if keeps == "x" else (kept_z[part], kept_g[part])
-            dz, dg = _activate_backward(dh, z.to(sums), g.to(sums) if gate else None, activation)
+            z, g = (kept_z[part], kept_g[part]) if x_rows is None else _project(x_rows[part], w1, c1, gate)
+            dz, dg = _activate_backward(dh, z.to(sums), g.to(sums) if gate and g is not None else None, activation)
         if need_dc1:
             dc1 += dz.sum(0)
         if need_dx:
@@ -196,26 +196,76 @@ def _activate_backward(dh: Tensor, z: Tensor, g: Tensor | None, activation: str)
     return (dz, None) if g is None else (dz * g, dh * ACTIVATIONS[activation](z))
 
 
-def _forward(x, w1, c1, w2, c2, gate, activation, keeps, backend):
+def _forward(
+    x: Tensor,
+    w1: list[Tensor],
+    c1: Tensor | None,
+    w2: list[Tensor],
+    c2: Tensor | None,
+    gate: list[Tensor],
+    activation: str,
+    keeps: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
     kernel = dispatch("frozen_ffn", x.device, backend, x.dtype)
     w1, w2, gate = (parts_in(weight, x.dtype) for weight in (w1, w2, gate))
     c1, c2 = (None if bias is None else bias.to(x.dtype) for bias in (c1, c2))
     return kernel(x, w1, c1, w2, c2, gate, activation, keeps)
 
 
-def _forward_fake(x, w1, c1, w2, c2, gate, activation, keeps, backend):
+def _forward_fake(
+    x: Tensor,
+    w1: list[Tensor],
+    c1: Tensor | None,
+    w2: list[Tensor],
+    c2: Tensor | None,
+    gate: list[Tensor],
+    activation: str,
+    keeps: str,
+    backend: str,
+) -> tuple[Tensor, ...]:
     rows = x.new_empty(x.numel() // x.shape[-1], x.shape[-1])
     return x.new_empty(x.shape), *empty_kept(rows, out_features(w1, x.shape[-1]), bool(gate), keeps)
 
 
-def _backward(dy, x, kept_z, kept_g, w1, c1, w2, gate, activation, keeps, need_dx, need_dc1, need_dc2, backend):
+def _backward(
+    dy: Tensor,
+    x: Tensor | None,
+    kept_z: Tensor,
+    kept_g: Tensor,
+    w1: list[Tensor],
+    c1: Tensor | None,
+    w2: list[Tensor],
+    gate: list[Tensor],
+    activation: str,
+    keeps: str,
+    need_dx: bool,
+    need_dc1: bool,
+    need_dc2: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
     kernel = dispatch("frozen_ffn_backward", dy.device, backend, dy.dtype)
     w1, w2, gate = (parts_in(weight, dy.dtype) for weight in (w1, w2, gate))
     c1 = None if c1 is None else c1.to(dy.dtype)
     return kernel(dy, x, kept_z, kept_g, w1, c1, w2, gate, activation, keeps, need_dx, need_dc1, need_dc2)
 
 
-def _backward_fake(dy, x, kept_z, kept_g, w1, c1, w2, gate, activation, keeps, need_dx, need_dc1, need_dc2, backend):
+def _backward_fake(
+    dy: Tensor,
+    x: Tensor | None,
+    kept_z: Tensor,
+    kept_g: Tensor,
+    w1: list[Tensor],
+    c1: Tensor | None,
+    w2: list[Tensor],
+    gate: list[Tensor],
+    activation: str,
+    keeps: str,
+    need_dx: bool,
+    need_dc1: bool,
+    need_dc2: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
     sums = accumulate_dtype(dy.dtype)
     dx = dy.new_empty(dy.shape) if need_dx else empty(dy)
     dc1 = dy.new_empty(out_features(w1, dy.shape[-1]) if need_dc1 else 0, dtype=sums)
@@ -232,7 +282,7 @@ def _save(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
     ctx.c2_dtype = None if c2 is None else c2.dtype
 
 
-def _gradients(ctx: Any, needs: Sequence[Any], dy: Tensor | None, *_) -> tuple[Any, ...]:
+def _gradients(ctx: Any, needs: Sequence[Any], dy: Tensor | None, *others: Any) -> tuple[Any, ...]:
     first, second, _ = ctx.parts
     none = [[None] * size for size in ctx.parts]
     if dy is None:

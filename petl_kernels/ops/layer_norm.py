@@ -121,32 +121,60 @@ def _normalise(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
     return (x.to(mean.dtype) - mean.unsqueeze(-1)) * rstd.unsqueeze(-1)
 
 
-def _forward(x, weight, bias, eps, backend, room=0):
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, backend: str, room: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
     kernel = dispatch("layer_norm", x.device, backend, x.dtype)
     return leaving_room(kernel, room, 0, x, weight, bias, eps)
 
 
-def _forward_fake(x, weight, bias, eps, backend, room=0):
-    y = _from_statistics_fake(x, None, None, weight, bias, backend, room)
+def _forward_fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, backend: str, room: int = 0
+) -> tuple[Tensor, ...]:
+    y = roomy(x, x.shape, room, torch.promote_types(x.dtype, weight.dtype))
     statistics = [x.new_empty(x.shape[:-1], dtype=accumulate_dtype(x.dtype)) for _ in range(2)]
     return y, *statistics
 
 
-def _from_statistics(x, mean, rstd, weight, bias, backend, room=0) -> Tensor:
+def _from_statistics(
+    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor | None, backend: str, room: int = 0
+) -> Tensor:
     kernel = dispatch("layer_norm_from_statistics", x.device, backend, x.dtype)
     return leaving_room(kernel, room, None, x, mean, rstd, weight, bias)
 
 
-def _from_statistics_fake(x, mean, rstd, weight, bias, backend, room=0) -> Tensor:
+def _from_statistics_fake(
+    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor | None, backend: str, room: int = 0
+) -> Tensor:
     return roomy(x, x.shape, room, torch.promote_types(x.dtype, weight.dtype))
 
 
-def _backward(dy, x, mean, rstd, weight, need_dx, need_dweight, need_dbias, backend):
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    need_dx: bool,
+    need_dweight: bool,
+    need_dbias: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
     kernel = dispatch("layer_norm_backward", x.device, backend, x.dtype)
     return kernel(dy, x, mean, rstd, weight, need_dx, need_dweight, need_dbias)
 
 
-def _backward_fake(dy, x, mean, rstd, weight, need_dx, need_dweight, need_dbias, backend):
+def _backward_fake(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    need_dx: bool,
+    need_dweight: bool,
+    need_dbias: bool,
+    backend: str,
+) -> tuple[Tensor, ...]:
     dx = x.new_empty(x.shape) if need_dx else empty(x)
     sums = [mean.new_empty(x.shape[-1] if needed else 0) for needed in (need_dweight, need_dbias)]
     return dx, *sums
@@ -161,7 +189,7 @@ def _save(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _gradients(ctx: Any, needs: Sequence[Any], dy: Tensor | None, *_) -> tuple[Any, ...]:
+def _gradients(ctx: Any, needs: Sequence[Any], dy: Tensor | None, *others: Any) -> tuple[Any, ...]:
     if dy is None:
         return (None,) * 5
     x, mean, rstd, weight = ctx.saved_tensors

@@ -41,12 +41,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from petl_kernels.dispatch import active, dispatch
+from petl_kernels.dispatch import Kernel, active, dispatch
 from petl_kernels.errors import InputError
 from petl_kernels.ops import loss_by_rows, loss_by_words
 from petl_kernels.ops.checks import check_device, check_floating, check_parameter, shape
@@ -145,11 +145,11 @@ def _check(
 class Kernels(NamedTuple):
     """A backend's passes between the products: over rows of logits, and those of ``ops/loss_by_words.py``."""
 
-    rows: Callable
+    rows: Kernel
     words: loss_by_words.Kernels
 
 
-def kernels_from(kernel: Callable[[str], Callable]) -> Kernels:
+def kernels_from(kernel: Callable[[str], Kernel]) -> Kernels:
     """Returns the passes among a backend's kernels, each of which ``kernel`` returns for its name."""
     return Kernels(kernel(OP), loss_by_words.Kernels(*(kernel(OP + part) for part in ("_begin", "_words", "_end"))))
 
@@ -203,7 +203,7 @@ def _counting_rows(labels: Tensor, words: int, ignore_index: int) -> Tensor | No
     keep = labels != ignore_index
     wrong = keep & ((labels < 0) | (labels >= words))
     if wrong.any():
-        where = wrong.nonzero()[0].tolist()
+        where = cast("list[int]", wrong.nonzero()[0].tolist())  # pyright: ignore[reportUnknownMemberType]
         raise InputError(
             f"{OP}: labels{where} is {labels[tuple(where)].item()}: expected 0 to {words - 1},"
             f" or ignore_index {ignore_index}"
@@ -224,7 +224,9 @@ def _first_rows(
     right = ~keep | ((labels >= 0) & (labels < words))
     count = keep.sum()
     if labels.is_cuda or labels.is_meta:
-        torch._assert_async(right.all() & (count <= counted))
+        torch._assert_async(  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+            right.all() & (count <= counted)
+        )
     else:
         _counting_rows(labels, words, ignore_index)  # raises an error that names a wrong label
         if count > counted:
@@ -241,9 +243,22 @@ def _deferred(reduction: str, needs: Needs) -> bool:
 
 
 def _forward(
-    hidden, weight, labels, bias, label_smoothing, smoothing, logit_scale, ignore_index, chunk_bytes, counted,
-    reduction, need_dhidden, need_dweight, need_dbias, backend,
-):  # fmt: skip
+    hidden: Tensor,
+    weight: list[Tensor],
+    labels: Tensor,
+    bias: Tensor | None,
+    label_smoothing: float,
+    smoothing: str,
+    logit_scale: float,
+    ignore_index: int,
+    chunk_bytes: int,
+    counted: int,
+    reduction: str,
+    need_dhidden: bool,
+    need_dweight: bool,
+    need_dbias: bool,
+    backend: str,
+) -> tuple[Tensor, ...]:
     options = LossOptions(label_smoothing, smoothing, logit_scale, ignore_index, chunk_bytes, counted)
     needs = Needs(need_dhidden, need_dweight, need_dbias)
     if _deferred(reduction, needs):
@@ -255,7 +270,9 @@ def _forward(
     return loss / count if reduction == "mean" else loss, *grads, count
 
 
-def _forward_fake(hidden, weight, labels, bias, *given):
+def _forward_fake(
+    hidden: Tensor, weight: list[Tensor], labels: Tensor, bias: Tensor | None, *given: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     *_, reduction, need_dhidden, need_dweight, need_dbias, _ = given
     needs = Needs(need_dhidden, need_dweight, need_dbias)
     if _deferred(reduction, needs):
@@ -270,9 +287,22 @@ def _forward_fake(hidden, weight, labels, bias, *given):
 
 
 def _backward(
-    dlosses, hidden, weight, labels, bias, label_smoothing, smoothing, logit_scale, ignore_index, chunk_bytes, counted,
-    need_dhidden, need_dweight, need_dbias, backend,
-):  # fmt: skip
+    dlosses: Tensor,
+    hidden: Tensor,
+    weight: list[Tensor],
+    labels: Tensor,
+    bias: Tensor | None,
+    label_smoothing: float,
+    smoothing: str,
+    logit_scale: float,
+    ignore_index: int,
+    chunk_bytes: int,
+    counted: int,
+    need_dhidden: bool,
+    need_dweight: bool,
+    need_dbias: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
     options = LossOptions(label_smoothing, smoothing, logit_scale, ignore_index, chunk_bytes, counted)
     needs = Needs(need_dhidden, need_dweight, need_dbias)
     dlosses = dlosses.reshape(-1).contiguous()
@@ -282,7 +312,9 @@ def _backward(
     return _scaled(dhidden, factor, hidden.dtype), _scaled(dweight, factor, weight[0].dtype), dbias
 
 
-def _backward_fake(dlosses, hidden, weight, labels, bias, *given):
+def _backward_fake(
+    dlosses: Tensor, hidden: Tensor, weight: list[Tensor], labels: Tensor, bias: Tensor | None, *given: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     *_, need_dhidden, need_dweight, need_dbias, _ = given
     dhidden = hidden.new_empty(hidden.shape if need_dhidden else 0)
     dweight = weight[0].new_empty(weight[0].shape if need_dweight else 0)
@@ -328,7 +360,7 @@ def _save(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
         ctx.save_for_backward(*grads, count)
 
 
-def _gradients(ctx: Any, needs: Sequence[Any], dloss: Tensor | None, *_) -> tuple[Any, ...]:
+def _gradients(ctx: Any, needs: Sequence[Any], dloss: Tensor | None, *others: Any) -> tuple[Any, ...]:
     if dloss is None:
         return None, [None] * ctx.weights, *[None] * (len(needs) - 2)
     need_dhidden, need_dweight, _, need_dbias, *_ = needs

@@ -99,11 +99,11 @@ def reference_backward(
     need_dbias: list[bool],
 ):
     outputs, ranks = sum(b_g.shape[0] for b_g in b), [a_g.shape[0] for a_g in a]
-    dys = wide[:, :outputs].split([b_g.shape[0] for b_g in b], 1)
+    dys = _split(wide[:, :outputs], [b_g.shape[0] for b_g in b])
     ds = [scale * (dy @ b_g.to(wide.dtype)) for dy, b_g, scale in zip(dys, b, scales, strict=True)]
     _write_behind(wide, outputs, torch.cat(ds, 1))
     da = [empty(a_g) if x is None else (ds_g.T @ x).to(a_g.dtype) for ds_g, a_g in zip(ds, a, strict=True)]
-    parts = s.split(ranks, 1)
+    parts = _split(s, ranks)
     db = [(scale * (dy.T @ s_g)).to(b_g.dtype) for dy, s_g, b_g, scale in zip(dys, parts, b, scales, strict=True)]
     dx = empty(wide)
     if need_dx:
@@ -114,6 +114,10 @@ def reference_backward(
     return dx, da, db, dbias
 
 
+def _split(columns: Tensor, widths: list[int]) -> tuple[Tensor, ...]:
+    return columns.split(widths, 1)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+
+
 def _write_behind(wide: Tensor, first: int, columns: Tensor) -> None:
     """Writes ``columns`` from ``first`` on, and zeros after them; nothing where there is no room."""
     if wide.shape[1] > first:
@@ -121,25 +125,65 @@ def _write_behind(wide: Tensor, first: int, columns: Tensor) -> None:
         wide[:, first + columns.shape[1] :] = 0
 
 
-def _forward(wide, border, bias, biases, a, b, scales, backend):
+def _forward(
+    wide: Tensor,
+    border: Tensor,
+    bias: Tensor | None,
+    biases: list[Tensor],
+    a: list[Tensor],
+    b: list[Tensor],
+    scales: list[float],
+    backend: str,
+) -> tuple[Tensor, Tensor]:
     kernel = dispatch("lora_border", wide.device, backend, wide.dtype)
     bias = None if bias is None else bias.to(wide.dtype)
     return kernel(wide, border.to(wide.dtype), bias, biases, a, b, scales)
 
 
-def _forward_fake(wide, border, bias, biases, a, b, scales, backend):
+def _forward_fake(
+    wide: Tensor,
+    border: Tensor,
+    bias: Tensor | None,
+    biases: list[Tensor],
+    a: list[Tensor],
+    b: list[Tensor],
+    scales: list[float],
+    backend: str,
+) -> tuple[Tensor, Tensor]:
     tokens = wide.shape[0]
     y = wide.new_empty(tokens, sum(b_g.shape[0] for b_g in b))
     return y, wide.new_empty(tokens, sum(a_g.shape[0] for a_g in a))
 
 
-def _backward(wide, x, s, border, a, b, scales, need_dx, need_dbias, backend):
+def _backward(
+    wide: Tensor,
+    x: Tensor | None,
+    s: Tensor,
+    border: Tensor,
+    a: list[Tensor],
+    b: list[Tensor],
+    scales: list[float],
+    need_dx: bool,
+    need_dbias: list[bool],
+    backend: str,
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     kernel = dispatch("lora_border_backward", wide.device, backend, wide.dtype)
     dx, da, db, dbias = kernel(wide, x, s, border.to(wide.dtype), a, b, scales, need_dx, need_dbias)
     return dx, list(da), list(db), [grad.to(accumulate_dtype(wide.dtype)) for grad in dbias]
 
 
-def _backward_fake(wide, x, s, border, a, b, scales, need_dx, need_dbias, backend):
+def _backward_fake(
+    wide: Tensor,
+    x: Tensor | None,
+    s: Tensor,
+    border: Tensor,
+    a: list[Tensor],
+    b: list[Tensor],
+    scales: list[float],
+    need_dx: bool,
+    need_dbias: list[bool],
+    backend: str,
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     dx = wide.new_empty(wide.shape[0], a[0].shape[1]) if need_dx else empty(wide)
     da = [a_g.new_empty(a_g.shape if x is not None else 0) for a_g in a]
     db = [b_g.new_empty(b_g.shape) for b_g in b]

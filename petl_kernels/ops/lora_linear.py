@@ -110,7 +110,7 @@ def reference(
 ) -> tuple[list[Tensor], Tensor]:
     rows = x.reshape(-1, x.shape[-1])
     s = philox.dropout(rows, dropout, seed) @ torch.cat(a).to(x.dtype).T
-    ys = []
+    ys: list[Tensor] = []
     for parts, bias, b_g, scale, s_g in zip(split_parts(weights), biases, b, scales, _split(s, a), strict=True):
         y = project(rows, parts, bias, "reference") + scale * (s_g @ b_g.to(x.dtype).T)
         ys.append(y.view(*x.shape[:-1], b_g.shape[0]))
@@ -154,18 +154,39 @@ def reference_backward(
 
 
 def _split(s: Tensor, a: list[Tensor]) -> tuple[Tensor, ...]:
-    return s.split([a_g.shape[0] for a_g in a], 1)
+    ranks = [a_g.shape[0] for a_g in a]
+    return s.split(ranks, 1)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
 
 
-def _forward(x, weights, biases, a, b, scales, dropout, seed, backend):
+def _forward(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    a: list[Tensor],
+    b: list[Tensor],
+    scales: list[float],
+    dropout: float,
+    seed: Tensor | None,
+    backend: str,
+) -> tuple[list[Tensor], Tensor]:
     kernel = dispatch("lora_linear", x.device, backend, x.dtype)
     weights = parts_in(weights, x.dtype)
-    biases = [None if present(bias) is None else bias.to(x.dtype) for bias in biases]
-    ys, s = kernel(x, weights, biases, a, b, scales, dropout, seed)
+    given = [None if present(bias) is None else bias.to(x.dtype) for bias in biases]
+    ys, s = kernel(x, weights, given, a, b, scales, dropout, seed)
     return list(ys), s
 
 
-def _forward_fake(x, weights, biases, a, b, scales, dropout, seed, backend):
+def _forward_fake(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    a: list[Tensor],
+    b: list[Tensor],
+    scales: list[float],
+    dropout: float,
+    seed: Tensor | None,
+    backend: str,
+) -> tuple[list[Tensor], Tensor]:
     ys = [x.new_empty(*x.shape[:-1], b_g.shape[0]) for b_g in b]
     return ys, x.new_empty(_tokens(x), sum(a_g.shape[0] for a_g in a))
 
@@ -177,14 +198,40 @@ def _tokens(x: Tensor) -> int:
     return tokens
 
 
-def _backward(dys, x, s, weights, a, b, scales, dropout, seed, need_dx, need_dbias, backend):
+def _backward(
+    dys: list[Tensor],
+    x: Tensor,
+    s: Tensor,
+    weights: list[Tensor],
+    a: list[Tensor],
+    b: list[Tensor],
+    scales: list[float],
+    dropout: float,
+    seed: Tensor | None,
+    need_dx: bool,
+    need_dbias: list[bool],
+    backend: str,
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     kernel = dispatch("lora_linear_backward", x.device, backend, x.dtype)
     weights = parts_in(weights, x.dtype)
     dx, da, db, dbias = kernel(dys, x, s, weights, a, b, scales, dropout, seed, need_dx, need_dbias)
     return dx, list(da), list(db), [grad.to(accumulate_dtype(x.dtype)) for grad in dbias]
 
 
-def _backward_fake(dys, x, s, weights, a, b, scales, dropout, seed, need_dx, need_dbias, backend):
+def _backward_fake(
+    dys: list[Tensor],
+    x: Tensor,
+    s: Tensor,
+    weights: list[Tensor],
+    a: list[Tensor],
+    b: list[Tensor],
+    scales: list[float],
+    dropout: float,
+    seed: Tensor | None,
+    need_dx: bool,
+    need_dbias: list[bool],
+    backend: str,
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     sums = accumulate_dtype(x.dtype)
     dx = x.new_empty(x.shape) if need_dx else empty(x)
     da = [a_g.new_empty(a_g.shape) for a_g in a]
@@ -201,7 +248,7 @@ def _save(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
     ctx.set_materialize_grads(False)  # no zeros for s, which has no gradient
 
 
-def _gradients(ctx: Any, needs: Sequence[Any], dys: list[Tensor], _) -> tuple[Any, ...]:
+def _gradients(ctx: Any, needs: Sequence[Any], dys: list[Tensor | None], _: Any) -> tuple[Any, ...]:
     x, s, seed, *rest = ctx.saved_tensors
     weights, adapters = rest[: ctx.parts], rest[ctx.parts :]
     a, b = adapters[: ctx.groups], adapters[ctx.groups :]

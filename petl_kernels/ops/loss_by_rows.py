@@ -14,12 +14,12 @@ Source: chunks by rows as in Liger (arXiv 2410.10989).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
-from petl_kernels.dispatch import active, register
+from petl_kernels.dispatch import Kernel, active, register
 from petl_kernels.ops.define import accumulate_dtype, empty
 from petl_kernels.ops.loss_options import LossOptions, Needs
 from petl_kernels.ops.product import ALIGNED, aligned_parts, product_into
@@ -28,7 +28,7 @@ from petl_kernels.ops.quantized.storage import is_quantized, out_features, part_
 
 
 def compute(
-    kernel: Callable,
+    kernel: Kernel,
     rows: Tensor,
     weight: list[Tensor],
     labels: Tensor,

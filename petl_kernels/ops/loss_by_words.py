@@ -30,13 +30,12 @@ Source: softmax of one pass (arXiv 1805.02867) with lazy rescaling; no code of o
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from petl_kernels.dispatch import register
+from petl_kernels.dispatch import Kernel, register
 from petl_kernels.ops.define import accumulate_dtype, empty
 from petl_kernels.ops.loss_options import LossOptions
 from petl_kernels.ops.product import ALIGNED, aligned_parts, product_into
@@ -53,9 +52,9 @@ SUMMED_WORDS = 256  # at a time, because a sum in a wider dtype makes a wide cop
 class Kernels(NamedTuple):
     """A backend's passes between the products: see ``begin``, ``words`` and ``end``."""
 
-    begin: Callable
-    words: Callable
-    end: Callable
+    begin: Kernel
+    words: Kernel
+    end: Kernel
 
 
 class Blocks(NamedTuple):
@@ -152,14 +151,14 @@ def compute(
         state = kernels.begin(some, weight, some_labels, word_sum)
         _all_words(kernels.words, some, weight, some_labels, logits[: last - first], state, some_total)
         losses[index] = kernels.end(weight, some_labels, state, some_total, word_sum, *weights, some_dlosses, out)
-        if gradient and counting is not None:
+        if out is not None and counting is not None:
             drows[index] = out
         del some, out  # before the next are copied
     return losses, drows
 
 
 def _all_words(
-    kernel: Callable, rows: Tensor, weight: Tensor, labels: Tensor, logits: Tensor, state: Tensor, total: Tensor | None
+    kernel: Kernel, rows: Tensor, weight: Tensor, labels: Tensor, logits: Tensor, state: Tensor, total: Tensor | None
 ) -> None:
     """Adds Σ E to ``state`` and E W to ``total`` (rows, d), block by block; ``logits`` (rows, words of a block)."""
     words, size = weight.shape[0], logits.shape[1]
@@ -249,6 +248,7 @@ def end(
         losses -= word_weight * (word_logits - weight.shape[0] * top)
     if out is None:
         return losses
+    assert total is not None
     for some in _few(out):
         # p_y - a, without the difference of two numbers near 1
         factor = (1 - label_weight) - rest[some] / both[some]

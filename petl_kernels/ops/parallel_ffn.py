@@ -158,21 +158,64 @@ def fill(
     return torch.mul(up_bias, scale, out=total) if c2 is None else torch.add(c2, up_bias, alpha=scale, out=total)
 
 
-def _forward(x, w1, c1, w2, c2, down, down_bias, up, up_bias, activation, scale, keeps, backend):
+def _forward(
+    x: Tensor,
+    w1: Tensor,
+    c1: Tensor,
+    w2: Tensor,
+    c2: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    up: Tensor,
+    up_bias: Tensor | None,
+    activation: str,
+    scale: float,
+    keeps: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
     kernel = dispatch("frozen_ffn", x.device, backend, x.dtype)
     w1, c1, w2 = (part.to(x.dtype) for part in (w1, c1, w2))
     c2 = None if c2 is None else c2.to(x.dtype)
     return kernel(x, [w1], c1, [w2], c2, [], activation, keeps)[:2]
 
 
-def _forward_fake(x, w1, c1, w2, c2, down, down_bias, up, up_bias, activation, scale, keeps, backend):
+def _forward_fake(
+    x: Tensor,
+    w1: Tensor,
+    c1: Tensor,
+    w2: Tensor,
+    c2: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    up: Tensor,
+    up_bias: Tensor | None,
+    activation: str,
+    scale: float,
+    keeps: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
     rows = x.new_empty(x.numel() // x.shape[-1], x.shape[-1])
     return x.new_empty(x.shape), empty_kept(rows, w1.shape[0], False, keeps)[0]
 
 
 def _backward(
-    dy, x, kept, w1, c1, w2, down, down_bias, up, activation, scale, keeps, need_dx, need_adapter, has_up_bias, backend
-):
+    dy: Tensor,
+    x: Tensor | None,
+    kept: Tensor,
+    w1: Tensor,
+    c1: Tensor,
+    w2: Tensor,
+    down: Tensor,
+    down_bias: Tensor | None,
+    up: Tensor,
+    activation: str,
+    scale: float,
+    keeps: str,
+    need_dx: bool,
+    need_adapter: bool,
+    has_up_bias: bool,
+    backend: str,
+) -> tuple[Tensor, ...]:
     dx = empty(dy)
     if need_dx:
         kernel = dispatch("frozen_ffn_backward", dy.device, backend, dy.dtype)
@@ -189,8 +232,23 @@ def _backward(
 
 
 def _backward_fake(
-    dy, x, kept, w1, c1, w2, down, down_bias, up, activation, scale, keeps, need_dx, need_adapter, has_up_bias, backend
-):
+    dy: Tensor,
+    x: Tensor | None,
+    kept: Tensor,
+    w1: Tensor,
+    c1: Tensor,
+    w2: Tensor,
+    down: Tensor,
+    down_bias: Tensor | None,
+    up: Tensor,
+    activation: str,
+    scale: float,
+    keeps: str,
+    need_dx: bool,
+    need_adapter: bool,
+    has_up_bias: bool,
+    backend: str,
+) -> tuple[Tensor, ...]:
     dx = dy.new_empty(dy.shape) if need_dx else empty(dy)
     if not need_adapter:
         return dx, *(empty(dy) for _ in range(4))
@@ -216,7 +274,7 @@ def _save(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
     ctx.save_for_backward(x if ctx.trains or ctx.keeps == "x" else None, kept, w1, c1, w2, down, down_bias, up)
 
 
-def _gradients(ctx: Any, needs: Sequence[Any], dy: Tensor | None, *_) -> tuple[Any, ...]:
+def _gradients(ctx: Any, needs: Sequence[Any], dy: Tensor | None, *others: Any) -> tuple[Any, ...]:
     if dy is None:
         return (None,) * 13
     x, kept, *parameters = ctx.saved_tensors

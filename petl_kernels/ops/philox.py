@@ -21,7 +21,7 @@ passed BigCrush).
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -53,7 +53,7 @@ _tapes = _Tapes()
 
 
 @contextmanager
-def recording() -> Iterator[list[Tensor]]:
+def recording() -> Generator[list[Tensor]]:
     """Opens a block, and yields the list of seeds that this thread draws in it, in order, nested blocks included."""
     seeds: list[Tensor] = []
     with _opened(seeds):
@@ -61,7 +61,7 @@ def recording() -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def replaying(seeds: Sequence[Tensor]) -> Iterator[None]:
+def replaying(seeds: Sequence[Tensor]) -> Generator[None]:
     """Opens a block in which draws return ``seeds`` in order; recordings around it do not get them.
 
     Raises RuntimeError when the block draws more seeds than were recorded.
@@ -71,7 +71,7 @@ def replaying(seeds: Sequence[Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def _opened(tape: list[Tensor] | Iterator[Tensor]) -> Iterator[None]:
+def _opened(tape: list[Tensor] | Iterator[Tensor]) -> Generator[None]:
     _tapes.open.append(tape)
     try:
         yield
@@ -81,7 +81,7 @@ def _opened(tape: list[Tensor] | Iterator[Tensor]) -> Iterator[None]:
 
 def draw_seed(device: torch.device) -> Tensor:
     """Returns a seed from PyTorch's generator, drawn on the device so that nothing waits, or the next one replayed."""
-    recordings = []
+    recordings: list[list[Tensor]] = []
     for tape in reversed(_tapes.open):
         if not isinstance(tape, list):
             seed = next(tape, None)
@@ -150,7 +150,9 @@ def philox(seed: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]
     return rounds((index, zero, zero, zero), (seed & _LOW, (seed >> 32) & _LOW))
 
 
-def rounds(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+def rounds(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns Philox4x32-7 of 32-bit numbers in int64 tensors."""
     # int64 products wrap around, which leaves the bit pattern of the unsigned product.
     c0, c1, c2, c3 = counter
@@ -191,8 +193,10 @@ def keep_elements(seed: Tensor, rows: Tensor, columns: Tensor, length: int, p: f
     counters = (rows[..., None] * -(-length // SHARED) + columns // SHARED).view(-1)
     places = (columns % SHARED).expand(*rows.shape, columns.shape[0]).reshape(-1)
     keep = torch.empty(counters.shape, dtype=torch.bool, device=seed.device)
-    for part, at, place in zip(keep.split(_CHUNK), counters.split(_CHUNK), places.split(_CHUNK), strict=True):
-        part.copy_(_halves(philox(seed, at)).gather(1, place[:, None])[:, 0] >= threshold(p))
+    for first in range(0, counters.shape[0], _CHUNK):
+        part = slice(first, first + _CHUNK)
+        numbers = _halves(philox(seed, counters[part])).gather(1, places[part, None])
+        keep[part] = numbers[:, 0] >= threshold(p)
     return keep.view(*rows.shape, columns.shape[0])
 
 
@@ -214,4 +218,5 @@ def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     """Returns drop(x) of a (tokens, features) tensor. It is its own derivative: dropout(dy) is the gradient."""
     if p == 0:
         return x
+    assert seed is not None
     return torch.where(keep_mask(seed, tuple(x.shape), p), x * keep_scale(p), 0)

@@ -83,30 +83,34 @@ def reference_backward(
     return dx, dweight
 
 
-def _forward(x, weight, eps, backend, room=0):
+def _forward(x: Tensor, weight: Tensor, eps: float, backend: str, room: int = 0) -> tuple[Tensor, Tensor]:
     kernel = dispatch("rms_norm", x.device, backend, x.dtype)
     return leaving_room(kernel, room, 0, x, weight, eps)
 
 
-def _forward_fake(x, weight, eps, backend, room=0):
+def _forward_fake(x: Tensor, weight: Tensor, eps: float, backend: str, room: int = 0) -> tuple[Tensor, Tensor]:
     rstd = x.new_empty(x.shape[:-1], dtype=accumulate_dtype(x.dtype))
     return _from_statistics_fake(x, rstd, weight, backend, room), rstd
 
 
-def _from_statistics(x, rstd, weight, backend, room=0) -> Tensor:
+def _from_statistics(x: Tensor, rstd: Tensor, weight: Tensor, backend: str, room: int = 0) -> Tensor:
     kernel = dispatch("rms_norm_from_statistics", x.device, backend, x.dtype)
     return leaving_room(kernel, room, None, x, rstd, weight)
 
 
-def _from_statistics_fake(x, rstd, weight, backend, room=0) -> Tensor:
+def _from_statistics_fake(x: Tensor, rstd: Tensor, weight: Tensor, backend: str, room: int = 0) -> Tensor:
     return roomy(x, x.shape, room, torch.promote_types(x.dtype, weight.dtype))
 
 
-def _backward(dy, x, rstd, weight, need_dx, need_dweight, backend):
+def _backward(
+    dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, need_dx: bool, need_dweight: bool, backend: str
+) -> tuple[Tensor, Tensor]:
     return dispatch("rms_norm_backward", x.device, backend, x.dtype)(dy, x, rstd, weight, need_dx, need_dweight)
 
 
-def _backward_fake(dy, x, rstd, weight, need_dx, need_dweight, backend):
+def _backward_fake(
+    dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, need_dx: bool, need_dweight: bool, backend: str
+) -> tuple[Tensor, Tensor]:
     dx = x.new_empty(x.shape) if need_dx else empty(x)
     return dx, rstd.new_empty(x.shape[-1] if need_dweight else 0)
 
@@ -119,7 +123,7 @@ def _save(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
     ctx.save_for_backward(x, rstd, weight)
 
 
-def _gradients(ctx: Any, needs: Sequence[Any], dy: Tensor | None, _) -> tuple[Any, ...]:
+def _gradients(ctx: Any, needs: Sequence[Any], dy: Tensor | None, _: Any) -> tuple[Any, ...]:
     if dy is None:
         return (None,) * 4
     x, rstd, weight = ctx.saved_tensors

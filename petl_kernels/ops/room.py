@@ -7,13 +7,13 @@ A product over d + room columns then needs no copy of a norm's output, nor of th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from petl_kernels.dispatch import takes_room
+from petl_kernels.dispatch import Kernel, takes_room
 
 
 def roomy(like: Tensor, shape: Sequence[int], room: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -32,10 +32,11 @@ def whole_rows(parts: Sequence[Tensor], room: int) -> Tensor | None:
     if parts[0].untyped_storage().nbytes() != tokens * width * parts[0].itemsize:
         return None
     strides = [*(math.prod(leading[i + 1 :]) * width for i in range(len(leading))), 1]
-    offset, storage = 0, parts[0].untyped_storage()._cdata
+    offset, storage = 0, parts[0].untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
     for part in parts:
         same = all(size < 2 or a == b for size, a, b in zip(part.shape, part.stride(), strides, strict=True))
-        if not same or part.storage_offset() != offset or part.untyped_storage()._cdata != storage:
+        own = part.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
+        if not same or part.storage_offset() != offset or own != storage:
             return None
         offset += part.shape[-1]
     return parts[0].as_strided((tokens, width), (width, 1))
@@ -52,7 +53,7 @@ def copied_rows(parts: Sequence[Tensor], room: int) -> Tensor:
     return whole
 
 
-def leaving_room(kernel: Callable, room: int, place: int | None, *args: Any) -> Any:
+def leaving_room(kernel: Kernel, room: int, place: int | None, *args: Any) -> Any:
     """Returns what ``kernel`` returns, with the output at ``place`` (None: the only one) in rows with ``room`` behind.
 
     A kernel that takes the room as its last argument (``dispatch.takes_room``) writes such rows itself; the output of

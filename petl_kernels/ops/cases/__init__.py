@@ -12,4 +12,4 @@ from petl_kernels.ops.cases.case import OpCases
 
 CASES: dict[str, OpCases] = {}
 for _file in pkgutil.iter_modules(__path__):
-    CASES |= getattr(importlib.import_module(f"{__name__}.{_file.name}"), "CASES", {})
+    CASES.update(getattr(importlib.import_module(f"{__name__}.{_file.name}"), "CASES", {}))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from petl_kernels.ops.cases.case import Kernels, OpCases, Source, Values, tensors
+from petl_kernels.ops.cases.case import Given, Kernels, OpCases, Source, Values, tensors
 
 
 def attention_arguments(
@@ -28,7 +28,7 @@ def attention_arguments(
     prefix_dtype: torch.dtype | None = None,
     sentences: Sequence[tuple[int, int]] = (),
     reach: int | None = None,
-) -> dict:
+) -> Given:
     """Returns arguments by name. mask: None, "padding", "rows" (some queries see nothing), "additive" or "finfo".
 
 
@@ -83,7 +83,7 @@ def attention_mask(draw: Source, kind: str | None, batch: int, heads: int, queri
     return torch.zeros_like(visible, dtype=torch.float32).masked_fill_(~visible, lowest)
 
 
-def run(kernel: Kernels, given: dict) -> Values:
+def run(kernel: Kernels, given: Given) -> Values:
     forward, backward = kernel("attention"), kernel("attention_backward")
     q, k, v, bias, prefix_k, distance = (given[name] for name in ("q", "k", "v", "bias", "prefix_k", "distance_bias"))
     rest = [given[name] for name in ("mask", "bias", "prefix_k", "prefix_v", "causal", "scale", "dropout", "seed")]
@@ -97,7 +97,7 @@ def run(kernel: Kernels, given: dict) -> Values:
     return {"o": o, "lse": lse.masked_fill(lse.isinf() | (lse < -1e4), 0), **values}
 
 
-def additions(value: str, given: dict) -> int:
+def additions(value: str, given: Given) -> int:
     """Returns the additions behind one element of ``value``: over queries, keys and features, with the softmax's.
 
     A softmax turns the rounding of a score, relative to it, into one relative to 1: a score of 15 counts as 15²
@@ -109,26 +109,26 @@ def additions(value: str, given: dict) -> int:
     return sum(axes) + math.ceil(_largest_score(given) ** 2)
 
 
-def _largest_score(given: dict) -> float:
+def _largest_score(given: Given) -> float:
     scores = given["q"].double() @ given["k"].double().mT * given["scale"]
     return scores.abs().max().item() if scores.numel() else 0.0
 
 
-def _causal_with_dropout(device: torch.device, dtype: torch.dtype) -> dict:
+def _causal_with_dropout(device: torch.device, dtype: torch.dtype) -> Given:
     return attention_arguments(Source(device, dtype), queries=37, keys=43, mask="padding", causal=True, dropout=0.3)
 
 
-def _relative_bias(device: torch.device, dtype: torch.dtype) -> dict:
+def _relative_bias(device: torch.device, dtype: torch.dtype) -> Given:
     return attention_arguments(Source(device, dtype), queries=33, keys=33, mask="rows", bias=1, scale=1.0)
 
 
-def _prefix_of_cross_attention(device: torch.device, dtype: torch.dtype) -> dict:
+def _prefix_of_cross_attention(device: torch.device, dtype: torch.dtype) -> Given:
     return attention_arguments(
         Source(device, dtype), queries=37, keys=70, d=24, mask="rows", prefix=5, prefix_dtype=torch.float32
     )
 
 
-def _packed_sentences(device: torch.device, dtype: torch.dtype) -> dict:
+def _packed_sentences(device: torch.device, dtype: torch.dtype) -> Given:
     sentences = ((37, 43), (0, 5), (1, 1), (30, 18), (4, 0), (0, 0))
     return attention_arguments(
         Source(device, dtype), sentences=sentences, reach=9, causal=True, dropout=0.3, prefix=4, scale=1.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from petl_kernels.ops.cases.case import Kernels, OpCases, Source, Values, sum_dtype
+from petl_kernels.ops.cases.case import Given, Kernels, OpCases, Source, Values, sum_dtype
 
 
 def bottleneck_adapter_arguments(
@@ -19,7 +19,7 @@ def bottleneck_adapter_arguments(
     activation: str = "relu",
     scale: float = 1.0,
     adapter_dtype: torch.dtype | None = None,
-) -> dict:
+) -> Given:
     adapter_dtype = adapter_dtype or draw.dtype
     down_bias = hidden_bias(draw, m, activation, adapter_dtype)
     return {
@@ -46,7 +46,7 @@ def hidden_bias(draw: Source, size: int, activation: str, dtype: torch.dtype) ->
     return bias
 
 
-def run(kernel: Kernels, given: dict) -> Values:
+def run(kernel: Kernels, given: Given) -> Values:
     forward, backward = kernel("bottleneck_adapter"), kernel("bottleneck_adapter_backward")
     x, residual, up_bias = given["x"], given["residual"], given["up_bias"]
     norm = [given[name] for name in ("ln_weight", "ln_bias")]
@@ -62,17 +62,17 @@ def run(kernel: Kernels, given: dict) -> Values:
     return {"y": y, **values}
 
 
-def _relu(device: torch.device, dtype: torch.dtype) -> dict:
+def _relu(device: torch.device, dtype: torch.dtype) -> Given:
     return bottleneck_adapter_arguments(Source(device, dtype), rows=(33,))
 
 
-def _gelu_fp32_adapter(device: torch.device, dtype: torch.dtype) -> dict:
+def _gelu_fp32_adapter(device: torch.device, dtype: torch.dtype) -> Given:
     return bottleneck_adapter_arguments(
         Source(device, dtype), rows=(3, 43), activation="gelu", adapter_dtype=torch.float32
     )
 
 
-def _silu_parallel(device: torch.device, dtype: torch.dtype) -> dict:
+def _silu_parallel(device: torch.device, dtype: torch.dtype) -> Given:
     return bottleneck_adapter_arguments(
         Source(device, dtype),
         rows=(17,),

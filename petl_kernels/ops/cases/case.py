@@ -10,20 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from petl_kernels.dispatch import Kernel
 from petl_kernels.ops.quantized.tensor import parts_of
 
 Values = dict[str, Tensor]
+# The arguments of one case by name: tensors, lists of them, and options.
+Given = dict[str, Any]
 # Returns the kernel of a name, of the backend that is compared.
-Kernels = Callable[[str], Callable]
+Kernels = Callable[[str], Kernel]
 
 
-def over_axes(value: str, given: dict) -> int:
+def over_axes(value: str, given: Given) -> int:
     """Returns the most additions behind one element of ``value``, nested sums together.
 
     Sums run over features and, in gradients of parameters, over tokens: the last axis of a tensor and the others, taken
     as one. A value of one token has no sums over tokens.
     """
-    axes, found = set(), [tensor for tensor in tensors(given) if tensor.dim()]
+    axes: set[int] = set()
+    found = [tensor for tensor in tensors(given) if tensor.dim()]
     for tensor in found:
         *leading, last = tensor.shape
         axes.add(last)
@@ -37,7 +41,7 @@ def over_axes(value: str, given: dict) -> int:
 OF_TOKENS = ("dx", "dy", "dresidual", "dhidden")  # gradients of activations
 
 
-def no_additions(value: str, given: dict) -> int:
+def no_additions(value: str, given: Given) -> int:
     """Returns 0, for an op whose values are no sums."""
     return 0
 
@@ -52,9 +56,9 @@ class OpCases:
     most additions behind one element of the value of that name, 0 where there are none.
     """
 
-    inputs: tuple[Callable[[torch.device, torch.dtype], dict], ...]
-    run: Callable[[Kernels, dict], Values]
-    additions: Callable[[str, dict], int] = over_axes
+    inputs: tuple[Callable[[torch.device, torch.dtype], Given], ...]
+    run: Callable[[Kernels, Given], Values]
+    additions: Callable[[str, Given], int] = over_axes
 
 
 class Source:
@@ -83,16 +87,19 @@ def tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (dict, list)):
-        for member in value.values() if isinstance(value, dict) else value:
+        nested: dict[str, Any] | list[Any] = value  # pyright: ignore[reportUnknownVariableType]
+        for member in nested.values() if isinstance(nested, dict) else nested:
             yield from tensors(member)
 
 
 def in_float64(value: Any) -> Any:
     """Returns ``value`` with every floating-point tensor in it, in nested dictionaries and lists, in fp64."""
     if isinstance(value, dict):
-        return {name: in_float64(member) for name, member in value.items()}
+        named: dict[str, Any] = value  # pyright: ignore[reportUnknownVariableType]
+        return {name: in_float64(member) for name, member in named.items()}
     if isinstance(value, list):
-        return [in_float64(member) for member in value]
+        listed: list[Any] = value  # pyright: ignore[reportUnknownVariableType]
+        return [in_float64(member) for member in listed]
     if isinstance(value, Tensor) and value.is_floating_point():
         return value.double()
     return value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from petl_kernels.ops.cases.case import Kernels, OpCases, Source, Values
+from petl_kernels.ops.cases.case import Given, Kernels, OpCases, Source, Values
 
 
 def dropout_add_norm_arguments(
@@ -17,7 +17,7 @@ def dropout_add_norm_arguments(
     stream: torch.dtype | None = None,
     parameter_dtype: torch.dtype | None = None,
     more: bool = True,
-) -> dict:
+) -> Given:
     """Returns arguments by name. more: h has a gradient from elsewhere, like in a layer with its norms in front."""
     stream, parameter_dtype = stream or draw.dtype, parameter_dtype or draw.dtype
     wide = torch.promote_types(draw.dtype, stream)
@@ -35,7 +35,7 @@ def dropout_add_norm_arguments(
     }
 
 
-def run(kernel: Kernels, given: dict) -> Values:
+def run(kernel: Kernels, given: Given) -> Values:
     forward, backward = kernel("dropout_add_norm"), kernel("dropout_add_norm_backward")
     y, weight, bias, p, seed, centred = (given[name] for name in ("y", "weight", "bias", "p", "seed", "centred"))
     h, u, mean, rstd = forward(y, given["residual"], weight, bias, given["eps"], p, seed, centred)
@@ -45,17 +45,17 @@ def run(kernel: Kernels, given: dict) -> Values:
     return {"h": h, "u": u, "dresidual": dh, "dy": dy, "dweight": dweight, "dbias": dbias}
 
 
-def _sum_and_norm(device: torch.device, dtype: torch.dtype) -> dict:
+def _sum_and_norm(device: torch.device, dtype: torch.dtype) -> Given:
     return dropout_add_norm_arguments(Source(device, dtype), rows=(3, 43))
 
 
-def _fp32_stream_and_norm(device: torch.device, dtype: torch.dtype) -> dict:
+def _fp32_stream_and_norm(device: torch.device, dtype: torch.dtype) -> Given:
     return dropout_add_norm_arguments(
         Source(device, dtype), rows=(33,), d=61, stream=torch.float32, parameter_dtype=torch.float32, more=False
     )
 
 
-def _sum_and_rms(device: torch.device, dtype: torch.dtype) -> dict:
+def _sum_and_rms(device: torch.device, dtype: torch.dtype) -> Given:
     return dropout_add_norm_arguments(Source(device, dtype), p=0.0, centred=False)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from petl_kernels.ops.cases.case import Kernels, OpCases, Source, Values, held
+from petl_kernels.ops.cases.case import Given, Kernels, OpCases, Source, Values, held
 from petl_kernels.ops.frozen_ffn import what_to_keep
 
 
@@ -17,7 +17,7 @@ def frozen_ffn_arguments(
     gated: bool = False,
     activation: str = "relu",
     recompute: bool = False,
-) -> dict:
+) -> Given:
     return {
         "x": draw(*rows, d),
         "w1": draw(f, d, std=d**-0.5),
@@ -31,7 +31,7 @@ def frozen_ffn_arguments(
     }
 
 
-def run(kernel: Kernels, given: dict) -> Values:
+def run(kernel: Kernels, given: Given) -> Values:
     forward, backward = kernel("frozen_ffn"), kernel("frozen_ffn_backward")
     x, c1, c2, activation = (given[name] for name in ("x", "c1", "c2", "activation"))
     w1, w2, gate = (held(given[name]) for name in ("w1", "w2", "gate"))
@@ -44,23 +44,23 @@ def run(kernel: Kernels, given: dict) -> Values:
     return {"y": y, "dx": dx, "dc1": dc1, "dc2": dc2}
 
 
-def _relu_bits(device: torch.device, dtype: torch.dtype) -> dict:
+def _relu_bits(device: torch.device, dtype: torch.dtype) -> Given:
     return frozen_ffn_arguments(Source(device, dtype), rows=(3, 43), f=75)
 
 
-def _relu_bits_in_whole_words(device: torch.device, dtype: torch.dtype) -> dict:
+def _relu_bits_in_whole_words(device: torch.device, dtype: torch.dtype) -> Given:
     return frozen_ffn_arguments(Source(device, dtype), rows=(130,), d=64, f=256)
 
 
-def _gelu_recomputed(device: torch.device, dtype: torch.dtype) -> dict:
+def _gelu_recomputed(device: torch.device, dtype: torch.dtype) -> Given:
     return frozen_ffn_arguments(Source(device, dtype), activation="gelu", recompute=True)
 
 
-def _gelu_tanh_gated(device: torch.device, dtype: torch.dtype) -> dict:
+def _gelu_tanh_gated(device: torch.device, dtype: torch.dtype) -> Given:
     return frozen_ffn_arguments(Source(device, dtype), rows=(33,), bias=False, gated=True, activation="gelu_tanh")
 
 
-def _silu_kept(device: torch.device, dtype: torch.dtype) -> dict:
+def _silu_kept(device: torch.device, dtype: torch.dtype) -> Given:
     return frozen_ffn_arguments(Source(device, dtype), activation="silu")
 
 

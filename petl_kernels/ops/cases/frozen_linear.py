@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from petl_kernels.ops.cases.case import Kernels, OpCases, Source, Values, sum_dtype
+from petl_kernels.ops.cases.case import Given, Kernels, OpCases, Source, Values, sum_dtype
 
 
 def frozen_linear_arguments(
     draw: Source, rows: tuple[int, ...] = (17,), n: int = 40, k: int = 72, bias: bool = True
-) -> dict:
+) -> Given:
     return {
         "x": draw(*rows, k),
         "weight": draw(n, k, std=k**-0.5),
@@ -18,18 +18,18 @@ def frozen_linear_arguments(
     }
 
 
-def run(kernel: Kernels, given: dict) -> Values:
+def run(kernel: Kernels, given: Given) -> Values:
     forward, backward = kernel("frozen_linear"), kernel("frozen_linear_backward")
     y = forward(given["x"], given["weight"], given["bias"])
     dx, dbias = backward(given["dy"], given["weight"], True, given["bias"] is not None)
     return {"y": y, "dx": dx, "dbias": sum_dtype(dbias)}
 
 
-def _with_bias(device: torch.device, dtype: torch.dtype) -> dict:
+def _with_bias(device: torch.device, dtype: torch.dtype) -> Given:
     return frozen_linear_arguments(Source(device, dtype), rows=(33,))
 
 
-def _without_bias(device: torch.device, dtype: torch.dtype) -> dict:
+def _without_bias(device: torch.device, dtype: torch.dtype) -> Given:
     return frozen_linear_arguments(Source(device, dtype), rows=(2, 9), bias=False)
 
 

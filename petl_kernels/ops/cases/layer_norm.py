@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from petl_kernels.ops.cases.case import Kernels, OpCases, Source, Values
+from petl_kernels.ops.cases.case import Given, Kernels, OpCases, Source, Values
 
 
 def layer_norm_arguments(
@@ -13,7 +13,7 @@ def layer_norm_arguments(
     d: int = 72,
     bias: bool = True,
     parameter_dtype: torch.dtype | None = None,
-) -> dict:
+) -> Given:
     parameter_dtype = parameter_dtype or draw.dtype
     return {
         "x": draw(*rows, d),
@@ -24,7 +24,7 @@ def layer_norm_arguments(
     }
 
 
-def run(kernel: Kernels, given: dict) -> Values:
+def run(kernel: Kernels, given: Given) -> Values:
     forward, backward = kernel("layer_norm"), kernel("layer_norm_backward")
     from_statistics = kernel("layer_norm_from_statistics")
     x, weight, bias, dy = (given[name] for name in ("x", "weight", "bias", "dy"))
@@ -34,15 +34,15 @@ def run(kernel: Kernels, given: dict) -> Values:
     return {"y": y, "again": again, "dx": dx, "dweight": dweight, "dbias": dbias}
 
 
-def _norm(device: torch.device, dtype: torch.dtype) -> dict:
+def _norm(device: torch.device, dtype: torch.dtype) -> Given:
     return layer_norm_arguments(Source(device, dtype), rows=(3, 43))
 
 
-def _norm_fp32_parameters(device: torch.device, dtype: torch.dtype) -> dict:
+def _norm_fp32_parameters(device: torch.device, dtype: torch.dtype) -> Given:
     return layer_norm_arguments(Source(device, dtype), rows=(33,), parameter_dtype=torch.float32)
 
 
-def _norm_without_bias(device: torch.device, dtype: torch.dtype) -> dict:
+def _norm_without_bias(device: torch.device, dtype: torch.dtype) -> Given:
     return layer_norm_arguments(Source(device, dtype), bias=False)
 
 

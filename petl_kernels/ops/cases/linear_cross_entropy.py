@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from petl_kernels.ops.cases.case import Kernels, OpCases, Source, Values, held
+from petl_kernels.ops.cases.case import Given, Kernels, OpCases, Source, Values, held
 from petl_kernels.ops.linear_cross_entropy import compute, kernels_from
 from petl_kernels.ops.loss_options import LossOptions, Needs
 from petl_kernels.ops.quantized.storage import is_quantized
@@ -26,7 +26,7 @@ def linear_cross_entropy_arguments(
     weight_dtype: torch.dtype | None = None,
     counted: int = -1,
     frozen: bool = False,
-) -> dict:
+) -> Given:
     labels = torch.randint(0, words, rows, generator=draw.generator)
     labels.view(-1)[2::5] = -100
     return {
@@ -45,7 +45,7 @@ def linear_cross_entropy_arguments(
     }
 
 
-def run(kernel: Kernels, given: dict) -> Values:
+def run(kernel: Kernels, given: Given) -> Values:
     weight = held(given["weight"])
     options = LossOptions(**{field.name: given[field.name] for field in dataclasses.fields(LossOptions)})
     needs = Needs(True, not is_quantized(weight) and not given["frozen"], given["bias"] is not None)
@@ -54,23 +54,23 @@ def run(kernel: Kernels, given: dict) -> Values:
     return {"losses": losses, "dhidden": dhidden, "dweight": dweight, "dbias": dbias}
 
 
-def _uniform(device: torch.device, dtype: torch.dtype) -> dict:
+def _uniform(device: torch.device, dtype: torch.dtype) -> Given:
     return linear_cross_entropy_arguments(Source(device, dtype), rows=(3, 11))
 
 
-def _fairseq_scaled_rows(device: torch.device, dtype: torch.dtype) -> dict:
+def _fairseq_scaled_rows(device: torch.device, dtype: torch.dtype) -> Given:
     return linear_cross_entropy_arguments(
         Source(device, dtype), (17,), words=131, bias=False, smoothing="fairseq", logit_scale=0.5, dlosses=True
     )
 
 
-def _no_smoothing(device: torch.device, dtype: torch.dtype) -> dict:
+def _no_smoothing(device: torch.device, dtype: torch.dtype) -> Given:
     return linear_cross_entropy_arguments(Source(device, dtype), rows=(17,), label_smoothing=0.0)
 
 
-def _frozen_table(device: torch.device, dtype: torch.dtype) -> dict:
+def _frozen_table(device: torch.device, dtype: torch.dtype) -> Given:
     """Returns a loss by words, in several blocks; a likely last word makes some rows rescale their sums."""
-    options = {"words": 2100, "bias": False, "frozen": True, "chunk_rows": 3}
+    options: Given = {"words": 2100, "bias": False, "frozen": True, "chunk_rows": 3}
     given = linear_cross_entropy_arguments(Source(device, dtype), (31,), **options)
     given["weight"][-1] *= 30
     return given

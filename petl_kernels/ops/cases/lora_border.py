@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from petl_kernels.ops.cases.case import Kernels, OpCases, Source, Values, sum_dtype
+from petl_kernels.ops.cases.case import Given, Kernels, OpCases, Source, Values, sum_dtype
 from petl_kernels.ops.lora_border import room
 from petl_kernels.ops.room import copied_rows
 
@@ -18,7 +18,7 @@ def lora_border_arguments(
     bias: bool = True,
     more: int = 0,
     adapter_dtype: torch.dtype | None = None,
-) -> dict:
+) -> Given:
     """Returns arguments by name. The weights stand in ``border``, in which nothing else is set.
 
     more: room for other adapters. Every second linear has no bias.
@@ -40,7 +40,7 @@ def lora_border_arguments(
     }
 
 
-def run(kernel: Kernels, given: dict) -> Values:
+def run(kernel: Kernels, given: Given) -> Values:
     forward, backward = kernel("lora_border"), kernel("lora_border_backward")
     x, biases, a, b, scales = (given[name] for name in ("x", "biases", "a", "b", "scales"))
     outputs, r = sum(b_g.shape[0] for b_g in b), room(sum(a_g.shape[0] for a_g in a))
@@ -56,13 +56,13 @@ def run(kernel: Kernels, given: dict) -> Values:
     return values
 
 
-def _two_of_three(device: torch.device, dtype: torch.dtype) -> dict:
+def _two_of_three(device: torch.device, dtype: torch.dtype) -> Given:
     return lora_border_arguments(
         Source(device, dtype), rows=43, ns=(40, 56, 40), ranks=(4, 0, 8), adapter_dtype=torch.float32
     )
 
 
-def _frozen_together(device: torch.device, dtype: torch.dtype) -> dict:
+def _frozen_together(device: torch.device, dtype: torch.dtype) -> Given:
     return lora_border_arguments(Source(device, dtype), ranks=(0, 0), ns=(40, 24), more=8)
 
 

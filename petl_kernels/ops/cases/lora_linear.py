@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from petl_kernels.ops.cases.case import Kernels, OpCases, Source, Values, held, sum_dtype
+from petl_kernels.ops.cases.case import Given, Kernels, OpCases, Source, Values, held, sum_dtype
 
 
 def lora_linear_arguments(
@@ -16,7 +16,7 @@ def lora_linear_arguments(
     bias: bool = True,
     dropout: float = 0.0,
     adapter_dtype: torch.dtype | None = None,
-) -> dict:
+) -> Given:
     adapter_dtype = adapter_dtype or draw.dtype
     return {
         "x": draw(*rows, k),
@@ -31,7 +31,7 @@ def lora_linear_arguments(
     }
 
 
-def run(kernel: Kernels, given: dict) -> Values:
+def run(kernel: Kernels, given: Given) -> Values:
     forward, backward = kernel("lora_linear"), kernel("lora_linear_backward")
     fixed = [given[name] for name in ("weights", "biases", "a", "b", "scales", "dropout", "seed")]
     weights, biases, *adapters = fixed
@@ -45,11 +45,11 @@ def run(kernel: Kernels, given: dict) -> Values:
     return values
 
 
-def _one_layer(device: torch.device, dtype: torch.dtype) -> dict:
+def _one_layer(device: torch.device, dtype: torch.dtype) -> Given:
     return lora_linear_arguments(Source(device, dtype), rows=(33,), bias=False)
 
 
-def _group_with_dropout(device: torch.device, dtype: torch.dtype) -> dict:
+def _group_with_dropout(device: torch.device, dtype: torch.dtype) -> Given:
     return lora_linear_arguments(
         Source(device, dtype),
         rows=(3, 43),

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from petl_kernels.ops.cases.case import Kernels, OpCases, Source, Values, held, no_additions, normal
+from petl_kernels.ops.cases.case import Given, Kernels, OpCases, Source, Values, held, no_additions, normal
 from petl_kernels.ops.quantized.storage import reference_dequantize
 from petl_kernels.ops.quantized.tensor import quantize
 
@@ -21,7 +21,7 @@ def quantized_weight(draw: Source, n: int, k: int, storage: str) -> Tensor:
 
 def quantized_project_arguments(
     draw: Source, rows: int = 17, n: int = 40, k: int = 72, storage: str = "nf4", bias: bool = True
-) -> dict:
+) -> Given:
     return {
         "x": draw(rows, k),
         "weight": quantized_weight(draw, n, k, storage),
@@ -30,62 +30,63 @@ def quantized_project_arguments(
     }
 
 
-def _run_quantize(op: str) -> Callable[[Kernels, dict], Values]:
-    def run(kernel: Kernels, given: dict) -> Values:
+def _run_quantize(op: str) -> Callable[[Kernels, Given], Values]:
+    def run(kernel: Kernels, given: Given) -> Values:
         weight = given["weight"]
-        return {"w": reference_dequantize(list(kernel(op)(weight)), 0, *weight.shape, torch.float32)}
+        rows, columns = weight.shape
+        return {"w": reference_dequantize(list(kernel(op)(weight)), 0, rows, columns, torch.float32)}
 
     return run
 
 
-def _run_dequantize(kernel: Kernels, given: dict) -> Values:
+def _run_dequantize(kernel: Kernels, given: Given) -> Values:
     forward = kernel("dequantize")
     weight, first = given["weight"], given["first_row"]
     return {"w": forward(held(weight), first, weight.shape[0] - first, weight.shape[1], weight.dtype)}
 
 
-def _run_project(kernel: Kernels, given: dict) -> Values:
+def _run_project(kernel: Kernels, given: Given) -> Values:
     forward, back = kernel("quantized_project"), kernel("quantized_project_back")
     parts = held(given["weight"])
     return {"y": forward(given["x"], parts, given["bias"]), "dx": back(given["dy"], parts)}
 
 
-def _run_embedding(kernel: Kernels, given: dict) -> Values:
+def _run_embedding(kernel: Kernels, given: Given) -> Values:
     forward = kernel("quantized_embedding")
     weight = given["weight"]
     return {"y": forward(given["ids"], held(weight), weight.shape[1], weight.dtype)}
 
 
-def _matrix(device: torch.device, dtype: torch.dtype) -> dict:
+def _matrix(device: torch.device, dtype: torch.dtype) -> Given:
     return {"weight": Source(device, dtype)(33, 75)}
 
 
-def _int8_rows(device: torch.device, dtype: torch.dtype) -> dict:
+def _int8_rows(device: torch.device, dtype: torch.dtype) -> Given:
     return {"weight": quantized_weight(Source(device, dtype), 33, 75, "int8"), "first_row": 5}
 
 
-def _nf4_rows(device: torch.device, dtype: torch.dtype) -> dict:
+def _nf4_rows(device: torch.device, dtype: torch.dtype) -> Given:
     return {"weight": quantized_weight(Source(device, dtype), 33, 75, "nf4"), "first_row": 5}
 
 
-def _int8_product(device: torch.device, dtype: torch.dtype) -> dict:
+def _int8_product(device: torch.device, dtype: torch.dtype) -> Given:
     return quantized_project_arguments(Source(device, dtype), storage="int8")
 
 
-def _nf4_product(device: torch.device, dtype: torch.dtype) -> dict:
+def _nf4_product(device: torch.device, dtype: torch.dtype) -> Given:
     return quantized_project_arguments(Source(device, dtype), rows=33, n=96, k=128)
 
 
-def _nf4_odd_product(device: torch.device, dtype: torch.dtype) -> dict:
+def _nf4_odd_product(device: torch.device, dtype: torch.dtype) -> Given:
     return quantized_project_arguments(Source(device, dtype), rows=129, n=33, k=75, bias=False)
 
 
-def _int8_ids(device: torch.device, dtype: torch.dtype) -> dict:
+def _int8_ids(device: torch.device, dtype: torch.dtype) -> Given:
     weight = quantized_weight(Source(device, dtype), 33, 75, "int8")
     return {"weight": weight, "ids": torch.tensor([0, 32, 7, 7, 1], device=device)}
 
 
-def _nf4_ids(device: torch.device, dtype: torch.dtype) -> dict:
+def _nf4_ids(device: torch.device, dtype: torch.dtype) -> Given:
     weight = quantized_weight(Source(device, dtype), 33, 75, "nf4")
     return {"weight": weight, "ids": torch.tensor([0, 32, 7, 7, 1], device=device)}
 

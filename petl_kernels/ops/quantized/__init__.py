@@ -38,9 +38,11 @@ from petl_kernels.ops.quantized.storage import (
     storage_of,
     tiles,
 )
+
+# Saved weights of earlier versions have ``_rebuild`` by its name here.
 from petl_kernels.ops.quantized.tensor import (
     QuantizedTensor,
-    _rebuild,  # noqa: F401  saved weights of earlier versions name it here
+    _rebuild,  # noqa: F401  # pyright: ignore[reportPrivateUsage, reportUnusedImport]
     parts_of,
     quantize,
     quantize_like,

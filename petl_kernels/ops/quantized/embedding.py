@@ -64,12 +64,12 @@ def reference_embedding(ids: Tensor, parts: list[Tensor], columns: int, dtype: t
     return y
 
 
-def _forward(ids, weight, columns, dtype, backend):
+def _forward(ids: Tensor, weight: list[Tensor], columns: int, dtype: torch.dtype, backend: str) -> Tensor:
     y = dispatch("quantized_embedding", ids.device, backend, dtype)(ids, weight, columns, dtype)
     return y.view(*ids.shape, columns)
 
 
-def _forward_fake(ids, weight, columns, dtype, backend):
+def _forward_fake(ids: Tensor, weight: list[Tensor], columns: int, dtype: torch.dtype, backend: str) -> Tensor:
     return weight[0].new_empty(*ids.shape, columns, dtype=dtype)
 
 

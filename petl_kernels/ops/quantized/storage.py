@@ -63,7 +63,8 @@ def is_quantized(parts: list[Tensor]) -> bool:
 
 def split_parts(flat: list[Tensor]) -> list[list[Tensor]]:
     """Returns the tensors of each weight, from those of several weights one after the other."""
-    groups, first = [], 0
+    groups: list[list[Tensor]] = []
+    first = 0
     while first < len(flat):
         size = len(PARTS.get(storage_of(flat[first:]), ("weight",)))
         groups.append(flat[first : first + size])
@@ -149,7 +150,8 @@ def check_layout(shape: tuple[int, ...], storage: str) -> None:
 def reference_quantize_int8(weight: Tensor) -> list[Tensor]:
     data = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scale = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
-    for part in tiles(*weight.shape, torch.float32):
+    rows, columns = weight.shape
+    for part in tiles(rows, columns, torch.float32):
         values = weight[part].float()
         largest = values.abs().amax(1)
         scale[part] = torch.where(largest == 0, 1.0, largest / 127)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -14,14 +15,20 @@ from petl_kernels.errors import InputError
 from petl_kernels.ops.quantized.products import dequantize
 from petl_kernels.ops.quantized.storage import PARTS, check_layout, part_shapes, storage_of, tiles
 
+# What a write of an attribute is to ``__torch_function__``.
+_SET_REQUIRES_GRAD = cast(Any, Tensor.requires_grad).__set__
+_SET_DATA = cast(Any, Tensor.data).__set__
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
 # A function of torch.nn.functional -> the one that serves it where an argument is a quantized weight.
-_functions: dict[Callable, Callable] = {}
+_functions: dict[Callable[..., Any], Callable[..., Any]] = {}
 
 
-def takes_quantized(function: Callable) -> Callable[[Callable], Callable]:
+def takes_quantized(function: Callable[..., Any]) -> Callable[[_F], _F]:
     """Returns a decorator that makes a callable serve ``function`` where one of its arguments is a quantized weight."""
 
-    def add(serving: Callable) -> Callable:
+    def add(serving: _F) -> _F:
         _functions[function] = serving
         return serving
 
@@ -40,8 +47,10 @@ class QuantizedTensor(torch.Tensor):
     storage: str  # pyright: ignore[reportIncompatibleMethodOverride]
 
     @staticmethod
-    def __new__(cls, parts: list[Tensor], shape: Sequence[int], dtype: torch.dtype) -> QuantizedTensor:
-        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=parts[0].device)
+    def __new__(
+        cls: type[QuantizedTensor], parts: list[Tensor], shape: Sequence[int], dtype: torch.dtype
+    ) -> QuantizedTensor:
+        self: Any = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=parts[0].device)
         self.storage = storage_of(parts)
         for name, part in zip(PARTS[self.storage], parts, strict=True):
             setattr(self, name, part)
@@ -58,41 +67,49 @@ class QuantizedTensor(torch.Tensor):
 
     dequantise = dequantize  # the spelling of earlier versions
 
-    def __tensor_flatten__(self):
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[str, torch.dtype]]:
         return list(PARTS[self.storage]), (self.storage, self.dtype)
 
     @staticmethod
-    def __tensor_unflatten__(inner, context, size, stride):
+    def __tensor_unflatten__(
+        inner: Mapping[str, Tensor], context: tuple[str, torch.dtype], size: Sequence[int], stride: Sequence[int]
+    ) -> QuantizedTensor:
         storage, dtype = context
         return QuantizedTensor([inner[name] for name in PARTS[storage]], size, dtype)
 
-    def __repr__(self, *, tensor_contents=None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"QuantizedTensor({tuple(self.shape)}, {self.storage}, {self.dtype}, device={str(self.device)!r})"
 
-    def __reduce_ex__(self, protocol):
+    def __reduce_ex__(self, protocol: Any) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
         return _rebuild, (self.parts(), tuple(self.shape), self.dtype, getattr(self, "_is_param", False))
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         if id(self) not in memo:
             parts = [part.clone() for part in self.parts()]
             memo[id(self)] = _rebuild(parts, tuple(self.shape), self.dtype, getattr(self, "_is_param", False))
         return memo[id(self)]
 
     @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
+    def __torch_function__(
+        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if function in _functions:
             return _functions[function](*args, **kwargs)
         if (function is Tensor.requires_grad_ and _wants_grad(*args, **kwargs)) or (
-            function == Tensor.requires_grad.__set__ and args[1]
+            function == _SET_REQUIRES_GRAD and args[1]
         ):
             raise InputError(f"{args[0]!r} requires grad: a quantized weight is frozen, expected a dense one to train")
-        if function == Tensor.data.__set__:
+        if function == _SET_DATA:
             return _set_data(*args)
-        return super().__torch_function__(function, types, args, kwargs)
+        return super().__torch_function__(  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+            function, types, args, kwargs
+        )
 
     @classmethod
-    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         serve = _DISPATCHED.get(function)
         if serve is not None and isinstance(args[0], QuantizedTensor):
             return serve(*args, **(kwargs or {}))
@@ -116,7 +133,7 @@ def _wants_grad(weight: Tensor, requires_grad: bool = True) -> bool:
 def _set_data(weight: QuantizedTensor, other: Tensor) -> None:
     if not isinstance(other, QuantizedTensor) or weight.device != other.device:
         raise InputError("data of a quantized weight: expected another quantized weight on the same device")
-    with torch._C.DisableTorchFunctionSubclass():
+    with torch._C.DisableTorchFunctionSubclass():  # pyright: ignore[reportPrivateUsage]
         weight.data = other  # the shape and the dtype
     weight.storage = other.storage
     for name, part in zip(PARTS[other.storage], other.parts(), strict=True):
@@ -130,11 +147,18 @@ def _same(weight: QuantizedTensor) -> QuantizedTensor:
     return QuantizedTensor(weight.parts(), weight.shape, weight.dtype)
 
 
-def _clone(weight: QuantizedTensor, *, memory_format=None) -> QuantizedTensor:
+def _clone(weight: QuantizedTensor, *, memory_format: torch.memory_format | None = None) -> QuantizedTensor:
     return QuantizedTensor([part.clone() for part in weight.parts()], weight.shape, weight.dtype)
 
 
-def _to_copy(weight: QuantizedTensor, *, dtype=None, device=None, non_blocking=False, **_) -> QuantizedTensor:
+def _to_copy(
+    weight: QuantizedTensor,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+    non_blocking: bool = False,
+    **_: Any,
+) -> QuantizedTensor:
     dtype = weight.dtype if dtype is None else dtype
     if not dtype.is_floating_point:
         raise InputError(f"to {dtype} of a quantized weight: expected a floating-point dtype")
@@ -151,7 +175,7 @@ def _copy(weight: QuantizedTensor, source: Tensor, non_blocking: bool = False) -
     return weight
 
 
-_DISPATCHED = {
+_DISPATCHED: dict[Any, Callable[..., QuantizedTensor]] = {
     torch.ops.aten.detach.default: _same,
     torch.ops.aten.alias.default: _same,
     torch.ops.aten.clone.default: _clone,
@@ -169,8 +193,9 @@ def quantize(weight: Tensor, storage: str) -> QuantizedTensor:
     Raises InputError: another storage, a weight that is not a floating-point matrix, that is trained, that holds inf or
     nan; for NF4 an odd number of values in one row or column, whose length the bytes do not show.
     """
-    if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
-        found = f"{weight.dtype} of shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else repr(weight)
+    given = cast(object, weight)
+    if not isinstance(given, Tensor) or given.dim() != 2 or not given.is_floating_point():
+        found = f"{given.dtype} of shape {tuple(given.shape)}" if isinstance(given, Tensor) else repr(given)
         raise InputError(f"quantize: weight is {found}: expected a floating-point matrix")
     if isinstance(weight, QuantizedTensor):
         raise InputError(f"quantize: weight is {weight.storage} already: expected a dense one")
@@ -194,9 +219,14 @@ def quantize_like(weight: QuantizedTensor, values: Tensor) -> tuple[QuantizedTen
     apart, size = torch.zeros(2, dtype=torch.float64, device=values.device)
     for part in tiles(rows, columns, values.dtype):
         rounded = dequantize(parts, part.start, part.stop - part.start, columns, values.dtype)
-        apart += torch.linalg.vector_norm(rounded.sub_(values[part]), dtype=torch.float64).square()
-        size += torch.linalg.vector_norm(values[part], dtype=torch.float64).square()
+        apart += _sum_of_squares(rounded.sub_(values[part]))
+        size += _sum_of_squares(values[part])
     return QuantizedTensor(parts, tuple(values.shape), weight.dtype), float((apart / size.clamp(min=1e-300)).sqrt())
+
+
+def _sum_of_squares(values: Tensor) -> Tensor:
+    norm = torch.linalg.vector_norm  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    return cast(Tensor, norm(values, dtype=torch.float64)).square()
 
 
 def parts_of(weight: Tensor) -> list[Tensor]:
