@@ -11,6 +11,8 @@ from torch import nn
 from petl_kernels.layers.families import FAMILIES
 from petl_kernels.layers.hooks import hooked_all, hooks_on, is_foreign
 from petl_kernels.layers.mixed_in import original_class
+from petl_kernels.layers.pieces import active_piece
+from petl_kernels.methods.prefix import Prefix
 from petl_kernels.models.transformers_names import attention_implementation, class_of, class_that_runs
 from petl_kernels.ops.philox import RATES, has_mask
 
@@ -32,6 +34,7 @@ def obstacle(layer: nn.Module) -> str:
         _unknown_forward(family, type(layer))
         or _changed_part(family, layer)
         or _watched(layer)
+        or _piece_elsewhere(layer)
         or next((f"dropout {rate}, expected less than 1" for rate in family.rates(layer) if rate >= 1), "")
         or next((f"dropout {rate}, expected {RATES}" for rate in family.rates(layer) if not has_mask(rate)), "")
     )
@@ -75,6 +78,21 @@ def _changed_part(family: type, layer: nn.Module) -> str:
         config = getattr(part, "config", None)
         if config is not None and attention_implementation(config) not in ATTENTIONS:
             return f"attention implementation {attention_implementation(config)!r}, expected eager or sdpa"
+    return ""
+
+
+def _piece_elsewhere(layer: Any) -> str:
+    """Returns which active piece stands where the lean forward runs none: beside linears, norms and the layer itself."""
+    attentions, ffn = layer.blocks(True)
+    norms = {block.norm for block in (*attentions, ffn)}
+    linears = {linear for block in attentions for linear in (block.q, block.k, block.v, block.out)}
+    hosts = {layer, *norms, *linears, *ffn.inputs, ffn.out}
+    attended = {block.host for block in attentions}
+    for path, module in layer.named_modules():
+        piece = active_piece(module)
+        if piece is None or module in hosts or (module in attended and isinstance(piece, Prefix)):
+            continue
+        return f"a {type(piece).__name__} on {path}, where lean layers run none"
     return ""
 
 

@@ -86,13 +86,15 @@ def feed_forward_block(block: FeedForwardBlock, x: Tensor, tier: int) -> Tensor:
 def _input_of_products(block: AttentionBlock | FeedForwardBlock, x: Tensor, tier: int) -> Tensor:
     """Returns what the products of a block read, in the dtype that autocast gives them."""
     if block.pre_norm:
+        if active_piece(block.norm) is not None:
+            return cast_for_products(_norm_and_adapt(block.norm, x, tier))
         return _norm(block.norm, x, tier, cast_for_products)
     return x if cast_for_products(x) is x else recomputed_if(tier >= NORMS, cast_for_products, x)
 
 
 def _norm_and_adapt(norm: nn.Module, h: Tensor, tier: int) -> Tensor:
-    """Returns the output of a post-norm block, with Pfeiffer's adapter, which stands on the norm."""
-    y = _norm(norm, h, tier)
+    """Returns the output of a norm with its piece, such as Pfeiffer's adapter."""
+    y = _norm(norm, _before(norm, h), tier)
     piece = active_piece(norm)
     return y if piece is None else piece.after(norm, (h,), y)
 

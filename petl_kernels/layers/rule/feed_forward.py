@@ -55,6 +55,8 @@ class FeedForward:
         wide = frozen and block.is_wide()
         self.inner = Wide(block) if wide else Frozen(block) if frozen else Open(block)
         self.after, self.beside = _adapters(block, wide)
+        if self.pre_norm and active_piece(block.norm) is not None:
+            raise Unknown("an adapter on the norm before a feed-forward network")
         residual = Residual(BLOCK, block.residual_dropout)
         self.end = Sum(residual) if self.pre_norm else SumAndNorm(residual, self.norm, active_piece(block.norm))
         self.reads_u = self.inner.reads_u or self.beside is not None
