@@ -74,7 +74,8 @@ def targets() -> Iterator[tuple[str, ...]]:
         then, its_limit = (timed.get(key) for key in of_run)
         if unit == "×":
             least = lora_limit(h200, t, shape(name, "cuda").d, LORA_RANKS[op]) if op in LORA_RANKS else 1
-            figures = f"≤ {asked:.2f}", f"{least:.2f}", f"{ours / limit:.2f}", f"{then / its_limit:.2f}" if then else ""
+            over = f"{then / its_limit:.2f}" if then and its_limit else ""
+            figures = f"≤ {asked:.2f}", f"{least:.2f}", f"{ours / limit:.2f}", over
         else:
             figures = f"≤ {_time(asked / 1e6)}", _time(limit), _time(ours), _time(then) if then else ""
         yield op, name, case, *figures
