@@ -32,7 +32,7 @@ from petl_kernels.units import format_size, parse_size
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("shape", choices=MODELS)
     parser.add_argument("memory")
     parser.add_argument("--allow", default="")

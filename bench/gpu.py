@@ -267,7 +267,7 @@ def device_name() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="parts to run (default: all)")
     parser.add_argument("--more", action="store_true", help="what takes longer than six minutes")
     parser.add_argument("--text", nargs=2, metavar=("SRC", "TGT"), help="aligned files for the product, to train on")

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import nn
@@ -48,7 +49,7 @@ def base(d: int, ffn: int, heads: int) -> nn.Module:
 
     torch.manual_seed(0)
     config = m2m_config(1, d, ffn, heads, 64, max_position_embeddings=LENGTH)
-    return M2M100ForConditionalGeneration(config).to(torch.bfloat16)
+    return cast(nn.Module, M2M100ForConditionalGeneration(config)).to(torch.bfloat16)
 
 
 def with_peft(model: nn.Module, fp32_adapters: bool) -> Layers:
@@ -75,8 +76,10 @@ def kept(layers: nn.Module, d: int, rows: int, in_host_memory: int = 0) -> int:
 
 def kept_by_compiled(layers: nn.Module, d: int, rows: int, budget: float) -> int:
     """Returns the same under torch.compile, whose one backward node has what it holds."""
+    from torch._functorch import config
+
     torch._dynamo.reset()
-    torch._functorch.config.activation_memory_budget = budget
+    config.activation_memory_budget = budget
     given = inputs(rows, d)
     output = torch.compile(layers, backend="aot_eager_decomp_partition")(*given)
     known = {parameter.untyped_storage().data_ptr() for parameter in layers.parameters()}
@@ -129,13 +132,13 @@ def rows_of(name: str) -> list[tuple[str, ...]]:
 
 def main() -> None:
     head = ("model", "what", "bytes per token and layer", "of PEFT's", "all layers, 4,096 + 4,096 tokens", "more work")
-    lines = [head]
+    lines: list[tuple[str, ...]] = [head]
     for name in NAMES:
         lines += rows_of(name)
     write_table(lines, 4, *MARKERS)
 
 
-def write_table(lines: list[tuple[str, ...]], numbers: int, begin: str, end: str) -> None:
+def write_table(lines: Sequence[tuple[str, ...]], numbers: int, begin: str, end: str) -> None:
     """Puts the table into docs/MEMORY.md, between the two markers."""
     text = DOCUMENT.read_text(encoding="utf-8")
     DOCUMENT.write_text(markdown.filled(text, begin, end, markdown.table(lines, numbers)), encoding="utf-8")

@@ -23,7 +23,7 @@ from bench.show.medians import runs_in
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--markdown", action="store_true", help=f"write the tables of docs/{DOCUMENT.name}")
     parser.add_argument("--compare", metavar="RESULTS", help="a run's results beside the predictions")
     arguments = parser.parse_args()

@@ -6,6 +6,7 @@ Names are loaded when they are first used, so that ``petl_kernels.ops`` needs Py
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 from petl_kernels import integrations, versions
 
@@ -44,7 +45,7 @@ _MODULES = ("nn", "ops", "parity")
 __all__ = [*_HOME, *_MODULES]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
     if name in _MODULES:

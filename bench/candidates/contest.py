@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +42,7 @@ ROUNDS, WARM = 21, 3
 FLUSH_BYTES = 256 << 20
 
 
-def functions(name: str, given: dict):
+def functions(name: str, given: dict) -> Any:
     """Returns the owner of a candidate's lora_linear and lora_linear_backward, None where the device cannot run it."""
     if name == "bordered":
         from bench.candidates.bordered import Bordered
@@ -101,7 +102,7 @@ def graph_of(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def medians(runs: dict[str, Callable[[], None]], flush: Callable[[], None]) -> dict[str, list[float]]:
+def medians(runs: dict[str, Callable[[], None]], flush: Callable[[], object]) -> dict[str, list[float]]:
     """Returns the seconds of each run in ROUNDS rounds."""
     events = {name: [] for name in runs}
     for round_ in range(WARM + ROUNDS):
@@ -138,7 +139,7 @@ def arguments(shape: tuple[int, ...], device: str, dtype: torch.dtype) -> dict:
     return given | {"scales": [2.0] * groups}
 
 
-def measure(shape: tuple[int, ...], names: list[str], flush: Callable[[], None]) -> list[dict]:
+def measure(shape: tuple[int, ...], names: list[str], flush: Callable[[], object]) -> list[dict]:
     given = arguments(shape, "cuda", torch.bfloat16)
     exact = parity.run("lora_linear", "reference", parity.in_float64(given))
     reference = parity.run("lora_linear", "reference", given)
@@ -180,14 +181,10 @@ def run_of(rows: list[dict], machine: dict, date: str) -> Run:
     found = []
     for row in (row for row in rows if "median" in row):
         tokens, d, rank, groups = row["shape"]
-        names = {"op": "lora contest", "shape": f"d={d}", "case": f"r={rank}, {groups} linear{'s' * (groups > 1)}"}
-        group = f"{names['op']} {names['shape']} {names['case']} {tokens} tokens bfloat16"
+        op, size, case = "lora contest", f"d={d}", f"r={rank}, {groups} linear{'s' * (groups > 1)}"
+        group = f"{op} {size} {case} {tokens} tokens bfloat16"
         times = Times.of(row["samples"])
-        found.append(
-            Measurement(
-                **names, dtype="bfloat16", tokens=tokens, group=group, times=times, implementation=row["implementation"]
-            )
-        )
+        found.append(Measurement(op, size, case, "bfloat16", tokens, group, row["implementation"], times))
     return Run("candidates", machine, {"id": commit()}, date, found)
 
 
@@ -205,7 +202,7 @@ def on_a_cpu(names: list[str]) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--seconds", type=float, default=480, help="begin no new shape after so long")
     parser.add_argument("--names", nargs="*", default=list(NAMES), choices=NAMES)

@@ -12,6 +12,7 @@ import copy
 import functools
 import gc
 import itertools
+from typing import cast
 
 import pytest
 import torch
@@ -86,7 +87,7 @@ def model(device: str) -> torch.nn.Module:
         encoder_attention_heads=4,
         decoder_attention_heads=4,
     )
-    net = M2M100ForConditionalGeneration(config).to(device, torch.bfloat16)
+    net = cast(torch.nn.Module, M2M100ForConditionalGeneration(config)).to(device, torch.bfloat16)
     drop_no_layer(net)
     return net
 

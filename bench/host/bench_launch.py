@@ -48,7 +48,7 @@ def test_launch(benchmark, device, case, implementation):
 @functools.cache
 def samples(device: str) -> dict[tuple[str, str], list[float]]:
     """(case, way) -> seconds of one launch, in each round."""
-    from rehearsal.driver import played
+    from rehearsal.driver import played  # pyright: ignore[reportMissingImports]  of tests/, which pytest finds
 
     from petl_kernels.backends.triton.launch import launch
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import cast
 
 import pytest
 import torch
@@ -44,14 +45,14 @@ def base(name: str, device: str) -> nn.Module:
 
     torch.manual_seed(0)
     if name in T5_MODELS:
-        _, *widths = T5_MODELS[name]
-        config = t5_config(1, *widths[:3], WORDS, widths[4])
+        _, d, ffn, heads, _, head_dim = T5_MODELS[name]
+        config = t5_config(1, d, ffn, heads, WORDS, head_dim)
         model = transformers.T5ForConditionalGeneration(config)
     else:
-        _, *widths = MODELS[name]
-        config = m2m_config(1, *widths[:3], WORDS, max_position_embeddings=LENGTH)
+        _, d, ffn, heads, _ = MODELS[name]
+        config = m2m_config(1, d, ffn, heads, WORDS, max_position_embeddings=LENGTH)
         model = transformers.M2M100ForConditionalGeneration(config)
-    return model.to(device, DTYPE).requires_grad_(False)
+    return cast(nn.Module, model).to(device, DTYPE).requires_grad_(False)
 
 
 def layer_of(model: nn.Module, side: str) -> Callable:
@@ -105,12 +106,14 @@ def work(model: nn.Module, run: Callable, side: str, x: Tensor, source: Tensor) 
 
 
 def inputs(rows: int, d: int, device: str) -> tuple[Tensor, Tensor]:
-    return tuple(torch.randn(rows, LENGTH, d, device=device, dtype=DTYPE, requires_grad=True) for _ in range(2))
+    x, source = (torch.randn(rows, LENGTH, d, device=device, dtype=DTYPE, requires_grad=True) for _ in range(2))
+    return x, source
 
 
 def check(model: nn.Module, run: Callable, reference: nn.Module, side: str, given: tuple[Tensor, ...]) -> None:
     """Output and gradients of ``model`` without dropout against ``reference`` in float64 and in its own dtype."""
-    model.eval(), reference.eval()
+    model.eval()
+    reference.eval()
     exact_model = copy.deepcopy(reference).double()
     doubles = tuple(tensor.detach().double().requires_grad_() for tensor in given)
     found = outcome(work(model, run, side, *given))

@@ -14,8 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench import model
-from bench.predict import counts
+from bench.predict import cases, counts
 from bench.run.measure import measure
 from bench.run.peers import compiled, peer, require
 from bench.run.work import Case, differentiated
@@ -162,7 +161,7 @@ def test_attention(benchmark, name, dtype, dropout, implementation, device):
         implementation,
         differentiated(functions[implementation]()),
         functools.partial(inputs, s.heads, s.head_dim, getattr(torch, dtype), device),
-        model.once(scores, 2) if implementation == "limit" else scores,
+        cases.once(scores, 2) if implementation == "limit" else scores,
         None if implementation == "limit" else formula,
         without_dropout.get(implementation) if dropout else None,
     )

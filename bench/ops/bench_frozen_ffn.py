@@ -39,13 +39,13 @@ def products(x, w1, c1, w2, c2, gate, activation):
 
 
 def recomputing(*arguments, activation):
-    return ops.frozen_ffn(*arguments, activation, recompute=True)
+    return ops.frozen_ffn(*arguments, activation=activation, recompute=True)
 
 
 def by_cublaslt(*arguments, activation):
     """Ours with cuBLASLt's products in the place of PyTorch's."""
     with ops.use("cuda"):
-        return ops.frozen_ffn(*arguments, activation)
+        return ops.frozen_ffn(*arguments, activation=activation)
 
 
 IMPLEMENTATIONS = {

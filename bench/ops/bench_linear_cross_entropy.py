@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench import model
-from bench.predict import counts
+from bench.predict import cases, counts
 from bench.run.check import check
 from bench.run.measure import copies, record, rotation
 from bench.run.memory import peak_memory
@@ -107,7 +106,7 @@ def test_linear_cross_entropy(benchmark, name, dtype, smoothing, implementation,
         s.tokens, s.d, s.words, size, (300 if implementation.endswith("logits") else 32) * MIB
     )
     if implementation == "limit":
-        prepare, head = products, model.products_of_head(s.tokens, s.d, s.words, size)
+        prepare, head = products, cases.products_of_head(s.tokens, s.d, s.words, size)
     else:
         loss = functools.partial(LOSSES[implementation](device), smoothing=smoothing)
         prepare = differentiated(loss)

@@ -61,7 +61,9 @@ def peft_of(autocast_adapter_dtype: bool):
     peft = installed("peft", "PEFT")
 
     def prepare(x, *tensors) -> Work:
-        layers = [_peft_linear(peft, *each, autocast_adapter_dtype) for each in zip(*parts(tensors), strict=True)]
+        layers = [
+            _peft_linear(peft, w, c, a, b, autocast_adapter_dtype) for w, c, a, b in zip(*parts(tensors), strict=True)
+        ]
         own = [[getattr(layer, name)["default"].weight for layer in layers] for name in ("lora_A", "lora_B")]
         return Work(lambda: [layer(x) for layer in layers], (x, *own[0], *own[1]))
 

@@ -45,7 +45,8 @@ def dense_of(storage: str, dtype: torch.dtype):
 
     def formula(x, weight):
         parts = ops.quantize(weight.to(dtype), storage).parts()
-        return F.linear(x, dequantize(parts, 0, *weight.shape, torch.float32).to(x.dtype))
+        n, k = weight.shape
+        return F.linear(x, dequantize(parts, 0, n, k, torch.float32).to(x.dtype))
 
     return formula
 

@@ -68,7 +68,7 @@ def against(run: Run) -> Iterator[tuple[Measurement, float]]:
 
 
 def _on_card(one: Measurement, device: Device) -> float | None:
-    if one.op not in WORK or not one.shape:
+    if one.op not in WORK or not one.shape or one.tokens is None:
         return None
     case = ", ".join([one.case, *one.implementation.split(", ")[1:]])
     ours, _ = work(one.op, one.shape, case, one.tokens, 4 if one.dtype == "float32" else 2)

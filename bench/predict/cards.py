@@ -69,6 +69,9 @@ def launch_seconds(launch: Launch, device: Device, dtype: str = "bfloat16") -> f
 
 def predicted(counted: Counts, device: Device, dtype: str = "bfloat16") -> float | None:
     """Returns seconds, None where ours has no GPU kernel."""
-    if counted.kernels is None:
-        return None
-    return sum(launch_seconds(launch, device, dtype) for launch in counted.kernels)
+    return None if counted.kernels is None else seconds_of(counted, device, dtype)
+
+
+def seconds_of(counted: Counts, device: Device, dtype: str = "bfloat16") -> float:
+    """Returns the seconds of what has launches."""
+    return sum(launch_seconds(launch, device, dtype) for launch in counted.launched())

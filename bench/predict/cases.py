@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from bench.predict import counts
-from bench.predict.cards import Device, predicted
+from bench.predict.cards import Device, seconds_of
 from bench.predict.counts import Counts, Launch
 from bench.shapes import NAMES, T5_MODELS, TOKENS, Shape, shape
 
@@ -162,7 +162,9 @@ WORK = {
 
 
 def _number(case: str) -> int:
-    return int(re.search(r"=(\d+)", case)[1])
+    found = re.search(r"=(\d+)", case)
+    assert found is not None, case
+    return int(found[1])
 
 
 def _passes(elements: int, size: int, *arrays: int) -> Counts:
@@ -198,5 +200,5 @@ def lora_limit(device: Device, tokens: int, d: int, ranks: tuple[int, ...]) -> f
     """
     frozen = counts.frozen_linear(tokens, len(ranks) * d, d, 2)
     more = counts.lora_linear(tokens, d, [d] * len(ranks), ranks, 2).flops - frozen.flops
-    base = predicted(frozen, device)
+    base = seconds_of(frozen, device)
     return 1 + (more / device.rate("bfloat16") + 2 * tokens * d / device.bandwidth) / base

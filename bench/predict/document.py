@@ -7,12 +7,12 @@ from collections.abc import Iterator
 
 from bench.predict import counts, lean_step
 from bench.predict.against import REPLACED, against
-from bench.predict.cards import DEVICES, Device, predicted
+from bench.predict.cards import DEVICES, Device, seconds_of
 from bench.predict.cases import entries, lora_limit, work
 from bench.shapes import TOKENS, shape
 from bench.show import markdown
 from bench.show.figures import seconds as spelled
-from bench.show.measurements import LIMIT, Run, by_op
+from bench.show.measurements import LIMIT, Measurement, Run, by_op
 from bench.show.medians import run_of
 from bench.where import RESULTS, ROOT
 
@@ -28,7 +28,7 @@ def rows() -> Iterator[tuple[str, ...]]:
     for entry, shapes in names.items():
         cells = []
         for device in DEVICES.values():
-            ours, limit = predicted(entry.ours, device), predicted(entry.limit, device)
+            ours, limit = seconds_of(entry.ours, device), seconds_of(entry.limit, device)
             cells.append(f"{_time(ours)} ({ours / limit:.2f})")
         yield entry.op, ", ".join(shapes), entry.case, *cells
 
@@ -69,12 +69,13 @@ def targets() -> Iterator[tuple[str, ...]]:
     run = (one for one in run_of(H200_RESULTS, "ops").measurements if one.tokens == t)
     timed = {(*one.key[:3], one.implementation): one.median for one in run}
     for op, name, case, asked, unit in ASKED:
-        ours, limit = (predicted(each, h200) for each in work(op, name, case, t, 2))
+        ours, limit = (seconds_of(each, h200) for each in work(op, name, case, t, 2))
         of_run = ((op, name, *_as_measured(case)), (op, name, case.split(",")[0], LIMIT))
         then, its_limit = (timed.get(key) for key in of_run)
         if unit == "×":
             least = lora_limit(h200, t, shape(name, "cuda").d, LORA_RANKS[op]) if op in LORA_RANKS else 1
-            figures = f"≤ {asked:.2f}", f"{least:.2f}", f"{ours / limit:.2f}", f"{then / its_limit:.2f}" if then else ""
+            over = f"{then / its_limit:.2f}" if then and its_limit else ""
+            figures = f"≤ {asked:.2f}", f"{least:.2f}", f"{ours / limit:.2f}", over
         else:
             figures = f"≤ {_time(asked / 1e6)}", _time(limit), _time(ours), _time(then) if then else ""
         yield op, name, case, *figures
@@ -89,12 +90,12 @@ def _small_work(device: Device) -> Iterator[tuple[str, ...]]:
     of_run = {(one.op, one.case, one.tokens): one.median for one in run if one.implementation == "ours"}
     for storage, asked in (("int8", 39), ("nf4", 19)):
         op, case = "quantized_project", f"{storage} d x d"
-        ours, limit = (predicted(each, device) for each in work(op, "nllb-600m", case, 1, 2))
+        ours, limit = (seconds_of(each, device) for each in work(op, "nllb-600m", case, 1, 2))
         figures = f"≤ {asked} µs", _time(limit), _time(ours), _time(of_run[op, case, 1])
         yield op, "nllb-600m", f"{case}, one token", *figures
-    copy = predicted(counts.streams(2, 4096 * 1024, 2), device)
+    copy = seconds_of(counts.streams(2, 4096 * 1024, 2), device)
     for storage in ("int8", "nf4"):
-        ours = predicted(counts.quantize(4096, 1024, storage, 2), device)
+        ours = seconds_of(counts.quantize(4096, 1024, storage, 2), device)
         then = next(
             one.median for one in run if (one.op, one.case, one.implementation) == ("quantize", storage, "ours")
         )
@@ -115,9 +116,9 @@ def _layers_and_steps(device: Device, t: int) -> Iterator[tuple[str, str, float,
     sides = {"encoder": lean_step.encoder_layer(s, t), "decoder": lean_step.decoder_layer(s, t, t)}
     for (side, ops), asked in zip(sides.items(), ("800 µs", "1.15 ms"), strict=True):
         then = layers[f"{side} LoRA r=16", "ours"].median
-        yield f"one {side} layer", asked, predicted(lean_step.total(ops), device), _time(then)
+        yield f"one {side} layer", asked, seconds_of(lean_step.total(ops), device), _time(then)
     parts = lean_step.step("nllb-600m", t, t, 300 << 20)
-    yield "a whole step, by the clock", "45 ms", sum(predicted(part, device) for part in parts.values()), ""
+    yield "a whole step, by the clock", "45 ms", sum(seconds_of(part, device) for part in parts.values()), ""
 
 
 MEASURED_HEAD = (
@@ -133,7 +134,7 @@ def measured_rows(run: Run) -> Iterator[tuple[str, ...]]:
         limit = next(one for one in case if one.kind == LIMIT)
         others = [one for one in case if one.kind == "peer"]
         other = min(others, key=lambda one: one.median) if others else None
-        beside = (f"{spelled(other.median)} ({other.implementation})", spelled(other.wall)) if other else ("", "")
+        beside = (f"{spelled(other.median)} ({other.implementation})", spelled(_wall(other))) if other else ("", "")
         names = (limit.op, limit.shape, limit.case + (", one token" if limit.tokens == 1 else ""))
         ours = [one for one in case if one.is_ours]
         if not ours:
@@ -142,7 +143,13 @@ def measured_rows(run: Run) -> Iterator[tuple[str, ...]]:
             more = one.implementation.removeprefix("ours")
             now = spelled(expected[one.key]) if one.key in expected else ""
             figures = (spelled(one.median), f"{one.median / limit.median:.2f}", now, beside[0])
-            yield *names[:2], names[2] + more, spelled(limit.median), *figures, spelled(one.wall), beside[1]
+            yield *names[:2], names[2] + more, spelled(limit.median), *figures, spelled(_wall(one)), beside[1]
+
+
+def _wall(one: Measurement) -> float:
+    """Returns the seconds by the wall, which every measurement of a card has."""
+    assert one.wall is not None, one.title
+    return one.wall
 
 
 LAYER_HEAD = ("layer", "implementation", "device", "over the frozen layer", "wall", "over the frozen layer's")
@@ -153,8 +160,8 @@ def layer_rows(run: Run) -> Iterator[tuple[str, ...]]:
         limit = next(one for one in case if one.kind == LIMIT)
         for one in case:
             name = "frozen, the model's own" if one is limit else one.implementation
-            ratios = (f"{one.median / limit.median:.2f}", f"{one.wall / limit.wall:.2f}")
-            times = (f"{one.median * 1e3:.2f} ms", f"{one.wall * 1e3:.1f} ms")
+            ratios = (f"{one.median / limit.median:.2f}", f"{_wall(one) / _wall(limit):.2f}")
+            times = (f"{one.median * 1e3:.2f} ms", f"{_wall(one) * 1e3:.1f} ms")
             yield f"{one.shape} {one.case}", name, times[0], ratios[0], times[1], ratios[1]
 
 
@@ -167,7 +174,9 @@ def write_document() -> None:
     text = _filled(text, "measured", [MEASURED_HEAD, *measured_rows(ops)], len(MEASURED_HEAD) - 3)
     text = _filled(text, "replaced", [("op", "case", "what was measured at aaa4494", "now"), *REPLACED], 0)
     text = _filled(text, "predictions", [("op", "shape", "case", *DEVICES), *rows()], len(DEVICES))
-    table = [("card", "bf16, TFLOP/s", "fp32, TFLOP/s", "memory, TB/s", "L2, MiB", "products reach", "copies reach")]
+    table: list[tuple[str, ...]] = [
+        ("card", "bf16, TFLOP/s", "fp32, TFLOP/s", "memory, TB/s", "L2, MiB", "products reach", "copies reach")
+    ]
     for name, device in DEVICES.items():
         rates = (device.bf16 / 1e12, device.fp32 / 1e12, device.bandwidth / 1e12, device.l2 >> 20)
         fractions = (f"{device.products:.0%}", f"{device.copies:.0%}")

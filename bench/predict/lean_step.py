@@ -46,7 +46,7 @@ def step(name: str, source: int, target: int, chunk_bytes: int, size: int = 2) -
 def _first_norm(s: Shape, t: int, size: int) -> list[Part]:
     """The norm at the layer's start, to whose gradient that of the residual is added in the same pass."""
     norm, residual = counts.layer_norm(t, s.d, size), t * s.d * size
-    forward, backward = norm.kernels
+    forward, backward = norm.launched()
     kernels = forward, replace(backward, bytes=backward.bytes + residual)
     return [("layer_norm", replace(norm, bytes=norm.bytes + residual, kernels=kernels))]
 

@@ -31,7 +31,7 @@ from bench.where import RESULTS, commit
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("what", choices=("parent", "nllb-600m"))
     parser.add_argument("--text", nargs=2, metavar=("SRC", "TGT"))
     parser.add_argument("--languages", default="en-fi", metavar="SRC-TGT")

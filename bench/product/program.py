@@ -152,7 +152,8 @@ def _petl_mt(words: list[str], files: list[str], sender) -> None:
     except BaseException:
         traceback.print_exc()
         code = 1
-    sys.stdout.flush(), sys.stderr.flush()
+    sys.stdout.flush()
+    sys.stderr.flush()
     sender.send((code, *_peaks()))
 
 
@@ -161,7 +162,8 @@ def _peaks() -> tuple[int, int]:
     from petl_kernels.step import cap
 
     if not torch.cuda.is_available():
-        return (cap.peak(torch.device("cpu")),) * 2
+        peak = cap.peak(torch.device("cpu"))
+        return peak, peak
     device = torch.device("cuda", torch.cuda.current_device())
     context = cap.context_bytes(device)
     return torch.cuda.max_memory_allocated(device) + context, torch.cuda.max_memory_reserved(device) + context

@@ -14,6 +14,8 @@ from collections.abc import Callable
 
 import torch
 
+CUDA = torch.autograd.DeviceType.CUDA  # pyright: ignore[reportPrivateImportUsage]  the profiler's events have it
+
 
 def device_seconds(run: Callable, rounds: int) -> tuple[list[float], list[float]]:
     """Returns (the device's seconds of each round, the host's and the device's together of some).
@@ -62,7 +64,7 @@ def busy_seconds(run: Callable, rounds: int) -> list[float]:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiled:
             run()
             torch.cuda.synchronize()
-        on_device = [event for event in profiled.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+        on_device = [event for event in profiled.events() or () if event.device_type == CUDA]
         found.append(covered([(event.time_range.start, event.time_range.end) for event in on_device]) / 1e6)
     return found if all(found) else []
 

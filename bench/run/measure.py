@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 
@@ -21,6 +22,7 @@ from bench.run.memory import cache_bytes
 from bench.run.work import Case, Inputs, Prepare, step
 
 MOST_COPIES = 64
+Drawn = TypeVar("Drawn", bound=Inputs)
 
 
 def measure(
@@ -44,7 +46,7 @@ def measure(
     record(benchmark, case, implementation, rotation(runs), counted)
 
 
-def copies(make: Callable[[], Inputs], device: str) -> list[Inputs]:
+def copies(make: Callable[[], Drawn], device: str) -> list[Drawn]:
     """Returns as many draws of the inputs as fill the cache twice, so that none is in it when its turn comes."""
     first = make()
     size = sum(tensor.nbytes for tensor in first if tensor is not None)

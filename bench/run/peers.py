@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ def installed(module: str, name: str, device: str = "cuda"):
 
 def lora_by_peft(
     model: nn.Module, fp32_adapters: bool, rank: int = 16, targets: Sequence[str] = ("q_proj", "v_proj")
-) -> nn.Module:
+) -> Any:
     """Returns PEFT's model of ``model`` with LoRA of alpha 2 · rank; its defaults have adapters in fp32."""
     import peft
 

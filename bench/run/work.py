@@ -72,7 +72,7 @@ def leaves_of(inputs: Inputs) -> tuple[Tensor, ...]:
     return tuple(tensor for tensor in inputs if tensor is not None and tensor.requires_grad)
 
 
-def step(work: Work) -> Callable[[], None]:
+def step(work: Work) -> Callable[[], object]:
     """Returns a call of forward and the leaves' gradients, or, without leaves, of forward outside autograd."""
     if not work.leaves:
         return torch.no_grad()(work.forward)

@@ -161,7 +161,7 @@ def by_op(measurements: Iterable[Measurement]) -> dict[str, list[list[Measuremen
     return {op: list(cases.values()) for op, cases in ops.items()}
 
 
-def limit_of(case: list[Measurement]) -> Measurement | None:
+def limit_of(case: Iterable[Measurement]) -> Measurement | None:
     return next((one for one in case if one.kind == LIMIT), None)
 
 

@@ -156,13 +156,18 @@ def _group(one: Measurement) -> str:
 
 
 def _measurement(row: dict[str, str]) -> Measurement:
-    whole = {name: int(row[name]) if row[name] else None for name in ("tokens", *WORK)}
+    tokens, *work = (int(row[name]) if row[name] else None for name in ("tokens", *WORK))
     predicted, wall = (float(row[name]) if row[name] else None for name in ("predicted", "wall_median"))
     one = Measurement(
-        **{name: row[name] for name in NAMES if name != "tokens"},
-        **whole,
+        op=row["op"],
+        shape=row["shape"],
+        case=row["case"],
+        dtype=row["dtype"],
+        tokens=tokens,
         group=row["group"],
+        implementation=row["implementation"],
         times=_read_times(row, ""),
+        **dict(zip(WORK, work, strict=True)),
         predicted=predicted,
         wall=wall,
         walls=_read_times(row, "wall_") if row["wall_samples"] else None,

@@ -119,10 +119,11 @@ def _roof(run: Run, dtype: str) -> str:
 
 
 def _point(run: Run, one: Measurement) -> Point:
-    fraction = run.roofline(one)
-    note = f"{one.op} {one.title}, {one.implementation}: {seconds(one.median)}, {rate(one.flop_rate(), 'FLOP/s')}"
+    fraction, intensity, speed = run.roofline(one), one.intensity(), one.flop_rate()
+    assert intensity is not None and speed is not None, "the plot has what has operations and bytes to count"
+    note = f"{one.op} {one.title}, {one.implementation}: {seconds(one.median)}, {rate(speed, 'FLOP/s')}"
     note += f", {fraction:.0%} of the roofline" if fraction else ""
-    return Point(one.intensity(), one.flop_rate(), one.op, _shape(one), note, one.is_ours)
+    return Point(intensity, speed, one.op, _shape(one), note, one.is_ours)
 
 
 def _shape(one: Measurement) -> str:
@@ -185,12 +186,12 @@ def _times_of(one: Measurement, others: Sequence[Measurement | None]) -> list[st
 
 
 def _work_of(run: Run, one: Measurement) -> list[str]:
-    fraction = run.roofline(one)
+    fraction, flops, moved = run.roofline(one), one.flop_rate(), one.byte_rate()
     return [
         _si(one.flops, "FLOP"),
         _si(one.bytes, "B"),
-        rate(one.flop_rate(), "FLOP/s") if one.flop_rate() else "",
-        rate(one.byte_rate(), "B/s") if one.byte_rate() else "",
+        rate(flops, "FLOP/s") if flops else "",
+        rate(moved, "B/s") if moved else "",
         f"{fraction:.0%}" if fraction else "",
         "" if one.launches is None else str(one.launches),
         "" if one.peak_bytes is None else size(one.peak_bytes),

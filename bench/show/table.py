@@ -57,8 +57,9 @@ def render(
     from rich.console import Console
     from rich.table import Table
 
+    text = io.StringIO()
     console = Console(
-        file=io.StringIO(),
+        file=text,
         width=width if terminal else PLAIN_WIDTH,
         force_terminal=terminal,
         color_system="standard" if terminal else None,
@@ -73,5 +74,5 @@ def render(
         table.add_row(*(row[column] for column in shown), style="bold" if row[0].startswith("ours") else None)
     console.print(title, style="bold" if terminal else None)
     console.print(table)
-    lines = console.file.getvalue().splitlines()
+    lines = text.getvalue().splitlines()
     return "\n".join(line.rstrip() for line in lines) + "\n"

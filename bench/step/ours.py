@@ -59,6 +59,7 @@ class OurUpdate:
     @property
     def plan(self) -> Plan:
         """Tightened, maybe."""
+        assert self.trainer.plan is not None
         return self.trainer.plan
 
     def __call__(self, batch: PackedBatch) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +42,7 @@ class Update:
         return total.item()
 
 
-def peft_model(model: nn.Module, trial: Trial, device: torch.device) -> nn.Module:
+def peft_model(model: Any, trial: Trial, device: torch.device) -> nn.Module:
     """Returns PEFT's model in bf16 but for what the setting changes, the leanest and fastest that PEFT can be given.
 
     Of what bitsandbytes rounds, no dense copy is in memory. Without ``prepare_model_for_kbit_training``, which would
@@ -49,6 +50,7 @@ def peft_model(model: nn.Module, trial: Trial, device: torch.device) -> nn.Modul
     """
     versions.check("peft")
     setting, model = trial.setting, model.to(torch.bfloat16)
+    assert setting is not None
     rounded = set()
     if setting.base != "bfloat16":
         head = model.get_output_embeddings()
@@ -76,15 +78,15 @@ def peft_model(model: nn.Module, trial: Trial, device: torch.device) -> nn.Modul
 
 
 def _rounded_linear(linear: nn.Linear, base: str, device: torch.device) -> nn.Linear:
-    import bitsandbytes as bnb
+    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 
     size = linear.in_features, linear.out_features
     with torch.device("meta"):
         if base == "int8":
-            made = bnb.nn.Linear8bitLt(*size, has_fp16_weights=False, threshold=6.0)
+            made = Linear8bitLt(*size, has_fp16_weights=False, threshold=6.0)
         else:
-            made = bnb.nn.Linear4bit(*size, compute_dtype=torch.bfloat16, quant_type="nf4", compress_statistics=True)
-    kind = type(made.weight)
+            made = Linear4bit(*size, compute_dtype=torch.bfloat16, quant_type="nf4", compress_statistics=True)
+    kind = cast(Any, type(made.weight))
     options = {"has_fp16_weights": False} if base == "int8" else {"quant_type": "nf4", "compress_statistics": True}
     made.weight = kind(linear.weight.data, requires_grad=False, **options)
     made.bias = linear.bias

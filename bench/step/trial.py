@@ -14,7 +14,9 @@ import multiprocessing
 import os
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -81,6 +83,9 @@ def failed(error: BaseException) -> Result:
     return Result(lines[0][:300])
 
 
+B = TypeVar("B")
+
+
 def measure(trial: Trial) -> Result:
     device = torch.device(trial.device)
     cap.expand_segments()
@@ -99,23 +104,13 @@ def measure(trial: Trial) -> Result:
         cap.reset_peak(device)
         before = cap.peak(device)
         if plan is None:
-            model = peft_model(model, trial, device)
+            model, ours = peft_model(model, trial, device), None
             step = Update(model, functools.partial(peft_loss, model), trial.micro_tokens, device)
+            loss, seconds = _timed(step, updates, worst, trial, device)
         else:
-            step = OurUpdate(our_model(model, trial, plan, like, folder, device), plan, device)
+            step = ours = OurUpdate(our_model(model, trial, plan, like, folder, device), plan, device)
             updates, worst = packed_batches(trial.data, words), packed(worst)
-        loss = step(worst)
-        if device.type == "cuda" or (trial.setting is not None and trial.setting.compiled):
-            for batch in updates:  # kernels that a shape needs are there afterwards
-                step(batch)
-        seconds = []
-        for _ in range(trial.rounds):
-            _wait(device)
-            began = time.perf_counter()
-            for batch in updates:
-                step(batch)
-            _wait(device)
-            seconds.append(time.perf_counter() - began)
+            loss, seconds = _timed(step, updates, worst, trial, device)
         least, most = _needed(step.model, before, trial, device)
     return Result(
         seconds=seconds,
@@ -124,9 +119,28 @@ def measure(trial: Trial) -> Result:
         source_tokens=sum(int((batch.source != PAD).sum()) for batch in updates),
         target_tokens=sum(batch.target_tokens for batch in updates),
         loss=loss,
-        setting=str(trial.setting) if plan is None else plan_line(step.plan),
-        plan=None if plan is None else step.plan.to_dict(),
+        setting=str(trial.setting) if ours is None else plan_line(ours.plan),
+        plan=None if ours is None else ours.plan.to_dict(),
     )
+
+
+def _timed(
+    step: Callable[[B], float], updates: Sequence[B], worst: B, trial: Trial, device: torch.device
+) -> tuple[float, list[float]]:
+    """Returns the loss of the largest batch, which comes first, and the seconds of each round of ``updates``."""
+    loss = step(worst)
+    if device.type == "cuda" or (trial.setting is not None and trial.setting.compiled):
+        for batch in updates:  # kernels that a shape needs are there afterwards
+            step(batch)
+    seconds = []
+    for _ in range(trial.rounds):
+        _wait(device)
+        began = time.perf_counter()
+        for batch in updates:
+            step(batch)
+        _wait(device)
+        seconds.append(time.perf_counter() - began)
+    return loss, seconds
 
 
 def _wait(device: torch.device) -> None:

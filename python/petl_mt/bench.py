@@ -179,6 +179,7 @@ def _module(name: str) -> ModuleType:
     if getattr(sys.modules.get("bench"), "__file__", None) != str(package):
         places = [str(package.parent)]
         spec = importlib.util.spec_from_file_location("bench", package, submodule_search_locations=places)
+        assert spec is not None  # a file that is there has one
         sys.modules["bench"] = importlib.util.module_from_spec(spec)
     return importlib.import_module(f"bench.{name}")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from petl_kernels.errors import InputError
 from petl_kernels.units import format_least, format_size
 
-from .config import Pair, TrainConfig
+from .config import Pair, ResolvedConfig, TrainConfig
 
 # Variables in which launchers keep the number of processes: torchrun and accelerate, Open MPI, MPICH, MVAPICH.
 COUNTS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -53,8 +53,8 @@ def check_files(config: TrainConfig) -> list[str]:
     return lines
 
 
-def little_effect(config: TrainConfig) -> list[str]:
-    """Returns lines on options with little effect in a run of so many steps; ``config`` has all defaults filled in."""
+def little_effect(config: ResolvedConfig) -> list[str]:
+    """Returns lines on options with little effect in a run of so many steps."""
     lines = []
     if config.warmup >= config.steps > 1:
         lines.append(

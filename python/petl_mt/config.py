@@ -12,7 +12,7 @@ import importlib.util
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from petl_kernels import versions
 from petl_kernels.errors import InputError
@@ -27,7 +27,7 @@ SCHEDULES = ("inverse-sqrt", "linear", "polynomial")
 PRECISIONS = ("fp32", "bf16")
 OPTIMIZERS = ("adamw", "adamw8bit")
 APPROXIMATIONS = "quantized (frozen weights in 8 or 4 bits), 8bit-optimizer, bf16-gradients"
-UNCAPTURED = {  # tiers that no CUDA graph holds, and why
+UNCAPTURED: dict[int | None, str] = {  # tiers that no CUDA graph holds, and why
     0: "CUDA graphs take packed rows, which lean layers alone read",
     5: "a CUDA graph holds no inputs in host memory",
 }
@@ -164,7 +164,7 @@ class TrainConfig:
         self.train, self.valid = (
             [item if isinstance(item, Pair) else Pair(**item) for item in pairs] for pairs in (self.train, self.valid)
         )
-        self.betas = tuple(self.betas)
+        self.betas = cast("tuple[float, float]", tuple(self.betas))  # ``check_settings`` counts them
 
     @property
     def is_new(self) -> bool:
@@ -249,9 +249,9 @@ class TrainConfig:
         full = self.method == "full" or (self.is_new and self.method is None)
         _need(not full or self.params is None, f"params {self.params}: no effect, since all of the model is trained")
 
-    def resolve(self, d_model: int) -> TrainConfig:
+    def resolve(self, d_model: int) -> ResolvedConfig:
         """Returns the configuration with the defaults filled in that follow from the method and the model's width."""
-        new = dataclasses.replace(self)
+        new = cast("ResolvedConfig", dataclasses.replace(self))
         new.method = self.method or ("full" if self.is_new else "adapter")
         new.lr = self.lr if self.lr is not None else default_lr(new.method, d_model, self.is_new)
         new.schedule = self.schedule or ("inverse-sqrt" if self.is_new else "linear")
@@ -268,6 +268,21 @@ class TrainConfig:
     def from_dict(cls, values: Mapping[str, Any], where: str = "config") -> TrainConfig:
         """Returns the configuration of a mapping. Raises InputError for keys that are no fields."""
         return cls(**check_keys(values, where))
+
+
+if TYPE_CHECKING:
+
+    class ResolvedConfig(TrainConfig):
+        """The configuration of a run, with all defaults filled in by ``resolve``."""
+
+        method: str
+        lr: float
+        schedule: str
+        warmup: int
+        eval_every: int
+
+else:
+    ResolvedConfig = TrainConfig
 
 
 def check_count(name: str, value: int | None) -> None:
@@ -349,8 +364,9 @@ def _pairs(items: list, languages: list[str | None], name: str, where: str) -> l
                 f"{where}: {name}: expected two files, or a list of mappings with src_lang, tgt_lang, "
                 f"source and target; found {item!r}"
             )
-        for key in LANGUAGE_KEYS if isinstance(item, Mapping) else ():
-            _code(f"{name}: {key}", item[key], where)
+        if isinstance(item, Mapping):
+            for key in LANGUAGE_KEYS:
+                _code(f"{name}: {key}", item[key], where)
     return [item if isinstance(item, Pair) else Pair(**{k: str(v) for k, v in item.items()}) for item in items]
 
 

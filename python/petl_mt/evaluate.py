@@ -78,6 +78,7 @@ def validation_loss(
         for indices in corpus.batch_indices(batch_tokens):
             batch = corpus.packed(indices, start) if packed else corpus.collate(indices)
             if captured is not None:
+                assert isinstance(batch, PackedBatch)  # a graph reads packed rows alone
                 total += captured(batch, batch_tokens)
             else:
                 with autocast():

@@ -33,5 +33,6 @@ def sequence_loss(model, batch: Batch | PackedBatch, start: int, pad: int, label
         "use_cache": False,
     }
     if isinstance(model, LeanLoss):
-        return model(**inputs, labels=batch.labels, **options).loss
+        # mixed in before the class of a model, which can be called
+        return model(**inputs, labels=batch.labels, **options).loss  # pyright: ignore[reportCallIssue]
     return loss_of_logits(model(**inputs).logits, batch.labels, label_smoothing, reduction="sum")

@@ -28,7 +28,8 @@ class MemoryMeter:
     def __init__(self, device: torch.device) -> None:
         """Frees what is no longer in use first, so that it is not counted as this run's."""
         gc.collect()
-        self.device, self.model = device, None
+        self.device = device
+        self.model: nn.Module | None = None
         self._earlier = cap.count(device)
         self._most = 0
 
@@ -58,6 +59,8 @@ class MemoryMeter:
 
     def _pages(self) -> int:
         """Returns the resident bytes of streamed layers; on CUDA 0, since the allocator counts them."""
+        if self.model is None:
+            return 0
         streamed = owner(self.model).streamed
         return streamed.resident_bytes() if streamed is not None and self.device.type == "cpu" else 0
 

@@ -50,7 +50,10 @@ def _setting(variant: Variant, field: dataclasses.Field) -> str:
 def _default(variant: Variant, field: dataclasses.Field) -> Any:
     if field.name in variant.settings:
         return variant.settings[field.name]
-    return field.default if field.default is not dataclasses.MISSING else field.default_factory()
+    if field.default is not dataclasses.MISSING:
+        return field.default
+    assert field.default_factory is not dataclasses.MISSING
+    return field.default_factory()
 
 
 def _word(value: Any) -> str:

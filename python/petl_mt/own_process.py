@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -59,12 +60,18 @@ def _work(function: Callable[..., Any], arguments: tuple) -> Any:
     try:
         return function(*arguments)
     finally:
-        if not multiprocessing.parent_process().is_alive():  # the result has no reader, and no work will follow
+        if not _parent().is_alive():  # the result has no reader, and no work will follow
             os._exit(1)
 
 
+def _parent() -> BaseProcess:
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # this runs in a process that multiprocessing has started
+    return parent
+
+
 def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
+    _parent().join()
     os.kill(os.getpid(), signal.SIGTERM)
 
 

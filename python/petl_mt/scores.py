@@ -6,7 +6,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sacrebleu.metrics import BLEU, CHRF
+from sacrebleu.metrics.bleu import BLEU
+from sacrebleu.metrics.chrf import CHRF
 
 from petl_kernels import versions
 from petl_kernels.errors import InputError
@@ -15,7 +16,7 @@ from petl_kernels.interop.languages import script_of
 # Scripts that put no spaces between words, where 13a would take a sentence for one word. sacreBLEU has a tokenizer for
 # Chinese; its others for such scripts are models that have to be downloaded, or packages that have to be installed, and
 # characters need neither. Korean has spaces, and 13a.
-_TOKENIZE = dict.fromkeys("Hans Hant Hani Bopo".split(), "zh")
+_TOKENIZE: dict[str, str] = dict.fromkeys("Hans Hant Hani Bopo".split(), "zh")
 _TOKENIZE |= dict.fromkeys("Jpan Hira Kana Hrkt Thai Laoo Khmr Mymr Tibt Lana Talu Tale Tavt".split(), "char")
 
 versions.check("sacrebleu")

@@ -60,7 +60,7 @@ class Watch:
 
     def at(self, done: int, figures: str = "") -> None:
         """Shows that ``done`` of the total are done, with ``figures`` behind it."""
-        if self._bar is not None:
+        if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=done, figures=f"{self.unit} {figures}".strip())
         elif not self.quiet and time.monotonic() - self._said >= EVERY and done not in (self._told, self.total):
             self._said, self._told = time.monotonic(), done

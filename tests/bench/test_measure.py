@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from bench.ops import bench_attention, bench_linear_cross_entropy
 from bench.predict import counts
 from bench.run import check, clock, measure, memory, work
 
@@ -173,3 +174,20 @@ def test_times_of_the_device_become_the_benchmarks_rounds(enabled, monkeypatch):
     assert enabled.stats.stats.data == seconds
     assert enabled.extra_info["wall_seconds"] == 5.0 and enabled.extra_info["wall_samples"] == [5.0, 9.0, 5.0]
     assert enabled.extra_info["predicted_seconds"] == pytest.approx(6e-6, rel=0.01)
+
+
+def test_limits_of_attention_and_the_loss_are_counted(monkeypatch):
+    """The limit of each is counted by what it alone does."""
+    counted = {}
+    monkeypatch.setattr(bench_attention, "measure", lambda *given: counted.update(attention=given[5]))
+    bench_attention.test_attention(None, "nllb-600m", "bfloat16", 0.0, "limit", "cpu")
+    monkeypatch.setattr(bench_linear_cross_entropy, "record", lambda *given: counted.update(loss=given[4]))
+    monkeypatch.setattr(bench_linear_cross_entropy, "inputs", lambda *given: small_loss())
+    monkeypatch.setattr(bench_linear_cross_entropy, "copies", lambda make, device: [make()])
+    bench_linear_cross_entropy.test_linear_cross_entropy(None, "m2m-418m", "bfloat16", 0.1, "limit", "cpu")
+    assert [part.name for part in counted["attention"].kernels] == ["library pass"] * 2
+    assert counted["loss"].flops == 4 * 512 * 1024 * 128112
+
+
+def small_loss() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return torch.randn(4, 8, requires_grad=True), torch.randn(16, 8), torch.randint(0, 16, (4,))

@@ -8,6 +8,8 @@ from petl_mt.cli import parser_for
 from petl_mt.commands.training_options import train_config
 from petl_mt.config import Pair, TrainConfig, default_lr
 from petl_mt.config_file import load_yaml
+from petl_mt.models.adapt import adapt
+from torch import nn
 
 from petl_kernels.errors import InputError
 from petl_kernels.methods import METHODS
@@ -189,3 +191,9 @@ def test_options_without_effect_are_refused(values, message):
 def test_languages_beside_pairs_that_have_theirs():
     with pytest.raises(InputError, match="src_lang 'fr': no effect, since every pair names its own"):
         from_flags("--pair", "en-de", "a", "b", "--src-lang", "fr")
+
+
+def test_a_model_is_adapted_by_a_method_alone():
+    """A configuration that is not resolved, or a file of which the method was taken out, names none."""
+    with pytest.raises(InputError, match="method None: unknown; expected .*adapter"):
+        adapt(nn.Linear(2, 2), TrainConfig())

@@ -24,6 +24,13 @@ def test_text_is_as_recorded():
     assert sentence.text("fi") == RECORDED["fi"]
 
 
+def test_help_of_a_python_without_docstrings(monkeypatch, capsys):
+    monkeypatch.setattr(text, "__doc__", None)  # as under python -OO
+    with pytest.raises(SystemExit):
+        text.main(["--help"])
+    assert "--vocabulary" in capsys.readouterr().out
+
+
 def test_every_kind_of_phrase_is_written_in_every_language():
     draw = Draw(random.Random(5), "train")
     slots = sorted({slot for template in text.TEMPLATES for slot in re.findall(r"\{(\w+)\}", template)})

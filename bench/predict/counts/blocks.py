@@ -106,7 +106,7 @@ def parallel_ffn(t: int, d: int, f: int, m: int, activation: str, size: int) -> 
     names = ("copy D", "copy d", "multiply U", "add u", *(("cast D", "cast U") if m <= ADAPTER_FUSED else ()))
     small = [Launch(name, library=True) for name in names]
     own = _adapter_backward(t, d, m, size, need_dx=False, norm=False, fused=m <= ADAPTER_FUSED)
-    kernels = (*small, *network.kernels, *own)
+    kernels = (*small, *network.launched(), *own)
     return Counts(8 * t * d * f + 12 * t * d * m, moved, kernels)
 
 

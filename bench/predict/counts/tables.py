@@ -18,6 +18,7 @@ CARD = "sm90"
 def _config():
     path = Path(petl_kernels.__file__).parent / "backends" / "triton" / "config.py"
     spec = importlib.util.spec_from_file_location("bench.predict.counts.config", path)
+    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -25,7 +26,7 @@ def _config():
 
 _tables = _config()
 padded = _tables.padded
-ADAPTER_FUSED = _tables.ADAPTER_FUSED[CARD]
+ADAPTER_FUSED: int = _tables.ADAPTER_FUSED[CARD]
 LOOP_ROWS, VECTOR_ROWS = _tables.QUANTIZED_LOOP_ROWS, _tables.QUANTIZED_VECTOR_ROWS
 QUANTIZED = _tables.QUANTIZED[CARD]
 # Parts of a sum over rows that programs walk over.

@@ -39,6 +39,11 @@ class Counts:
         """Number of launches of our own kernels, forward and backward."""
         return None if self.kernels is None else sum(not kernel.library for kernel in self.kernels)
 
+    def launched(self) -> tuple[Launch, ...]:
+        """Returns the launches of what has them."""
+        assert self.kernels is not None, "ours has no GPU kernel"
+        return self.kernels
+
     def __add__(self, other: Counts) -> Counts:
         both = None if self.kernels is None or other.kernels is None else self.kernels + other.kernels
         return Counts(self.flops + other.flops, self.bytes + other.bytes, both)

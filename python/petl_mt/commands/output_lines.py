@@ -64,12 +64,12 @@ class OutputLines:
                 raise
         finally:
             if self._part is not None:
-                self._settle(kind is None)
+                self._settle(self._part, self.path, kind is None)
 
-    def _settle(self, whole: bool) -> None:
+    def _settle(self, part: str, path: str, whole: bool) -> None:
         if whole:
-            os.replace(self._part, self.path)
+            os.replace(part, path)
         elif not self.lines:
-            os.unlink(self._part)
+            os.unlink(part)
         else:
-            say(f"{self.lines:,} lines are in {self._part}")
+            say(f"{self.lines:,} lines are in {part}")

@@ -38,13 +38,13 @@ class Parser(argparse.ArgumentParser):
 
 
 class _Store(argparse._StoreAction):
-    def __call__(self, parser, namespace, values, option_string=None) -> None:
+    def __call__(self, parser: Parser, namespace, values, option_string=None) -> None:
         parser.once(self, option_string)
         super().__call__(parser, namespace, values, option_string)
 
 
 class _Boolean(argparse.BooleanOptionalAction):
-    def __call__(self, parser, namespace, values, option_string=None) -> None:
+    def __call__(self, parser: Parser, namespace, values, option_string=None) -> None:
         if self.dest in parser.given:
             parser.error(f"arguments {' and '.join(self.option_strings)}: given twice; expected one of them, once")
         parser.once(self, option_string)
@@ -52,7 +52,7 @@ class _Boolean(argparse.BooleanOptionalAction):
 
 
 class _StoreTrue(argparse._StoreTrueAction):
-    def __call__(self, parser, namespace, values, option_string=None) -> None:
+    def __call__(self, parser: Parser, namespace, values, option_string=None) -> None:
         parser.once(self, option_string)
         super().__call__(parser, namespace, values, option_string)
 

@@ -163,7 +163,7 @@ class _Rows:
         self.done += 1
         left = time_left(time.perf_counter() - self.began, self.done, self.rows)
         place = f"{self.done} of {self.rows}" + (f", {left}" if left else "")
-        if row.status != "done":
+        if row.status != "done" or row.scores is None:
             self.console.print(f"{pair} {row.name:<16} {row.status}: {row.note}  ({place})")
             return
         share, took = cells(row, ("share",))[0], f"{row.seconds:.0f} s" if row.seconds else ""

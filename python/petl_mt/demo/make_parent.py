@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
@@ -29,7 +30,7 @@ def parent_folder() -> Path:
 def shrink(source: str | Path, target: str | Path) -> int:
     """Writes the model folder ``source`` to ``target`` with fp16 weights; returns the bytes of the new folder."""
     with hush(), atomic_dir(target) as folder:
-        model, tokenizer = load_pretrained(str(source))
+        model, tokenizer = cast("tuple[Any, Any]", load_pretrained(str(source)))
         model.to(torch.float16).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         for file in folder.iterdir():

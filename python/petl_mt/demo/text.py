@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator
 from functools import cache, lru_cache
 from hashlib import blake2b
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from babel import Locale
 from babel.core import get_global
@@ -279,13 +279,14 @@ def _cities(language, zones, style):
 
 
 @cache
-def _length(language: str, *units: str) -> str:
+def _length(language: str, *units: str) -> Literal["long", "short"]:
     """Returns the longest form in which the language has these units; of two equal ones CLDR keeps the shorter."""
     names = Locale.parse(language)._data["unit_patterns"]
-    return next(form for form in ("long", "short") if all("other" in names[unit].get(form, {}) for unit in units))
+    forms: tuple[Literal["long", "short"], ...] = ("long", "short")
+    return next(form for form in forms if all("other" in names[unit].get(form, {}) for unit in units))
 
 
-def _join(language: str, items: list[str], style: str) -> str:
+def _join(language: str, items: list[str], style: Literal["standard", "or", "unit"]) -> str:
     if len(items) == 1:
         return items[0]
     patterns = Locale.parse(language).list_patterns.get(style, {})  # incomplete for some languages
@@ -600,7 +601,7 @@ def _write_lines(path: Path, lines: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m petl_mt.demo.text", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m petl_mt.demo.text", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     parser.add_argument("--pairs", required=True, help="for example en-de,en-fr; languages: " + " ".join(LANGUAGES))
     parser.add_argument("--train", type=int, default=5000, help="training lines of each pair")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,7 +16,7 @@ from petl_kernels.interop.hf import load_pretrained, load_skeleton
 from petl_kernels.models.structure import describe
 from petl_kernels.planning.load import load_planned
 from petl_kernels.planning.plan import Plan
-from petl_kernels.planning.planner import plan_search
+from petl_kernels.planning.planner import SearchPlan, plan_search
 from petl_kernels.planning.resident import SLOTS
 from petl_kernels.step import cap
 from petl_kernels.units import parse_size
@@ -29,7 +30,7 @@ from ..runs import RunFolder
 from .trained_weights import trained_weights
 
 
-def load_run(path: str | Path | TrainConfig):
+def load_run(path: str | Path | TrainConfig) -> tuple[Any, Any, TrainConfig]:
     """Returns (model, tokenizer, config) of a run, at its best step and ready to translate.
 
     path: its folder; a configuration stands for its model before training.
@@ -52,7 +53,7 @@ def load_run_within(
     beam: int | None = None,
     max_length: int | None = None,
     refuse: bool = True,
-):
+) -> tuple[Any, Any, TrainConfig, SearchPlan]:
     """Returns (model, tokenizer, config, plan) of a run that translates inside ``memory`` bytes.
 
     The budget is enforced until ``limits`` ends. Weights are as training had them: dtypes, storage and lean layers;
@@ -76,7 +77,7 @@ def _load_within(
     beam: int | None,
     max_length: int | None,
     refuse: bool,
-):
+) -> tuple[Any, Any, TrainConfig, SearchPlan]:
     """weights: the run's adapter/ or model/; None for the model before training."""
     whole = weights is None or weights.name == run.model.name
     source = config.model if weights is None else weights if whole else config.model
@@ -98,7 +99,7 @@ def _load_within(
         limits.enter_context(cap.capped(memory, device))
     with folder_for_layers(plan, run.path) as folder:
         model = load_planned(source, model, like, plan, folder)
-        if not whole:
+        if weights is not None and not whole:
             model = fill_adapter(prepare_model(model, config), weights)
         if plan.streamed:
             paths = [layer.path for layer in describe(model).layers[: plan.streamed]]
@@ -121,4 +122,4 @@ def run_storages(path: str | Path) -> tuple[str, str]:
     if not path.exists():
         return "dense", "dense"
     plan = Plan.load(path)
-    return plan.storage, plan.tables
+    return plan.storage, plan.tables or plan.storage

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
@@ -64,7 +65,7 @@ def _write_weights(run: RunFolder, config: TrainConfig, checkpoint: Path, folder
         with torch.device("meta"):
             model = make_model(config, tokenizer)
     else:
-        model, tokenizer = load_skeleton(config.model)
+        model, tokenizer = cast("tuple[Any, Any]", load_skeleton(config.model))
     full, checkpoints = config.method == "full", Checkpoints(run.checkpoints)
     model = adapt(model if full else model.to("meta"), config)
     if not full:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -26,10 +27,10 @@ def prepare_model(model: nn.Module, config: TrainConfig) -> nn.Module:
     return model
 
 
-def adapt(model, config: TrainConfig):
+def adapt(model: Any, config: TrainConfig) -> Any:
     """Returns ``model`` with what ``config.method`` trains; everything else is frozen."""
     if config.method not in METHODS:
-        near = difflib.get_close_matches(config.method, METHODS, n=3) or list(METHODS)
+        near = difflib.get_close_matches(config.method or "", METHODS, n=3) or list(METHODS)
         raise InputError(f"method {config.method!r}: unknown; expected {', '.join(near)}")
     method = METHODS[config.method]
     if config.params is not None:
@@ -54,7 +55,7 @@ def set_dropout(model: nn.Module, dropout: float | None, attention_dropout: floa
         if isinstance(module, nn.Dropout):
             module.p = rate
         elif isinstance(getattr(module, "dropout", None), float) and _is_of_transformers(module):
-            module.dropout = rate
+            cast("Any", module).dropout = rate
 
 
 def _is_of_transformers(module: nn.Module) -> bool:

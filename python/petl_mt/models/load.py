@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,7 +16,7 @@ from ..data import Text, read_lines
 from .new_model import LINES_AT_MOST, load_vocabulary, make_model, train_vocabulary
 
 
-def load_model(config: TrainConfig, vocabulary: Path | None, text: list[Text], quiet: bool = True):
+def load_model(config: TrainConfig, vocabulary: Path | None, text: list[Text], quiet: bool = True) -> tuple[Any, Any]:
     """Returns (model, tokenizer): a new model, or a checkpoint's, without weights where a plan has to be made first.
 
     vocabulary: the folder of a new model's tokenizer; None lets one be learnt from ``text``. quiet: prints no line on

@@ -74,7 +74,7 @@ def _vocabulary_problem(message: str) -> str:
     return f"no vocabulary of this size from this text: {message.rsplit('] ', 1)[-1].strip()}"
 
 
-def make_model(config: TrainConfig, tokenizer):
+def make_model(config: TrainConfig, tokenizer) -> nn.Module:
     """Returns an untrained model for ``tokenizer``; its weights follow from torch's global generator."""
     from transformers import M2M100Config, M2M100ForConditionalGeneration
 

@@ -165,7 +165,7 @@ def read_progress(path: Path) -> dict[str, Any]:
     """Returns the progress that a checkpoint has saved. Raises InputError where it cannot be read."""
     try:
         values = json.loads((path / "progress.json").read_text(encoding="utf-8"))
-        values["step"] + 0
+        _ = values["step"] + 0
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"checkpoint {path}: unreadable: progress.json: {error}") from None
     return values

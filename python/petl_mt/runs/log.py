@@ -48,7 +48,7 @@ class RunLog:
         if self.quiet:
             return
         figures = f"loss {loss:.3f}  {tokens_per_second:,.0f} target tokens/s  {memory}"
-        if self._bar is not None:
+        if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=step, figures=figures)
             return
         now = time.monotonic()

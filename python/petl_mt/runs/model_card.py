@@ -7,18 +7,18 @@ from pathlib import Path
 from petl_kernels.files import atomic_write
 from petl_kernels.methods import METHODS
 
-from ..config import TrainConfig
+from ..config import ResolvedConfig
 from ..memory_meter import memory_text
 from .folder import RunFolder
 
 
-def write_card(run: RunFolder, config: TrainConfig, result) -> None:
+def write_card(run: RunFolder, config: ResolvedConfig, result) -> None:
     """Writes the card of a finished run; result: its ``RunResult``."""
     with atomic_write(run.path / "README.md") as file:
         file.write(card(config, result))
 
 
-def card(config: TrainConfig, result) -> str:
+def card(config: ResolvedConfig, result) -> str:
     """Returns the card as Markdown: use, quality, data and training."""
     pairs = sorted({pair.name for pair in config.train})
     languages = sorted({code for pair in config.train for code in (pair.src_lang, pair.tgt_lang)})

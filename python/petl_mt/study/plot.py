@@ -19,14 +19,15 @@ def plot(rows: Sequence[Row], path: str | os.PathLike, heading: str) -> None:
     figure = Figure(figsize=(7.5, 4.8), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    done = [row for row in rows if row.status == "done"]
-    for row in done:
+    done = [(row, row.scores.bleu) for row in rows if row.status == "done" and row.scores is not None]
+    for row, bleu in done:
         if row.method in ("full", PARENT):
             style = ("--", "full fine-tuning") if row.method == "full" else (":", PARENT)
-            axes.axhline(row.scores.bleu, color="0.35", linestyle=style[0], linewidth=1.2, label=style[1])
-    methods = dict.fromkeys(row.method for row in done if row.method not in ("full", PARENT))
+            axes.axhline(bleu, color="0.35", linestyle=style[0], linewidth=1.2, label=style[1])
+    methods = dict.fromkeys(row.method for row, _ in done if row.method not in ("full", PARENT))
     for method, marker in zip(methods, "osD^vP*Xh<>p" * len(methods), strict=False):
-        points = sorted((100 * row.trained_share, row.scores.bleu) for row in done if row.method == method)
+        own = [(row.trained_share, bleu) for row, bleu in done if row.method == method]
+        points = sorted((100 * share, bleu) for share, bleu in own if share is not None)
         axes.plot(*zip(*points, strict=True), marker=marker, markersize=6, linewidth=1.6, label=method)
     if methods:
         axes.set_xscale("log")

@@ -99,6 +99,7 @@ def run(config: StudyConfig, entry: Entry, text: tuple, quiet: bool) -> Row:
             entry.method, entry.params, "stopped", str(error), seed=settings.seed, config=_fingerprint(config, entry)
         )
     scores, memory = _score(config, entry, text, quiet)
+    trained = result.peak_memory_bytes
     row = Row(
         entry.method,
         entry.params,
@@ -112,7 +113,7 @@ def run(config: StudyConfig, entry: Entry, text: tuple, quiet: bool) -> Row:
         seconds=time.perf_counter() - began,
         seconds_per_step=result.seconds_per_step,
         saved_bytes_per_token=result.saved_bytes_per_token,
-        peak_memory_bytes=None if memory is None else max(memory, result.peak_memory_bytes),
+        peak_memory_bytes=None if memory is None or trained is None else max(memory, trained),
         peak_process_bytes=process_bytes(),
         seed=settings.seed,
         config=_fingerprint(config, entry),
@@ -174,6 +175,8 @@ def finished_row(config: StudyConfig, entry: Entry | None) -> Row | None:
         return None
     try:
         row = Row.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        if row.config is None:
+            raise TypeError("config: null")
         before = dict(row.config)
     except (ValueError, TypeError, KeyError, AttributeError):
         raise InputError(f"{path}: damaged; remove it, and the row is made again") from None

@@ -5,6 +5,8 @@ A plan is made from a model without weights, before anything is loaded.
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import nn
 
@@ -38,13 +40,13 @@ def plan_without_text(config: TrainConfig, device: str | None = None) -> Plan:
     if device not in (None, "cpu", "cuda"):
         raise InputError(f"device {device!r}: expected cpu or cuda")
     config.check_settings()
-    device = resolve(device)
+    place = resolve(device)
     with hush():
-        model = load_outline(config.model)
+        model = cast("Any", load_outline(config.model))
     check_positions(model, config.max_length)
     check_beam(config.beam, model)
     config = config.resolve(model.config.d_model)
-    return plan_for(prepare_model(model, config), config, widened(config.max_length, device), device)
+    return plan_for(prepare_model(model, config), config, widened(config.max_length, place), place)
 
 
 def plan_of_run(model: nn.Module, config: TrainConfig, run: RunFolder, longest: int, device: torch.device) -> Plan:
@@ -60,6 +62,7 @@ def plan_of_run(model: nn.Module, config: TrainConfig, run: RunFolder, longest: 
         return plan_for(model, config, longest, device)
     plan = Plan.load(given)
     plan.check(model)
+    assert config.memory is not None
     if plan.memory != (memory := parse_size(config.memory)):
         raise InputError(
             f"plan {given}: for {format_size(plan.memory)}; expected one for the {format_size(memory)} of --memory"
@@ -124,6 +127,7 @@ def width_multiple(device: torch.device) -> int:
 
 
 def _fastest(model: nn.Module, config: TrainConfig, longest: int, device: torch.device, graphs: bool) -> Plan:
+    assert config.memory is not None
     return make_plan(
         model,
         config.memory,

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from ..data import Corpus
 from ..evaluate import BatchLimit, until_it_fits, validation_loss
 from .setup import Setup
 
@@ -16,9 +17,10 @@ def evaluate_and_save(run: Setup) -> None:
     run.step_log.settle()
     run.update.release()
     progress, best = run.progress, True
-    if run.text.valid is not None:
-        with run.log.watching(f"step {progress.step}, validation loss", len(run.text.valid), "pairs") as watch:
-            loss = within_budget(run, lambda limit: _validation_loss(run, limit, watch.at))
+    valid = run.text.valid
+    if valid is not None:
+        with run.log.watching(f"step {progress.step}, validation loss", len(valid), "pairs") as watch:
+            loss = within_budget(run, lambda limit: _validation_loss(run, valid, limit, watch.at))
         best = math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss)
         if best:
             progress.best_loss, progress.evaluations_since_best = loss, 0
@@ -41,16 +43,17 @@ def within_budget(run: Setup, evaluate: Callable[[BatchLimit], Any]) -> Any:
     """Returns ``evaluate(limit of a batch)``; a limit that a budget is too small for is lowered for the whole run."""
     if run.plan is None:
         return evaluate(run.evaluation_limit.batch)
+    assert run.config.memory is not None
     result, run.evaluation_limit.batch = until_it_fits(
         evaluate, run.evaluation_limit.batch, run.config.memory, run.log.say
     )
     return result
 
 
-def _validation_loss(run: Setup, limit: BatchLimit, told: Callable[[int], None]) -> float:
+def _validation_loss(run: Setup, valid: Corpus, limit: BatchLimit, told: Callable[[int], None]) -> float:
     """Returns the loss over batches of at most a micro-batch's tokens, which take less than a training step."""
     graphs, most = run.update.graphs, min(limit.tokens, run.update.micro_tokens or limit.tokens)
-    given = run.model, run.text.valid, most, run.text.start, run.accelerator.autocast, told, run.progress.packed
+    given = run.model, valid, most, run.text.start, run.accelerator.autocast, told, bool(run.progress.packed)
     try:
         return validation_loss(*given, graphs and graphs.loss)
     finally:

@@ -46,7 +46,7 @@ def train_to_the_end(run: Setup, interrupted: Callable[[], bool]) -> None:
     config, progress = run.config, run.progress
     run.model.train()
     if run.plan:
-        run.update.try_worst_batch(run.tokenizer.eos_token_id, run.meter, progress.packed)
+        run.update.try_worst_batch(run.tokenizer.eos_token_id, run.meter, bool(progress.packed))
     if progress.saved_bytes_per_token is None:
         measure_saved_bytes(run)
     while progress.step < config.steps and not _out_of_patience(run):

@@ -39,6 +39,6 @@ def make_optimizer(parameters: list[nn.Parameter], config: TrainConfig, name: st
     require_bitsandbytes(f"optimizer {name}")
     # on the CPU it warns that a product with 4-bit weights is missing, which no optimiser needs
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    from bitsandbytes.optim import AdamW8bit
+    from bitsandbytes.optim.adamw import AdamW8bit
 
     return AdamW8bit(**settings)

@@ -22,7 +22,7 @@ from petl_kernels.step.graphs import check_device
 from petl_kernels.units import parse_size
 
 from ..checks import check_space, little_effect
-from ..config import TrainConfig
+from ..config import ResolvedConfig, TrainConfig
 from ..data import TrainBatches
 from ..evaluate import BatchLimit
 from ..json_file import write_json
@@ -55,7 +55,7 @@ class EvaluationLimit:
 class Setup:
     """A run before its first update, or before the next one where it is resumed."""
 
-    config: TrainConfig  # with all defaults filled in
+    config: ResolvedConfig
     folder: RunFolder
     quiet: bool
     device: torch.device
@@ -194,7 +194,7 @@ def _load_weights(
 ) -> nn.Module:
     """Returns the model with its weights, its method and its tiers, in the storage and the place that a plan has."""
     with folder_for_layers(plan, run.path) as folder:
-        if plan and not config.is_new:
+        if plan and like is not None and not config.is_new:
             model = load_planned(config.model, model, like, plan, folder)
         torch.manual_seed(config.seed)  # what is added starts the same, whatever was made before it
         model = prepare_model(model, config)

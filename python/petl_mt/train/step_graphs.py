@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from ..data import PackedBatch
 
 # Tensors of ``PackedBatch.row``, in the order in which graphs take them.
 _ROW = ("input_ids", "labels", "decoder_input_ids", "cu_seqlens", "decoder_cu_seqlens")
+_NO_INDICES = np.zeros(0, np.int64)  # a graph does not know of which sentences its row is
 
 
 class StepGraphs:
@@ -56,6 +58,7 @@ class StepGraphs:
 
     def step(self, lr: float) -> Tensor:
         """Clips the gradients, moves the parameters, clears the gradients; returns the norm before clipping."""
+        assert self._step is not None
         return self._run(self._step, torch.tensor(lr))
 
     def loss(self, batch: PackedBatch, most: int) -> Tensor:
@@ -80,7 +83,7 @@ class StepGraphs:
 
     def _batch(self, row: tuple[Tensor, ...]) -> PackedBatch:
         """Returns the batch of a row on the device, with all labels as those that count: the most that can."""
-        return PackedBatch({**dict(zip(_ROW, row, strict=True)), "longest": self.longest}, None, row[1].numel())
+        return PackedBatch({**dict(zip(_ROW, row, strict=True)), "longest": self.longest}, _NO_INDICES, row[1].numel())
 
 
 def _tensors(batch: PackedBatch) -> tuple[Tensor, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -65,7 +65,7 @@ class Update:
             for parameter in self.parameters:  # where graphs will add to
                 parameter.grad = torch.zeros_like(parameter)
 
-    def gradients(self, batches: list[Batch] | list[PackedBatch], tokens: int) -> Tensor:
+    def gradients(self, batches: Sequence[Batch | PackedBatch], tokens: int) -> Tensor:
         """Adds up the gradients of the mean loss of ``batches`` over all their target ``tokens``; returns that loss."""
         return self._until_it_fits(lambda: self._gradients(batches, tokens))
 
@@ -114,6 +114,7 @@ class Update:
         token: the id that it is made of. meter: is restarted. packed: as a packed row. Prints the planned memory and
         the memory that was taken.
         """
+        assert self.plan is not None
         rows, longest = self.plan.rows, self.plan.longest
         self.model.train()
         meter.restart()
@@ -142,6 +143,7 @@ class Update:
 
     def tighten(self, plan: Plan) -> None:
         """Goes on under ``plan``, which takes less memory; prints what changes."""
+        assert self.plan is not None
         if plan.tiers != self.plan.tiers or plan.chunk_bytes != self.plan.chunk_bytes:
             pk.lean(self.model, list(plan.tiers))
             set_chunk_bytes(self.model, plan.chunk_bytes)
@@ -155,7 +157,7 @@ class Update:
             f"of {plan.micro_tokens:,} tokens, tiers {min(plan.tiers)} to {max(plan.tiers)}: the same update"
         )
 
-    def _gradients(self, batches: list[Batch] | list[PackedBatch], tokens: int) -> Tensor:
+    def _gradients(self, batches: Sequence[Batch | PackedBatch], tokens: int) -> Tensor:
         loss, self.positions = torch.zeros((), device=self.device), 0
         for batch in batches:
             for part in self._micro_batches(batch):
@@ -163,7 +165,7 @@ class Update:
                 loss += self._backward(part, tokens)
         return loss
 
-    def _micro_batches(self, batch: Batch | PackedBatch) -> Iterator[Batch] | Iterator[PackedBatch]:
+    def _micro_batches(self, batch: Batch | PackedBatch) -> Iterator[Batch | PackedBatch]:
         """Yields parts of at most the plan's tokens a side, padding included; for graphs filled up to few shapes."""
         tokens = self.micro_tokens or self.config.batch_tokens
         if isinstance(batch, PackedBatch):
@@ -176,7 +178,7 @@ class Update:
     def _backward(self, batch: Batch | PackedBatch, tokens: int) -> Tensor:
         """Adds the gradient of the share of ``batch`` in the mean loss over ``tokens``; returns that share."""
         if self.graphs is not None:
-            return self.graphs.gradients(batch, tokens)
+            return self.graphs.gradients(batch, tokens)  # pyright: ignore[reportArgumentType]  packed, where graphs are
         return self._add_gradients(batch.to(self.device), tokens)
 
     def _add_gradients(self, batch: Batch | PackedBatch, tokens: int | Tensor) -> Tensor:
