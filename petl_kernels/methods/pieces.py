@@ -25,7 +25,11 @@ class Named(AddedModules):
 
 
 class Piece(nn.Module):
-    """One adapter's module in one place. A piece in ``host.petl`` sees what its host reads and writes."""
+    """One adapter's module in one place. A piece in ``host.petl`` sees what its host reads and writes.
+
+    ``args`` are the host's positional arguments; attentions are called by keywords and have none. Lean layers give
+    ``after`` no arguments, so a piece that needs its host's input notes it in ``before``.
+    """
 
     what: str = ""  # its name in reports
 

@@ -19,14 +19,16 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 FAILED, INTERRUPTED, WRONG_USAGE, NOTHING_MATCHES = 1, 2, 4, 5  # pytest's exit codes
 EXAMPLES = """examples:
   petl-mt bench ops layers --peers
-      medians into bench/results/<device>/medians.csv, every sample into raw/ there, and report.html
+      medians into bench/results/<device>/medians.csv, every sample
+      into raw/ there, and report.html
   petl-mt bench ops --only "lora_linear and bfloat16"
       into bench/results/<device>/part/
   petl-mt bench report [DIR]
       report.html again, from the medians.csv in DIR, or its JSON files
   petl-mt bench compare A.json B.json
-      what became slower; exit code 1 when something of ours did. A medians.csv has the last runs of its device,
-      medians.csv@COMMIT those of a commit
+      what became slower; exit code 1 when something of ours did. A
+      medians.csv has the last runs of its device, medians.csv@COMMIT those
+      of a commit
 """
 
 

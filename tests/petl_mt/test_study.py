@@ -208,7 +208,7 @@ def test_a_row_that_fails_is_said_and_the_others_are_run(config, monkeypatch):
 
 
 @pytest.mark.parametrize("grid, message", [
-    (["adaptor=10%"], "unknown method 'adaptor', expected one of full, adapter"),
+    (["adaptor=10%"], "unknown method 'adaptor', expected one of adapter, "),
     (["adapter=0%"], "budget '0%': expected a share"),
     (["adapter=120%"], "budget '120%': expected a share"),
     (["adapter="], "no budget after ="),
