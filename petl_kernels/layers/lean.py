@@ -121,7 +121,7 @@ def _tiers(tier: Any, layers: int) -> list[int]:
     for value in given:
         if isinstance(value, bool) or not isinstance(value, int) or value not in (0, *TIERS):
             raise InputError(f"tier {shown(value)}: expected 1 to 5, 0 for the plain layer, or 'auto'")
-    tiers = [tier] * layers if single else list(given)
+    tiers: list[int] = given * layers if single else list(given)
     if layers and len(tiers) != layers:
         raise InputError(f"tier: {len(tiers)} of them, expected one for each of the {layers} layers, encoder first")
     return tiers

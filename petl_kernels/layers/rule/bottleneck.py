@@ -17,11 +17,11 @@ class Bottleneck:
 
     def __init__(self, piece: BottleneckAdapter):
         norm = piece.norm
-        own_norm: tuple[Tensor | None, Tensor | None] = (None, None) if norm is None else (norm.weight, norm.bias)
+        ln_weight, ln_bias = (None, None) if norm is None else (norm.weight, norm.bias)
         self.eps = 1e-5 if norm is None else norm.eps
         self.activation, self.scale = piece.activation, float(piece.scale)
         down, up = piece.down, piece.up
-        self.parameters: Parameters = (*own_norm, down.weight, down.bias, up.weight, up.bias)
+        self.parameters: Parameters = (ln_weight, ln_bias, down.weight, down.bias, up.weight, up.bias)
         self.bound = [tensor for tensor in self.parameters if tensor is not None]
 
     def forward(self, x: Tensor, residual: Tensor | None, call: Call) -> Tensor:

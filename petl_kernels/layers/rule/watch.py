@@ -67,7 +67,7 @@ def changed(name: str) -> RuntimeError:
     )
 
 
-def _dicts(modules: list[nn.Module]) -> Iterator[dict[str, Any]]:
+def _dicts(modules: list[Any]) -> Iterator[dict[str, Any]]:
     configs: dict[int, Any] = {
         id(config): config for module in modules if (config := module.__dict__.get("config")) is not None
     }
