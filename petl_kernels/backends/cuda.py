@@ -21,7 +21,11 @@ def _register_network(name: str) -> None:
 
     @register(name, "cuda")
     def serve(first, *args):
-        return (own if first.dtype.itemsize == 2 else kernel_of(name, "triton"))(first, *args)
+        if first.dtype.itemsize == 2:
+            return own(first, *args)
+        kernel = kernel_of(name, "triton")
+        assert kernel is not None, f"Triton has no {name}"
+        return kernel(first, *args)
 
 
 # The op is there if cuBLASLt's header was, when the extension was built. The passes between its products are Triton's.

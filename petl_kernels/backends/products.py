@@ -7,6 +7,8 @@ which PyTorch takes, is up to 15% slower. That differs from run to run, and roun
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,7 +27,7 @@ class PyTorchProducts:
     def relu_linear(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, bits: Tensor | None) -> bool:
         """Writes relu(rows Wᵀ + bias) into out (M, N); returns whether ``bits`` (M, N / 8) hold its positive places."""
         bias = rows.new_zeros(out.shape[1]) if bias is None else bias
-        torch._addmm_activation(bias, rows, weight.t(), out=out)
+        torch._addmm_activation(bias, rows, weight.t(), out=out)  # pyright: ignore[reportPrivateImportUsage]
         return False
 
     @staticmethod
@@ -88,11 +90,11 @@ def product_in_fp32(left: Tensor, right: Tensor) -> Tensor:
     return torch.mm(left.float(), right.float())
 
 
-def in_dtype(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
+def in_dtype(dtype: torch.dtype, *tensors: Tensor | None) -> list[Any]:
     """Returns ``tensors`` in ``dtype``; on CUDA one launch casts all those of one other dtype."""
     others = [tensor for tensor in tensors if tensor is not None and tensor.dtype != dtype]
     cast = [torch.empty_like(tensor, dtype=dtype) for tensor in others]
     if cast:
-        torch._foreach_copy_(cast, others)
+        torch._foreach_copy_(cast, others)  # pyright: ignore[reportPrivateImportUsage]
     found = iter(cast)
     return [tensor if tensor is None or tensor.dtype == dtype else next(found) for tensor in tensors]

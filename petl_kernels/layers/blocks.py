@@ -7,6 +7,7 @@ A family reads one of its layers into blocks (``families/``). The rule binds the
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,7 +27,7 @@ class AttentionBlock:
     (T5's family). borders: by group of linears (``border.groups_of``); None where the weights cannot move.
     """
 
-    host: nn.Module
+    host: Any
     q: nn.Module
     k: nn.Module
     v: nn.Module
@@ -50,8 +51,8 @@ class FeedForwardBlock:
     rate on the hidden units. wide: the buffers with room for a parallel adapter, where there is one.
     """
 
-    inputs: tuple[nn.Module, ...]
-    out: nn.Module
+    inputs: tuple[Any, ...]
+    out: Any
     norm: nn.Module
     activation: str
     dropout: float
@@ -65,6 +66,8 @@ class FeedForwardBlock:
         if self.wide is None or torch.compiler.is_compiling():
             return False
         adapter = active_piece(self.out)
+        if adapter is None:
+            return False
         return self.wide.serves(self.inputs[0], self.out, adapter) and not hooks_on(adapter)
 
     def release_unused(self) -> None:

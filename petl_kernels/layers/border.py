@@ -7,9 +7,10 @@ all, K inputs and R of ``room_for``. One bias of N elements is beside it where a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from petl_kernels.layers.buffers import Buffers, Place, are_dense, are_frozen
 from petl_kernels.layers.pieces import LINEARS
 from petl_kernels.methods.ia3 import Scale
-from petl_kernels.methods.lora import LoRALinear
+from petl_kernels.methods.lora import LoRALinear, LowRank
 from petl_kernels.models.structure import Layer
 from petl_kernels.ops.lora_border import room
 
@@ -48,7 +49,7 @@ class Border(Buffers):
         self.linears = tuple(linears)
         first, r = linears[0].weight.detach(), room_for(linears)
         outputs = sum(linear.out_features for linear in linears)
-        self.buffer: Tensor | None = first.new_zeros(outputs + r, first.shape[1] + r)
+        self.buffer = first.new_zeros(outputs + r, first.shape[1] + r)
         has_bias = any(linear.bias is not None for linear in linears)
         self.bias: Tensor | None = first.new_zeros(outputs) if has_bias else None
         places = self._places()
@@ -57,23 +58,25 @@ class Border(Buffers):
         self.move_in(places)
 
     def _places(self) -> list[Place]:
-        places, row = [], 0
+        places: list[Place] = []
+        row = 0
         for linear in self.linears:
             n, k = linear.out_features, linear.in_features
             places.append((linear, "weight", self.buffer[row : row + n, :k]))
             row += n
         return places
 
-    def serves(self, linears: Sequence[nn.Module]) -> bool:
+    def serves(self, linears: Sequence[Any]) -> bool:
         """Returns whether ``linears`` are those of the beginning, with frozen weights that are still in here."""
         return tuple(linears) == self.linears and are_frozen(own.weight for own in linears) and self.is_held()
 
     def undo(self) -> None:
         super().undo()
-        self.buffer = self.bias = None
+        nothing: Any = None  # nobody reads it when nothing is held
+        self.buffer, self.bias = nothing, None
 
 
-def renew(borders: dict[str, Border], groups: dict[str, Sequence[nn.Module]]) -> None:
+def renew(borders: dict[str, Border], groups: Mapping[str, Sequence[Any]]) -> None:
     """Brings ``borders`` up to date with ``groups`` of linears that read one input; a border that serves stays."""
     for name, border in list(borders.items()):
         if name not in groups or not _serves_all(border, groups[name]):
@@ -83,7 +86,7 @@ def renew(borders: dict[str, Border], groups: dict[str, Sequence[nn.Module]]) ->
             borders[name] = Border(linears)
 
 
-def _serves_all(border: Border, linears: Sequence[nn.Module]) -> bool:
+def _serves_all(border: Border, linears: Sequence[nn.Linear]) -> bool:
     """Returns whether ``border`` has room for all adapters of ``linears``, those that have come since included.
 
     One that has become of no use stays: to move weights is not free.
@@ -91,7 +94,7 @@ def _serves_all(border: Border, linears: Sequence[nn.Module]) -> bool:
     return border.serves(linears) and border.buffer.shape[1] - linears[0].in_features >= room_for(linears)
 
 
-def wants_border(linears: Sequence[nn.Module], device: str | None = None) -> bool:
+def wants_border(linears: Sequence[nn.Linear], device: str | None = None) -> bool:
     """Returns whether one product for ``linears`` saves something and is possible: their weights are frozen, dense and
     of one dtype, device and input, and no adapter of theirs has dropout.
 
@@ -99,7 +102,10 @@ def wants_border(linears: Sequence[nn.Module], device: str | None = None) -> boo
     """
     if not all(type(linear) in LINEARS for linear in linears):
         return False
-    weights, pieces = [linear.weight for linear in linears], [piece for linear in linears for piece in _lora(linear)]
+    weights, pieces = (
+        [linear.weight for linear in linears],
+        [piece for linear in linears for piece in _lora(linear).values()],
+    )
     if not are_dense(weights) or not are_frozen(weights) or len({id(weight) for weight in weights}) < len(weights):
         return False
     if len({(weight.dtype, weight.device, weight.shape[1]) for weight in weights}) > 1:
@@ -111,21 +117,24 @@ def wants_border(linears: Sequence[nn.Module], device: str | None = None) -> boo
     return len(linears) > 1 or bool(pieces)
 
 
-def _lora(linear: nn.Module) -> list[nn.Module]:
-    """Returns the LoRA pieces of all adapters: weights that the choice of another adapter would move are not there for
-    a backward pass still to come."""
-    return list(linear.lora.values()) if type(linear) is LoRALinear else []
+def _lora(linear: nn.Linear) -> Mapping[str, LowRank]:
+    """Returns the LoRA pieces of all adapters, by name: weights that the choice of another adapter would move are not
+    there for a backward pass still to come."""
+    if type(linear) is not LoRALinear:
+        return {}
+    own: Any = linear.lora
+    return own
 
 
-def _is_scaled(linear: nn.Module) -> bool:
+def _is_scaled(linear: Any) -> bool:
     return hasattr(linear, "petl") and any(isinstance(piece, Scale) for piece in linear.petl.values())
 
 
-def room_for(linears: Sequence[nn.Module]) -> int:
+def room_for(linears: Sequence[nn.Linear]) -> int:
     """Returns R, for the adapter with the highest ranks: the choice of another one then moves nothing."""
     ranks: dict[str, int] = {}
     for linear in linears:
-        for name, piece in linear.lora.items() if type(linear) is LoRALinear else ():
+        for name, piece in _lora(linear).items():
             ranks[name] = ranks.get(name, 0) + piece.A.shape[0]
     return room(max(ranks.values(), default=0))
 
@@ -134,7 +143,7 @@ def border_bytes(model: nn.Module, layer: Layer, device: str) -> int:
     """Returns the bytes that borders will take for ``layer`` on a kind of device, beside its weights."""
     total = 0
     for paths in groups_of(layer.attentions).values():
-        linears = [model.get_submodule(path) for path in paths]
+        linears: list[Any] = [model.get_submodule(path) for path in paths]
         if wants_border(linears, device):
             r, n, k = room_for(linears), sum(linear.out_features for linear in linears), linears[0].in_features
             biases = n if any(linear.bias is not None for linear in linears) else 0
@@ -142,7 +151,7 @@ def border_bytes(model: nn.Module, layer: Layer, device: str) -> int:
     return total
 
 
-def groups_of(attentions: Sequence) -> dict[str, tuple]:
+def groups_of(attentions: Sequence[Any]) -> dict[str, tuple[Any, ...]]:
     """Returns the q, k and v of a layer's attentions that read one input, by the name of their group."""
     first, *others = attentions
     groups = {"self.qkv": (first.q, first.k, first.v)}

@@ -27,7 +27,7 @@ def packed_mask(own: Tensor, readers: Tensor) -> Tensor:
     self-attention and the decoder's cross-attention.
     """
     mask = torch.ones(1, 1, 1, 0, dtype=torch.bool, device=own.device)
-    mask.petl_boundaries = own, readers
+    mask.petl_boundaries = own, readers  # pyright: ignore[reportAttributeAccessIssue]  a mark on the tensor
     return mask
 
 
@@ -38,7 +38,8 @@ def is_packed(mask: Tensor | None) -> bool:
 
 def boundaries(mask: Tensor | None, self_attention: bool) -> Boundaries | None:
     """Returns the boundaries of an attention's queries and keys; None for a mask that is no ``packed_mask``."""
-    if not is_packed(mask):
+    found = getattr(mask, "petl_boundaries", None)
+    if found is None:
         return None
-    own, readers = mask.petl_boundaries
+    own, readers = found
     return Boundaries(own if self_attention else readers, own)

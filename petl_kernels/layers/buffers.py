@@ -6,13 +6,14 @@ The weights move there once, and the parameters become views. They stay the para
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from petl_kernels.ops.quantized import QuantizedTensor
 
-Place = tuple[nn.Module, str, Tensor]  # a module, the name of its parameter, the part of a buffer for that
+Place = tuple[Any, str, Tensor]  # a module, the name of its parameter, the part of a buffer for that
 
 
 class Buffers:
@@ -52,7 +53,7 @@ def _is_at(parameter: Tensor | None, place: Tensor) -> bool:
     return same and parameter.storage_offset() == place.storage_offset() and parameter.stride() == place.stride()
 
 
-def parameters_of(*linears: nn.Module) -> list[Tensor]:
+def parameters_of(*linears: nn.Linear) -> list[Tensor]:
     """Returns the weights and biases of ``linears``."""
     return [tensor for linear in linears for tensor in (linear.weight, linear.bias) if tensor is not None]
 

@@ -32,9 +32,10 @@ def host_copy(x: Tensor) -> HostCopy | TravellingCopy:
 class HostCopy:
     """A copy in the same memory, where there is no other device."""
 
+    _host: Tensor  # from ``leave`` on
+
     def __init__(self, x: Tensor):
         self._x: Tensor | None = x
-        self._host: Tensor | None = None
 
     def get(self) -> Tensor:
         """Returns x itself until ``leave``, then its copy."""
@@ -45,6 +46,7 @@ class HostCopy:
     def leave(self) -> None:
         """Makes the copy and drops x."""
         x, self._x = self._x, None
+        assert x is not None, "a layer leaves once"
         self._host, self._requires_grad = x.detach().clone(), x.requires_grad
 
 
@@ -64,9 +66,9 @@ class TravellingCopy:
     def get(self) -> Tensor:
         """Returns x itself until ``leave``, then its copy, and starts the copy of the input before it."""
         if self._running:
+            assert self._x is not None, "x stays while the layer runs"
             return self._x
-        self._fetch()
-        x, self._x = self._x, None
+        x, self._x = self._fetch(), None
         self._travels.copies.wait(self._moved)
         before = self._before()
         if before is not None:
@@ -83,10 +85,13 @@ class TravellingCopy:
             self._travels.copies.wait(self._moved)
             self._x = None
 
-    def _fetch(self) -> None:
-        if self._x is None:
-            self._x = torch.empty(self._host.shape, dtype=self._host.dtype, device=self._device)
-            self._moved = self._travels.copies.start(self._x, self._host)
+    def _fetch(self) -> Tensor:
+        """Starts the copy back, where none has started, and returns it."""
+        x = self._x
+        if x is None:
+            self._x = x = torch.empty(self._host.shape, dtype=self._host.dtype, device=self._device)
+            self._moved = self._travels.copies.start(x, self._host)
+        return x
 
     def __del__(self):
         self.give_back()
@@ -149,7 +154,7 @@ class InputCopies:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             to.copy_(source, non_blocking=True)
-        return self._stream.record_event()
+        return self._stream.record_event()  # pyright: ignore[reportReturnType]  one of ``torch.cuda.Event``
 
     def wait(self, event: torch.cuda.Event) -> None:
         """Lets later work of the current stream run after ``event``."""

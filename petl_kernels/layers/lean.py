@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -77,8 +78,9 @@ def widen(model: nn.Module) -> None:
         if not bottleneck_beside(model, layer):
             state.narrow_ffn()
             continue
-        linears = [model.get_submodule(path) for path in layer.ffn.linears]
-        state.widen(*linears, linears[-1].petl.current())
+        first: Any = model.get_submodule(layer.ffn.linears[0])
+        out: Any = model.get_submodule(layer.ffn.linears[-1])
+        state.widen(first, out, out.petl.current())
 
 
 after_switch(widen)
@@ -107,18 +109,19 @@ def _state(model: nn.Module, structure: Structure, layer: Layer) -> LayerState:
     reason = replaced_forward(module) or obstacle(module)
     if reason:
         return LayerState(layer.path, 0, reason)
-    weight = model.get_submodule(layer.attentions[0].q).weight
-    rule = module.bound().found(module, torch.empty(0, dtype=weight.dtype), len(layer.attentions) > 1)
+    q: Any = model.get_submodule(layer.attentions[0].q)
+    rule = module.bound().found(module, torch.empty(0, dtype=q.weight.dtype), len(layer.attentions) > 1)
     return LayerState(layer.path, module.petl_lean.tier, "", rule if isinstance(rule, str) else "")
 
 
-def _tiers(tier: int | Sequence[int], layers: int) -> list[int]:
+def _tiers(tier: Any, layers: int) -> list[int]:
     """Returns the tier of each layer. Raises InputError for what is no tier, or for another number of them."""
     single = isinstance(tier, (int, str)) or not isinstance(tier, Sequence)
-    tiers = [tier] * layers if single else list(tier)
-    for value in [tier] if single else tiers:
+    given: Any = [tier] if single else tier
+    for value in given:
         if isinstance(value, bool) or not isinstance(value, int) or value not in (0, *TIERS):
             raise InputError(f"tier {shown(value)}: expected 1 to 5, 0 for the plain layer, or 'auto'")
+    tiers: list[int] = given * layers if single else list(given)
     if layers and len(tiers) != layers:
         raise InputError(f"tier: {len(tiers)} of them, expected one for each of the {layers} layers, encoder first")
     return tiers

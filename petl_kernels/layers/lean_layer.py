@@ -8,6 +8,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +17,18 @@ from petl_kernels.errors import InputError
 from petl_kernels.layers.border import Border, groups_of, renew
 from petl_kernels.layers.boundaries import is_packed
 from petl_kernels.layers.hooks import hooked_all
-from petl_kernels.layers.mixed_in import bare, mixed, original_class
+from petl_kernels.layers.mixed_in import Mixin, bare, mixed, original_class
 from petl_kernels.layers.obstacles import obstacle, obstacle_of_graph
 from petl_kernels.layers.op_by_op import Attended, attention_block, feed_forward_block
 from petl_kernels.layers.recompute import checkpointed, forget, forget_all, saving
 from petl_kernels.layers.rule import Call, Rule, Unknown, Watch
+from petl_kernels.layers.uncompiled import uncompiled
 from petl_kernels.layers.wide_ffn import WideFFN
+from petl_kernels.methods.adapter import ParallelAdapter
 from petl_kernels.models.transformers_names import cache_in, fill_cache, takes_first_tokens
+
+if TYPE_CHECKING:
+    from petl_kernels.layers.families.family import Family
 
 
 @dataclass(eq=False)
@@ -45,14 +51,12 @@ class Lean:
         """Returns the state of a copy of the layer, whose weights are in no buffer."""
         return Lean(self.tier, self.path, self.pre_norm, {} if has_borders else None)
 
-    def widen(self, *modules: nn.Module) -> None:
-        """Moves the weights of a feed-forward network into buffers with room for its adapter, where they are not.
-
-        modules: first and last linear, and the adapter.
-        """
-        if self.wide is None or not self.wide.serves(*modules):
+    def widen(self, first: nn.Linear, out: nn.Linear, adapter: ParallelAdapter) -> None:
+        """Moves the weights of a feed-forward network, whose first and last linear these are, into buffers with room
+        for its adapter, where they are not."""
+        if self.wide is None or not self.wide.serves(first, out, adapter):
             self.narrow_ffn()
-            self.bound, self.wide = None, WideFFN(*modules)
+            self.bound, self.wide = None, WideFFN(first, out, adapter)
 
     def narrow(self) -> None:
         """Gives all weights memory of their own; they stay there until the layer is widened."""
@@ -68,30 +72,44 @@ class Lean:
             self.bound = self.wide = None
 
 
-class LeanLayer:
+class LeanLayer(Mixin):
     """Mixed in before the family's class, which is mixed in before the layer's own."""
 
     petl_lean: Lean
 
-    def run(self, kwargs: dict, x: Tensor, *inputs) -> Tensor:
+    if TYPE_CHECKING:  # what it has of the family
+        blocks = Family.blocks
+        after_block = Family.after_block
+        finished = Family.finished
+        layer_index = Family.layer_index
+
+    def run(
+        self,
+        kwargs: dict[str, Any],
+        x: Tensor,
+        mask: Tensor | None,
+        bias: Tensor | None,
+        source: Tensor | None,
+        source_mask: Tensor | None,
+    ) -> Tensor:
         """Returns the layer's output (batch, tokens, d) of x, after ``steps_aside`` has returned False.
 
-        inputs: mask, position bias, source and its mask, each a tensor or None. A cache among ``kwargs`` gets the keys
-        and values that the layer's own forward puts there.
+        bias: the position bias. A cache among ``kwargs`` gets the keys and values that the layer's own forward puts
+        there.
         """
         cache = cache_in(kwargs)
         tier = self.petl_lean.tier if torch.is_grad_enabled() else 0
-        rule = self._rule(x, crosses=inputs[2] is not None)
+        rule = self._rule(x, crosses=source is not None)
         if rule is not None:
-            y, *keys = rule(Call(tier, x), x, *inputs, with_keys=cache is not None)
+            y, *keys = rule(Call(tier, x), x, mask, bias, source, source_mask, cache is not None)
             y = self.finished(y)
         elif tier == 0:
-            y, *keys = self.op_by_op(x, *inputs, 0)
+            y, *keys = self.op_by_op(x, mask, bias, source, source_mask, 0)
         elif tier < 4:
-            y, *keys = _recomputing(self, x, *inputs, tier)
+            y, *keys = _recomputing(self, x, mask, bias, source, source_mask, tier)
         else:
             whole = partial(_whole, self, cache is not None)
-            y, *keys = checkpointed(self, whole, x, *inputs, offload=tier == 5)
+            y, *keys = checkpointed(self, whole, x, mask, bias, source, source_mask, offload=tier == 5)
         if cache is not None:
             fill_cache(cache, self.layer_index(), *keys)
         return y
@@ -141,7 +159,8 @@ class LeanLayer:
         """Returns the rule of the layer as it is now; None where it runs op by op."""
         if torch.compiler.is_compiling():  # a graph has rules of its own
             return None
-        return self.petl_lean.bound.rule(self, x, crosses)
+        bound = self.petl_lean.bound
+        return bound.rule(self, x, crosses)  # pyright: ignore[reportOptionalMemberAccess]  made by ``steps_aside``
 
     # ---- what PyTorch does to modules -------------------------------------------------------------------------------
 
@@ -162,7 +181,7 @@ class LeanLayer:
             lean.bound = None
             renew(lean.borders, groups_of(self.blocks(True)[0]))
 
-    def state_dict(self, *args, destination=None, prefix="", keep_vars=False):
+    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """Returns the module's, with copies of the weights in borders, as of tensors with memory of their own.
 
         Writers of files leave out, or refuse, all but one of the tensors that share memory.
@@ -214,13 +233,14 @@ class Bound:
 
     def _made(self, layer: LeanLayer, x: Tensor, crosses: bool) -> Rule | str:
         try:
-            return Rule(layer, layer.petl_lean.path, *layer.blocks(crosses), x)
+            attentions, ffn = layer.blocks(crosses)
+            return Rule(layer, layer.petl_lean.path, attentions, ffn, x)
         except Unknown as reason:
             return str(reason)
 
 
-@torch.compiler.disable  # recipes are no part of a graph, which breaks here once a layer
-def _recomputing(layer: LeanLayer, *inputs) -> tuple[Tensor, ...]:
+@uncompiled  # recipes are no part of a graph, which breaks here once a layer
+def _recomputing(layer: LeanLayer, *inputs: Any) -> tuple[Tensor, ...]:
     try:
         outputs = layer.op_by_op(*inputs)
     except BaseException:
@@ -230,12 +250,12 @@ def _recomputing(layer: LeanLayer, *inputs) -> tuple[Tensor, ...]:
     return outputs
 
 
-def _whole(layer: LeanLayer, with_keys: bool, x: Tensor, *inputs) -> tuple[Tensor, ...]:
-    outputs = layer.op_by_op(x, *inputs, 0)
+def _whole(layer: LeanLayer, with_keys: bool, x: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    outputs = layer.op_by_op(x, *inputs, tier=0)
     return outputs if with_keys else outputs[:1]
 
 
-def make_lean(module: nn.Module, family: type, tier: int, path: str, pre_norm: bool) -> None:
+def make_lean(module: Any, family: type, tier: int, path: str, pre_norm: bool) -> None:
     """Gives ``module``, a layer, a lean class of ``family``, in place; one that is lean already gets another tier."""
     if isinstance(module, LeanLayer):
         lean = module.petl_lean

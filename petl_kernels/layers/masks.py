@@ -13,7 +13,7 @@ from petl_kernels.models.transformers_names import attention_implementation
 
 def as_causal(mask: Tensor) -> Tensor:
     """Returns ``mask``, marked as one that hides later keys and nothing else: lean layers leave it out."""
-    mask.petl_causal = True
+    mask.petl_causal = True  # pyright: ignore[reportAttributeAccessIssue]  a mark on the tensor
     return mask
 
 
@@ -52,11 +52,11 @@ def _converted_once(mask: Tensor, convert: Callable[[Tensor, torch.dtype], Tenso
         return convert(mask, dtype)
     key = convert, dtype, mask._version
     known, converted = getattr(mask, "petl_added", (None, None))  # on the mask, so that it goes when the mask goes
-    if known == key:
+    if converted is not None and known == key:
         return converted
     converted = convert(mask, dtype)
     if converted is not mask:
-        mask.petl_added = key, converted
+        mask.petl_added = key, converted  # pyright: ignore[reportAttributeAccessIssue]  kept on the tensor
     return converted
 
 

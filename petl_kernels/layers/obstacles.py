@@ -5,10 +5,13 @@ Each function here returns a reason in words, and "" where there is none.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from petl_kernels.layers.families import FAMILIES
+from petl_kernels.layers.families.family import Family
 from petl_kernels.layers.hooks import hooked_all, hooks_on, is_foreign
 from petl_kernels.layers.mixed_in import original_class
 from petl_kernels.layers.pieces import active_piece
@@ -54,12 +57,12 @@ def replaced_forward(layer: nn.Module) -> str:
     return "" if getattr(wrapped, "__func__", None) is type(layer).forward else "another forward is in its place"
 
 
-def family_of(layer: nn.Module) -> type:
+def family_of(layer: Any) -> type[Family]:
     """Returns the class of the family that is mixed into the lean ``layer``."""
     return type(layer).petl_bases[1]
 
 
-def _unknown_forward(family: type, cls: type) -> str:
+def _unknown_forward(family: type[Family], cls: type) -> str:
     """Returns why no lean layer of ``family`` stands for the ``forward`` of the class without mixins."""
     original = original_class(cls)
     if class_of(original.forward) in family.known:
@@ -67,7 +70,7 @@ def _unknown_forward(family: type, cls: type) -> str:
     return f"{original.__name__} has a forward of its own, which no lean layer stands for"
 
 
-def _changed_part(family: type, layer: nn.Module) -> str:
+def _changed_part(family: type[Family], layer: nn.Module) -> str:
     """Returns which module that the lean forward does not call is of another class than it takes it for."""
     for name, part, classes in family.parts(layer):
         if class_that_runs(part) not in classes:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +100,7 @@ def _norm_and_adapt(norm: nn.Module, h: Tensor, tier: int) -> Tensor:
     return y if piece is None else piece.after(norm, (h,), y)
 
 
-def _norm(norm: nn.Module, x: Tensor, tier: int, then: Callable[[Tensor], Tensor] = lambda y: y) -> Tensor:
+def _norm(norm: Any, x: Tensor, tier: int, then: Callable[[Tensor], Tensor] = lambda y: y) -> Tensor:
     """Returns then(norm(x)), recomputed from x and the statistics that the norm's op saves.
 
     An RMSNorm of 16 bits returns 16 bits, also for a wider x.
@@ -154,7 +155,8 @@ def _prefix(block: AttentionBlock, q: Tensor) -> tuple[Tensor | None, Tensor | N
     piece = active_piece(block.host)
     if not isinstance(piece, Prefix):
         return None, None
-    return tuple(own.to(q.dtype).view(-1, block.heads, q.shape[-1]) for own in piece.folded())
+    k, v = (own.to(q.dtype).view(-1, block.heads, q.shape[-1]) for own in piece.folded())
+    return k, v
 
 
 def _projections(block: AttentionBlock, u: Tensor, source: Tensor | None, tier: int) -> list[Tensor]:
@@ -177,8 +179,8 @@ def _adapt_and_add(block: AttentionBlock, piece: Piece | None, projected: Tensor
 
 
 def _activate(block: FeedForwardBlock, z: Tensor, *gate: Tensor) -> Tensor:
-    activation = ops.gated_activation if gate else ops.activation
-    a = activation(z, *gate, block.activation, block.dropout)
+    own = block.activation, block.dropout
+    a = ops.gated_activation(z, gate[0], *own) if gate else ops.activation(z, *own)
     # T5 has its last projection in fp32 beside 16-bit ones
     weight = getattr(block.out, "weight", None)
     if not isinstance(weight, Tensor) or not weight.is_floating_point() or torch.is_autocast_enabled(a.device.type):
@@ -200,10 +202,12 @@ def _recomputes_hidden(block: FeedForwardBlock, tier: int) -> bool:
 
 def _parallel_ffn(block: FeedForwardBlock, u: Tensor, tier: int) -> Tensor:
     """Returns the network's output with that of the adapter, as one network with more hidden units."""
-    adapter = active_piece(block.out)
+    wide = block.wide
+    assert wide is not None, "the block is wide"
+    adapter = wide.modules[2]
     down, up = adapter.down, adapter.up
     trained = down.weight, down.bias, up.weight, up.bias
-    frozen = block.wide.w1, block.wide.c1, block.wide.w2, block.out.bias
+    frozen = wide.w1, wide.c1, wide.w2, block.out.bias
     return ops.parallel_ffn(u, *frozen, *trained, block.activation, adapter.scale, _recomputes_hidden(block, tier))
 
 
@@ -237,7 +241,7 @@ def linear(module: nn.Module, x: Tensor, recomputes: bool = False) -> Tensor:
 
 def linears(modules: Sequence[nn.Module], x: Tensor, recomputes: bool) -> list[Tensor]:
     """Returns the output of each module for the same x; those with LoRA at one rate of dropout are one op."""
-    grouped = [module for module in modules if _has_lora(module)]
+    grouped: list[Any] = [module for module in modules if _has_lora(module)]
     if len(grouped) < 2 or len({_lora_dropout(module) for module in grouped}) > 1:
         return [linear(module, x, recomputes) for module in modules]
     ys = recomputed_if(recomputes, partial(_grouped_lora, grouped), x, reads=tuple(grouped))
@@ -248,7 +252,7 @@ def linears(modules: Sequence[nn.Module], x: Tensor, recomputes: bool) -> list[T
     ]
 
 
-def _grouped_lora(modules: list[LoRALinear], x: Tensor) -> tuple[Tensor, ...]:
+def _grouped_lora(modules: list[Any], x: Tensor) -> tuple[Tensor, ...]:
     pieces = [module.lora.current() for module in modules]
     ys = ops.lora_linear_grouped(
         x,
@@ -263,16 +267,18 @@ def _grouped_lora(modules: list[LoRALinear], x: Tensor) -> tuple[Tensor, ...]:
 
 
 def _has_lora(module: nn.Module) -> bool:
+    if type(module) is not LoRALinear:
+        return False
+    own: Any = module.lora
     return (
-        type(module) is LoRALinear
-        and module.lora.current() is not None
+        own.current() is not None
         and is_plain(module)
         and not hasattr(module, "petl")
         and not module.weight.requires_grad
     )
 
 
-def _lora_dropout(module: LoRALinear) -> float:
+def _lora_dropout(module: Any) -> float:
     return module.lora.current().dropout if module.training else 0.0
 
 
@@ -287,7 +293,7 @@ def _after(module: nn.Module, y: Tensor, recomputes: bool) -> Tensor:
     return y if piece is None else recomputed_if(recomputes, partial(piece.after, module, ()), y, reads=_pieces(module))
 
 
-def _pieces(module: nn.Module) -> tuple[nn.Module, ...]:
+def _pieces(module: Any) -> tuple[nn.Module, ...]:
     return (module.petl,) if hasattr(module, "petl") else ()
 
 

@@ -53,7 +53,7 @@ def pack(
     source, labels, *decoder = (np.concatenate(side)[None] for side in zip(*given, strict=True))
     arrays = {"input_ids": source, "labels": labels, **({"decoder_input_ids": decoder[0]} if decoder else {})}
     arrays |= {name: _boundaries(example[side] for example in given) for side, name in enumerate(BOUNDARIES)}
-    row = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    row: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
     row["input_ids"] = row["input_ids"].as_subclass(PackedIds)
     row["longest"] = max(len(side) for example in given for side in example)
     return filled(row, tokens, sentences)

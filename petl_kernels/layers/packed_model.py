@@ -25,6 +25,7 @@ from petl_kernels.layers.lean import layer_states
 from petl_kernels.layers.lean_layer import LeanLayer
 from petl_kernels.layers.packed import BOUNDARIES, IGNORE, PackedIds
 from petl_kernels.layers.packed_positions import PackedPositions, positions_of_row, rows_of_positions
+from petl_kernels.layers.uncompiled import uncompiled
 from petl_kernels.models.transformers_names import STACKS, cache_in, class_that_runs, decoder_inputs
 
 # Arguments that a packed row has no place for: they have to be None, or False.
@@ -48,7 +49,7 @@ def unpacked(model: nn.Module, inputs: dict) -> Iterator[dict]:
         yield row
 
 
-@torch.compiler.disable
+@uncompiled
 def _read(model: nn.Module, inputs: dict) -> tuple[dict, dict[int, Tensor]]:
     """Returns the arguments of ``model``, and the rows of its tables of positions by id of the embedding."""
     reason = packed_obstacle(model)
@@ -84,7 +85,7 @@ def _sides(inputs: dict, row: dict) -> tuple[_Side, _Side]:
     return source, target
 
 
-def _positions(model: nn.Module, row: dict, source: _Side, target: _Side, longest: int) -> dict[int, Tensor]:
+def _positions(model: Any, row: dict, source: _Side, target: _Side, longest: int) -> dict[int, Tensor]:
     sides = (model.get_encoder(), source, row["input_ids"]), (model.get_decoder(), target, row["decoder_input_ids"])
     return {
         id(stack.embed_positions): rows_of_positions(stack.embed_positions, side.places, side.ends, ids, longest)
@@ -158,7 +159,7 @@ def _longest(given: Any, source: _Side, target: _Side) -> int:
     return found if given is None else given
 
 
-def packed_obstacle(model: nn.Module) -> str:
+def packed_obstacle(model: Any) -> str:
     """Returns what in ``model``, whose loss is lean, reads no packed rows, and why; "" when all does.
 
     A lean layer that steps aside, for a hook, say, refuses a packed row itself.

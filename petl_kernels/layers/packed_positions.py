@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from petl_kernels.errors import InputError
-from petl_kernels.layers.mixed_in import bare, mixed, original_class
+from petl_kernels.layers.mixed_in import Mixin, bare, mixed, original_class
 from petl_kernels.models.transformers_names import POSITIONS, class_of
 
 
@@ -33,8 +34,10 @@ def positions_of_row(positions: dict[int, Tensor]) -> Iterator[None]:
         _of_thread.positions = before
 
 
-class PackedPositions:
+class PackedPositions(Mixin):
     """Mixed in before a class of ``POSITIONS``: returns the embeddings of a packed row's positions."""
+
+    weights: Tensor  # the table, where the class is no ``nn.Embedding``
 
     def forward(self, *args, **kwargs):
         if _of_thread.positions is None or id(self) not in _of_thread.positions:
@@ -48,9 +51,7 @@ class PackedPositions:
         return bare, type(self).petl_bases, self.__dict__
 
 
-def rows_of_positions(
-    module: nn.Module, places: tuple[Tensor, Tensor], ends: Tensor, ids: Tensor, longest: int
-) -> Tensor:
+def rows_of_positions(module: Any, places: tuple[Tensor, Tensor], ends: Tensor, ids: Tensor, longest: int) -> Tensor:
     """Returns the rows int64 (1, tokens) of the table of ``module`` for the tokens ``ids`` (1, tokens).
 
     places: sentence and place in it of each token. ends: the boundaries. longest: tokens of the longest sentence.

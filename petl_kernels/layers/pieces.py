@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from petl_kernels.layers.frozen_linear import FrozenLinear
@@ -12,7 +14,7 @@ from petl_kernels.methods.pieces import Piece
 LINEARS = (nn.Linear, LoRALinear, FrozenLinear)
 
 
-def active_piece(module: nn.Module) -> Piece | None:
+def active_piece(module: Any) -> Piece | None:
     """Returns the piece of the active adapter on ``module``; None where there is none."""
     return module.petl.current() if hasattr(module, "petl") else None
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,8 @@ from petl_kernels.accounting.saved import observers
 from petl_kernels.layers.host_copy import host_copy
 from petl_kernels.layers.seen import Seen
 from petl_kernels.ops import philox
+
+Outputs = TypeVar("Outputs")  # a tensor, or a tuple of tensors
 
 
 class _OfThread(threading.local):
@@ -118,7 +121,7 @@ class Recipe:
         return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
-def recomputed(fn: Callable, *inputs: Tensor, reads: tuple[nn.Module, ...] = ()) -> Tensor | tuple[Tensor, ...]:
+def recomputed(fn: Callable[..., Outputs], *inputs: Tensor, reads: tuple[nn.Module, ...] = ()) -> Outputs:
     """Returns ``fn(*inputs)``, whose outputs are recomputed where autograd would save them.
 
     fn: a function of tensors to a tensor or a tuple of tensors, each with a storage of its own. It draws no random
@@ -130,12 +133,15 @@ def recomputed(fn: Callable, *inputs: Tensor, reads: tuple[nn.Module, ...] = ())
     recipe = Recipe(fn, inputs, reads)
     with philox.recording() as recipe.seeds:
         outputs = fn(*inputs)
-    for index, output in enumerate(outputs if isinstance(outputs, tuple) else (outputs,)):
+    each: Any = outputs if isinstance(outputs, tuple) else (outputs,)
+    for index, output in enumerate(each):
         _register(output, recipe, index)
     return outputs
 
 
-def recomputed_if(condition: bool, fn: Callable, *inputs: Tensor, reads: tuple[nn.Module, ...] = ()):
+def recomputed_if(
+    condition: bool, fn: Callable[..., Outputs], *inputs: Tensor, reads: tuple[nn.Module, ...] = ()
+) -> Outputs:
     """Returns ``recomputed(fn, *inputs)`` where ``condition`` holds, else ``fn(*inputs)``, whose output is saved."""
     return recomputed(fn, *inputs, reads=reads) if condition else fn(*inputs)
 
@@ -201,7 +207,7 @@ def _autocast_state(device: str) -> tuple[str, bool, torch.dtype]:
 # ---- whole layers ---------------------------------------------------------------------------------------------------
 
 
-def checkpointed(layer: nn.Module, fn: Callable, x: Tensor, *inputs, offload: bool = False):
+def checkpointed(layer: nn.Module, fn: Callable, x: Tensor, *inputs: Any, offload: bool = False) -> Any:
     """Returns ``fn(x, *inputs)``, of which only the inputs are saved; offload: x in host memory.
 
     Everything between is recomputed with the same random numbers. fn reads ``layer``; backward raises RuntimeError

@@ -59,7 +59,7 @@ class Seen:
             yield f"{root}.{path}".strip("."), part
 
 
-def _named(layer: nn.Module | None) -> Iterator[tuple[str, nn.Module]]:
+def _named(layer: Any) -> Iterator[tuple[str, nn.Module]]:
     if layer is not None:
         start = layer.petl_lean.path if hasattr(layer, "petl_lean") else type(layer).__name__
         for path, module in layer.named_modules():

@@ -27,7 +27,7 @@ def shared_for_products(source: Tensor | None) -> Tensor | None:
     known, cast = getattr(source, "petl_cast", (None, None))  # on the tensor, so that it goes when the tensor goes
     if known != key:
         cast = cast_for_products(source.detach())
-        source.petl_cast = key, cast
+        source.petl_cast = key, cast  # pyright: ignore[reportAttributeAccessIssue]  kept on the tensor
     return _SharedCast.apply(source, cast)
 
 

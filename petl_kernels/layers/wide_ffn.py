@@ -7,6 +7,8 @@ the adapter's bottleneck m and the layer's width d.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -31,14 +33,14 @@ class WideFFN(Buffers):
         self.modules = first, out, adapter
         self.has_bias, f = first.bias is not None, first.out_features
         bias = first.bias.detach() if self.has_bias else None
-        made = with_room(first.weight.detach(), bias, out.weight.detach(), adapter.down.out_features)
-        self.w1: Tensor | None = made[0]
-        self.c1: Tensor | None = made[1]
-        self.w2: Tensor | None = made[2]
+        made: tuple[Tensor, Tensor, Tensor] = with_room(
+            first.weight.detach(), bias, out.weight.detach(), adapter.down.out_features
+        )
+        self.w1, self.c1, self.w2 = made
         biases = [(first, "bias", self.c1[:f])] if self.has_bias else []
         self.move_in([(first, "weight", self.w1[:f]), *biases, (out, "weight", self.w2[:, :f])])
 
-    def serves(self, *modules: nn.Module) -> bool:
+    def serves(self, *modules: nn.Module | None) -> bool:
         """Returns whether ``modules`` are those of the beginning, frozen, with their weights still in here."""
         return modules == self.modules and self._is_usable()
 
@@ -55,12 +57,13 @@ class WideFFN(Buffers):
 
     def undo(self) -> None:
         super().undo()
-        self.w1 = self.c1 = self.w2 = None
+        nothing: Any = None  # nobody reads them when nothing is held
+        self.w1 = self.c1 = self.w2 = nothing
 
 
 def bottleneck_beside(model: nn.Module, layer: Layer) -> int:
     """Returns the bottleneck of the active parallel adapter of ``layer`` that can run inside of its network, or 0."""
-    linears = [model.get_submodule(path) for path in layer.ffn.linears]
+    linears: list[Any] = [model.get_submodule(path) for path in layer.ffn.linears]
     piece = active_piece(linears[-1])
     if type(piece) is not ParallelAdapter or len(linears) != 2 or not _can_be_wide(*linears):
         return 0
@@ -70,13 +73,13 @@ def bottleneck_beside(model: nn.Module, layer: Layer) -> int:
 
 def room_bytes(model: nn.Module, layer: Layer) -> int:
     """Returns the bytes that ``WideFFN`` will take for ``layer`` beside its weights."""
-    first = model.get_submodule(layer.ffn.inputs[0])
+    first: Any = model.get_submodule(layer.ffn.inputs[0])
     hidden = room(bottleneck_beside(model, layer))
     biases = hidden + (first.out_features if hidden and first.bias is None else 0)
     return (2 * hidden * first.in_features + biases) * first.weight.dtype.itemsize
 
 
-def _can_be_wide(first: nn.Module, out: nn.Module) -> bool:
+def _can_be_wide(first: nn.Linear, out: nn.Linear) -> bool:
     """Returns whether both are linears of PyTorch or this package, with frozen dense weights of one dtype."""
     if not all(type(linear) in (nn.Linear, FrozenLinear) for linear in (first, out)):
         return False

@@ -25,8 +25,7 @@ from petl_kernels.backends.triton.attention_backward import (
 )
 from petl_kernels.backends.triton.attention_forward import _attention_kernel
 from petl_kernels.backends.triton.common import dropout_arguments, launch
-from petl_kernels.backends.triton.registry import serves, serves_with_room
-from petl_kernels.dispatch import kernel_of
+from petl_kernels.backends.triton.registry import reference, serves, serves_with_room
 from petl_kernels.ops.attention_reference import mask_columns
 
 MAX_FEATURES = 128
@@ -36,7 +35,7 @@ MAX_FEATURES = 128
 def attention(q, k, v, mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed, cu_q, cu_k, distance_bias):
     arguments = q, k, v, mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed, cu_q, cu_k, distance_bias
     if q.shape[3] > MAX_FEATURES:
-        return kernel_of("attention", "reference")(*arguments)
+        return reference("attention")(*arguments)
     batch, heads, queries, _ = q.shape
     o, lse = _like_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     if o.numel() == 0:
@@ -62,8 +61,9 @@ def attention_backward(
     arguments = mask, bias, prefix_k, prefix_v, causal, scale, dropout, seed
     packed = cu_q, cu_k, distance_bias
     if need_dbias or q.shape[3] > MAX_FEATURES:
-        reference = kernel_of("attention_backward", "reference")
-        grads = reference(do, q, k, v, o, lse, *arguments, need_dbias, *packed, need_ddistance_bias)
+        grads = reference("attention_backward")(
+            do, q, k, v, o, lse, *arguments, need_dbias, *packed, need_ddistance_bias
+        )
         if outs is None:
             return grads
         return *(out.copy_(own) for out, own in zip(outs, grads[:3], strict=True)), *grads[3:]
@@ -119,14 +119,17 @@ def _gradients_by_blocks(dq, dk, dv, delta, do, o, lse, given: _Inputs) -> tuple
 
     key_gradients(dk, dv, given, given.first)
     if not given.prefix:
-        return tuple(lse.new_empty(0, heads, features) for _ in range(2))
+        return lse.new_empty(0, heads, features), lse.new_empty(0, heads, features)
     partials = lse.new_empty(2, batch, heads, given.prefix, features)
-    key_gradients(*partials, given.of_prefix(), 0)
-    return tuple(partials.sum(1).transpose(1, 2).contiguous())
+    own_k, own_v = partials
+    key_gradients(own_k, own_v, given.of_prefix(), 0)
+    of_k, of_v = partials.sum(1).transpose(1, 2).contiguous()
+    return of_k, of_v
 
 
 def _distance_gradient(do, lse, delta, given: _Inputs) -> torch.Tensor:
     """Returns the gradient (H, 2R + 1) of the bias by distance: the programs' partial sums, added in their order."""
+    assert given.distance_bias is not None, "a gradient of the bias that is there"
     batch, heads, queries, _ = given.q.shape
     distances, tile = given.distance_bias.shape[1], config.ATTENTION_DISTANCES
     blocks, tiles = config.cdiv(distances, tile.k), batch * config.cdiv(queries, tile.m)
@@ -156,14 +159,15 @@ class _Inputs:
         self.distance_bias = distance_bias if distance_bias is None else distance_bias.contiguous()
         self.prefix = 0 if prefix_k is None else prefix_k.shape[0]
         self.prefix_k, self.prefix_v = (
-            p.to(q.dtype).contiguous() if self.prefix else None for p in (prefix_k, prefix_v)
+            p.to(q.dtype).contiguous() if p is not None and self.prefix else None for p in (prefix_k, prefix_v)
         )
         self.first, self.columns = mask_columns(self.prefix, k.shape[2])
 
     def of_prefix(self) -> _Inputs:
         """Returns the inputs of the same queries with the prefix as their only keys, all of which they see."""
-        k, v = (p.transpose(0, 1).expand(self.q.shape[0], -1, -1, -1) for p in (self.prefix_k, self.prefix_v))
-        nothing = (None,) * 3
+        own = (p for p in (self.prefix_k, self.prefix_v) if p is not None)
+        k, v = (p.transpose(0, 1).expand(self.q.shape[0], -1, -1, -1) for p in own)
+        nothing = None, None, None
         part = _Inputs(self.q, k, v, None, *nothing, False, self.scale, self.dropout, self.seed, *nothing)
         part.columns, part.first = self.columns, 0
         return part

@@ -7,6 +7,9 @@ An additive mask's finfo.min absorbs the score it is added to: of n keys that al
 would lose log n, so it is kept as a factor: such a query's lse is HIDDEN · (1 + log n).
 """
 
+# A type checker cannot follow ``@triton.jit``: to it, kernels and ``tl.range`` never return.
+# pyright: reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 import triton

@@ -7,6 +7,8 @@ Backward makes LN(x) and z again. A pass over the rows writes LN(x), and forward
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -37,7 +39,7 @@ def forward(
 
 def backward(
     dy, x, residual_is_x, ln_weight, ln_bias, down, down_bias, up, eps, activation, scale, need_dx, has_up_bias
-) -> tuple[torch.Tensor, ...]:  # fmt: skip
+) -> tuple[Any, ...]:  # fmt: skip
     h, mean, rstd = _normalised_again(x, ln_weight, ln_bias, eps)
     down, down_bias, up = in_dtype(x.dtype, down, down_bias, up)
     a = _hidden(h, down, down_bias, activation)  # z, but for a ReLU, until the pass over dz
@@ -62,8 +64,9 @@ def _hidden(h, down, down_bias, activation: str) -> torch.Tensor:
     """Returns z = h Dᵀ + d, or act(z) for a ReLU."""
     if down_bias is None:
         down_bias = h.new_zeros(down.shape[0])
-    multiply = torch._addmm_activation if activation == "relu" else torch.addmm
-    return multiply(down_bias, h, down.t())
+    if activation == "relu":
+        return torch._addmm_activation(down_bias, h, down.t())  # pyright: ignore[reportPrivateImportUsage]
+    return torch.addmm(down_bias, h, down.t())
 
 
 def _normalised_again(x, ln_weight, ln_bias, eps):

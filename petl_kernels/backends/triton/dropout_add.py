@@ -26,7 +26,7 @@ def dropout_add_backward(dy: torch.Tensor, dtype: torch.dtype, p: float, seed: t
 
 
 def _launch(
-    x: torch.Tensor, residual: torch.Tensor | None, dtype: torch.dtype, p: float, seed: torch.Tensor
+    x: torch.Tensor, residual: torch.Tensor | None, dtype: torch.dtype, p: float, seed: torch.Tensor | None
 ) -> torch.Tensor:
     tokens, features = x.shape
     y = x.new_empty(tokens, features, dtype=dtype)

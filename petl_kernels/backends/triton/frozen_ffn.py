@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -38,7 +39,7 @@ def frozen_ffn(x, w1, c1, w2, c2, gate, activation: str, keeps: str, products=Py
     z = x.new_empty(tokens, f) if keeps == "z" else None
     g = x.new_empty(tokens, f) if keeps == "z" and gate else None
     hidden = _chunk_like(rows, f)
-    gates = torch.empty_like(hidden) if gate and keeps != "z" else None
+    gates: Any = torch.empty_like(hidden) if gate and keeps != "z" else None
     for part, chunk in _chunks(rows, f):
         h = hidden[chunk]
         if activation == "relu" and not gate:
@@ -63,13 +64,13 @@ def frozen_ffn_backward(
     multiply, multiply_back = functools.partial(_multiply, products), functools.partial(_multiply_back, products)
     rows = as_rows(dy)
     f = out_features(w1, rows.shape[1])
-    x_rows = None if x is None else as_rows(x)
+    x_rows: Any = None if x is None else as_rows(x)
     dx = dy.new_empty(rows.shape if need_dx else 0)
     dc1 = dy.new_zeros(f if need_dc1 else 0, dtype=torch.float32)
     wanted = need_dx or need_dc1
-    hidden = _chunk_like(rows, f) if wanted else None
-    again = torch.empty_like(hidden) if wanted and keeps == "x" else None
-    gates = torch.empty_like(hidden) if wanted and gate else None
+    hidden: Any = _chunk_like(rows, f) if wanted else None
+    again: Any = torch.empty_like(hidden) if wanted and keeps == "x" else None
+    gates: Any = torch.empty_like(hidden) if wanted and gate else None
     for part, chunk in _chunks(rows, f) if wanted else ():
         dz, dg = multiply_back(rows[part], w2, hidden[chunk]), gates[chunk] if gate else None
         if activation == "relu" and not gate:

@@ -62,13 +62,13 @@ def _launch(kernel, grid: tuple[int, ...], args: tuple, warps: int, stages: int,
     if not _is_plain(kernel):
         _launch_by_triton(kernel, grid, args, warps, stages, constexprs)
         return
-    device = driver.active.get_current_device()
+    device = driver.active.get_current_device()  # pyright: ignore[reportAttributeAccessIssue]  of GPU drivers
     given = launch_key(args)
     key = id(kernel), device, warps, stages, given, *constexprs, *constexprs.values()
     found = _prepared.get(key)
     if found is not None and _unchanged(found.used):
         x, y, z = (*grid, 1, 1)[:3]
-        stream = driver.active.get_current_stream(device)
+        stream = driver.active.get_current_stream(device)  # pyright: ignore[reportAttributeAccessIssue]
         found.run(x, y, z, stream, found.function, found.metadata, None, None, None, *args, *found.constexprs)
         return
     compiled = _launch_by_triton(kernel, grid, args, warps, stages, constexprs)
@@ -127,7 +127,7 @@ def _is_familiar(compiled, kernel: JITFunction, args: tuple, constexprs: dict[st
     )
 
 
-def _prepare(compiled: CompiledKernel, kernel: JITFunction, constexprs: dict[str, Any]) -> _Prepared:
+def _prepare(compiled: Any, kernel: JITFunction, constexprs: dict[str, Any]) -> _Prepared:
     constants = tuple(constexprs[name] for name in kernel.arg_names[-len(constexprs) :]) if constexprs else ()
     used = tuple((names, name, names.get(name)) for (name, _), (_, names) in kernel.used_global_vals.items())
     run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata

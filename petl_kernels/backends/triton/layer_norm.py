@@ -12,6 +12,8 @@ which needs no whole row.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -78,7 +80,7 @@ def norm_backward(
     if tokens and (need_dx or wanted):
         dresiduals = None if dresidual is None else as_rows(dresidual)
         grid, tile = config.row_programs(rows, bool(wanted))
-        partials = x.new_empty(grid[0], len(wanted) * d, dtype=torch.float32) if wanted else None
+        partials: Any = x.new_empty(grid[0], len(wanted) * d, dtype=torch.float32) if wanted else None
         seed, threshold, keep_scale, _ = dropout_arguments(p, seed)
         launch(
             _norm_backward_kernel, grid, dx if need_dx else None, None if dtype is None else dy, partials, dus,

@@ -9,6 +9,9 @@ With t tokens, K inputs and N_g outputs of those with an adapter, in 16 bit: s m
 8 Σ N_g r_g for every block of tokens, dA 2tK. The same launch has programs that write the border.
 """
 
+# A type checker cannot follow ``@triton.jit``: to it, kernels and ``tl.range`` never return.
+# pyright: reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 from itertools import accumulate

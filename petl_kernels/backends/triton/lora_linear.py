@@ -59,11 +59,11 @@ def lora_linear(
     rows = as_rows(x)
     ranks = [m.shape[0] for m in a]
     s = x.new_empty(rows.shape[0], sum(ranks))
-    weights = split_parts(weights)
+    parts = split_parts(weights)
     ys = [x.new_empty(*x.shape[:-1], b_g.shape[0]) for b_g in b]
-    for own in _launches(len(weights)) if rows.shape[0] else ():
-        outputs = _quantized_outputs if any(map(is_quantized, weights[own])) else _outputs
-        layers = weights[own], biases[own], a[own], b[own], scales[own]
+    for own in _launches(len(parts)) if rows.shape[0] else ():
+        outputs = _quantized_outputs if any(map(is_quantized, parts[own])) else _outputs
+        layers = parts[own], biases[own], a[own], b[own], scales[own]
         outputs(ys[own], rows, _columns(s, ranks, own), *layers, dropout, seed)
     return ys, s
 
@@ -87,16 +87,16 @@ def lora_linear_backward(
     ranks = [m.shape[0] for m in a]
     new = torch.Tensor.new_empty if rows.shape[0] else torch.Tensor.new_zeros
     da, db = [new(m, m.shape) for m in a], [new(m, m.shape) for m in b]
-    weights = split_parts(weights)
+    parts = split_parts(weights)
     bias_sizes = [b_g.shape[0] if need else 0 for b_g, need in zip(b, need_dbias, strict=True)]
     dbias = [new(x, size, dtype=torch.float32) for size in bias_sizes]
     dx = rows.new_empty(rows.shape if need_dx else 0)
-    for own in _launches(len(weights)) if rows.shape[0] else ():
+    for own in _launches(len(parts)) if rows.shape[0] else ():
         own_s, own_dys, mask = _columns(s, ranks, own), dys[own], (dropout, seed)
         rank_dx = dx if need_dx else None
         ds = _rank_part_of_gradients(rank_dx, own_dys, own_s, a[own], b[own], scales[own], *mask, add=own.start > 0)
         if need_dx:
-            _add_products(dx, own_dys, weights[own])
+            _add_products(dx, own_dys, parts[own])
         _adapter_gradients(da[own], db[own], dbias[own], own_dys, rows, own_s, ds, scales[own], *mask)
     return dx.view(x.shape if need_dx else (0,)), da, db, dbias
 

@@ -7,6 +7,8 @@ own decides on the card. Before and after all blocks a program a row meets h and
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -44,7 +46,7 @@ def linear_cross_entropy_words(
     rows, words = logits.shape
     if rows == 0:
         return
-    block = triton.next_power_of_2(words)
+    block: Any = triton.next_power_of_2(words)
     d = 0 if total is None else total.shape[1]
     launch(
         _words_kernel, (rows,), logits, labels, state, total, first, words, logits.stride(0), rows, d,

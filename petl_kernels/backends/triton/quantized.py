@@ -7,6 +7,9 @@ where the main loop would dequantize Ŵ again for each tile of them, and a K tha
 most CUDA_TILE_BYTES (ops/quantized) are dequantized once, one after the other, ahead of the library's product.
 """
 
+# A type checker cannot follow ``@triton.jit``: to it, kernels and ``tl.range`` never return.
+# pyright: reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 from collections.abc import Iterator

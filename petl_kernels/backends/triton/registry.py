@@ -31,6 +31,13 @@ def _register(function: Callable, room: bool) -> Callable:
     @register(name, "triton", room_dtypes=DTYPES if room else ())
     def serve(first, *args):
         x = first[0] if isinstance(first, (list, tuple)) else first
-        return (function if x.dtype in DTYPES else kernel_of(name, "reference"))(first, *args)
+        return (function if x.dtype in DTYPES else reference(name))(first, *args)
 
     return function
+
+
+def reference(name: str) -> Callable:
+    """Returns the reference's kernel of a name, which every kernel has."""
+    found = kernel_of(name, "reference")
+    assert found is not None, f"{name} has no reference"
+    return found

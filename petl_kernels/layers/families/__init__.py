@@ -13,7 +13,10 @@ A family is a class that is mixed in before the class of a layer, after ``LeanLa
     uncovered(layer)      why a layer of the family cannot be lean; "" when it can
 """
 
+from __future__ import annotations
+
 from petl_kernels.layers.families.bart import LeanBartLayer
+from petl_kernels.layers.families.family import Family
 from petl_kernels.layers.families.t5 import LeanT5Layer
 
-FAMILIES = {"bart": LeanBartLayer, "t5": LeanT5Layer}
+FAMILIES: dict[str, type[Family]] = {"bart": LeanBartLayer, "t5": LeanT5Layer}

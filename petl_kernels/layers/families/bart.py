@@ -9,11 +9,13 @@ A decoder layer has a cross-attention between the two.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from petl_kernels.layers.blocks import AttentionBlock, FeedForwardBlock
+from petl_kernels.layers.families.family import Family
 from petl_kernels.layers.source import shared_for_products
 from petl_kernels.models.transformers_names import (
     ACTIVATIONS,
@@ -28,8 +30,16 @@ from petl_kernels.models.transformers_names import (
 ATTENTIONS, NORMS = of(BART_NAMES, "Attention"), frozenset(["LayerNorm"])
 
 
-class LeanBartLayer:
+class LeanBartLayer(Family):
     """Mixed in before a layer class of the family."""
+
+    self_attn: Any
+    fc1: nn.Module
+    fc2: nn.Module
+    final_layer_norm: nn.Module
+    activation_fn: nn.Module
+    activation_dropout: float
+    dropout: float
 
     known = of(BART_NAMES, "EncoderLayer", "DecoderLayer")
 
@@ -104,7 +114,7 @@ class LeanBartLayer:
         return self.self_attn.layer_idx
 
     @staticmethod
-    def parts(layer: nn.Module) -> Iterator[tuple[str, nn.Module, frozenset[str]]]:
+    def parts(layer: Any) -> Iterator[tuple[str, nn.Module, frozenset[str]]]:
         """Yields (name, module, classes whose ``forward`` it may have) of what the lean forward does not call."""
         for name in ("self_attn", "encoder_attn"):
             if hasattr(layer, name):
@@ -115,14 +125,14 @@ class LeanBartLayer:
         yield "activation_fn", layer.activation_fn, frozenset(ACTIVATIONS)
 
     @staticmethod
-    def rates(layer: nn.Module) -> list[float]:
+    def rates(layer: Any) -> list[float]:
         """Returns the rates of dropout that are in effect."""
         attentions = [getattr(layer, name) for name in ("self_attn", "encoder_attn") if hasattr(layer, name)]
         own = [layer.dropout, layer.activation_dropout] if layer.training else []
         return own + [attention.dropout for attention in attentions if attention.training]
 
     @staticmethod
-    def uncovered(layer: nn.Module) -> str:
+    def uncovered(layer: Any) -> str:
         """Returns why a layer cannot be lean; "" when it can."""
         reason = lacking(layer, BART_LAYER)
         for name in ("self_attn", "encoder_attn"):

@@ -9,12 +9,14 @@ A decoder layer has a cross-attention without a bias between the two.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from petl_kernels.layers.blocks import AttentionBlock, FeedForwardBlock
 from petl_kernels.layers.boundaries import is_packed
+from petl_kernels.layers.families.family import Family
 from petl_kernels.layers.source import shared_for_products
 from petl_kernels.models.transformers_names import (
     ACTIVATIONS,
@@ -31,8 +33,10 @@ ATTENTIONS, NORMS = of(T5_NAMES, "Attention"), of(T5_NAMES, "LayerNorm")
 FEED_FORWARDS, DROPOUTS = of(T5_NAMES, "DenseActDense", "DenseGatedActDense"), frozenset(["Dropout"])
 
 
-class LeanT5Layer:
+class LeanT5Layer(Family):
     """Mixed in before a layer class of the family."""
+
+    layer: Any  # a list of modules: the self-attention's, a decoder's cross-attention's, the feed-forward network's
 
     known = of(T5_NAMES, "Block")
 
@@ -128,7 +132,7 @@ class LeanT5Layer:
         return self.layer[0].SelfAttention.layer_idx
 
     @staticmethod
-    def parts(layer: nn.Module) -> Iterator[tuple[str, nn.Module, frozenset[str]]]:
+    def parts(layer: Any) -> Iterator[tuple[str, nn.Module, frozenset[str]]]:
         """Yields (path, module, classes whose ``forward`` it may have) of what the lean forward does not call."""
         for i, part in enumerate(layer.layer):
             at = f"layer.{i}"
@@ -144,14 +148,14 @@ class LeanT5Layer:
         yield f"{at}.DenseReluDense.act", ffn.act, frozenset(ACTIVATIONS)
 
     @staticmethod
-    def rates(layer: nn.Module) -> list[float]:
+    def rates(layer: Any) -> list[float]:
         """Returns the rates of dropout that are in effect."""
         attentions = [layer.layer[0].SelfAttention, *(part.EncDecAttention for part in layer.layer[1:-1])]
         dropouts = [*(part.dropout for part in layer.layer), layer.layer[-1].DenseReluDense.dropout]
         return [*map(_rate, dropouts), *(attention.dropout for attention in attentions if attention.training)]
 
     @staticmethod
-    def uncovered(layer: nn.Module) -> str:
+    def uncovered(layer: Any) -> str:
         """Returns why a layer cannot be lean; "" when it can."""
         ffn = layer.layer[-1].DenseReluDense
         reason = lacking(layer.layer[0].SelfAttention, T5_ATTENTION) or lacking(ffn, T5_FEED_FORWARD)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ from petl_kernels.layers.loss.projection import autocast_now
 from petl_kernels.models.transformers_names import cache_field, cache_in, returns_cache
 
 
-def late_cache(model: nn.Module, make: Callable[[], object]) -> object:
+def late_cache(model: Any, make: Callable[[], object]) -> object:
     """Returns an EncoderDecoderCache that gets the values of ``make()`` when it is read.
 
     To read it raises RuntimeError where these would be others: ``model`` was in training mode, or its mode or
@@ -30,7 +31,7 @@ def late_cache(model: nn.Module, make: Callable[[], object]) -> object:
     def checked() -> object:
         if trained:
             raise RuntimeError("cache (past_key_values) after pk.lean, in training mode: expected use_cache=True")
-        if model.training or not before.is_of(model):
+        if before is None or model.training or not before.is_of(model):
             raise RuntimeError(
                 "cache (past_key_values) after pk.lean: the model's mode or parameters changed since the forward pass;"
                 " expected use_cache=True"
@@ -48,7 +49,7 @@ def leaves_out_cache(model: nn.Module, kwargs: dict) -> bool:
     return returns_cache(model)
 
 
-def with_cache(output: object, cache: object) -> object:
+def with_cache(output: Any, cache: object) -> object:
     """Returns ``output`` (a model's own, or a tuple of loss, logits and the rest) with ``cache`` in its place there."""
     if isinstance(output, tuple):
         return *output[:2], cache, *output[2:]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from contextvars import ContextVar
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from petl_kernels.layers.loss.late_logits import LateLogits
 from petl_kernels.layers.loss.obstacles import head_obstacle
 from petl_kernels.layers.loss.projection import ForwardPass, Projection
+from petl_kernels.layers.uncompiled import uncompiled
 
 OPTIONS = ("label_smoothing", "reduction", "counted")  # of the loss, beside labels
 # The model whose forward pass runs in this thread, and what stands for its output projection.
@@ -43,25 +44,26 @@ class LateHead(nn.Linear):
     def __reduce_ex__(self, protocol):
         return self.petl_head.__reduce_ex__(protocol)
 
-    @torch.compiler.disable
+    @uncompiled
     def __call__(self, *args, **kwargs) -> Tensor:
         obstacle = head_obstacle(self.petl_head)
         if not obstacle:
-            return LateLogits.of(Projection(*args, *kwargs.values(), self.petl_head.weight, self.petl_forward))
+            operands: tuple[Any, ...] = *args, *kwargs.values(), self.petl_head.weight, self.petl_forward
+            return LateLogits.of(Projection(*operands))
         if self.petl_options:
             raise RuntimeError(f"loss with {', '.join(OPTIONS)}: {obstacle}, since the forward pass has begun")
         return self.petl_head(*args, **kwargs)
 
 
-@torch.compiler.disable
+@uncompiled
 def late_head(head: nn.Linear, forward: ForwardPass, options: bool) -> LateHead:
     """Returns a ``LateHead``, outside of compiled graphs."""
     return LateHead(head, forward, options)
 
 
-@torch.compiler.disable
-def head_of(model: nn.Module) -> nn.Module:
+@uncompiled
+def head_of(model: nn.Module) -> nn.Module | None:
     """Returns the output projection of ``model``, or what stands for it in a forward pass of this thread."""
     running, late = heads.get()
     head = model._modules["lm_head"]
-    return late if running is model and late.petl_head is head else head
+    return late if late is not None and running is model and late.petl_head is head else head

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map_only
 
 from petl_kernels.layers.loss.projection import Projection
+from petl_kernels.layers.uncompiled import uncompiled
 
 
 class LateLogits(Tensor):
@@ -26,16 +27,17 @@ class LateLogits(Tensor):
     petl_made: Tensor | None = None
 
     @staticmethod
-    @torch.compiler.disable
+    @uncompiled
     def of(projection: Projection) -> LateLogits:
         return _Project.apply(projection, projection.hidden, projection.weight, projection.bias)
 
     def made(self) -> Tensor:
         """Returns the logits as a plain tensor, each time the same, with gradients where they were recorded."""
-        if self.petl_made is None:
+        made = self.petl_made
+        if made is None:
             with torch.inference_mode(self.projection.inference), torch.set_grad_enabled(self.requires_grad):
-                self.petl_made = _Made.apply(self)
-        return self.petl_made
+                self.petl_made = made = _Made.apply(self)
+        return made
 
     def values(self) -> Tensor:
         """Returns a new tensor of the logits, outside of the graph."""
@@ -46,7 +48,7 @@ class LateLogits(Tensor):
     __hash__ = object.__hash__
 
     @classmethod
-    @torch.compiler.disable
+    @uncompiled
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if function in _ABOUT:
@@ -59,7 +61,7 @@ class LateLogits(Tensor):
         return function(*args, **kwargs)
 
     @classmethod
-    @torch.compiler.disable
+    @uncompiled
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
         """Serves callers of operators below Python's functions, and below autograd."""
         args, kwargs = tree_map_only(LateLogits, _unrecorded, (args, kwargs or {}))
@@ -169,10 +171,11 @@ def _cross_entropy(
 ) -> Tensor:
     projection = late.projection
     usual = (size_average, ignore_index, reduce, reduction, label_smoothing) == (None, -100, None, "mean", 0.0)
-    if not projection.forward.running or not isinstance(late, LateLogits) or weight is not None or not usual:
+    cross_entropy = projection.forward.cross_entropy
+    if cross_entropy is None or not isinstance(late, LateLogits) or weight is not None or not usual:
         return NotImplemented
     hidden = projection.hidden.view(*labels.shape, -1)
-    return projection.forward.cross_entropy(hidden, projection.weight, labels, projection.bias)
+    return cross_entropy(hidden, projection.weight, labels, projection.bias)
 
 
 _LATE = {

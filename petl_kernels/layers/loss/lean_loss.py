@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import inspect
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ from petl_kernels.layers.loss.late_cache import late_cache, leaves_out_cache, wi
 from petl_kernels.layers.loss.late_head import OPTIONS, head_of, heads, late_head
 from petl_kernels.layers.loss.obstacles import class_obstacle, head_obstacle, replaced_forward
 from petl_kernels.layers.loss.projection import ForwardPass
-from petl_kernels.layers.mixed_in import mixed, original_class
+from petl_kernels.layers.mixed_in import Mixin, mixed, original_class
 from petl_kernels.layers.packed_model import first_plain_layer, has_boundaries, packed_obstacle, unpacked
 from petl_kernels.layers.packed_positions import packed_positions, plain_positions
 from petl_kernels.layers.rule.prefix import one_pass
@@ -39,7 +39,7 @@ from petl_kernels.models.transformers_names import (
 _NOT_WHOLE = "after pk.lean a model's loss is not part of compiled graphs: fullgraph=True is not supported"
 
 
-class LeanLoss:
+class LeanLoss(Mixin):
     """Mixed in before the class of a model.
 
     Beside ``labels`` a call takes ``label_smoothing``, ``reduction`` and ``counted``, those of
@@ -48,8 +48,11 @@ class LeanLoss:
     from logits.
     """
 
+    if TYPE_CHECKING:  # transformers reads annotations of this name from the class
+        config: Any
+
     @property
-    def lm_head(self) -> nn.Module:
+    def lm_head(self) -> nn.Module | None:
         """The output projection, or what stands for it in a forward pass of this thread."""
         return head_of(self)
 
@@ -86,7 +89,8 @@ class LeanLoss:
 
     def _without_logits(self, kwargs: dict, options: dict) -> Any:
         forward = ForwardPass(partial(_cross_entropy, self, options, kwargs["labels"].shape))
-        before = heads.set((self, late_head(self._modules["lm_head"], forward, bool(options))))
+        head: Any = self._modules["lm_head"]
+        before = heads.set((self, late_head(head, forward, bool(options))))
         try:
             return super().forward(**kwargs)
         finally:
@@ -111,7 +115,13 @@ class LeanLoss:
 
 
 def _cross_entropy(
-    model: nn.Module, options: dict, shape: torch.Size, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor
+    model: nn.Module,
+    options: dict,
+    shape: torch.Size,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
 ) -> Tensor:
     """Returns the loss of a forward pass. labels: (tokens,); shape: that of the labels that the model got."""
     if hasattr(model, "petl_chunk_bytes"):  # of a plan, or of tier "auto"
@@ -151,9 +161,10 @@ def lean_loss(model: nn.Module) -> nn.Module:
     return model
 
 
-def set_chunk_bytes(model: nn.Module, chunk_bytes: int) -> None:
+def set_chunk_bytes(model: Any, chunk_bytes: int) -> None:
     """Bounds the bytes of logits that the loss holds at a time, of ``model`` and of the models that it wraps."""
-    for module in (model, *(module for module in model.modules() if isinstance(module, LeanLoss))):
+    lean: list[Any] = [module for module in model.modules() if isinstance(module, LeanLoss)]
+    for module in (model, *lean):
         module.petl_chunk_bytes = chunk_bytes
 
 
@@ -189,7 +200,7 @@ def loss_states(model: nn.Module) -> list[tuple[nn.Module, bool, str]]:
 
 
 @functools.cache
-def _lean_class(original: type) -> type:
+def _lean_class(original: type[Any]) -> type[Any]:
     cls = mixed(LeanLoss, original)
 
     @functools.wraps(original.forward)  # with the signature of the original, which trainers look at
@@ -203,5 +214,5 @@ def _lean_class(original: type) -> type:
 
 
 def _bare(original: type) -> nn.Module:
-    cls = _lean_class(original)
+    cls: Any = _lean_class(original)
     return cls.__new__(cls)

@@ -22,7 +22,7 @@ def class_obstacle(module: nn.Module) -> str:
     return "" if knows_loss(type(module)) else f"{forward_owner(type(module)).__name__} has a forward of its own"
 
 
-def head_obstacle(head: nn.Module) -> str:
+def head_obstacle(head: nn.Module | None) -> str:
     """Returns why the loss needs the product of ``head``, an output projection."""
     if type(head) is not nn.Linear or head.bias is not None:
         return f"lm_head is a {type(head).__name__}{' with a bias' if type(head) is nn.Linear else ''}"

@@ -18,7 +18,8 @@ class ForwardPass:
     """
 
     def __init__(self, cross_entropy: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]):
-        self.running, self.cross_entropy = True, cross_entropy
+        self.running = True
+        self.cross_entropy: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] | None = cross_entropy
 
     def end(self) -> None:
         self.running, self.cross_entropy = False, None

@@ -9,6 +9,8 @@ block's own LN, runs in one pass with the sum; so does its backward.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from petl_kernels.layers.blocks import AttentionBlock
@@ -178,13 +180,14 @@ class Attention:
     # ---- backward ---------------------------------------------------------------------------------------------------
 
     def end_backward(
-        self, dx: Tensor, du: Tensor, h: Tensor, call: Call, gradients: Gradients
+        self, dx: Tensor | None, du: Tensor, h: Tensor, call: Call, gradients: Gradients
     ) -> tuple[Tensor, Tensor]:
         """Returns dx, without what comes through u, and the gradient of o (batch, tokens, heads · head_dim).
 
         dx: the gradient of the next block's x, without what comes through its u. du: that of its u. h: of this block.
         """
         if not self.pre_norm:
+            assert dx is not None, "a gradient comes from the next block"
             du, dx = joined(du, dx), None
         dtype = call.saved[self.o.key].dtype
         dx, dy = self.residual.norm_backward(du, dx, h, self.reader, dtype, call, gradients)
@@ -209,8 +212,9 @@ class Attention:
         """
         u = self._recomputed_u(x, call)
         seen = u if source is None else source
-        raw = [call.saved.get(place.key) for place in self.places]
+        raw: list[Any] = [call.saved.get(place.key) for place in self.places]
         if any(y is None for y in raw):
+            assert u is not None and seen is not None, "u is there where products are recomputed"
             raw = self._project(u, seen, call)
         q, k, v = self._heads(raw)
         dq, dk, dv = self._attention_backward(do, q, k, v, call, gradients)
@@ -233,7 +237,7 @@ class Attention:
         """Returns the gradient of o (batch, tokens, heads · head_dim) from that of what is added to x."""
         o, raw = _rows(call.saved[self.o.key]), None
         if self.adapter:
-            dy = self.adapter.backward(dy, self._recomputed_read(call), True, call, gradients, True)
+            dy = self.adapter.backward(dy, self._recomputed_read(call), True, call, gradients)
         elif self.out.all[0].after is not None:
             raw = call.saved.get(self.read.key)
             if raw is None:

@@ -8,6 +8,7 @@ rows. The gradients of the outputs are handled in the same way.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -23,7 +24,7 @@ from petl_kernels.ops.room import copied_rows, whole_rows
 class Bordered:
     """The linears of one ``Linears``, all in ``border``. room: columns behind the rows of the input."""
 
-    def __init__(self, block: str, linears: Sequence, border: Border):
+    def __init__(self, block: str, linears: Sequence[Any], border: Border):
         self.linears, self.latent = linears, Place(block, "latent0")
         weights = [linear.weight for linear in linears]
         self.sizes, self.inputs = [weight.shape[0] for weight in weights], weights[0].shape[1]
@@ -65,7 +66,7 @@ class Bordered:
         need_dbias = [gradients.wants(linear.bias) for linear in self.linears]
         wide = self._rows_of_gradients(dys)
         latent = call.saved[self.latent.key] if self.ranks else wide.new_empty(wide.shape[0], 0)
-        rows = x.reshape(-1, self.inputs) if self.ranks else None
+        rows = x.reshape(-1, self.inputs) if self.ranks and x is not None else None
         own = self.buffer, self.a, self.b, self.scales, need_dx, need_dbias
         dx, das, dbs, dbiases = run("lora_border_backward", wide, rows, latent, *own, call.backend)
         for linear, da, db, dbias, need in zip(self.linears, das, dbs, dbiases, need_dbias, strict=True):
@@ -89,7 +90,9 @@ class Bordered:
         return copied_rows(dys, self.room) if wide is None else wide
 
 
-def bordered(block: str, linears: Sequence, modules: Sequence[nn.Module], border: Border | None) -> Bordered | None:
+def bordered(
+    block: str, linears: Sequence[Any], modules: Sequence[nn.Linear], border: Border | None
+) -> Bordered | None:
     """Returns ``linears``, those of ``modules``, as one product; None where ``border`` is None or cannot serve them."""
     if border is None or not border.serves(modules):
         return None
@@ -99,7 +102,7 @@ def bordered(block: str, linears: Sequence, modules: Sequence[nn.Module], border
     return Bordered(block, linears, border) if plain and fits else None
 
 
-def release_trained(modules: Sequence[nn.Module], border: Border | None) -> None:
+def release_trained(modules: Sequence[nn.Linear], border: Border | None) -> None:
     """Gives weights in ``border`` that are trained by now memory of their own, as optimisers expect it."""
     if border is not None and tuple(modules) == border.linears and not are_frozen(own.weight for own in modules):
         border.undo()

@@ -8,17 +8,20 @@ from petl_kernels.layers.rule.call import Call, Gradients
 from petl_kernels.methods.adapter import BottleneckAdapter
 from petl_kernels.ops.define import run
 
+# Weight and bias of the norm, D, d, U, u.
+Parameters = tuple[Tensor | None, Tensor | None, Tensor, Tensor | None, Tensor, Tensor | None]
+
 
 class Bottleneck:
     """One adapter, bound."""
 
     def __init__(self, piece: BottleneckAdapter):
         norm = piece.norm
-        own_norm = (None, None) if norm is None else (norm.weight, norm.bias)
+        ln_weight, ln_bias = (None, None) if norm is None else (norm.weight, norm.bias)
         self.eps = 1e-5 if norm is None else norm.eps
         self.activation, self.scale = piece.activation, float(piece.scale)
         down, up = piece.down, piece.up
-        self.parameters = (*own_norm, down.weight, down.bias, up.weight, up.bias)
+        self.parameters: Parameters = (ln_weight, ln_bias, down.weight, down.bias, up.weight, up.bias)
         self.bound = [tensor for tensor in self.parameters if tensor is not None]
 
     def forward(self, x: Tensor, residual: Tensor | None, call: Call) -> Tensor:
@@ -27,10 +30,8 @@ class Bottleneck:
             "bottleneck_adapter", x, residual, *self.parameters, self.eps, self.activation, self.scale, call.backend
         )
 
-    def backward(
-        self, dy: Tensor, x: Tensor, residual_is_x: bool, call: Call, gradients: Gradients, need_dx: bool
-    ) -> Tensor | None:
-        """Returns dx, with dy added where x is the residual; None where it is not needed."""
+    def backward(self, dy: Tensor, x: Tensor, residual_is_x: bool, call: Call, gradients: Gradients) -> Tensor:
+        """Returns dx, with dy added where x is the residual."""
         *inner, up_bias = self.parameters
         dx, *found = run(
             "bottleneck_adapter_backward",
@@ -41,11 +42,11 @@ class Bottleneck:
             self.eps,
             self.activation,
             self.scale,
-            need_dx,
+            True,
             up_bias is not None,
             call.backend,
         )
         for parameter, gradient in zip(self.parameters, found, strict=True):
             if gradients.wants(parameter):
                 gradients.add(parameter, gradient)
-        return dx if need_dx else None
+        return dx

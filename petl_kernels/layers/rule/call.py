@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 from torch import Tensor
 
@@ -117,10 +119,10 @@ class Gradients:
     def wants(self, tensor: Tensor | None) -> bool:
         return tensor is not None and id(tensor) in self.wanted
 
-    def add(self, tensor: Tensor, gradient: Tensor) -> None:
+    def add(self, tensor: Tensor | None, gradient: Tensor) -> None:
         """Adds to the gradient of ``tensor``, where it is wanted."""
         key = id(tensor)
-        if key not in self.wanted:
+        if tensor is None or key not in self.wanted:
             return
         if gradient.dtype != tensor.dtype:
             gradient = gradient.to(tensor.dtype)
@@ -133,6 +135,10 @@ class Gradients:
         return self.found.get(id(tensor))
 
 
+@overload
+def summed(total: Tensor, more: Tensor | None) -> Tensor: ...
+@overload
+def summed(total: Tensor | None, more: Tensor | None) -> Tensor | None: ...
 def summed(total: Tensor | None, more: Tensor | None) -> Tensor | None:
     """Returns the sum of two gradients of one tensor, either of which may be None, and writes it into the first."""
     if total is None or more is None:

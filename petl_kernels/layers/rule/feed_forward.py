@@ -14,6 +14,8 @@ An adapter on the last linear reads its output; a parallel one that is not among
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -83,13 +85,14 @@ class FeedForward:
         """Returns dx, without what comes through u, and du."""
         dh, e = self.end.backward(dy, call.dtype or x.dtype, call, gradients)
         if self.after:
-            e = self.after.backward(e, call.saved[READ.key], True, call, gradients, True)
+            e = self.after.backward(e, call.saved[READ.key], True, call, gradients)
         u = None
         if self.reads_u or self.inner.recomputes(call):
             u = call.cast(self.norm.recomputed(x, call) if self.pre_norm else x)
-        du = self.inner.backward(e, u, call, gradients, True)
+        du = self.inner.backward(e, u, call, gradients)
         if self.beside:
-            du = summed(du, self.beside.backward(e, u, False, call, gradients, True))
+            assert u is not None, "an adapter beside the network reads u"
+            du = summed(du, self.beside.backward(e, u, False, call, gradients))
         return dh, du
 
 
@@ -120,19 +123,20 @@ class SumAndNorm:
     def forward(self, y: Tensor, x: Tensor, call: Call) -> Tensor:
         h, u = self.residual.add_and_norm(y, x, self.inner, call)
         call.save(END, h)
-        return u if self.adapter is None else self.norm.forward(self._adapted(u, h, call), call)
-
-    def _adapted(self, u: Tensor, h: Tensor, call: Call) -> Tensor:
-        return self.adapter.forward(call.cast(u), call.cast(h), call)
+        return u if self.adapter is None else self.norm.forward(_adapted(self.adapter, u, h, call), call)
 
     def backward(self, du: Tensor, dtype: torch.dtype, call: Call, gradients: Gradients) -> tuple[Tensor, Tensor]:
         """Returns the gradients of x and of y, the latter in ``dtype``."""
         h, dh = call.saved[END.key], None
         if self.adapter is not None:
             u = self.inner.recomputed(h, call)
-            dh = self.norm.backward(du, None, self._adapted(u, h, call), call, gradients)
-            du = self.adapter.backward(dh, call.cast(u), False, call, gradients, True)
+            dh = self.norm.backward(du, None, _adapted(self.adapter, u, h, call), call, gradients)
+            du = self.adapter.backward(dh, call.cast(u), False, call, gradients)
         return self.residual.norm_backward(du, dh, h, self.inner, dtype, call, gradients)
+
+
+def _adapted(adapter: Bottleneck, u: Tensor, h: Tensor, call: Call) -> Tensor:
+    return adapter.forward(call.cast(u), call.cast(h), call)
 
 
 class Frozen:
@@ -162,7 +166,7 @@ class Frozen:
             call.save(GATE, gate)
         return y
 
-    def backward(self, dy: Tensor, u: Tensor | None, call: Call, gradients: Gradients, need_du: bool) -> Tensor | None:
+    def backward(self, dy: Tensor, u: Tensor | None, call: Call, gradients: Gradients) -> Tensor:
         keeps, nothing = self._keeps(call), dy.new_empty(0)
         z = call.saved.get((BITS if self.bits else Z).key)
         gate = call.saved.get(GATE.key)
@@ -179,7 +183,7 @@ class Frozen:
             self.gate,
             self.activation,
             keeps,
-            need_du,
+            True,
             need_dc1,
             need_dc2,
             call.backend,
@@ -188,14 +192,16 @@ class Frozen:
             gradients.add(self.c1, dc1)
         if need_dc2:
             gradients.add(self.c2, dc2)
-        return du if need_du else None
+        return du
 
 
 class Wide:
     """A frozen network with a parallel adapter among its hidden units."""
 
     def __init__(self, block: FeedForwardBlock):
-        wide, adapter = block.wide, Bottleneck(active_piece(block.out))
+        wide = block.wide
+        assert wide is not None, "the block is wide"
+        adapter = Bottleneck(wide.modules[2])
         self.w1, self.c1, self.w2, self.c2 = wide.w1, wide.c1, wide.w2, block.out.bias
         self.adapter, self.inner = adapter, adapter.parameters[2:]
         self.activation, self.bits = block.activation, block.activation == "relu"
@@ -221,7 +227,7 @@ class Wide:
         call.save(BITS if self.bits else Z, z)
         return y
 
-    def backward(self, dy: Tensor, u: Tensor | None, call: Call, gradients: Gradients, need_du: bool) -> Tensor | None:
+    def backward(self, dy: Tensor, u: Tensor | None, call: Call, gradients: Gradients) -> Tensor:
         self._filled()  # another adapter may have been in the room since
         z = call.saved.get((BITS if self.bits else Z).key)
         *inner, up_bias = self.inner
@@ -237,7 +243,7 @@ class Wide:
             self.activation,
             self.adapter.scale,
             self._keeps(call),
-            need_du,
+            True,
             self.trains,
             up_bias is not None,
             call.backend,
@@ -245,7 +251,7 @@ class Wide:
         for parameter, gradient in zip(self.inner, found, strict=True):
             if gradients.wants(parameter):
                 gradients.add(parameter, gradient)
-        return du if need_du else None
+        return du
 
 
 class Open:
@@ -292,10 +298,11 @@ class Open:
     def _scaled(self, raw: list[Tensor]) -> list[Tensor]:
         return [linear.scaled(y) for linear, y in zip(self.inputs.all, raw, strict=True)]
 
-    def backward(self, dy: Tensor, u: Tensor | None, call: Call, gradients: Gradients, need_du: bool) -> Tensor | None:
-        raw = [call.saved.get(place.key) for place in (Z, GATE)[: len(self.inputs.all)]]
+    def backward(self, dy: Tensor, u: Tensor | None, call: Call, gradients: Gradients) -> Tensor:
+        raw: list[Any] = [call.saved.get(place.key) for place in (Z, GATE)[: len(self.inputs.all)]]
         hidden = call.saved.get(HIDDEN.key)
         if self.recomputes(call):
+            assert u is not None, "u is there where products are recomputed"
             raw = self.inputs.forward(u, call)
         if self.out.reads_input and hidden is None:
             hidden = self._activate(raw, call)
@@ -310,7 +317,7 @@ class Open:
         else:
             saved = call.saved[BITS.key] if self.bits else self._scaled(raw)[0]
             dzs = [run("activation_backward", dhidden, saved, self.activation, self.dropout, seed, call.backend)]
-        return self.inputs.backward(list(dzs), u, raw, call, gradients, need_du)
+        return self.inputs.backward(list(dzs), u, raw, call, gradients, True)
 
 
 def _is_frozen(block: FeedForwardBlock, linears: list[Linear]) -> bool:

@@ -48,8 +48,9 @@ class Rule:
         self.trained = list({id(tensor): tensor for tensor in bound if tensor.requires_grad}.values())
         self.bound = bound
         self.names = {id(own): f"{self.path}.{name}" for name, own in layer.named_parameters()}
-        for linears in (own for attention in self.attentions for own in attention.linears if own.bordered):
-            self.names |= {id(own): self.names[id(weight)] for own, weight in linears.bordered.watched}
+        linears = [own for attention in self.attentions for own in attention.linears]
+        for bordered in (own.bordered for own in linears if own.bordered):
+            self.names |= {id(own): self.names[id(weight)] for own, weight in bordered.watched}
         self._refuse_dtypes(x, attentions[0].adds_bias)
 
     def holds(self) -> bool:
@@ -140,6 +141,7 @@ class Rule:
         """Returns the gradient of the layer's input from dx, without what comes through u, and du."""
         norm = self.attentions[0].norm
         if need_dx:
+            assert du is not None, "dx needs du"
             return norm.backward(du, dx, x, call, gradients) if self.pre_norm else joined(du, dx)
         if self.pre_norm and du is not None:
             norm.parameters_backward(du, x, call, gradients)

@@ -8,6 +8,9 @@ quantized, or trained. Linears with LoRA at one rate of dropout are one product 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, Literal, overload
+
 from torch import Tensor, nn
 
 from petl_kernels.layers.border import Border
@@ -15,7 +18,7 @@ from petl_kernels.layers.pieces import LINEARS, active_piece, has_other_hooks
 from petl_kernels.layers.rule.border import Bordered, bordered, release_trained
 from petl_kernels.layers.rule.call import Call, Gradients, Place, summed
 from petl_kernels.methods.ia3 import Scale
-from petl_kernels.methods.lora import LoRALinear
+from petl_kernels.methods.lora import LoRALinear, LowRank
 from petl_kernels.ops.define import accumulate_dtype, run
 from petl_kernels.ops.quantized import parts_of
 
@@ -30,23 +33,26 @@ class Linear:
     piece: what an adapter other than LoRA and (IA)³ has put on it. bound: the tensors that backward reads.
     """
 
-    def __init__(self, name: str, module: nn.Module):
+    def __init__(self, name: str, module: Any):
         if type(module) not in LINEARS:
             raise Unknown(f"a {type(module).__name__} in the place of a linear layer")
         if has_other_hooks(module):
             raise Unknown("a hook on a linear layer")
-        self.name, self.weight, self.bias = name, module.weight, module.bias
+        self.name = name
+        self.weight: Tensor = module.weight
+        self.bias: Tensor | None = module.bias
         self.parts = parts_of(self.weight)
-        lora = module.lora.current() if type(module) is LoRALinear else None
-        self.lora, self.dropout, self.scale = None, 0.0, 1.0
+        lora = _lora(module)
+        self.lora: tuple[Tensor, Tensor] | None = None
+        self.dropout, self.scale = 0.0, 1.0
         if lora is not None:
             if self.weight.requires_grad:
                 raise Unknown("LoRA on a weight that is trained")
             self.lora, self.scale = (lora.A, lora.B), float(lora.scale)
             self.dropout = lora.dropout if module.training else 0.0
         piece = active_piece(module)
-        self.before = piece.scale if isinstance(piece, Scale) and piece.feedforward else None
-        self.after = piece.scale if isinstance(piece, Scale) and not piece.feedforward else None
+        self.before: Tensor | None = piece.scale if isinstance(piece, Scale) and piece.feedforward else None
+        self.after: Tensor | None = piece.scale if isinstance(piece, Scale) and not piece.feedforward else None
         self.piece = None if isinstance(piece, Scale) else piece
         own = [*self.parts, self.bias, self.before, self.after]
         if self.lora is not None:
@@ -63,16 +69,24 @@ class Linear:
         return y if self.after is None else y * self.after.flatten().to(y.dtype)
 
 
+def _lora(module: nn.Linear) -> LowRank | None:
+    if type(module) is not LoRALinear:
+        return None
+    own: Any = module.lora
+    return own.current()
+
+
 class Group:
     """Linear layers with LoRA as one product with stacked A. latent: the place of x Aᵀ."""
 
     def __init__(self, block: str, i: int, linears: list[Linear]):
         self.latent, self.linears = Place(block, f"latent{i}"), linears
         self.dropout, self.before = linears[0].dropout, linears[0].before
-        nothing = linears[0].lora[0].new_empty(0)
+        pairs = [linear.lora for linear in linears if linear.lora is not None]
+        self.adapters = [a for a, _ in pairs], [b for _, b in pairs]
+        nothing = pairs[0][0].new_empty(0)
         self.weights = [part for linear in linears for part in linear.parts]
         self.biases = [nothing if linear.bias is None else linear.bias for linear in linears]
-        self.adapters = [linear.lora[0] for linear in linears], [linear.lora[1] for linear in linears]
         self.scales = [linear.scale for linear in linears]
 
     def forward(self, x: Tensor, call: Call) -> list[Tensor]:
@@ -88,9 +102,10 @@ class Group:
         seed, latent = call.seeds.get(self.latent.key), call.saved[self.latent.key]
         rest = *self.adapters, self.scales, self.dropout, seed, needs_x, need_dbias, call.backend
         dx, das, dbs, dbiases = run("lora_linear_backward", dys, _before(x, self), latent, self.weights, *rest)
-        for linear, da, db, dbias, need in zip(self.linears, das, dbs, dbiases, need_dbias, strict=True):
-            gradients.add(linear.lora[0], da)
-            gradients.add(linear.lora[1], db)
+        given = zip(self.linears, *self.adapters, das, dbs, dbiases, need_dbias, strict=True)
+        for linear, a, b, da, db, dbias, need in given:
+            gradients.add(a, da)
+            gradients.add(b, db)
             if need:
                 gradients.add(linear.bias, dbias)
         return _before_backward(self, dx, x, gradients) if needs_x else None
@@ -100,7 +115,8 @@ class Linears:
     """Linear layers that read the same x (..., K). border: the buffer of their weights, where they stand in one."""
 
     def __init__(self, block: str, named: dict[str, nn.Module], border: Border | None = None):
-        self.all, modules = [Linear(name, module) for name, module in named.items()], list(named.values())
+        self.all = [Linear(name, module) for name, module in named.items()]
+        modules: list[Any] = list(named.values())
         release_trained(modules, border)
         self.bordered: Bordered | None = bordered(block, self.all, modules, border)
         apart = [] if self.bordered else self.all
@@ -133,11 +149,31 @@ class Linears:
             ys[linear.name] = run("frozen_linear", _before(x, linear), linear.parts, linear.bias, call.backend)
         return [ys[linear.name] for linear in self.all]
 
+    @overload
     def backward(
         self,
         dys: list[Tensor],
         x: Tensor | None,
-        raw: list[Tensor | None],
+        raw: Sequence[Tensor | None],
+        call: Call,
+        gradients: Gradients,
+        need_dx: Literal[True],
+    ) -> Tensor: ...
+    @overload
+    def backward(
+        self,
+        dys: list[Tensor],
+        x: Tensor | None,
+        raw: Sequence[Tensor | None],
+        call: Call,
+        gradients: Gradients,
+        need_dx: bool,
+    ) -> Tensor | None: ...
+    def backward(
+        self,
+        dys: list[Tensor],
+        x: Any,
+        raw: Sequence[Any],
         call: Call,
         gradients: Gradients,
         need_dx: bool,
@@ -175,7 +211,7 @@ def _before(x: Tensor, linear: Linear | Group) -> Tensor:
     return x if linear.before is None else x * linear.before.flatten().to(x.dtype)
 
 
-def _before_backward(linear: Linear | Group, dx: Tensor, x: Tensor | None, gradients: Gradients) -> Tensor:
+def _before_backward(linear: Linear | Group, dx: Tensor, x: Tensor, gradients: Gradients) -> Tensor:
     return dx if linear.before is None else _scale_backward(linear.before, dx, x, gradients)
 
 

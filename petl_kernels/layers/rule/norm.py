@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +15,12 @@ from petl_kernels.ops.define import run
 class Norm:
     """u = norm(x), for x (..., d). An RMSNorm of 16 bits returns 16 bits, also for a wider x."""
 
-    def __init__(self, block: str, norm: nn.Module):
+    def __init__(self, block: str, norm: Any):
         self.mean, self.rstd = Place(block, "mean"), Place(block, "rstd")
-        self.weight, self.centred = norm.weight, isinstance(norm, nn.LayerNorm)
-        self.bias = norm.bias if self.centred else None
-        self.eps = norm.eps if self.centred else norm.variance_epsilon
+        self.centred = isinstance(norm, nn.LayerNorm)
+        self.weight: Tensor = norm.weight
+        self.bias: Tensor | None = norm.bias if self.centred else None
+        self.eps: float = norm.eps if self.centred else norm.variance_epsilon
         self.bound = [tensor for tensor in (self.weight, self.bias) if tensor is not None]
         self.room: tuple[int, ...] = ()  # one number: free columns behind each row of the output
 
@@ -75,10 +77,10 @@ class Norm:
         mean = call.saved[self.mean.key] if self.centred else None
         own = mean, call.saved[self.rstd.key], self.weight
         dropout = dtype, rate, seed
-        dh, dy, *found = run("dropout_add_norm_backward", du, dh, h, *own, *dropout, *needs, call.backend)
+        dx, dy, *found = run("dropout_add_norm_backward", du, dh, h, *own, *dropout, *needs, call.backend)
         if needs[0] or needs[1]:
             self._add(found, gradients)
-        return dh, dy
+        return dx, dy
 
     def backward(self, du: Tensor, dx: Tensor | None, x: Tensor, call: Call, gradients: Gradients) -> Tensor:
         """Returns the gradient of x from du, with dx, what x gets from elsewhere, added."""

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from operator import is_
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,39 +71,43 @@ class _Computed:
         return all(map(is_, self.inputs, _inputs(piece)))
 
 
-def _inputs(piece: Prefix) -> tuple[Tensor, ...]:
+def _inputs(piece: Any) -> tuple[Tensor, ...]:
     first, _, second = piece.mlp[0]
     return piece.key, piece.value, first.weight, first.bias, second.weight, second.bias
 
 
 def _alone(piece: Prefix, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if piece.mlp is not None and _is_plain(*piece.mlp):
-        return _network([piece], dtype)
+        key, value = _network([piece], dtype)
+        return key, value
     key, value = (own.to(dtype).view(-1, piece.heads, piece.head_dim) for own in piece.folded())
     return key, value
 
 
 def _together(piece: Prefix, dtype: torch.dtype) -> Iterator[_Computed]:
     """Yields the prefixes of all attentions of the kind of ``piece``; none where they cannot be one product."""
-    if piece not in piece.kind or not _is_plain(*piece.mlp):  # a replica's piece is not in its kind
+    mlp: Any = piece.mlp
+    if piece not in piece.kind or not _is_plain(*mlp):  # a replica's piece is not in its kind
         return
     group = [other for other in piece.kind if _is_like(other, piece)]
     rows = _network(group, dtype)
     yield from map(_Computed, group, zip(rows[::2], rows[1::2], strict=True))
 
 
-def _is_like(other: Prefix, piece: Prefix) -> bool:
+def _is_like(other: Prefix, piece: Any) -> bool:
     """Returns whether both are rows for one product; not so where a tensor is elsewhere until its layer runs (FSDP)."""
     if other.mlp is None or other.mlp[0] is not piece.mlp[0]:
         return False
     mine = piece.key
     return all(
-        type(own) is type(mine) and (own.shape, own.dtype, own.device) == (mine.shape, mine.dtype, mine.device)
+        own is not None
+        and type(own) is type(mine)
+        and (own.shape, own.dtype, own.device) == (mine.shape, mine.dtype, mine.device)
         for own in map(other._parameters.get, ("key", "value"))
     )
 
 
-def _is_plain(mlp: nn.Module) -> bool:
+def _is_plain(mlp: Any) -> bool:
     """Returns whether the network is as this package builds it, without hooks or another forward."""
     if [type(part) for part in mlp.modules()] != [nn.Sequential, nn.Linear, nn.Tanh, nn.Linear]:
         return False
@@ -115,7 +120,8 @@ def _is_plain(mlp: nn.Module) -> bool:
 
 def _network(group: Sequence[Prefix], dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Returns keys and values of each, one after the other, (length, heads, head_dim)."""
-    first, _, second = group[0].mlp[0]
+    mlp: Any = group[0].mlp
+    first, _, second = mlp[0]
     shape = group[0].heads, group[0].head_dim
     inputs = [own for piece in group for own in (piece.key, piece.value)]
     read = first.weight, first.bias, second.weight, second.bias, *inputs
@@ -168,7 +174,7 @@ def _gradients(
     found: list[Tensor | None] = [None] * len(read)
     if len(at) < len(inputs):
         hidden = hidden.view(len(inputs), -1, hidden.shape[1])[at].flatten(0, 1)
-    dy = torch.cat([drows[i] for i in at]).view(-1, w2.shape[0]).to(w2.dtype)
+    dy = torch.cat([own for own in drows if own is not None]).view(-1, w2.shape[0]).to(w2.dtype)
     dhidden = torch.ops.aten.tanh_backward(dy @ w2, hidden)
     if needs[0]:
         found[0] = dhidden.t() @ torch.cat([inputs[i] for i in at])

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import chain
 from operator import is_
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -66,11 +67,13 @@ def changed(name: str) -> RuntimeError:
     )
 
 
-def _dicts(modules: list[nn.Module]) -> Iterator[dict]:
-    configs = {id(config): config for module in modules if (config := module.__dict__.get("config")) is not None}
+def _dicts(modules: list[Any]) -> Iterator[dict[str, Any]]:
+    configs: dict[int, Any] = {
+        id(config): config for module in modules if (config := module.__dict__.get("config")) is not None
+    }
     for module in modules:
         own = module.__dict__
         yield own
         yield from (own[name] for name in _DICTS)
         yield from (parameter.__dict__ for parameter in module._parameters.values() if hasattr(parameter, "parts"))
-    yield from map(vars, configs.values())
+    yield from (config.__dict__ for config in configs.values())
