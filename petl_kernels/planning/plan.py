@@ -237,7 +237,7 @@ def check_allow(allow: Sequence[str]) -> tuple[str, ...]:
         raise InputError(f"allow {shown(allow)}: expected a list of {', '.join(APPROXIMATIONS)}")
     names = tuple("quantized" if name == "quantised" else name for name in allow)
     for name in names:
-        # an unhashable name as well
+        # one of another type may have no hash
         if not isinstance(name, str) or name not in APPROXIMATIONS:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise InputError(f"allow {shown(name)}: expected {' or '.join(APPROXIMATIONS)}")
     return names

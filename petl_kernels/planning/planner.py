@@ -115,7 +115,7 @@ def _planned_device(device: str | torch.device | None) -> torch.device:
         found = torch.device(device)
     except (RuntimeError, TypeError, ValueError):
         found = None
-    is_bool = isinstance(device, bool)  # pyright: ignore[reportUnnecessaryIsInstance]  # it is a number of a card
+    is_bool = isinstance(device, bool)  # pyright: ignore[reportUnnecessaryIsInstance]  # a card's number to torch
     if found is None or is_bool or found.type not in SLACK:
         raise InputError(f"device {shown(device)}: expected {' or '.join(sorted(SLACK))}")
     return found
