@@ -51,7 +51,7 @@ def ranges() -> dict[str, tuple[str, str | None]]:
     for requirement in _requirements():
         match = _REQUIREMENT.match(requirement)
         ends = dict(re.findall(r"(>=|<)(?!=)([\d.]+)", match[2])) if match else {}
-        if ">=" in ends:
+        if match and ">=" in ends:
             found[match[1]] = ends[">="], ends.get("<")
     return found
 
@@ -68,8 +68,9 @@ def _requirements() -> list[str]:
 
 
 def _release(version: str) -> tuple[int, ...]:
-    """Returns the numbers of a version, without what follows them: (2, 13, 0) for "2.13.0+cpu"."""
-    return tuple(int(number) for number in re.match(r"\d+(?:\.\d+)*", version)[0].split("."))
+    """Returns the numbers of a version, (2, 13, 0) for "2.13.0+cpu"; none for one that begins with no number."""
+    found = re.match(r"\d+(?:\.\d+)*", version)
+    return tuple(int(number) for number in found[0].split(".")) if found else ()
 
 
 def constraints(end: str, but: Sequence[str] = ()) -> str:

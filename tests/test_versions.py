@@ -53,6 +53,12 @@ def test_older_is_refused_with_the_range(installed):
             versions.check("transformers")
 
 
+def test_a_version_without_numbers_is_refused_as_older(installed):
+    installed(transformers="unknown")
+    with pytest.raises(InputError, match=r"^transformers unknown is older .* expected transformers>=5.17,<5.25$"):
+        versions.check("transformers")
+
+
 def test_newer_is_said_once_with_the_range(installed):
     installed(torch="2.16.0a0+git123", transformers="6.0.0")
     with pytest.warns(UserWarning, match=r"^torch 2\.16\.0a0\+git123 is newer .* expected torch>=2.11,<2.16$"):

@@ -16,7 +16,7 @@ def linear_flops(run: Callable[[], object]) -> int:
     """
     with profile(activities=[ProfilerActivity.CPU], with_flops=True, record_shapes=True) as profiled:
         run()
-    return sum(_flops(event) for event in profiled.events() if not _in_attention(event))
+    return sum(_flops(event) for event in profiled.events() or () if not _in_attention(event))
 
 
 def _flops(event) -> int:

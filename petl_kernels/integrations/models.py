@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from types import ModuleType
+from typing import Any
 
 from torch import nn
 
@@ -144,7 +145,7 @@ def _obstacle(model: nn.Module, rows: int) -> str:
     return ""
 
 
-def _tables(model: nn.Module, rows: int) -> Iterator[tuple[str, nn.Module]]:
+def _tables(model: Any, rows: int) -> Iterator[tuple[str, nn.Module]]:
     """Yields (path, module) of the token embeddings and the output projection."""
     head = model.get_output_embeddings()
     for path, module in model.named_modules():

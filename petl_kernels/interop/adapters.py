@@ -133,8 +133,9 @@ def held_adapters(folder: str | os.PathLike) -> list[str]:
 def _pick_name(model: nn.Module, name: str | None) -> str:
     if name is not None:
         return name
-    if active_name(model) is not None:
-        return active_name(model)
+    active = active_name(model)
+    if active is not None:
+        return active
     known = list(records(model))
     if len(known) == 1:
         return known[0]

@@ -62,9 +62,10 @@ class AddedWords:
 
     def encode(self, texts: list[str], encode: Callable[[list[str]], Rows]) -> Rows:
         """Returns the ids of ``texts``, with ``encode`` for what stands between words."""
-        if self._pattern is None:
+        pattern = self._pattern
+        if pattern is None:
             return encode(texts)
-        split = [self._split(text) if self._pattern.search(text) else [text] for text in texts]
+        split = [self._split(pattern, text) if pattern.search(text) else [text] for text in texts]
         between = iter(encode([part for parts in split for part in parts if part not in self.ids]))
 
         def ids(part: str) -> list[int]:
@@ -72,10 +73,10 @@ class AddedWords:
 
         return [[i for part in parts for i in ids(part)] for parts in split]
 
-    def _split(self, text: str) -> list[str]:
+    def _split(self, pattern: re.Pattern[str], text: str) -> list[str]:
         """Returns ``text`` cut at words as transformers' tokenizers in Python do: the leftmost, longest word first, and
         then what each word's settings do to the text beside it."""
-        parts = [part for part in self._pattern.split(text) if part]
+        parts = [part for part in pattern.split(text) if part]
         for i, word in enumerate(parts):
             if word not in self.ids:
                 continue

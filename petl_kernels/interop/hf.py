@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 from zipfile import is_zipfile
 
 import safetensors
@@ -71,7 +72,7 @@ def load_skeleton(path_or_id: str | os.PathLike):
     return model.eval(), tokenizer
 
 
-def _load_generation_config(name: str, model: nn.Module) -> None:
+def _load_generation_config(name: str, model: Any) -> None:
     """Sets what ``from_pretrained`` sets for a folder, such as words that are never chosen and a forced end."""
     from transformers import GenerationConfig
 
@@ -79,7 +80,9 @@ def _load_generation_config(name: str, model: nn.Module) -> None:
         model.generation_config = GenerationConfig.from_pretrained(name)
 
 
-def load_weights(path_or_id: str | os.PathLike, model: nn.Module, place: Callable[[str, Tensor], Tensor]) -> nn.Module:
+def load_weights(
+    path_or_id: str | os.PathLike[str], model: nn.Module, place: Callable[[str, Tensor], Tensor]
+) -> nn.Module:
     """Gives ``model``, a skeleton, the weights of its checkpoint, one tensor after the other; returns it.
 
     place(name, tensor): what stands in the model in the place of ``tensor``, which is a view into a file: a copy in
@@ -90,6 +93,7 @@ def load_weights(path_or_id: str | os.PathLike, model: nn.Module, place: Callabl
     tensors = _attempt(f"model {name!r}", _tensors, name, model.config)
 
     sources = owner(model).sources or owner(_laid_out(name, model.config)).sources
+    assert sources is not None
 
     def read(key: str) -> Tensor:
         source = sources[key]
@@ -155,7 +159,7 @@ def _laid_out(name: str, config) -> nn.Module:
     tensors = _attempt(f"model {name!r}", _tensors, name, config)
     marks = _attempt(f"model {name!r}", _marks, tensors, config)
     shaped = {key: torch.full((), mark).expand(tensors[key][0]) for key, mark in marks.items()}
-    model = _from_pretrained(name, config, None, dtype=torch.float32, state_dict=shaped)
+    model: Any = _from_pretrained(name, config, None, dtype=torch.float32, state_dict=shaped)
     model.config.name_or_path = name
     named = {mark: key for key, mark in marks.items()}
 
@@ -369,7 +373,7 @@ def positions(config) -> int | None:
     return config.max_position_embeddings if config.model_type in ("mbart", "marian") else None
 
 
-def no_layerdrop(config) -> None:
+def no_layerdrop(config: Any) -> None:
     for key in ("encoder_layerdrop", "decoder_layerdrop", "layerdrop"):
         if hasattr(config, key):
             setattr(config, key, 0.0)

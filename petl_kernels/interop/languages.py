@@ -26,16 +26,22 @@ from petl_kernels.errors import InputError
 from petl_kernels.interop.added_words import AddedWords
 from petl_kernels.models.transformers_names import (
     ends_with_language,
+    gone,
     has_pieces_apart,
     language_ids,
     pieces_of,
     target_ids,
 )
 
+
+def _table(text: str) -> dict[str, str]:
+    """Returns the pairs of ``text``, "a:b c:d"."""
+    return dict(entry.split(":") for entry in text.split())
+
+
 # ISO 639-1 code and FLORES-200 code (ISO 639-3 and the script that is usual for the language).
-_FLORES = dict(
-    entry.split(":")
-    for entry in """
+_FLORES = _table(
+    """
     af:afr_Latn ak:aka_Latn am:amh_Ethi ar:arb_Arab as:asm_Beng ay:ayr_Latn az:azj_Latn ba:bak_Cyrl be:bel_Cyrl
     bg:bul_Cyrl bm:bam_Latn bn:ben_Beng bo:bod_Tibt bs:bos_Latn ca:cat_Latn cs:ces_Latn cy:cym_Latn da:dan_Latn
     de:deu_Latn dz:dzo_Tibt ee:ewe_Latn el:ell_Grek en:eng_Latn eo:epo_Latn es:spa_Latn et:est_Latn eu:eus_Latn
@@ -52,28 +58,26 @@ _FLORES = dict(
     tk:tuk_Latn tl:tgl_Latn tn:tsn_Latn tr:tur_Latn ts:tso_Latn tt:tat_Cyrl tw:twi_Latn ug:uig_Arab uk:ukr_Cyrl
     ur:urd_Arab uz:uzn_Latn vi:vie_Latn wo:wol_Latn xh:xho_Latn yi:ydd_Hebr yo:yor_Latn zh:zho_Hans zu:zul_Latn
     nso:nso_Latn
-    """.split()
+    """
 )
 # Other codes for the same languages: macrolanguages and members, bibliographic and withdrawn codes, models' own.
-_ALIASES = dict(
-    entry.split(":")
-    for entry in """
+_ALIASES = _table(
+    """
     alb:sq ara:ar arm:hy aym:ay aze:az baq:eu bre:br bur:my chi:zh cmn:zh cze:cs dut:nl ekk:et fas:fa fil:tl fre:fr
     fry:fy ful:ff geo:ka ger:de gre:el gug:gn ice:is in:id iw:he ji:yi jw:jv kau:kr kng:kg kur:ku lav:lv mac:mk
     mao:mi may:ms mlg:mg mo:ro mol:ro mon:mn msa:ms nb:no nep:ne nor:no ns:nso ori:or orm:om pbu:ps per:fa pus:ps
     que:qu rum:ro scc:sr scr:hr slo:sk sqi:sq src:sc swa:sw tib:bo uzb:uz wel:cy yid:yi
-    """.split()
+    """
 )
 _ALIASES |= {flores.split("_")[0]: short for short, flores in _FLORES.items()}
 _SCRIPTS = {short: flores.split("_")[1] for short, flores in _FLORES.items()}
 # Scripts of languages that no model here has a code for, or that have no short one; all are written without spaces.
-_MORE_SCRIPTS = dict(
-    entry.split(":")
-    for entry in """
+_MORE_SCRIPTS = _table(
+    """
     yue:Hant nan:Hant hak:Hant lzh:Hant och:Hant ltc:Hant wuu:Hans gan:Hans hsn:Hans cjy:Hans cdo:Hans mnp:Hans
     cpx:Hans czh:Hans czo:Hans csp:Hans ryu:Jpan ain:Jpan nod:Lana shn:Mymr mnw:Mymr ksw:Mymr rki:Mymr kht:Mymr
     khb:Talu tts:Thai sou:Thai adx:Tibt lbj:Tibt khg:Tibt sip:Tibt
-    """.split()
+    """
 )
 _REGION_SCRIPTS = {
     **{("zh", region): "hans" for region in ("cn", "sg", "my")},
@@ -124,7 +128,7 @@ class LanguagePair:
         self._start_token_id: int | None = None
         self._targets = target_ids(tokenizer)
         if self._targets is not None:
-            self._use_separate_vocabularies(model)
+            self._use_separate_vocabularies(model, self._targets)
         if model.config.model_type in ("m2m_100", "mbart"):
             self._tag_both_sides(tags, src_lang, tgt_lang)
         elif tags:
@@ -146,7 +150,7 @@ class LanguagePair:
             self._target_head = [target]
             self.forced_bos_token_id = target
 
-    def _use_separate_vocabularies(self, model) -> None:
+    def _use_separate_vocabularies(self, model, targets: dict[str, int]) -> None:
         """Sets up a Marian with a vocabulary for each side: labels and what is generated are ids of the target's.
 
         Raises InputError where the model ends with another id than the target's end of sentence, or has one table.
@@ -163,13 +167,13 @@ class LanguagePair:
                 "share_encoder_decoder_embeddings false"
             )
         special = {str(token) for token in self.tokenizer.all_special_tokens}
-        end = self._targets.get(self.tokenizer.eos_token)
+        end = targets.get(self.tokenizer.eos_token)
         if end is None or end != config.eos_token_id:
             raise InputError(
                 f"tokenizer {name}: the target's end of sentence has the id {end}; expected the model's "
                 f"{config.eos_token_id} (eos_token_id)"
             )
-        self._skip = {i for piece, i in self._targets.items() if piece in special}
+        self._skip = {i for piece, i in targets.items() if piece in special}
         self._target_tail, self._start_token_id = [end], config.decoder_start_token_id
 
     def _prefix(self, token: str, tags: dict[str, int]) -> list[int]:
@@ -192,7 +196,7 @@ class LanguagePair:
             rows = [self._sentence(list(row)) for row in rows]
         rows = [[token for token in row if token >= 0 and token not in self._skip] for row in rows]
         if self._targets is not None:
-            return self._decode_targets(rows)
+            return self._decode_targets(rows, self._targets)
         return self._words.decode(rows, partial(self.tokenizer.batch_decode, clean_up_tokenization_spaces=False))
 
     def _sentence(self, row: list[int]) -> list[int]:
@@ -201,9 +205,11 @@ class LanguagePair:
         end = self._target_tail[0]
         return row[: row.index(end)] if end in row else row
 
-    def _decode_targets(self, rows: list[list[int]]) -> list[str]:
-        model, _ = pieces_of(self.tokenizer, target=True)
-        names = {i: piece for piece, i in self._targets.items()}
+    def _decode_targets(self, rows: list[list[int]], targets: dict[str, int]) -> list[str]:
+        pieces = pieces_of(self.tokenizer, target=True)
+        if pieces is None:
+            raise gone(f"spm_source of {type(self.tokenizer).__name__}", "a vocabulary for each side")
+        model, names = pieces[0], {i: piece for piece, i in targets.items()}
         return [model.decode_pieces([names[i] for i in row if i in names]) for row in rows]
 
     def generate_kwargs(self) -> dict[str, int]:

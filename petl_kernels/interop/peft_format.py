@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -104,16 +105,17 @@ def can_write(config: Method) -> bool:
 
 def write(folder: Path, model: nn.Module, config: Method, state: dict[str, Tensor]) -> None:
     """Writes the adapter's two files into `folder`."""
-    settings = {"LORA": _lora_settings, "IA3": _ia3_settings, "LN_TUNING": _ln_settings}[config.peft_type]
+    kind = str(config.peft_type)
+    settings = {"LORA": _lora_settings, "IA3": _ia3_settings, "LN_TUNING": _ln_settings}[kind]
     content = {
         "base_model_name_or_path": getattr(getattr(model, "config", None), "name_or_path", "") or None,
         "inference_mode": True,
         "task_type": "SEQ_2_SEQ_LM",
-        "peft_type": config.peft_type,
+        "peft_type": kind,
         "modules_to_save": None,
         **settings(model, config),
     }
-    to_peft = {"LORA": _lora_key, "IA3": str, "LN_TUNING": _ln_key}[config.peft_type]
+    to_peft = {"LORA": _lora_key, "IA3": str, "LN_TUNING": _ln_key}[kind]
     tensors = {_PREFIX + to_peft(key): tensor for key, tensor in state.items()}
     write_adapter(folder / CONFIG, content, folder / WEIGHTS, tensors)
 
@@ -223,7 +225,8 @@ def _check_alphas(content: dict) -> None:
 
 def _check_ranks(model: nn.Module, config: LoRA) -> None:
     for path in config.target_paths(model):
-        rank, most = config.rank_of(path), largest_rank(model.get_submodule(path))
+        target: Any = model.get_submodule(path)
+        rank, most = config.rank_of(path), largest_rank(target)
         if rank > most:
             setting = f"r = {rank}" if rank == config.rank else f"rank_pattern = {config.rank_pattern!r}"
             raise InputError(f"{setting} is not supported: rank {rank} of {path!r}, at most {most}; {_INSTEAD}")
@@ -268,7 +271,8 @@ def _check_same_base(here: Tensor | None, name: str, tensor: Tensor) -> None:
         raise InputError(f"{WEIGHTS} brings a base weight {name!r} that this model has not or in another shape")
     here = here.detach().cpu()
     if isinstance(here, QuantizedTensor):
-        same = torch.equal(quantize(tensor.to(here.dtype), here.storage).packed, here.packed)
+        again = quantize(tensor.to(here.dtype), here.storage)
+        same = torch.equal(again.parts()[0], here.parts()[0])  # the packed values
     else:
         same = torch.equal(here.to(tensor.dtype), tensor) or torch.equal(here, tensor.to(here.dtype))
     if not same:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
@@ -64,7 +65,7 @@ def read_targets(model: nn.Module, content: dict) -> tuple[str, ...] | str:
     return tuple(left)
 
 
-def _all_linear(model: nn.Module) -> list[str]:
+def _all_linear(model: Any) -> list[str]:
     """Returns the paths of every linear layer but the output projection."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return [path for path, module in base_modules(model) if isinstance(module, nn.Linear) and module is not head]

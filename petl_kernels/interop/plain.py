@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
 
@@ -119,7 +119,7 @@ def write_merged(
         folder.parent.mkdir(parents=True, exist_ok=True)
         with atomic_dir(folder) as temporary:
             with saved_as_it_is(model, state):
-                model.save_pretrained(temporary, state_dict=state)
+                model.save_pretrained(temporary, state_dict=state)  # pyright: ignore[reportCallIssue]
             if dtype is not None:
                 _write_dtype(temporary / "config.json", dtype)
             tokenizer.save_pretrained(temporary)
@@ -160,7 +160,7 @@ def _dense(model: nn.Module) -> dict[int, torch.Tensor]:
 
 
 def _rounded(
-    state: dict[str, torch.Tensor], dtype: torch.dtype, before: dict[str, torch.Tensor]
+    state: dict[str, torch.Tensor], dtype: torch.dtype, before: Mapping[str, torch.Tensor]
 ) -> tuple[dict[str, torch.Tensor], str]:
     """Returns ``state`` in ``dtype``, tied tensors still one, and a line on what that costs, which may be empty.
 

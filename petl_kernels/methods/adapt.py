@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from torch import nn
 
@@ -85,7 +86,7 @@ def _add(model: nn.Module, config: Method, name: str) -> None:
     _keep_out_of_checkpoints(model)
 
 
-def _keep_out_of_checkpoints(model: nn.Module) -> None:
+def _keep_out_of_checkpoints(model: Any) -> None:
     """Lets ``save_pretrained`` write the plain model: adapters have files of their own."""
     if hasattr(model, "_keys_to_ignore_on_save"):
         model._keys_to_ignore_on_save = {*(model._keys_to_ignore_on_save or ()), *adapter_parameters(model)}

@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 import threading
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -206,8 +206,8 @@ class Adapter(Method):
             attach(host, name, self._piece(model, structure, path))
         if self.parallel:
             for layer in structure.layers:
-                adapter = model.get_submodule(layer.ffn.out).petl[name]
-                attach(model.get_submodule(layer.ffn.inputs[0]), name, ReadInput(adapter))
+                host: Any = model.get_submodule(layer.ffn.out)
+                attach(model.get_submodule(layer.ffn.inputs[0]), name, ReadInput(host.petl[name]))
                 _drop_after(model.get_submodule(layer.path))
 
     def count(self, model: nn.Module) -> int:

@@ -92,6 +92,7 @@ class Method:
     @classmethod
     def sized(cls, size: int, **fixed) -> Method:
         """Returns the method with its size set, for ``for_budget``."""
+        assert cls.size_field is not None
         return cls(**{cls.size_field: size}, **fixed)
 
     @classmethod
@@ -138,7 +139,7 @@ class Method:
 
 def setting(default: Any, meaning: str) -> Any:
     """Returns the dataclass field of one setting. meaning: a few words for ``petl-mt methods``."""
-    value = {"default_factory": default} if callable(default) else {"default": default}
+    value: dict[str, Any] = {"default_factory": default} if callable(default) else {"default": default}
     return dataclasses.field(**value, metadata={"meaning": meaning})
 
 

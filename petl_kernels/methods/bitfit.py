@@ -39,7 +39,7 @@ class BitFit(Method):
 
     def added_tensors(self, model: nn.Module) -> dict[str, Tensor]:
         plain = base_parameters(model)
-        weights = {f"{path}.bias": model.get_submodule(path).weight for path in _layer_linears(model)}
+        weights = {f"{path}.bias": model.get_parameter(f"{path}.weight") for path in _layer_linears(model)}
         return {
             name: torch.zeros(weight.shape[0], dtype=weight.dtype, device=weight.device)
             for name, weight in weights.items()

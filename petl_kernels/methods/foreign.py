@@ -23,7 +23,7 @@ def check_unwrapped(model: object) -> None:
         raise InputError(f"model {kind}: a wrapper, expected the model inside (model.module); wrap it afterwards")
 
 
-def check_adaptable(model: object) -> None:
+def check_adaptable(model: nn.Module) -> None:
     """Raises InputError for models that ``adapt`` cannot change: wrapped, or changed by PEFT or torch."""
     check_unwrapped(model)
     for path, module in model.named_modules():

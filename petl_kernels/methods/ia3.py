@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -80,19 +80,22 @@ class IA3(Method):
 
     def inject(self, model: nn.Module, name: str) -> None:
         for path, feedforward in self.places(model).items():
-            linear = model.get_submodule(path)
+            linear: Any = model.get_submodule(path)
             attach(linear, name, Scale(linear, feedforward))
 
     def count(self, model: nn.Module) -> int:
-        linears = ((model.get_submodule(path), feedforward) for path, feedforward in self.places(model).items())
-        return sum(linear.in_features if feedforward else linear.out_features for linear, feedforward in linears)
+        total = 0
+        for path, feedforward in self.places(model).items():
+            linear: Any = model.get_submodule(path)
+            total += linear.in_features if feedforward else linear.out_features
+        return total
 
     def computes(self, model: nn.Module) -> dict[str, object]:
         return {f"input scaled of {path!r}": value for path, value in self.places(model).items()}
 
     def merged_weights(self, model: nn.Module, name: str) -> Iterator[tuple[str, Tensor]]:
         for path, feedforward in self.places(model).items():
-            linear = model.get_submodule(path)
+            linear: Any = model.get_submodule(path)
             scale = linear.petl[name].scale.detach()
             yield f"{path}.weight", wide_copy(linear.weight).mul_(scale)
             if linear.bias is not None and not feedforward:

@@ -12,9 +12,9 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +75,9 @@ class LoRALinear(nn.Linear):
     ``weight`` and ``bias`` are the base's own parameters under their own names; the weight is frozen.
     """
 
+    lora: Named
+    _original: tuple[str, list[Tensor]] | None  # the merged adapter and the weight without it
+
     @classmethod
     def from_linear(
         cls, linear: nn.Linear, rank: int = 16, alpha: float | None = None, dropout: float = 0.0, name: str = "default"
@@ -103,7 +106,7 @@ class LoRALinear(nn.Linear):
         self.lora[name] = LowRank(self, rank, scale, dropout).train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        piece = self.lora.current()
+        piece: Any = self.lora.current()
         if piece is None:  # the plain layer; its weight is trained where another adapter of the model trains the base
             plain = F.linear if self.weight.requires_grad else ops.frozen_linear
             return plain(x, self.weight, self.bias)
@@ -117,7 +120,8 @@ class LoRALinear(nn.Linear):
         """
         if self._original is not None or self.lora.active is None:
             raise InputError("LoRALinear.merge: expected an active adapter that is not merged yet")
-        merged, error = stored_as(self.weight, _merged(self.weight, self.lora.current()))
+        piece: Any = self.lora.current()
+        merged, error = stored_as(self.weight, _merged(self.weight, piece))
         self._original = (self.lora.active, [self.weight])  # in a list: not a parameter of this module
         self.weight = nn.Parameter(merged, requires_grad=False)
         self.lora.active = None
@@ -135,6 +139,8 @@ class GroupedLoRALinear(nn.Module):
 
     x (..., in) -> [(..., out_g) for each]. Equal to the linears one by one.
     """
+
+    linears: Iterable[Any]
 
     def __init__(self, linears: list[LoRALinear]):
         super().__init__()
@@ -232,7 +238,7 @@ class LoRA(Method):
 
     def inject(self, model: nn.Module, name: str) -> None:
         for path, (rank, scale) in self.resolve(model).items():
-            module = model.get_submodule(path)
+            module: Any = model.get_submodule(path)
             if isinstance(module, nn.Embedding):
                 attach(module, name, EmbeddingLowRank(module, rank, scale))
                 continue
@@ -248,8 +254,9 @@ class LoRA(Method):
         for path in self.target_paths(model):
             rank = self.rank_of(path)
             alpha = _by_pattern(self.alpha_pattern, path, self.alpha)
-            _check_plain(path, model.get_submodule(path))
-            check_rank(repr(path), rank, *_shape(model.get_submodule(path)))
+            target = _target(model, path)
+            _check_plain(path, target)
+            check_rank(repr(path), rank, *_shape(target))
             found[path] = (rank, alpha / (math.sqrt(rank) if self.rslora else rank))
         return found
 
@@ -271,7 +278,7 @@ class LoRA(Method):
         return [f"{path}.bias" for path in paths if getattr(model.get_submodule(path), "bias", None) is not None]
 
     def count(self, model: nn.Module) -> int:
-        low_rank = sum(rank * sum(_shape(model.get_submodule(path))) for path, (rank, _) in self.resolve(model).items())
+        low_rank = sum(rank * sum(_shape(_target(model, path))) for path, (rank, _) in self.resolve(model).items())
         return low_rank + super().count(model)
 
     def computes(self, model: nn.Module) -> dict[str, object]:
@@ -280,8 +287,8 @@ class LoRA(Method):
 
     def merged_weights(self, model: nn.Module, name: str) -> Iterator[tuple[str, Tensor]]:
         for path in self.target_paths(model):
-            module = model.get_submodule(path)
-            piece = module.lora[name] if isinstance(module, LoRALinear) else module.petl[name]
+            module: Any = model.get_submodule(path)
+            piece: Any = module.lora[name] if isinstance(module, LoRALinear) else module.petl[name]
             yield f"{path}.weight", _merged(module.weight, piece)
 
     @classmethod
@@ -291,7 +298,12 @@ class LoRA(Method):
     @classmethod
     def largest_size(cls, model: nn.Module, **fixed) -> int:
         paths = cls(**{"rank": 1, **fixed}).target_paths(model)
-        return min(largest_rank(model.get_submodule(path)) for path in paths)
+        return min(largest_rank(_target(model, path)) for path in paths)
+
+
+def _target(model: nn.Module, path: str) -> Any:
+    """Returns the linear layer or the embedding at ``path``."""
+    return model.get_submodule(path)
 
 
 def largest_rank(module: nn.Linear | nn.Embedding) -> int:
@@ -308,7 +320,7 @@ def check_rank(what: str, rank: int, n_in: int, n_out: int) -> None:
 def _merged(weight: Tensor, piece: LowRank | EmbeddingLowRank) -> Tensor:
     """Returns W + scale · B A, summed in fp32 or wider; the second term in tiles."""
     total = wide_copy(weight)
-    for rows in tiles(*total.shape, total.dtype):
+    for rows in tiles(total.shape[0], total.shape[1], total.dtype):
         total[rows] += piece.delta(rows)
     return total
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -55,12 +57,13 @@ def unmerge(model: nn.Module) -> nn.Module:
     if name is None or not records(model)[name].merged:
         raise InputError("unmerge: no adapter of the model is merged")
     record = records(model)[name]
-    for key, original in record.unmerged.items():
+    for key, original in (record.unmerged or {}).items():
         _move(original, model.get_parameter(key).device)
         set_parameter(model, key, original)
     record.unmerged = record.merge_error = None
     if record.was_tied:
-        model.config.tie_word_embeddings, record.was_tied = True, False
+        config: Any = model.config
+        config.tie_word_embeddings, record.was_tied = True, False
     activate(model, name)
     switched(model)
     return model
@@ -79,7 +82,7 @@ def _untied(model: nn.Module, record: Record, new: dict[str, torch.Tensor]) -> d
         for other in group
         if other not in new
     }
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if copies and getattr(config, "tie_word_embeddings", False):
         config.tie_word_embeddings, record.was_tied = False, True
     return {**copies, **new}

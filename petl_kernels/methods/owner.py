@@ -69,9 +69,10 @@ def owner(model: nn.Module) -> Owner:
 
 def own(model: nn.Module) -> Owner:
     """Returns ``model.petl``, to be written; makes it for a model that was plain."""
-    if not isinstance(getattr(model, "petl", None), Owner):
-        model.petl = Owner()
-    return model.petl
+    found = getattr(model, "petl", None)
+    if not isinstance(found, Owner):
+        found = model.petl = Owner()  # pyright: ignore[reportArgumentType]  # a module takes any attribute
+    return found
 
 
 def records(model: nn.Module) -> dict[str, Record]:

@@ -7,6 +7,7 @@ pieces in a ``Named``, by the adapter's name; the piece of the active adapter ru
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,10 @@ class Named(AddedModules):
     """The pieces of one place in the model, by adapter name. At most one is active."""
 
     active: str | None = None
+
+    if TYPE_CHECKING:
+
+        def __getitem__(self, key: str) -> Piece: ...
 
     def current(self) -> Piece | None:
         """Returns the active piece, None where there is none."""
@@ -53,7 +58,7 @@ class Piece(nn.Module):
         """Makes ``state`` return the parameters themselves, in pieces that train another form than they store."""
 
 
-def attach(host: nn.Module, name: str, piece: Piece) -> None:
+def attach(host: Any, name: str, piece: Piece) -> None:
     """Puts ``piece`` into ``host.petl`` under ``name``; the first one also hooks the host."""
     if not hasattr(host, "petl"):
         host.petl = Named()
@@ -64,12 +69,12 @@ def attach(host: nn.Module, name: str, piece: Piece) -> None:
 
 
 # The hooks are functions of the module and no closures, so that a deep copy of the model runs its own pieces.
-def _before(host: nn.Module, args: tuple):
+def _before(host: Any, args: tuple):
     piece = host.petl.current()
     return None if piece is None else piece.before(host, args)
 
 
-def _after(host: nn.Module, args: tuple, output):
+def _after(host: Any, args: tuple, output):
     piece = host.petl.current()
     if piece is None:
         return None

@@ -16,7 +16,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -147,7 +147,7 @@ class PrefixTuning(Method):
         for attention in attentions:
             check_attention(attention.path, model.get_submodule(attention.path))
         use_prefix_attention(model)
-        weight = model.get_submodule(attentions[0].q).weight
+        weight = model.get_parameter(f"{attentions[0].q}.weight")
         mlps = PrefixMLPs({attention.kind: attention.heads * attention.head_dim for attention in attentions}, weight)
         kinds: dict[str, list[Prefix]] = {}
         for attention in attentions:
@@ -160,7 +160,8 @@ class PrefixTuning(Method):
         # after the attentions: folding visits the places in order, and they need the MLPs
         if not hasattr(model, "petl_prefix_mlps"):
             model.petl_prefix_mlps = Named()
-        model.petl_prefix_mlps[name] = mlps
+        root: Any = model
+        root.petl_prefix_mlps[name] = mlps
 
     def count(self, model: nn.Module) -> int:
         return sum(2 * self.length * attention.heads * attention.head_dim for attention in describe(model).attentions)
@@ -199,7 +200,7 @@ def use_prefix_attention(model: nn.Module) -> None:
 
 
 def attend(
-    original: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs
+    original: str, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs
 ) -> tuple[Tensor, Tensor | None]:
     """Runs transformers' attention ``original`` with the prefix of ``module``'s active adapter, if it has one.
 

@@ -64,7 +64,7 @@ def _check_active(model: nn.Module, metadata: dict) -> None:
     if _ACTIVE not in metadata or saved == here:
         return
     for name in (saved, here):
-        record = owner(model).adapters.get(name)
+        record = None if name is None else owner(model).adapters.get(name)
         if record is not None and (record.base or record.added):
             raise InputError(
                 f"load_state_dict: saved with adapter {saved!r} active, and {here!r} is: "

@@ -7,6 +7,7 @@ base's, else the other way round. Both come back bit for bit.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +52,8 @@ def activate(model: nn.Module, name: str | None) -> None:
     record = records(model)[name]
     _exchange(model, record)
     for key, parameter in record.added.items():
-        _follow(parameter, model.get_submodule(key.rpartition(".")[0]).weight)
+        module: Any = model.get_submodule(key.rpartition(".")[0])
+        _follow(parameter, module.weight)
         set_parameter(model, key, parameter)
     for parameter in _trained(model, name):
         parameter.requires_grad_(True)

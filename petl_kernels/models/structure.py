@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -95,8 +96,9 @@ def check_model(model: object) -> None:
 def describe(model: nn.Module) -> Structure:
     """Returns the structure of ``model``. Raises InputError for what is no encoder-decoder of the two families."""
     for family, stack_name, layer in (("bart", "layers", _bart_layer), ("t5", "block", _t5_layer)):
-        sides = {side: _find_stack(model, side, stack_name) for side in ("encoder", "decoder")}
-        if None in sides.values():
+        found = {side: _find_stack(model, side, stack_name) for side in ("encoder", "decoder")}
+        sides = {side: path for side, path in found.items() if path is not None}
+        if len(sides) < 2:
             continue
         try:
             layers = tuple(
@@ -128,8 +130,9 @@ def _bart_layer(model: nn.Module, side: str, path: str) -> Layer:
 
     def attention(kind: str, name: str) -> Attention:
         attn, at = getattr(module, name), f"{path}.{name}"
-        projections = (f"{at}.{p}_proj" for p in ("q", "k", "v", "out"))
-        return Attention(kind, at, *projections, f"{path}.{name}_layer_norm", *heads_of(attn))
+        q, k, v, out = (f"{at}.{p}_proj" for p in ("q", "k", "v", "out"))
+        heads, head_dim = heads_of(attn)
+        return Attention(kind, at, q, k, v, out, f"{path}.{name}_layer_norm", heads, head_dim)
 
     attentions = [attention(side, "self_attn")]
     if hasattr(module, "encoder_attn"):
@@ -139,12 +142,14 @@ def _bart_layer(model: nn.Module, side: str, path: str) -> Layer:
 
 
 def _t5_layer(model: nn.Module, side: str, path: str) -> Layer:
-    blocks = model.get_submodule(path).layer
+    module: Any = model.get_submodule(path)
+    blocks = module.layer
 
     def attention(kind: str, i: int, name: str) -> Attention:
         attn, at = getattr(blocks[i], name), f"{path}.layer.{i}.{name}"
-        projections = (f"{at}.{p}" for p in ("q", "k", "v", "o"))
-        return Attention(kind, at, *projections, f"{path}.layer.{i}.layer_norm", *heads_of(attn))
+        q, k, v, out = (f"{at}.{p}" for p in ("q", "k", "v", "o"))
+        heads, head_dim = heads_of(attn)
+        return Attention(kind, at, q, k, v, out, f"{path}.layer.{i}.layer_norm", heads, head_dim)
 
     attentions = [attention(side, 0, "SelfAttention")]
     if len(blocks) == 3:
@@ -159,7 +164,13 @@ def _t5_layer(model: nn.Module, side: str, path: str) -> Layer:
 
 
 def _out_features(model: nn.Module, path: str) -> int:
-    return model.get_submodule(path).out_features
+    linear: Any = model.get_submodule(path)
+    return linear.out_features
+
+
+def all_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Returns ``model.named_modules()``, which has no types in PyTorch."""
+    return model.named_modules()
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -88,7 +88,7 @@ def activation_name(module: nn.Module) -> str:
     return ACTIVATIONS.get(name, "")
 
 
-def activation_of(layer: nn.Module) -> str:
+def activation_of(layer: Any) -> str:
     """Returns the ops' name for the activation of an encoder or decoder layer; "" for one that they do not have."""
     function = getattr(layer, "activation_fn", None) or layer.layer[-1].DenseReluDense.act
     return activation_name(function)
@@ -113,7 +113,8 @@ def class_of(forward: Callable) -> str:
 
 @functools.cache
 def _roots() -> tuple[str, ...]:
-    files = (importlib.util.find_spec(name).origin for name in ("torch", "transformers"))
+    specs = (importlib.util.find_spec(name) for name in ("torch", "transformers"))
+    files = (spec.origin for spec in specs if spec is not None and spec.origin is not None)
     return tuple(f"{Path(file).parent}{os.sep}" for file in files)
 
 
@@ -334,7 +335,7 @@ def has_cache_beside_loss(model: nn.Module) -> bool:
     return next(LOSSES[cls.__name__] for cls in type(model).__mro__ if cls.__name__ in LOSSES)
 
 
-def returns_cache(model: nn.Module) -> bool:
+def returns_cache(model: Any) -> bool:
     """Returns whether a model of ``LOSSES`` returns a cache beside a loss when ``use_cache`` is not given."""
     if not has_cache_beside_loss(model):
         return False
@@ -343,7 +344,7 @@ def returns_cache(model: nn.Module) -> bool:
     return bool(decoder.config.use_cache) and not checkpointed
 
 
-def decoder_inputs(model: nn.Module, labels: Tensor) -> Tensor:
+def decoder_inputs(model: Any, labels: Tensor) -> Tensor:
     """Returns what the decoder reads to predict ``labels``, by the model's own rule.
 
     T5's family has it as a method, BART's as a function in the file of the model. Raises
@@ -387,6 +388,7 @@ class _Never:
 
 def drop_no_layer(model: nn.Module) -> None:
     """Lets no layer of ``model`` be skipped at random, on fake tensors neither. If it is gone, nothing is drawn."""
+    module: Any
     for module in model.modules():
         if hasattr(module, "layerdrop"):
             module.layerdrop = _Never()

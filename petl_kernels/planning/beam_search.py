@@ -11,15 +11,21 @@ when beams change places, logits in the model's dtype and in fp32, log-probabili
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from petl_kernels.models.transformers_names import cache_in, self_attention_caches
 from petl_kernels.planning import simulate
 from petl_kernels.planning.peak import Ledger
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 _SENTENCES, _SHORT = 8, 8  # sentences of the simulated batches, and tokens of the short ones
 
@@ -43,7 +49,13 @@ class SearchBytes:
     source: float
     output: float
 
-    def of(self, width, output):
+    @overload
+    def of(self, width: float, output: float) -> float: ...
+
+    @overload
+    def of(self, width: NDArray[Any], output: NDArray[Any]) -> NDArray[Any]: ...
+
+    def of(self, width: Any, output: Any) -> Any:
         """Returns the bytes of a sentence of ``width`` tokens with ``output`` tokens of translation.
 
         Both are numbers, or arrays with an element for each sentence.
@@ -69,10 +81,10 @@ class Search:
         self.beam, self.autocast = beam, autocast
         self._depths = simulate.depths(model.config)
         self._mode = simulate.fake_mode()
-        self._models = {}
+        self._models: dict[int, Any] = {}
         with self._mode:
             for depth in (1, 2):
-                like = simulate.shallow(model, depth, depth, storage)
+                like: Any = simulate.shallow(model, depth, depth, storage)
                 simulate.set_tiers(like, [tier] * 2 * depth)
                 like.generation_config = model.generation_config
                 self._models[depth] = like.eval()
@@ -109,7 +121,7 @@ class Search:
         layers = encoder, decoder, decoder
         return max(a + (n - 1) * (b - a) for a, b, n in zip(one, two, layers, strict=True)), cached / sentences
 
-    def _simulated(self, model: nn.Module, sentences: int, source: int, output: int) -> tuple[tuple[int, ...], int]:
+    def _simulated(self, model: Any, sentences: int, source: int, output: int) -> tuple[tuple[int, ...], int]:
         """Returns (peaks while encoding, in the first step and in the last ones; bytes cached for an output token)."""
         with self._mode, torch.no_grad(), torch.autocast("cpu", self.autocast, enabled=self.autocast is not None):
             living = [*model.parameters(), *model.buffers()]
@@ -148,10 +160,11 @@ class _Steps:
 
     def __init__(self, ledger: Ledger, length: int):
         """length: tokens in the caches before the last step."""
-        self.ledger, self.length, self.peaks = ledger, length, []
+        self.ledger, self.length = ledger, length
+        self.peaks: list[int] = []
         self.token_bytes = 0  # keys and values of one token in one layer
 
-    def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.peaks.append(self.ledger.peak)
         if len(self.peaks) == 3:
             raise _Enough
@@ -169,10 +182,16 @@ class _Answers(TorchDispatchMode):
     """Gives ``answer`` where the search reads a value, which no fake tensor has; with the right one it goes on."""
 
     def __init__(self, answer: bool):
-        super().__init__()
+        super().__init__()  # pyright: ignore[reportUnknownMemberType]  # torch has no types for it
         self.answer = answer
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self,
+        function: OpOverload,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         if function is torch.ops.aten._local_scalar_dense.default and getattr(args[0], "constant", None) is None:
             return self.answer
         return function(*args, **(kwargs or {}))

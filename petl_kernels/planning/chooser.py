@@ -56,13 +56,15 @@ class Chooser:
 
         Raises InputError, with the least that works.
         """
-        for chunk_bytes in chunks_within(memory):
+        chunks = chunks_within(memory)
+        for chunk_bytes in chunks:
             levers = next(self.figures.choices(chunk_bytes, ()))
             room = self.figures.usable(memory) - self.figures.always(levers)
             tiers = self._tiers_within(self.request.pairs, chunk_bytes, room)
             if tiers is not None:
                 return tiers, chunk_bytes
-        peaks = (self._estimated_peak((tier,) * self.layers, chunk_bytes) for tier in self.request.tiers)
+        levers = next(self.figures.choices(chunks[-1], ()))
+        peaks = (self._estimated_peak((tier,) * self.layers, chunks[-1]) for tier in self.request.tiers)
         need = smallest_budget(self.figures.always(levers) + min(peaks), self.kind)
         raise InputError(
             f"tier 'auto': a batch of {self.request.batch_tokens:,} tokens needs {format_least(need)}, and there are "
@@ -169,7 +171,7 @@ class Chooser:
         """
         used = self.request.tiers if rounding == EXACT else sorted(set(self._leanest_tiers(EXACT)))
         slopes = {tier: self.figures.step.counted(tier, 1, CHUNKS[-1], rounding) for tier in used}
-        mixtures = []
+        mixtures: list[tuple[int, ...]] = []
         for tier in used:
             for leaner in range(self.layers + 1 if tier + 1 in used else 1):
                 mixtures.append((tier + 1,) * leaner + (tier,) * (self.layers - leaner))
@@ -179,7 +181,8 @@ class Chooser:
 
     def more(self, plan: Plan) -> tuple[tuple[int, float, str], ...]:
         """Returns (budget, seconds, levers) of what each further GiB would buy, until nothing more."""
-        found, seconds = [], plan.seconds
+        found: list[tuple[int, float, str]] = []
+        seconds = plan.seconds
         for extra in FURTHER:
             better = self.fastest(plan.memory + extra * GIB, plan.chunk_bytes)
             if better is not None and better.seconds < WORTH * seconds:

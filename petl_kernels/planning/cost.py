@@ -13,6 +13,7 @@ import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -96,7 +97,8 @@ def model_work(model: nn.Module, structure: Structure) -> ModelWork:
 
 def _layer_work(model: nn.Module, structure: Structure, layer: Layer) -> LayerWork:
     def size(path: str) -> int:
-        return model.get_submodule(path).weight.numel()
+        linear: Any = model.get_submodule(path)
+        return linear.weight.numel()
 
     def projections(attention: Attention) -> tuple[int, int]:
         """Returns the multiplications of q, k and v for a token of the layer's own side and for one of the source."""
@@ -133,7 +135,7 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    times = []
+    times: list[float] = []
     for _ in range(7):
         began = time.perf_counter()
         run()

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from itertools import product
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from petl_kernels.methods.owner import records
 from petl_kernels.models.structure import describe
@@ -37,6 +37,11 @@ def product_dtype(model: nn.Module, autocast: torch.dtype | None) -> torch.dtype
     """Returns the dtype of matrix products: autocast's, or that of the first frozen matrix."""
     frozen = (p.dtype for p in model.parameters() if p.dim() > 1 and not p.requires_grad)
     return autocast or next(frozen, torch.float32)
+
+
+def _no_bytes(parameter: Tensor) -> int:
+    """Counts nothing: of optimisers without temporaries."""
+    return 0
 
 
 class Figures:
@@ -63,7 +68,9 @@ class Figures:
     def choices(self, chunk_bytes: int, allow: Sequence[str]) -> Iterator[Levers]:
         """Yields all levers that may be used with the approximations of ``allow``, the exact ones first."""
         storages = STORAGES if "quantized" in allow and self.weights.can_round else STORAGES[:1]
-        optimizers = dict.fromkeys([self.request.optimizer, *(["adamw8bit"] if "8bit-optimizer" in allow else [])])
+        optimizers: dict[str, None] = dict.fromkeys(
+            [self.request.optimizer, *(["adamw8bit"] if "8bit-optimizer" in allow else [])]
+        )
         wide = all(p.dtype == torch.float32 for p in self.trained)
         narrow = "bf16-gradients" in allow and wide and not self.request.graphs
         gradients = ["float32", *(["bfloat16"] if narrow else [])]
@@ -124,7 +131,7 @@ class Figures:
 
     def _optimizer_step(self, levers: Levers) -> int:
         """Returns the most that the optimiser's step adds: gradients that are widened for it, and its own scratch."""
-        scratch = STEP_BYTES.get((levers.optimizer, self.kind), lambda parameter: 0)
+        scratch = STEP_BYTES.get((levers.optimizer, self.kind), _no_bytes)
         if levers.gradients == "float32":
             return max(map(scratch, self.trained), default=0)
         return max((sum(4 * p.numel() for p in g) + max(map(scratch, g)) for g in groups(self.trained)), default=0)

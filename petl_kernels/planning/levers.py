@@ -70,7 +70,7 @@ class Levers:
     optimizer: str
     streamed: int
     chunk_bytes: int
-    tables: str | None = None
+    tables: str = None  # pyright: ignore[reportAssignmentType]  # ``__post_init__`` puts a storage there
     gradients: str = "float32"
 
     def __post_init__(self) -> None:

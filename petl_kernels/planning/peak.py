@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -22,7 +24,7 @@ class Ledger(TorchDispatchMode):
 
     def __init__(self, living: Iterable[Tensor], device: str = "cpu"):
         """living: tensors that exist already. device: the kind of device whose kernels are counted."""
-        super().__init__()
+        super().__init__()  # pyright: ignore[reportUnknownMemberType]  # torch has no types for it
         self.device = device
         self.live = self.peak = 0
         self._sizes: dict[int, int] = {}  # of the storages that live
@@ -35,7 +37,7 @@ class Ledger(TorchDispatchMode):
 
     def _enter(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
+        key, size = storage._cdata, storage.nbytes()  # pyright: ignore[reportPrivateUsage]
         if key in self._sizes or not size:
             return
         self._sizes[key] = size
@@ -46,7 +48,13 @@ class Ledger(TorchDispatchMode):
     def _leave(self, key: int) -> None:
         self.live -= self._sizes.pop(key, 0)
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self,
+        function: OpOverload,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         result = function(*args, **(kwargs or {}))
         self._enter_all(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
         self.peak = max(self.peak, self.live + scratch_bytes(function, args, self.device))

@@ -8,9 +8,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -99,7 +100,7 @@ class Plan:
         self._set_gradients(model)
         return model
 
-    def _set_gradients(self, model: nn.Module) -> None:
+    def _set_gradients(self, model: Any) -> None:
         if (earlier := getattr(model, "petl_gradients", None)) is not None:
             earlier.close()
             model.petl_gradients = None
@@ -142,7 +143,7 @@ class Plan:
         allowed = [*allow, *(["8bit-optimizer"] if self.optimizer == optimizer else [])]
         return next((name for name in approximations_of(self) if name not in allowed), "")
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """Returns the fields as they stand in a plan's file."""
         return dataclasses.asdict(self)
 
@@ -157,21 +158,21 @@ class Plan:
         """Returns the plan that ``save`` has written to ``path``. Raises InputError for a file that is none."""
         foreign = InputError(f"plan {path}: not a plan; expected a file of petl-mt plan --json")
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            values: Any = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise InputError(
                 f"plan {path}: {error.strerror or error}; expected a file of petl-mt plan --json"
             ) from None
         except ValueError:
             raise foreign from None
-        missing = [name for name in _NEEDED if name not in values] if isinstance(values, dict) else _NEEDED
+        missing = _missing(values)
         if missing:
             older = InputError(f"plan {path}: has no {missing[0]}; expected a plan made anew by petl-mt plan --json")
             raise foreign if missing == _NEEDED else older
         try:
             for key in ("tiers", "approximations"):
                 values[key] = tuple(values[key])
-            values["more"] = tuple(map(tuple, values["more"]))
+            values["more"] = tuple(tuple(more) for more in values["more"])
             if values.get("search"):
                 values["search"] = SearchBytes(**values["search"])
             found = cls(**values)
@@ -192,16 +193,17 @@ class Plan:
                 return f"tier {tier!r}; expected 0 to 5"
         if self.streamed not in range(len(self.tiers) + 1):
             return f"streamed is {self.streamed!r}; expected 0 to its {len(self.tiers)} layers"
-        for name, choices in (
+        known: tuple[tuple[str, Collection[str]], ...] = (
             ("precision", PRECISIONS.values()),
             ("storage", STORAGES),
             ("tables", STORAGES),
             ("gradients", GRADIENT_BYTES),
             ("optimizer", OPTIMIZER_BYTES),
-        ):
+        )
+        for name, choices in known:
             if (value := getattr(self, name)) not in choices:
                 return f"{name} is {value!r}; expected {' or '.join(choices)}"
-        if not isinstance(self.cuda_graphs, bool):
+        if not isinstance(self.cuda_graphs, bool):  # pyright: ignore[reportUnnecessaryIsInstance]  # a file's
             return f"cuda_graphs is {self.cuda_graphs!r}; expected true or false"
         if self.cuda_graphs and (self.streamed or 5 in self.tiers or self.gradients != "float32"):
             return "cuda_graphs beside streamed layers, tier 5 or 16-bit gradients; expected a plan without these"
@@ -212,6 +214,11 @@ class Plan:
 
 
 _NEEDED = [field.name for field in dataclasses.fields(Plan) if field.default is dataclasses.MISSING]
+
+
+def _missing(values: Any) -> list[str]:
+    """Returns the fields that the content of a plan's file lacks; all where it is no object."""
+    return [name for name in _NEEDED if name not in values] if isinstance(values, dict) else _NEEDED
 
 
 def approximations_of(levers: Plan | Levers) -> tuple[str, ...]:
@@ -226,11 +233,12 @@ def approximations_of(levers: Plan | Levers) -> tuple[str, ...]:
 
 def check_allow(allow: Sequence[str]) -> tuple[str, ...]:
     """Returns the approximations in ``allow``, with "quantised" for "quantized" accepted. Raises InputError."""
-    if isinstance(allow, str) or not isinstance(allow, Sequence):
+    if isinstance(allow, str) or not isinstance(allow, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InputError(f"allow {shown(allow)}: expected a list of {', '.join(APPROXIMATIONS)}")
     names = tuple("quantized" if name == "quantised" else name for name in allow)
     for name in names:
-        if not isinstance(name, str) or name not in APPROXIMATIONS:
+        # one of another type may have no hash
+        if not isinstance(name, str) or name not in APPROXIMATIONS:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise InputError(f"allow {shown(name)}: expected {' or '.join(APPROXIMATIONS)}")
     return names
 

@@ -115,7 +115,8 @@ def _planned_device(device: str | torch.device | None) -> torch.device:
         found = torch.device(device)
     except (RuntimeError, TypeError, ValueError):
         found = None
-    if found is None or isinstance(device, bool) or found.type not in SLACK:
+    is_bool = isinstance(device, bool)  # pyright: ignore[reportUnnecessaryIsInstance]  # a card's number to torch
+    if found is None or is_bool or found.type not in SLACK:
         raise InputError(f"device {shown(device)}: expected {' or '.join(sorted(SLACK))}")
     return found
 
@@ -123,7 +124,8 @@ def _planned_device(device: str | torch.device | None) -> torch.device:
 def _check_request(request: Request, budget: int) -> None:
     check_whole("plan: batch_tokens", request.batch_tokens)
     check_whole("plan: max_length", request.max_length)
-    if not isinstance(request.optimizer, str) or request.optimizer not in OPTIMIZER_BYTES:
+    is_name = isinstance(request.optimizer, str)  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not is_name or request.optimizer not in OPTIMIZER_BYTES:
         raise InputError(f"optimizer {shown(request.optimizer)}: expected {' or '.join(OPTIMIZER_BYTES)}")
     if not any(request.autocast is dtype for dtype in AUTOCAST):
         raise InputError(f"autocast {shown(request.autocast)}: expected {', '.join(map(str, AUTOCAST))}")
@@ -174,7 +176,8 @@ def plan_search(
     search = Search(model, beam, 1, autocast).bytes(0, longest)
     one = search.always + search.of(longest, output_length(longest, longest))
     can_stream = weights.can_stream and (storages[0] == "dense" or kind == "cuda")
-    needs = []
+    needs: list[int] = []
+    found = None
     for streamed in streamed_layers(len(weights.layers)) if can_stream else (0,):
         always = weights.resident(*storages, streamed) + trained
         room = usable(memory, kind) - always
@@ -182,7 +185,7 @@ def plan_search(
         if room >= one:
             return found
         needs.append(smallest_budget(always + one, kind))
-    if not refuse:
+    if found is not None and not refuse:
         return found
     least = min(needs)
     raise InputError(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from petl_kernels.layers.border import border_bytes
 from petl_kernels.layers.wide_ffn import room_bytes
@@ -12,19 +14,21 @@ from petl_kernels.ops.quantized import QuantizedTensor, parts_of, storage_bytes
 from petl_kernels.planning.levers import STORAGES
 from petl_kernels.weights.quantized import is_table, quantizable
 
+_Bytes = Callable[[Tensor], int]  # of a trained parameter
+
 # Bytes of a trained parameter's gradient between micro-batches, by dtype.
-GRADIENT_BYTES = {"float32": lambda p: p.nbytes, "bfloat16": lambda p: 2 * p.numel()}
+GRADIENT_BYTES: dict[str, _Bytes] = {"float32": lambda p: p.nbytes, "bfloat16": lambda p: 2 * p.numel()}
 # bitsandbytes keeps the moments of parameters with fewer values in fp32.
 SMALLEST_8BIT = 4096
 # Bytes of a trained parameter's two moments: in its dtype, or in 8 bits with an fp32 scale for each block of 256.
-OPTIMIZER_BYTES = {
+OPTIMIZER_BYTES: dict[str, _Bytes] = {
     "adamw": lambda p: 2 * p.nbytes,
     "adamw8bit": lambda p: 2 * (p.numel() + 4 * -(-p.numel() // 256)) if p.numel() >= SMALLEST_8BIT else 8 * p.numel(),
 }
 # Bytes that an optimiser's step allocates for one parameter and frees, by the counts of the CPU's allocator. PyTorch's
 # fused AdamW has no temporaries, nor have bitsandbytes' CUDA kernels; on the CPU bitsandbytes widens moments and
 # gradient to fp32.
-STEP_BYTES = {
+STEP_BYTES: dict[tuple[str, str], _Bytes] = {
     ("adamw8bit", "cpu"): lambda p: (
         p.numel() * ((20 if p.numel() >= SMALLEST_8BIT else 12) + (4 if p.dtype.itemsize == 2 else 0))
     ),

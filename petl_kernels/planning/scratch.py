@@ -7,9 +7,11 @@ scratch grows with the batch or comes to megabytes; that of the others stays bel
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
 from petl_kernels.ops import loss_by_words
 from petl_kernels.ops.define import accumulate_dtype
@@ -19,13 +21,15 @@ from petl_kernels.ops.lora_border import CUDA_PARTS
 from petl_kernels.ops.product import product_bytes
 from petl_kernels.ops.quantized import CUDA_TILE_BYTES, TILE_BYTES, in_features, is_quantized, out_features, split_parts
 
+Given = dict[str, Any]  # the arguments of a call by their names in the schema, and "device"
+
 # How the C++ kernels cut their work, by the names in csrc/cpu; tests/planning/test_scratch.py compares the two.
 ATTENTION = {"kBlockScores": 1 << 17, "kMinRows": 16, "kMaxRows": 256}  # attention.cpp
 BLOCKS = {"kMaxRows": 256, "kMaxSlices": 16}  # common.h
 QUANTIZED = {"kBackRows": 1024}  # quantized.cpp
 
 
-def scratch_bytes(function, args: tuple, device: str = "cpu") -> int:
+def scratch_bytes(function: OpOverload, args: tuple[Any, ...], device: str = "cpu") -> int:
     """Returns the bytes for ``function``, an overload of ``torch.ops.petl``, called with ``args``; 0 for any other.
 
     device: "cpu" or "cuda", whose kernels are counted wherever ``args`` are.
@@ -36,18 +40,19 @@ def scratch_bytes(function, args: tuple, device: str = "cpu") -> int:
     rule = _RULES.get(name.removeprefix("petl::"))
     if rule is None:
         return 0
-    given = {argument.name: value for argument, value in zip(function._schema.arguments, args, strict=False)}
+    arguments = function._schema.arguments  # pyright: ignore[reportPrivateUsage]
+    given: Given = {argument.name: value for argument, value in zip(arguments, args, strict=False)}
     return rule({**given, "device": device})
 
 
-def _linear_cross_entropy(given: dict) -> int:
+def _linear_cross_entropy(given: Given) -> int:
     weight, scale = given["weight"], given["logit_scale"]
     if loss_by_words.serves(given["hidden"], weight, given["bias"], scale, given["need_dweight"]):
         return _loss_by_words(given)
     return _loss_by_rows(given)
 
 
-def _loss_by_words(given: dict) -> int:
+def _loss_by_words(given: Given) -> int:
     hidden, d, words = given["hidden"], given["hidden"].shape[-1], given["weight"][0].shape[0]
     rows, dtype, device, gradient = hidden.numel() // d, hidden.dtype, given["device"], given["need_dhidden"]
     sizes = (d, words, dtype, device, given["chunk_bytes"])
@@ -58,7 +63,7 @@ def _loss_by_words(given: dict) -> int:
     return buffers + _products(size, d, columns, dtype)
 
 
-def _loss_by_rows(given: dict) -> int:
+def _loss_by_rows(given: Given) -> int:
     hidden, d, chunk_bytes = given["hidden"], given["hidden"].shape[-1], given["chunk_bytes"]
     rows, words = hidden.numel() // d, out_features(given["weight"], d)
     size = min(rows, max(1, chunk_bytes // (words * hidden.itemsize)))
@@ -81,7 +86,7 @@ def _products(rows: int, k: int, n: int, dtype: torch.dtype) -> int:
     return max(product_bytes(rows, k, n, dtype), product_bytes(rows, n, k, dtype))
 
 
-def _frozen_linear(given: dict) -> int:
+def _frozen_linear(given: Given) -> int:
     """Counts a tile of a quantized weight, which may be all of it, and the blocks of the product."""
     x = given["x"]
     d = x.shape[-1]
@@ -90,7 +95,7 @@ def _frozen_linear(given: dict) -> int:
     return tile + product_bytes(x.numel() // max(1, d), d, n, x.dtype)
 
 
-def _frozen_linear_backward(given: dict) -> int:
+def _frozen_linear_backward(given: Given) -> int:
     dy, quantized = given["dy"], is_quantized(given["weight"])
     if not given["need_dx"]:
         return 0
@@ -99,12 +104,12 @@ def _frozen_linear_backward(given: dict) -> int:
     return (_back(given, dy, n * k) if quantized else 0) + product_bytes(dy.numel() // max(1, n), n, k, dy.dtype)
 
 
-def _lora_linear(given: dict) -> int:
+def _lora_linear(given: Given) -> int:
     x, weights = given["x"], given["weights"]
     return (_tile(given, _largest(weights, x.shape[-1]), x) if _any_quantized(weights) else 0) + _lora_products(given)
 
 
-def _lora_linear_backward(given: dict) -> int:
+def _lora_linear_backward(given: Given) -> int:
     x, weights, products = given["x"], given["weights"], _lora_products(given)
     if not _any_quantized(weights):
         return products
@@ -112,7 +117,7 @@ def _lora_linear_backward(given: dict) -> int:
     return products + back + (x.nbytes if given["device"] == "cuda" else 0)  # what is added to dx
 
 
-def _lora_products(given: dict) -> int:
+def _lora_products(given: Given) -> int:
     """Counts the blocks of the largest product, with W or with an adapter."""
     x = given["x"]
     d, ranks = x.shape[-1], sum(a.shape[0] for a in given["a"])
@@ -120,13 +125,13 @@ def _lora_products(given: dict) -> int:
     return max(_products(x.numel() // max(1, d), d, n, x.dtype) for n in (ranks, *widths))
 
 
-def _lora_border(given: dict) -> int:
+def _lora_border(given: Given) -> int:
     """Counts the border in the dtype of the rows, where it has another."""
     border, wide = given["border"], given["wide"]
     return border.numel() * wide.itemsize if border.dtype != wide.dtype else 0
 
 
-def _lora_border_backward(given: dict) -> int:
+def _lora_border_backward(given: Given) -> int:
     """Counts also the partial sums of dB and of the biases' gradients, or of dA, which come after them, if larger."""
     a, b, wide = given["a"], given["b"], given["wide"]
     outputs = sum(own.shape[0] for own in b)
@@ -145,32 +150,32 @@ def _largest(tensors: list[Tensor], columns: int) -> int:
     return max(out_features(weight, columns) for weight in split_parts(tensors)) * columns
 
 
-def _tile(given: dict, values: int, like: Tensor) -> int:
+def _tile(given: Given, values: int, like: Tensor) -> int:
     """Returns the bytes of a tile of a quantized weight of so many values, in the dtype of ``like``."""
     return min(CUDA_TILE_BYTES, values * like.itemsize) if given["device"] == "cuda" else TILE_BYTES
 
 
-def _back(given: dict, rows: Tensor, values: int) -> int:
+def _back(given: Given, rows: Tensor, values: int) -> int:
     """Counts a product with a quantized weight: a tile, and on a CPU the fp32 sums of some rows."""
     if given["device"] == "cuda":
         return _tile(given, values, rows)
     return TILE_BYTES + 2 * min(rows.numel(), QUANTIZED["kBackRows"] * rows.shape[-1]) * 4
 
 
-def _scaled(given: dict) -> int:
+def _scaled(given: Given) -> int:
     return 2 * min(SCALED_BYTES, given["values"].numel() * given["factor"].itemsize)
 
 
-def _frozen_ffn(given: dict) -> int:
+def _frozen_ffn(given: Given) -> int:
     return _ffn_chunks(given, given["x"], 1 if not given["gate"] or given["keeps"] == "z" else 2)
 
 
-def _frozen_ffn_backward(given: dict) -> int:
+def _frozen_ffn_backward(given: Given) -> int:
     chunks = (2 if given["gate"] else 1) * (2 if given["keeps"] == "x" else 1)
     return _ffn_chunks(given, given["dy"], chunks)
 
 
-def _ffn_chunks(given: dict, x: Tensor, chunks: int) -> int:
+def _ffn_chunks(given: Given, x: Tensor, chunks: int) -> int:
     d = x.shape[-1]
     hidden = out_features(given["w1"], d)
     rows = chunk_rows(x.numel() // d, hidden, x.itemsize, given["device"])
@@ -181,16 +186,16 @@ def _ffn_chunks(given: dict, x: Tensor, chunks: int) -> int:
     return values + _back(given, x, hidden * d) + added
 
 
-def _parallel_ffn(given: dict) -> int:
+def _parallel_ffn(given: Given) -> int:
     return _frozen_ffn({**given, "w1": [given["w1"]], "gate": []})
 
 
-def _parallel_ffn_backward(given: dict) -> int:
+def _parallel_ffn_backward(given: Given) -> int:
     network = _frozen_ffn_backward({**given, "w1": [given["w1"]], "gate": []})
     return max(network, _bottleneck_adapter_backward(given)) if given["need_adapter"] else network
 
 
-def _attention(given: dict, buffers: int = 1) -> int:
+def _attention(given: Given, buffers: int = 1) -> int:
     """Counts for each thread the keys and values of one head, and its block of scores.
 
     Sentences of a packed row are taken to be of one length, as those of a simulation are.
@@ -205,20 +210,20 @@ def _attention(given: dict, buffers: int = 1) -> int:
     return torch.get_num_threads() * buffers * own * accumulate_dtype(q.dtype).itemsize
 
 
-def _bottleneck_adapter(given: dict) -> int:
+def _bottleneck_adapter(given: Given) -> int:
     x, down = given["x"], given["down"]
     rows = x.numel() // x.shape[-1]
     blocks = min(rows, BLOCKS["kMaxRows"]) * (3 * x.shape[-1] + 3 * down.shape[0])
     return (torch.get_num_threads() * blocks + 2 * down.numel()) * 4
 
 
-def _bottleneck_adapter_backward(given: dict) -> int:
+def _bottleneck_adapter_backward(given: Given) -> int:
     x, down = given["x"], given["down"]
     slices = max(1, min(BLOCKS["kMaxSlices"], x.numel() // x.shape[-1] // BLOCKS["kMaxRows"]))
     return _bottleneck_adapter(given) + 2 * slices * down.numel() * 4
 
 
-_RULES: dict[str, Callable[[dict], int]] = {
+_RULES: dict[str, Callable[[Given], int]] = {
     "linear_cross_entropy": _linear_cross_entropy,
     "linear_cross_entropy_scaled": _scaled,
     "frozen_linear": _frozen_linear,

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from petl_kernels.layers.loss.lean_loss import packing_obstacle
 from petl_kernels.layers.mixed_in import original_class
 from petl_kernels.methods.adapt import adapt
 from petl_kernels.methods.owner import active_name, records
+from petl_kernels.models.structure import all_modules
 from petl_kernels.models.transformers_names import drop_no_layer, model_of
 from petl_kernels.planning.peak import Ledger
 from petl_kernels.step.gradients import RoundedGradients
@@ -142,12 +144,13 @@ def _packed_row(batch: Batch) -> dict[str, Tensor | int]:
 
 
 @contextmanager
-def _earlier_gradients(trained: list[nn.Parameter], gradients: str) -> Iterator[list[Tensor]]:
+def _earlier_gradients(trained: list[nn.Parameter], gradients: str) -> Generator[list[Tensor], None, None]:
     """Gives ``trained`` the gradients that earlier micro-batches have left, and yields their tensors."""
-    for parameter in trained:
-        parameter.grad = torch.empty_like(parameter) if gradients == "float32" else None
+    earlier = [torch.empty_like(parameter) for parameter in trained] if gradients == "float32" else []
+    for i, parameter in enumerate(trained):
+        parameter.grad = earlier[i] if earlier else None
     if gradients == "float32":
-        yield [parameter.grad for parameter in trained]
+        yield earlier
         return
     rounded = RoundedGradients(trained)
     try:
@@ -170,13 +173,13 @@ def set_tiers(model: nn.Module, tiers: Sequence[int], device: str = "cpu") -> No
         lean_model(model, tiers)
 
 
-def depths(config) -> tuple[int, int]:
+def depths(config: Any) -> tuple[int, int]:
     """Returns the numbers of layers of encoder and decoder."""
     encoder, decoder = _depth_names(config)
     return int(getattr(config, encoder)), int(getattr(config, decoder))
 
 
-def _depth_names(config) -> tuple[str, str]:
+def _depth_names(config: Any) -> tuple[str, str]:
     for names in _DEPTHS:
         if all(getattr(config, name, None) is not None for name in names):
             return names
@@ -194,7 +197,7 @@ def _set_dtypes(like: nn.Module, given: dict[str, Tensor]) -> None:
         return key if key in given else _LAYER.sub(r"\1.0.", key)
 
     made: dict[nn.Parameter, nn.Parameter] = {}
-    for path, module in like.named_modules():
+    for path, module in all_modules(like):
         for name, parameter in module.named_parameters(recurse=False):
             key = namesake(path, name)
             dtype = given[key].dtype if key in given else parameter.dtype
@@ -209,8 +212,8 @@ def _set_dtypes(like: nn.Module, given: dict[str, Tensor]) -> None:
 
 def _set_rates(like: nn.Module, model: nn.Module) -> None:
     """Copies the dropout rates that stand on the modules of ``model``, where a trainer may have changed them."""
-    modules = dict(model.named_modules())
-    for path, module in like.named_modules():
+    modules = dict(all_modules(model))
+    for path, module in all_modules(like):
         known = modules.get(path, modules.get(_LAYER.sub(r"\1.0.", path + ".")[:-1]))
         for rate in ("p", "dropout", "stored_dropout", "activation_dropout"):
             value = getattr(known, rate, None)

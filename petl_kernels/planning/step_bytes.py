@@ -10,7 +10,7 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -50,7 +50,7 @@ class StepBytes:
         self.sides = [layer.side for layer in structure.layers]
         narrow = request.autocast is None and frozen_dtype.itemsize == 2
         self._row_bytes = request.longest * structure.d_model * (2 if narrow else 4)
-        self._shallow: dict[tuple, nn.Module] = {}
+        self._shallow: dict[tuple[tuple[int, int], str, str], Any] = {}
         self._mode = simulate.fake_mode()
         self.counted = functools.cache(self._counted)
         self.between = functools.cache(self._between)

@@ -10,6 +10,7 @@ rounded n times (Higham, Accuracy and Stability of Numerical Algorithms, 4.2).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +79,8 @@ class RoundedGradients:
 
     @torch.no_grad()
     def _add(self, parameter: nn.Parameter) -> None:
-        for new, total in zip(_pieces(parameter.grad), _pieces(self.sum_of(parameter)), strict=True):
+        made: Any = parameter.grad  # there is one when the hook runs
+        for new, total in zip(_pieces(made), _pieces(self.sum_of(parameter)), strict=True):
             total.copy_(new.add_(total.float()))
         parameter.grad = None
 

@@ -111,7 +111,8 @@ class CudaGraphs:
         one, its pool takes what is allocated, and the generator draws nothing outside of a capture."""
         torch.cuda.set_stream(stream)
         with suppress(RuntimeError):  # ended already, where something else has failed
-            torch._C._cuda_endAllocateToPool(self.device.index or 0, self._pool)
+            if self._pool is not None:
+                torch._C._cuda_endAllocateToPool(self.device.index or 0, self._pool)
         generator.graphsafe_set_state(random)
 
 

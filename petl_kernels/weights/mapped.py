@@ -12,6 +12,7 @@ import math
 import struct
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,16 @@ Weights = dict[str, Tensor]  # the tensors of one layer by name
 
 
 Place = tuple[Path, int, int]  # where a tensor lies: file, first byte, end
+
+
+class MappedFile(Protocol):
+    """A file of the extension's: its bytes as pages of memory."""
+
+    def size(self) -> int: ...
+    def tensor(self, offset: int, size: int) -> Tensor: ...
+    def will_need(self, offset: int, size: int) -> None: ...
+    def drop(self, offset: int, size: int) -> None: ...
+    def resident(self, offset: int, size: int) -> int: ...
 
 
 def mapped_weights(
@@ -123,11 +134,11 @@ def from_files(model: nn.Module, weights: list[Weights], files: Sequence[str | P
     return found
 
 
-def _map(places: dict[str, Place]) -> dict[Path, object]:
+def _map(places: dict[str, Place]) -> dict[Path, MappedFile]:
     return {path: extension().MappedFile(str(path)) for path in {path for path, *_ in places.values()}}
 
 
-def _view(files: dict[Path, object], place: Place, like: Tensor) -> Tensor:
+def _view(files: dict[Path, MappedFile], place: Place, like: Tensor) -> Tensor:
     path, start, end = place
     return files[path].tensor(start, end - start).view(like.dtype).view(like.shape)
 
@@ -177,7 +188,7 @@ def _read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...], int, int]]
         size = path.stat().st_size
         with open(path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length)) if length <= size - 8 else None
+            header: Any = json.loads(file.read(length)) if length <= size - 8 else None
         header.pop("__metadata__", None)
         found = {}
         for name, entry in header.items():
@@ -228,7 +239,7 @@ def _write(path: Path, weights: list[Weights]) -> None:
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         file.write(_header(ordered)[0])
         for _, tensor in ordered:
-            file.write(_raw(tensor).cpu().numpy())
+            file.write(_raw(tensor).cpu().numpy().data)
 
 
 def _header(ordered: list[tuple[str, Tensor]]) -> tuple[bytes, dict[str, int]]:
@@ -266,7 +277,7 @@ class WeightFile:
         like, start = self._weights[name], self._starts[name]
         with open(self.path, "r+b") as file:
             file.seek(start)
-            file.write(_raw(values.to(like.dtype)).numpy())
+            file.write(_raw(values.to(like.dtype)).numpy().data)
         return _view({self.path: self._mapped}, (self.path, start, start + like.nbytes), like)
 
 

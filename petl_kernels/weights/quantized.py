@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from petl_kernels.errors import InputError
@@ -33,7 +35,8 @@ def quantize_model(model: nn.Module, storage: str, tables: str | None = None) ->
             if isinstance(module, LeanLayer):
                 narrow(module)
     for owners in places:
-        weight, wanted = owners[0].weight, storage_of(model, owners, storage, tables)
+        weight: Any = owners[0].weight
+        wanted = storage_of(model, owners, storage, tables)
         if wanted != "dense" and not isinstance(weight, QuantizedTensor):
             quantized = nn.Parameter(quantize(weight, wanted), requires_grad=False)
             for owner in owners:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,8 @@ class SlotCopies:
     """Pinned memory, and the copies from it into slots of ``device``."""
 
     def __init__(self, device: torch.device):
-        self._device, self._ring = resolve(device), None
+        self._device = resolve(device)
+        self._ring: Any = None  # the extension's, once it is open
 
     def pinned(self, size: int) -> Tensor:
         return extension().pinned(size)

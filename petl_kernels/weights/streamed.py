@@ -122,7 +122,8 @@ class Streamed:
         self.slots, self.paths = slots, [layer.path for layer in layers]
         sizes = [sum(tensor.nbytes for tensor in own.values()) for own in weights]
         self.bytes, self.layer_bytes = sum(sizes), max(sizes)
-        self._model, self._weights, self._store = model, weights, store
+        self._model, self._weights = model, weights
+        self._store: MappedWeights | Slots = store
         self._decoder = next((i for i, layer in enumerate(layers) if layer.side == "decoder"), 0)
         self._versions: list[int] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -143,7 +144,7 @@ class Streamed:
             handle.remove()
         for tensor, values in self._store.values():
             tensor.data = values
-        self._store = None
+        self._store = None  # pyright: ignore[reportAttributeAccessIssue]  # frees it; the hooks that use it are gone
         own(self._model).streamed = None
 
     def __reduce_ex__(self, protocol):

@@ -8,6 +8,7 @@ import transformers
 from transformers import AddedToken
 
 from petl_kernels.errors import InputError
+from petl_kernels.interop import languages
 from petl_kernels.interop.hf import load_pretrained
 from petl_kernels.interop.languages import LanguagePair
 
@@ -167,6 +168,14 @@ def test_marian_with_a_vocabulary_for_each_side(separate):
     assert pair.decode([[start, *every.tolist(), 0]]) == [tokenizer.spm_target.decode_pieces(pieces)]
     batch = {"input_ids": torch.tensor([pair.encode_source(["the dog"])[0]]), "labels": torch.tensor([rows[0]])}
     assert torch.isfinite(model(**batch).loss)
+
+
+def test_a_vocabulary_for_each_side_needs_the_targets_pieces(separate, monkeypatch):
+    model, tokenizer = separate
+    pair = LanguagePair(model, tokenizer, "en", "de")
+    monkeypatch.setattr(languages, "pieces_of", lambda tokenizer, target: None)
+    with pytest.raises(InputError, match=r"^transformers \S+ has no spm_source of MarianTokenizer: a vocabulary for "):
+        pair.decode([[2, 3, 0]])
 
 
 def test_separate_vocabularies_that_cannot_be_right_are_refused(separate, make):

@@ -97,6 +97,13 @@ def test_tables_are_read_into_a_storage_of_their_own(saved, tmp_path, storage):
     assert torch.isfinite(logits(loaded)).all() and len(files) == (storage == "dense")
 
 
+def test_streamed_layers_need_a_folder_for_their_file(saved):
+    _, path = saved
+    skeleton, like, plan = planned(path, streamed=2)
+    with pytest.raises(InputError, match=r"^load_planned: .* expected a folder"):
+        load_planned(path, skeleton, like, plan, None)
+
+
 def test_streamed_layers_come_from_a_file(saved, tmp_path):
     model, path = saved
     skeleton, like, plan = planned(path, streamed=2)

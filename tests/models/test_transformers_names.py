@@ -43,6 +43,14 @@ def test_code_of_a_package_with_a_longer_name_is_not_transformers():
         assert names.class_of(made["T5Block"].forward) == ("T5Block" if name == "transformers" else "")
 
 
+def test_code_of_pytorch_is_known_without_transformers(monkeypatch):
+    find = names.importlib.util.find_spec
+    monkeypatch.setattr(names.importlib.util, "find_spec", lambda name: None if name == "transformers" else find(name))
+    monkeypatch.setattr(names, "_roots", names._roots.__wrapped__)
+    assert len(names._roots()) == 1
+    assert names.class_of.__wrapped__(torch.nn.Linear.forward) == "Linear"
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_lean_layers_let_a_cache_through_under_any_keyword(family):
     """``past_key_values`` up to 5.23, ``cache`` since. Without its cache a layer would take each word for the first."""
