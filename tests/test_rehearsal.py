@@ -35,7 +35,7 @@ def built():
         ["rehearsal/rehearse_library.py", "rehearsal/rehearse_graphs.py", "petl_mt/rehearse_trainer.py"],
         ["rehearsal/rehearse_triton.py"],
         # Tests for a card whose kernels are PyTorch's own.
-        ["-m", "gpu", "test_graphs.py", "petl_mt/test_late.py", "layers/test_no_waiting.py"],
+        ["-m", "gpu", "step/test_graphs.py", "petl_mt/test_late.py", "layers/test_no_waiting.py"],
     ],
     ids=["library and trainer", "triton", "gpu tests"],
 )

@@ -85,7 +85,7 @@ def _changed_part(family: type[Family], layer: nn.Module) -> str:
 
 
 def _piece_elsewhere(layer: Any) -> str:
-    """Returns which active piece stands where the lean forward runs none: beside linears, norms and the layer itself."""
+    """Returns which active piece stands where the lean forward runs none: on no linear, norm or layer."""
     attentions, ffn = layer.blocks(True)
     norms = {block.norm for block in (*attentions, ffn)}
     linears = {linear for block in attentions for linear in (block.q, block.k, block.v, block.out)}

@@ -22,7 +22,7 @@ from bench.step.study import NO_TIME, OURS, PEFT, SHAPES, Study, beside_peft, te
 from bench.step.task import Result, Trial  # noqa: E402
 from bench.step.trial import failed  # noqa: E402
 from petl_kernels.errors import InputError  # noqa: E402
-from petl_kernels.planning import planner  # noqa: E402
+from petl_kernels.planning import chooser, planner  # noqa: E402
 from petl_kernels.planning.cost import ASSUMED  # noqa: E402
 
 PLAIN = Setting("bfloat16")
@@ -258,7 +258,7 @@ def test_a_trial_that_takes_too_long_is_ended(checkpoint):
 
 
 def test_a_budget_that_no_plan_has_is_told(checkpoint, monkeypatch):
-    monkeypatch.setattr(planner, "APPROXIMATIONS", {})  # what they would bring takes time to count
+    monkeypatch.setattr(chooser, "APPROXIMATIONS", {})  # what they would bring takes time to count
     monkeypatch.setattr(planner, "measure_rates", lambda *_: ASSUMED)
     with pytest.raises(InputError) as error:
         trial.measure(tiny(checkpoint, 20_000))

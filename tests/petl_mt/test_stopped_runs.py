@@ -210,8 +210,8 @@ def test_checkpoints_that_a_run_removes_meanwhile(settings, tmp_path, monkeypatc
     monkeypatch.setattr("petl_mt.runs.checkpoint.damage", goes_on)
     assert checkpoints.whole("best") == (checkpoints.folder.resolve() / "step-4", [])
     moments.clear()
-    run, config = RunFolder(Path(settings["out"])), loop.config
-    run.write_config(config)
+    folder, config = run.folder, run.config
+    folder.write_config(config)
     read = Checkpoints.load_trained
 
     def removed(self, path, model):
@@ -222,7 +222,7 @@ def test_checkpoints_that_a_run_removes_meanwhile(settings, tmp_path, monkeypatc
 
     monkeypatch.setattr("petl_mt.runs.checkpoint.damage", damage)
     monkeypatch.setattr(Checkpoints, "load_trained", removed)
-    with trained_weights(run, config) as weights:
+    with trained_weights(folder, config) as weights:
         assert moments == ["step-4"] and weights.is_dir()
     (checkpoints.folder / "step-9" / "trained.safetensors").unlink()
     with pytest.raises(InputError, match="step-9: damaged, trained.safetensors is missing"):

@@ -14,7 +14,7 @@ from petl_mt.config import TrainConfig
 from petl_mt.train import train
 
 from petl_kernels.methods import METHODS
-from petl_kernels.planning import planner
+from petl_kernels.planning import chooser
 
 NOT_MERGED = [method for method, variant in METHODS.items() if variant.config.cannot_merge]
 
@@ -120,7 +120,7 @@ def test_options(wrong_train, text, change, message):
 
 
 def test_a_budget_that_nothing_fits(wrong_train, monkeypatch):
-    monkeypatch.setattr(planner, "APPROXIMATIONS", ("8bit-optimizer", "bf16-gradients"))
+    monkeypatch.setattr(chooser, "APPROXIMATIONS", ("8bit-optimizer", "bf16-gradients"))
     line = wrong_train(memory="1KB", tier="4")
     assert "KiB with --allow 8bit-optimizer,bf16-gradients; expected at least that" in line
 
