@@ -10,15 +10,18 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c co
 BENCHES := $(foreach what,ops layers step,$(if $(wildcard bench/$(what)/bench_*.py),$(what)))
 SOURCES := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: demo check test test-all test-newest test-oldest test-oldest-quick bench gpu gpu-more lint docs memory-table clean
+.PHONY: demo check test-check test test-all test-newest test-oldest test-oldest-quick bench gpu gpu-more lint docs memory-table clean
 
 demo: $(VENV)/.package
 	$(BIN)/petl-mt demo
 
-# What to run after each change, to be kept under a minute: lint (what needs no run: style, types, the order of the rooms),
-# one case of each op, one step of each family. It imports every test file, too.
-check: lint $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "check and not repeat"
+# What to run after each change, to be kept under a minute: lint (what needs no run: style, types, the order of the rooms)
+# beside one case of each op and one step of each family. It imports every test file, too.
+check: $(VENV)/.dev
+	$(MAKE) --no-print-directory -j 2 --output-sync lint test-check
+
+test-check: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "check and not repeat"
 
 # The tests, without repeats: more cases of what other tests show. test-all has those as well.
 # worksteal: each worker begins with one half, so that what a file's tests share is made once.
@@ -80,6 +83,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/basedpyright
 
 # The pages of docs/ with the API reference, in build/site.
 docs: $(VENV)/.dev

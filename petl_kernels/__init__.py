@@ -42,7 +42,7 @@ _HOME = {
 }
 _MODULES = ("nn", "ops", "parity")
 
-__all__ = [*_HOME, *_MODULES]
+__all__ = [*_HOME, *_MODULES]  # pyright: ignore[reportUnsupportedDunderAll]  names are loaded when first used
 
 
 def __getattr__(name: str) -> Any:
