@@ -10,7 +10,12 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c co
 BENCHES := $(foreach what,ops layers step,$(if $(wildcard bench/$(what)/bench_*.py),$(what)))
 SOURCES := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: demo check test-check test test-all test-newest test-oldest test-oldest-quick bench gpu gpu-more lint docs memory-table clean
+# Images of containers set this. Each process of the tests would then compile the sources of torch and transformers anew,
+# for ten seconds.
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: demo check test-check test test-all test-newest test-oldest test-oldest-quick bench gpu gpu-more lint docs \
+    memory-table clean
 
 demo: $(VENV)/.package
 	$(BIN)/petl-mt demo
