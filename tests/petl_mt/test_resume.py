@@ -161,6 +161,7 @@ def long_run(parent, text, tmp_path_factory) -> Path:
 
 
 # What SIGKILL leaves is what Killed leaves above, and what bench/product.py's run leaves (tests/bench/test_product.py).
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.repeat)])
 def test_signals(settings, long_run, tmp_path, number):
     """The real program, killed from outside at whatever step it is in."""

@@ -278,6 +278,7 @@ def test_more_layers_cost_what_the_first_ones_do():
         assert parts["kept for backward"] + parts["at the worst moment"] == pytest.approx(peak, rel=0.01)
 
 
+@pytest.mark.slow
 def test_smaller_budgets_are_slower_and_kept():
     chooser = Chooser(figures_of(skeleton(vocab_size=20_000), 1024, 128))  # one, which counts once
     found = [chooser.best(size * MIB) for size in (400, 80, 30)]
