@@ -38,7 +38,7 @@ FIRST = {op: name for name, (op, _) in reversed(triton_cases.CASES.items())}.val
 TWICE = (
     "lora_linear-129-rows-3-groups-dropout",
     "bottleneck_adapter-129-rows-relu",
-    "layer_norm-67-rows",
+    "layer_norm-35-rows",
     "dropout_add_norm-19-rows",
     "frozen_ffn-129-rows-relu",
     "activation-relu-dropout",

@@ -185,7 +185,7 @@ def test_autograd_equals_the_formula(backend, form):
     contract.assert_close_by_name(computed, expected, 1e-12)
 
 
-@pytest.mark.parametrize("backend", contract.BACKENDS)
+@pytest.mark.parametrize("backend", contract.HELD)
 # finfo.min absorbs the scores it is added to: a step in them moves nothing, whatever the derivative.
 @pytest.mark.parametrize("form", [form for form in FORMS if form != "finfo.min"])
 def test_gradcheck(backend, form):
