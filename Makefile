@@ -14,7 +14,7 @@ SOURCES := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h')
 # for ten seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo check test-check test test-all test-newest test-oldest test-oldest-quick bench gpu gpu-more lint docs \
+.PHONY: demo check test-check test test-slow test-all test-newest test-oldest test-oldest-quick bench gpu gpu-more lint docs \
     memory-table clean
 
 demo: $(VENV)/.package
@@ -28,10 +28,13 @@ check: $(VENV)/.dev
 test-check: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "check and not repeat"
 
-# The tests, without repeats: more cases of what other tests show. test-all has those as well.
+# The tests but for two kinds: test-slow has those that take more than ten seconds (kernels compiled for every card, the
+# emulated card, programs from the command line), test-all these and the repeats: more cases of what other tests show.
 # worksteal: each worker begins with one half, so that what a file's tests share is made once.
-test test-all: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(if $(filter test,$@),-m "not repeat")
+MARKED_test := -m "not repeat and not slow"
+MARKED_test-slow := -m "slow and not repeat"
+test test-slow test-all: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(MARKED_$@)
 
 # The parts of the suite that touch other libraries, with the newest and the oldest versions of those that pyproject.toml
 # allows, each in an environment of its own, on a copy of the sources with its own build of the extension. TORCH=2.13.0

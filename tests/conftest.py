@@ -10,6 +10,8 @@ import pytest
 import torch
 from pairs import covering, values_of
 
+LONGEST = ("test_triton_aot.py", "test_rehearsal.py")
+
 # Without a CUDA device the Triton kernels run in Triton's interpreter, which has to be chosen before Triton's import.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -21,7 +23,7 @@ def pytest_collection_modifyitems(items: list) -> None:
 
     Marks as repeats the cases of a test of three or more parameters that show no pair of values which others do not.
     """
-    items.sort(key=lambda item: "test_rehearsal.py" not in item.nodeid)
+    items.sort(key=lambda item: item.path.name not in LONGEST)
     cases = defaultdict(list)
     for item in items:
         if hasattr(item, "callspec") and not item.get_closest_marker("repeat"):

@@ -50,15 +50,26 @@ WITHOUT_COPIES = {"_distance_gradient_kernel"}
 STACK = 16
 
 
-def test_every_kernel_is_compiled_for_every_card():
+def test_a_product_is_compiled_with_wgmma_and_copies_ahead():
+    """The kernels of one linear with LoRA, in seconds; all of them in the tests below."""
+    reports = compile_kernels("few", "sm90")
+    kernels = {"_rank_outputs_kernel", "_rank_input_kernel", "_adapter_gradients_kernel", "_sum_kernel"}
+    assert {report["kernel"] for report in reports} == kernels
+    assert_no_problems(reports)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("card", SHARED_MEMORY)
+def test_every_kernel_is_compiled_for_every_card(card):
     """The first launch of each, whose code no other card has."""
-    reports = compile_kernels("first", *SHARED_MEMORY)
-    for card in ("sm80", "sm90"):
-        assert {report["kernel"] for report in reports if report["card"] == card} == KERNELS
+    reports = compile_kernels("first", card)
+    if card in ("sm80", "sm90"):
+        assert {report["kernel"] for report in reports} == KERNELS
     assert_no_problems(reports)
 
 
 # Where another card has the same launch, its compiled code and this card's shared memory say what counts.
+@pytest.mark.slow
 @pytest.mark.repeat  # the same kernels with other tiles and options; to be run where a kernel or a tile changes
 @pytest.mark.parametrize(
     ("card", "part"), [*((card, "own") for card in SHARED_MEMORY), ("sm100", "shared"), ("small", "shared")]

@@ -38,7 +38,7 @@ FIRST = {op: name for name, (op, _) in reversed(triton_cases.CASES.items())}.val
 TWICE = (
     "lora_linear-129-rows-3-groups-dropout",
     "bottleneck_adapter-129-rows-relu",
-    "layer_norm-67-rows",
+    "layer_norm-35-rows",
     "dropout_add_norm-19-rows",
     "frozen_ffn-129-rows-relu",
     "activation-relu-dropout",
@@ -71,7 +71,10 @@ def test_values_and_gradients(name, dtype, monkeypatch):
     assert parity.compare(op, "triton", given) is None
 
 
-@pytest.mark.parametrize("name", TWICE)
+# The interpreter's programs run one after the other: a case shows what a kernel leaves unwritten, a card the rest.
+@pytest.mark.parametrize(
+    "name", [name if name == TWICE[3] else pytest.param(name, marks=pytest.mark.repeat) for name in TWICE]
+)
 def test_two_runs_agree_bitwise(name):
     given, first = first_run(name)
     second = parity.run(triton_cases.CASES[name][0], "triton", given)
@@ -132,7 +135,7 @@ def test_a_norms_output_again_is_its_output_to_the_bit(name, dtype):
 
 
 @pytest.mark.parametrize("name", ["19-rows", "too-long", "rms-fp32-stream"])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [pytest.param("fp32", marks=pytest.mark.repeat), "fp16"])  # which rounds in between
 def test_a_sum_and_its_norm_have_the_bits_of_the_two_ops(name, dtype):
     given = triton_cases.DROPOUT_ADD_NORM[name](parity.Source(CPU, DTYPES[dtype]))
     computed, expected = parity.run("dropout_add_norm", "triton", given), one_after_the_other("triton", given)
@@ -194,9 +197,9 @@ def test_products_that_are_added_up_in_fp32(dtype):
         torch.testing.assert_close(added.double(), 1 + expected, rtol=1e-6, atol=1e-5)
 
 
-@pytest.mark.parametrize("f", [5, 40, 75])
+@pytest.mark.parametrize("f", [5, pytest.param(40, marks=pytest.mark.repeat), 75])
 def test_bits_are_packed_as_the_reference_packs_them(f):
-    given = parity.frozen_ffn_arguments(parity.Source(CPU, torch.float32), (129,), d=24, f=f)
+    given = parity.frozen_ffn_arguments(parity.Source(CPU, torch.float32), (65,), d=24, f=f)
     arguments = [given["x"], [given["w1"]], given["c1"], [given["w2"]], given["c2"], [], given["activation"]]
     bits = [dispatch.kernel_of("frozen_ffn", name)(*arguments, "bits")[1] for name in ("triton", "reference")]
     assert torch.equal(*bits)
@@ -313,8 +316,14 @@ def test_package_works_without_triton(monkeypatch):
     assert "triton" not in dispatch.available_backends()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("activation", "recompute"), [("relu", False), ("silu", True)])
+@pytest.mark.parametrize(
+    ("dtype", "activation", "recompute"),
+    [
+        ("fp32", "relu", False),
+        ("fp16", "silu", True),
+        *(pytest.param(*case, marks=pytest.mark.repeat) for case in (("fp16", "relu", False), ("fp32", "silu", True))),
+    ],
+)
 def test_a_parallel_adapter_inside_its_network(dtype, activation, recompute):
     given = arguments_of(DTYPES[dtype], rows=(33,), activation=activation, adapter_dtype=torch.float32)
     assert_right("triton", given, activation, 4.0, recompute=recompute)

@@ -280,6 +280,7 @@ def test_the_interpreter_goes_its_own_way(key):
     assert calls == [((3,), (tensor, 5), options)]
 
 
+@pytest.mark.slow
 def test_the_package_s_own_launches_come_from_the_cache():
     """In a process of its own: in this one the kernels may be the interpreter's."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -3,7 +3,7 @@
 The backend's own functions run on meta tensors with `launch` replaced, so every signature, alignment and configuration
 is the one that ships. `python tests/backends/triton_aot.py own CARD...` prints one JSON line for each compiled launch
 that no other card stands for, with the cards that it stands for; `first` of those the first of each kernel, in 16 bits
-and in fp32; `shared` those that another card stands for.
+and in fp32; `shared` those that another card stands for; `few` the launches of `FEW` alone.
 """
 
 from __future__ import annotations
@@ -415,10 +415,13 @@ WITHOUT_PRODUCT = (
 )
 
 
-def launches(card: str) -> dict[tuple, tuple]:
-    """Returns the launches that differ: their key -> (dtype, kernel, args, constexprs, options)."""
+FEW = [(lora, BF16, 1, 16, 0.0)]
+
+
+def launches(card: str, calls: list[tuple] | None = None) -> dict[tuple, tuple]:
+    """Returns the launches of ``calls`` that differ: their key -> (dtype, kernel, args, constexprs, options)."""
     found = {}
-    for function, *arguments in EVERYWHERE + ONLY.get(card, []):
+    for function, *arguments in calls or EVERYWHERE + ONLY.get(card, []):
         dtype = str(arguments[0]).removeprefix("torch.")
         for kernel, args, constexprs, options in record(card, lambda f=function, a=arguments: f(*a)):
             absent = tuple(arg is None for arg in args)
@@ -438,7 +441,17 @@ def shared(card: str) -> set[tuple]:
 
 def main(part: str, *cards: str) -> None:
     for card in cards:
-        print_compiled(part, card)
+        print_few(card) if part == "few" else print_compiled(part, card)
+
+
+def print_few(card: str) -> None:
+    for dtype, kernel, args, constexprs, options in launches(card, FEW).values():
+        print_report([card], dtype, compile_launch(card, kernel, args, constexprs, options))
+
+
+def print_report(cards: list[str], dtype: str, report: dict) -> None:
+    """cards: those that the launch stands for, the one that it was compiled for first."""
+    print(json.dumps({"card": cards[0], "dtype": dtype, "cards": cards, **report}), flush=True)
 
 
 def print_compiled(part: str, card: str) -> None:
@@ -451,8 +464,7 @@ def print_compiled(part: str, card: str) -> None:
             continue
         seen.add((key[0], key[-1]))
         report = compile_launch(card, kernel, args, constexprs, options)
-        stands_for = [name for name in used if key in used[name]]
-        print(json.dumps({"card": card, "dtype": dtype, "cards": stands_for, **report}), flush=True)
+        print_report([name for name in used if key in used[name]], dtype, report)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def _ffn_quantized(draw):
 
 
 def _loss_quantized(draw):
-    return loss(draw, (17,), d=64, words=600) | {"weight": quantized_weight(draw, 600, 64, "nf4")}
+    return loss(draw, (17,), d=64, words=200) | {"weight": quantized_weight(draw, 200, 64, "nf4")}
 
 
 def _adapter_offset(draw):
@@ -188,7 +188,7 @@ ADAPTER = {
 }
 LAYER_NORM = {
     "1-row": lambda draw: layer_norm(draw, (1,), d=7),
-    "67-rows": lambda draw: layer_norm(draw, (67,), d=72),
+    "35-rows": lambda draw: layer_norm(draw, (35,), d=72),
     "fp32-parameters": lambda draw: layer_norm(draw, (3, 3), d=45, parameter_dtype=torch.float32),
     "no-bias": lambda draw: layer_norm(draw, (9,), d=32, bias=False),
     "offset": _norm_offset,
@@ -197,7 +197,7 @@ LAYER_NORM = {
 }
 RMS_NORM = {
     "1-row": lambda draw: rms_norm(draw, (1,), d=7),
-    "67-rows": lambda draw: rms_norm(draw, (67,), d=72),
+    "35-rows": lambda draw: rms_norm(draw, (35,), d=72),
     "fp32-weight": lambda draw: rms_norm(draw, (9,), d=45, parameter_dtype=torch.float32),
     "no-rows": lambda draw: rms_norm(draw, (2, 0), d=45),
 }

@@ -71,6 +71,7 @@ def run(checkout, *words: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=checkout)
 
 
+@pytest.mark.slow
 def test_complete_then_failed_then_interrupted(checkout):
     results = checkout / "bench" / "results" / "cpu"
     done = run(checkout, "ops", "layers", "--device", "cpu", "--peers")
@@ -113,6 +114,7 @@ def test_what_was_timed_is_on_the_disk_when_the_run_is_killed(checkout):
     assert whole.machine["device"] == "cpu" and whole.machine["rates"]["copy"] > 0 and "dirty" in whole.commit
 
 
+@pytest.mark.slow
 def test_only(checkout):
     results = checkout / "bench" / "results" / "cpu"
     done = run(checkout, "ops", "--device", "cpu", "--only", "first_op and ours")

@@ -300,6 +300,7 @@ def recorded() -> dict[str, list[str]]:
     return json.loads(run.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow  # the process of the fixture
 @pytest.mark.parametrize("call", LAUNCHES)
 def test_launches_are_the_wrappers(recorded, call):
     beside = BESIDE.get(call.partition("(")[0], ())

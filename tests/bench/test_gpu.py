@@ -137,6 +137,7 @@ def collected(timed: list[Part]) -> dict[str, list[str]]:
     return found
 
 
+@pytest.mark.slow
 def test_every_part_of_the_bench_finds_its_cases():
     host = Part("host", 0, (*gpu.BENCH, "host", "--peers", "--only", "host or launch"))
     found = collected([*(part for part in parts() if part.name in ("step", "ops", "layers")), host])

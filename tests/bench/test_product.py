@@ -48,6 +48,7 @@ def lines(tmp_path_factory):
     return [str(folder / f"text.{language}") for language in ("en", "de")]
 
 
+@pytest.mark.slow
 def test_the_whole_way(program, model, lines, tmp_path, capfd):
     text = make_text(tmp_path, lines, "en-de", 100, 6)
     flags = ["--batch-tokens", "128", "--max-length", "24", "--beam", "1", "--precision", "fp32"]

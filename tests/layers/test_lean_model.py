@@ -260,6 +260,7 @@ def test_wrong_tiers(tier, message):
 # ---- PyTorch around it ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "tiers", [(1, 3), *(pytest.param(tiers, marks=pytest.mark.repeat) for tiers in ((3, 1), (4, 4)))]
 )
@@ -289,6 +290,7 @@ def _worker(rank: int, path: str, cases: list[tuple[str, int]]) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path):
     cases = [("lora", 2), ("lora", 4), ("prefix", 1)]
     other = mp.get_context("spawn").Process(target=_worker, args=(1, str(tmp_path), cases))

@@ -185,9 +185,20 @@ def test_autograd_equals_the_formula(backend, form):
     contract.assert_close_by_name(computed, expected, 1e-12)
 
 
-@pytest.mark.parametrize("backend", contract.BACKENDS)
+# The gradients of every form are those of PyTorch's autograd through the formula: here some by differences, too.
+DIFFERENCES = ("plain", "queries that see nothing", "bias of a batch", "packed, everything", "everything")
+
+
+@pytest.mark.parametrize("backend", contract.HELD)
 # finfo.min absorbs the scores it is added to: a step in them moves nothing, whatever the derivative.
-@pytest.mark.parametrize("form", [form for form in FORMS if form != "finfo.min"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        form if form in DIFFERENCES else pytest.param(form, marks=pytest.mark.repeat)
+        for form in FORMS
+        if form != "finfo.min"
+    ],
+)
 def test_gradcheck(backend, form):
     options = FORMS[form] | {"batch": 2, "heads": 2, "queries": 4, "d": 3}
     if "sentences" in options:

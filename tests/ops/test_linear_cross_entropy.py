@@ -185,7 +185,7 @@ def test_backward_twice_gives_the_same_gradient():
     assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("reduction", ["mean", pytest.param("sum", marks=pytest.mark.repeat), "none"])
 def test_opcheck(reduction):
     tensors, labels = leaves_of(contract.source(FP32))
     hidden, weight, bias = (tensor.requires_grad_() for tensor in tensors.values())

@@ -38,6 +38,7 @@ def plan():
     return Plan(grids=grids, steps=2, train=30, test=3, own=2, batch_tokens=256, beam=1)
 
 
+@pytest.mark.slow
 def test_demo(parent, plan, tmp_path, capsys):
     results = run_demo(tmp_path, plan=plan, model=parent / "small")
     assert [row.name for row in results["en-fi"]] == ["no adaptation", "full", "adapter 10%", "prefix 0.0001%"]

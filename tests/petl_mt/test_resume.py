@@ -121,7 +121,7 @@ def test_other_methods_resume_too(settings, tmp_path, monkeypatch, method):
 
 def test_a_resumed_run_keeps_its_plan(settings, tmp_path, monkeypatch):
     """Rates are measured: a new plan might hold weights or moments in another way."""
-    settings |= {"memory": "8MiB"}
+    settings |= {"memory": "8MiB", "tier": 1}  # one, since a plan counts each
     train(TrainConfig(**{**settings, "out": str(tmp_path / "whole")}), quiet=True)
     kill_at(monkeypatch, 5)
     with pytest.raises(Killed):
@@ -161,6 +161,7 @@ def long_run(parent, text, tmp_path_factory) -> Path:
 
 
 # What SIGKILL leaves is what Killed leaves above, and what bench/product.py's run leaves (tests/bench/test_product.py).
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.repeat)])
 def test_signals(settings, long_run, tmp_path, number):
     """The real program, killed from outside at whatever step it is in."""

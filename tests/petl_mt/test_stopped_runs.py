@@ -104,7 +104,7 @@ def test_a_stopped_new_model_translates(settings, monkeypatch):
 
 
 def test_a_stopped_run_inside_a_budget(settings, monkeypatch, capsys):
-    out = stopped(settings, monkeypatch, memory="20MiB")
+    out = stopped(settings, monkeypatch, memory="20MiB", tier=1)
     before = list(Translator(out, memory="20MiB").stream(LINES))
     assert "has not finished" in capsys.readouterr().err
     finish(out, quiet=True)

@@ -83,6 +83,7 @@ def test_rows_and_files(config, tmp_path):
     assert (out / "study.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.slow
 def test_a_row_has_its_own_memory_and_keeps_the_budget(config):
     """The figures of a row, also of the parent's, have nothing of the rows before."""
     config.grid = ["full", "bitfit"]

@@ -48,7 +48,7 @@ def test_score_says_what_training_said(settings, tmp_path, capsys, storage):
     assert hypotheses.read_text() == (tmp_path / "run" / "valid.best.hyp").read_text()
 
 
-@pytest.mark.parametrize("streamed", [0, 2])
+@pytest.mark.parametrize("streamed", [0, pytest.param(2, marks=pytest.mark.repeat)])  # "streamed" above translates, too
 def test_a_run_without_a_budget_translates_within_one(settings, tmp_path, text, monkeypatch, streamed):
     """With its layers in memory and streamed the lines are the same, and the peak is below the budget."""
     from petl_kernels.planning import planner

@@ -72,8 +72,16 @@ def fits(chooser: Chooser, memory: int) -> bool:
     return True
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize(
+    ("method", "device"),
+    [
+        *(("LoRA", "cuda"), ("adapters", "cpu"), ("all biases", "cuda")),
+        *(
+            pytest.param(*pair, marks=pytest.mark.repeat)
+            for pair in (("LoRA", "cpu"), ("adapters", "cuda"), ("all biases", "cpu"))
+        ),
+    ],
+)
 def test_with_bytes_of_a_step_that_are_invented(monkeypatch, method, device):
     family, settings = METHODS[method]
     with torch.device("meta"):

@@ -263,21 +263,22 @@ def test_one_layer_a_side_is_counted_with_a_second_like_it():
     assert found[0] == found[1]
 
 
-def test_more_layers_cost_what_the_first_ones_do():
+@pytest.mark.parametrize("tier", [0, pytest.param(2, marks=pytest.mark.repeat), 4])
+def test_more_layers_cost_what_the_first_ones_do(tier):
     """The counts at one and two layers a side give those of four, as the simulation of the whole model does."""
     from petl_kernels.planning import simulate
 
     model, batch = skeleton(encoder_layers=4, decoder_layers=4), simulate.Batch(6, 64, 64)
     figures = figures_of(model, batch.tokens, 64)
-    for tier in (0, 2, 4):
-        parts = figures.by_purpose(Levers("dense", "adamw", 0, 32 * MIB), batch.pairs, (tier,) * 8)
-        with simulate.fake_mode():
-            whole = simulate.shallow(model, 4, 4)
-            simulate.set_tiers(whole, [tier] * 8)
-            peak = simulate.step(whole, batch).peak
-        assert parts["kept for backward"] + parts["at the worst moment"] == pytest.approx(peak, rel=0.01)
+    parts = figures.by_purpose(Levers("dense", "adamw", 0, 32 * MIB), batch.pairs, (tier,) * 8)
+    with simulate.fake_mode():
+        whole = simulate.shallow(model, 4, 4)
+        simulate.set_tiers(whole, [tier] * 8)
+        peak = simulate.step(whole, batch).peak
+    assert parts["kept for backward"] + parts["at the worst moment"] == pytest.approx(peak, rel=0.01)
 
 
+@pytest.mark.slow
 def test_smaller_budgets_are_slower_and_kept():
     chooser = Chooser(figures_of(skeleton(vocab_size=20_000), 1024, 128))  # one, which counts once
     found = [chooser.best(size * MIB) for size in (400, 80, 30)]
