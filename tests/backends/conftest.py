@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 from collections.abc import Iterator
 
@@ -10,14 +11,20 @@ import pytest
 
 
 @pytest.fixture(autouse=True, scope="session")
-def language_patched_once_a_kernel() -> Iterator[None]:
-    """Triton's interpreter puts its own functions into ``triton.language`` at each call of a kernel, and again at each
-    call of a function within the kernel, which finds what is there and takes half of the time: here the latter does
-    nothing."""
-    if os.environ.get("TRITON_INTERPRET") != "1":
+def quick_interpreter() -> Iterator[None]:
+    """Leaves out what Triton's interpreter does again and again, half of its time.
+
+    It puts its own functions into ``triton.language`` at each call of a kernel, and again at each call of a function
+    within the kernel, which finds them there: here the latter does nothing. And it makes its table of NumPy's dtypes
+    anew for each value: here a dtype is looked up once.
+    """
+    if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
         yield
         return
-    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    if not hasattr(interpreter, "_LangPatchScope"):  # a Triton that does it in another way
+        yield
+        return
     patch, call = interpreter._patch_lang, interpreter.GridExecutor.__call__
     patched = set()  # what the kernel that runs has put its functions into
 
@@ -38,7 +45,20 @@ def language_patched_once_a_kernel() -> Iterator[None]:
         finally:
             patched.clear()
 
+    language, find = interpreter.tl, interpreter._get_np_dtype
+    known = {}  # dtypes of Triton -> those of NumPy
+
+    def find_once(dtype):
+        if isinstance(dtype, language.block_type):
+            dtype = dtype.element_ty
+        if type(dtype) is not language.dtype:  # a pointer
+            return find(dtype)
+        if dtype not in known:
+            known[dtype] = find(dtype)
+        return known[dtype]
+
     with pytest.MonkeyPatch.context() as changes:
         changes.setattr(interpreter, "_patch_lang", patch_once)
         changes.setattr(interpreter.GridExecutor, "__call__", call_and_forget)
+        changes.setattr(interpreter, "_get_np_dtype", find_once)
         yield

@@ -350,21 +350,24 @@ def test_chunks_are_contiguous_runs():
         assert torch.equal(torch.cat(runs), index.flatten())
 
 
-def test_opcheck():
+ABSENT = ("mask", "bias", "prefix_k", "prefix_v", "dropout", "seed")
+
+
+@pytest.mark.parametrize("form", ["everything", pytest.param("bare", marks=pytest.mark.repeat), "packed"])
+def test_opcheck(form):
     given = arguments_of(FP32, batch=2, heads=2, queries=5, keys=4, d=8, mask="rows", bias=1, prefix=2, dropout=0.2)
+    if form == "packed":
+        given = arguments_of(FP32, heads=2, d=8, prefix=2, dropout=0.2, reach=2, sentences=((3, 2), (0, 0), (2, 2)))
     names = ("q", "k", "v", "mask", "bias", "prefix_k", "prefix_v", "causal", "scale", "dropout", "seed")
     packed = ("cu_seqlens_q", "cu_seqlens_k", "distance_bias")
-    sentences = arguments_of(FP32, heads=2, d=8, prefix=2, dropout=0.2, reach=2, sentences=((3, 2), (0, 0), (2, 2)))
-    for absent in ((), ("mask", "bias", "prefix_k", "prefix_v", "dropout", "seed"), None):
-        given = sentences if absent is None else given
-        inputs = [None if name in (absent or ()) else given[name] for name in (*names, *packed)]
-        inputs[9] = inputs[9] or 0.0
-        o, lse = torch.ops.petl.attention(*inputs, "")
-        leaves = [x.clone().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs]
-        contract.opcheck(torch.ops.petl.attention.default, tuple(leaves))
-        needs = [inputs[i] is not None for i in (4, 13)]
-        backward = (given["do"], *inputs[:3], o, lse, *inputs[3:11], needs[0], *inputs[11:], needs[1])
-        contract.opcheck(torch.ops.petl.attention_backward.default, backward)
+    inputs = [None if form == "bare" and name in ABSENT else given[name] for name in (*names, *packed)]
+    inputs[9] = inputs[9] or 0.0
+    o, lse = torch.ops.petl.attention(*inputs, "")
+    leaves = [x.clone().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs]
+    contract.opcheck(torch.ops.petl.attention.default, tuple(leaves))
+    needs = [inputs[i] is not None for i in (4, 13)]
+    backward = (given["do"], *inputs[:3], o, lse, *inputs[3:11], needs[0], *inputs[11:], needs[1])
+    contract.opcheck(torch.ops.petl.attention_backward.default, backward)
 
 
 @pytest.mark.parametrize("backend", contract.BACKENDS)

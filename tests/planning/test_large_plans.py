@@ -37,6 +37,7 @@ def madlad():
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", ["cuda", pytest.param("cpu", marks=pytest.mark.repeat)])
 def test_10b_under_6_gib(madlad, device, monkeypatch):
     monkeypatch.setattr(planning, "measure_rates", lambda *_: ASSUMED)

@@ -291,6 +291,7 @@ def test_smaller_budgets_are_slower_and_kept():
     assert found[-1].more and found[-1].more[0][1] < found[-1].seconds
 
 
+@pytest.mark.slow
 def test_8_bit_moments_only_where_they_are_allowed_or_asked_for(no_more, monkeypatch):
     with torch.device("meta"):
         model = pk.adapt(build("m2m100", **WIDE).to(torch.bfloat16), pk.Adapter(bottleneck=2048))
@@ -307,7 +308,7 @@ def test_8_bit_moments_only_where_they_are_allowed_or_asked_for(no_more, monkeyp
         assert "moments of AdamW rounded to 8 bits" in str(found)
 
 
-def test_tables_and_layers_are_rounded_apart():
+def test_tables_and_layers_are_rounded_apart(no_more):
     """A CPU streams dense layers beside rounded tables; each that is rounded has to pay for itself."""
     model = skeleton(vocab_size=60_000)
     chooser = Chooser(figures_of(model, 512, 64, allow=tuple(APPROXIMATIONS)))
@@ -465,11 +466,11 @@ def test_a_file_that_no_plan_has_written(tmp_path, small_plan, change, message):
     assert str(path) in str(error.value)
 
 
-def test_apply_sets_tiers_and_the_loss_chunk():
+def test_apply_sets_tiers_and_the_loss_chunk(small_plan):
     model = pk.adapt(build("m2m100", **WIDE).to(torch.bfloat16), pk.LoRA(rank=8))
-    found = plan(model, "20MiB", 1024, max_length=64, device="cpu", tier=3)
+    found = dataclasses.replace(small_plan, tiers=(3, 3, 2, 2, 1))
     found.apply(model)
-    assert [layer.tier for layer in pk.report(model).layers] == [3] * 5
+    assert [layer.tier for layer in pk.report(model).layers] == [3, 3, 2, 2, 1]
     assert model.petl_chunk_bytes == found.chunk_bytes
 
 
@@ -482,7 +483,7 @@ def test_tighter_plans_end_and_keep_the_update(small_plan):
     assert steps[-1] == (1, 4, 2 * MIB) and len(set(steps)) == len(steps)
 
 
-def test_a_text_of_it_says_where_the_bytes_go():
-    text = str(plan(skeleton(), "100MiB", 1024, max_length=64, device="cpu", tier=2))
+def test_a_text_of_it_says_where_the_bytes_go(small_plan):
+    text = str(dataclasses.replace(small_plan, tiers=(2,) * 5))
     for words in ("frozen weights", "kept for backward", "peak", "5 × tier 2", "exact: the gradients", "100 MiB"):
         assert words in text
