@@ -8,11 +8,13 @@
 | mBART (25 langs)   | X eos lang     | X eos lang     | decoder start = target language |
 | Marian             | [>>xxx<<] X eos | X eos         | -                             |
 | T5, mT5, MADLAD    | [<2xx>] X eos  | X eos          | -                             |
+| UMT5, Aya-101      | X eos          | X eos          | -                             |
+| ByT5               | X eos          | X eos          | -                             |
 
-X is the sentence in pieces. Text never becomes a special token: a sentence that holds the characters "</s>" has those
-characters as its pieces, or <unk> where the tokenizer has no way to spell them. Words that ``add_tokens`` added are
-text, with the tokenizer's own ids, special ones too; they stay in what is decoded. A language token that was added to a
-vocabulary is one like the others.
+X is the sentence in pieces, in ByT5 its UTF-8 bytes. Text never becomes a special token: a sentence that holds the
+characters "</s>" has those characters as its pieces, or <unk> where the tokenizer has no way to spell them. Words that
+``add_tokens`` added are text, with the tokenizer's own ids, special ones too; they stay in what is decoded. A language
+token that was added to a vocabulary is one like the others.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from functools import partial
 from petl_kernels.errors import InputError
 from petl_kernels.interop.added_words import AddedWords
 from petl_kernels.models.transformers_names import (
+    byte_offset,
     ends_with_language,
     gone,
     has_pieces_apart,
@@ -229,6 +232,9 @@ class LanguagePair:
             model, encoder = pieces
             encoder = {**encoder, **self._words.ids} if self._words else encoder
             return self._words.encode(texts, lambda some: _by_sentencepiece(model, encoder, tokenizer.unk_token, some))
+        offset = byte_offset(tokenizer)
+        if offset is not None:
+            return self._words.encode(texts, partial(_by_bytes, offset))
         rows = self._by_tokenizer(texts, split_special=True)
         if special := [i for i, text in enumerate(texts) if self._words.holds_special(text)]:
             for i, row in zip(
@@ -256,6 +262,10 @@ class LanguagePair:
 def _by_sentencepiece(model, encoder: dict[str, int], unk_token: str, texts: list[str]) -> list[list[int]]:
     unknown, lookup = encoder[unk_token], encoder.get
     return [[lookup(piece, unknown) for piece in pieces] for pieces in model.encode(texts, out_type=str)]
+
+
+def _by_bytes(offset: int, texts: list[str]) -> list[list[int]]:
+    return [[offset + byte for byte in text.encode()] for text in texts]
 
 
 def language_tokens(tokenizer) -> dict[str, int]:

@@ -3,7 +3,8 @@
 Two families, told apart by what their layers hold and not by class, so that nothing of transformers is imported:
 
 - "bart": M2M-100, NLLB, mBART, BART, Marian. ``layers.i`` with self_attn, encoder_attn, fc1, fc2 and LayerNorms.
-- "t5": T5, mT5, MADLAD-400. ``block.i.layer.j`` with SelfAttention, EncDecAttention, DenseReluDense and RMSNorms.
+- "t5": T5, ByT5, mT5, Aya-101, UMT5, MADLAD-400. ``block.i.layer.j`` with SelfAttention, EncDecAttention,
+  DenseReluDense and RMSNorms.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from petl_kernels.models.transformers_names import heads_of
 
 _EXPECTED = (
     "expected an encoder-decoder of the BART family (M2M-100, NLLB, mBART, Marian) "
-    "or of the T5 family (T5, mT5, MADLAD-400)"
+    "or of the T5 family (T5, mT5, UMT5, MADLAD-400)"
 )
 
 

@@ -43,7 +43,9 @@ BART_NAMES = (
     "Bart", "Blenderbot", "BlenderbotSmall", "M2M100", "MBart", "Marian", "PLBart", "Pegasus", "PegasusX",
     "Speech2Text", "Whisper",
 )  # fmt: skip
+# T5_NAMES: the first layer of a stack makes a position bias for all. UMT5_NAMES: each layer makes its own.
 T5_NAMES = ("MT5", "T5")
+UMT5_NAMES = ("UMT5",)
 
 # Attributes that lean layers read of a layer and of its attentions, beside modules with parameters. A layer without one
 # of these stays plain, and ``pk.report`` names it (``lacking``).
@@ -77,7 +79,7 @@ def of(prefixes: Iterable[str], *endings: str) -> frozenset[str]:
     return frozenset(prefix + ending for prefix in prefixes for ending in endings)
 
 
-STACKS = of(BART_NAMES, "Encoder", "Decoder") | of(T5_NAMES, "Stack")
+STACKS = of(BART_NAMES, "Encoder", "Decoder") | of((*T5_NAMES, *UMT5_NAMES), "Stack")
 
 
 def activation_name(module: nn.Module) -> str:
@@ -430,6 +432,15 @@ def pieces_of(tokenizer: Any, target: bool) -> tuple[Any, dict[str, int]] | None
         model = tokenizer.spm_target if target else tokenizer.spm_source
         return model, tokenizer.target_encoder if separate else tokenizer.encoder
     return None
+
+
+def byte_offset(tokenizer: Any) -> int | None:
+    """Returns the id of byte 0 in a tokenizer of bytes (ByT5's), whose ids are a text's UTF-8 bytes behind its marks.
+
+    None for any other. If the name is gone, returns None, and the tokenizer itself is called: later, and without words
+    that were added.
+    """
+    return getattr(tokenizer, "offset", None) if type(tokenizer).__name__ == "ByT5Tokenizer" else None
 
 
 def target_ids(tokenizer: Any) -> dict[str, int] | None:

@@ -16,7 +16,7 @@ WORDS = """the a house tree dog cat runs sees big small red blue over under rive
 ein eine Haus Baum Hund Katze läuft sieht groß klein rot blau über unter Fluss Stein Brot Wasser Sonne Mond
 nyumba mti mbwa paka anakimbia anaona kubwa ndogo mto jiwe mkate maji jua mwezi""".split()
 FAMILIES = ("m2m100", "nllb", "mbart50", "marian", "t5")
-T5 = ("t5", "t5-tied", "mt5", "madlad")
+T5 = ("t5", "t5-tied", "mt5", "umt5", "byt5", "madlad")
 
 
 def sentences(count: int, seed: int = 0) -> list[str]:
@@ -75,6 +75,8 @@ def make_tokenizer(family: str, folder: Path):
         words = ["</s>", "<unk>", *tags, *sorted({*pieces_of(source)[3:], *pieces_of(target)[3:]}), "<pad>"]
         (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
         return transformers.MarianTokenizer(str(source), str(target), str(folder / "vocab.json"))
+    if family == "byt5":
+        return transformers.ByT5Tokenizer()
     tags = ["<2en>", "<2sw>", "<2de>"] if family == "madlad" else []
     train_pieces(
         folder / "spiece.model", pad_id=0, eos_id=1, unk_id=2, bos_id=-1, user_defined_symbols=tags, vocab_size=95
@@ -127,6 +129,10 @@ def make_model(family: str, vocab_size: int, layers: int = 1, seed: int = 0):
             assert model.config.scale_decoder_outputs
         elif family == "mt5":
             model = transformers.MT5ForConditionalGeneration(transformers.MT5Config(**shape))
+        elif family == "umt5":
+            config = transformers.UMT5Config(**shape, tie_word_embeddings=False)
+            model = transformers.UMT5ForConditionalGeneration(config)
+            assert not model.config.scale_decoder_outputs
         else:  # T5 1.1, MADLAD
             config = transformers.T5Config(**shape, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
             model = transformers.T5ForConditionalGeneration(config)

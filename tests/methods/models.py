@@ -17,10 +17,12 @@ from transformers import (
     PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
+    UMT5Config,
+    UMT5ForConditionalGeneration,
 )
 
 FAMILIES = ("m2m100", "mbart", "marian", "t5")
-RELATIVES = ("bart", "mt5")  # of the same structure in other classes
+RELATIVES = ("bart", "mt5", "umt5")  # of the same structure in other classes
 _BART = {
     "vocab_size": 99,
     "d_model": 32,
@@ -70,6 +72,7 @@ def build(family: str, attention: str = "sdpa", **settings):
         config_class, model_class = {
             "t5": (T5Config, T5ForConditionalGeneration),
             "mt5": (MT5Config, MT5ForConditionalGeneration),
+            "umt5": (UMT5Config, UMT5ForConditionalGeneration),
         }[family]
         config = config_class(
             vocab_size=99,

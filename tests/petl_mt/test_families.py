@@ -30,7 +30,9 @@ _spec.loader.exec_module(families)
 LANGUAGES = {"nllb": ("eng_Latn", "swh_Latn"), "mbart50": ("en_XX", "de_DE"), "mbart25": ("en_XX", "de_DE")}
 
 
-@pytest.fixture(scope="module", params=["nllb", "mbart50", "mbart25", "marian", "marian-separate", "t5", "t5-tied"])
+@pytest.fixture(
+    scope="module", params=["nllb", "mbart50", "mbart25", "marian", "marian-separate", "t5", "t5-tied", "umt5", "byt5"]
+)
 def checkpoint(request, tmp_path_factory):
     """Returns (folder, source language, target language) of a random checkpoint."""
     folder = tmp_path_factory.mktemp(request.param)
