@@ -3,7 +3,7 @@
 | family             | source         | labels         | generation                    |
 | ------------------ | -------------- | -------------- | ----------------------------- |
 | M2M-100, mBART-50  | lang X eos     | lang X eos     | forced BOS = target language  |
-| NLLB               | lang X eos     | lang X eos     | forced BOS = target language  |
+| NLLB, NLLB-MoE     | lang X eos     | lang X eos     | forced BOS = target language  |
 | NLLB, legacy       | X eos lang     | lang X eos     | forced BOS = target language  |
 | mBART (25 langs)   | X eos lang     | X eos lang     | decoder start = target language |
 | Marian             | [>>xxx<<] X eos | X eos         | -                             |
@@ -132,7 +132,7 @@ class LanguagePair:
         self._targets = target_ids(tokenizer)
         if self._targets is not None:
             self._use_separate_vocabularies(model, self._targets)
-        if model.config.model_type in ("m2m_100", "mbart"):
+        if model.config.model_type in ("m2m_100", "mbart", "nllb-moe"):
             self._tag_both_sides(tags, src_lang, tgt_lang)
         elif tags:
             self.tgt_token = find_language(tgt_lang, tags, "target")

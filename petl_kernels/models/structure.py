@@ -1,10 +1,11 @@
 """The anatomy of a sequence-to-sequence model: paths of its layers, attentions, feed-forward blocks and norms.
 
-Two families, told apart by what their layers hold and not by class, so that nothing of transformers is imported:
+Three families, told apart by what their layers hold and not by class, so that nothing of transformers is imported:
 
 - "bart": M2M-100, NLLB, mBART, BART, Marian. ``layers.i`` with self_attn, encoder_attn, fc1, fc2 and LayerNorms.
 - "t5": T5, ByT5, mT5, Aya-101, UMT5, MADLAD-400. ``block.i.layer.j`` with SelfAttention, EncDecAttention,
   DenseReluDense and RMSNorms.
+- "m4t": SeamlessM4T's text side and NLLB-MoE. ``layers.i`` with self_attn, cross_attention, ffn and LayerNorms.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from torch import nn
 
 from petl_kernels.errors import InputError, shown
 from petl_kernels.models.added import AddedModules, AddedParameters
-from petl_kernels.models.transformers_names import heads_of
+from petl_kernels.models.transformers_names import feed_forward_norm, heads_of
 
 _EXPECTED = (
-    "expected an encoder-decoder of the BART family (M2M-100, NLLB, mBART, Marian) "
-    "or of the T5 family (T5, mT5, UMT5, MADLAD-400)"
+    "expected an encoder-decoder of the BART family (M2M-100, NLLB, mBART, Marian), "
+    "of the T5 family (T5, mT5, UMT5, MADLAD-400), NLLB-MoE or SeamlessM4T's text to text"
 )
 
 
@@ -46,7 +47,10 @@ class Attention:
 
 @dataclass(frozen=True)
 class FeedForward:
-    """One feed-forward block; ``inputs`` are the linears that read its input (two when it is gated)."""
+    """One feed-forward block; ``inputs`` are the linears that read its input (two when it is gated).
+
+    A block of experts has none of them, and ``out`` is the module whose output is the block's.
+    """
 
     inputs: tuple[str, ...]
     out: str
@@ -54,7 +58,7 @@ class FeedForward:
 
     @property
     def linears(self) -> tuple[str, ...]:
-        return (*self.inputs, self.out)
+        return (*self.inputs, self.out) if self.inputs else ()
 
 
 @dataclass(frozen=True)
@@ -95,9 +99,9 @@ def check_model(model: object) -> None:
 
 
 def describe(model: nn.Module) -> Structure:
-    """Returns the structure of ``model``. Raises InputError for what is no encoder-decoder of the two families."""
-    for family, stack_name, layer in (("bart", "layers", _bart_layer), ("t5", "block", _t5_layer)):
-        found = {side: _find_stack(model, side, stack_name) for side in ("encoder", "decoder")}
+    """Returns the structure of ``model``. Raises InputError for what is no encoder-decoder of the three families."""
+    for family, stack_name, part, layer in _FAMILIES:
+        found = {side: _find_stack(model, side, stack_name, part) for side in ("encoder", "decoder")}
         sides = {side: path for side, path in found.items() if path is not None}
         if len(sides) < 2:
             continue
@@ -110,19 +114,19 @@ def describe(model: nn.Module) -> Structure:
         except AttributeError as error:
             part = type(error.obj).__name__
             raise InputError(f"model {type(model).__name__}: its {part} has no {error.name}, {_EXPECTED}") from None
-        pre_norm = family == "t5" or hasattr(model.get_submodule(sides["encoder"]), "layer_norm")
-        d_model = _out_features(model, layers[0].ffn.out)
+        pre_norm = family != "bart" or hasattr(model.get_submodule(sides["encoder"]), "layer_norm")
+        d_model = _out_features(model, layers[0].attentions[0].out)
         return Structure(family, d_model, pre_norm, layers)
     raise InputError(f"model {type(model).__name__}: {_EXPECTED}")
 
 
-def _find_stack(model: nn.Module, side: str, stack_name: str) -> str | None:
+def _find_stack(model: nn.Module, side: str, stack_name: str, part: str) -> str | None:
+    """Returns the path of the side's stack, whose layers have a module ``part``; None where there is none."""
     for path, module in model.named_modules():
         stack = getattr(module, stack_name, None)
-        if path.rpartition(".")[2] == side and isinstance(stack, nn.ModuleList) and len(stack):
-            first = stack[0]
-            if hasattr(first, "fc1" if stack_name == "layers" else "layer"):
-                return path
+        named = path.rpartition(".")[2].removeprefix("text_") == side
+        if named and isinstance(stack, nn.ModuleList) and len(stack) and hasattr(stack[0], part):
+            return path
     return None
 
 
@@ -162,6 +166,32 @@ def _t5_layer(model: nn.Module, side: str, path: str) -> Layer:
         tuple(f"{at}.DenseReluDense.{name}" for name in inputs), f"{at}.DenseReluDense.wo", f"{at}.layer_norm"
     )
     return Layer(side, path, tuple(attentions), ffn)
+
+
+def _m4t_layer(model: nn.Module, side: str, path: str) -> Layer:
+    module: Any = model.get_submodule(path)
+
+    def attention(kind: str, name: str) -> Attention:
+        attn, at = getattr(module, name), f"{path}.{name}"
+        q, k, v, out = (f"{at}.{p}_proj" for p in ("q", "k", "v", "out"))
+        heads, head_dim = heads_of(attn)
+        return Attention(kind, at, q, k, v, out, f"{at}_layer_norm", heads, head_dim)
+
+    attentions = [attention(side, "self_attn")]
+    if hasattr(module, "cross_attention"):
+        attentions.append(attention("cross", "cross_attention"))
+    norm = f"{path}.{feed_forward_norm(module)}"
+    if hasattr(module.ffn, "experts"):
+        return Layer(side, path, tuple(attentions), FeedForward((), f"{path}.ffn", norm))
+    return Layer(side, path, tuple(attentions), FeedForward((f"{path}.ffn.fc1",), f"{path}.ffn.fc2", norm))
+
+
+# The name of each family, the list of layers in its stacks, what a layer of it has, and how one is read.
+_FAMILIES = (
+    ("bart", "layers", "fc1", _bart_layer),
+    ("t5", "block", "layer", _t5_layer),
+    ("m4t", "layers", "ffn", _m4t_layer),
+)
 
 
 def _out_features(model: nn.Module, path: str) -> int:

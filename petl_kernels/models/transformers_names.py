@@ -46,6 +46,8 @@ BART_NAMES = (
 # T5_NAMES: the first layer of a stack makes a position bias for all. UMT5_NAMES: each layer makes its own.
 T5_NAMES = ("MT5", "T5")
 UMT5_NAMES = ("UMT5",)
+M4T_NAMES = ("SeamlessM4T", "SeamlessM4Tv2")
+NLLB_MOE_NAMES = ("NllbMoe",)
 
 # Attributes that lean layers read of a layer and of its attentions, beside modules with parameters. A layer without one
 # of these stays plain, and ``pk.report`` names it (``lacking``).
@@ -55,6 +57,8 @@ T5_ATTENTION = (
     "is_causal", "dropout", "has_relative_attention_bias", "relative_attention_max_distance", "compute_bias",
 )  # fmt: skip
 T5_FEED_FORWARD = ("act", "dropout")
+M4T_ATTENTION = ("scaling", "is_causal", "dropout")
+M4T_NETWORK = ("act", "dropout")
 
 # Classes of position embeddings whose ``forward`` is known: it looks up, for each token, the row of its place in its
 # sentence in ``weight`` (behind ``offset`` rows), or as M2M-100 in ``weights``, where padding has a row of its own.
@@ -70,6 +74,8 @@ POSITIONS = frozenset(
         "MarianSinusoidalPositionalEmbedding",
         "PLBartLearnedPositionalEmbedding",
         "PegasusSinusoidalPositionalEmbedding",
+        "SeamlessM4TSinusoidalPositionalEmbedding",
+        "SeamlessM4Tv2SinusoidalPositionalEmbedding",
     )
 )
 
@@ -79,7 +85,9 @@ def of(prefixes: Iterable[str], *endings: str) -> frozenset[str]:
     return frozenset(prefix + ending for prefix in prefixes for ending in endings)
 
 
-STACKS = of(BART_NAMES, "Encoder", "Decoder") | of((*T5_NAMES, *UMT5_NAMES), "Stack")
+STACKS = (
+    of(BART_NAMES, "Encoder", "Decoder") | of((*T5_NAMES, *UMT5_NAMES), "Stack") | of(M4T_NAMES, "Encoder", "Decoder")
+)
 
 
 def activation_name(module: nn.Module) -> str:
@@ -92,8 +100,15 @@ def activation_name(module: nn.Module) -> str:
 
 def activation_of(layer: Any) -> str:
     """Returns the ops' name for the activation of an encoder or decoder layer; "" for one that they do not have."""
+    if hasattr(layer, "ffn"):
+        return activation_name(layer.ffn.act)
     function = getattr(layer, "activation_fn", None) or layer.layer[-1].DenseReluDense.act
     return activation_name(function)
+
+
+def feed_forward_norm(layer: nn.Module) -> str:
+    """Returns the name of the norm before ``layer.ffn``: SeamlessM4T's, or NLLB-MoE's."""
+    return "ffn_layer_norm" if hasattr(layer, "ffn_layer_norm") else "ff_layer_norm"
 
 
 def class_that_runs(module: nn.Module) -> str:
@@ -287,8 +302,8 @@ def model_of(cls: type, config: Any, dtype: torch.dtype) -> nn.Module:
 
 
 # Classes whose forward, read line by line, takes the cross-entropy of its logits and labels, ``CrossEntropyLoss()``,
-# and nothing else of either, with the logits from ``lm_head`` and perhaps ``final_logits_bias``. True: with labels, it
-# returns a cache where the config has it. A class that is not here computes its loss in its own way.
+# and nothing else of either, with the logits from ``lm_head`` and perhaps ``final_logits_bias``. NLLB-MoE may add its
+# routers' losses to it (``adds_losses``). True: with labels, it returns a cache where the config has it. A class that is not here computes its loss in its own way.
 LOSSES = {
     "BartForConditionalGeneration": False,
     "BigBirdPegasusForConditionalGeneration": False,
@@ -300,10 +315,13 @@ LOSSES = {
     "MBartForConditionalGeneration": False,
     "MT5ForConditionalGeneration": True,
     "MarianMTModel": False,
+    "NllbMoeForConditionalGeneration": True,
     "MvpForConditionalGeneration": False,
     "PLBartForConditionalGeneration": True,
     "PegasusForConditionalGeneration": False,
     "PegasusXForConditionalGeneration": False,
+    "SeamlessM4TForTextToText": False,
+    "SeamlessM4Tv2ForTextToText": False,
     "T5ForConditionalGeneration": True,
     "UMT5ForConditionalGeneration": True,
 }
@@ -335,6 +353,13 @@ def knows_loss(cls: type) -> bool:
 def has_cache_beside_loss(model: nn.Module) -> bool:
     """Returns what ``LOSSES`` has for the class of ``model``, or of the first one above it that is there."""
     return next(LOSSES[cls.__name__] for cls in type(model).__mro__ if cls.__name__ in LOSSES)
+
+
+def adds_losses(model: Any, arguments: dict[str, Any]) -> bool:
+    """Returns whether a model of ``LOSSES``, called with ``arguments``, adds losses of its routers to the
+    cross-entropy."""
+    given = arguments.get("output_router_logits")
+    return bool(getattr(model.config, "output_router_logits", False) if given is None else given)
 
 
 def returns_cache(model: Any) -> bool:

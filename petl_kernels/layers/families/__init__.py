@@ -19,12 +19,17 @@ from torch import nn
 
 from petl_kernels.layers.families.bart import LeanBartLayer
 from petl_kernels.layers.families.family import Family
+from petl_kernels.layers.families.m4t import LeanM4TLayer
 from petl_kernels.layers.families.t5 import LeanT5Layer, LeanUMT5Layer
 from petl_kernels.layers.mixed_in import original_class
 from petl_kernels.models.transformers_names import class_of
 
 # By the family of ``models.structure``: classes for layers that are built alike and run different forwards.
-FAMILIES: dict[str, tuple[type[Family], ...]] = {"bart": (LeanBartLayer,), "t5": (LeanT5Layer, LeanUMT5Layer)}
+FAMILIES: dict[str, tuple[type[Family], ...]] = {
+    "bart": (LeanBartLayer,),
+    "t5": (LeanT5Layer, LeanUMT5Layer),
+    "m4t": (LeanM4TLayer,),
+}
 
 
 def family_for(family: str, cls: type[nn.Module]) -> type[Family]:
