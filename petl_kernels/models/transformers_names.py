@@ -85,9 +85,7 @@ def of(prefixes: Iterable[str], *endings: str) -> frozenset[str]:
     return frozenset(prefix + ending for prefix in prefixes for ending in endings)
 
 
-STACKS = (
-    of(BART_NAMES, "Encoder", "Decoder") | of((*T5_NAMES, *UMT5_NAMES), "Stack") | of(M4T_NAMES, "Encoder", "Decoder")
-)
+STACKS = of((*BART_NAMES, *M4T_NAMES), "Encoder", "Decoder") | of((*T5_NAMES, *UMT5_NAMES), "Stack")
 
 
 def activation_name(module: nn.Module) -> str:
@@ -303,7 +301,8 @@ def model_of(cls: type, config: Any, dtype: torch.dtype) -> nn.Module:
 
 # Classes whose forward, read line by line, takes the cross-entropy of its logits and labels, ``CrossEntropyLoss()``,
 # and nothing else of either, with the logits from ``lm_head`` and perhaps ``final_logits_bias``. NLLB-MoE may add its
-# routers' losses to it (``adds_losses``). True: with labels, it returns a cache where the config has it. A class that is not here computes its loss in its own way.
+# routers' losses to it (``adds_losses``). True: with labels, it returns a cache where the config has it. A class that
+# is not here computes its loss in its own way.
 LOSSES = {
     "BartForConditionalGeneration": False,
     "BigBirdPegasusForConditionalGeneration": False,
