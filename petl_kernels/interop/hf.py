@@ -27,6 +27,9 @@ SUPPORTED = {
     "m2m_100": "M2M100ForConditionalGeneration",
     "mbart": "MBartForConditionalGeneration",
     "marian": "MarianMTModel",
+    "nllb-moe": "NllbMoeForConditionalGeneration",
+    "seamless_m4t": "SeamlessM4TForTextToText",
+    "seamless_m4t_v2": "SeamlessM4Tv2ForTextToText",
     "t5": "T5ForConditionalGeneration",
     "mt5": "MT5ForConditionalGeneration",
     "umt5": "UMT5ForConditionalGeneration",
@@ -45,9 +48,9 @@ _TOKENIZER_FILES = ("tokenizer.json", "*.model", "*.spm", "vocab.json")
 def load_pretrained(path_or_id: str | os.PathLike, dtype: torch.dtype = torch.float32):
     """Returns (model, tokenizer) of a checkpoint folder or a hub id; the model is on the CPU, in eval mode, in `dtype`.
 
-    Classes: M2M-100 and NLLB, mBART and mBART-50, Marian, T5, ByT5, mT5, Aya-101, UMT5 and MADLAD-400. Layerdrop, which
-    skips whole layers at random in training (0.05 in M2M-100's configs), is set to 0: adapters must see the same layers
-    in every step.
+    Classes: M2M-100 and NLLB, mBART and mBART-50, Marian, T5, ByT5, mT5, Aya-101, UMT5, MADLAD-400, NLLB-MoE and
+    SeamlessM4T's text to text. Layerdrop, which skips whole layers at random in training (0.05 in M2M-100's configs),
+    is set to 0: adapters must see the same layers in every step.
 
     Raises InputError in one line: no such folder, not a checkpoint, a class that is not supported, weights that are
     quantized, damaged or do not fit the config, no tokenizer, a tokenizer with more tokens than the model.

@@ -4,6 +4,7 @@
 | ------------------ | -------------- | -------------- | ----------------------------- |
 | M2M-100, mBART-50  | lang X eos     | lang X eos     | forced BOS = target language  |
 | NLLB, NLLB-MoE     | lang X eos     | lang X eos     | forced BOS = target language  |
+| SeamlessM4T        | lang X eos     | lang X eos     | forced BOS = target language  |
 | NLLB, legacy       | X eos lang     | lang X eos     | forced BOS = target language  |
 | mBART (25 langs)   | X eos lang     | X eos lang     | decoder start = target language |
 | Marian             | [>>xxx<<] X eos | X eos         | -                             |
@@ -87,6 +88,8 @@ _REGION_SCRIPTS = {
     **{("zh", region): "hant" for region in ("tw", "hk", "mo")},
 }
 
+# config.model_type of models with a language token on both sides
+LANGUAGE_FIRST = ("m2m_100", "mbart", "nllb-moe", "seamless_m4t", "seamless_m4t_v2")
 _TAG_FORMS = {  # how each family writes a language as one token
     "m2m100": re.compile(r"__([a-z]{2,3}(?:[-_][A-Za-z]+)*)__"),
     "nllb": re.compile(r"([a-z]{3}_[A-Z][a-z]{3})"),
@@ -132,7 +135,7 @@ class LanguagePair:
         self._targets = target_ids(tokenizer)
         if self._targets is not None:
             self._use_separate_vocabularies(model, self._targets)
-        if model.config.model_type in ("m2m_100", "mbart", "nllb-moe"):
+        if model.config.model_type in LANGUAGE_FIRST:
             self._tag_both_sides(tags, src_lang, tgt_lang)
         elif tags:
             self.tgt_token = find_language(tgt_lang, tags, "target")

@@ -12,6 +12,7 @@ import functools
 import importlib.util
 import inspect
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable
 from importlib import metadata
@@ -136,6 +137,15 @@ def _roots() -> tuple[str, ...]:
 def gone(name: str, what: str) -> InputError:
     """Returns the error of a name that the installed transformers has not, and that ``what`` cannot do without."""
     return InputError(f"transformers {metadata.version('transformers')} has no {name}: {what} cannot work with it")
+
+
+_OTHER_DROPOUTS = re.compile(r".*\.(ffn?_dropout|token_dropout|(ffn|expert_\d+)\.dropout)")
+
+
+def is_activation_dropout(path: str) -> bool:
+    """Returns whether the module at ``path`` is a dropout of NLLB-MoE or SeamlessM4T with a rate of its own, not the
+    config's ``dropout``."""
+    return _OTHER_DROPOUTS.fullmatch(path) is not None
 
 
 def lacking(module: nn.Module, names: Iterable[str]) -> str:

@@ -46,15 +46,21 @@ def make_tokenizer(family: str, folder: Path):
         words = ["<s>", "<pad>", "</s>", "<unk>", *pieces_of(model)[3:]]
         (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
         return transformers.M2M100Tokenizer(str(folder / "vocab.json"), str(model))
-    if family == "nllb":
+    if family in ("nllb", "nllb-moe", "seamless"):
         pieces = pieces_of(train_pieces(folder / "pieces.model", model_type="bpe"))
-        vocabulary = {word: i for i, word in enumerate(["<s>", "<pad>", "</s>", "<unk>", *pieces[3:]])}
+        marks = ["<pad>", "<unk>", "<s>", "</s>"] if family == "seamless" else ["<s>", "<pad>", "</s>", "<unk>"]
+        vocabulary = {word: i for i, word in enumerate([*marks, *pieces[3:]])}
         merges = [
             (piece[:cut], piece[cut:])
             for piece in pieces
             for cut in range(1, len(piece))
             if piece[:cut] in vocabulary and piece[cut:] in vocabulary
         ]
+        if family == "seamless":
+            languages = ["__eng__", "__deu__", "__swh__", "__cmn__", "__cmn_Hant__", "__fra__"]
+            return transformers.SeamlessM4TTokenizer(
+                vocab=vocabulary, merges=merges, additional_special_tokens=languages
+            )
         return transformers.NllbTokenizer(vocab=vocabulary, merges=merges)
     if family in ("mbart50", "mbart25"):
         train_pieces(folder / "sentencepiece.bpe.model")
@@ -103,6 +109,14 @@ def make_model(family: str, vocab_size: int, layers: int = 1, seed: int = 0):
     }
     if family in ("m2m100", "nllb"):
         model = transformers.M2M100ForConditionalGeneration(transformers.M2M100Config(**bart))
+    elif family == "nllb-moe":  # the second layer of a side has experts
+        routed = {"num_experts": 3, "encoder_sparse_step": 2, "decoder_sparse_step": 2, "moe_token_dropout": 0.0}
+        model = transformers.NllbMoeForConditionalGeneration(transformers.NllbMoeConfig(**bart | routed))
+    elif family == "seamless":
+        names = {"d_model": "hidden_size", "init_std": "initializer_range"}
+        given = {names.get(name, name): value for name, value in bart.items()}
+        marks = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "decoder_start_token_id": 3}
+        model = transformers.SeamlessM4TForTextToText(transformers.SeamlessM4TConfig(**given, **marks))
     elif family.startswith("mbart"):
         model = transformers.MBartForConditionalGeneration(transformers.MBartConfig(**bart))
     elif family == "marian-separate":  # 60 pieces of the target's; padding is the last of those

@@ -68,9 +68,7 @@ def test_the_routers_losses_are_part_of_it():
     added = model.config.router_aux_loss_coef * (output.encoder_aux_loss + output.decoder_aux_loss)
     assert added > 0
     torch.testing.assert_close(output.loss, without + added)
-    with pytest.raises(
-        InputError, match="^reduction: beside output_router_logits.*expected output_router_logits=F"
-    ):
+    with pytest.raises(InputError, match="^reduction: beside output_router_logits.*expected output_router_logits=F"):
         model(**inputs, reduction="sum")
     assert torch.isfinite(model(**inputs, reduction="sum", output_router_logits=False).loss)
 
