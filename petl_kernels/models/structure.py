@@ -1,11 +1,12 @@
 """The anatomy of a sequence-to-sequence model: paths of its layers, attentions, feed-forward blocks and norms.
 
-Three families, told apart by what their layers hold and not by class, so that nothing of transformers is imported:
+Four families, told apart by what their layers hold and not by class, so that nothing of transformers is imported:
 
 - "bart": M2M-100, NLLB, mBART, BART, Marian. ``layers.i`` with self_attn, encoder_attn, fc1, fc2 and LayerNorms.
 - "t5": T5, ByT5, mT5, Aya-101, UMT5, MADLAD-400. ``block.i.layer.j`` with SelfAttention, EncDecAttention,
   DenseReluDense and RMSNorms.
 - "m4t": SeamlessM4T's text side and NLLB-MoE. ``layers.i`` with self_attn, cross_attention, ffn and LayerNorms.
+- "gemma": T5Gemma. ``layers.i`` with self_attn, cross_attn, mlp, and RMSNorms before and behind each block.
 """
 
 from __future__ import annotations
@@ -22,13 +23,16 @@ from petl_kernels.models.transformers_names import feed_forward_norm, heads_of
 
 _EXPECTED = (
     "expected an encoder-decoder of the BART family (M2M-100, NLLB, mBART, Marian), "
-    "of the T5 family (T5, mT5, UMT5, MADLAD-400), NLLB-MoE or SeamlessM4T's text to text"
+    "of the T5 family (T5, mT5, UMT5, MADLAD-400), NLLB-MoE, SeamlessM4T's text to text or T5Gemma"
 )
 
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention. ``kind``: "encoder" and "decoder" are self-attentions, "cross" reads the encoder's output."""
+    """One attention. ``kind``: "encoder" and "decoder" are self-attentions, "cross" reads the encoder's output.
+
+    heads: those of keys and values, which several heads of queries may share (T5Gemma).
+    """
 
     kind: str
     path: str
@@ -99,7 +103,7 @@ def check_model(model: object) -> None:
 
 
 def describe(model: nn.Module) -> Structure:
-    """Returns the structure of ``model``. Raises InputError for what is no encoder-decoder of the three families."""
+    """Returns the structure of ``model``. Raises InputError for what is no encoder-decoder of the four families."""
     for family, stack_name, part, layer in _FAMILIES:
         found = {side: _find_stack(model, side, stack_name, part) for side in ("encoder", "decoder")}
         sides = {side: path for side, path in found.items() if path is not None}
@@ -115,7 +119,10 @@ def describe(model: nn.Module) -> Structure:
             part = type(error.obj).__name__
             raise InputError(f"model {type(model).__name__}: its {part} has no {error.name}, {_EXPECTED}") from None
         pre_norm = family != "bart" or hasattr(model.get_submodule(sides["encoder"]), "layer_norm")
-        d_model = _out_features(model, layers[0].attentions[0].out)
+        d_model, other = (_out_features(model, layer.attentions[0].out) for layer in (layers[0], layers[-1]))
+        if other != d_model:
+            name = type(model).__name__
+            raise InputError(f"model {name}: {d_model} wide in its encoder and {other} in its decoder; expected one")
         return Structure(family, d_model, pre_norm, layers)
     raise InputError(f"model {type(model).__name__}: {_EXPECTED}")
 
@@ -186,11 +193,29 @@ def _m4t_layer(model: nn.Module, side: str, path: str) -> Layer:
     return Layer(side, path, tuple(attentions), FeedForward((f"{path}.ffn.fc1",), f"{path}.ffn.fc2", norm))
 
 
+def _gemma_layer(model: nn.Module, side: str, path: str) -> Layer:
+    module: Any = model.get_submodule(path)
+
+    def attention(kind: str, name: str) -> Attention:
+        attn, at = getattr(module, name), f"{path}.{name}"
+        q, k, v, out = (f"{at}.{p}_proj" for p in ("q", "k", "v", "o"))
+        heads, head_dim = heads_of(attn)
+        return Attention(kind, at, q, k, v, out, f"{path}.pre_{name}_layernorm", heads, head_dim)
+
+    attentions = [attention(side, "self_attn")]
+    if hasattr(module, "cross_attn"):
+        attentions.append(attention("cross", "cross_attn"))
+    inputs = (f"{path}.mlp.gate_proj", f"{path}.mlp.up_proj")
+    ffn = FeedForward(inputs, f"{path}.mlp.down_proj", f"{path}.pre_feedforward_layernorm")
+    return Layer(side, path, tuple(attentions), ffn)
+
+
 # The name of each family, the list of layers in its stacks, what a layer of it has, and how one is read.
 _FAMILIES = (
     ("bart", "layers", "fc1", _bart_layer),
     ("t5", "block", "layer", _t5_layer),
     ("m4t", "layers", "ffn", _m4t_layer),
+    ("gemma", "layers", "pre_self_attn_layernorm", _gemma_layer),
 )
 
 

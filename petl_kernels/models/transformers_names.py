@@ -166,8 +166,9 @@ def attention_implementation(config: Any) -> str | None:
     return getattr(config, "_attn_implementation", None)
 
 
-def heads_of(attention: nn.Module) -> tuple[int, int]:
-    """Returns (heads, head_dim) of an attention: BART's family names them otherwise than T5's.
+def heads_of(attention: Any) -> tuple[int, int]:
+    """Returns (heads, head_dim) of an attention's keys: BART's family names them otherwise than T5's, and T5Gemma has
+    fewer of them than of queries.
 
     If they are gone, raises InputError: what needs the structure of a model refuses it, and ``pk.lean`` leaves it as it
     is.
@@ -175,6 +176,8 @@ def heads_of(attention: nn.Module) -> tuple[int, int]:
     for heads, head_dim in (("num_heads", "head_dim"), ("n_heads", "key_value_proj_dim")):
         if hasattr(attention, heads) and hasattr(attention, head_dim):
             return getattr(attention, heads), getattr(attention, head_dim)
+    if hasattr(attention, "num_key_value_groups") and hasattr(attention, "head_dim"):
+        return attention.config.num_key_value_heads, attention.head_dim
     raise gone(f"number of heads of {type(attention).__name__}", "methods and lean layers")
 
 

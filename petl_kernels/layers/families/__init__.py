@@ -31,6 +31,9 @@ FAMILIES: dict[str, tuple[type[Family], ...]] = {
     "m4t": (LeanM4TLayer,),
 }
 
+# Families that methods adapt and no lean layer stands for, and why.
+PLAIN = {"gemma": "rotary positions, shared keys and capped scores, which lean layers do not have"}
+
 
 def family_for(family: str, cls: type[nn.Module]) -> type[Family]:
     """Returns the class that stands for the ``forward`` of the layer class ``cls``; the family's first if none does."""
