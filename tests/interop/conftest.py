@@ -146,7 +146,6 @@ def make_model(family: str, vocab_size: int, layers: int = 1, seed: int = 0):
         elif family == "umt5":
             config = transformers.UMT5Config(**shape, tie_word_embeddings=False)
             model = transformers.UMT5ForConditionalGeneration(config)
-            assert not model.config.scale_decoder_outputs
         else:  # T5 1.1, MADLAD
             config = transformers.T5Config(**shape, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
             model = transformers.T5ForConditionalGeneration(config)
