@@ -22,13 +22,17 @@ from petl_kernels.methods.owner import own, owner
 from petl_kernels.models.structure import set_parameter
 from petl_kernels.models.transformers_names import has_own_head, language_ids, target_ids
 
-# config.model_type -> class; NLLB is an m2m_100, mBART-50 an mbart, MADLAD-400 a t5
+# config.model_type -> class; NLLB is an m2m_100, mBART-50 an mbart, MADLAD-400 and ByT5 a t5, Aya-101 an mt5
 SUPPORTED = {
     "m2m_100": "M2M100ForConditionalGeneration",
     "mbart": "MBartForConditionalGeneration",
     "marian": "MarianMTModel",
+    "nllb-moe": "NllbMoeForConditionalGeneration",
+    "seamless_m4t": "SeamlessM4TForTextToText",
+    "seamless_m4t_v2": "SeamlessM4Tv2ForTextToText",
     "t5": "T5ForConditionalGeneration",
     "mt5": "MT5ForConditionalGeneration",
+    "umt5": "UMT5ForConditionalGeneration",
 }
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
 # Files that transformers looks for, in this order: the first that is there is the checkpoint, alone.
@@ -44,8 +48,9 @@ _TOKENIZER_FILES = ("tokenizer.json", "*.model", "*.spm", "vocab.json")
 def load_pretrained(path_or_id: str | os.PathLike, dtype: torch.dtype = torch.float32):
     """Returns (model, tokenizer) of a checkpoint folder or a hub id; the model is on the CPU, in eval mode, in `dtype`.
 
-    Classes: M2M-100 and NLLB, mBART and mBART-50, Marian, T5, mT5 and MADLAD-400. Layerdrop, which skips whole layers
-    at random in training (0.05 in M2M-100's configs), is set to 0: adapters must see the same layers in every step.
+    Classes: M2M-100 and NLLB, mBART and mBART-50, Marian, T5, ByT5, mT5, Aya-101, UMT5, MADLAD-400, NLLB-MoE and
+    SeamlessM4T's text to text. Layerdrop, which skips whole layers at random in training (0.05 in M2M-100's configs),
+    is set to 0: adapters must see the same layers in every step.
 
     Raises InputError in one line: no such folder, not a checkpoint, a class that is not supported, weights that are
     quantized, damaged or do not fit the config, no tokenizer, a tokenizer with more tokens than the model.
@@ -358,11 +363,20 @@ def _has(folder: Path, patterns: tuple[str, ...]) -> bool:
 def _load_tokenizer(name: str, folder: Path | None):
     from transformers import AutoTokenizer
 
-    if folder is not None and not _has(folder, _TOKENIZER_FILES):
+    if folder is not None and not _has(folder, _TOKENIZER_FILES) and not _is_of_bytes(folder):
         raise InputError(f"model {name!r}: the folder has no tokenizer ({', '.join(_TOKENIZER_FILES)})")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Recommended: pip install sacremoses")  # unused by MarianTokenizer
         return _attempt(f"tokenizer of {name!r}", AutoTokenizer.from_pretrained, name)
+
+
+def _is_of_bytes(folder: Path) -> bool:
+    """Returns whether the folder's tokenizer is ByT5's, which has no vocabulary in a file."""
+    path = folder / "tokenizer_config.json"
+    if not path.is_file():
+        return False
+    settings = _attempt(f"tokenizer of {str(folder)!r}", json.loads, path.read_text(encoding="utf-8"))
+    return isinstance(settings, dict) and settings.get("tokenizer_class") == "ByT5Tokenizer"
 
 
 def positions(config) -> int | None:

@@ -3,16 +3,19 @@
 | family             | source         | labels         | generation                    |
 | ------------------ | -------------- | -------------- | ----------------------------- |
 | M2M-100, mBART-50  | lang X eos     | lang X eos     | forced BOS = target language  |
-| NLLB               | lang X eos     | lang X eos     | forced BOS = target language  |
+| NLLB, NLLB-MoE     | lang X eos     | lang X eos     | forced BOS = target language  |
+| SeamlessM4T        | lang X eos     | lang X eos     | forced BOS = target language  |
 | NLLB, legacy       | X eos lang     | lang X eos     | forced BOS = target language  |
 | mBART (25 langs)   | X eos lang     | X eos lang     | decoder start = target language |
 | Marian             | [>>xxx<<] X eos | X eos         | -                             |
 | T5, mT5, MADLAD    | [<2xx>] X eos  | X eos          | -                             |
+| UMT5, Aya-101      | X eos          | X eos          | -                             |
+| ByT5               | X eos          | X eos          | -                             |
 
-X is the sentence in pieces. Text never becomes a special token: a sentence that holds the characters "</s>" has those
-characters as its pieces, or <unk> where the tokenizer has no way to spell them. Words that ``add_tokens`` added are
-text, with the tokenizer's own ids, special ones too; they stay in what is decoded. A language token that was added to a
-vocabulary is one like the others.
+X is the sentence in pieces, in ByT5 its UTF-8 bytes. Text never becomes a special token: a sentence that holds the
+characters "</s>" has those characters as its pieces, or <unk> where the tokenizer has no way to spell them. Words that
+``add_tokens`` added are text, with the tokenizer's own ids, special ones too; they stay in what is decoded. A language
+token that was added to a vocabulary is one like the others.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from functools import partial
 from petl_kernels.errors import InputError
 from petl_kernels.interop.added_words import AddedWords
 from petl_kernels.models.transformers_names import (
+    byte_offset,
     ends_with_language,
     gone,
     has_pieces_apart,
@@ -84,6 +88,8 @@ _REGION_SCRIPTS = {
     **{("zh", region): "hant" for region in ("tw", "hk", "mo")},
 }
 
+# config.model_type of models with a language token on both sides
+LANGUAGE_FIRST = ("m2m_100", "mbart", "nllb-moe", "seamless_m4t", "seamless_m4t_v2")
 _TAG_FORMS = {  # how each family writes a language as one token
     "m2m100": re.compile(r"__([a-z]{2,3}(?:[-_][A-Za-z]+)*)__"),
     "nllb": re.compile(r"([a-z]{3}_[A-Z][a-z]{3})"),
@@ -129,7 +135,7 @@ class LanguagePair:
         self._targets = target_ids(tokenizer)
         if self._targets is not None:
             self._use_separate_vocabularies(model, self._targets)
-        if model.config.model_type in ("m2m_100", "mbart"):
+        if model.config.model_type in LANGUAGE_FIRST:
             self._tag_both_sides(tags, src_lang, tgt_lang)
         elif tags:
             self.tgt_token = find_language(tgt_lang, tags, "target")
@@ -229,6 +235,9 @@ class LanguagePair:
             model, encoder = pieces
             encoder = {**encoder, **self._words.ids} if self._words else encoder
             return self._words.encode(texts, lambda some: _by_sentencepiece(model, encoder, tokenizer.unk_token, some))
+        offset = byte_offset(tokenizer)
+        if offset is not None:
+            return self._words.encode(texts, partial(_by_bytes, offset))
         rows = self._by_tokenizer(texts, split_special=True)
         if special := [i for i, text in enumerate(texts) if self._words.holds_special(text)]:
             for i, row in zip(
@@ -256,6 +265,10 @@ class LanguagePair:
 def _by_sentencepiece(model, encoder: dict[str, int], unk_token: str, texts: list[str]) -> list[list[int]]:
     unknown, lookup = encoder[unk_token], encoder.get
     return [[lookup(piece, unknown) for piece in pieces] for pieces in model.encode(texts, out_type=str)]
+
+
+def _by_bytes(offset: int, texts: list[str]) -> list[list[int]]:
+    return [[offset + byte for byte in text.encode()] for text in texts]
 
 
 def language_tokens(tokenizer) -> dict[str, int]:

@@ -16,7 +16,7 @@ from torch import nn
 
 from petl_kernels import versions
 from petl_kernels.errors import InputError, shown
-from petl_kernels.layers.families import FAMILIES
+from petl_kernels.layers.families import family_for
 from petl_kernels.layers.lean_layer import LeanLayer, make_lean, make_plain
 from petl_kernels.layers.obstacles import obstacle, reason_of_build, replaced_forward
 from petl_kernels.layers.wide_ffn import bottleneck_beside
@@ -53,7 +53,7 @@ def lean_layers(model: nn.Module, tier: int | Sequence[int]) -> None:
         if chosen == 0 or reason_of_build(structure.family, module):
             make_plain(module)
             continue
-        make_lean(module, FAMILIES[structure.family], chosen, layer.path, structure.pre_norm)
+        make_lean(module, family_for(structure.family, type(module)), chosen, layer.path, structure.pre_norm)
     widen(model)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from petl_kernels.layers.families import FAMILIES
+from petl_kernels.layers.families import PLAIN, family_for
 from petl_kernels.layers.families.family import Family
 from petl_kernels.layers.hooks import hooked_all, hooks_on, is_foreign
 from petl_kernels.layers.mixed_in import original_class
@@ -25,7 +25,10 @@ ATTENTIONS = ("eager", "sdpa", "petl_prefix_eager", "petl_prefix_sdpa")
 
 def reason_of_build(family: str, module: nn.Module) -> str:
     """Returns why a layer of ``family`` cannot be lean, from how it is built."""
-    return FAMILIES[family].uncovered(module) or _unknown_forward(FAMILIES[family], type(module))
+    if family in PLAIN:
+        return PLAIN[family]
+    known = family_for(family, type(module))
+    return known.uncovered(module) or _unknown_forward(known, type(module))
 
 
 def obstacle(layer: nn.Module) -> str:

@@ -64,6 +64,8 @@ class WideFFN(Buffers):
 def bottleneck_beside(model: nn.Module, layer: Layer) -> int:
     """Returns the bottleneck of the active parallel adapter of ``layer`` that can run inside of its network, or 0."""
     linears: list[Any] = [model.get_submodule(path) for path in layer.ffn.linears]
+    if not linears:
+        return 0
     piece = active_piece(linears[-1])
     if type(piece) is not ParallelAdapter or len(linears) != 2 or not _can_be_wide(*linears):
         return 0

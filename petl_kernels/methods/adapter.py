@@ -201,6 +201,9 @@ class Adapter(Method):
 
     def inject(self, model: nn.Module, name: str) -> None:
         structure = describe(model)
+        experts = next((layer.ffn.out for layer in structure.layers if not layer.ffn.inputs), "")
+        if self.parallel and experts:
+            raise InputError(f"adapter parallel: {experts} is a network of experts; expected another placement")
         for path in self._places(structure):
             host = model.get_submodule(path)
             attach(host, name, self._piece(model, structure, path))

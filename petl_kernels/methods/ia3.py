@@ -70,7 +70,7 @@ class IA3(Method):
         if self.targets is None:
             structure = describe(model)
             outputs = {path: False for attention in structure.attentions for path in (attention.k, attention.v)}
-            return {**outputs, **{layer.ffn.out: True for layer in structure.layers}}
+            return {**outputs, **{layer.ffn.out: True for layer in structure.layers if layer.ffn.inputs}}
         inputs = set()
         if self.feedforward is None:
             inputs = {layer.ffn.out for layer in describe(model).layers}

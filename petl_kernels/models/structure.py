@@ -1,9 +1,12 @@
 """The anatomy of a sequence-to-sequence model: paths of its layers, attentions, feed-forward blocks and norms.
 
-Two families, told apart by what their layers hold and not by class, so that nothing of transformers is imported:
+Four families, told apart by what their layers hold and not by class, so that nothing of transformers is imported:
 
 - "bart": M2M-100, NLLB, mBART, BART, Marian. ``layers.i`` with self_attn, encoder_attn, fc1, fc2 and LayerNorms.
-- "t5": T5, mT5, MADLAD-400. ``block.i.layer.j`` with SelfAttention, EncDecAttention, DenseReluDense and RMSNorms.
+- "t5": T5, ByT5, mT5, Aya-101, UMT5, MADLAD-400. ``block.i.layer.j`` with SelfAttention, EncDecAttention,
+  DenseReluDense and RMSNorms.
+- "m4t": SeamlessM4T's text side and NLLB-MoE. ``layers.i`` with self_attn, cross_attention, ffn and LayerNorms.
+- "gemma": T5Gemma. ``layers.i`` with self_attn, cross_attn, mlp, and RMSNorms before and behind each block.
 """
 
 from __future__ import annotations
@@ -16,17 +19,20 @@ from torch import nn
 
 from petl_kernels.errors import InputError, shown
 from petl_kernels.models.added import AddedModules, AddedParameters
-from petl_kernels.models.transformers_names import heads_of
+from petl_kernels.models.transformers_names import feed_forward_norm, heads_of
 
 _EXPECTED = (
-    "expected an encoder-decoder of the BART family (M2M-100, NLLB, mBART, Marian) "
-    "or of the T5 family (T5, mT5, MADLAD-400)"
+    "expected an encoder-decoder of the BART family (M2M-100, NLLB, mBART, Marian), "
+    "of the T5 family (T5, mT5, UMT5, MADLAD-400), NLLB-MoE, SeamlessM4T's text to text or T5Gemma"
 )
 
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention. ``kind``: "encoder" and "decoder" are self-attentions, "cross" reads the encoder's output."""
+    """One attention. ``kind``: "encoder" and "decoder" are self-attentions, "cross" reads the encoder's output.
+
+    heads: those of keys and values, which several heads of queries may share (T5Gemma).
+    """
 
     kind: str
     path: str
@@ -45,7 +51,10 @@ class Attention:
 
 @dataclass(frozen=True)
 class FeedForward:
-    """One feed-forward block; ``inputs`` are the linears that read its input (two when it is gated)."""
+    """One feed-forward block; ``inputs`` are the linears that read its input (two when it is gated).
+
+    A block of experts has none of them, and ``out`` is the module whose output is the block's.
+    """
 
     inputs: tuple[str, ...]
     out: str
@@ -53,7 +62,7 @@ class FeedForward:
 
     @property
     def linears(self) -> tuple[str, ...]:
-        return (*self.inputs, self.out)
+        return (*self.inputs, self.out) if self.inputs else ()
 
 
 @dataclass(frozen=True)
@@ -94,9 +103,9 @@ def check_model(model: object) -> None:
 
 
 def describe(model: nn.Module) -> Structure:
-    """Returns the structure of ``model``. Raises InputError for what is no encoder-decoder of the two families."""
-    for family, stack_name, layer in (("bart", "layers", _bart_layer), ("t5", "block", _t5_layer)):
-        found = {side: _find_stack(model, side, stack_name) for side in ("encoder", "decoder")}
+    """Returns the structure of ``model``. Raises InputError for what is no encoder-decoder of the four families."""
+    for family, stack_name, part, layer in _FAMILIES:
+        found = {side: _find_stack(model, side, stack_name, part) for side in ("encoder", "decoder")}
         sides = {side: path for side, path in found.items() if path is not None}
         if len(sides) < 2:
             continue
@@ -109,19 +118,22 @@ def describe(model: nn.Module) -> Structure:
         except AttributeError as error:
             part = type(error.obj).__name__
             raise InputError(f"model {type(model).__name__}: its {part} has no {error.name}, {_EXPECTED}") from None
-        pre_norm = family == "t5" or hasattr(model.get_submodule(sides["encoder"]), "layer_norm")
-        d_model = _out_features(model, layers[0].ffn.out)
+        pre_norm = family != "bart" or hasattr(model.get_submodule(sides["encoder"]), "layer_norm")
+        d_model, other = (_out_features(model, layer.attentions[0].out) for layer in (layers[0], layers[-1]))
+        if other != d_model:
+            name = type(model).__name__
+            raise InputError(f"model {name}: {d_model} wide in its encoder and {other} in its decoder; expected one")
         return Structure(family, d_model, pre_norm, layers)
     raise InputError(f"model {type(model).__name__}: {_EXPECTED}")
 
 
-def _find_stack(model: nn.Module, side: str, stack_name: str) -> str | None:
+def _find_stack(model: nn.Module, side: str, stack_name: str, part: str) -> str | None:
+    """Returns the path of the side's stack, whose layers have a module ``part``; None where there is none."""
     for path, module in model.named_modules():
         stack = getattr(module, stack_name, None)
-        if path.rpartition(".")[2] == side and isinstance(stack, nn.ModuleList) and len(stack):
-            first = stack[0]
-            if hasattr(first, "fc1" if stack_name == "layers" else "layer"):
-                return path
+        named = path.rpartition(".")[2].removeprefix("text_") == side
+        if named and isinstance(stack, nn.ModuleList) and len(stack) and hasattr(stack[0], part):
+            return path
     return None
 
 
@@ -161,6 +173,50 @@ def _t5_layer(model: nn.Module, side: str, path: str) -> Layer:
         tuple(f"{at}.DenseReluDense.{name}" for name in inputs), f"{at}.DenseReluDense.wo", f"{at}.layer_norm"
     )
     return Layer(side, path, tuple(attentions), ffn)
+
+
+def _m4t_layer(model: nn.Module, side: str, path: str) -> Layer:
+    module: Any = model.get_submodule(path)
+
+    def attention(kind: str, name: str) -> Attention:
+        attn, at = getattr(module, name), f"{path}.{name}"
+        q, k, v, out = (f"{at}.{p}_proj" for p in ("q", "k", "v", "out"))
+        heads, head_dim = heads_of(attn)
+        return Attention(kind, at, q, k, v, out, f"{at}_layer_norm", heads, head_dim)
+
+    attentions = [attention(side, "self_attn")]
+    if hasattr(module, "cross_attention"):
+        attentions.append(attention("cross", "cross_attention"))
+    norm = f"{path}.{feed_forward_norm(module)}"
+    if hasattr(module.ffn, "experts"):
+        return Layer(side, path, tuple(attentions), FeedForward((), f"{path}.ffn", norm))
+    return Layer(side, path, tuple(attentions), FeedForward((f"{path}.ffn.fc1",), f"{path}.ffn.fc2", norm))
+
+
+def _gemma_layer(model: nn.Module, side: str, path: str) -> Layer:
+    module: Any = model.get_submodule(path)
+
+    def attention(kind: str, name: str) -> Attention:
+        attn, at = getattr(module, name), f"{path}.{name}"
+        q, k, v, out = (f"{at}.{p}_proj" for p in ("q", "k", "v", "o"))
+        heads, head_dim = heads_of(attn)
+        return Attention(kind, at, q, k, v, out, f"{path}.pre_{name}_layernorm", heads, head_dim)
+
+    attentions = [attention(side, "self_attn")]
+    if hasattr(module, "cross_attn"):
+        attentions.append(attention("cross", "cross_attn"))
+    inputs = (f"{path}.mlp.gate_proj", f"{path}.mlp.up_proj")
+    ffn = FeedForward(inputs, f"{path}.mlp.down_proj", f"{path}.pre_feedforward_layernorm")
+    return Layer(side, path, tuple(attentions), ffn)
+
+
+# The name of each family, the list of layers in its stacks, what a layer of it has, and how one is read.
+_FAMILIES = (
+    ("bart", "layers", "fc1", _bart_layer),
+    ("t5", "block", "layer", _t5_layer),
+    ("m4t", "layers", "ffn", _m4t_layer),
+    ("gemma", "layers", "pre_self_attn_layernorm", _gemma_layer),
+)
 
 
 def _out_features(model: nn.Module, path: str) -> int:

@@ -12,6 +12,7 @@ import functools
 import importlib.util
 import inspect
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable
 from importlib import metadata
@@ -43,7 +44,11 @@ BART_NAMES = (
     "Bart", "Blenderbot", "BlenderbotSmall", "M2M100", "MBart", "Marian", "PLBart", "Pegasus", "PegasusX",
     "Speech2Text", "Whisper",
 )  # fmt: skip
+# T5_NAMES: the first layer of a stack makes a position bias for all. UMT5_NAMES: each layer makes its own.
 T5_NAMES = ("MT5", "T5")
+UMT5_NAMES = ("UMT5",)
+M4T_NAMES = ("SeamlessM4T", "SeamlessM4Tv2")
+NLLB_MOE_NAMES = ("NllbMoe",)
 
 # Attributes that lean layers read of a layer and of its attentions, beside modules with parameters. A layer without one
 # of these stays plain, and ``pk.report`` names it (``lacking``).
@@ -53,6 +58,8 @@ T5_ATTENTION = (
     "is_causal", "dropout", "has_relative_attention_bias", "relative_attention_max_distance", "compute_bias",
 )  # fmt: skip
 T5_FEED_FORWARD = ("act", "dropout")
+M4T_ATTENTION = ("scaling", "is_causal", "dropout")
+M4T_NETWORK = ("act", "dropout")
 
 # Classes of position embeddings whose ``forward`` is known: it looks up, for each token, the row of its place in its
 # sentence in ``weight`` (behind ``offset`` rows), or as M2M-100 in ``weights``, where padding has a row of its own.
@@ -68,6 +75,8 @@ POSITIONS = frozenset(
         "MarianSinusoidalPositionalEmbedding",
         "PLBartLearnedPositionalEmbedding",
         "PegasusSinusoidalPositionalEmbedding",
+        "SeamlessM4TSinusoidalPositionalEmbedding",
+        "SeamlessM4Tv2SinusoidalPositionalEmbedding",
     )
 )
 
@@ -77,7 +86,7 @@ def of(prefixes: Iterable[str], *endings: str) -> frozenset[str]:
     return frozenset(prefix + ending for prefix in prefixes for ending in endings)
 
 
-STACKS = of(BART_NAMES, "Encoder", "Decoder") | of(T5_NAMES, "Stack")
+STACKS = of((*BART_NAMES, *M4T_NAMES), "Encoder", "Decoder") | of((*T5_NAMES, *UMT5_NAMES), "Stack")
 
 
 def activation_name(module: nn.Module) -> str:
@@ -90,8 +99,15 @@ def activation_name(module: nn.Module) -> str:
 
 def activation_of(layer: Any) -> str:
     """Returns the ops' name for the activation of an encoder or decoder layer; "" for one that they do not have."""
+    if hasattr(layer, "ffn"):
+        return activation_name(layer.ffn.act)
     function = getattr(layer, "activation_fn", None) or layer.layer[-1].DenseReluDense.act
     return activation_name(function)
+
+
+def feed_forward_norm(layer: nn.Module) -> str:
+    """Returns the name of the norm before ``layer.ffn``: SeamlessM4T's, or NLLB-MoE's."""
+    return "ffn_layer_norm" if hasattr(layer, "ffn_layer_norm") else "ff_layer_norm"
 
 
 def class_that_runs(module: nn.Module) -> str:
@@ -123,6 +139,15 @@ def gone(name: str, what: str) -> InputError:
     return InputError(f"transformers {metadata.version('transformers')} has no {name}: {what} cannot work with it")
 
 
+_OTHER_DROPOUTS = re.compile(r".*\.(ffn?_dropout|token_dropout|(ffn|expert_\d+)\.dropout)")
+
+
+def is_activation_dropout(path: str) -> bool:
+    """Returns whether the module at ``path`` is a dropout of NLLB-MoE or SeamlessM4T with a rate of its own, not the
+    config's ``dropout``."""
+    return _OTHER_DROPOUTS.fullmatch(path) is not None
+
+
 def lacking(module: nn.Module, names: Iterable[str]) -> str:
     """Returns a reason why ``module`` cannot be read; empty when it has every one of ``names``."""
     found = [name for name in names if not hasattr(module, name)]
@@ -141,8 +166,9 @@ def attention_implementation(config: Any) -> str | None:
     return getattr(config, "_attn_implementation", None)
 
 
-def heads_of(attention: nn.Module) -> tuple[int, int]:
-    """Returns (heads, head_dim) of an attention: BART's family names them otherwise than T5's.
+def heads_of(attention: Any) -> tuple[int, int]:
+    """Returns (heads, head_dim) of an attention's keys: BART's family names them otherwise than T5's, and T5Gemma has
+    fewer of them than of queries.
 
     If they are gone, raises InputError: what needs the structure of a model refuses it, and ``pk.lean`` leaves it as it
     is.
@@ -150,6 +176,8 @@ def heads_of(attention: nn.Module) -> tuple[int, int]:
     for heads, head_dim in (("num_heads", "head_dim"), ("n_heads", "key_value_proj_dim")):
         if hasattr(attention, heads) and hasattr(attention, head_dim):
             return getattr(attention, heads), getattr(attention, head_dim)
+    if hasattr(attention, "num_key_value_groups") and hasattr(attention, "head_dim"):
+        return attention.config.num_key_value_heads, attention.head_dim
     raise gone(f"number of heads of {type(attention).__name__}", "methods and lean layers")
 
 
@@ -285,8 +313,9 @@ def model_of(cls: type, config: Any, dtype: torch.dtype) -> nn.Module:
 
 
 # Classes whose forward, read line by line, takes the cross-entropy of its logits and labels, ``CrossEntropyLoss()``,
-# and nothing else of either, with the logits from ``lm_head`` and perhaps ``final_logits_bias``. True: with labels, it
-# returns a cache where the config has it. A class that is not here computes its loss in its own way.
+# and nothing else of either, with the logits from ``lm_head`` and perhaps ``final_logits_bias``. NLLB-MoE may add its
+# routers' losses to it (``adds_losses``). True: with labels, it returns a cache where the config has it. A class that
+# is not here computes its loss in its own way.
 LOSSES = {
     "BartForConditionalGeneration": False,
     "BigBirdPegasusForConditionalGeneration": False,
@@ -298,10 +327,13 @@ LOSSES = {
     "MBartForConditionalGeneration": False,
     "MT5ForConditionalGeneration": True,
     "MarianMTModel": False,
+    "NllbMoeForConditionalGeneration": True,
     "MvpForConditionalGeneration": False,
     "PLBartForConditionalGeneration": True,
     "PegasusForConditionalGeneration": False,
     "PegasusXForConditionalGeneration": False,
+    "SeamlessM4TForTextToText": False,
+    "SeamlessM4Tv2ForTextToText": False,
     "T5ForConditionalGeneration": True,
     "UMT5ForConditionalGeneration": True,
 }
@@ -333,6 +365,13 @@ def knows_loss(cls: type) -> bool:
 def has_cache_beside_loss(model: nn.Module) -> bool:
     """Returns what ``LOSSES`` has for the class of ``model``, or of the first one above it that is there."""
     return next(LOSSES[cls.__name__] for cls in type(model).__mro__ if cls.__name__ in LOSSES)
+
+
+def adds_losses(model: Any, arguments: dict[str, Any]) -> bool:
+    """Returns whether a model of ``LOSSES``, called with ``arguments``, adds losses of its routers to the
+    cross-entropy."""
+    given = arguments.get("output_router_logits")
+    return bool(getattr(model.config, "output_router_logits", False) if given is None else given)
 
 
 def returns_cache(model: Any) -> bool:
@@ -430,6 +469,15 @@ def pieces_of(tokenizer: Any, target: bool) -> tuple[Any, dict[str, int]] | None
         model = tokenizer.spm_target if target else tokenizer.spm_source
         return model, tokenizer.target_encoder if separate else tokenizer.encoder
     return None
+
+
+def byte_offset(tokenizer: Any) -> int | None:
+    """Returns the id of byte 0 in a tokenizer of bytes (ByT5's), whose ids are a text's UTF-8 bytes behind its marks.
+
+    None for any other. If the name is gone, returns None, and the tokenizer itself is called: later, and without words
+    that were added.
+    """
+    return getattr(tokenizer, "offset", None) if type(tokenizer).__name__ == "ByT5Tokenizer" else None
 
 
 def target_ids(tokenizer: Any) -> dict[str, int] | None:

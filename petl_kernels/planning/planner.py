@@ -79,7 +79,7 @@ def tiers_in_place(
 
     memory: a budget, or None for what is free. Raises InputError as ``pk.lean`` does.
     """
-    describe(model)  # raises InputError for what has no layers to plan for
+    _check_model(model)
     device = next(model.parameters()).device
     if device.type not in SLACK:
         raise InputError(f"tier 'auto': the model is on {str(device)!r}; expected cpu or cuda, or pk.plan for a device")
@@ -90,11 +90,20 @@ def tiers_in_place(
 
 
 def _chooser(model: nn.Module, request: Request) -> Chooser:
-    describe(model)  # raises InputError for another family, before anything is measured
+    _check_model(model)  # before anything is measured
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise InputError(f"model {type(model).__name__}: trains nothing; expected one with an adapter (pk.adapt)")
     rates = measure_rates(request.device, product_dtype(model, request.autocast))
     return Chooser(Figures(model, request, rates))
+
+
+def _check_model(model: nn.Module) -> None:
+    """Raises InputError for what has no layers to plan for, and for networks of experts: what these hold depends on
+    the tokens, and no simulation has any."""
+    experts = next((layer.ffn.out for layer in describe(model).layers if not layer.ffn.inputs), "")
+    if experts:
+        name = type(model).__name__
+        raise InputError(f"model {name}: {experts} is a network of experts, which no plan counts; expected no budget")
 
 
 def _free_with(model: nn.Module, device: torch.device) -> int:

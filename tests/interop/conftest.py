@@ -16,7 +16,7 @@ WORDS = """the a house tree dog cat runs sees big small red blue over under rive
 ein eine Haus Baum Hund Katze läuft sieht groß klein rot blau über unter Fluss Stein Brot Wasser Sonne Mond
 nyumba mti mbwa paka anakimbia anaona kubwa ndogo mto jiwe mkate maji jua mwezi""".split()
 FAMILIES = ("m2m100", "nllb", "mbart50", "marian", "t5")
-T5 = ("t5", "t5-tied", "mt5", "madlad")
+T5 = ("t5", "t5-tied", "mt5", "umt5", "byt5", "madlad")
 
 
 def sentences(count: int, seed: int = 0) -> list[str]:
@@ -46,15 +46,21 @@ def make_tokenizer(family: str, folder: Path):
         words = ["<s>", "<pad>", "</s>", "<unk>", *pieces_of(model)[3:]]
         (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
         return transformers.M2M100Tokenizer(str(folder / "vocab.json"), str(model))
-    if family == "nllb":
+    if family in ("nllb", "nllb-moe", "seamless"):
         pieces = pieces_of(train_pieces(folder / "pieces.model", model_type="bpe"))
-        vocabulary = {word: i for i, word in enumerate(["<s>", "<pad>", "</s>", "<unk>", *pieces[3:]])}
+        marks = ["<pad>", "<unk>", "<s>", "</s>"] if family == "seamless" else ["<s>", "<pad>", "</s>", "<unk>"]
+        vocabulary = {word: i for i, word in enumerate([*marks, *pieces[3:]])}
         merges = [
             (piece[:cut], piece[cut:])
             for piece in pieces
             for cut in range(1, len(piece))
             if piece[:cut] in vocabulary and piece[cut:] in vocabulary
         ]
+        if family == "seamless":
+            languages = ["__eng__", "__deu__", "__swh__", "__cmn__", "__cmn_Hant__", "__fra__"]
+            return transformers.SeamlessM4TTokenizer(
+                vocab=vocabulary, merges=merges, additional_special_tokens=languages
+            )
         return transformers.NllbTokenizer(vocab=vocabulary, merges=merges)
     if family in ("mbart50", "mbart25"):
         train_pieces(folder / "sentencepiece.bpe.model")
@@ -75,6 +81,8 @@ def make_tokenizer(family: str, folder: Path):
         words = ["</s>", "<unk>", *tags, *sorted({*pieces_of(source)[3:], *pieces_of(target)[3:]}), "<pad>"]
         (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
         return transformers.MarianTokenizer(str(source), str(target), str(folder / "vocab.json"))
+    if family == "byt5":
+        return transformers.ByT5Tokenizer()
     tags = ["<2en>", "<2sw>", "<2de>"] if family == "madlad" else []
     train_pieces(
         folder / "spiece.model", pad_id=0, eos_id=1, unk_id=2, bos_id=-1, user_defined_symbols=tags, vocab_size=95
@@ -101,6 +109,14 @@ def make_model(family: str, vocab_size: int, layers: int = 1, seed: int = 0):
     }
     if family in ("m2m100", "nllb"):
         model = transformers.M2M100ForConditionalGeneration(transformers.M2M100Config(**bart))
+    elif family == "nllb-moe":  # the second layer of a side has experts
+        routed = {"num_experts": 3, "encoder_sparse_step": 2, "decoder_sparse_step": 2, "moe_token_dropout": 0.0}
+        model = transformers.NllbMoeForConditionalGeneration(transformers.NllbMoeConfig(**bart | routed))
+    elif family == "seamless":
+        names = {"d_model": "hidden_size", "init_std": "initializer_range"}
+        given = {names.get(name, name): value for name, value in bart.items()}
+        marks = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "decoder_start_token_id": 3}
+        model = transformers.SeamlessM4TForTextToText(transformers.SeamlessM4TConfig(**given, **marks))
     elif family.startswith("mbart"):
         model = transformers.MBartForConditionalGeneration(transformers.MBartConfig(**bart))
     elif family == "marian-separate":  # 60 pieces of the target's; padding is the last of those
@@ -127,6 +143,9 @@ def make_model(family: str, vocab_size: int, layers: int = 1, seed: int = 0):
             assert model.config.scale_decoder_outputs
         elif family == "mt5":
             model = transformers.MT5ForConditionalGeneration(transformers.MT5Config(**shape))
+        elif family == "umt5":
+            config = transformers.UMT5Config(**shape, tie_word_embeddings=False)
+            model = transformers.UMT5ForConditionalGeneration(config)
         else:  # T5 1.1, MADLAD
             config = transformers.T5Config(**shape, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
             model = transformers.T5ForConditionalGeneration(config)

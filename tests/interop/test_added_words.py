@@ -15,7 +15,7 @@ from petl_kernels.interop.languages import LanguagePair
 from .conftest import make_model, make_tokenizer
 
 CODES = {"nllb": ("eng_Latn", "deu_Latn"), "mbart50": ("en_XX", "de_DE")}
-FAMILIES = ("m2m100", "nllb", "mbart50", "mbart25", "marian", "marian-many", "t5", "mt5", "madlad")
+FAMILIES = ("m2m100", "nllb", "mbart50", "mbart25", "marian", "marian-many", "t5", "mt5", "madlad", "byt5")
 PLAIN, OTHERS = "ZZTERM", ("ZZTERMINAL", "QQ", "Lstr", "鱼")
 TEXTS = [
     "house ZZTERM tree",

@@ -29,11 +29,12 @@ def refused(path, *words):
     assert all(str(word) in str(error.value) for word in (path, *words)), str(error.value)
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "t5-tied", "mt5"])
+@pytest.mark.parametrize("family", [*FAMILIES, "t5-tied", "mt5", "umt5", "byt5", "nllb-moe", "seamless"])
 def test_loads_what_transformers_saved(checkpoint, family):
     model, tokenizer, path = checkpoint(family)
     loaded, loaded_tokenizer = load_pretrained(path)
-    assert type(loaded) is type(model) and type(loaded_tokenizer) is type(tokenizer)
+    assert type(loaded) is type(model)
+    assert type(loaded_tokenizer) is type(tokenizer) or family == "umt5"  # transformers takes a general class for it
     assert torch.equal(logits(loaded), logits(model)) and not loaded.training
     text = "the big dog"
     assert loaded_tokenizer(text)["input_ids"] == tokenizer(text)["input_ids"]

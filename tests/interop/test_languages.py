@@ -95,7 +95,33 @@ def test_t5_source_tag_where_the_vocabulary_has_one(make):
     assert pair.encode_source(PLAIN) == tokenizer(PLAIN)["input_ids"]
 
 
-@pytest.mark.parametrize("family", ["m2m100", "nllb", "mbart50", "marian", "madlad"])
+def test_byt5_reads_bytes(make):
+    """Its own tokenizer takes marks out of text, and the spaces beside them; here they are bytes like all others."""
+    model, tokenizer = make("byt5")
+    pair = LanguagePair(model, tokenizer, "en", "sw")
+    assert (pair.src_token, pair.tgt_token, pair.generate_kwargs()) == (None, None, {})
+    texts = ["dog", " läuft  漢字 😀 ", "a </s>b<extra_id_0> <pad>", ""]
+    for rows in (pair.encode_source(texts), pair.encode_target(texts)):
+        assert rows == [[*(3 + byte for byte in text.encode()), tokenizer.eos_token_id] for text in texts]
+        assert rows[:2] == tokenizer(texts[:2])["input_ids"]
+        assert pair.decode(rows) == texts
+    cut = pair.encode_target(["漢字"])[0][:4]
+    assert pair.decode([[*cut, 300, pair.eos_token_id]]) == ["漢"]  # half a character, and a reserved id
+
+
+def test_seamless_has_languages_of_three_letters(make):
+    model, tokenizer = make("seamless")
+    pair = LanguagePair(model, tokenizer, "en", "swh")
+    assert (pair.src_token, pair.tgt_token) == ("__eng__", "__swh__")
+    tokenizer.src_lang, tokenizer.tgt_lang = "eng", "swh"
+    assert pair.encode_source(PLAIN) == tokenizer(PLAIN)["input_ids"]
+    starts = [[model.config.decoder_start_token_id, *row] for row in pair.encode_target(PLAIN)]
+    assert starts == tokenizer(text_target=PLAIN)["input_ids"]
+    assert pair.generate_kwargs() == {"forced_bos_token_id": tokenizer.convert_tokens_to_ids("__swh__")}
+    assert LanguagePair(model, tokenizer, "en", "zh-TW").tgt_token == "__cmn_Hant__"
+
+
+@pytest.mark.parametrize("family", ["m2m100", "nllb", "nllb-moe", "mbart50", "marian", "madlad", "umt5", "byt5"])
 def test_decode_gives_the_text_back(make, family):
     model, tokenizer = make(family)
     pair = LanguagePair(model, tokenizer, "en", "de")

@@ -72,7 +72,7 @@ _STACK = {
     "intermediate_size": 24,
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
-    "num_key_value_heads": 2,
+    "num_key_value_heads": 1,
     "head_dim": 8,
 }
 

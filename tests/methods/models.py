@@ -15,12 +15,16 @@ from transformers import (
     MT5Config,
     MT5ForConditionalGeneration,
     PreTrainedModel,
+    SeamlessM4TConfig,
+    SeamlessM4TForTextToText,
     T5Config,
     T5ForConditionalGeneration,
+    UMT5Config,
+    UMT5ForConditionalGeneration,
 )
 
 FAMILIES = ("m2m100", "mbart", "marian", "t5")
-RELATIVES = ("bart", "mt5")  # of the same structure in other classes
+RELATIVES = ("bart", "mt5", "umt5", "seamless")  # of the same structure in other classes
 _BART = {
     "vocab_size": 99,
     "d_model": 32,
@@ -66,10 +70,17 @@ def build(family: str, attention: str = "sdpa", **settings):
         model = BartForConditionalGeneration(
             BartConfig(**{**_BART, **settings}, pad_token_id=1, attn_implementation=attention)
         )
+    elif family == "seamless":
+        names = {"d_model": "hidden_size", "init_std": "initializer_range"}
+        given = {names.get(name, name): value for name, value in {**_BART, **settings}.items()}
+        model = SeamlessM4TForTextToText(
+            SeamlessM4TConfig(**given, pad_token_id=1, activation_dropout=0.0, attn_implementation=attention)
+        )
     else:
         config_class, model_class = {
             "t5": (T5Config, T5ForConditionalGeneration),
             "mt5": (MT5Config, MT5ForConditionalGeneration),
+            "umt5": (UMT5Config, UMT5ForConditionalGeneration),
         }[family]
         config = config_class(
             vocab_size=99,

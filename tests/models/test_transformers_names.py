@@ -51,7 +51,7 @@ def test_code_of_pytorch_is_known_without_transformers(monkeypatch):
     assert names.class_of.__wrapped__(torch.nn.Linear.forward) == "Linear"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", (*FAMILIES, "umt5", "seamless"))
 def test_lean_layers_let_a_cache_through_under_any_keyword(family):
     """``past_key_values`` up to 5.23, ``cache`` since. Without its cache a layer would take each word for the first."""
     model = build(family)

@@ -27,21 +27,27 @@ _spec = importlib.util.spec_from_file_location("families", Path(__file__).parent
 families = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(families)
 
-LANGUAGES = {"nllb": ("eng_Latn", "swh_Latn"), "mbart50": ("en_XX", "de_DE"), "mbart25": ("en_XX", "de_DE")}
+NLLB = ("eng_Latn", "swh_Latn")
+LANGUAGES = {
+    "nllb": NLLB,
+    "nllb-moe": NLLB,
+    "seamless": ("eng", "swh"),
+    "mbart50": ("en_XX", "de_DE"),
+    "mbart25": ("en_XX", "de_DE"),
+}
+CHECKPOINTS = ["nllb", "nllb-moe", "mbart50", "mbart25", "marian", "marian-separate"]
+CHECKPOINTS += ["t5", "t5-tied", "umt5", "byt5", "seamless"]
+# Their losses, languages and tables are in the other tests; the run is that of another.
+LIKE_OTHERS = ("mbart25", "marian-separate", "t5-tied", "umt5")
 
 
-FAMILIES = ("nllb", "mbart50", "mbart25", "marian", "marian-separate", "t5", "t5-tied")
-# Their losses, languages and tables are in the other tests; the run is that of a family of FAMILIES.
-LIKE_OTHERS = ("mbart25", "marian-separate", "t5-tied")
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=CHECKPOINTS)
 def checkpoint(request, tmp_path_factory):
     """Returns (folder, source language, target language) of a random checkpoint."""
     folder = tmp_path_factory.mktemp(request.param)
     tokenizer = families.make_tokenizer(request.param, folder / "pieces")
     rows = 1 + max(tokenizer.get_vocab().values())
-    model = families.make_model(request.param, rows)
+    model = families.make_model(request.param, rows, layers=2 if request.param == "nllb-moe" else 1)
     if request.param == "mbart50":  # as its checkpoints have it
         model.config.decoder_start_token_id = model.generation_config.decoder_start_token_id = 2
     model.save_pretrained(folder / "model")
@@ -99,7 +105,7 @@ def test_sentences_longer_than_the_positions_are_refused_before_training(checkpo
 
 @pytest.mark.parametrize(
     "checkpoint",
-    [pytest.param(name, marks=pytest.mark.repeat) if name in LIKE_OTHERS else name for name in FAMILIES],
+    [pytest.param(name, marks=pytest.mark.repeat) if name in LIKE_OTHERS else name for name in CHECKPOINTS],
     indirect=True,
     scope="module",
 )
@@ -130,3 +136,14 @@ def test_dropout_settings_reach_every_family(checkpoint):
     for rates in ((0.9, 0.0), (0.0, 0.9)):
         set_dropout(model, *rates)
         assert (model(input_ids=ids, decoder_input_ids=ids).logits - exact).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("family", ["nllb-moe", "seamless"])
+def test_rates_of_activations_and_experts_stay(family):
+    """These configurations have ``activation_dropout`` and ``moe_token_dropout`` beside ``dropout``."""
+    model = families.make_model(family, 99, layers=2)
+    set_dropout(model, 0.3, 0.2)
+    rates = {path: module.p for path, module in model.named_modules() if isinstance(module, torch.nn.Dropout)}
+    assert {rate for path, rate in rates.items() if path.endswith("attn_dropout")} == {0.3}
+    others = {path: rate for path, rate in rates.items() if not path.endswith("attn_dropout")}
+    assert len(others) >= 8 and set(others.values()) == {0.0}

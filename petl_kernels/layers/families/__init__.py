@@ -15,8 +15,27 @@ A family is a class that is mixed in before the class of a layer, after ``LeanLa
 
 from __future__ import annotations
 
+from torch import nn
+
 from petl_kernels.layers.families.bart import LeanBartLayer
 from petl_kernels.layers.families.family import Family
-from petl_kernels.layers.families.t5 import LeanT5Layer
+from petl_kernels.layers.families.m4t import LeanM4TLayer
+from petl_kernels.layers.families.t5 import LeanT5Layer, LeanUMT5Layer
+from petl_kernels.layers.mixed_in import original_class
+from petl_kernels.models.transformers_names import class_of
 
-FAMILIES: dict[str, type[Family]] = {"bart": LeanBartLayer, "t5": LeanT5Layer}
+# By the family of ``models.structure``: classes for layers that are built alike and run different forwards.
+FAMILIES: dict[str, tuple[type[Family], ...]] = {
+    "bart": (LeanBartLayer,),
+    "t5": (LeanT5Layer, LeanUMT5Layer),
+    "m4t": (LeanM4TLayer,),
+}
+
+# Families that methods adapt and no lean layer stands for, and why.
+PLAIN = {"gemma": "rotary positions, shared keys and capped scores, which lean layers do not have"}
+
+
+def family_for(family: str, cls: type[nn.Module]) -> type[Family]:
+    """Returns the class that stands for the ``forward`` of the layer class ``cls``; the family's first if none does."""
+    known = class_of(original_class(cls).forward)
+    return next((found for found in FAMILIES[family] if known in found.known), FAMILIES[family][0])

@@ -1,9 +1,9 @@
-"""Encoder and decoder layers of the T5 family: T5, mT5, MADLAD-400. transformers calls such a layer a block.
+"""Encoder and decoder layers of the T5 family: T5, mT5, MADLAD-400, UMT5. transformers calls such a layer a block.
 
     h = x + drop(attn(RMSNorm(x)))      with a relative position bias, which the first layer makes for all
     y = h + drop(ffn(RMSNorm(h)))       with a gated or plain feed-forward network
 
-A decoder layer has a cross-attention without a bias between the two.
+A decoder layer has a cross-attention without a bias between the two. In UMT5 each layer makes a bias of its own.
 """
 
 from __future__ import annotations
@@ -23,50 +23,22 @@ from petl_kernels.models.transformers_names import (
     T5_ATTENTION,
     T5_FEED_FORWARD,
     T5_NAMES,
+    UMT5_NAMES,
     activation_name,
     lacking,
     of,
 )
 
-WRAPPERS = of(T5_NAMES, "LayerSelfAttention", "LayerCrossAttention", "LayerFF")
-ATTENTIONS, NORMS = of(T5_NAMES, "Attention"), of(T5_NAMES, "LayerNorm")
-FEED_FORWARDS, DROPOUTS = of(T5_NAMES, "DenseActDense", "DenseGatedActDense"), frozenset(["Dropout"])
+NAMES = (*T5_NAMES, *UMT5_NAMES)
+WRAPPERS = of(NAMES, "LayerSelfAttention", "LayerCrossAttention", "LayerFF")
+ATTENTIONS, NORMS = of(NAMES, "Attention"), of(NAMES, "LayerNorm")
+FEED_FORWARDS, DROPOUTS = of(NAMES, "DenseActDense", "DenseGatedActDense"), frozenset(["Dropout"])
 
 
-class LeanT5Layer(Family):
-    """Mixed in before a layer class of the family."""
+class T5Blocks(Family):
+    """The blocks of a layer of the family, whose classes differ in where a position bias comes from."""
 
     layer: Any  # a list of modules: the self-attention's, a decoder's cross-attention's, the feed-forward network's
-
-    known = of(T5_NAMES, "Block")
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        position_bias: Tensor | None = None,
-        encoder_hidden_states: Tensor | None = None,
-        encoder_attention_mask: Tensor | None = None,
-        encoder_decoder_position_bias: Tensor | None = None,
-        **kwargs,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Returns hidden states, the self-attention's position bias, and None: the cross-attention has no bias."""
-        if self.steps_aside(kwargs):
-            self.refuse_packed(attention_mask, kwargs)
-            return super().forward(
-                hidden_states,
-                attention_mask,
-                position_bias,
-                encoder_hidden_states,
-                encoder_attention_mask,
-                encoder_decoder_position_bias,
-                **kwargs,
-            )
-        if position_bias is None:
-            position_bias = self._position_bias(hidden_states, attention_mask)
-        source = shared_for_products(encoder_hidden_states)
-        y = self.run(kwargs, hidden_states, attention_mask, position_bias, source, encoder_attention_mask)
-        return y, position_bias, encoder_decoder_position_bias
 
     def blocks(self, crosses: bool) -> tuple[list[AttentionBlock], FeedForwardBlock]:
         """Returns the layer's blocks in their order; crosses: with the cross-attention, where the layer has one."""
@@ -162,6 +134,63 @@ class LeanT5Layer(Family):
         if not reason and not activation_name(ffn.act):
             return f"activation {type(ffn.act).__name__}"
         return reason
+
+
+class LeanT5Layer(T5Blocks):
+    """Mixed in before a layer class of T5, mT5 and MADLAD-400."""
+
+    known = of(T5_NAMES, "Block")
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_bias: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        encoder_decoder_position_bias: Tensor | None = None,
+        **kwargs,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Returns hidden states, the self-attention's position bias, and None: the cross-attention has no bias."""
+        if self.steps_aside(kwargs):
+            self.refuse_packed(attention_mask, kwargs)
+            return super().forward(
+                hidden_states,
+                attention_mask,
+                position_bias,
+                encoder_hidden_states,
+                encoder_attention_mask,
+                encoder_decoder_position_bias,
+                **kwargs,
+            )
+        if position_bias is None:
+            position_bias = self._position_bias(hidden_states, attention_mask)
+        source = shared_for_products(encoder_hidden_states)
+        y = self.run(kwargs, hidden_states, attention_mask, position_bias, source, encoder_attention_mask)
+        return y, position_bias, encoder_decoder_position_bias
+
+
+class LeanUMT5Layer(T5Blocks):
+    """Mixed in before a layer class of UMT5, where each layer has a position bias of its own."""
+
+    known = of(UMT5_NAMES, "Block")
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        **kwargs,
+    ) -> Tensor:
+        if self.steps_aside(kwargs):
+            self.refuse_packed(attention_mask, kwargs)
+            return super().forward(
+                hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, **kwargs
+            )
+        bias = self._position_bias(hidden_states, attention_mask)
+        source = shared_for_products(encoder_hidden_states)
+        return self.run(kwargs, hidden_states, attention_mask, bias, source, encoder_attention_mask)
 
 
 def _rate(dropout: nn.Dropout) -> float:

@@ -31,6 +31,7 @@ from petl_kernels.layers.packed_model import first_plain_layer, has_boundaries, 
 from petl_kernels.layers.packed_positions import packed_positions, plain_positions
 from petl_kernels.layers.rule.prefix import one_pass
 from petl_kernels.models.transformers_names import (
+    adds_losses,
     cache_of,
     decoder_inputs,
     has_cache_beside_loss,
@@ -73,6 +74,11 @@ class LeanLoss(Mixin):
             if options:
                 raise InputError(f"{', '.join(options)}: expected labels beside it")
             return super().forward(**kwargs)
+        if options and adds_losses(self, kwargs):
+            raise InputError(
+                f"{', '.join(options)}: beside output_router_logits, whose losses are added to a mean over tokens; "
+                "expected output_router_logits=False"
+            )
         kwargs = without_waiting(self, kwargs)
         if not leaves_out_cache(self, kwargs):
             return self._loss(kwargs, options)

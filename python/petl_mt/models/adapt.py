@@ -11,6 +11,8 @@ from torch import nn
 import petl_kernels as pk
 from petl_kernels.errors import InputError
 from petl_kernels.methods import METHODS
+from petl_kernels.models.structure import all_modules
+from petl_kernels.models.transformers_names import is_activation_dropout
 
 from ..config import TrainConfig
 
@@ -45,9 +47,12 @@ def adapt(model: Any, config: TrainConfig) -> Any:
 def set_dropout(model: nn.Module, dropout: float | None, attention_dropout: float | None) -> None:
     """Sets the rates of a model; None leaves one as it is.
 
-    Families keep rates as numbers on attentions and layers (BART's), or as Dropout modules as well (T5's).
+    Families keep rates as numbers on attentions and layers (BART's), or as Dropout modules as well (T5's). Rates behind
+    activations and of experts' tokens, which some configurations have beside ``dropout``, stay as they are.
     """
-    for module in model.modules():
+    for path, module in all_modules(model):
+        if is_activation_dropout(path):
+            continue
         is_attention = hasattr(module, "q_proj") or (hasattr(module, "q") and hasattr(module, "k"))
         rate = attention_dropout if is_attention else dropout
         if rate is None:

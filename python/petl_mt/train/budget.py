@@ -45,7 +45,7 @@ def plan_without_text(config: TrainConfig, device: str | None = None) -> Plan:
         model = cast("Any", load_outline(config.model))
     check_positions(model, config.max_length)
     check_beam(config.beam, model)
-    config = config.resolve(model.config.d_model)
+    config = config.resolve(model.config.hidden_size)
     return plan_for(prepare_model(model, config), config, widened(config.max_length, place), place)
 
 

@@ -105,7 +105,7 @@ def set_up(
     vocabulary = run.vocabulary if resuming and run.vocabulary.is_dir() else None
     model, tokenizer = load_model(config, vocabulary, lines.train, quiet)
     check_positions(model, config.max_length)
-    config = config.resolve(model.config.d_model)
+    config = config.resolve(model.config.hidden_size)
     if before is not None:
         run.check_same(config)
     check_beam(config.beam, model)
