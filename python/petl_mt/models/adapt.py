@@ -13,14 +13,15 @@ from petl_kernels.errors import InputError
 from petl_kernels.methods import METHODS
 
 from ..config import TrainConfig
+from .precision import product_dtype
 
 
 def prepare_model(model: nn.Module, config: TrainConfig) -> nn.Module:
     """Returns ``model`` with the method of ``config``, its dropout and its dtypes; on the meta device, too."""
     model = adapt(model, config)
     set_dropout(model, config.dropout, config.attention_dropout)
-    if config.precision == "bf16":
-        cast_frozen_matrices(model, torch.bfloat16)
+    if (dtype := product_dtype(config)) is not None:
+        cast_frozen_matrices(model, dtype)
     for parameter in model.parameters():  # biases that BitFit gives to a model that was read in 16 bits
         if parameter.requires_grad and parameter.dtype.itemsize == 2:
             parameter.data = parameter.data.float()
