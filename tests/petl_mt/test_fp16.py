@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
 import pytest
 import torch
 from fake_graphs import Recorder
+from layers.lean_cases import adapted, ragged
+from methods.models import FAMILIES, build
 from petl_mt.config import TrainConfig
 from petl_mt.models import precision
+from petl_mt.models.adapt import cast_frozen_matrices, prepare_model
+from petl_mt.models.wide_linear import WideLinear
 from petl_mt.runs import RunFolder
 from petl_mt.train import TrainingStopped, loop, setup, train, update
 from petl_mt.train.loop import run_training
@@ -17,7 +22,9 @@ from petl_mt.train.setup import Setup, set_up
 from petl_mt.train.update import Update
 from safetensors.torch import load_file
 
+import petl_kernels as pk
 from petl_kernels.errors import InputError
+from petl_kernels.methods import METHODS
 from petl_kernels.planning import planner
 
 
@@ -89,7 +96,7 @@ def test_gradients_have_no_scale_when_they_are_clipped(settings, changes):
     assert norms[0] == pytest.approx(norms[1], rel=0.01)
     for ours, theirs in zip(narrow.update.parameters, wide.update.parameters, strict=True):
         first, expected = (run.optimizer.state[p]["exp_avg"] for run, p in ((narrow, ours), (wide, theirs)))
-        assert (first - expected).norm() <= 0.02 * expected.norm()  # Adam's moment: the gradient times 0.1
+        assert (first - expected).norm() <= 0.05 * expected.norm()  # Adam's moment: the gradient times 0.1
 
 
 @pytest.mark.parametrize("way", ["adamw", "bf16-gradients", pytest.param("adamw8bit", marks=pytest.mark.repeat)])
@@ -187,3 +194,63 @@ def test_the_default_is_fp16_where_a_card_has_no_bf16(monkeypatch, capability, d
     if default == "fp16":
         with pytest.raises(InputError, match="^precision bf16: Tesla T4 has no bf16; expected fp16 or fp32$"):
             precision.with_precision(TrainConfig(precision="bf16"), card)
+
+
+ALWAYS = {(family, "lora") for family in FAMILIES} | {("t5", "adapter"), ("t5", "full"), ("m2m100", "adapter")}
+
+
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [
+        pytest.param(f, m, marks=() if (f, m) in ALWAYS else pytest.mark.repeat)
+        for f in (*FAMILIES, "mt5")
+        for m in METHODS
+    ],
+)
+def test_the_error_is_at_most_twice_the_plain_models(family, method):
+    """Against float64, with the dtypes, the autocast and a loss scale of the trainer, in every kind of tier."""
+    exact = adapted(family, method)
+    inputs = ragged(exact, rows=6)
+    expected = gradients(exact, inputs)
+    model = copy.deepcopy(exact).float()
+    cast_frozen_matrices(model, torch.float16)
+    with torch.autocast("cpu", torch.float16):
+        plain = distance(gradients(model, inputs), expected)
+        assert plain < 0.05
+        for tier in (1, 3, 5):
+            lean = distance(gradients(pk.lean(copy.deepcopy(model), tier), inputs), expected)
+            assert lean <= 2 * plain, (tier, lean, plain)
+
+
+def gradients(model, inputs, scale: float = 2.0**12) -> dict[str, torch.Tensor]:
+    (model(**inputs).loss * scale).backward()
+    found = {name: p.grad.double() / scale for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def distance(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    assert found.keys() == expected.keys()
+    difference = sum((found[name] - expected[name]).square().sum() for name in expected)
+    return (difference / sum(value.square().sum() for value in expected.values())).sqrt().item()
+
+
+@pytest.mark.parametrize("tier", [0, 2])
+def test_the_last_projection_of_t5_computes_in_fp32(tier):
+    """Outputs beyond the range of fp16 reach the next norm, as in a model that transformers has loaded in fp16."""
+    model = build("t5")
+    prepare_model(model, TrainConfig(method="lora", precision="fp16", dropout=0.0))
+    wide = [module for module in model.modules() if isinstance(module, WideLinear)]
+    assert len(wide) == 4 and {module.weight.dtype for module in wide} == {torch.float32}
+    assert model.encoder.block[0].layer[0].SelfAttention.q.weight.dtype == torch.float16
+    seen = []
+    with torch.no_grad():
+        for module in wide:
+            module.weight.mul_(1e6)
+            module.register_forward_hook(lambda module, given, output: seen.append(output.abs().max().item()))
+    model.encoder.final_layer_norm.register_forward_pre_hook(lambda module, given: seen.append(given[0].abs().max()))
+    with torch.autocast("cpu", torch.float16):
+        loss = pk.lean(model.train(), tier)(**ragged(model)).loss
+    loss.backward()
+    assert max(seen[:3]) > 70_000 and all(value < torch.inf for value in seen)
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)

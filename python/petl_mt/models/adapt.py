@@ -14,6 +14,7 @@ from petl_kernels.methods import METHODS
 
 from ..config import TrainConfig
 from .precision import product_dtype
+from .wide_linear import WideLinear, widen_linears
 
 
 def prepare_model(model: nn.Module, config: TrainConfig) -> nn.Module:
@@ -64,7 +65,13 @@ def _is_of_transformers(module: nn.Module) -> bool:
 
 
 def cast_frozen_matrices(model: nn.Module, dtype: torch.dtype) -> None:
-    """Casts frozen matrices to ``dtype``; vectors (biases, norms), which are small, and trained tensors stay."""
+    """Casts frozen matrices to ``dtype``; vectors (biases, norms), which are small, and trained tensors stay.
+
+    In fp16, linear layers that transformers keeps in fp32 are in fp32, and compute in it: ``WideLinear``.
+    """
+    if dtype == torch.float16:
+        widen_linears(model)
+    wide = {id(module.weight) for module in model.modules() if isinstance(module, WideLinear)}
     for parameter in model.parameters():
-        if not parameter.requires_grad and parameter.dim() > 1 and parameter.dtype != dtype:
-            parameter.data = parameter.data.to(dtype)
+        if not parameter.requires_grad and parameter.dim() > 1:
+            parameter.data = parameter.data.to(torch.float32 if id(parameter) in wide else dtype)
