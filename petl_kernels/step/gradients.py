@@ -44,7 +44,8 @@ class RoundedGradients:
     def clip(self, largest: float, scale: Tensor | float = 1.0) -> Tensor:
         """Makes ``step`` scale the gradients to a 2-norm of at most ``largest``; returns the norm, a scalar in fp32.
 
-        scale: the factor of the losses that the gradients are of, which norm and ``step`` take out. Norm and factor are those of ``nn.utils.clip_grad_norm_`` for the bf16 values.
+        scale: the factor of the losses that the gradients are of, which norm and ``step`` take out. Norm and factor are
+        those of ``nn.utils.clip_grad_norm_`` for the bf16 values.
         """
         norms = [_norm([_norm([piece.float()]) for piece in _pieces(self._sums[p])]) for p in self._moved()]
         norm = _norm(norms) if norms else torch.zeros((), device=self.parameters[0].device)

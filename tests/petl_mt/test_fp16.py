@@ -1,4 +1,4 @@
-"""Training in fp16: losses are scaled, an update whose gradients overflow is skipped, and a run resumes with its scale."""
+"""Training in fp16: losses are scaled, updates that overflow are skipped, and a run resumes with its scale."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from fake_graphs import Recorder
 from layers.lean_cases import adapted, ragged
 from methods.models import FAMILIES, build
 from petl_mt.config import TrainConfig
+from petl_mt.inference import Translator
 from petl_mt.models import precision
 from petl_mt.models.adapt import cast_frozen_matrices, prepare_model
 from petl_mt.models.wide_linear import WideLinear
@@ -26,6 +27,7 @@ import petl_kernels as pk
 from petl_kernels.errors import InputError
 from petl_kernels.methods import METHODS
 from petl_kernels.planning import planner
+from petl_kernels.planning.plan import Plan
 
 
 def training(settings: dict, **changes) -> Setup:
@@ -180,6 +182,15 @@ def test_graphs_hold_the_scale(settings, tmp_path, overflowing, monkeypatch):
     assert captured.overflows == eager.overflows == 1
     assert captured.losses == pytest.approx(eager.losses, rel=1e-3)
     assert latest(str(tmp_path / "graphs"))[1]["loss_scale"] == latest(str(tmp_path / "eager"))[1]["loss_scale"]
+
+
+def test_a_plan_counts_what_fp16_takes(settings):
+    result = train(TrainConfig(**{**settings, "steps": 4, "memory": "1MiB", "tier": 2, "precision": "fp16"}), True)
+    plan = Plan.load(Path(settings["out"]) / "plan.json")
+    assert plan.precision == "fp16" and plan.peak <= 2**20
+    assert result.peak_memory_bytes is not None and result.peak_memory_bytes <= plan.memory
+    translator = Translator(settings["out"])  # within the run's budget, under fp16's autocast
+    assert len(list(translator.stream(["one two", "red house"]))) == 2
 
 
 @pytest.mark.parametrize(("capability", "default"), [((7, 5), "fp16"), ((8, 0), "fp32")])

@@ -7,8 +7,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import petl_kernels as pk
 from petl_kernels.device import resolve
 from petl_kernels.interop.adapters import fill_adapter

@@ -1,8 +1,8 @@
 """Linear layers that compute in fp32 beside products in fp16, as transformers loads T5's last projection.
 
-The outputs of ``wo`` of T5 and mT5 leave the range of fp16. transformers keeps its weight in fp32 where it loads a model
-in fp16 (``_keep_in_fp32_modules``), and the sums behind it are fp32 from then on. Autocast would compute it in fp16 all
-the same, so such a layer leaves autocast.
+The outputs of ``wo`` of T5 and mT5 leave the range of fp16. Where transformers loads a model in fp16, it keeps that
+weight in fp32 (``_keep_in_fp32_modules``), and the sums behind it are fp32 from then on. Autocast would compute it in
+fp16 all the same, so such a layer leaves autocast.
 """
 
 from __future__ import annotations

@@ -56,7 +56,9 @@ class Update:
         self.plan, self.start, self.pad, self.say = plan, start, pad, say
         self.device = resolve(accelerator.device)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.rounded: RoundedGradients | None = getattr(model, "petl_gradients", None)  # where the plan keeps gradients in bf16
+        self.rounded: RoundedGradients | None = getattr(
+            model, "petl_gradients", None
+        )  # where the plan keeps gradients in bf16
         self.loss_scale = LossScale(accelerator)
         self.micro_tokens = plan.micro_tokens if plan else None
         self.positions = 0  # source and target positions of the last update, those without a token too
