@@ -1,7 +1,8 @@
 """Gradients of trained parameters that wait for the update in 16 bits, where autograd leaves them in fp32.
 
     after a backward    s ← bf16(s + g)        sum in fp32, rounded to nearest; g is freed
-    clip, step          the optimiser gets c · s in fp32, c = min(1, largest / (‖s‖ + 1e-6)), a group at a time
+    clip, step          the optimiser gets c · s in fp32, c = min(1, largest / (‖s‖ + 1e-6)), a group at a time;
+                        c · s / f with n = ‖s‖ / f in the place of ‖s‖ where losses are scaled by f, as in fp16
 
 With one micro-batch s is bf16(g). After n of them |s - Σ g_i| ≤ ((1 + 2⁻⁸)ⁿ - 1) Σ |g_i|, the bound of a sum that is
 rounded n times (Higham, Accuracy and Stability of Numerical Algorithms, 4.2).
@@ -40,14 +41,16 @@ class RoundedGradients:
         return self._sums[parameter]
 
     @torch.no_grad()
-    def clip(self, largest: float) -> Tensor:
+    def clip(self, largest: float, scale: Tensor | float = 1.0) -> Tensor:
         """Makes ``step`` scale the gradients to a 2-norm of at most ``largest``; returns the norm, a scalar in fp32.
 
-        Norm and factor are those of ``nn.utils.clip_grad_norm_`` for the bf16 values.
+        scale: the factor of the losses that the gradients are of, which norm and ``step`` take out. Norm and factor are
+        those of ``nn.utils.clip_grad_norm_`` for the bf16 values.
         """
         norms = [_norm([_norm([piece.float()]) for piece in _pieces(self._sums[p])]) for p in self._moved()]
         norm = _norm(norms) if norms else torch.zeros((), device=self.parameters[0].device)
-        self._factor = torch.clamp(largest / (norm + 1e-6), max=1.0)
+        norm = norm / scale
+        self._factor = torch.clamp(largest / (norm + 1e-6), max=1.0) / scale
         return norm
 
     @torch.no_grad()

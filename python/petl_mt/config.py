@@ -24,7 +24,7 @@ OF_A_NEW_MODEL = ("vocab_size", "vocab_text", "character_coverage", "d_model", "
 COUNTS = ("steps", "batch_tokens", "accumulate", "max_length", "beam", "d_model", "layers", "vocab_size")
 COUNTS += ("ffn", "heads", "eval_every", "patience")
 SCHEDULES = ("inverse-sqrt", "linear", "polynomial")
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("fp32", "bf16", "fp16")
 OPTIMIZERS = ("adamw", "adamw8bit")
 APPROXIMATIONS = "quantized (frozen weights in 8 or 4 bits), 8bit-optimizer, bf16-gradients"
 UNCAPTURED: dict[int | None, str] = {  # tiers that no CUDA graph holds, and why
@@ -145,7 +145,12 @@ class TrainConfig:
     clip: float = option(1.0, "largest norm of the gradient; 0: no clipping")
     weight_decay: float = option(0.0, "AdamW's decay of matrices, a unit of learning rate")
     betas: tuple[float, float] = option((0.9, 0.98), "AdamW's decay of its two moments", ("B1", "B2"))
-    precision: str = option("fp32", "dtype of matrix products and frozen matrices", "fp32|bf16")
+    precision: str | None = option(
+        None,
+        "dtype of matrix products and frozen matrices",
+        "fp32|bf16|fp16",
+        otherwise="fp32; fp16 on a CUDA card without bf16",
+    )
     seed: int = option(1, "seed of order, dropout and what starts at random")
 
     eval_every: int | None = option(
@@ -219,7 +224,7 @@ class TrainConfig:
         )
         _choice("optimizer", self.optimizer, OPTIMIZERS)
         _choice("schedule", self.schedule, (None, *SCHEDULES))
-        _choice("precision", self.precision, PRECISIONS)
+        _choice("precision", self.precision, (None, *PRECISIONS))
         _need(
             self.batch_tokens >= self.max_length,
             f"batch_tokens {self.batch_tokens}: expected at least max_length ({self.max_length}), "

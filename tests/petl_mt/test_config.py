@@ -96,7 +96,7 @@ def test_files_that_are_no_mapping_are_refused(tmp_path, content):
         ({"lr": 0.0}, "lr 0.0: expected above 0"),
         ({"schedule": "cosine"}, "schedule 'cosine': expected one of inverse-sqrt, linear, polynomial"),
         ({"optimizer": "sgd"}, "optimizer 'sgd': expected one of adamw, adamw8bit"),
-        ({"precision": "fp16"}, "precision 'fp16': expected one of fp32, bf16"),
+        ({"precision": "fp8"}, "precision 'fp8': expected one of fp32, bf16, fp16"),
         ({"betas": (0.9, 1.0)}, "betas (0.9, 1.0)"),
         ({"batch_tokens": 100}, "batch_tokens 100: expected at least max_length (256)"),
         ({"params": "0%"}, "'0%'"),

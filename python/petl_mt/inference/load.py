@@ -7,8 +7,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import petl_kernels as pk
 from petl_kernels.device import resolve
 from petl_kernels.interop.adapters import fill_adapter
@@ -25,6 +23,7 @@ from petl_kernels.weights.streamed import stream_layers
 from ..config import TrainConfig
 from ..evaluate import fitting_length
 from ..models.adapt import prepare_model
+from ..models.precision import product_dtype
 from ..models.streamed_layers import folder_for_layers
 from ..runs import RunFolder
 from .trained_weights import trained_weights
@@ -92,7 +91,7 @@ def _load_within(
         config.beam if beam is None else beam,
         fitting_length(model, config.max_length if max_length is None else max_length),
         device,
-        torch.bfloat16 if config.precision == "bf16" else None,
+        product_dtype(config),
         refuse,
     )
     if limits is not None:

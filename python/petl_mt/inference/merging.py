@@ -12,6 +12,7 @@ from petl_kernels.weights.quantized import quantize_model
 
 from ..config import TrainConfig
 from ..models.adapt import cast_frozen_matrices
+from ..models.precision import product_dtype
 from ..runs import RunFolder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -34,5 +35,5 @@ def quantize_as_trained(model, config: TrainConfig, storages: tuple[str, str]) -
     if storages == ("dense", "dense"):
         raise InputError("into quantized: the run was trained beside weights that were not; expected --into original")
     quantize_model(model, *storages)
-    if config.precision == "bf16":
-        cast_frozen_matrices(model, torch.bfloat16)
+    if (dtype := product_dtype(config)) is not None:
+        cast_frozen_matrices(model, dtype)

@@ -18,6 +18,7 @@ from ..checks import check_one_process
 from ..config import TrainConfig, check_count
 from ..evaluate import BatchLimit, fitting_length, translate, until_it_fits
 from ..models.load import check_beam
+from ..models.precision import product_dtype
 from ..silence import hush
 from ..terminal import say
 from .load import load_run, load_run_within, run_memory
@@ -57,8 +58,8 @@ class Translator:
                     run, budget, limits, beam, max_length, refuse=memory is not None
                 )
                 self.memory, search = format_size(budget), plan.search
-                if self.config.precision == "bf16":
-                    self.autocast = partial(torch.autocast, plan.device, torch.bfloat16)
+                if (dtype := product_dtype(self.config)) is not None:
+                    self.autocast = partial(torch.autocast, plan.device, dtype)
         src_lang, self.tgt_lang = _languages(self.config, src_lang, tgt_lang)
         self.language = LanguagePair(self.model, tokenizer, src_lang, self.tgt_lang)
         self.beam = self.config.beam if beam is None else beam

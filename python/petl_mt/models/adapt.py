@@ -15,14 +15,16 @@ from petl_kernels.models.structure import all_modules
 from petl_kernels.models.transformers_names import is_activation_dropout
 
 from ..config import TrainConfig
+from .precision import product_dtype
+from .wide_linear import WideLinear, widen_linears
 
 
 def prepare_model(model: nn.Module, config: TrainConfig) -> nn.Module:
     """Returns ``model`` with the method of ``config``, its dropout and its dtypes; on the meta device, too."""
     model = adapt(model, config)
     set_dropout(model, config.dropout, config.attention_dropout)
-    if config.precision == "bf16":
-        cast_frozen_matrices(model, torch.bfloat16)
+    if (dtype := product_dtype(config)) is not None:
+        cast_frozen_matrices(model, dtype)
     for parameter in model.parameters():  # biases that BitFit gives to a model that was read in 16 bits
         if parameter.requires_grad and parameter.dtype.itemsize == 2:
             parameter.data = parameter.data.float()
@@ -68,7 +70,13 @@ def _is_of_transformers(module: nn.Module) -> bool:
 
 
 def cast_frozen_matrices(model: nn.Module, dtype: torch.dtype) -> None:
-    """Casts frozen matrices to ``dtype``; vectors (biases, norms), which are small, and trained tensors stay."""
+    """Casts frozen matrices to ``dtype``; vectors (biases, norms), which are small, and trained tensors stay.
+
+    In fp16, linear layers that transformers keeps in fp32 are in fp32, and compute in it: ``WideLinear``.
+    """
+    if dtype == torch.float16:
+        widen_linears(model)
+    wide = {id(module.weight) for module in model.modules() if isinstance(module, WideLinear)}
     for parameter in model.parameters():
-        if not parameter.requires_grad and parameter.dim() > 1 and parameter.dtype != dtype:
-            parameter.data = parameter.data.to(dtype)
+        if not parameter.requires_grad and parameter.dim() > 1:
+            parameter.data = parameter.data.to(torch.float32 if id(parameter) in wide else dtype)

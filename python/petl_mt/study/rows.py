@@ -19,6 +19,7 @@ from petl_kernels.files import atomic_write
 from ..inference import Translator
 from ..json_file import write_json
 from ..memory_meter import MemoryMeter, process_bytes
+from ..models.precision import precision_of
 from ..runs import RunFolder
 from ..scores import Scores, score_lines
 from ..terminal import Watch
@@ -150,7 +151,7 @@ _OF_BUDGETS = ("memory", "precision")
 def _fingerprint(config: StudyConfig, entry: Entry | None) -> dict[str, Any]:
     """Returns what decides a row, in JSON's types; the content of the text files is part of it."""
     run = config.base if entry is None else config.for_entry(entry)
-    values = {**run.to_dict(), "test": dataclasses.asdict(config.test)}
+    values = {**run.to_dict(), "precision": precision_of(run), "test": dataclasses.asdict(config.test)}
     values.pop("out")
     texts = [config.test] if entry is None else [*run.train, *run.valid, config.test]
     if entry is None:  # translating needs no more

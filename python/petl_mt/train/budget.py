@@ -20,6 +20,7 @@ from petl_kernels.units import format_size, parse_size
 from ..config import UNCAPTURED, TrainConfig
 from ..models.adapt import prepare_model
 from ..models.load import check_beam, check_positions
+from ..models.precision import product_dtype, with_precision
 from ..runs import RunFolder
 from ..silence import hush
 
@@ -45,7 +46,7 @@ def plan_without_text(config: TrainConfig, device: str | None = None) -> Plan:
         model = cast("Any", load_outline(config.model))
     check_positions(model, config.max_length)
     check_beam(config.beam, model)
-    config = config.resolve(model.config.hidden_size)
+    config = with_precision(config.resolve(model.config.hidden_size), place)
     return plan_for(prepare_model(model, config), config, widened(config.max_length, place), place)
 
 
@@ -136,7 +137,7 @@ def _fastest(model: nn.Module, config: TrainConfig, longest: int, device: torch.
         max_length=longest,
         allow=config.allow,
         device=device.type,  # a plan holds for whichever card of a machine runs it
-        autocast=torch.bfloat16 if config.precision == "bf16" else None,
+        autocast=product_dtype(config),
         tier=config.tier,
         beam=config.beam,
         cuda_graphs=graphs,

@@ -36,6 +36,7 @@ def evaluate_and_save(run: Setup) -> None:
 def save_checkpoint(run: Setup, best: bool) -> None:
     """Saves the run as it stands; best: as the best step so far, too."""
     run.step_log.settle()
+    run.progress.loss_scale = run.update.loss_scale.state()
     run.checkpoints.save(run.model, run.optimizer, dataclasses.asdict(run.progress), best)
 
 

@@ -80,7 +80,7 @@ def train_one_update(run: Setup) -> None:
     progress.step += 1
     progress.epoch, progress.batch = position.epoch, position.batch
     progress.target_tokens += tokens
-    run.step_log.record(loss, norm, lr, padding, began)
+    run.step_log.record(loss, norm, run.update.loss_scale, lr, padding, began)
     run.step_log.tell_turned_down()
 
 

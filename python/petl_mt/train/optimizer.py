@@ -14,16 +14,21 @@ from ..config import TrainConfig, require_bitsandbytes
 
 
 def make_accelerator(precision: str):
-    """Returns accelerate's object for the device and the precision. Raises InputError for several processes."""
+    """Returns accelerate's object for the device and the precision, with a loss scale for fp16, on a CPU, too.
+
+    Raises InputError for several processes.
+    """
     versions.check("accelerate")
     from accelerate import Accelerator  # here: its version is checked first
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state()  # a second run in this process may want another precision
-    accelerator = Accelerator(mixed_precision="bf16" if precision == "bf16" else "no")
+    accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision)
     if accelerator.num_processes > 1:
         count = accelerator.num_processes
         raise InputError(f"{count} processes: petl-mt trains on one device; start it without a launcher")
+    if precision == "fp16" and accelerator.scaler is None:  # accelerate leaves both out on a CPU, and computes in fp32
+        accelerator.scaler, accelerator.native_amp = torch.amp.GradScaler(accelerator.device.type), True
     return accelerator
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass
@@ -19,4 +20,6 @@ class Progress:
     seconds: float = 0.0  # in training steps
     saved_bytes_per_token: float | None = None
     plain_saved_bytes_per_token: float | None = None
+    overflows: int = 0  # updates that were skipped, in fp16
+    loss_scale: dict[str, Any] | None = None  # in fp16, see ``LossScale.state``
     packed: bool | None = None  # whether batches are packed rows; decided once, when the run begins

@@ -42,6 +42,7 @@ class RunResult:
     peak_memory_bytes: int | None  # of what a budget counts; None where nothing counts it
     peak_process_bytes: int  # host memory of the process: Python and its libraries too
     data: list[dict[str, Any]] = field(default_factory=list)
+    overflows: int = 0  # updates that were skipped, in fp16
     losses: list[float] = field(default_factory=list, repr=False)
 
     @property
@@ -147,5 +148,6 @@ def _result(run: Setup, scores: dict[str, Scores]) -> RunResult:
         peak_memory_bytes=run.meter.memory(),
         peak_process_bytes=process_bytes(),
         data=[dataclasses.asdict(count) for count in run.text.counts],
+        overflows=progress.overflows,
         losses=run.step_log.losses,
     )

@@ -13,7 +13,7 @@ from ..runs.checkpoint import Checkpoints, read_progress
 
 def with_settings_of(before: TrainConfig, config: TrainConfig) -> TrainConfig:
     """Returns ``config`` with the settings of the run where it leaves them open and they followed from its steps."""
-    names = ("warmup", "eval_every", "cuda_graphs")
+    names = ("warmup", "eval_every", "cuda_graphs", "precision")
     kept = {name: getattr(before, name) for name in names if getattr(config, name) is None}
     return dataclasses.replace(config, **kept)
 

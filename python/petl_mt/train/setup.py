@@ -29,6 +29,7 @@ from ..json_file import write_json
 from ..memory_meter import MemoryMeter
 from ..models.adapt import prepare_model
 from ..models.load import check_beam, check_positions, load_model
+from ..models.precision import with_precision
 from ..models.streamed_layers import folder_for_layers
 from ..runs import RunFolder
 from ..runs.checkpoint import Checkpoints
@@ -91,11 +92,12 @@ def set_up(
 
     if config.memory is not None:
         cap.expand_segments()
-    accelerator = make_accelerator(config.precision)
-    device = resolve(accelerator.device)
     before = run.read_config() if resuming else None
     if before is not None:
         config = with_settings_of(before, config)
+    config = with_precision(config, resolve())
+    accelerator = make_accelerator(config.precision)
+    device = resolve(accelerator.device)
     if config.cuda_graphs:
         check_device(device)
     torch.manual_seed(config.seed)
@@ -157,6 +159,8 @@ def set_up(
     batches.start = choose_packing(model, config, run, progress, text, log)
     longest = longest_captured(config, plan, progress, device, text, log)
     pad = tokenizer.pad_token_id
+    update = Update(model, optimizer, accelerator, config, plan, text.start, pad, log.say, longest=longest)
+    update.loss_scale.load(progress.loss_scale)
     return Setup(
         config=config,
         folder=run,
@@ -169,7 +173,7 @@ def set_up(
         batches=batches,
         plan=plan,
         optimizer=optimizer,
-        update=Update(model, optimizer, accelerator, config, plan, text.start, pad, log.say, longest=longest),
+        update=update,
         evaluation_limit=EvaluationLimit(
             BatchLimit(plan.evaluation_tokens, plan.search) if plan else BatchLimit(config.batch_tokens)
         ),

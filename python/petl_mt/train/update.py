@@ -19,6 +19,7 @@ import petl_kernels as pk
 from petl_kernels.device import resolve
 from petl_kernels.layers.loss.lean_loss import set_chunk_bytes
 from petl_kernels.planning.plan import Plan
+from petl_kernels.step.gradients import RoundedGradients
 from petl_kernels.step.graphs import CudaGraphs
 from petl_kernels.units import format_size
 
@@ -26,6 +27,7 @@ from ..config import TrainConfig
 from ..data import Batch, PackedBatch
 from ..loss import sequence_loss
 from ..memory_meter import MemoryMeter
+from .loss_scale import LossScale
 from .step_graphs import StepGraphs
 
 
@@ -54,7 +56,10 @@ class Update:
         self.plan, self.start, self.pad, self.say = plan, start, pad, say
         self.device = resolve(accelerator.device)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.rounded = getattr(model, "petl_gradients", None)  # where the plan keeps gradients in bf16
+        self.rounded: RoundedGradients | None = getattr(
+            model, "petl_gradients", None
+        )  # where the plan keeps gradients in bf16
+        self.loss_scale = LossScale(accelerator)
         self.micro_tokens = plan.micro_tokens if plan else None
         self.positions = 0  # source and target positions of the last update, those without a token too
         self.graphs: StepGraphs | None = None
@@ -70,7 +75,10 @@ class Update:
         return self._until_it_fits(lambda: self._gradients(batches, tokens))
 
     def step(self, lr: float) -> Tensor:
-        """Clips the gradients, moves the parameters, clears the gradients; returns the norm before clipping."""
+        """Clips the gradients, moves the parameters, clears the gradients; returns the norm before clipping.
+
+        In fp16 the norm is of the gradients without their scale, and parameters stay where one has overflowed.
+        """
         if self.graphs is None or not self.graphs.captures_step:
             return self._move(lr)
         norm = self.graphs.step(lr)
@@ -78,23 +86,38 @@ class Update:
         return norm
 
     def _move(self, lr: float | Tensor) -> Tensor:
-        norm = self.clip(self.config.clip if self.config.clip > 0 else math.inf)
+        largest, scale = self.config.clip if self.config.clip > 0 else math.inf, self.loss_scale.now()
         self._set_rate(lr)
-        if self.rounded is not None:
-            self.rounded.step(self.optimizer)
-        else:
-            self.optimizer.step()
+        norm = self._step(largest) if self.rounded is None else self._rounded_step(self.rounded, largest, scale)
+        self.loss_scale.note(scale)
         self.zero_gradients()
+        return norm
+
+    def _step(self, largest: float) -> Tensor:
+        self.loss_scale.unscale(self.optimizer)  # whose step then skips an update that has overflowed
+        norm = self.clip(largest)
+        self.optimizer.step()
+        return norm
+
+    def _rounded_step(self, rounded: RoundedGradients, largest: float, scale: Tensor) -> Tensor:
+        norm = self.clip(largest, scale)
+        if not self.loss_scale.is_on:
+            rounded.step(self.optimizer)
+        elif self.loss_scale.judge(norm * scale):
+            rounded.step(self.optimizer.optimizer)  # accelerate's would judge each group of parameters alone
         return norm
 
     def _set_rate(self, lr: float | Tensor) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
-    def clip(self, largest: float) -> Tensor:
-        """Scales the gradients to a norm of at most ``largest``; returns the norm before."""
+    def clip(self, largest: float, scale: Tensor | float = 1.0) -> Tensor:
+        """Scales the gradients to a norm of at most ``largest``; returns the norm before.
+
+        scale: that of gradients in 16 bits, which is taken out of both.
+        """
         if self.rounded is not None:
-            return self.rounded.clip(largest)
+            return self.rounded.clip(largest, scale)
         return nn.utils.clip_grad_norm_(self.parameters, largest)
 
     def zero_gradients(self) -> None:

@@ -1,0 +1,267 @@
+"""Training in fp16: losses are scaled, updates that overflow are skipped, and a run resumes with its scale."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from fake_graphs import Recorder
+from layers.lean_cases import adapted, ragged
+from methods.models import FAMILIES, build
+from petl_mt.config import TrainConfig
+from petl_mt.inference import Translator
+from petl_mt.models import precision
+from petl_mt.models.adapt import cast_frozen_matrices, prepare_model
+from petl_mt.models.wide_linear import WideLinear
+from petl_mt.runs import RunFolder
+from petl_mt.train import TrainingStopped, loop, setup, train, update
+from petl_mt.train.loop import run_training
+from petl_mt.train.setup import Setup, set_up
+from petl_mt.train.update import Update
+from safetensors.torch import load_file
+
+import petl_kernels as pk
+from petl_kernels.errors import InputError
+from petl_kernels.methods import METHODS
+from petl_kernels.planning import planner
+from petl_kernels.planning.plan import Plan
+
+
+def training(settings: dict, **changes) -> Setup:
+    config = TrainConfig(**{"precision": "fp16", **settings, **changes})
+    return set_up(config, RunFolder(Path(config.out)), quiet=True)
+
+
+def metrics(out: str) -> list[dict]:
+    lines = (Path(out) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def latest(out: str) -> tuple[dict[str, torch.Tensor], dict]:
+    folder = Path(out) / "checkpoints" / "latest"
+    return load_file(folder / "trained.safetensors"), json.loads((folder / "progress.json").read_text())
+
+
+@pytest.fixture
+def overflowing(monkeypatch):
+    """Returns a function that makes gradients of the given updates infinite."""
+
+    def at(*steps: int) -> None:
+        make, now = Update.gradients, []
+        train_one = loop.train_one_update
+
+        def numbered(run):
+            now[:] = [run.progress.step + 1]
+            train_one(run)
+
+        def gradients(self, batches, tokens):
+            loss = make(self, batches, tokens)
+            if now[0] in steps:
+                parameter = self.parameters[0]
+                found = parameter.grad if self.rounded is None else self.rounded.sum_of(parameter)
+                found.view(-1)[0] = torch.inf
+            return loss
+
+        monkeypatch.setattr(loop, "train_one_update", numbered)
+        monkeypatch.setattr(Update, "gradients", gradients)
+
+    return at
+
+
+def test_fp16_trains_fp32_adapters_beside_an_fp16_base(settings):
+    run = training(settings, label_smoothing=0.0)
+    dtypes = {p.requires_grad: p.dtype for p in run.model.parameters() if p.dim() > 1}
+    assert dtypes == {True: torch.float32, False: torch.float16}
+    fp16 = run_training(run)
+    fp32 = train(
+        TrainConfig(**{**settings, "out": settings["out"] + "32", "label_smoothing": 0.0, "precision": "fp32"}), True
+    )
+    assert fp16.losses == pytest.approx(fp32.losses, rel=0.005) and fp16.losses != fp32.losses
+    assert fp16.saved_bytes_per_token < fp32.saved_bytes_per_token and fp16.overflows == 0
+    steps = [line for line in metrics(settings["out"]) if "loss" in line]
+    assert all(line["loss_scale"] == 2.0**16 and line["overflows"] == 0 for line in steps)
+
+
+@pytest.mark.parametrize("changes", [{}, {"accumulate": 2, "clip": 0.0}], ids=str)
+def test_gradients_have_no_scale_when_they_are_clipped(settings, changes):
+    """The norm and what the optimiser gets are those of fp32, within the rounding of fp16."""
+    options = {**settings, **changes, "dropout": 0.0, "method_args": {"rank": 2}}
+    runs = []
+    for given in ("fp16", "fp32"):  # one after the other: a process has one of accelerate's states
+        runs.append(training(options, precision=given, out=settings["out"] + given))
+        loop.train_one_update(runs[-1])
+    narrow, wide = runs
+    norms = [metrics(run.config.out)[0]["grad_norm"] for run in runs]
+    assert norms[0] == pytest.approx(norms[1], rel=0.01)
+    for ours, theirs in zip(narrow.update.parameters, wide.update.parameters, strict=True):
+        first, expected = (run.optimizer.state[p]["exp_avg"] for run, p in ((narrow, ours), (wide, theirs)))
+        assert (first - expected).norm() <= 0.05 * expected.norm()  # Adam's moment: the gradient times 0.1
+
+
+@pytest.mark.parametrize("way", ["adamw", "bf16-gradients", pytest.param("adamw8bit", marks=pytest.mark.repeat)])
+def test_an_update_that_overflows_is_skipped_counted_and_told(settings, overflowing, capsys, monkeypatch, way):
+    if way == "adamw8bit":
+        pytest.importorskip("bitsandbytes")
+        settings["optimizer"] = way
+    if way == "bf16-gradients":
+        prepare = setup.prepare_model
+
+        def rounded(model, config):
+            from petl_kernels.step.gradients import RoundedGradients
+
+            model = prepare(model, config)
+            model.petl_gradients = RoundedGradients(p for p in model.parameters() if p.requires_grad)
+            return model
+
+        monkeypatch.setattr(setup, "prepare_model", rounded)
+    overflowing(2)
+    run = training({**settings, "steps": 3, "eval_every": 1})
+    before = []
+    move = Update.step
+
+    def watched(self, lr):
+        before.append([p.detach().clone() for p in self.parameters])
+        return move(self, lr)
+
+    monkeypatch.setattr(Update, "step", watched)
+    run.log.quiet = False
+    result = run_training(run)
+    same = [all(map(torch.equal, a, b)) for a, b in zip(before[:-1], before[1:], strict=True)]
+    assert same == [False, True] and result.overflows == 1 and result.steps == 3
+    assert "step 2: a gradient overflowed in fp16; the update is skipped, loss scale 32768" in capsys.readouterr().err
+    skipped = [line for line in metrics(settings["out"]) if line.get("overflow")]
+    assert [(line["step"], line["loss_scale"], line["overflows"]) for line in skipped] == [(2, 2.0**15, 1)]
+    assert all("grad_norm" not in line for line in metrics(settings["out"]) if line["step"] == 2)
+    assert json.loads((Path(settings["out"]) / "result.json").read_text())["overflows"] == 1
+
+
+def test_a_run_that_overflowed_resumes_with_the_same_bits(settings, tmp_path, overflowing, monkeypatch):
+    overflowing(2, 5)
+    settings |= {"precision": "fp16", "steps": 8, "eval_every": 3}
+    whole, halves = str(tmp_path / "whole"), str(tmp_path / "halves")
+    train(TrainConfig(**{**settings, "out": whole}), quiet=True)
+    move, moved = Update.step, []
+
+    def killed(self, lr):
+        moved.append(lr)
+        if len(moved) == 5:
+            raise KeyboardInterrupt
+        return move(self, lr)
+
+    monkeypatch.setattr(Update, "step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(TrainConfig(**{**settings, "out": halves}), quiet=True)
+    monkeypatch.setattr(Update, "step", move)
+    assert latest(halves)[1]["loss_scale"] == {"scale": 2.0**15, "updates": 1}
+    train(TrainConfig(**{**settings, "out": halves}), resume=True, quiet=True)
+    (found, after), (expected, wanted) = latest(halves), latest(whole)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    for progress in (after, wanted):
+        assert progress["loss_scale"] == {"scale": 2.0**14, "updates": 3} and progress["overflows"] == 2
+
+
+def test_a_loss_that_is_no_number_at_any_scale_stops_the_run(settings, overflowing):
+    overflowing(*range(3, 60))
+    with pytest.raises(TrainingStopped) as stop:
+        train(TrainConfig(**{**settings, "precision": "fp16", "steps": 60, "valid": []}), quiet=True)
+    assert "training stopped at step 32: gradients overflow at every loss scale, 6.10352e-05 by now" in str(stop.value)
+
+
+def test_graphs_hold_the_scale(settings, tmp_path, overflowing, monkeypatch):
+    """A captured step reads the scale where an earlier one has written it, and skips what overflows."""
+    overflowing(4)
+    monkeypatch.setattr(update, "CudaGraphs", lambda device: Recorder())
+    for module in (setup, planner):
+        monkeypatch.setattr(module, "check_device", lambda device: None)
+    settings |= {"dropout": 0.0, "method_args": {"rank": 2}}
+    captured = run_training(training(settings, out=str(tmp_path / "graphs"), cuda_graphs=True))
+    eager = run_training(training(settings, out=str(tmp_path / "eager")))
+    assert captured.overflows == eager.overflows == 1
+    assert captured.losses == pytest.approx(eager.losses, rel=1e-3)
+    assert latest(str(tmp_path / "graphs"))[1]["loss_scale"] == latest(str(tmp_path / "eager"))[1]["loss_scale"]
+
+
+def test_a_plan_counts_what_fp16_takes(settings):
+    result = train(TrainConfig(**{**settings, "steps": 4, "memory": "1MiB", "tier": 2, "precision": "fp16"}), True)
+    plan = Plan.load(Path(settings["out"]) / "plan.json")
+    assert plan.precision == "fp16" and plan.peak <= 2**20
+    assert result.peak_memory_bytes is not None and result.peak_memory_bytes <= plan.memory
+    translator = Translator(settings["out"])  # within the run's budget, under fp16's autocast
+    assert len(list(translator.stream(["one two", "red house"]))) == 2
+
+
+@pytest.mark.parametrize(("capability", "default"), [((7, 5), "fp16"), ((8, 0), "fp32")])
+def test_the_default_is_fp16_where_a_card_has_no_bf16(monkeypatch, capability, default):
+    card = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    assert precision.with_precision(TrainConfig(), card).precision == default
+    assert precision.with_precision(TrainConfig(), torch.device("cpu")).precision == "fp32"
+    assert precision.with_precision(TrainConfig(precision="fp32"), card).precision == "fp32"
+    if default == "fp16":
+        with pytest.raises(InputError, match="^precision bf16: Tesla T4 has no bf16; expected fp16 or fp32$"):
+            precision.with_precision(TrainConfig(precision="bf16"), card)
+
+
+ALWAYS = {(family, "lora") for family in FAMILIES} | {("t5", "adapter"), ("t5", "full"), ("m2m100", "adapter")}
+
+
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [
+        pytest.param(f, m, marks=() if (f, m) in ALWAYS else pytest.mark.repeat)
+        for f in (*FAMILIES, "mt5")
+        for m in METHODS
+    ],
+)
+def test_the_error_is_at_most_twice_the_plain_models(family, method):
+    """Against float64, with the dtypes, the autocast and a loss scale of the trainer, in every kind of tier."""
+    exact = adapted(family, method)
+    inputs = ragged(exact, rows=6)
+    expected = gradients(exact, inputs)
+    model = copy.deepcopy(exact).float()
+    cast_frozen_matrices(model, torch.float16)
+    with torch.autocast("cpu", torch.float16):
+        plain = distance(gradients(model, inputs), expected)
+        assert plain < 0.05
+        for tier in (1, 3, 5):
+            lean = distance(gradients(pk.lean(copy.deepcopy(model), tier), inputs), expected)
+            assert lean <= 2 * plain, (tier, lean, plain)
+
+
+def gradients(model, inputs, scale: float = 2.0**12) -> dict[str, torch.Tensor]:
+    (model(**inputs).loss * scale).backward()
+    found = {name: p.grad.double() / scale for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def distance(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    assert found.keys() == expected.keys()
+    difference = sum((found[name] - expected[name]).square().sum() for name in expected)
+    return (difference / sum(value.square().sum() for value in expected.values())).sqrt().item()
+
+
+@pytest.mark.parametrize("tier", [0, 2])
+def test_the_last_projection_of_t5_computes_in_fp32(tier):
+    """Outputs beyond the range of fp16 reach the next norm, as in a model that transformers has loaded in fp16."""
+    model = build("t5")
+    prepare_model(model, TrainConfig(method="lora", precision="fp16", dropout=0.0))
+    wide = [module for module in model.modules() if isinstance(module, WideLinear)]
+    assert len(wide) == 4 and {module.weight.dtype for module in wide} == {torch.float32}
+    assert model.encoder.block[0].layer[0].SelfAttention.q.weight.dtype == torch.float16
+    seen = []
+    with torch.no_grad():
+        for module in wide:
+            module.weight.mul_(1e6)
+            module.register_forward_hook(lambda module, given, output: seen.append(output.abs().max().item()))
+    model.encoder.final_layer_norm.register_forward_pre_hook(lambda module, given: seen.append(given[0].abs().max()))
+    with torch.autocast("cpu", torch.float16):
+        loss = pk.lean(model.train(), tier)(**ragged(model)).loss
+    loss.backward()
+    assert max(seen[:3]) > 70_000 and all(value < torch.inf for value in seen)
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
