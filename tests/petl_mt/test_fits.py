@@ -65,10 +65,10 @@ def test_a_row_has_the_plan_that_petl_mt_plan_makes_on_such_a_card(tiny, monkeyp
     (row,) = plan_rows(["L4"], [tiny], TrainConfig(**SETTINGS), ["lora"])
     rates = CARDS["L4"].rates(torch.bfloat16)
     monkeypatch.setattr(planner, "measure_rates", lambda device, dtype: rates)
-    given = {"model": tiny, "method": "lora", "memory": str(CARDS["L4"].memory), "precision": "bf16", **SETTINGS}
-    expected = plan_without_text(TrainConfig(**given), "cuda")
-    of_evaluation = {"search": None, "evaluation_tokens": 16, "more": ()}
-    assert row.plan == dataclasses.replace(expected, **of_evaluation)
+    monkeypatch.setattr(Chooser, "more", lambda *_: ())  # what larger budgets would bring
+    given = {"model": tiny, "method": "lora", "memory": str(CARDS["L4"].memory), "precision": "bf16", "beam": 1}
+    expected = plan_without_text(TrainConfig(**given, **SETTINGS), "cuda")
+    assert row.plan == dataclasses.replace(expected, search=None, evaluation_tokens=16)  # no evaluation is planned
     assert row.plan.cuda_graphs and row.tokens_a_second == 64 / row.plan.seconds
 
 
@@ -86,7 +86,7 @@ def test_what_does_not_fit_has_the_planners_reason(tiny, monkeypatch):
     monkeypatch.setitem(CARDS, "T4", dataclasses.replace(CARDS["T4"], memory=600 * 2**20))
     monkeypatch.setattr(Chooser, "least", lambda self, allow: 2**30)  # counts every approximation
     (row,) = plan_rows(["T4"], [tiny], TrainConfig(**SETTINGS), ["lora"])
-    assert row.plan is None and "one sentence pair of 16 tokens needs 1.00 GiB" in row.refusal and rate(row) == "-"
+    assert row.plan is None and "one sentence pair of 16 tokens needs 1 GiB" in row.refusal and rate(row) == "-"
     with pytest.raises(ValueError, match="without a plan"):
         row.tokens_a_second  # noqa: B018
     text = page([row], "petl-mt fits", {"torch": "1", "transformers": "2"})

@@ -11,7 +11,6 @@ from petl_kernels.units import format_size
 
 from .rows import Row
 
-MARKS = {MEASURED: "measured"}
 PREDICTED = """\
 Bytes are counted, as in every plan. **Tokens a second are predictions**, of a card at work without a pause: the padded
 tokens of an update's longer side over the seconds that its matrix products take at the card's rate and its frozen
@@ -52,23 +51,35 @@ def page(rows: Sequence[Row], command: str, about: Mapping[str, Any]) -> str:
 
     command: what has made the page. about: versions and commit of the machine that has.
     """
-    settings = next((row.plan for row in rows if row.plan is not None), None)
-    update = (
-        ""
-        if settings is None
-        else (f"Updates of {settings.batch_tokens:,} tokens in sentences of up to {settings.longest}. ")
-    )
-    lines = ["# What fits where", "", f"<!-- {command} -->", ""]
-    lines += [f"Made by `{command}` at {about.get('commit', 'no commit')} (PyTorch {about['torch']}, ", ""]
-    lines[-2] = lines[-2].removesuffix(", ") + f", transformers {about['transformers']}), on a CPU: no card was there "
-    lines[-2] += "and nothing was downloaded. " + update + "Tables of one card or model: `petl-mt fits --help`."
-    lines += [PREDICTED, "", WORDS, ""]
+    lines = [
+        "# What fits where",
+        "",
+        f"<!-- {command} -->",
+        "",
+        _made(rows, command, about),
+        "",
+        PREDICTED,
+        "",
+        WORDS,
+        "",
+    ]
     for method in dict.fromkeys(row.method for row in rows):
         lines += [f"## {method}: predicted tokens a second", "", *_overview(rows, method), ""]
     lines += ["## Cards", "", *_cards(rows), ""]
     for card in dict.fromkeys(row.card for row in rows):
         lines += [f"## {card}", "", *_details([row for row in rows if row.card == card]), ""]
     return "\n".join(lines)
+
+
+def _made(rows: Sequence[Row], command: str, about: Mapping[str, Any]) -> str:
+    """Returns the paragraph on what has made the page, and for which updates."""
+    there = f"on a machine with {about['device']};" if "device" in about else "on a CPU: no card was there and"
+    versions = f"PyTorch {about['torch']}, transformers {about['transformers']}"
+    made = f"Made by `{command}` at {about.get('commit', 'no commit')} ({versions}), {there} nothing was downloaded."
+    update = next((row.plan for row in rows if row.plan is not None), None)
+    if update is not None:
+        made += f" Updates of {update.batch_tokens:,} tokens in sentences of up to {update.longest}."
+    return f"{made} Tables of one card or model: `petl-mt fits --help`."
 
 
 def _overview(rows: Sequence[Row], method: str) -> list[str]:
