@@ -109,6 +109,6 @@ def build_arguments() -> dict:
 
 setup(
     package_dir={"petl_mt": "python/petl_mt"},
-    package_data={"petl_kernels": ["py.typed"], "petl_mt": ["py.typed", "demo/**/*"]},
+    package_data={"petl_kernels": ["py.typed"], "petl_mt": ["py.typed", "demo/**/*", "fits/models/*.json"]},
     **build_arguments(),
 )

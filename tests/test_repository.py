@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shutil
 import subprocess
@@ -27,6 +28,16 @@ def text(path: str) -> str:
 def test_the_version_has_one_place():
     assert 'dynamic = ["version"]' in text("pyproject.toml") and "\nversion:" not in text("CITATION.cff")
     assert f"## [{petl_kernels.__version__}]" in text("CHANGELOG.md")
+
+
+def test_what_lies_beside_the_modules_is_installed_with_them():
+    """package_data of setup.py has every file of the two packages that is no module."""
+    found = re.search(r"package_data=(\{.*\}),", text("setup.py"))
+    for package, patterns in ast.literal_eval(found[1]).items():
+        folder = ROOT / ("python" if package == "petl_mt" else "") / package
+        named = {path for pattern in patterns for path in folder.glob(pattern)}
+        beside = [path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc", ".so")]
+        assert beside and not [path for path in beside if path not in named]
 
 
 def test_setuptools_reads_the_version_without_importing_the_package():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bench.predict.counts import Counts, Launch
+from petl_kernels.planning.cards import CARDS, Card, card_of
 
 # Our own main loops over the library's: 0.72 to 0.83 for LoRA's two products on an H200 (d = 2048 and 4096, r = 8 and
 # 16), when its four passes over an activation are taken off the whole.
@@ -37,26 +38,18 @@ class Device:
         return self.fp32 / 2
 
 
-# NVIDIA's data sheets and architecture papers: A100 80GB SXM, H100 SXM5, H200 SXM, L4, Ada (RTX 4090; bf16 with sums in
-# fp32). Without sparsity. An H200's fractions are those of its own copies and of the limits that are products (d = 768
-# takes 1.24 times what they say, the others 0.96 to 1.12). L4's products are held back by 72 W.
-DEVICES = {
-    "A100 80GB": Device(312e12, 19.5e12, 2.039e12, 40 << 20, products=0.80, copies=0.85),
-    "H100 SXM": Device(989e12, 67e12, 3.35e12, 50 << 20, products=0.70, copies=0.88),
-    "H200": Device(989e12, 67e12, 4.8e12, 50 << 20, products=0.77, copies=0.86),
-    "L4": Device(121e12, 30.3e12, 0.3e12, 48 << 20, products=0.55, copies=0.85),
-    "RTX 4090": Device(165.2e12, 82.6e12, 1.008e12, 72 << 20, products=0.90, copies=0.90),
-}
+def _device(card: Card) -> Device:
+    assert card.bf16 is not None
+    return Device(card.bf16, card.fp32, card.bandwidth, card.l2, card.products, card.copies)
+
+
+# The cards of planning/cards.py that have been predicted for so far.
+DEVICES = {name: _device(CARDS[name]) for name in ("A100 80GB", "H100 SXM", "H200", "L4", "RTX 4090")}
 
 
 def device_of(card: str) -> Device | None:
     """Returns the entry of a card by the name that CUDA gives it ("NVIDIA H200"), None where the table has none."""
-    words = card.replace("-", " ").split()
-    return next((device for name, device in DEVICES.items() if _main_word(name) in words), None)
-
-
-def _main_word(name: str) -> str:
-    return name.split()[1] if name.startswith("RTX") else name.split()[0]
+    return DEVICES.get(card_of(card) or "")
 
 
 def launch_seconds(launch: Launch, device: Device, dtype: str = "bfloat16") -> float:

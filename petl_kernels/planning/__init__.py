@@ -2,7 +2,7 @@
 
 From the call down to the facts, each module above those that it uses:
 
-    planner       ``plan``, ``tiers_in_place`` and ``plan_search``: the calls, their arguments checked
+    planner       ``plan``, ``tiers_in_place`` and ``plan_search``: the calls, their arguments checked; ``card_planner``
     load          reads a checkpoint's weights into the storage and the place that a plan has for each
     chooser       the fastest candidate that fits, or the leanest one that there is
     figures       the bytes by purpose and the seconds of a candidate
@@ -11,6 +11,7 @@ From the call down to the facts, each module above those that it uses:
     beam_search   bytes that beam search adds, from a simulation of its first and last steps
     simulate      runs a training step of a shallow model on fake tensors
     peak, scratch the bytes that live at once in a simulation, and those that an op takes inside itself
+    cards         cards by name: memory, and rates that were published or measured
     cost          rates of the device, matrix work of the layers, seconds of an update
     resident      bytes that live as long as a run: weights by storage, gradients, moments of the optimiser
     levers        the training that is planned for, and the choices for it

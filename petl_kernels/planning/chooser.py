@@ -39,17 +39,21 @@ class Chooser:
         self._leanest_tiers = functools.cache(self._count_leanest_tiers)
 
     def best(self, memory: int) -> Plan:
+        """Returns the plan of ``within``, with what larger budgets would buy. Raises InputError as it does."""
+        found = self.within(memory)
+        return dataclasses.replace(found, more=self.more(found))
+
+    def within(self, memory: int) -> Plan:
         """Returns the fastest plan inside ``memory`` bytes. Raises InputError, with the least that works."""
         for chunk_bytes in chunks_within(memory):  # a smaller one only where nothing fits with a larger
             found = self.fastest(memory, chunk_bytes)
             if found is not None:
-                break
-        else:  # candidates are found by estimates, so that one that fits may be missed; the leanest one decides
-            if memory < self.least(self.request.allow):
-                raise InputError(self._refusal(memory))
-            _, levers, tiers = self.leanest(self.request.allow)
-            found = self.figures.plan(memory, Candidate(levers, self.request.pairs, tiers))
-        return dataclasses.replace(found, more=self.more(found))
+                return found
+        # candidates are found by estimates, so that one that fits may be missed; the leanest one decides
+        if memory < self.least(self.request.allow):
+            raise InputError(self._refusal(memory))
+        _, levers, tiers = self.leanest(self.request.allow)
+        return self.figures.plan(memory, Candidate(levers, self.request.pairs, tiers))
 
     def tiers_in_place(self, memory: int) -> tuple[tuple[int, ...], int]:
         """Returns (tiers, loss chunk) for a batch as a whole, with weights stored and placed as they are.

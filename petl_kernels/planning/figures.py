@@ -10,6 +10,7 @@ Bytes by purpose are those of the worst moment of a step, and add up to its peak
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
@@ -64,6 +65,12 @@ class Figures:
     def without_graphs(self) -> Figures:
         """Returns the figures of the same training without CUDA graphs."""
         return Figures(self.model, dataclasses.replace(self.request, graphs=False), self.rates, self.step)
+
+    def on(self, rates: Rates, graphs: bool) -> Figures:
+        """Returns the figures of the same training on a card of these rates, by the counts that are made already."""
+        found = copy.copy(self)
+        found.rates, found.request = rates, dataclasses.replace(self.request, graphs=graphs)
+        return found
 
     def choices(self, chunk_bytes: int, allow: Sequence[str]) -> Iterator[Levers]:
         """Yields all levers that may be used with the approximations of ``allow``, the exact ones first."""
@@ -165,7 +172,8 @@ class Figures:
         levers, pairs = candidate.levers, self.pairs_of(candidate.micro_batches)
         parts = self.by_purpose(levers, pairs, candidate.tiers)
         # the memory of graphs is given back before an evaluation, but for cuBLAS' workspace
-        search = self.search(self.usable(memory) - self.always(levers) - self.graphs(0))
+        room = self.usable(memory) - self.always(levers) - self.graphs(0)
+        search = self.search(room) if self.request.beam else None
         return Plan(
             model=type(self.model).__name__,
             parameters=sum(p.numel() for p in self.model.parameters()),
@@ -182,7 +190,7 @@ class Figures:
             storage=levers.storage,
             optimizer=levers.optimizer,
             streamed=levers.streamed,
-            evaluation_tokens=self._evaluation_tokens(search),
+            evaluation_tokens=self.request.longest if search is None else self._evaluation_tokens(search),
             peak=sum(parts.values()),
             parts=parts,
             seconds=self.seconds(candidate),

@@ -23,8 +23,8 @@ class Request:
 
     batch_tokens: padded tokens of the longer side in one update. max_length: tokens of the longest sentence. allow: the
     approximations that may be used. autocast: the dtype of products under ``torch.autocast``. tier: of all layers, or
-    None to choose one for each. beam: of the evaluation's search. graphs: whether steps are captured as CUDA graphs.
-    packed: whether micro-batches are packed rows, where the model reads such rows.
+    None to choose one for each. beam: of the evaluation's search; 0 leaves the evaluation out. graphs: whether steps
+    are captured as CUDA graphs. packed: whether micro-batches are packed rows, where the model reads such rows.
     """
 
     batch_tokens: int

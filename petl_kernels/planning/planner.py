@@ -8,7 +8,7 @@ state. All are exact but those that ``allow`` names.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,8 +21,9 @@ from petl_kernels.models.structure import check_model, describe
 from petl_kernels.ops.quantized import parts_of
 from petl_kernels.planning.beam_search import Search, SearchBytes, output_length
 from petl_kernels.planning.budget import CUDA_CONTEXT, SLACK, smallest_budget, usable
+from petl_kernels.planning.cards import Card
 from petl_kernels.planning.chooser import Chooser
-from petl_kernels.planning.cost import measure_rates
+from petl_kernels.planning.cost import ASSUMED, measure_rates
 from petl_kernels.planning.figures import Figures, product_dtype
 from petl_kernels.planning.levers import Request, streamed_layers
 from petl_kernels.planning.plan import Plan, check_allow
@@ -70,6 +71,22 @@ def plan(
         if tier == 5:
             raise InputError("tier 5: a CUDA graph holds no inputs in host memory; expected 1 to 4 with cuda_graphs")
     return _chooser(model, request).best(budget)
+
+
+def card_planner(model: nn.Module, request: Request) -> Callable[[Card, bool], Plan]:
+    """Returns a function of a card and of whether steps are captured as CUDA graphs that makes the plan for that card.
+
+    model: as ``plan`` takes it. request: for a CUDA device, which need not be here. The plan is the fastest inside the
+    card's memory by the card's rates; its bytes are counted once for all cards. The function raises InputError where
+    nothing fits, with the least that can.
+    """
+    dtype = product_dtype(model, request.autocast)
+    figures = Figures(model, request, ASSUMED)
+
+    def plan_for(card: Card, graphs: bool) -> Plan:
+        return Chooser(figures.on(card.rates(dtype), graphs)).within(card.memory)
+
+    return plan_for
 
 
 def tiers_in_place(

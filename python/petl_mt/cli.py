@@ -23,6 +23,7 @@ COMMANDS = {
     "train": ("petl_mt.commands.train", "adapt a model, or train a new one"),
     "finish": ("petl_mt.commands.finish", "end a stopped run where it stands: scores, and the adapter or model"),
     "plan": ("petl_mt.commands.plan", "how training would fit into --memory, and how fast; reads no weights"),
+    "fits": ("petl_mt.fits.command", "which models fit which cards, how, and how fast; downloads nothing"),
     "translate": ("petl_mt.commands.translate", "one line out for each line in, in order, as they come"),
     "score": ("petl_mt.commands.score", "BLEU and chrF on a test text, each with its signature"),
     "merge": ("petl_mt.commands.merge", "a folder that transformers loads, the adapter inside the weights"),
@@ -32,7 +33,8 @@ COMMANDS = {
     "methods": ("petl_mt.methods", "each method: what it trains, its settings with defaults and types"),
     "doctor": ("petl_mt.doctor", "versions, device, which backend serves each op, and does it agree"),
 }
-PRINTING = ("score", "plan", "study", "demo", "methods", "bench", "doctor")  # their result goes to standard output
+# Their result goes to standard output.
+PRINTING = ("score", "plan", "fits", "study", "demo", "methods", "bench", "doctor")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

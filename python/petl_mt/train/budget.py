@@ -5,6 +5,7 @@ A plan is made from a model without weights, before anything is loaded.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -93,16 +94,25 @@ def plan_of_run(model: nn.Module, config: TrainConfig, run: RunFolder, longest: 
 
 
 def plan_for(model: nn.Module, config: TrainConfig, longest: int, device: torch.device) -> Plan:
-    """Returns the fastest plan of a run with sentences of ``longest`` tokens.
+    """Returns the fastest plan of a run with sentences of ``longest`` tokens."""
 
-    Where ``config`` leaves CUDA graphs open, the plan has room for them if that rounds nothing more and an update takes
-    a fifth more time at most: planned times leave out the host, whose time graphs spare.
-    """
+    def fastest(graphs: bool) -> Plan:
+        return _fastest(model, config, longest, device, graphs)
+
     if config.cuda_graphs is not None or not wants_graphs(config, device):
-        return _fastest(model, config, longest, device, graphs=bool(config.cuda_graphs))
-    without = _fastest(model, config, longest, device, graphs=False)
+        return fastest(bool(config.cuda_graphs))
+    return with_graphs_where_near(fastest)
+
+
+def with_graphs_where_near(fastest: Callable[[bool], Plan]) -> Plan:
+    """Returns the fastest plan where CUDA graphs are left open. fastest: of whether the plan has room for graphs.
+
+    It has if that rounds nothing more and an update takes a fifth more time at most: planned times leave out the host,
+    whose time graphs spare.
+    """
+    without = fastest(False)
     try:
-        found = _fastest(model, config, longest, device, graphs=True)
+        found = fastest(True)
     except InputError:  # they have no room
         return without
     exact = set(found.approximations) <= set(without.approximations)
