@@ -11,7 +11,8 @@ imported by its name when it is first needed. Adding one touches no op and no ca
 On a CUDA device a backend other than the reference becomes the default of an op only after a small comparison
 with the reference has passed on that device, once per process. ``petl_kernels/backends/__init__.py`` hands that
 comparison in (``check_first_use_with``), since this module lies below the ops and imports none of them.
-``turned_down`` lists the backends that have failed theirs. While a CUDA graph is captured nothing is compared.
+``turned_down`` lists the backends that have failed theirs, or whose dtype the card lacks (``lacking``). While a
+CUDA graph is captured nothing is compared.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+import petl_kernels.cards as cards
 from petl_kernels.device import resolve
 from petl_kernels.errors import InputError
 
@@ -114,6 +116,8 @@ def load_error(backend: str) -> str | None:
 def _load(backend: str) -> str | None:
     if backend == "triton" and not (torch.cuda.is_available() or triton_interprets()):
         return "no CUDA device"
+    if backend == "triton" and torch.version.hip and not triton_interprets():
+        return "ROCm: the kernels compile for AMD's cards, and none has been compared with the reference on one"
     try:
         importlib.import_module(f"petl_kernels.backends.{backend}")
     except ImportError as error:
@@ -139,7 +143,8 @@ def available_backends() -> tuple[str, ...]:
 def use(name: str) -> Generator[None]:
     """Serves every op of this block with backend ``name``, in the whole process (autograd has threads of its own).
 
-    An op that the backend does not have keeps its default. A backward pass uses the backend of its forward pass.
+    An op that the backend does not have, or not in this dtype on this card (``lacking``), keeps its default. A backward
+    pass uses the backend of its forward pass.
     Raises InputError for a name that is unknown or that this machine cannot run.
     """
     global _active
@@ -176,8 +181,18 @@ def _has(op: str, backend: str) -> bool:
     return load_error(backend) is None and any(op_of(name) == op for name in registered(backend))
 
 
+def lacking(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Returns why no kernel of ``backend`` may serve activations of ``dtype`` on ``device``, or None.
+
+    Plain PyTorch serves there: on cards without bf16 it computes bf16 products in fp32.
+    """
+    if backend in UNCHECKED or dtype != torch.bfloat16 or device.type != "cuda" or not torch.cuda.is_available():
+        return None
+    return cards.without_bf16(device)
+
+
 class TurnedDown(NamedTuple):
-    """A backend that computes something else than the reference on this machine, and so does not serve by default."""
+    """A backend that does not serve by default here: it is off from the reference, or the card lacks the dtype."""
 
     op: str
     backend: str
@@ -191,7 +206,7 @@ class TurnedDown(NamedTuple):
 
 
 def turned_down() -> list[TurnedDown]:
-    """Returns the backends that have failed a check in this process, in the order of the checks."""
+    """Returns the backends that this process has turned down so far, in that order."""
     return [TurnedDown(*key, error) for key, error in list(_parity_errors.items()) if error]
 
 
@@ -225,7 +240,8 @@ def _choose(op: str, device: torch.device, backend: str, dtype: torch.dtype) -> 
     if backend and kernel_of(op, backend) is not None:
         if not _serves(backend, device):
             raise InputError(f"backend {backend!r} does not run on device {str(device)!r}")
-        return backend, True
+        if lacking(backend, device, dtype) is None:
+            return backend, True
     for_good = True
     for name in default_order(op, device):
         usable = _usable(op, name, device, dtype)
@@ -253,6 +269,11 @@ def _usable(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> 
     if backend in UNCHECKED:
         return True
     key = (op_of(op), backend, device, dtype)
+    if reason := lacking(backend, device, dtype):
+        _parity_errors[key] = reason
+        kind = str(dtype).removeprefix("torch.")
+        _warn_once(f"petl_kernels: {backend} is not used on {device} in {kind}: {reason}; plain PyTorch serves instead")
+        return False
     if key not in _parity_errors and _captures(device):
         # A check waits for the device, which ends a capture; and an unchecked kernel may be wrong. So the reference is
         # captured, and nothing is remembered: the next call outside of a capture makes the check.

@@ -32,9 +32,9 @@ class Report:
     storage: how frozen weights are held, where that is not as they are; streamed: how many layers live elsewhere.
     places: (module with layer numbers as *, what is trained there, modules, parameters). backends: op -> backend that
     serves it here. turned_down: a line for each backend that does not serve an op on this device in some dtype,
-    because it was found to compute something else than the reference. merge_error: ‖Ŵ - W‖ / ‖W‖, the
-    largest, of quantized weights Ŵ that should be W with the adapter in it. layers: path, tier and, for one that cannot
-    be lean, the reason. loss: how the loss is computed.
+    because it was found to compute something else than the reference, or the card lacks the dtype. merge_error:
+    ‖Ŵ - W‖ / ‖W‖, the largest, of quantized weights Ŵ that should be W with the adapter in it. layers: path, tier and,
+    for one that cannot be lean, the reason. loss: how the loss is computed.
     """
 
     model: str

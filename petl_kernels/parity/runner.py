@@ -29,17 +29,18 @@ def table(device: torch.device | str | None = None) -> list[tuple[str, str, str,
     rows = []
     for op in OPS:
         for backend in dispatch.serving(op, device):
-            for dtype in checked_dtypes(backend):
+            for dtype in checked_dtypes(backend, device):
                 error = check(op, backend, device, dtype)
                 default = backend == dispatch.backend_of(op, device, dtype)
                 rows.append((op, backend, str(dtype).removeprefix("torch."), error or "pass", default))
     return rows
 
 
-def checked_dtypes(backend: str) -> tuple[torch.dtype, ...]:
-    """Returns the DTYPES in which ``backend`` has kernels of its own on this machine."""
+def checked_dtypes(backend: str, device: torch.device) -> tuple[torch.dtype, ...]:
+    """Returns the DTYPES in which ``backend`` has kernels of its own for ``device`` on this machine."""
+    dtypes = [dtype for dtype in DTYPES if dispatch.lacking(backend, device, dtype) is None]
     interpreted = backend == "triton" and dispatch.triton_interprets()
-    return tuple(dtype for dtype in DTYPES if not (interpreted and dtype == torch.bfloat16))
+    return tuple(dtype for dtype in dtypes if not (interpreted and dtype == torch.bfloat16))
 
 
 def check(op: str, backend: str, device: torch.device | str, dtype: torch.dtype) -> str | None:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import torch
 
-from petl_kernels import __version__, dispatch, machine, ops, parity
+from petl_kernels import __version__, cards, dispatch, machine, ops, parity
 from petl_kernels.device import resolve
 
 # After this no check begins. One that runs cannot be stopped: the longest take some seconds more.
@@ -120,7 +120,7 @@ def _rows(device: torch.device) -> Iterator[tuple[str, str, torch.dtype]]:
     for dtype in parity.DTYPES:
         for op in ops.OPS:
             for backend in dispatch.serving(op, device):
-                if backend != "reference" and dtype in parity.checked_dtypes(backend):
+                if backend != "reference" and dtype in parity.checked_dtypes(backend, device):
                     yield op, backend, dtype
 
 
@@ -156,6 +156,8 @@ def facts() -> list[str]:
     lines = [f"petl-kernels {__version__}, Python {sys.version.split()[0]}, {platform.platform()}"]
     lines.append(", ".join(f"{name} {machine.version(name) or '-'}" for name in PACKAGES))
     lines.append(f"device: {_device()}")
+    if torch.cuda.is_available() and not torch.version.hip:
+        lines += card_lines(torch.cuda.get_device_capability(0))
     lines.append(f"extension: {_extension()}")
     for name in dispatch.BACKENDS:
         error = dispatch.load_error(name)
@@ -163,14 +165,35 @@ def facts() -> list[str]:
     return lines
 
 
+def card_lines(capability: tuple[int, int]) -> list[str]:
+    """Returns a line on the class of a CUDA card, and one for each thing that it lacks."""
+    kind = cards.class_of(capability)
+    lines = [
+        f"card: class {kind.name} ({kind.cards}), {kind.shared_memory >> 10} KB of shared memory for a block; "
+        f"Triton's kernels for {kind.dtypes()}"
+    ]
+    if capability not in kind.capabilities:
+        lines.append(f"card: its kernels were not compiled ahead of time for compute capability {_dotted(capability)}")
+    if not kind.bf16:
+        lines.append(f"card: plain PyTorch serves every op in bf16: {cards.NO_BF16.format(*capability)}")
+    if not kind.tensor_cores:
+        lines.append("card: products of Triton's kernels take the CUDA cores, the library's the tensor cores")
+    return lines
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
+
+
 def _device() -> str:
     threads = f"{machine.cores()} CPUs, {machine.threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
     if not torch.cuda.is_available():
         return f"CPU ({threads}); no CUDA device"
     properties = torch.cuda.get_device_properties(0)
+    version = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
     return (
         f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, compute capability "
-        f"{properties.major}.{properties.minor}, CUDA {torch.version.cuda}; {threads}"
+        f"{properties.major}.{properties.minor}, {version}; {threads}"
     )
 
 

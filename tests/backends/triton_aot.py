@@ -3,11 +3,13 @@
 The backend's own functions run on meta tensors with `launch` replaced, so every signature, alignment and configuration
 is the one that ships. `python tests/backends/triton_aot.py own CARD...` prints one JSON line for each compiled launch
 that no other card stands for, with the cards that it stands for; `first` of those the first of each kernel, in 16 bits
-and in fp32; `shared` those that another card stands for; `few` the launches of `FEW` alone.
+and in fp32; `shared` those that another card stands for; `all` every launch; `few` those of `FEW` alone. A CARD is one
+of CARDS or AMD.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import pkgutil
@@ -17,6 +19,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import triton
@@ -50,8 +53,27 @@ from petl_kernels.ops.loss_by_words import Kernels, compute
 from petl_kernels.ops.loss_options import ALL_ROWS, LossOptions
 from petl_kernels.ops.parallel_ffn import with_room
 
-# device class -> (compute capability to compile for, multiprocessors of its usual card)
-CARDS = {"sm80": (80, 108), "sm90": (90, 132), "sm100": (100, 148), "small": (86, 82)}
+
+class Card(NamedTuple):
+    kind: str  # its class (petl_kernels/cards.py)
+    target: GPUTarget
+    processors: int  # of a usual one
+
+
+CARDS = {
+    "sm75": Card("sm75", GPUTarget("cuda", 75, 32), 40),
+    "sm80": Card("sm80", GPUTarget("cuda", 80, 32), 108),
+    "sm86": Card("small", GPUTarget("cuda", 86, 32), 82),
+    "sm89": Card("small", GPUTarget("cuda", 89, 32), 58),
+    "sm90": Card("sm90", GPUTarget("cuda", 90, 32), 132),
+    "sm100": Card("sm100", GPUTarget("cuda", 100, 32), 148),
+    "sm120": Card("small", GPUTarget("cuda", 120, 32), 170),
+}
+# No kernel is started on these yet; the tiles are those of the smallest CUDA card with matrix instructions.
+AMD = {
+    "gfx90a": Card("small", GPUTarget("hip", "gfx90a", 64), 104),
+    "gfx942": Card("small", GPUTarget("hip", "gfx942", 64), 304),
+}
 POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
@@ -73,7 +95,8 @@ def record(card: str, call: Callable[[], None]) -> list[tuple]:
         launches.append((kernel, args, constexprs, options))
 
     saved = config.device_class, config.processors
-    config.device_class, config.processors = lambda device: card, lambda device: CARDS[card][1]
+    described = (CARDS | AMD)[card]
+    config.device_class, config.processors = lambda device: described.kind, lambda device: described.processors
     names = [found.name for found in pkgutil.iter_modules(package.__path__) if found.name != "launch"]
     folder = [importlib.import_module(f"{package.__name__}.{name}") for name in names]
     modules = [module for module in folder if hasattr(module, "launch")]
@@ -120,9 +143,7 @@ def source(kernel, args: tuple, constexprs: dict) -> ASTSource:
 
 def compile_launch(card: str, kernel, args, constexprs, options) -> dict:
     """Returns what the compiler says of one launch, and the audit of it (triton_races.py)."""
-    compiled = triton.compile(
-        source(kernel, args, constexprs), target=GPUTarget("cuda", CARDS[card][0], 32), options=options
-    )
+    compiled = triton.compile(source(kernel, args, constexprs), target=CARDS[card].target, options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -138,9 +159,27 @@ def compile_launch(card: str, kernel, args, constexprs, options) -> dict:
         "shared": compiled.metadata.shared,
         "atomics": len(re.findall(r"\b(?:atom|red)\.", ptx)),
         "instructions": {
-            name: ptx.count(name) for name in ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "cp.async.c")
+            name: ptx.count(name)
+            for name in ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "cp.async.c", "fma.rn.f32", "fma.rn.f16")
         },
         **triton_races.audit(compiled.asm["ttgir"])._asdict(),
+    }
+
+
+def compile_for_amd(card: str, kernel, args, constexprs, options) -> dict:
+    """Returns what the compiler says of one launch on an AMD card; `error`: why it makes no code."""
+    report = {"kernel": kernel.__name__, "constexprs": constexprs, "options": options, "error": None}
+    try:
+        compiled = triton.compile(source(kernel, args, constexprs), target=AMD[card].target, options=options)
+    except Exception as error:
+        return {**report, "error": f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"}
+    assembly = compiled.asm["amdgcn"]
+    spilled = re.findall(r"\.vgpr_spill_count:\s*(\d+)", assembly)
+    return {
+        **report,
+        "stack": 4 * max(map(int, spilled)),
+        "shared": compiled.metadata.shared,
+        "instructions": {"v_mfma": assembly.count("v_mfma")},
     }
 
 
@@ -361,10 +400,12 @@ EVERYWHERE = [
     (attend, BF16, 64, ("packed", "causal", "dropout")),
 ]
 ONLY = {
+    "sm75": [(adapter, FP16, 32)],
     "sm80": [
         (lora, FP32, 3, 16, 0.1),
         (border, FP32, (16, 0, 16), True),
         (adapter, FP32, 64),
+        (adapter, FP32, 32),
         (norms, FP32, 1024, FP32),
         (ffn, FP32, "gelu", True, "x"),
         (quantized_products, FP32, "nf4", 300),
@@ -407,21 +448,33 @@ ONLY = {
 }
 
 
-# Another card has many launches of these in the same words. Between sm_80 and sm_86 that is the same code; on sm_100 it
-# is what sm_90 has where nothing is multiplied.
-LIKE = {"small": "sm80", "sm100": "sm90"}
+# Another card has many launches of these in the same words. Between sm_80, sm_86 and sm_89 that is the same code; on
+# the others it is where nothing is multiplied: sm_75 copies nothing ahead, sm_120 has a pipeline of its own.
+LIKE = {"sm86": "sm80", "sm89": "sm86", "sm75": "sm80", "sm100": "sm90", "sm120": "sm86"}
+SAME_CODE = {"sm86", "sm89"}
 WITHOUT_PRODUCT = (
     *(activation, dropout_add, gated_activation, layer_norm, linear_cross_entropy, loss_by_words, quantize, rms_norm),
 )
 
 
+def calls(card: str) -> list[tuple]:
+    """Returns the calls for a card; on one without bf16 those of others, in fp16 and in fp32."""
+    if card in AMD:
+        return EVERYWHERE + ONLY["sm80"]
+    if card != "sm75":
+        return EVERYWHERE + ONLY.get(card, [])
+    others = EVERYWHERE + ONLY["sm75"] + ONLY["sm80"]
+    return [tuple(FP16 if argument is BF16 else argument for argument in call) for call in others]
+
+
 FEW = [(lora, BF16, 1, 16, 0.0)]
 
 
-def launches(card: str, calls: list[tuple] | None = None) -> dict[tuple, tuple]:
-    """Returns the launches of ``calls`` that differ: their key -> (dtype, kernel, args, constexprs, options)."""
+@functools.cache
+def launches(card: str, few: bool = False) -> dict[tuple, tuple]:
+    """Returns the launches that differ: their key -> (dtype, kernel, args, constexprs, options)."""
     found = {}
-    for function, *arguments in calls or EVERYWHERE + ONLY.get(card, []):
+    for function, *arguments in FEW if few else calls(card):
         dtype = str(arguments[0]).removeprefix("torch.")
         for kernel, args, constexprs, options in record(card, lambda f=function, a=arguments: f(*a)):
             absent = tuple(arg is None for arg in args)
@@ -430,41 +483,44 @@ def launches(card: str, calls: list[tuple] | None = None) -> dict[tuple, tuple]:
     return found
 
 
+@functools.cache
 def shared(card: str) -> set[tuple]:
     """The launches of ``card`` that the card which it is like has, too."""
     if card not in LIKE:
         return set()
     modules = {module.__name__ for module in WITHOUT_PRODUCT}
     other = launches(LIKE[card])
-    return {key for key, launch in other.items() if card == "small" or launch[1].fn.__module__ in modules}
+    return {
+        key
+        for key, launch in launches(card).items()
+        if key in other and (card in SAME_CODE or launch[1].fn.__module__ in modules)
+    }
+
+
+def stands_for(card: str, key: tuple) -> list[str]:
+    """Returns the cards that have the code of a launch compiled for ``card``, itself first."""
+    like = [name for name, other in LIKE.items() if other == card and key in shared(name)]
+    return [card, *(other for name in like for other in stands_for(name, key))]
 
 
 def main(part: str, *cards: str) -> None:
     for card in cards:
-        print_few(card) if part == "few" else print_compiled(part, card)
-
-
-def print_few(card: str) -> None:
-    for dtype, kernel, args, constexprs, options in launches(card, FEW).values():
-        print_report([card], dtype, compile_launch(card, kernel, args, constexprs, options))
-
-
-def print_report(cards: list[str], dtype: str, report: dict) -> None:
-    """cards: those that the launch stands for, the one that it was compiled for first."""
-    print(json.dumps({"card": cards[0], "dtype": dtype, "cards": cards, **report}), flush=True)
+        print_compiled(part, card)
 
 
 def print_compiled(part: str, card: str) -> None:
-    """part: "own", without what ``shared`` has, "first", the first of each kernel of those, or "shared" alone."""
-    theirs, seen = shared(card), set()
-    used = {card: launches(card).keys()}
-    used |= {name: launches(name).keys() & shared(name) for name in LIKE if LIKE[name] == card}
-    for key, (dtype, kernel, args, constexprs, options) in launches(card).items():
-        if (key in theirs) != (part == "shared") or (part == "first" and (key[0], key[-1]) in seen):
+    """part: "all"; "own", without what ``shared`` has; "first", the first of each kernel of those; "shared" alone."""
+    theirs, seen = set() if part == "few" else shared(card), set()
+    for key, (dtype, kernel, args, constexprs, options) in launches(card, part == "few").items():
+        # On sm_75 fp16 and fp32 have the same tiles and instructions; of AMD's cards one dtype says enough.
+        first = key[0], card == "sm75" or card in AMD or key[-1]
+        if (part != "all" and (key in theirs) != (part == "shared")) or (part == "first" and first in seen):
             continue
-        seen.add((key[0], key[-1]))
-        report = compile_launch(card, kernel, args, constexprs, options)
-        print_report([name for name in used if key in used[name]], dtype, report)
+        seen.add(first)
+        compiler = compile_for_amd if card in AMD else compile_launch
+        report = compiler(card, kernel, args, constexprs, options)
+        cards = [card] if part == "few" else stands_for(card, key)
+        print(json.dumps({"card": card, "dtype": dtype, "cards": cards, **report}), flush=True)
 
 
 if __name__ == "__main__":

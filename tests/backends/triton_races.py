@@ -17,6 +17,7 @@ Which products may still be running differs:
 - sm_80, and fp32 anywhere: operands are loaded into registers (`ttg.local_load`) in program order with the copies, and
   `mma.sync` or plain arithmetic takes them from there. No product is ever left running, so rule 1 cannot be broken;
   rule 2 can, by a ring that is too short or an `ttg.async_wait` that leaves too many copies under way.
+- sm_75: no copy runs ahead and no product is left running: a tile is stored, and then loaded, by the program itself.
 
 The audit runs the TTGIR with the integers in it (buffer indices, phases, constants) and keeps a list of the products
 that may be running and of the copies that may be under way. What depends on an argument of the kernel is unknown until

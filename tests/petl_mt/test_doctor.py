@@ -72,7 +72,7 @@ def test_each_line_comes_when_it_is_known_and_bf16_comes_first(quick, monkeypatc
     monkeypatch.setattr(doctor, "THREADS", 4)
     monkeypatch.setattr(doctor.os, "cpu_count", lambda: 4)
     monkeypatch.setattr(dispatch, "serving", lambda op, device: ("reference", "triton"))
-    monkeypatch.setattr(parity, "checked_dtypes", lambda backend: parity.DTYPES)
+    monkeypatch.setattr(parity, "checked_dtypes", lambda backend, device: parity.DTYPES)
     for check in doctor.checks(torch.device("cuda", 0), time.monotonic() + 600):
         printed.append((check.op, check.dtype))
         if len(printed) == 3 * len(pk.ops.OPS) - 1:
@@ -152,3 +152,17 @@ def test_on_a_card_it_says_what_serves_instead(monkeypatch):
     assert doctor._line(right, card).endswith("triton   pass, serves")
     assert doctor._line(right._replace(op="frozen_linear"), card).endswith("triton   pass")  # cuBLAS serves
     assert doctor._default("attention", card) == "reference"
+
+
+@pytest.mark.parametrize(
+    ("capability", "words"),
+    [
+        ((7, 5), ["class sm75 (T4", "64 KB", "fp32, fp16\n", "has no bfloat16", "take the CUDA cores"]),
+        ((8, 6), ["class small (RTX 3060", "99 KB", "fp32, fp16, bf16\n"]),
+        ((12, 1), ["class small", "not compiled ahead of time for compute capability 12.1\n"]),
+    ],
+)
+def test_it_names_the_class_of_a_card_and_what_does_not_serve_there(capability, words):
+    text = "\n".join(doctor.card_lines(capability)) + "\n"
+    assert all(word in text for word in words)
+    assert ("no bfloat16" in text) == (capability == (7, 5))

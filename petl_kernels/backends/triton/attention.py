@@ -131,7 +131,7 @@ def _distance_gradient(do, lse, delta, given: _Inputs) -> torch.Tensor:
     """Returns the gradient (H, 2R + 1) of the bias by distance: the programs' partial sums, added in their order."""
     assert given.distance_bias is not None, "a gradient of the bias that is there"
     batch, heads, queries, _ = given.q.shape
-    distances, tile = given.distance_bias.shape[1], config.ATTENTION_DISTANCES
+    distances, tile = given.distance_bias.shape[1], config.attention_distances_tile(given.q)
     blocks, tiles = config.cdiv(distances, tile.k), batch * config.cdiv(queries, tile.m)
     parts = max(1, min(tiles, config.cdiv(2 * config.processors(do.device), blocks * heads)))
     partials = do.new_zeros(parts, heads, distances, dtype=torch.float32)

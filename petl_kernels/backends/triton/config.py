@@ -1,9 +1,12 @@
 """Block shapes, warps and pipeline depths: fixed per device class, input width and problem size, never autotuned.
 
 Autotuning runs kernels with whatever memory they take, which a memory budget forbids, and picks differently from
-run to run. Device classes differ in the shared memory that a block may use: sm_80 163 KB, sm_90 and sm_100 227 KB,
-and "small" for every other card (99 KB on sm_86, sm_89 and sm_120). "interpreter" holds tiles small enough that
-tests meet several.
+run to run. Device classes (petl_kernels/cards.py) differ in the shared memory that a block may use: sm_80 163 KB,
+sm_90 and sm_100 227 KB, sm_75 64 KB, and "small" for every other card (99 KB on sm_86, sm_89 and sm_120).
+"interpreter" holds tiles small enough that tests meet several.
+
+"fp32" serves fp32 on every card, and fp16 on sm_75: Triton makes tensor-core code from sm_80 on, so that a product runs
+on the CUDA cores in both, in fp32, with operands and sums in registers. Tiles made for tensor cores spill there.
 
 None of these numbers has been tuned on a card yet. They are the usual ones for each architecture, kept where the
 compiler reports no spilled registers and the shared memory fits (tests/backends/test_triton_aot.py).
@@ -17,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 
+from petl_kernels.cards import class_of
 from petl_kernels.ops.frozen_ffn import chunk_rows as ffn_chunk_rows
 from petl_kernels.ops.lora_border import CUDA_PARTS
 from petl_kernels.ops.quantized import CUDA_TILE_BYTES
@@ -93,6 +97,9 @@ QUANTIZED = {
     "interpreter": Tile(32, 32, 32, 4, 1),
 }
 QUANTIZED_LOOP_ROWS = {"int8": 512, "nf4": 256}
+# On sm_75 the library's product has tensor cores and the loop has none: 32 rows of it take a T4 about as long as
+# writing and reading the tile (65 and 8 TFLOPS, 320 GB/s).
+QUANTIZED_LOOP_ROWS_SM75 = 32
 # A few rows one by one, up to so many: blocks of values of Ŵ of which each thread has 32, and for dx 32 columns by 256
 # rows, the next ones ahead. A (1024, 1024) weight is on 256 programs, and 32 for dx, so all of it is under way at once.
 QUANTIZED_VECTOR_ROWS = 4
@@ -123,6 +130,7 @@ ATTENTION_FORWARD = {
     "sm90": (Tile(128, 64, 64, 8, 3), Tile(128, 64, 128, 8, 2)),
     "sm100": (Tile(128, 64, 64, 8, 3), Tile(128, 64, 128, 8, 2)),
     "fp32": (Tile(32, 32, 64, 4, 2), Tile(16, 32, 128, 4, 2)),
+    "sm75": (Tile(32, 32, 64, 8, 1), Tile(32, 32, 128, 8, 1)),
     "interpreter": (Tile(16, 32, 64, 4, 1), Tile(16, 32, 128, 4, 1)),
 }
 ATTENTION_BACKWARD = {
@@ -131,6 +139,7 @@ ATTENTION_BACKWARD = {
     "sm90": (Tile(64, 64, 64, 4, 3), Tile(64, 64, 128, 8, 3)),
     "sm100": (Tile(64, 64, 64, 4, 3), Tile(64, 64, 128, 8, 2)),
     "fp32": (Tile(32, 32, 64, 4, 2), Tile(16, 32, 128, 4, 2)),
+    "sm75": (Tile(32, 32, 64, 8, 1), Tile(16, 32, 128, 8, 1)),
     "interpreter": (Tile(32, 32, 64, 4, 1), Tile(32, 32, 128, 4, 1)),
 }
 # Backward of whole sentences: up to m queries that stay, n keys at a time. Where operands of products are in registers
@@ -156,8 +165,7 @@ def device_class(device: torch.device) -> str:
     """Returns the key of the tables above."""
     if device.type != "cuda":
         return "interpreter"
-    major, minor = torch.cuda.get_device_capability(device)
-    return {(8, 0): "sm80", (9, 0): "sm90", (10, 0): "sm100", (10, 3): "sm100"}.get((major, minor), "small")
+    return class_of(torch.cuda.get_device_capability(device)).name
 
 
 @functools.cache
@@ -167,9 +175,9 @@ def processors(device: torch.device) -> int:
 
 
 def key(x: torch.Tensor) -> str:
-    """Returns the key of the tables above for a dtype: fp32 has smaller tiles, the same on every card."""
+    """Returns the key of the tables above for a dtype: fp32, and fp16 on sm_75, have the same tiles on every card."""
     kind = device_class(x.device)
-    return "fp32" if x.dtype == torch.float32 and kind != "interpreter" else kind
+    return "fp32" if kind == "sm75" or (x.dtype == torch.float32 and kind != "interpreter") else kind
 
 
 def elementwise_tile(x: torch.Tensor) -> ElementwiseTile:
@@ -190,7 +198,8 @@ def quantized_row(inner: int) -> Tile:
 
 def dequantizes_in_loop(x: torch.Tensor, inner: int, storage: str) -> bool:
     """Returns whether the product of x with a quantized weight (N, inner) dequantizes it in the main loop."""
-    return inner % 64 == 0 and x.shape[0] <= QUANTIZED_LOOP_ROWS[storage]
+    rows = QUANTIZED_LOOP_ROWS_SM75 if device_class(x.device) == "sm75" else QUANTIZED_LOOP_ROWS[storage]
+    return inner % 64 == 0 and x.shape[0] <= rows
 
 
 def quantized_tile(x: torch.Tensor, rows: int) -> Tile:
@@ -236,21 +245,32 @@ def latent_tile(x: torch.Tensor) -> ElementwiseTile:
     return ElementwiseTile(tile.m * tile.n // columns, columns, tile.warps)
 
 
+def attention_key(q: torch.Tensor) -> str:
+    """Returns the key of attention's tables: on sm_75 operands in fp16 take more registers than fp32's tiles have."""
+    return "sm75" if device_class(q.device) == "sm75" else key(q)
+
+
 def attention_tile(table: dict[str, tuple[Tile, Tile]], q: torch.Tensor, dropout: float, distances: bool) -> Tile:
     """Returns the tile of `table` for q, smaller where other operands need registers as well.
 
     A bias by distance leaves room for fewer queries in backward, in fp32 and beside wide heads. With dropout a tile has
     fewer keys beside such a bias, and on cards that hold operands in registers; on sm_100 fewer queries.
     """
-    kind, wide = key(q), q.shape[3] > ATTENTION_NARROW
+    kind, wide = attention_key(q), q.shape[3] > ATTENTION_NARROW
     tile = table[kind][wide]
     if dropout and (distances or kind in ("sm80", "small")):
         tile = tile._replace(n=32)
     if dropout and distances and kind == "sm100":
         tile = tile._replace(m=tile.m // 2)
-    if distances and table is ATTENTION_BACKWARD and (wide or q.dtype == torch.float32):
-        tile = tile._replace(m=min(tile.m, 16 if q.dtype == torch.float32 else 32))
+    plain = kind == "sm75" or q.dtype == torch.float32
+    if distances and table is ATTENTION_BACKWARD and (wide or plain):
+        tile = tile._replace(m=min(tile.m, 16 if plain else 32))
     return tile
+
+
+def attention_distances_tile(q: torch.Tensor) -> Tile:
+    """Returns the tile for the gradient of a bias by distance: with 4 warps it has too few registers on sm_75."""
+    return ATTENTION_DISTANCES._replace(warps=8) if attention_key(q) == "sm75" else ATTENTION_DISTANCES
 
 
 def attention_sentence_tile(q: torch.Tensor, sentences: int, packed: bool) -> Tile | None:
@@ -279,7 +299,7 @@ def alignment(ranks: tuple[int, ...]) -> int:
 
 def rank_columns(x: torch.Tensor, dropout: float) -> int:
     """Returns how many columns are made at a time from s or ds of a block of rows; a mask takes registers, too."""
-    if device_class(x.device) == "interpreter" or x.dtype == torch.float32:
+    if key(x) in ("interpreter", "fp32"):
         return 32
     return 64 if dropout else 128
 
