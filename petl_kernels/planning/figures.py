@@ -67,7 +67,8 @@ class Figures:
 
     def choices(self, chunk_bytes: int, allow: Sequence[str]) -> Iterator[Levers]:
         """Yields all levers that may be used with the approximations of ``allow``, the exact ones first."""
-        storages = STORAGES if "quantized" in allow and self.weights.can_round else STORAGES[:1]
+        may_round = STORAGES if "quantized" in allow and self.weights.can_round else STORAGES[:1]
+        in_layers, in_tables = (may_round if there == "dense" else (there,) for there in self.weights.storages)
         optimizers: dict[str, None] = dict.fromkeys(
             [self.request.optimizer, *(["adamw8bit"] if "8bit-optimizer" in allow else [])]
         )
@@ -76,7 +77,7 @@ class Figures:
         gradients = ["float32", *(["bfloat16"] if narrow else [])]
         can_stream = self.weights.can_stream and not self.request.graphs
         streamed = streamed_layers(self.layers) if can_stream else [0]
-        for storage, tables, optimizer, dtype, count in product(storages, storages, optimizers, gradients, streamed):
+        for storage, tables, optimizer, dtype, count in product(in_layers, in_tables, optimizers, gradients, streamed):
             if count and storage != "dense" and self.kind == "cpu":
                 continue  # they would have to be in memory once, to be rounded and written
             yield Levers(storage, optimizer, count, chunk_bytes, tables, dtype)

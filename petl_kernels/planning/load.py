@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from petl_kernels.errors import InputError
 from petl_kernels.interop.hf import load_weights
-from petl_kernels.ops.quantized import quantize
+from petl_kernels.ops.quantized import QuantizedTensor, quantize
 from petl_kernels.planning.plan import Plan
 from petl_kernels.planning.planner import SearchPlan
 from petl_kernels.planning.resident import streamed_weights
@@ -39,6 +39,8 @@ def load_planned(
 
     def place(name: str, tensor: Tensor) -> Tensor:
         parameter = wanted[name]
+        if isinstance(tensor, QuantizedTensor):  # of a checkpoint that was quantized once
+            return tensor.to(parameter.dtype, copy=True)
         storage = storages.get(id(parameter), "dense")
         if storage != "dense":
             return quantize(tensor, storage).to(parameter.dtype)

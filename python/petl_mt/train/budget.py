@@ -16,6 +16,7 @@ from petl_kernels.interop.hf import load_outline
 from petl_kernels.planning.plan import Plan
 from petl_kernels.planning.planner import plan as make_plan
 from petl_kernels.units import format_size, parse_size
+from petl_kernels.weights.quantized import storages_of
 
 from ..config import UNCAPTURED, TrainConfig
 from ..models.adapt import prepare_model
@@ -83,7 +84,8 @@ def plan_of_run(model: nn.Module, config: TrainConfig, run: RunFolder, longest: 
             f"plan {given}: for updates of {plan.batch_tokens} tokens; expected the {config.batch_tokens} of "
             "--batch-tokens"
         )
-    forbidden = plan.forbidden(config.allow, config.optimizer)
+    chosen = [] if storages_of(model) == ("dense", "dense") else ["quantized"]  # by naming such a checkpoint
+    forbidden = plan.forbidden([*config.allow, *chosen], config.optimizer)
     if forbidden:
         raise InputError(f"plan {given}: uses {forbidden}; expected --allow {forbidden} beside it")
     if plan.longest < longest:
