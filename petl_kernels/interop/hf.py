@@ -69,7 +69,7 @@ def is_quantized(path_or_id: str | os.PathLike) -> bool:
 
 
 def _as_loaded(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Gives a filled skeleton what transformers' loader gives: parameters that require grad, saved buffers in ``dtype``.
+    """Gives a filled skeleton parameters that require grad and saved buffers in ``dtype``, as transformers' loader does.
 
     Quantized weights stay frozen. Returns the model.
     """
@@ -245,7 +245,7 @@ def _marks(tensors: dict[str, Stored], config) -> dict[str, float]:
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    """Returns whether they hold the same values in fp32, compared some rows at a time; quantized ones the same parts."""
+    """Returns whether they hold the same values in fp32, compared some rows at a time, or the same quantized parts."""
     if isinstance(one, QuantizedTensor) or isinstance(other, QuantizedTensor):
         parts = parts_of(one), parts_of(other)
         return len(parts[0]) == len(parts[1]) and all(map(torch.equal, *parts))

@@ -105,7 +105,7 @@ def _write_weights(
 
 def _write_config(path_or_id: str | os.PathLike[str], folder: Path, storage: str, tables: str) -> None:
     """Writes the config with a marker, and copies what the checkpoint says of generation."""
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     load_config(path_or_id).save_pretrained(folder)
     path = folder / "config.json"

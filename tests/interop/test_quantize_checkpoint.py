@@ -1,4 +1,4 @@
-"""A checkpoint that is quantized once: read again as the model that quantizing at load time gives, and by nothing else."""
+"""A checkpoint that is quantized once is read as the model that quantizing at load time gives, and as no other."""
 
 from __future__ import annotations
 

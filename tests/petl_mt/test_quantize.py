@@ -1,4 +1,4 @@
-"""``petl-mt quantize``: a folder that is trained on and translated with as the checkpoint that is quantized when read."""
+"""``petl-mt quantize``: training on its folder is training on the checkpoint that is quantized when it is read."""
 
 from __future__ import annotations
 
