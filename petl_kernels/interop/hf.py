@@ -40,6 +40,7 @@ _WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+_MAPPED_ALONE = 2**20  # bytes from which a tensor of a pickled file is mapped by itself
 _TOKENIZER_FILES = ("tokenizer.json", "*.model", "*.spm", "vocab.json")
 
 
@@ -69,7 +70,7 @@ def is_quantized(path_or_id: str | os.PathLike) -> bool:
 
 
 def _as_loaded(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Gives a filled skeleton parameters that require grad and saved buffers in ``dtype``, as transformers' loader does.
+    """Lets parameters of a filled skeleton require grad, and casts saved buffers, as transformers' loader does.
 
     Quantized weights stay frozen. Returns the model.
     """
@@ -267,14 +268,26 @@ def _tensors(name: str, config) -> dict[str, Stored]:
     for path in _weight_files(folder, config):
         if path.suffix == ".safetensors":
             found |= stored_tensors(path)
-        else:  # files of PyTorch 1.5 and older cannot be mapped
-            state = torch.load(path, map_location="cpu", mmap=is_zipfile(path), weights_only=True)
-            state = {key: tensor for key, tensor in state.items() if isinstance(tensor, Tensor)}
-            found |= {
-                key: Stored(tensor.shape, tensor.dtype, partial(state.__getitem__, key))
-                for key, tensor in state.items()
-            }
+        else:
+            found |= _pickled_tensors(path)
     return found
+
+
+def _pickled_tensors(path: Path) -> dict[str, Stored]:
+    """Returns the tensors of a pickled checkpoint, mapped; files of PyTorch 1.5 and older are in memory as a whole.
+
+    A large one is mapped again for each read, so that its pages are given back with it.
+    """
+    mapped = is_zipfile(path)
+    state = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
+
+    def read(key: str) -> Tensor:
+        if mapped and state[key].nbytes >= _MAPPED_ALONE:
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)[key]
+        return state[key]
+
+    tensors = {key: tensor for key, tensor in state.items() if isinstance(tensor, Tensor)}
+    return {key: Stored(tensor.shape, tensor.dtype, partial(read, key)) for key, tensor in tensors.items()}
 
 
 def _weight_files(folder: Path, config) -> list[Path]:

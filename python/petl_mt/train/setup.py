@@ -28,7 +28,7 @@ from ..evaluate import BatchLimit
 from ..json_file import write_json
 from ..memory_meter import MemoryMeter
 from ..models.adapt import prepare_model
-from ..models.load import check_beam, check_positions, load_model
+from ..models.load import check_beam, check_positions, is_read_later, load_model
 from ..models.streamed_layers import folder_for_layers
 from ..runs import RunFolder
 from ..runs.checkpoint import Checkpoints
@@ -115,8 +115,9 @@ def set_up(
     # the plan, the weights and the optimiser
     total_parameters = stored_parameters = sum(p.numel() for p in model.parameters())
     plan, like = None, None
-    if config.memory is not None:
+    if config.memory is not None or is_read_later(config):
         like = _on_meta_device(model, config)
+    if like is not None and config.memory is not None:
         plan = plan_of_run(like, config, run, widened(int(text.train.lengths.max()), device), device)
         if limits is not None:
             limits.enter_context(cap.capped(parse_size(config.memory), device))
@@ -194,7 +195,7 @@ def _load_weights(
 ) -> nn.Module:
     """Returns the model with its weights, its method and its tiers, in the storage and the place that a plan has."""
     with folder_for_layers(plan, run.path) as folder:
-        if plan and like is not None and not config.is_new:
+        if like is not None and is_read_later(config):
             model = load_planned(config.model, model, like, plan, folder)
         torch.manual_seed(config.seed)  # what is added starts the same, whatever was made before it
         model = prepare_model(model, config)
