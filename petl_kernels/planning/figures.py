@@ -24,7 +24,7 @@ from petl_kernels.planning import budget
 from petl_kernels.planning.beam_search import Search, SearchBytes, output_length
 from petl_kernels.planning.cost import Rates, Traffic, model_work, update_seconds
 from petl_kernels.planning.levers import STORAGES, Candidate, Levers, Request, streamed_layers
-from petl_kernels.planning.plan import PRECISIONS, Plan, approximations_of
+from petl_kernels.planning.plan import LOADING, PRECISIONS, Plan, approximations_of, host_peak
 from petl_kernels.planning.resident import GRADIENT_BYTES, OPTIMIZER_BYTES, STEP_BYTES, FrozenWeights
 from petl_kernels.planning.simulate import Batch
 from petl_kernels.planning.step_bytes import StepBytes
@@ -124,10 +124,37 @@ class Figures:
             "optimiser state": sum(map(OPTIMIZER_BYTES[levers.optimizer], self.trained)),
         }
 
+    def on_host(self, levers: Levers, pairs: int, tiers: tuple[int, ...]) -> dict[str, int]:
+        """Returns the bytes of host memory beside a CUDA device, by purpose, and "while loading" all at that time.
+
+        While a checkpoint is loaded, all weights are in host memory, in their storage, with one tensor of the files or
+        one streamed layer that is moved; after that only what stays there. Python and libraries are not counted.
+        """
+        if self.kind == "cpu":
+            return {}
+        layers = self.weights.layer_sizes(levers.storage, levers.streamed)
+        own, data = self._own_values(), self.request.host_data
+        stays = {
+            "streamed layers": sum(layers),
+            "inputs of tier 5": tiers.count(5) * self.step.input_bytes(pairs),
+            "the model's own values": own,
+            "text": data,
+        }
+        moved = max(4 * max(p.numel() for p in self.model.parameters()), max(layers, default=0))
+        weights = self.weights.stored(levers.storage, levers.tables) + sum(p.nbytes for p in self.trained)
+        weights += sum(buffer.nbytes for buffer in self.model.buffers())
+        return {name: size for name, size in stays.items() if size} | {LOADING: weights + moved + own + data}
+
+    def fits_host(self, levers: Levers, pairs: int, tiers: tuple[int, ...]) -> bool:
+        """Returns whether the host has room; where nothing limits it, it has."""
+        return self.request.host is None or host_peak(self.on_host(levers, pairs, tiers)) <= self.request.host
+
     def _set_aside(self) -> int:
+        """Returns the bytes of ``_own_values`` where host memory is the device's."""
+        return self._own_values() if self.kind == "cpu" else 0
+
+    def _own_values(self) -> int:
         """Returns the bytes of what adapters that train the model's own tensors have set aside in host memory."""
-        if self.kind != "cpu":
-            return 0
         return sum(values.nbytes for record in records(self.model).values() for values in record.base.values())
 
     def _optimizer_step(self, levers: Levers) -> int:
@@ -194,6 +221,8 @@ class Figures:
             gradients=levers.gradients,
             cuda_graphs=self.request.graphs,
             search=search,
+            host=self.on_host(levers, pairs, candidate.tiers),
+            host_memory=self.request.host,
         )
 
     def search(self, room: int) -> SearchBytes:

@@ -98,7 +98,7 @@ def _load_within(
     )
     if limits is not None:
         limits.enter_context(cap.capped(memory, device))
-    with folder_for_layers(plan, run.path) as folder:
+    with folder_for_layers(plan, like, run.path) as folder:
         model = load_planned(source, model, like, plan, folder)
         if weights is not None and not whole:
             model = fill_adapter(prepare_model(model, config), weights)

@@ -118,7 +118,8 @@ def set_up(
     if config.memory is not None or is_read_later(config):
         like = _on_meta_device(model, config)
     if like is not None and config.memory is not None:
-        plan = plan_of_run(like, config, run, widened(int(text.train.lengths.max()), device), device)
+        longest = widened(int(text.train.lengths.max()), device)
+        plan = plan_of_run(like, config, run, longest, device, text.nbytes)
         if limits is not None:
             limits.enter_context(cap.capped(parse_size(config.memory), device))
             meter = MemoryMeter(device)  # what a budget counts begins here
@@ -194,7 +195,7 @@ def _load_weights(
     model: nn.Module, like: nn.Module | None, config: TrainConfig, plan: Plan | None, run: RunFolder
 ) -> nn.Module:
     """Returns the model with its weights, its method and its tiers, in the storage and the place that a plan has."""
-    with folder_for_layers(plan, run.path) as folder:
+    with folder_for_layers(plan, like, run.path) as folder:
         if like is not None and is_read_later(config):
             model = load_planned(config.model, model, like, plan, folder)
         torch.manual_seed(config.seed)  # what is added starts the same, whatever was made before it
