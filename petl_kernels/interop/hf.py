@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
 
-import safetensors
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +20,9 @@ from petl_kernels.errors import InputError
 from petl_kernels.methods.owner import own, owner
 from petl_kernels.models.structure import set_parameter
 from petl_kernels.models.transformers_names import has_own_head, language_ids, target_ids
+from petl_kernels.ops.quantized import QuantizedTensor, parts_of, quantize
+from petl_kernels.weights.quantized_file import FILE as QUANTIZED_FILE
+from petl_kernels.weights.quantized_file import MARKER, VERSION, Stored, stored_tensors
 
 # config.model_type -> class; NLLB is an m2m_100, mBART-50 an mbart, MADLAD-400 and ByT5 a t5, Aya-101 an mt5
 SUPPORTED = {
@@ -42,6 +44,7 @@ _WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+_MAPPED_ALONE = 2**20  # bytes from which a tensor of a pickled file is mapped by itself
 _TOKENIZER_FILES = ("tokenizer.json", "*.model", "*.spm", "vocab.json")
 
 
@@ -55,11 +58,35 @@ def load_pretrained(path_or_id: str | os.PathLike, dtype: torch.dtype = torch.fl
     Raises InputError in one line: no such folder, not a checkpoint, a class that is not supported, weights that are
     quantized, damaged or do not fit the config, no tokenizer, a tokenizer with more tokens than the model.
     """
+    if is_quantized(path_or_id):
+        model, tokenizer = load_skeleton(path_or_id)
+        load_weights(path_or_id, model, lambda _, tensor: tensor.to(dtype, copy=True))
+        return _as_loaded(model, dtype), tokenizer
     name, folder, config = _checked(path_or_id)
     tokenizer = _load_tokenizer(name, folder)
     model = _from_pretrained(name, config, name, dtype=dtype)
     _check_vocabulary(name, model, tokenizer)
     return model.eval(), tokenizer
+
+
+def is_quantized(path_or_id: str | os.PathLike) -> bool:
+    """Returns whether this is the folder of a checkpoint that ``quantize_checkpoint`` has written."""
+    return Path(path_or_id, QUANTIZED_FILE).is_file()
+
+
+def _as_loaded(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Lets parameters of a filled skeleton require grad, and casts saved buffers, as transformers' loader does.
+
+    Quantized weights stay frozen. Returns the model.
+    """
+    for parameter in model.parameters():
+        parameter.requires_grad_(not isinstance(parameter, QuantizedTensor))
+    for key in model.state_dict(keep_vars=True).keys() & dict(model.named_buffers()).keys():
+        buffer = model.get_buffer(key)
+        if buffer.is_floating_point():
+            holder, _, name = key.rpartition(".")
+            model.get_submodule(holder)._buffers[name] = buffer.to(dtype)
+    return model
 
 
 def load_skeleton(path_or_id: str | os.PathLike):
@@ -102,7 +129,7 @@ def load_weights(
 
     def read(key: str) -> Tensor:
         source = sources[key]
-        return source if isinstance(source, Tensor) else _attempt(f"model {name!r}", tensors[source][1])
+        return source if isinstance(source, Tensor) else _attempt(f"model {name!r}", tensors[source].read)
 
     made: dict[nn.Parameter, tuple[str, nn.Parameter]] = {}
     for key, parameter in list(model.named_parameters(remove_duplicate=False)):
@@ -122,11 +149,16 @@ def checkpoint_dtype(path_or_id: str | os.PathLike) -> torch.dtype:
     """Returns the floating-point type that most bytes of a checkpoint's weights are in. Raises InputError."""
     name, _, config = _checked(path_or_id)
     sizes: dict[torch.dtype, int] = {}
-    for shape, read in _attempt(f"model {name!r}", _tensors, name, config).values():
-        dtype = read().dtype
-        if dtype.is_floating_point:
-            sizes[dtype] = sizes.get(dtype, 0) + shape.numel() * dtype.itemsize
+    for tensor in _attempt(f"model {name!r}", _tensors, name, config).values():
+        if tensor.dtype is not None and tensor.dtype.is_floating_point:
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.shape.numel() * tensor.dtype.itemsize
     return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
+
+
+def checkpoint_dtypes(path_or_id: str | os.PathLike) -> dict[str, torch.dtype | None]:
+    """Returns the dtype of each tensor in a checkpoint's files. Raises InputError."""
+    name, _, config = _checked(path_or_id)
+    return {key: tensor.dtype for key, tensor in _attempt(f"model {name!r}", _tensors, name, config).items()}
 
 
 def _from_pretrained(name: str, config, files: str | None, **options) -> nn.Module:
@@ -163,7 +195,7 @@ def _laid_out(name: str, config) -> nn.Module:
     """
     tensors = _attempt(f"model {name!r}", _tensors, name, config)
     marks = _attempt(f"model {name!r}", _marks, tensors, config)
-    shaped = {key: torch.full((), mark).expand(tensors[key][0]) for key, mark in marks.items()}
+    shaped = {key: torch.full((), mark).expand(tensors[key].shape) for key, mark in marks.items()}
     model: Any = _from_pretrained(name, config, None, dtype=torch.float32, state_dict=shaped)
     model.config.name_or_path = name
     named = {mark: key for key, mark in marks.items()}
@@ -181,8 +213,10 @@ def _laid_out(name: str, config) -> nn.Module:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     buffers = model.state_dict(keep_vars=True).keys() & dict(model.named_buffers()).keys()
     sources = own(model).sources = {key: source(key, tensor) for key, tensor in parameters.items()}
-    empty = {p: nn.Parameter(torch.empty(p.shape, device="meta"), p.requires_grad) for p in set(parameters.values())}
+    empty: dict[nn.Parameter, nn.Parameter] = {}
     for key, parameter in parameters.items():
+        if parameter not in empty:
+            empty[parameter] = _without_values(parameter, sources[key], tensors)
         set_parameter(model, key, empty[parameter])
     for key in buffers:
         owner, _, attribute = key.rpartition(".")
@@ -192,31 +226,41 @@ def _laid_out(name: str, config) -> nn.Module:
     return model
 
 
-def _marks(tensors: dict[str, _Stored], config) -> dict[str, float]:
+def _without_values(parameter: nn.Parameter, source: str | Tensor, tensors: dict[str, Stored]) -> nn.Parameter:
+    """Returns a parameter of that shape on the meta device, quantized where its source is."""
+    weight = torch.empty(parameter.shape, device="meta")
+    storage = tensors[source].storage if isinstance(source, str) else "dense"
+    if storage == "dense":
+        return nn.Parameter(weight, parameter.requires_grad)
+    return nn.Parameter(quantize(weight, storage), requires_grad=False)
+
+
+def _marks(tensors: dict[str, Stored], config) -> dict[str, float]:
     """Returns a number for each tensor, the same for tables of words with equal values, which transformers compares."""
     rows = {config.vocab_size, getattr(config, "decoder_vocab_size", None)}
     marks: dict[str, float] = {}
     tables: list[str] = []
-    for i, (key, (shape, read)) in enumerate(tensors.items()):
+    for i, (key, tensor) in enumerate(tensors.items()):
         marks[key] = _MARK - i
-        if len(shape) == 2 and shape[0] in rows:
-            same = (other for other in tables if tensors[other][0] == shape and _same(tensors[other][1](), read()))
+        if len(tensor.shape) == 2 and tensor.shape[0] in rows:
+            alike = (other for other in tables if tensors[other].shape == tensor.shape)
+            same = (other for other in alike if _same(tensors[other].read(), tensor.read()))
             marks[key] = marks[next(same, key)]
             tables.append(key)
     return marks
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    """Returns whether they hold the same values in fp32, compared some rows at a time."""
+    """Returns whether they hold the same values in fp32, compared some rows at a time, or the same quantized parts."""
+    if isinstance(one, QuantizedTensor) or isinstance(other, QuantizedTensor):
+        parts = parts_of(one), parts_of(other)
+        return len(parts[0]) == len(parts[1]) and all(map(torch.equal, *parts))
     if one.data_ptr() == other.data_ptr() and one.stride() == other.stride() and one.dtype == other.dtype:
         return True
     return all(torch.equal(a.float(), b.float()) for a, b in zip(one.split(4096), other.split(4096), strict=True))
 
 
-_Stored = tuple[torch.Size, Callable[[], Tensor]]  # the shape of a tensor in a file, and how to read it
-
-
-def _tensors(name: str, config) -> dict[str, _Stored]:
+def _tensors(name: str, config) -> dict[str, Stored]:
     """Returns the tensors of a checkpoint's files by name; nothing is read yet."""
     folder = Path(name)
     if not folder.is_dir():
@@ -225,23 +269,37 @@ def _tensors(name: str, config) -> dict[str, _Stored]:
         folder = Path(snapshot_download(name, allow_patterns=[*_WEIGHTS[:2]]))
         if not _has(folder, _WEIGHT_FILES[:2]):
             folder = Path(snapshot_download(name, allow_patterns=[*_WEIGHTS[2:]]))
-    found: dict[str, _Stored] = {}
+    found: dict[str, Stored] = {}
     for path in _weight_files(folder, config):
         if path.suffix == ".safetensors":
-            opened = safetensors.safe_open(path, framework="pt")
-            for key in opened.keys():  # noqa: SIM118  not a mapping
-                found[key] = torch.Size(opened.get_slice(key).get_shape()), partial(opened.get_tensor, key)
-        else:  # files of PyTorch 1.5 and older cannot be mapped
-            state = torch.load(path, map_location="cpu", mmap=is_zipfile(path), weights_only=True)
-            state = {key: tensor for key, tensor in state.items() if isinstance(tensor, Tensor)}
-            found |= {key: (tensor.shape, partial(state.__getitem__, key)) for key, tensor in state.items()}
+            found |= stored_tensors(path)
+        else:
+            found |= _pickled_tensors(path)
     return found
+
+
+def _pickled_tensors(path: Path) -> dict[str, Stored]:
+    """Returns the tensors of a pickled checkpoint, mapped; files of PyTorch 1.5 and older are in memory as a whole.
+
+    A large one is mapped again for each read, so that its pages are given back with it.
+    """
+    mapped = is_zipfile(path)
+    state = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
+
+    def read(key: str) -> Tensor:
+        if mapped and state[key].nbytes >= _MAPPED_ALONE:
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)[key]
+        return state[key]
+
+    tensors = {key: tensor for key, tensor in state.items() if isinstance(tensor, Tensor)}
+    return {key: Stored(tensor.shape, tensor.dtype, partial(read, key)) for key, tensor in tensors.items()}
 
 
 def _weight_files(folder: Path, config) -> list[Path]:
     """Returns the files that transformers reads, all that an index names."""
     own = getattr(config, "transformers_weights", None)
-    first = next((folder / name for name in ([own] if own else _WEIGHT_FILES) if (folder / name).is_file()), None)
+    names = [own] if own else (*_WEIGHT_FILES, QUANTIZED_FILE)
+    first = next((folder / name for name in names if (folder / name).is_file()), None)
     if first is None:
         raise FileNotFoundError(f"none of {', '.join([own] if own else _WEIGHT_FILES)} is there")
     if first.suffix != ".json":
@@ -260,6 +318,8 @@ def load_config(path_or_id: str | os.PathLike):
     if not path.is_file():
         raise InputError(f"model {str(path)!r}: no such file")
     config = _attempt(f"config {str(path)!r}", transformers.AutoConfig.from_pretrained, str(path))
+    if getattr(config, MARKER, None) is not None:
+        raise InputError(f"config {str(path)!r}: of a quantized checkpoint; expected its folder")
     return _supported(str(path), config)
 
 
@@ -287,7 +347,7 @@ def load_outline(path_or_id: str | os.PathLike) -> nn.Module:
     for a hub id or a config's JSON file, as the config has it. Raises InputError as ``load_skeleton`` does.
     """
     config, folder = load_config(path_or_id), Path(path_or_id)
-    if _has(folder, _WEIGHT_FILES) and all(path.is_file() for path in _weight_files(folder, config)):
+    if _has(folder, (*_WEIGHT_FILES, QUANTIZED_FILE)) and all(path.is_file() for path in _weight_files(folder, config)):
         return _laid_out(os.fspath(path_or_id), config).eval()
     return skeleton(config)
 
@@ -301,9 +361,27 @@ def _checked(path_or_id: str | os.PathLike, weights: bool = True):
     folder = _folder(name)
     what = f"model {name!r}" if folder is not None else f"model {name!r} is no folder here and as a hub id"
     config = _supported(name, _attempt(what, transformers.AutoConfig.from_pretrained, name))
+    _check_marker(name, folder, config)
     if weights and folder is not None and not _has(folder, _WEIGHTS):
         raise InputError(f"model {name!r}: the folder has a config but no weights")
     return name, folder, config
+
+
+def _check_marker(name: str, folder: Path | None, config: Any) -> None:
+    """Takes the marker of a quantized checkpoint out of ``config``, which may be saved beside dense weights later.
+
+    Raises InputError for a marker of another version, or where it and the file of such weights are not both there.
+    """
+    marker = vars(config).pop(MARKER, None)
+    here = folder is not None and (folder / QUANTIZED_FILE).is_file()
+    if marker is None and here:
+        raise InputError(f"model {name!r}: has {QUANTIZED_FILE}, and a config that does not name it; quantize it anew")
+    if marker is not None and not here:
+        raise InputError(
+            f"model {name!r}: its config is of a quantized checkpoint; expected a folder with {QUANTIZED_FILE}"
+        )
+    if marker is not None and marker.get("version") != VERSION:
+        raise InputError(f"model {name!r}: quantized in version {marker.get('version')}; expected version {VERSION}")
 
 
 def _supported(name: str, config):

@@ -11,7 +11,7 @@ from petl_kernels.errors import InputError
 from petl_kernels.planning.budget import smallest_budget
 from petl_kernels.planning.figures import Figures
 from petl_kernels.planning.levers import CHUNKS, EXACT, Candidate, Levers, Rounding, chunks_within, divisions
-from petl_kernels.planning.plan import APPROXIMATIONS, Plan, levers_text
+from petl_kernels.planning.plan import APPROXIMATIONS, Plan, host_peak, levers_text
 from petl_kernels.units import format_below, format_least
 
 GIB = 2**30
@@ -104,6 +104,8 @@ class Chooser:
             tiers = self._tiers_within(pairs, levers.chunk_bytes, room - self.figures.graphs(pairs))
             if tiers is None:
                 continue
+            if not self.figures.fits_host(levers, pairs, tiers):
+                continue
             candidate = Candidate(levers, micro_batches, tiers)
             yield self.price(self.figures.seconds(candidate), levers), candidate
             with_least_work += set(tiers) == {self.request.tiers[0]}
@@ -146,13 +148,13 @@ class Chooser:
         return smallest_budget(self.leanest(allow).peak, self.kind)
 
     def _leanest(self, allow: tuple[str, ...]) -> Leanest:
-        """Returns the candidate that takes least, for one sentence pair at a time.
+        """Returns the candidate that takes least of those that the host has room for, for one sentence pair at a time.
 
         Every way to round is counted with the highest tier; the best of them, and the one that rounds nothing, with the
         tiers that take least for it.
         """
-        ordered = sorted(self.figures.choices(CHUNKS[-1], allow), key=self.figures.always)
         highest = (self.request.tiers[-1],) * self.layers
+        ordered = sorted(self._choices_on_host(allow, highest), key=self.figures.always)
         found = self._with_peak(ordered[0], highest)
         for levers in ordered[1:]:
             if self.figures.always(levers) >= found.peak:
@@ -163,6 +165,18 @@ class Chooser:
             if levers.rounding in roundings and self.figures.always(levers) < found.peak:
                 leaner = self._with_peak(levers, self._leanest_tiers(levers.rounding))
                 found = min(found, leaner, key=lambda each: each.peak)
+        return found
+
+    def _choices_on_host(self, allow: tuple[str, ...], tiers: tuple[int, ...]) -> list[Levers]:
+        """Returns the levers that the host has room for. Raises InputError, with the least that works, without any."""
+        choices = list(self.figures.choices(CHUNKS[-1], allow))
+        found = [levers for levers in choices if self.figures.fits_host(levers, 1, tiers)]
+        if not found:
+            least = min(host_peak(self.figures.on_host(levers, 1, tiers)) for levers in choices)
+            raise InputError(
+                f"host_memory {format_below(self.request.host or 0, least)}: loading the model, and what stays on the "
+                f"host, take {format_least(least)}; expected at least that"
+            )
         return found
 
     def _with_peak(self, levers: Levers, tiers: tuple[int, ...]) -> Leanest:

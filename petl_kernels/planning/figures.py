@@ -25,7 +25,7 @@ from petl_kernels.planning import budget
 from petl_kernels.planning.beam_search import Search, SearchBytes, output_length
 from petl_kernels.planning.cost import Rates, Traffic, model_work, update_seconds
 from petl_kernels.planning.levers import STORAGES, Candidate, Levers, Request, streamed_layers
-from petl_kernels.planning.plan import PRECISIONS, Plan, approximations_of
+from petl_kernels.planning.plan import LOADING, PRECISIONS, Plan, approximations_of, host_peak
 from petl_kernels.planning.resident import GRADIENT_BYTES, OPTIMIZER_BYTES, STEP_BYTES, FrozenWeights
 from petl_kernels.planning.simulate import Batch
 from petl_kernels.planning.step_bytes import StepBytes
@@ -74,7 +74,8 @@ class Figures:
 
     def choices(self, chunk_bytes: int, allow: Sequence[str]) -> Iterator[Levers]:
         """Yields all levers that may be used with the approximations of ``allow``, the exact ones first."""
-        storages = STORAGES if "quantized" in allow and self.weights.can_round else STORAGES[:1]
+        may_round = STORAGES if "quantized" in allow and self.weights.can_round else STORAGES[:1]
+        in_layers, in_tables = (may_round if there == "dense" else (there,) for there in self.weights.storages)
         optimizers: dict[str, None] = dict.fromkeys(
             [self.request.optimizer, *(["adamw8bit"] if "8bit-optimizer" in allow else [])]
         )
@@ -83,7 +84,7 @@ class Figures:
         gradients = ["float32", *(["bfloat16"] if narrow else [])]
         can_stream = self.weights.can_stream and not self.request.graphs
         streamed = streamed_layers(self.layers) if can_stream else [0]
-        for storage, tables, optimizer, dtype, count in product(storages, storages, optimizers, gradients, streamed):
+        for storage, tables, optimizer, dtype, count in product(in_layers, in_tables, optimizers, gradients, streamed):
             if count and storage != "dense" and self.kind == "cpu":
                 continue  # they would have to be in memory once, to be rounded and written
             yield Levers(storage, optimizer, count, chunk_bytes, tables, dtype)
@@ -130,10 +131,37 @@ class Figures:
             "optimiser state": sum(map(OPTIMIZER_BYTES[levers.optimizer], self.trained)),
         }
 
+    def on_host(self, levers: Levers, pairs: int, tiers: tuple[int, ...]) -> dict[str, int]:
+        """Returns the bytes of host memory beside a CUDA device, by purpose, and "while loading" all at that time.
+
+        While a checkpoint is loaded, all weights are in host memory, in their storage, with one tensor of the files or
+        one streamed layer that is moved; after that only what stays there. Python and libraries are not counted.
+        """
+        if self.kind == "cpu":
+            return {}
+        layers = self.weights.layer_sizes(levers.storage, levers.streamed)
+        own, data = self._own_values(), self.request.host_data
+        stays = {
+            "streamed layers": sum(layers),
+            "inputs of tier 5": tiers.count(5) * self.step.input_bytes(pairs),
+            "the model's own values": own,
+            "text": data,
+        }
+        moved = max(4 * max(p.numel() for p in self.model.parameters()), max(layers, default=0))
+        weights = self.weights.stored(levers.storage, levers.tables) + sum(p.nbytes for p in self.trained)
+        weights += sum(buffer.nbytes for buffer in self.model.buffers())
+        return {name: size for name, size in stays.items() if size} | {LOADING: weights + moved + own + data}
+
+    def fits_host(self, levers: Levers, pairs: int, tiers: tuple[int, ...]) -> bool:
+        """Returns whether the host has room; where nothing limits it, it has."""
+        return self.request.host is None or host_peak(self.on_host(levers, pairs, tiers)) <= self.request.host
+
     def _set_aside(self) -> int:
+        """Returns the bytes of ``_own_values`` where host memory is the device's."""
+        return self._own_values() if self.kind == "cpu" else 0
+
+    def _own_values(self) -> int:
         """Returns the bytes of what adapters that train the model's own tensors have set aside in host memory."""
-        if self.kind != "cpu":
-            return 0
         return sum(values.nbytes for record in records(self.model).values() for values in record.base.values())
 
     def _optimizer_step(self, levers: Levers) -> int:
@@ -201,6 +229,8 @@ class Figures:
             gradients=levers.gradients,
             cuda_graphs=self.request.graphs,
             search=search,
+            host=self.on_host(levers, pairs, candidate.tiers),
+            host_memory=self.request.host,
         )
 
     def search(self, room: int) -> SearchBytes:

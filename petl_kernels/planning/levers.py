@@ -24,7 +24,9 @@ class Request:
     batch_tokens: padded tokens of the longer side in one update. max_length: tokens of the longest sentence. allow: the
     approximations that may be used. autocast: the dtype of products under ``torch.autocast``. tier: of all layers, or
     None to choose one for each. beam: of the evaluation's search; 0 leaves the evaluation out. graphs: whether steps
-    are captured as CUDA graphs. packed: whether micro-batches are packed rows, where the model reads such rows.
+    are captured as CUDA graphs. packed: whether micro-batches are packed rows, where the model reads such rows. host:
+    bytes of host memory beside a CUDA device, or None for no limit. host_data: those of them that the caller's data
+    take.
     """
 
     batch_tokens: int
@@ -37,6 +39,8 @@ class Request:
     beam: int = 1
     graphs: bool = False
     packed: bool = False
+    host: int | None = None
+    host_data: int = 0
 
     @property
     def longest(self) -> int:

@@ -33,6 +33,7 @@ APPROXIMATIONS = {
     "8bit-optimizer": "moments of AdamW rounded to 8 bits",
     "bf16-gradients": "gradients of what is trained rounded to 16 bits between micro-batches",
 }
+LOADING = "while loading"  # the part of ``Plan.host`` that is there before the others
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 
 
@@ -47,7 +48,8 @@ class Plan:
     another. precision: of matrix products. cuda_graphs: whether steps may be captured, for which the plan leaves room.
     parts: bytes by purpose, which add up to ``peak``. seconds: of an update, by the rates of the device.
     more: (budget, seconds, levers) of larger budgets that would be faster. search: bytes that an evaluation may take,
-    and those that beam search takes.
+    and those that beam search takes. host: on CUDA, bytes of host memory by purpose, and "while loading" all of them at
+    that time; empty on a CPU, where ``memory`` is host memory. host_memory: the limit for them, if there was one.
     """
 
     model: str
@@ -77,6 +79,8 @@ class Plan:
     gradients: str = "float32"
     cuda_graphs: bool = False
     search: SearchBytes | None = None
+    host: dict[str, int] = dataclasses.field(default_factory=dict[str, int])
+    host_memory: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tables", self.tables or self.storage)
@@ -203,6 +207,9 @@ class Plan:
         for name, choices in known:
             if (value := getattr(self, name)) not in choices:
                 return f"{name} is {value!r}; expected {' or '.join(choices)}"
+        host: Any = self.host
+        if not isinstance(host, dict) or not all(isinstance(size, int) for size in self.host.values()):
+            return f"host is {host!r}; expected bytes by purpose"
         if not isinstance(self.cuda_graphs, bool):  # pyright: ignore[reportUnnecessaryIsInstance]  # a file's
             return f"cuda_graphs is {self.cuda_graphs!r}; expected true or false"
         if self.cuda_graphs and (self.streamed or 5 in self.tiers or self.gradients != "float32"):
@@ -213,7 +220,11 @@ class Plan:
         return "\n".join([*_summary(self), *_table(self), *_more_lines(self)])
 
 
-_NEEDED = [field.name for field in dataclasses.fields(Plan) if field.default is dataclasses.MISSING]
+_NEEDED = [
+    field.name
+    for field in dataclasses.fields(Plan)
+    if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+]
 
 
 def _missing(values: Any) -> list[str]:
@@ -270,7 +281,22 @@ def _summary(plan: Plan) -> list[str]:
         f"about {plan.seconds:.3g} s an update ({rates}); evaluation in batches of {plan.evaluation_tokens:,} tokens",
     ]
     names = "; ".join(f"{name}: {APPROXIMATIONS[name]}" for name in plan.approximations)
-    return [*lines, f"approximations: {names}" if names else "exact: the gradients of the plain model"]
+    lines.append(f"approximations: {names}" if names else "exact: the gradients of the plain model")
+    return [*lines, *_host_lines(plan)]
+
+
+def _host_lines(plan: Plan) -> list[str]:
+    """Returns a line on host memory where it is not the device's."""
+    if not plan.host:
+        return []
+    stays = [f"{name} {format_size(size)}" for name, size in plan.host.items() if name != LOADING]
+    line = f"host memory: {format_size(plan.host.get(LOADING, 0))} while loading; then {', '.join(stays) or 'none'}"
+    return [line + (f"; of {format_size(plan.host_memory)}" if plan.host_memory else "")]
+
+
+def host_peak(host: dict[str, int]) -> int:
+    """Returns the most bytes of ``Plan.host`` at a time: while loading, or after it."""
+    return max(host.get(LOADING, 0), sum(size for name, size in host.items() if name != LOADING))
 
 
 def _table(plan: Plan) -> list[str]:

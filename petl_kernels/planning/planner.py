@@ -30,7 +30,7 @@ from petl_kernels.planning.plan import Plan, check_allow
 from petl_kernels.planning.resident import OPTIMIZER_BYTES, FrozenWeights
 from petl_kernels.step.cap import check_memory
 from petl_kernels.step.graphs import check_device
-from petl_kernels.units import format_below, format_least, parse_size
+from petl_kernels.units import format_below, format_least, format_size, parse_size
 
 AUTOCAST = (None, torch.bfloat16, torch.float16)
 
@@ -49,6 +49,8 @@ def plan(
     beam: int = 5,
     cuda_graphs: bool = False,
     packed: bool = False,
+    host_memory: str | int | None = None,
+    host_data: int = 0,
 ) -> Plan:
     """Returns the fastest plan to train ``model``, adapted and possibly on the meta device, inside ``memory`` bytes.
 
@@ -57,14 +59,17 @@ def plan(
     training loop uses ``torch.autocast``. tier: of all layers; chosen when not given. beam: of the evaluation's search.
     cuda_graphs: leave out what a graph cannot hold, and count what graphs take (``graphs.graph_bytes``).
     packed: micro-batches are packed rows (``pack``) where the model reads them, of at most ``micro_tokens`` a side.
+    host_memory: bytes of host memory beside a CUDA device, without Python's own; None is what is free where there is
+    such a device, else no limit. On a CPU ``memory`` is host memory. host_data: bytes of them that the data take.
     Raises InputError: a memory that is no size, or that nothing fits into (with the least that can), a model of another
     family, an approximation that does not exist, a budget above what the device has.
     """
     check_model(model)
     budget, found = parse_size(memory), _planned_device(device)
-    request = Request(
-        batch_tokens, max_length, optimizer, check_allow(allow), found, autocast, tier, beam, cuda_graphs, packed
-    )
+    host = host_limit(found, budget, host_memory, host_data)
+    allowed = check_allow(allow)
+    training = batch_tokens, max_length, optimizer, allowed, found, autocast, tier, beam, cuda_graphs, packed
+    request = Request(*training, host, host_data)
     _check_request(request, budget)
     if cuda_graphs:
         check_device(found)
@@ -87,6 +92,28 @@ def card_planner(model: nn.Module, request: Request) -> Callable[[Card, bool], P
         return Chooser(figures.on(card.rates(dtype), graphs)).within(card.memory)
 
     return plan_for
+
+
+def host_limit(
+    device: torch.device, memory: int, host_memory: str | int | None = None, host_data: int = 0
+) -> int | None:
+    """Returns the bytes of host memory that a plan for ``device`` may take beside it; None is no limit.
+
+    host_data: bytes that are there already, and free no more. Raises InputError for a limit on a CPU that is below
+    ``memory``, since both are the same memory there.
+    """
+    given = None if host_memory is None else parse_size(host_memory)
+    if device.type == "cpu":
+        if given is not None and given < memory:
+            raise InputError(
+                f"host_memory {format_size(given)}: below memory {format_size(memory)}, which is host memory on a CPU; "
+                "expected memory alone"
+            )
+        return None
+    if given is not None or not torch.cuda.is_available():
+        return given
+    free = available_bytes()
+    return None if free is None else free + host_data
 
 
 def tiers_in_place(

@@ -12,7 +12,7 @@ from petl_kernels.layers.wide_ffn import room_bytes
 from petl_kernels.models.structure import Layer, Structure, describe
 from petl_kernels.ops.quantized import QuantizedTensor, parts_of, storage_bytes
 from petl_kernels.planning.levers import STORAGES
-from petl_kernels.weights.quantized import is_table, quantizable
+from petl_kernels.weights.quantized import is_table, quantizable, storages_of
 
 _Bytes = Callable[[Tensor], int]  # of a trained parameter
 
@@ -40,6 +40,7 @@ class FrozenWeights:
     """The bytes of a model's frozen weights in each storage, by layer and in all.
 
     can_round, can_stream: whether some weight can be quantized, and whether each layer has weights to stream.
+    storages: in which the model holds its layers and its tables already; "dense" where nothing is quantized.
     dtype: of the largest frozen weight, fp32 without one.
     """
 
@@ -47,6 +48,7 @@ class FrozenWeights:
         """device: the kind of device that the model will be on, "cpu" or "cuda"."""
         frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
         places = quantizable(model)
+        self.storages = storages_of(model)
         can_round = {id(owners[0].weight) for owners in places}
         in_tables = {id(owners[0].weight) for owners in places if is_table(model, owners)}
         self._numel = {name: p.numel() for name, p in frozen.items()}
@@ -54,7 +56,11 @@ class FrozenWeights:
             storage: {name: _stored(p, storage if id(p) in can_round else "dense") for name, p in frozen.items()}
             for storage in STORAGES
         }
-        tables = [name for name, p in frozen.items() if id(p) in in_tables]
+        tables = {name for name, p in frozen.items() if id(p) in in_tables}
+        self._dense = {
+            place: sum(p.numel() * p.dtype.itemsize for name, p in frozen.items() if (name in tables) == place)
+            for place in (False, True)
+        }
         self._in_tables = {storage: sum(self._bytes[storage][name] for name in tables) for storage in STORAGES}
         self._in_layers = {
             storage: sum(self._bytes[storage].values()) - self._in_tables[storage] for storage in STORAGES
@@ -71,8 +77,7 @@ class FrozenWeights:
 
     def widened(self, storage: str, tables: str) -> int:
         """Returns the dense bytes of what is quantized."""
-        layers = 0 if storage == "dense" else self._in_layers["dense"]
-        return layers + (0 if tables == "dense" else self._in_tables["dense"])
+        return (0 if storage == "dense" else self._dense[False]) + (0 if tables == "dense" else self._dense[True])
 
     def layer_sizes(self, storage: str, count: int) -> list[int]:
         """Returns the bytes that streaming takes out of each of the first ``count`` layers."""

@@ -29,7 +29,7 @@ from petl_kernels.models.structure import all_modules
 from petl_kernels.models.transformers_names import drop_no_layer, model_of
 from petl_kernels.planning.peak import Ledger
 from petl_kernels.step.gradients import RoundedGradients
-from petl_kernels.weights.quantized import quantize_model
+from petl_kernels.weights.quantized import quantize_model, storages_of
 
 _LAYER = re.compile(r"(\.(?:layers|block))\.\d+\.")
 # Names of the depths (encoder, decoder) in the configurations of the two families.
@@ -72,7 +72,8 @@ def shallow(
     """Returns a model like ``model`` with that many layers, on the fake tensors of the mode that is on.
 
     Dtypes, dropout rates, the active adapter's method and what is trained are those of ``model``; frozen weights are
-    in ``storage``, embeddings and the output projection in ``tables``, as ``quantize_model`` leaves them.
+    in ``storage``, embeddings and the output projection in ``tables``, as ``quantize_model`` leaves them. What
+    ``model`` holds in 8 or 4 bits already stays so.
     """
     config = copy.deepcopy(model.config)
     for name, depth in zip(_depth_names(config), (encoder, decoder), strict=True):
@@ -89,8 +90,12 @@ def shallow(
         adapt(like, records(model)[name].config)
     _set_rates(like, model)
     drop_no_layer(like)
-    if (storage, tables or storage) != ("dense", "dense"):
-        quantize_model(like, storage, tables)
+    wanted = tuple(
+        kind if there == "dense" else there
+        for kind, there in zip((storage, tables or storage), storages_of(model), strict=True)
+    )
+    if wanted != ("dense", "dense"):
+        quantize_model(like, *wanted)
     return like.train(True)
 
 

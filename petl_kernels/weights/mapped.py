@@ -23,7 +23,7 @@ from petl_kernels.files import atomic_path
 from petl_kernels.models.structure import set_parameter
 
 FILE = "frozen_layers.safetensors"
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -31,7 +31,7 @@ _DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
 }
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _PAGE = 4096
 
 Weights = dict[str, Tensor]  # the tensors of one layer by name
@@ -171,7 +171,7 @@ def _find_in(files: Sequence[str | Path], weights: list[Weights]) -> dict[str, P
         if path is None:
             raise InputError(f"{', '.join(map(str, headers))}: tensor {name!r} is not there, so it is another model's")
         dtype, shape, start, end = headers[path][name]
-        if (_DTYPES.get(dtype), shape) != (tensor.dtype, tuple(tensor.shape)):
+        if (DTYPES.get(dtype), shape) != (tensor.dtype, tuple(tensor.shape)):
             expected = f"{_NAMES.get(tensor.dtype, tensor.dtype)} {tuple(tensor.shape)}"
             raise InputError(f"{path}: tensor {name!r} is {dtype} {shape}, expected {expected} as the model has it")
         if start % tensor.element_size():
@@ -194,7 +194,7 @@ def _read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...], int, int]]
         for name, entry in header.items():
             start, end = (8 + length + offset for offset in entry["data_offsets"])
             shape = tuple(entry["shape"])
-            dtype = _DTYPES.get(entry["dtype"])
+            dtype = DTYPES.get(entry["dtype"])
             if end > size or (dtype is not None and math.prod(shape) * dtype.itemsize != end - start):
                 raise ValueError
             found[name] = entry["dtype"], shape, start, end
@@ -242,9 +242,10 @@ def _write(path: Path, weights: list[Weights]) -> None:
             file.write(_raw(tensor).cpu().numpy().data)
 
 
-def _header(ordered: list[tuple[str, Tensor]]) -> tuple[bytes, dict[str, int]]:
+def _header(ordered: list[tuple[str, Tensor]], metadata: dict[str, str] | None = None) -> tuple[bytes, dict[str, int]]:
     """Returns the first bytes of a safetensors file, up to a page, and where each tensor's data start."""
-    header, starts, end = {}, {}, 0
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
+    starts, end = {}, 0
     for name, tensor in ordered:
         start, end = end, end + tensor.nbytes
         header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
@@ -262,10 +263,10 @@ class WeightFile:
         self._mapped = extension().MappedFile(str(path))
 
     @classmethod
-    def create(cls, path: Path, weights: Weights) -> WeightFile:
+    def create(cls, path: Path, weights: Weights, metadata: dict[str, str] | None = None) -> WeightFile:
         """Makes the file, with room for tensors of the shapes and dtypes of ``weights``, which may be meta tensors."""
         ordered = _by_alignment([weights])
-        header, starts = _header(ordered)
+        header, starts = _header(ordered, metadata)
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "wb") as file:
             file.write(header)

@@ -56,6 +56,16 @@ def storage_of(model: nn.Module, owners: list[nn.Module], storage: str, tables: 
     return tables if tables is not None and is_table(model, owners) else storage
 
 
+def storages_of(model: nn.Module) -> tuple[str, str]:
+    """Returns the storages in which ``model`` holds matrices of its layers and its tables; "dense" where they are."""
+    found = {False: "dense", True: "dense"}
+    for owners in quantizable(model):
+        weight: Any = owners[0].weight
+        if isinstance(weight, QuantizedTensor):
+            found[is_table(model, owners)] = weight.storage
+    return found[False], found[True]
+
+
 def is_table(model: nn.Module, owners: list[nn.Module]) -> bool:
     """Returns whether the weight that ``owners`` hold is one of token embeddings or of the output projection."""
     head = getattr(model, "lm_head", None)

@@ -27,6 +27,7 @@ COMMANDS = {
     "translate": ("petl_mt.commands.translate", "one line out for each line in, in order, as they come"),
     "score": ("petl_mt.commands.score", "BLEU and chrF on a test text, each with its signature"),
     "merge": ("petl_mt.commands.merge", "a folder that transformers loads, the adapter inside the weights"),
+    "quantize": ("petl_mt.commands.quantize", "a checkpoint in 8 or 4 bits, kept: a folder for --model"),
     "demo": ("petl_mt.demo.demo", "the main job on text the package makes itself, no download"),
     "bench": ("petl_mt.bench", "benchmarks, their report, and what changed between two runs"),
     "study": ("petl_mt.study.command", "several methods and budgets on one pair: a table and a plot"),

@@ -110,6 +110,12 @@ class TrainConfig:
         "SIZE",
         otherwise="no limit",
     )
+    host_memory: str | None = option(
+        None,
+        "host memory that weights and text may take beside a CUDA device; on a CPU --memory is that",
+        "SIZE",
+        otherwise="what is free",
+    )
     plan: str | None = option(None, "a plan of petl-mt plan --json", "FILE", otherwise="one is made now")
     allow: list[str] = option(
         list, f"what a plan may round: {APPROXIMATIONS}", "NAMES", otherwise="nothing", joined=True
@@ -234,8 +240,9 @@ class TrainConfig:
             from petl_kernels.methods import parse_budget  # here: it loads PyTorch, which --help does without
 
             parse_budget(self.params)
-        if self.memory is not None:
-            parse_size(self.memory)
+        for size in (self.memory, self.host_memory):
+            if size is not None:
+                parse_size(size)
         if self.allow:
             from petl_kernels.planning.plan import check_allow  # here: it loads PyTorch
 
@@ -250,6 +257,10 @@ class TrainConfig:
                 f"{name} {getattr(self, name)!r}: no effect on a model that exists; expected it with --model new only",
             )
         _need(not self.allow or self.memory is not None, "allow: no effect without a budget; expected --memory with it")
+        _need(
+            self.host_memory is None or self.memory is not None,
+            "host_memory: no effect without a budget; expected --memory with it",
+        )
         _need(self.tier is None or self.plan is None, f"tier {self.tier}: no effect, since the plan has its own tiers")
         full = self.method == "full" or (self.is_new and self.method is None)
         _need(not full or self.params is None, f"params {self.params}: no effect, since all of the model is trained")

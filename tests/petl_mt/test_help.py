@@ -15,7 +15,8 @@ from petl_kernels.methods import METHODS
 
 pytestmark = pytest.mark.check
 
-COMMANDS = ("train", "finish", "plan", "fits", "translate", "score", "merge", "methods", "demo", "bench", "study")
+COMMANDS = ("train", "finish", "plan", "fits", "translate", "score", "merge", "quantize", "methods", "demo", "bench")
+COMMANDS += ("study",)
 COMMANDS += ("doctor",)
 # What has no default: it has to be given, or goes with something that has.
 GIVEN = {"--model", "--out", "--train", "--test", "--run", "run_folder", "--src-lang", "--tgt-lang"}

@@ -128,7 +128,7 @@ def test_graphs_do_not_make_a_plan_much_slower(settings, monkeypatch):
     """A plan without graphs may be faster by what they cannot hold; it is taken unless graphs are wanted."""
     made = []
 
-    def plan_like(model, config, longest, device, graphs):
+    def plan_like(model, config, longest, device, graphs, text):
         made.append(graphs)
         seconds, approximations = plans[graphs]
         return SimpleNamespace(seconds=seconds, approximations=approximations, graphs=graphs)

@@ -31,7 +31,7 @@ def run_command(arguments: argparse.Namespace) -> None:
     import petl_kernels as pk  # here, as what follows: they load PyTorch, which --help does without
     from petl_kernels.interop.plain import check_free
 
-    from ..inference import load_run, merged_dtype, quantize_as_trained, run_storages
+    from ..inference import check_original, load_run, merged_dtype, quantize_as_trained, run_storages
     from ..silence import hush
 
     check_free(arguments.out)  # before anything is read
@@ -47,7 +47,9 @@ def run_command(arguments: argparse.Namespace) -> None:
             pk.merge(model)
             error = pk.report(model).merge_error or 0.0
             lines.append(f"merged into {rounded} weights with a relative error of at most {error:.3%}")
-        elif rounded:
+        else:
+            check_original(config)
+        if rounded and arguments.into == "original":
             lines.append(f"the adapter was trained beside {rounded} weights; merged into the original ones")
         dtype = merged_dtype(arguments.run_folder, arguments.dtype)
         pk.save_merged(model, tokenizer, arguments.out, dtype, lines.append)

@@ -46,7 +46,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     add_fields(training, "eval_every", "patience", "beam", "tensorboard")
 
     memory = parser.add_argument_group("memory and speed")
-    add_fields(memory, "memory", "allow", "plan", "tier", "precision", "cuda_graphs")
+    add_fields(memory, "memory", "host_memory", "allow", "plan", "tier", "precision", "cuda_graphs")
 
 
 def train_config(arguments: argparse.Namespace) -> TrainConfig:

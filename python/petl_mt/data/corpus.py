@@ -26,6 +26,10 @@ class Ragged:
         self._flat.extend(row)
         self._lengths.append(len(row))
 
+    @property
+    def nbytes(self) -> int:
+        return len(self._flat) * self._flat.itemsize + len(self._lengths) * self._lengths.itemsize
+
     @cached_property
     def lengths(self) -> np.ndarray:
         return np.frombuffer(self._lengths, dtype=np.int64) if self._lengths else np.zeros(0, dtype=np.int64)
@@ -61,6 +65,11 @@ class Corpus:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of both sides and of the lengths."""
+        return self.sources.nbytes + self.targets.nbytes + self.lengths.nbytes
 
     def batch_indices(
         self,

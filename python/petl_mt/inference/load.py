@@ -18,6 +18,7 @@ from petl_kernels.planning.planner import SearchPlan, plan_search
 from petl_kernels.planning.resident import SLOTS
 from petl_kernels.step import cap
 from petl_kernels.units import parse_size
+from petl_kernels.weights.quantized import storages_of
 from petl_kernels.weights.streamed import stream_layers
 
 from ..config import TrainConfig
@@ -87,7 +88,7 @@ def _load_within(
     plan = plan_search(
         like,
         memory,
-        ("dense", "dense") if whole else run_storages(run.path),
+        _storages(like, ("dense", "dense") if whole else run_storages(run.path)),
         config.beam if beam is None else beam,
         fitting_length(model, config.max_length if max_length is None else max_length),
         device,
@@ -96,7 +97,7 @@ def _load_within(
     )
     if limits is not None:
         limits.enter_context(cap.capped(memory, device))
-    with folder_for_layers(plan, run.path) as folder:
+    with folder_for_layers(plan, like, run.path) as folder:
         model = load_planned(source, model, like, plan, folder)
         if weights is not None and not whole:
             model = fill_adapter(prepare_model(model, config), weights)
@@ -105,6 +106,14 @@ def _load_within(
             stream_layers(model, paths, SLOTS, folder, sorted(folder.glob("*.safetensors")) if folder else (), device)
         pk.lean(model.eval(), 1)
     return model.requires_grad_(False).to(device), tokenizer, config, plan
+
+
+def _storages(like: Any, trained: tuple[str, str]) -> tuple[str, str]:
+    """Returns the storages that training had, or those of a checkpoint that was quantized once."""
+    in_layers, in_tables = (
+        there if kind == "dense" else kind for kind, there in zip(trained, storages_of(like), strict=True)
+    )
+    return in_layers, in_tables
 
 
 def run_memory(path: str | Path | TrainConfig) -> int | None:

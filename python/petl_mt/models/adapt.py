@@ -11,8 +11,10 @@ from torch import nn
 import petl_kernels as pk
 from petl_kernels.errors import InputError
 from petl_kernels.methods import METHODS
+from petl_kernels.methods.base import Method
 from petl_kernels.models.structure import all_modules
 from petl_kernels.models.transformers_names import is_activation_dropout
+from petl_kernels.ops.quantized import QuantizedTensor
 
 from ..config import TrainConfig
 from .precision import product_dtype
@@ -41,9 +43,21 @@ def adapt(model: Any, config: TrainConfig) -> Any:
         settings = method.for_budget(model, config.params, **config.method_args)
     else:
         settings = method(**config.method_args)
+    _check_dense(model, config.method, settings)
     if config.method == "full":  # no copy of the base to go back to
         return model.requires_grad_(True)
     return pk.adapt(model, settings)
+
+
+def _check_dense(model: Any, name: str, settings: Method) -> None:
+    """Raises InputError for a method that trains a tensor which the checkpoint holds in 8 or 4 bits."""
+    for key in settings.base_tensors(model):
+        weight = model.get_parameter(key)
+        if isinstance(weight, QuantizedTensor):
+            raise InputError(
+                f"method {name}: trains {key}, which the checkpoint holds in {weight.storage}; expected the checkpoint "
+                "that was quantized, or another method"
+            )
 
 
 def set_dropout(model: nn.Module, dropout: float | None, attention_dropout: float | None) -> None:

@@ -17,16 +17,24 @@ from .new_model import LINES_AT_MOST, load_vocabulary, make_model, train_vocabul
 
 
 def load_model(config: TrainConfig, vocabulary: Path | None, text: list[Text], quiet: bool = True) -> tuple[Any, Any]:
-    """Returns (model, tokenizer): a new model, or a checkpoint's, without weights where a plan has to be made first.
+    """Returns (model, tokenizer): a new model, or a checkpoint's, without weights where they are read later.
 
     vocabulary: the folder of a new model's tokenizer; None lets one be learnt from ``text``. quiet: prints no line on
     standard error that a vocabulary is being learnt.
     """
     if not config.is_new:
-        return load_pretrained(config.model) if config.memory is None else load_skeleton(config.model)
+        return load_skeleton(config.model) if is_read_later(config) else load_pretrained(config.model)
     tokenizer = load_vocabulary(vocabulary) if vocabulary else _learn_vocabulary(config, text, quiet)
     torch.manual_seed(config.seed)
     return make_model(config, tokenizer), tokenizer
+
+
+def is_read_later(config: TrainConfig) -> bool:
+    """Returns whether weights are read one by one into what they become: where a plan, or a narrower dtype, says so.
+
+    Elsewhere transformers' loader reads them as they stand in the files, and nothing is in memory beside them.
+    """
+    return not config.is_new and (config.memory is not None or config.precision != "fp32")
 
 
 def _learn_vocabulary(config: TrainConfig, text: list[Text], quiet: bool):

@@ -14,9 +14,11 @@ from torch import nn
 from petl_kernels.device import resolve
 from petl_kernels.errors import InputError
 from petl_kernels.interop.hf import load_outline
-from petl_kernels.planning.plan import Plan
+from petl_kernels.planning.plan import Plan, host_peak
+from petl_kernels.planning.planner import host_limit
 from petl_kernels.planning.planner import plan as make_plan
-from petl_kernels.units import format_size, parse_size
+from petl_kernels.units import format_below, format_least, format_size, parse_size
+from petl_kernels.weights.quantized import storages_of
 
 from ..config import UNCAPTURED, TrainConfig
 from ..models.adapt import prepare_model
@@ -51,23 +53,31 @@ def plan_without_text(config: TrainConfig, device: str | None = None) -> Plan:
     return plan_for(prepare_model(model, config), config, widened(config.max_length, place), place)
 
 
-def plan_of_run(model: nn.Module, config: TrainConfig, run: RunFolder, longest: int, device: torch.device) -> Plan:
+def plan_of_run(
+    model: nn.Module, config: TrainConfig, run: RunFolder, longest: int, device: torch.device, text: int = 0
+) -> Plan:
     """Returns the plan under ``--memory``: the given one, that of a resumed run, or the fastest for this model.
 
-    model: as it will be trained, on the meta device. longest: tokens of the longest sentence, padding included. Raises
-    InputError for a plan that was made for something else.
+    model: as it will be trained, on the meta device. longest: tokens of the longest sentence, padding included. text:
+    bytes of the tokenised text. Raises InputError for a plan that was made for something else.
     """
     given, own = config.plan, run.plan
     if given is None and own.exists() and torch.device(Plan.load(own).device).type == device.type:
         given = own  # resumed: the same storage and optimiser, whatever the rates are today
     if given is None:
-        return plan_for(model, config, longest, device)
+        return plan_for(model, config, longest, device, text)
     plan = Plan.load(given)
     plan.check(model)
     assert config.memory is not None
     if plan.memory != (memory := parse_size(config.memory)):
         raise InputError(
             f"plan {given}: for {format_size(plan.memory)}; expected one for the {format_size(memory)} of --memory"
+        )
+    host, need = host_limit(device, memory, config.host_memory, text), host_peak(plan.host)
+    if host is not None and need > host:
+        raise InputError(
+            f"plan {given}: takes {format_least(need)} of host memory, and {format_below(host, need)} are "
+            f"{'--host-memory' if config.host_memory else 'free'}; expected a plan made anew"
         )
     if torch.device(plan.device).type != device.type:
         raise InputError(f"plan {given}: for {plan.device}; expected one for {device.type}")
@@ -85,7 +95,8 @@ def plan_of_run(model: nn.Module, config: TrainConfig, run: RunFolder, longest: 
             f"plan {given}: for updates of {plan.batch_tokens} tokens; expected the {config.batch_tokens} of "
             "--batch-tokens"
         )
-    forbidden = plan.forbidden(config.allow, config.optimizer)
+    chosen = [] if storages_of(model) == ("dense", "dense") else ["quantized"]  # by naming such a checkpoint
+    forbidden = plan.forbidden([*config.allow, *chosen], config.optimizer)
     if forbidden:
         raise InputError(f"plan {given}: uses {forbidden}; expected --allow {forbidden} beside it")
     if plan.longest < longest:
@@ -93,11 +104,11 @@ def plan_of_run(model: nn.Module, config: TrainConfig, run: RunFolder, longest: 
     return plan
 
 
-def plan_for(model: nn.Module, config: TrainConfig, longest: int, device: torch.device) -> Plan:
-    """Returns the fastest plan of a run with sentences of ``longest`` tokens."""
+def plan_for(model: nn.Module, config: TrainConfig, longest: int, device: torch.device, text: int = 0) -> Plan:
+    """Returns the fastest plan of a run with sentences of ``longest`` tokens and ``text`` bytes of tokenised text."""
 
     def fastest(graphs: bool) -> Plan:
-        return _fastest(model, config, longest, device, graphs)
+        return _fastest(model, config, longest, device, graphs, text)
 
     if config.cuda_graphs is not None or not wants_graphs(config, device):
         return fastest(bool(config.cuda_graphs))
@@ -137,7 +148,9 @@ def width_multiple(device: torch.device) -> int:
     return 8 if device.type == "cuda" else 1
 
 
-def _fastest(model: nn.Module, config: TrainConfig, longest: int, device: torch.device, graphs: bool) -> Plan:
+def _fastest(
+    model: nn.Module, config: TrainConfig, longest: int, device: torch.device, graphs: bool, text: int = 0
+) -> Plan:
     assert config.memory is not None
     return make_plan(
         model,
@@ -152,4 +165,6 @@ def _fastest(model: nn.Module, config: TrainConfig, longest: int, device: torch.
         beam=config.beam,
         cuda_graphs=graphs,
         packed=True,
+        host_memory=config.host_memory,
+        host_data=text if device.type == "cuda" else 0,  # on a CPU no plan counts it
     )

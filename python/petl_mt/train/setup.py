@@ -28,7 +28,7 @@ from ..evaluate import BatchLimit
 from ..json_file import write_json
 from ..memory_meter import MemoryMeter
 from ..models.adapt import prepare_model
-from ..models.load import check_beam, check_positions, load_model
+from ..models.load import check_beam, check_positions, is_read_later, load_model
 from ..models.precision import with_precision
 from ..models.streamed_layers import folder_for_layers
 from ..runs import RunFolder
@@ -117,9 +117,11 @@ def set_up(
     # the plan, the weights and the optimiser
     total_parameters = stored_parameters = sum(p.numel() for p in model.parameters())
     plan, like = None, None
-    if config.memory is not None:
+    if config.memory is not None or is_read_later(config):
         like = _on_meta_device(model, config)
-        plan = plan_of_run(like, config, run, widened(int(text.train.lengths.max()), device), device)
+    if like is not None and config.memory is not None:
+        longest = widened(int(text.train.lengths.max()), device)
+        plan = plan_of_run(like, config, run, longest, device, text.nbytes)
         if limits is not None:
             limits.enter_context(cap.capped(parse_size(config.memory), device))
             meter = MemoryMeter(device)  # what a budget counts begins here
@@ -197,8 +199,8 @@ def _load_weights(
     model: nn.Module, like: nn.Module | None, config: TrainConfig, plan: Plan | None, run: RunFolder
 ) -> nn.Module:
     """Returns the model with its weights, its method and its tiers, in the storage and the place that a plan has."""
-    with folder_for_layers(plan, run.path) as folder:
-        if plan and like is not None and not config.is_new:
+    with folder_for_layers(plan, like, run.path) as folder:
+        if like is not None and is_read_later(config):
             model = load_planned(config.model, model, like, plan, folder)
         torch.manual_seed(config.seed)  # what is added starts the same, whatever was made before it
         model = prepare_model(model, config)

@@ -36,6 +36,11 @@ class TokenisedText:
     languages: dict[str, LanguagePair]  # by the name of a pair
     start: int  # the id that decoder inputs begin with
 
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the tokenised pairs in host memory."""
+        return self.train.nbytes + (self.valid.nbytes if self.valid else 0)
+
 
 def read_text(config: TrainConfig, run: RunFolder, resuming: bool, quiet: bool) -> Lines:
     """Reads all files. Raises InputError for files that cannot be used, or that have changed since the run began."""
