@@ -29,7 +29,7 @@ from ..json_file import write_json
 from ..memory_meter import MemoryMeter
 from ..models.adapt import prepare_model
 from ..models.load import check_beam, check_positions, is_read_later, load_model
-from ..models.precision import with_precision
+from ..models.precision import precision_of, with_precision
 from ..models.streamed_layers import folder_for_layers
 from ..runs import RunFolder
 from ..runs.checkpoint import Checkpoints
@@ -96,7 +96,7 @@ def set_up(
     if before is not None:
         config = with_settings_of(before, config)
     config = with_precision(config, resolve())
-    accelerator = make_accelerator(config.precision)
+    accelerator = make_accelerator(precision_of(config))
     device = resolve(accelerator.device)
     if config.cuda_graphs:
         check_device(device)
