@@ -32,10 +32,10 @@ def load_planned(
     Raises InputError as ``load_weights`` does, and for streamed layers on the CPU without a folder.
     """
     wanted = dict(like.named_parameters(remove_duplicate=False))
-    storages = {
-        id(owners[0].weight): storage_of(like, owners, plan.storage, plan.tables)
-        for owners in (quantizable(like) if plan is not None else [])
-    }
+    storages: dict[int, str] = {}
+    if plan is not None:
+        for owners in quantizable(like):
+            storages[id(owners[0].weight)] = storage_of(like, owners, plan.storage, plan.tables)
     file, names = None, []
     if plan is not None and plan.streamed and plan.device == "cpu":
         if folder is None:

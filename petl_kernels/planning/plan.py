@@ -208,7 +208,8 @@ class Plan:
             if (value := getattr(self, name)) not in choices:
                 return f"{name} is {value!r}; expected {' or '.join(choices)}"
         host: Any = self.host
-        if not isinstance(host, dict) or not all(isinstance(size, int) for size in self.host.values()):
+        sizes: list[Any] = list(host.values())  # of what is no mapping: AttributeError, which ``load`` expects
+        if not all(isinstance(size, int) for size in sizes):
             return f"host is {host!r}; expected bytes by purpose"
         if not isinstance(self.cuda_graphs, bool):  # pyright: ignore[reportUnnecessaryIsInstance]  # a file's
             return f"cuda_graphs is {self.cuda_graphs!r}; expected true or false"
