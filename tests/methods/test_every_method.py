@@ -162,10 +162,12 @@ def test_gradient_checkpointing_gives_the_same_gradients(model, key):
 def test_relatives_of_the_families(relative, key):
     model = build(relative)
     base = logits(model)
+    torch.manual_seed(3)  # with some seeds all of an adapter's few ReLUs are 0
     pk.adapt(model, make(key))
     train_a_little(model)
     assert not torch.allclose(logits(model), base, atol=1e-2)
-    assert all(p.grad is not None and p.grad.any() for p in pk.trainable_parameters(model))
+    without = [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    assert not without
     pk.use_adapter(model, None)
     assert torch.equal(logits(model), base)
 

@@ -21,7 +21,7 @@ from petl_kernels.planning.plan import PRECISIONS, Plan
 from petl_kernels.planning.planner import card_planner
 
 from ..config import TrainConfig
-from ..models.adapt import adapt, cast_frozen_matrices, set_dropout
+from ..models.adapt import prepare_model
 from ..models.load import check_positions
 from ..silence import hush
 from ..terminal import say
@@ -122,9 +122,7 @@ def _planner(source: str, config: TrainConfig, dtype: torch.dtype) -> Callable[[
     with hush():
         model = cast("Any", load_outline(source))
     check_positions(model, config.max_length)
-    model = adapt(model, config)
-    set_dropout(model, config.dropout, config.attention_dropout)
-    cast_frozen_matrices(model, dtype)
+    model = prepare_model(model, dataclasses.replace(config, precision=PRECISIONS[dtype]))
     longest, allow = widened(config.max_length, CUDA), tuple(config.allow)
     given = config.batch_tokens, longest, config.optimizer, allow, CUDA, dtype, config.tier
     return card_planner(model, Request(*given, beam=0, packed=True))

@@ -6,6 +6,7 @@ import dataclasses
 
 import torch
 
+from petl_kernels.cards import without_bf16
 from petl_kernels.device import resolve
 from petl_kernels.errors import InputError
 
@@ -45,4 +46,4 @@ def lacks_bf16(device: torch.device) -> bool:
     """Returns whether ``device`` is a CUDA card of this machine that has no bf16, as those before Ampere."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return False
-    return torch.cuda.get_device_capability(device)[0] < 8
+    return without_bf16(device) is not None
