@@ -34,6 +34,7 @@ def printed(notebook) -> str:
     return "".join(output.get("text", "") for output in outputs)
 
 
+@pytest.mark.slow
 def test_it_goes_from_two_text_files_to_a_scored_adapter(notebook, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     valid = [tmp_path / f"valid.{code}" for code in ("en", "de")]

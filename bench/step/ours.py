@@ -52,9 +52,7 @@ class OurUpdate:
     def __init__(self, model: nn.Module, plan: Plan, device: torch.device):
         self.model = model
         self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
-        plain = SimpleNamespace(
-            device=device, autocast=contextlib.nullcontext, backward=Tensor.backward, scaler=None
-        )
+        plain = SimpleNamespace(device=device, autocast=contextlib.nullcontext, backward=Tensor.backward, scaler=None)
         config = TrainConfig(label_smoothing=SMOOTHING)
         self.trainer = update.Update(model, self.optimizer, plain, config, plan, START, PAD, say=lambda line: None)
 

@@ -64,6 +64,7 @@ def test_the_whole_way(program, model, lines, tmp_path, capfd):
     assert capfd.readouterr().out.count("\n") == 5
 
 
+@pytest.mark.slow
 def test_budgets_and_what_goes_wrong(program, model, lines, tmp_path):
     """A run that is refused is told in one line; what is known before it stays."""
     text = make_text(tmp_path, lines, "en-de", 100, 6)

@@ -59,6 +59,7 @@ def checkpoints(make, tmp_path) -> tuple[Path, Path, int, int]:
     return tmp_path / "small", tmp_path / "large", sum(sizes), max(sizes)
 
 
+@pytest.mark.slow
 def test_one_tensor_beside_what_stays(checkpoints, tmp_path):
     small, large, size, largest = checkpoints
     assert size > 128 * MIB and torch.finfo(torch.float32).bits == 32

@@ -38,6 +38,7 @@ def trained(out: Path) -> dict:
     return load_file(RunFolder(out).checkpoints / "latest" / "trained.safetensors")
 
 
+@pytest.mark.slow
 def test_a_run_with_and_without_a_budget(settings, parent, text, tmp_path, capsys):
     train(TrainConfig(**settings), quiet=True)
     tight = {**settings, "out": str(tmp_path / "tight"), "memory": "2MiB", "tier": 1}
