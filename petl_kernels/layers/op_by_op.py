@@ -39,7 +39,7 @@ NORMS, PRODUCTS, SUMS = 1, 2, 3
 
 @dataclass(frozen=True)
 class Attended:
-    """What the queries of one attention attend to.
+    """Holds what the queries of one attention attend to.
 
     source: (batch, source tokens, d), or None for self-attention. mask, bias: as the model gives them to its layers.
     """

@@ -120,7 +120,7 @@ class _Names:
         self._found.update(filter(None, re.split(r"[\[\]-]", item.name.removeprefix("test_"))))
 
     def near(self, only: str) -> str:
-        """What comes nearest to the words that are in no name."""
+        """Returns what comes nearest to the words that are in no name."""
         words = set(re.findall(r"[\w.]+", only)) - {"and", "or", "not"}
         lower = [name.lower() for name in self._found]
         wrong = [word for word in sorted(words) if not any(word.lower() in name for name in lower)]

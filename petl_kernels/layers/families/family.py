@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from petl_kernels.layers.wide_ffn import WideFFN
 
     class State(Protocol):
-        """What a family reads of the state of a lean layer (``lean_layer.Lean``)."""
+        """Describes what a family reads of the state of a lean layer (``lean_layer.Lean``)."""
 
         @property
         def pre_norm(self) -> bool: ...

@@ -54,8 +54,6 @@ def page(rows: Sequence[Row], command: str, about: Mapping[str, Any]) -> str:
     lines = [
         "# What fits where",
         "",
-        f"<!-- {command} -->",
-        "",
         _made(rows, command, about),
         "",
         PREDICTED,
