@@ -235,6 +235,8 @@ class LanguagePair:
             model, encoder = pieces
             encoder = {**encoder, **self._words.ids} if self._words else encoder
             return self._words.encode(texts, lambda some: _by_sentencepiece(model, encoder, tokenizer.unk_token, some))
+        if target and self._targets is not None:  # a call of the tokenizer gives ids of the source's vocabulary
+            raise gone(f"spm_source of {type(self.tokenizer).__name__}", "a vocabulary for each side")
         offset = byte_offset(tokenizer)
         if offset is not None:
             return self._words.encode(texts, partial(_by_bytes, offset))
