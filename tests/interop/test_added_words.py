@@ -176,6 +176,8 @@ def test_a_vocabulary_for_each_side_needs_the_targets_pieces(separate, monkeypat
     monkeypatch.setattr(languages, "pieces_of", lambda tokenizer, target: None)
     with pytest.raises(InputError, match=r"^transformers \S+ has no spm_source of MarianTokenizer: a vocabulary for "):
         pair.decode([[2, 3, 0]])
+    with pytest.raises(InputError, match=r"^transformers \S+ has no spm_source of MarianTokenizer: a vocabulary for "):
+        pair.encode_target(["a"])
 
 
 def test_separate_vocabularies_that_cannot_be_right_are_refused(separate, make):
