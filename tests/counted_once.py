@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import pytest
 import torch
 
 RATES = ("p", "dropout", "stored_dropout", "activation_dropout")
@@ -31,18 +32,21 @@ def counted_once() -> Iterator[None]:
     from petl_kernels.planning.beam_search import Search
     from petl_kernels.planning.step_bytes import StepBytes
 
-    phases, made, count = StepBytes.phases, Search.__init__, Search.bytes
+    made, count = Search.__init__, Search.bytes
     known: dict[tuple, object] = {}
 
-    def phases_once(self, *given):
-        self.kind = getattr(self, "kind", None) or kind_of(self.model)
-        patched = simulate.step, simulate.shallow  # by some tests
-        request = self.request
-        training = request.longest, request.autocast, request.packed, request.device.type
-        key = self.kind, *training, torch.get_num_threads(), *patched, *given
-        if key not in known:
-            known[key] = phases(self, *given)
-        return known[key]
+    def once(counted):
+        def counted_once(self, *given):
+            self.kind = getattr(self, "kind", None) or kind_of(self.model)
+            patched = simulate.step, simulate.shallow  # by some tests
+            request = self.request
+            training = request.longest, request.autocast, request.packed, request.device.type
+            key = counted, self.kind, *training, torch.get_num_threads(), *patched, *given
+            if key not in known:
+                known[key] = counted(self, *given)
+            return known[key]
+
+        return counted_once
 
     def made_once(self, model, *given):
         self.kind = kind_of(model), model.generation_config.to_json_string(), torch.get_num_threads(), *given
@@ -54,6 +58,9 @@ def counted_once() -> Iterator[None]:
             known[key] = count(self, memory, longest)
         return dataclasses.replace(known[key], memory=memory)
 
-    StepBytes.phases, Search.__init__, Search.bytes = phases_once, made_once, bytes_once
-    yield
-    StepBytes.phases, Search.__init__, Search.bytes = phases, made, count
+    with pytest.MonkeyPatch.context() as changes:
+        changes.setattr(StepBytes, "phases", once(StepBytes.phases))
+        changes.setattr(StepBytes, "kept", once(StepBytes.kept))
+        changes.setattr(Search, "__init__", made_once)
+        changes.setattr(Search, "bytes", bytes_once)
+        yield

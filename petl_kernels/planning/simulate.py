@@ -114,18 +114,38 @@ def step(
     in ``RoundedGradients``. packed: the sentences of ``batch`` are one packed row, where ``model`` reads such rows.
     device: the kind whose kernels are counted; the tensors are the CPU's.
     """
-    inputs = _packed_row(batch) if packed and not packing_obstacle(model) else _padded_rows(batch)
+    inputs = _inputs(model, batch, packed)
     trained = [p for p in model.parameters() if p.requires_grad]
-    living = [*model.parameters(), *model.buffers()]
-    with _earlier_gradients(trained, gradients) as sums, Ledger([*living, *sums], device) as ledger, _under(autocast):
+    with _earlier_gradients(trained, gradients) as sums, _ledger(model, sums, device) as ledger, _under(autocast):
         always = ledger.live
-        output = model(**inputs, label_smoothing=0.1, reduction="sum")
-        loss = output.loss
-        del output
+        loss = model(**inputs).loss
         kept, forward = ledger.live - always, ledger.peak - always
         ledger.peak = ledger.live
         loss.backward()
         return Phases(kept, forward, ledger.peak - always)
+
+
+def kept(
+    model: nn.Module, batch: Batch, *, autocast: torch.dtype | None = None, packed: bool = False, device: str = "cpu"
+) -> int:
+    """Returns the same ``Phases.kept`` as ``step``, without a backward pass, which takes more than half of the time."""
+    inputs = _inputs(model, batch, packed)
+    with _ledger(model, (), device) as ledger, _under(autocast):
+        always = ledger.live
+        loss = model(**inputs).loss
+        found = ledger.live - always
+        del loss
+        return found
+
+
+def _ledger(model: nn.Module, more: Sequence[Tensor], device: str) -> Ledger:
+    return Ledger([*model.parameters(), *model.buffers(), *more], device)
+
+
+def _inputs(model: nn.Module, batch: Batch, packed: bool) -> dict[str, Any]:
+    """Returns what ``model`` is called with for a summed loss of ``batch``."""
+    rows = _packed_row(batch) if packed and not packing_obstacle(model) else _padded_rows(batch)
+    return {**rows, "label_smoothing": 0.1, "reduction": "sum"}
 
 
 def _padded_rows(batch: Batch) -> dict[str, Tensor]:

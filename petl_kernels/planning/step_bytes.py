@@ -89,9 +89,9 @@ class StepBytes:
         return Slopes(*(a + share * (b - a) for a, b in values))
 
     def _counted(self, tier: int, pairs: int, chunk_bytes: int, rounding: Rounding) -> Slopes:
-        depths = (1, 1), (2, 1), (2, 2)
-        one, two, both = (self.phases(depth, tier, pairs, chunk_bytes, rounding) for depth in depths)
-        encoder, decoder = two.kept - one.kept, both.kept - two.kept
+        one, two = (self.kept(depth, tier, pairs, chunk_bytes, *rounding[:2]) for depth in ((1, 1), (2, 1)))
+        both = self.phases((2, 2), tier, pairs, chunk_bytes, rounding)
+        encoder, decoder = two - one, both.kept - two
         layers = 2 * (encoder + decoder)
         if tier == 5:  # the simulation runs on the CPU, where host memory is the device's
             encoder, decoder = (max(0, kept - self.input_bytes(pairs)) for kept in (encoder, decoder))
@@ -102,18 +102,29 @@ class StepBytes:
     def phases(self, depth: tuple[int, int], tier: int, pairs: int, chunk_bytes: int, rounding: Rounding) -> Phases:
         """Returns what a simulated step of a model of ``depth`` (encoder, decoder) layers takes."""
         storage, tables, gradients = rounding
-        request, kind = self.request, self.request.device.type
         with self._mode:
-            key = depth, storage, tables
-            if key not in self._shallow:
-                self._shallow[key] = simulate.shallow(self.model, *depth, storage, tables)
-            model = self._shallow[key]
-            simulate.set_tiers(model, [tier] * sum(depth), kind)
-            model.petl_chunk_bytes = chunk_bytes
-            batch = Batch(pairs, request.longest, request.longest)
-            return simulate.step(
-                model, batch, autocast=request.autocast, gradients=gradients, packed=request.packed, device=kind
-            )
+            model, given = self._simulated(depth, tier, pairs, chunk_bytes, storage, tables)
+            return simulate.step(model, **given, gradients=gradients)
+
+    def kept(self, depth: tuple[int, int], tier: int, pairs: int, chunk_bytes: int, storage: str, tables: str) -> int:
+        """Returns the bytes that such a model keeps between forward and backward."""
+        with self._mode:
+            model, given = self._simulated(depth, tier, pairs, chunk_bytes, storage, tables)
+            return simulate.kept(model, **given)
+
+    def _simulated(
+        self, depth: tuple[int, int], tier: int, pairs: int, chunk_bytes: int, storage: str, tables: str
+    ) -> tuple[nn.Module, dict[str, Any]]:
+        """Returns a model of ``depth`` layers with all of them at ``tier``, and what its step is simulated with."""
+        request, kind = self.request, self.request.device.type
+        key = depth, storage, tables
+        if key not in self._shallow:
+            self._shallow[key] = simulate.shallow(self.model, *depth, storage, tables)
+        model = self._shallow[key]
+        simulate.set_tiers(model, [tier] * sum(depth), kind)
+        model.petl_chunk_bytes = chunk_bytes
+        batch = Batch(pairs, request.longest, request.longest)
+        return model, {"batch": batch, "autocast": request.autocast, "packed": request.packed, "device": kind}
 
     def input_bytes(self, pairs: int) -> int:
         """Returns the bytes of a layer's input."""

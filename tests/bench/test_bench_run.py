@@ -105,6 +105,7 @@ def test_complete_then_failed_then_interrupted(checkout):
     assert not list(checkout.rglob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_what_was_timed_is_on_the_disk_when_the_run_is_killed(checkout):
     part = checkout / "bench" / "results" / "cpu" / "part" / "ops.json"
     (checkout / "bench" / "ops" / "second_op").write_text("kill")

@@ -36,6 +36,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(gpu, "GRACE", 1)
 
 
+@pytest.mark.slow
 def test_what_hangs_is_cut_and_the_next_part_runs(tmp_path, quick, capsys, monkeypatch):
     monkeypatch.setattr(gpu, "run", lambda part, limit, log, run=gpu.run: run(part, part.limit, log))
     began = time.monotonic()

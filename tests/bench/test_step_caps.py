@@ -206,6 +206,7 @@ def tiny(checkpoint: str, memory: int, **options) -> Trial:
     return Trial(TINY, checkpoint, memory, "cpu", Data(128, 32, updates=1), rounds=2, **options)
 
 
+@pytest.mark.slow
 def test_both_sides_train_on_the_same_weights_and_words(checkpoint):
     pytest.importorskip("peft")
     ours = trial.measure(tiny(checkpoint, 64 * MIB))
@@ -244,6 +245,7 @@ def test_a_rounded_base_trains(checkpoint, setting):
     assert result.loss == pytest.approx(math.log(200), rel=0.1)
 
 
+@pytest.mark.slow
 def test_a_trial_without_room_is_a_result(checkpoint):
     pytest.importorskip("peft")
     pytest.importorskip("petl_kernels._C")
@@ -257,6 +259,7 @@ def test_a_trial_that_takes_too_long_is_ended(checkpoint):
     assert result.failure == "not done after 0 s" and time.monotonic() - began < 30
 
 
+@pytest.mark.slow
 def test_a_budget_that_no_plan_has_is_told(checkpoint, monkeypatch):
     monkeypatch.setattr(chooser, "APPROXIMATIONS", {})  # what they would bring takes time to count
     monkeypatch.setattr(planner, "measure_rates", lambda *_: ASSUMED)

@@ -79,7 +79,10 @@ FEW = ((0,), (1,), (2,), (3,), (0, 3), (2, 3), (1, 2, 3), (0, 1, 2, 3))  # of th
 ALL = tuple(chosen for count in range(1, 5) for chosen in itertools.combinations(range(4), count))
 
 
-@pytest.mark.parametrize(("family", "subsets"), [("t5-tied", ALL), ("madlad", FEW), ("m2m100", FEW), ("marian", FEW)])
+@pytest.mark.parametrize(
+    ("family", "subsets"),
+    [("t5-tied", ALL), *(pytest.param(name, FEW, marks=pytest.mark.slow) for name in ("madlad", "m2m100", "marian"))],
+)
 def test_any_tables_may_be_in_the_file(folder, family, subsets):
     """All with the same values, or the output projection with others."""
     path, tensors, _ = folder(family)
@@ -112,7 +115,9 @@ def test_whatever_the_config_says_of_ties(folder, family, tied):
     assert assert_same(path, (family, tied, "all four")) is not None
 
 
-@pytest.mark.parametrize("family", ["t5-tied", "madlad", "marian", "nllb"])
+@pytest.mark.parametrize(
+    "family", ["marian", *(pytest.param(name, marks=pytest.mark.slow) for name in ("t5-tied", "madlad", "nllb"))]
+)
 def test_shards_pickles_dtypes_and_old_names(folder, family):
     path, tensors, model = folder(family)
     assert assert_same(path, "as saved") is not None

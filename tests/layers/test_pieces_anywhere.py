@@ -57,7 +57,9 @@ def hosts(model: nn.Module) -> list[str]:
     return sorted(set(found))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [name if name == "m2m100" else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+)
 def test_a_piece_on_each_module(family):
     model = build(family).double().requires_grad_(False)
     exact_rms_norms(model)

@@ -184,6 +184,7 @@ def test_weights_of_another_kind_are_left_alone():
     assert rooms(pk.lean(model, 1)) == [NARROW[0], *WIDE[1:]]
 
 
+@pytest.mark.slow
 def test_compiled_graphs_do_not_break():
     model = pk.lean(adapted("m2m100", "parallel", dtype=torch.float32), 1)
     ids = ragged(model)["input_ids"]

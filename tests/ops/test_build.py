@@ -62,6 +62,7 @@ def test_without_a_compiler_the_build_goes_through():
     assert run.stderr.count("no C++ compiler found") == 1
 
 
+@pytest.mark.slow
 @needs_sources
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 def test_without_a_card_and_its_name_the_cuda_sources_are_compiled():
@@ -80,6 +81,7 @@ def test_without_a_card_and_its_name_the_cuda_sources_are_compiled():
     assert flags == "cxx"
 
 
+@pytest.mark.slow
 @needs_sources
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 def test_the_toolkit_is_where_the_headers_are(tmp_path):

@@ -434,6 +434,7 @@ print([part.double().sum().item() for part in parts])
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", pytest.param("float64", marks=pytest.mark.repeat)])
+@pytest.mark.slow
 def test_tables_are_those_of_fp32_whatever_the_default_dtype_is_when_they_are_made(kind):
     """transformers sets it while it loads a model. The tables are made once a process."""
     parts = quantize(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)), "nf4").parts()

@@ -176,6 +176,7 @@ print(dispatch.load_error("cpu"))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("__import__('platform').machine() != 'x86_64'")
 def test_a_processor_without_avx2_does_not_load_the_extension():
     run = subprocess.run([sys.executable, "-c", OLD_PROCESSOR], capture_output=True, text=True, check=True)

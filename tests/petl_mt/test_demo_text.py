@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import re
 
@@ -66,8 +67,13 @@ def test_lengths_and_variety():
     assert len({english for english, _ in rows}) == len({turkish for _, turkish in rows}) == 2000
 
 
+@functools.cache
+def training_lines(pair: str) -> list[tuple[str, str]]:
+    return parallel_lines(("en", "fi"), "train", 3000, f"1 {pair}")
+
+
 def test_no_test_line_stands_in_training_text():
-    train = [row for pair in ("en-fi", "en-de") for row in parallel_lines(("en", "fi"), "train", 3000, f"1 {pair}")]
+    train = [row for pair in ("en-fi", "en-de") for row in training_lines(pair)]
     for split in ("valid", "test"):
         held_out = parallel_lines(("en", "fi"), split, 300, 1)
         for side in (0, 1):
@@ -89,7 +95,7 @@ def test_combinations_belong_to_one_split_whatever_the_seed():
 
 
 def test_words_of_the_test_text_are_training_words():
-    train = parallel_lines(("en", "fi"), "train", 3000, "1 en-fi")
+    train = training_lines("en-fi")
     test = parallel_lines(("en", "fi"), "test", 200, 1)
     for side in (0, 1):
         known = {word for row in train for word in re.findall(r"[^\W\d]+", row[side])}

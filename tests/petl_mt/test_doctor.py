@@ -101,6 +101,7 @@ raise SystemExit(doctor.doctor())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(dispatch.load_error("cpu") is not None, reason="the extension is not built")
 def test_lines_leave_at_once_and_what_there_was_no_time_for_is_named():
     """Lines go through a pipe, where Python would buffer them."""

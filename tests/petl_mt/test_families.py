@@ -38,7 +38,8 @@ LANGUAGES = {
 CHECKPOINTS = ["nllb", "nllb-moe", "mbart50", "mbart25", "marian", "marian-separate"]
 CHECKPOINTS += ["t5", "t5-tied", "umt5", "byt5", "seamless"]
 # Their losses, languages and tables are in the other tests; the run is that of another.
-LIKE_OTHERS = ("mbart25", "marian-separate", "t5-tied", "umt5")
+MARKS = dict.fromkeys(("mbart25", "marian-separate", "t5-tied", "umt5"), pytest.mark.repeat)  # as others are
+MARKS |= dict.fromkeys(("byt5", "nllb-moe", "seamless"), pytest.mark.slow)
 
 
 @pytest.fixture(scope="module", params=CHECKPOINTS)
@@ -105,7 +106,7 @@ def test_sentences_longer_than_the_positions_are_refused_before_training(checkpo
 
 @pytest.mark.parametrize(
     "checkpoint",
-    [pytest.param(name, marks=pytest.mark.repeat) if name in LIKE_OTHERS else name for name in CHECKPOINTS],
+    [pytest.param(name, marks=MARKS[name]) if name in MARKS else name for name in CHECKPOINTS],
     indirect=True,
     scope="module",
 )

@@ -35,11 +35,11 @@ PUBLISHED = {
     "mt5-xl": 3742.6,
     "madlad-3b": 2940.4,
 }
-QUICK = ("nllb-600m", "marian-big", "mt5-base")
+QUICK = ("nllb-600m", "mt5-base")
 SETTINGS = {"max_length": 16, "batch_tokens": 64, "tier": 1}  # each tier that a plan may choose is counted
 
 
-@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.repeat) for n in PUBLISHED])
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in PUBLISHED])
 def test_shipped_configs_have_the_parameters_of_their_models(name):
     model = load_outline(MODELS[name])
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == PUBLISHED[name]
@@ -61,6 +61,7 @@ def tiny(tmp_path_factory) -> str:
     return str(folder / "config.json")
 
 
+@pytest.mark.slow
 def test_a_row_has_the_plan_that_petl_mt_plan_makes_on_such_a_card(tiny, monkeypatch):
     (row,) = plan_rows(["L4"], [tiny], TrainConfig(**SETTINGS), ["lora"])
     rates = CARDS["L4"].rates(torch.bfloat16)

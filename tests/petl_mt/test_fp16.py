@@ -185,6 +185,7 @@ def test_graphs_hold_the_scale(settings, tmp_path, overflowing, monkeypatch):
     assert latest(str(tmp_path / "graphs"))[1]["loss_scale"] == latest(str(tmp_path / "eager"))[1]["loss_scale"]
 
 
+@pytest.mark.slow
 def test_a_plan_counts_what_fp16_takes(settings):
     result = train(TrainConfig(**{**settings, "steps": 4, "memory": "1MiB", "tier": 2, "precision": "fp16"}), True)
     plan = Plan.load(Path(settings["out"]) / "plan.json")

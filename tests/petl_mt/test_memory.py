@@ -87,6 +87,7 @@ def _allocate(size: int) -> bool:
     return True
 
 
+@pytest.mark.slow
 def test_a_plan_that_asks_too_much_is_tightened_and_changes_no_weight(settings, tmp_path, capsys):
     """The plan has whole batches, and the allocator room for less."""
     _, expected = run(settings, tmp_path / "free")
@@ -107,6 +108,7 @@ def test_a_tightened_plan_stays(settings, tmp_path):
     assert [layer.tier for layer in pk.report(loop.model).layers] == [4, 3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("storage", "tables"),
     [
@@ -141,6 +143,7 @@ def gradient_plan(settings: dict, path: Path, memory: str = "2MiB", **changes) -
     return {"memory": memory, "plan": plan, "allow": ["bf16-gradients"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
 def test_a_run_with_bf16_gradients_learns_as_one_without(settings, tmp_path, optimizer):
     if optimizer == "adamw8bit":
@@ -156,6 +159,7 @@ def test_a_run_with_bf16_gradients_learns_as_one_without(settings, tmp_path, opt
     assert Plan.load(tmp_path / "rounded" / "plan.json").gradients == "bfloat16"
 
 
+@pytest.mark.slow
 def test_a_run_with_bf16_gradients_goes_on_with_the_same_bits(settings, tmp_path, monkeypatch):
     settings |= gradient_plan(settings, tmp_path / "plan.json") | {"steps": 6}
     run(settings, tmp_path / "whole")
@@ -199,7 +203,14 @@ def metrics(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("method", ["lora", pytest.param("adapter", marks=pytest.mark.repeat), "cross-attention"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "lora",
+        pytest.param("adapter", marks=pytest.mark.repeat),
+        pytest.param("cross-attention", marks=pytest.mark.slow),
+    ],
+)
 def test_streamed_layers_train_to_the_same_weights(settings, tmp_path, method):
     settings |= {"method": method, "method_args": {}}
     _, expected = run(settings, tmp_path / "free")
@@ -217,6 +228,7 @@ def training(settings: dict, out: Path, **changes) -> Setup:
     return set_up(config, RunFolder(out), resuming=False, quiet=True)
 
 
+@pytest.mark.slow
 def test_evaluation_takes_smaller_batches_where_it_has_to(settings, tmp_path, capsys):
     path = saved_plan(settings, tmp_path / "plan.json", "1200KiB", evaluation_tokens=40_000, search=None)
     out = tmp_path / "run"
@@ -225,6 +237,7 @@ def test_evaluation_takes_smaller_batches_where_it_has_to(settings, tmp_path, ca
     assert "evaluation goes on in batches of" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_plan_for_another_run_is_refused(settings, tmp_path):
     path = saved_plan(settings, tmp_path / "plan.json", "2MiB")
     with pytest.raises(InputError, match="for 2 MiB; expected one for the 1.5 MiB"):
@@ -262,6 +275,7 @@ def test_the_command_prints_a_plan_and_writes_it(settings, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["model"] == "M2M100ForConditionalGeneration"
 
 
+@pytest.mark.slow
 def test_a_config_file_alone_is_enough_for_a_plan(settings, tmp_path, capsys):
     config = Path(settings["model"], "config.json").read_text()
     (tmp_path / "model-config.json").write_text(config)

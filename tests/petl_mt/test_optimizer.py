@@ -139,6 +139,7 @@ def test_a_checkpoint_goes_on_with_the_same_bits(tmp_path):
     assert all(map(torch.equal, parameters, others))
 
 
+@pytest.mark.slow
 def test_killed_and_resumed(wide, tmp_path, monkeypatch):
     wide |= {"optimizer": "adamw8bit"}
     train(TrainConfig(**{**wide, "out": str(tmp_path / "whole")}), quiet=True)
@@ -161,6 +162,7 @@ def plan_flags(wide: dict) -> list[str]:
     return [*flags, "--method-arg", "rank=20", "--batch-tokens", "128", "--max-length", "40"]
 
 
+@pytest.mark.slow
 def test_a_run_uses_what_its_plan_says(wide, tmp_path):
     path = tmp_path / "plan.json"
     flags = [*plan_flags(wide), "--memory", "64MiB", "--device", "cpu", "--json", str(path)]

@@ -77,7 +77,7 @@ def whole(run_once, tmp_path) -> str:
     return str(shutil.copytree(run_once, tmp_path / "whole", symlinks=True))
 
 
-@pytest.mark.parametrize("step", [1, 3, 5, 8])
+@pytest.mark.parametrize("step", [1, 8, *(pytest.param(step, marks=pytest.mark.slow) for step in (3, 5))])
 def test_killed_and_resumed(settings, whole, monkeypatch, step):
     kill_at(monkeypatch, step)
     with pytest.raises(Killed):
@@ -90,6 +90,7 @@ def test_killed_and_resumed(settings, whole, monkeypatch, step):
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 9))
 
 
+@pytest.mark.slow
 def test_killed_twice_and_in_another_epoch(settings, tmp_path, monkeypatch):
     """The run has more than two epochs, accumulation, dropout in the model and in LoRA, warm-up still going on."""
     settings |= {"batch_tokens": 400, "accumulate": 2, "steps": 11, "eval_every": 2, "warmup": 9}
@@ -105,6 +106,7 @@ def test_killed_twice_and_in_another_epoch(settings, tmp_path, monkeypatch):
     assert_same_run(settings["out"], tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method", ["full", "prefix", *(pytest.param(other, marks=pytest.mark.repeat) for other in ("bitfit", "adapter"))]
 )
@@ -119,6 +121,7 @@ def test_other_methods_resume_too(settings, tmp_path, monkeypatch, method):
     assert_same_run(settings["out"], tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_its_plan(settings, tmp_path, monkeypatch):
     """Rates are measured: a new plan might hold weights or moments in another way."""
     settings |= {"memory": "8MiB", "tier": 1}  # one, since a plan counts each

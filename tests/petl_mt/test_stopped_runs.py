@@ -73,7 +73,12 @@ OTHERS = ("prefix", "cross-attention", "adapter", "ln", "ia3")
 
 
 @pytest.mark.parametrize(
-    "method", ["lora", "bitfit", "full", *(pytest.param(other, marks=pytest.mark.repeat) for other in OTHERS)]
+    "method",
+    [
+        "lora",
+        *(pytest.param(other, marks=pytest.mark.slow) for other in ("bitfit", "full")),
+        *(pytest.param(other, marks=pytest.mark.repeat) for other in OTHERS),
+    ],
 )
 def test_a_stopped_run_translates_as_it_does_once_it_is_ended(settings, monkeypatch, capsys, method):
     out = stopped(settings, monkeypatch, method=method, method_args={}, lr=None)
@@ -103,6 +108,7 @@ def test_a_stopped_new_model_translates(settings, monkeypatch):
     assert list(Translator(out).stream(LINES)) == before
 
 
+@pytest.mark.slow
 def test_a_stopped_run_inside_a_budget(settings, monkeypatch, capsys):
     out = stopped(settings, monkeypatch, memory="20MiB", tier=1)
     before = list(Translator(out, memory="20MiB").stream(LINES))
@@ -451,6 +457,7 @@ def test_damaged_sums_of_text_are_one_line(tmp_path, content):
         checks.check_same_text(tmp_path / "text.json", {"a": {"bytes": 1, "sha256": ""}})
 
 
+@pytest.mark.slow
 def test_one_file_twice(settings, text, tmp_path, capsys):
     pair = settings["train"][0]
     link = tmp_path / "link"

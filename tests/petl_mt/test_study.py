@@ -97,6 +97,7 @@ def test_a_row_has_its_own_memory_and_keeps_the_budget(config):
     assert all(row.peak_process_bytes > 50 << 20 for row in (parent, full, bitfit))
 
 
+@pytest.mark.slow
 def test_finished_rows_are_not_run_again_and_interrupted_ones_go_on(config, monkeypatch, capsys):
     grid = list(config.grid)
     config.grid = ["full"]
@@ -173,6 +174,7 @@ def test_another_text_under_the_same_name_is_refused(config):
         run_study(config, quiet=True)
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_is_a_row_and_not_the_end(config):
     config.grid, config.lr = ["full", "bitfit"], {"full": 1e30}
     config.base = dataclasses.replace(config.base, steps=4)
@@ -195,6 +197,7 @@ def test_one_study_at_a_time(config, tmp_path):
         run_study(config, quiet=True)
 
 
+@pytest.mark.slow
 def test_a_row_that_fails_is_said_and_the_others_are_run(config, monkeypatch):
     def fail(config, entry, *others):
         if entry.method == "full":

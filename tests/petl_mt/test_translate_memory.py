@@ -33,7 +33,9 @@ def trained(settings: dict, out: Path, **changes):
     return train(TrainConfig(**{**settings, "out": str(out), **changes}), quiet=True)
 
 
-@pytest.mark.parametrize("storage", ["dense", "nf4", "streamed"])
+@pytest.mark.parametrize(
+    "storage", ["nf4", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dense", "streamed"))]
+)
 def test_score_says_what_training_said(settings, tmp_path, capsys, storage):
     """A run under a budget is loaded as it trained; `petl-mt score` of the validation text gives the same line."""
     kept = {"storage": "dense" if storage == "streamed" else storage, "streamed": 2 * (storage == "streamed")}
@@ -48,6 +50,7 @@ def test_score_says_what_training_said(settings, tmp_path, capsys, storage):
     assert hypotheses.read_text() == (tmp_path / "run" / "valid.best.hyp").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streamed", [0, pytest.param(2, marks=pytest.mark.repeat)])  # "streamed" above translates, too
 def test_a_run_without_a_budget_translates_within_one(settings, tmp_path, text, monkeypatch, streamed):
     """With its layers in memory and streamed the lines are the same, and the peak is below the budget."""

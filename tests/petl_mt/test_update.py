@@ -170,6 +170,7 @@ def plan_flags(settings: dict) -> list[str]:
     return [*flags, "--batch-tokens", "128", "--memory", "64MiB", "--device", "cpu", "--cuda-graphs"]
 
 
+@pytest.mark.slow
 def test_petl_mt_plan_makes_plans_for_graphs(settings, tmp_path, graphs):
     path = str(tmp_path / "plan.json")
     assert main([*plan_flags(settings), "--json", path]) == 0

@@ -119,6 +119,7 @@ def test_options(wrong_train, text, change, message):
     assert message in wrong_train(**change)
 
 
+@pytest.mark.slow
 def test_a_budget_that_nothing_fits(wrong_train, monkeypatch):
     monkeypatch.setattr(chooser, "APPROXIMATIONS", ("8bit-optimizer", "bf16-gradients"))
     line = wrong_train(memory="1KB", tier="4")

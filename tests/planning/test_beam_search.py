@@ -100,6 +100,7 @@ def test_the_counted_bytes_are_the_measured_ones(case):
     assert 0.98 * found <= counted <= 1.05 * found, (counted, found)
 
 
+@pytest.mark.slow
 def test_the_plane_holds_between_the_shapes_that_were_counted():
     with torch.device("meta"):
         model = made("m2m100", "dense")
@@ -110,6 +111,7 @@ def test_the_plane_holds_between_the_shapes_that_were_counted():
         assert 0.98 * counted <= plane.always + rows * plane.of(source, output) <= 1.15 * counted
 
 
+@pytest.mark.slow
 def test_layers_are_streamed_only_where_nothing_else_fits():
     with torch.device("meta"):
         model = made("m2m100", "dense")
@@ -122,6 +124,7 @@ def test_layers_are_streamed_only_where_nothing_else_fits():
     assert tight.search.rows(32, 32) == 1 < roomy.search.rows(32, 32)
 
 
+@pytest.mark.slow
 def test_the_validation_loss_takes_less_than_a_step_of_as_many_tokens():
     from petl_kernels.planning import simulate
     from petl_kernels.planning.peak import Ledger

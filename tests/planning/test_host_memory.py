@@ -31,7 +31,7 @@ def planned(host_memory: str | None = None, **more) -> Plan:
     return pk.plan(adapted(), "2GiB", 256, max_length=32, device="cuda", tier=1, host_memory=host_memory, **more)
 
 
-def test_bytes_of_the_host_are_counted_shown_and_refused(tmp_path):
+def test_bytes_of_the_host_are_counted_and_shown():
     plan = planned(host_data=1000)
     model, table = adapted(), 4 * 5000 * 128
     whole = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
@@ -39,6 +39,10 @@ def test_bytes_of_the_host_are_counted_shown_and_refused(tmp_path):
     assert plan.host == {"text": 1000, "while loading": whole + table + 1000}
     assert host_peak(plan.host) == plan.host["while loading"] and plan.host_memory is None
     assert re.search(r"^host memory: .* while loading; then text 1000 B$", str(plan), re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_too_little_of_the_host_is_refused_and_the_bytes_are_in_the_file(tmp_path):
     with pytest.raises(InputError, match=r"host_memory 1 MiB: .* take .*; expected at least that") as refused:
         planned("1MiB")
     least = re.search(r"take ([\d.]+ \w+);", str(refused.value))

@@ -37,6 +37,7 @@ def step(model) -> None:
     model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
 
 
+@pytest.mark.slow
 def test_less_memory_is_leaner_and_weights_stay(model):
     before = {name: (p.data_ptr(), p.dtype) for name, p in model.named_parameters()}
     found = [tiers(pk.lean(model, "auto", memory=memory, **BATCH)) for memory in ("1GiB", 34 * MIB)]

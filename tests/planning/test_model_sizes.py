@@ -49,6 +49,7 @@ FIRST = "umt5-xxl"  # a position bias in every layer
 
 
 @pytest.mark.parametrize("name", [FIRST, *(pytest.param(n, marks=pytest.mark.repeat) for n in CONFIGS if n != FIRST)])
+@pytest.mark.slow
 def test_a_plan_from_the_config(name, monkeypatch):
     monkeypatch.setattr(planning, "measure_rates", lambda *_: ASSUMED)
     monkeypatch.setattr(Chooser, "more", lambda *_: ())  # what larger budgets would bring

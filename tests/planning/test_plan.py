@@ -138,6 +138,7 @@ def measured_peak(
     return _C.cpu_peak() - before
 
 
+@pytest.mark.slow
 def test_the_predicted_peak_with_8_bit_moments():
     """The adapters are large, so that moments matter: most of them are rounded, those of biases and norms in fp32."""
     bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (extra 8bit)")
@@ -172,7 +173,7 @@ def test_the_predicted_peak_is_the_measured_one(case):
     assert 0.98 * measured <= predicted <= 1.05 * measured, (predicted / MIB, measured / MIB)
 
 
-@pytest.mark.parametrize("case", ["marian, BitFit, tier 2", "t5, LoRA, tier 1"])
+@pytest.mark.parametrize("case", [pytest.param("marian, BitFit, tier 2", marks=pytest.mark.slow), "t5, LoRA, tier 1"])
 def test_the_predicted_peak_of_packed_rows(case):
     family, method, tiers, dtype, autocast = CASES[case]
     with torch.device("meta"):
@@ -186,6 +187,7 @@ def test_the_predicted_peak_of_packed_rows(case):
     assert 0.97 * measured <= predicted <= 1.05 * measured, (predicted / MIB, measured / MIB)
 
 
+@pytest.mark.slow
 def test_the_predicted_peak_where_the_optimiser_steps():
     """All of a model is trained on a small batch: bitsandbytes widens the largest matrix when layers keep nothing."""
     bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (extra 8bit)")
@@ -263,7 +265,7 @@ def test_one_layer_a_side_is_counted_with_a_second_like_it():
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("tier", [0, pytest.param(2, marks=pytest.mark.repeat), 4])
+@pytest.mark.parametrize("tier", [0, *(pytest.param(tier, marks=pytest.mark.repeat) for tier in (2, 4))])
 def test_more_layers_cost_what_the_first_ones_do(tier):
     """The counts at one and two layers a side give those of four, as the simulation of the whole model does."""
     from petl_kernels.planning import simulate
@@ -308,7 +310,7 @@ def test_8_bit_moments_only_where_they_are_allowed_or_asked_for(no_more, monkeyp
         assert "moments of AdamW rounded to 8 bits" in str(found)
 
 
-def test_tables_and_layers_are_rounded_apart(no_more):
+def test_tables_and_layers_are_rounded_apart():
     """A CPU streams dense layers beside rounded tables; each that is rounded has to pay for itself."""
     model = skeleton(vocab_size=60_000)
     chooser = Chooser(figures_of(model, 512, 64, allow=tuple(APPROXIMATIONS)))
@@ -325,12 +327,17 @@ def test_tables_and_layers_are_rounded_apart(no_more):
     assert dense - tables == weights.resident("int8", "dense", 0) - weights.resident("int8", "int8", 0)
     assert dense - tables == pytest.approx(60_000 * 256, rel=0.03)
 
+
+@pytest.mark.slow
+def test_a_plan_rounds_tables_and_layers_apart(no_more):
+    model = skeleton(vocab_size=60_000)
     found = plan(model, "30MiB", 512, max_length=64, device="cpu", allow=("quantized",), tier=4)
     assert (found.storage, found.tables) != ("dense", "dense") and found.approximations == ("quantized",)
     text = str(dataclasses.replace(found, storage="dense", tables="nf4"))
     assert "layers dense, embeddings and output projection nf4" in text and "int8" not in text
 
 
+@pytest.mark.slow
 def test_bf16_gradients_only_where_they_are_allowed_and_were_wider(no_more, monkeypatch):
     with torch.device("meta"):
         model = pk.adapt(build("m2m100", **WIDE).to(torch.bfloat16), pk.Adapter(bottleneck=2048))
@@ -348,6 +355,7 @@ def test_bf16_gradients_only_where_they_are_allowed_and_were_wider(no_more, monk
     assert {levers.gradients for levers in figures_of(model, 512, 64).choices(2 * MIB, narrow)} == {"float32"}
 
 
+@pytest.mark.slow
 def test_a_plan_for_cuda_graphs_has_only_what_a_graph_can_hold(no_more, monkeypatch):
     monkeypatch.setattr(choosing, "APPROXIMATIONS", ())  # whose least takes a while, and is tested elsewhere
     model, given = skeleton(), {"batch_tokens": 64, "max_length": 64, "device": "cuda"}
@@ -377,6 +385,7 @@ def test_a_tightened_plan_gives_graphs_up_last(small_plan):
     assert (True, 4) in steps and steps[-2:] == [(False, 4), (False, 5)] and (True, 5) not in steps
 
 
+@pytest.mark.slow
 def test_what_cannot_work_is_refused_with_the_least_that_can(no_more, monkeypatch):
     monkeypatch.setattr(choosing, "APPROXIMATIONS", ())  # whose least takes a while, and is told in other tests
     model, settings = skeleton(), {"batch_tokens": 1024, "max_length": 64, "device": "cpu", "tier": 4}

@@ -148,6 +148,7 @@ def test_one_wide_gradient_lives_at_a_time():
     assert _C.cpu_peak() - before < 1.1 * gradients.GROUP_BYTES
 
 
+@pytest.mark.slow
 def test_a_plan_takes_the_place_of_an_earlier_one():
     model = made()
     plan = pk.plan(model, "64MiB", 128, max_length=32, device="cpu")
