@@ -43,6 +43,7 @@ def test_hf_trainer(printed):
     assert abs(float(re.search("of the trained one: (.*)", text)[1])) < 1e-4
 
 
+@pytest.mark.slow
 def test_budget(printed):
     text = printed("budget.py")
     assert 4.5 < float(re.search(r"parameters, ([\d.]+)%", text)[1]) <= 5

@@ -45,6 +45,26 @@ TWICE = (
 )
 
 
+# A second of the interpreter or more each, of what others show in part.
+SLOW = (
+    "lora_linear-strided",
+    "bottleneck_adapter-129-rows-gelu-offset",
+    "frozen_ffn-gelu-recomputed",
+    "frozen_ffn-gelu-tanh-gated-recomputed",
+    "activation-gelu-tanh-dropout",
+    "activation-silu-dropout",
+    "gated_activation-relu-dropout",
+    "attention-distance",
+    "attention-packed-everything",
+)
+
+
+def _mark(name: str, dtype: str):
+    if dtype == "fp32":
+        return pytest.mark.slow if name in SLOW else ()
+    return () if name in FIRST else pytest.mark.repeat
+
+
 @functools.cache
 def first_run(name: str) -> tuple[dict, dict]:
     """(arguments, values and gradients) of a case in fp32."""
@@ -55,11 +75,7 @@ def first_run(name: str) -> tuple[dict, dict]:
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [
-        pytest.param(name, dtype, marks=() if dtype == "fp32" or name in FIRST else pytest.mark.repeat)
-        for name in triton_cases.CASES
-        for dtype in DTYPES
-    ],
+    [pytest.param(name, dtype, marks=_mark(name, dtype)) for name in triton_cases.CASES for dtype in DTYPES],
 )
 def test_values_and_gradients(name, dtype, monkeypatch):
     op, case = triton_cases.CASES[name]

@@ -197,6 +197,7 @@ def merged_weights(folder) -> dict[str, torch.Tensor]:
     return dict(AutoModelForSeq2SeqLM.from_pretrained(folder).named_parameters())
 
 
+@pytest.mark.slow
 def test_merge_of_a_quantized_run_into_the_original_or_the_quantized(quantized_run, parent, tmp_path, capsys):
     capsys.readouterr()
     assert main(["merge", "--run", str(quantized_run), "--out", str(tmp_path / "original")]) == 0

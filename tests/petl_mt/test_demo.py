@@ -55,6 +55,7 @@ def test_demo(parent, plan, tmp_path, capsys):
     assert run_demo(tmp_path, plan=plan, model=parent / "small") == results  # nothing is run twice
 
 
+@pytest.mark.slow
 def test_steps_shrink_to_the_minutes(parent, plan, tmp_path, capsys):
     plan.steps, plan.grids = 100_000, {"en-tr": ("bitfit",)}
     rows = run_demo(tmp_path, ("en-tr",), minutes=0.05, plan=plan, model=parent / "small")["en-tr"]

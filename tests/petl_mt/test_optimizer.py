@@ -151,6 +151,7 @@ def test_killed_and_resumed(wide, tmp_path, monkeypatch):
     assert_same_run(wide["out"], tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_run_learns_as_with_adamw(wide, tmp_path):
     exact = train(TrainConfig(**{**wide, "out": str(tmp_path / "exact")}), quiet=True)
     rounded = train(TrainConfig(**{**wide, "optimizer": "adamw8bit"}), quiet=True)

@@ -128,6 +128,7 @@ def test_finished_rows_are_not_run_again_and_interrupted_ones_go_on(config, monk
     assert run_study(config, quiet=True) == rows and len(started) == 3
 
 
+@pytest.mark.slow
 def test_another_configuration_in_the_same_folder_is_refused(config):
     config.grid = ["bitfit"]
     run_study(config, quiet=True)
@@ -165,6 +166,7 @@ def test_the_parents_row_is_of_one_budget(config):
     assert finished() and finished(memory="1MiB", precision="bf16")
 
 
+@pytest.mark.slow
 def test_another_text_under_the_same_name_is_refused(config):
     config.grid = ["bitfit"]
     run_study(config, quiet=True)

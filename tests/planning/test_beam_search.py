@@ -33,7 +33,7 @@ CASES = {
     "t5, greedy": ("t5", 1, "dense", 16, 12, 24),
     "t5, beam 5, int8": ("t5", 5, "int8", 6, 24, 24),
 }
-FIRST = ("m2m100, greedy", "m2m100, beam 5, int8", "t5, beam 5")  # the rest pairs them otherwise
+MARKS = {"m2m100, greedy": pytest.mark.slow, "m2m100, beam 5, int8": (), "t5, beam 5": pytest.mark.slow}
 
 
 class _NeverEnds(LogitsProcessor):
@@ -87,9 +87,7 @@ def measured(model, beam: int, rows: int, source: int, output: int) -> int:
     return peak
 
 
-@pytest.mark.parametrize(
-    "case", [case if case in FIRST else pytest.param(case, marks=pytest.mark.repeat) for case in CASES]
-)
+@pytest.mark.parametrize("case", [pytest.param(case, marks=MARKS.get(case, pytest.mark.repeat)) for case in CASES])
 def test_the_counted_bytes_are_the_measured_ones(case):
     family, beam, storage, rows, source, output = CASES[case]
     with torch.device("meta"):

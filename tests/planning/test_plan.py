@@ -75,9 +75,10 @@ CASES = {
     "t5, LoRA, tier 1": ("t5", pk.LoRA(rank=8, targets=("q", "v")), (1,) * 5, torch.float32, None),
 }  # fmt: skip
 FIRST = (
-    *("m2m100, LoRA, tier 1", "mbart, prefix, tier 4", "m2m100, LoRA, int8 layers, NF4 tables"),
-    "m2m100, wide adapters, bf16 gradients",  # T5 and Marian have packed rows below
-)
+    "m2m100, LoRA, int8 layers, NF4 tables",
+    "m2m100, wide adapters, bf16 gradients",
+)  # T5 has packed rows below
+SECOND = "m2m100, LoRA, tier 1", "mbart, prefix, tier 4"
 
 
 def figures_of(model, *training, **options) -> Figures:
@@ -157,7 +158,12 @@ def test_the_predicted_peak_with_8_bit_moments():
 
 
 @pytest.mark.parametrize(
-    "case", [case if case in FIRST else pytest.param(case, marks=pytest.mark.repeat) for case in CASES]
+    "case",
+    [
+        *FIRST,
+        *(pytest.param(case, marks=pytest.mark.slow) for case in SECOND),
+        *(pytest.param(case, marks=pytest.mark.repeat) for case in CASES if case not in FIRST + SECOND),
+    ],
 )
 def test_the_predicted_peak_is_the_measured_one(case):
     family, method, tiers, dtype, autocast, *given = CASES[case]
@@ -253,6 +259,7 @@ def small_plan() -> Plan:
     return plan(skeleton(), "100MiB", 1024, max_length=64, device="cpu")
 
 
+@pytest.mark.slow
 def test_one_layer_a_side_is_counted_with_a_second_like_it():
     """The layer that only the simulation has gets the first one's dtypes and dropout rates, changed by hand here."""
     one, two = skeleton(encoder_layers=1, decoder_layers=1), skeleton(encoder_layers=2, decoder_layers=2)

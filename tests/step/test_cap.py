@@ -60,6 +60,7 @@ def test_segments_expand_unless_the_user_or_cuda_was_first(monkeypatch, card, in
     assert {name: environment[name] for name in NAMES if name in environment} == expected
 
 
+@pytest.mark.slow
 def test_pytorch_reads_the_setting_after_its_import():
     if not hasattr(torch._C, "_accelerator_getAllocatorSettings"):
         pytest.skip("this PyTorch does not say what it has read")

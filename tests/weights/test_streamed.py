@@ -434,7 +434,7 @@ def test_too_little_pinned_memory_leaves_the_model_as_it_was(monkeypatch):
 LARGE_PAGE = 2 << 20
 
 
-@pytest.mark.parametrize("slots", [2, 3])
+@pytest.mark.parametrize("slots", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_resident_set_is_bounded_by_the_slots(slots, tmp_path, monkeypatch):
     model = build("m2m100", d_model=512, encoder_layers=6, decoder_layers=6, encoder_ffn_dim=2048, decoder_ffn_dim=2048)
     pk.lean(pk.adapt(model, pk.LoRA(rank=2)), 2).train()
