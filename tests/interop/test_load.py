@@ -61,7 +61,7 @@ def planned(path, **levers):
     skeleton, _ = load_skeleton(path)
     like = pk.adapt(copy.deepcopy(skeleton), pk.LoRA(rank=2, targets="all-linear"))
     if not PLANS:
-        PLANS.append(pk.plan(like, "1GiB", 64, max_length=16, device="cpu", beam=1))
+        PLANS.append(pk.plan(like, "1GiB", 64, max_length=16, device="cpu", beam=1, tier=1))
     bound = {"model": type(like).__name__, "parameters": sum(p.numel() for p in like.parameters())}
     return skeleton, like, dataclasses.replace(PLANS[0], **bound, **levers)
 

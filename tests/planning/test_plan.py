@@ -256,7 +256,9 @@ def skeleton(**settings):
 
 @pytest.fixture(scope="module")
 def small_plan() -> Plan:
-    return plan(skeleton(), "100MiB", 1024, max_length=64, device="cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Chooser, "more", lambda *_: ())
+        return plan(skeleton(), "100MiB", 1024, max_length=64, device="cpu")
 
 
 @pytest.mark.slow
