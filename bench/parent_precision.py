@@ -1,0 +1,114 @@
+"""BLEU of the demo's parent trained in fp32 and in fp16, from the same text and the same seeds.
+
+    python -m bench.parent_precision                                  as parent.yaml says: hours on a CPU
+    python -m bench.parent_precision --pairs en-de --steps 400        one pair, both ways
+
+Each seed is one start of the model and one order of the text. A line for each run has BLEU of every direction on test
+lines whose combinations are in no training line, with the 95% interval that sacreBLEU's resampling of the lines gives;
+the last lines have, of each direction, fp16's mean less fp32's, beside what seeds alone differ by.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from petl_mt.config import TrainConfig
+from petl_mt.config_file import load_yaml
+from petl_mt.demo.text import LANGUAGES, write_pair, write_vocabulary_text
+from petl_mt.inference import Translator
+from petl_mt.scores import bleu_metric
+from petl_mt.train import train
+
+from bench.run.machine import described
+from bench.where import ROOT, commit
+
+RECIPE = ROOT / "python" / "petl_mt" / "demo" / "parent.yaml"
+PRECISIONS = ("fp32", "fp16")
+TEXT_SEED = 1  # that of parent.yaml
+
+# (precision, seed) -> direction -> BLEU
+Found = dict[tuple[str, int], dict[str, float]]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--pairs", default="en-de,en-fr,en-cs,en-ru", help="each is trained in both directions")
+    parser.add_argument("--steps", type=int, help="updates; an eighth of them warm up (default: parent.yaml's)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
+    given = parser.parse_args(argv)
+    changes = {} if given.steps is None else {"steps": given.steps, "warmup": given.steps // 8}
+    machine = described("cpu")
+    print(f"{machine['cpu_name']}, {machine['threads']} threads, torch {machine['torch']}, commit {commit()[:7]}")
+    with tempfile.TemporaryDirectory(prefix="petl-parent-") as folder:
+        compare(Path(folder), given.pairs.split(","), given.seeds, changes)
+    return 0
+
+
+def compare(folder: Path, pairs: Sequence[str], seeds: Sequence[int], changes: dict[str, Any], lines: int = 5000,
+            tests: int = 200) -> Found:  # fmt: skip
+    """Trains in each precision with each seed and prints the lines above; returns the BLEU of each run.
+
+    changes: settings in the place of parent.yaml's. lines, tests: training and test lines of each pair.
+    """
+    texts = {pair: write_pair(folder, pair, lines, 100, tests, TEXT_SEED) for pair in pairs}
+    words = [str(path) for path in write_vocabulary_text(folder, LANGUAGES, lines, TEXT_SEED)]
+    found: Found = {}
+    for seed in seeds:
+        for precision in PRECISIONS:
+            config = TrainConfig.from_dict({
+                **load_yaml(RECIPE),
+                "vocab_text": words,
+                "train": _directions(texts, "train"),
+                "valid": [],
+                **changes,
+                "out": str(folder / f"{precision}-{seed}"),
+                "precision": precision,
+                "seed": seed,
+            })  # fmt: skip
+            result = train(config, quiet=True)
+            found[precision, seed] = _scores(config.out, texts, f"{precision} seed {seed}, {result.overflows} skipped")
+    for direction in next(iter(found.values())):
+        print(_difference(found, direction, seeds), flush=True)
+    return found
+
+
+def _directions(texts: dict[str, dict[str, tuple[Path, Path]]], split: str) -> list[dict[str, str]]:
+    found = []
+    for pair, files in texts.items():
+        ways = list(zip(pair.split("-"), map(str, files[split]), strict=True))
+        for (src, source), (tgt, target) in (ways, ways[::-1]):
+            found.append({"src_lang": src, "tgt_lang": tgt, "source": source, "target": target})
+    return found
+
+
+def _scores(run: str, texts: dict[str, dict[str, tuple[Path, Path]]], title: str) -> dict[str, float]:
+    """Returns the BLEU of each direction, and prints it."""
+    found: dict[str, float] = {}
+    shown, signatures = [], set()
+    for way in _directions(texts, "test"):
+        source, references = (Path(way[side]).read_text(encoding="utf-8").splitlines() for side in ("source", "target"))
+        output = list(Translator(run, way["src_lang"], way["tgt_lang"]).stream(source))
+        metric = bleu_metric(way["tgt_lang"])
+        score = metric.corpus_score(output, [references], n_bootstrap=1000)
+        direction = f"{way['src_lang']}-{way['tgt_lang']}"
+        found[direction] = score.score
+        shown.append(f"{direction} {score.score:.2f} ± {score._ci:.2f}")
+        signatures.add(str(metric.get_signature()))
+    print(f"{title}: BLEU {', '.join(shown)}  {' '.join(sorted(signatures))}", flush=True)
+    return found
+
+
+def _difference(found: Found, direction: str, seeds: Sequence[int]) -> str:
+    of = {kind: [found[kind, seed][direction] for seed in seeds] for kind in PRECISIONS}
+    apart = sum(of["fp16"]) / len(seeds) - sum(of["fp32"]) / len(seeds)
+    spread = max(max(values) - min(values) for values in of.values())
+    return f"{direction}: fp16 - fp32 {apart:+.2f}, between seeds of one precision up to {spread:.2f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
