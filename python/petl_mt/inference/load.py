@@ -7,10 +7,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import petl_kernels as pk
 from petl_kernels.device import resolve
 from petl_kernels.interop.adapters import fill_adapter
 from petl_kernels.interop.hf import load_pretrained, load_skeleton
+from petl_kernels.layers.wide_linear import widen_linears
 from petl_kernels.models.structure import describe
 from petl_kernels.planning.load import load_planned
 from petl_kernels.planning.plan import Plan
@@ -82,6 +85,8 @@ def _load_within(
     whole = weights is None or weights.name == run.model.name
     source = config.model if weights is None else weights if whole else config.model
     model, tokenizer = load_skeleton(source)
+    if whole and product_dtype(config) == torch.float16:
+        widen_linears(model)  # as in training, where the others become so when they are prepared
     like = copy.deepcopy(model).to("meta")
     like = like.requires_grad_(False) if whole else prepare_model(like, config)
     device = resolve()
