@@ -27,6 +27,7 @@ from torch import Tensor
 
 import petl_kernels as pk
 from petl_kernels.errors import InputError
+from petl_kernels.layers.lean import LeanLayer
 from petl_kernels.layers.wide_linear import WIDE
 from petl_kernels.methods import METHODS
 from petl_kernels.methods.adapter import BottleneckAdapter
@@ -301,3 +302,62 @@ def test_outputs_of_t5_beyond_the_range_of_fp16_are_finite_and_right(family, met
 def exactly(model):
     exact_rms_norms(model)
     return model
+
+
+def runs_by_rule(model) -> bool:
+    """Returns whether every lean layer has run by its rule."""
+    layers = [module for module in model.modules() if isinstance(module, LeanLayer)]
+    rules = [rule for layer in layers for rule in layer.bound()._rules.values()]
+    return len(rules) >= len(layers) > 0 and not any(isinstance(rule, str) for rule in rules)
+
+
+@pytest.mark.parametrize("family", ["t5", "umt5"])
+def test_t5_runs_by_the_rule_under_autocast_and_as_transformers_loads_it(family):
+    exact = exactly(adapted(family, "lora"))
+    inputs = ragged(exact, rows=6)
+    expected = gradients(exact, inputs)
+    narrow, loaded = (copy.deepcopy(exact).float() for _ in range(2))
+    cast_frozen_matrices(narrow, torch.float16)
+    for name, parameter in loaded.named_parameters():
+        if not name.endswith("wo.weight") and not parameter.requires_grad:
+            parameter.data = parameter.data.half()
+    for model, autocast in ((narrow, True), (loaded, False)):
+        plain = distance(gradients(model, inputs, narrow=autocast), expected)
+        for tier in (1, 2, 3, 4, 5):
+            lean = pk.lean(copy.deepcopy(model), tier)
+            assert distance(gradients(lean, inputs, narrow=autocast), expected) <= 2 * plain < 0.05, (autocast, tier)
+            assert runs_by_rule(lean)
+
+
+def test_sums_of_t5_that_overflow_are_cut_and_have_no_gradient():
+    """In the first layers, whose stream is fp16: as the plain model does, whose gradients these are."""
+    model = adapted("t5", "lora", dtype=torch.float32)
+    with torch.no_grad():
+        for stack in (model.encoder, model.decoder):
+            for part in stack.block[0].layer[:-1]:
+                attention = part.SelfAttention if hasattr(part, "SelfAttention") else part.EncDecAttention
+                attention.o.weight[:4] *= 2e4
+    cast_frozen_matrices(model, torch.float16)
+    seen: list[Tensor] = []
+    norms = [block.layer[-1].layer_norm for block in (model.encoder.block[0], model.decoder.block[0])]
+    hooks = [norm.register_forward_pre_hook(lambda norm, given: seen.append(given[0])) for norm in norms]
+    inputs = ragged(model, rows=6)
+    expected = gradients(model, inputs, narrow=True)
+    assert len(seen) == 2 and all(0 < (h.abs() == 64504).double().mean() < 0.2 for h in seen)
+    for hook in hooks:
+        hook.remove()
+    for tier in (1, 3, 5):
+        lean = pk.lean(copy.deepcopy(model), tier)
+        assert distance(gradients(lean, inputs, narrow=True), expected) < 0.01, tier
+        assert runs_by_rule(lean)
+
+
+def test_tiers_of_t5_in_fp16_drop_the_same():
+    config = TrainConfig(method="lora", method_args={"dropout": 0.25}, precision="fp16", dropout=0.25)
+    model = prepare_model(build("t5"), config).train()
+    inputs = ragged(model, rows=6)
+    found = []
+    for tier in (1, 3, 5):
+        torch.manual_seed(3)
+        found.append(gradients(pk.lean(copy.deepcopy(model), tier), inputs, narrow=True))
+    assert distance(found[1], found[0]) < 1e-3 and distance(found[2], found[0]) < 1e-3
