@@ -1,7 +1,7 @@
 """BLEU of the demo's parent trained in fp32 and in fp16, from the same text and the same seeds.
 
-    python -m bench.parent_precision                                  as parent.yaml says: hours on a CPU
-    python -m bench.parent_precision --pairs en-de --steps 400        one pair, both ways
+    python -m bench.parent_precision                                        from the start, as parent.yaml says: hours
+    python -m bench.parent_precision --shipped --pairs en-fi --steps 120    the parent that ships, all of it trained on
 
 Each seed is one start of the model and one order of the text. A line for each run has BLEU of every direction on test
 lines whose combinations are in no training line, with the 95% interval that sacreBLEU's resampling of the lines gives;
@@ -17,8 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from petl_mt.config import TrainConfig
+from petl_mt.config import OF_A_NEW_MODEL, TrainConfig
 from petl_mt.config_file import load_yaml
+from petl_mt.demo.demo import Plan
+from petl_mt.demo.make_parent import parent_folder
 from petl_mt.demo.text import LANGUAGES, write_pair, write_vocabulary_text
 from petl_mt.inference import Translator
 from petl_mt.scores import bleu_metric
@@ -37,35 +39,44 @@ Found = dict[tuple[str, int], dict[str, float]]
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--shipped", action="store_true", help="train the parent that ships, and no new model")
     parser.add_argument("--pairs", default="en-de,en-fr,en-cs,en-ru", help="each is trained in both directions")
     parser.add_argument("--steps", type=int, help="updates; an eighth of them warm up (default: parent.yaml's)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     given = parser.parse_args(argv)
-    changes = {} if given.steps is None else {"steps": given.steps, "warmup": given.steps // 8}
+    settings = of_shipped(load_yaml(RECIPE)) if given.shipped else load_yaml(RECIPE)
+    if given.steps is not None:
+        settings |= {"steps": given.steps, "warmup": given.steps // 8}
     machine = described("cpu")
     print(f"{machine['cpu_name']}, {machine['threads']} threads, torch {machine['torch']}, commit {commit()[:7]}")
     with tempfile.TemporaryDirectory(prefix="petl-parent-") as folder:
-        compare(Path(folder), given.pairs.split(","), given.seeds, changes)
+        compare(Path(folder), given.pairs.split(","), given.seeds, settings)
     return 0
 
 
-def compare(folder: Path, pairs: Sequence[str], seeds: Sequence[int], changes: dict[str, Any], lines: int = 5000,
+def of_shipped(settings: dict[str, Any]) -> dict[str, Any]:
+    """Returns the settings of a new parent as those of full fine-tuning in the demo."""
+    kept = {name: value for name, value in settings.items() if name not in OF_A_NEW_MODEL}
+    return kept | {"model": str(parent_folder()), "method": "full", "lr": Plan().lr["full"]}
+
+
+def compare(folder: Path, pairs: Sequence[str], seeds: Sequence[int], settings: dict[str, Any], lines: int = 5000,
             tests: int = 200) -> Found:  # fmt: skip
     """Trains in each precision with each seed and prints the lines above; returns the BLEU of each run.
 
-    changes: settings in the place of parent.yaml's. lines, tests: training and test lines of each pair.
+    settings: those of parent.yaml, whose text is the one made here. lines, tests: training and test lines of each pair.
     """
     texts = {pair: write_pair(folder, pair, lines, 100, tests, TEXT_SEED) for pair in pairs}
-    words = [str(path) for path in write_vocabulary_text(folder, LANGUAGES, lines, TEXT_SEED)]
+    if settings["model"] == "new":
+        words = write_vocabulary_text(folder, LANGUAGES, lines, TEXT_SEED)
+        settings = settings | {"vocab_text": [str(path) for path in words]}
     found: Found = {}
     for seed in seeds:
         for precision in PRECISIONS:
             config = TrainConfig.from_dict({
-                **load_yaml(RECIPE),
-                "vocab_text": words,
+                **settings,
                 "train": _directions(texts, "train"),
                 "valid": [],
-                **changes,
                 "out": str(folder / f"{precision}-{seed}"),
                 "precision": precision,
                 "seed": seed,

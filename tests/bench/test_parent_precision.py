@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 
-from bench.parent_precision import compare
+from petl_mt.config_file import load_yaml
+
+from bench.parent_precision import RECIPE, compare, of_shipped
 
 TINY = {
     "vocab_size": 900,
@@ -22,7 +24,7 @@ TINY = {
 
 
 def test_each_precision_trains_with_each_seed_and_is_scored_both_ways(tmp_path, capsys):
-    found = compare(tmp_path, ["en-de"], [1, 2], TINY, lines=30, tests=2)
+    found = compare(tmp_path, ["en-de"], [1, 2], load_yaml(RECIPE) | TINY, lines=30, tests=2)
     assert [*found] == [("fp32", 1), ("fp16", 1), ("fp32", 2), ("fp16", 2)]
     assert all([*scores] == ["en-de", "de-en"] for scores in found.values())
     losses = {}
@@ -35,3 +37,9 @@ def test_each_precision_trains_with_each_seed_and_is_scored_both_ways(tmp_path, 
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith("fp32 seed 1, 0 skipped: BLEU en-de ") and "nrefs:1|bs:1000|seed:12345|" in said[0]
     assert [line.partition(":")[0] for line in said[4:]] == ["en-de", "de-en"] and "fp16 - fp32 " in said[5]
+
+
+def test_the_parent_that_ships_is_trained_whole():
+    settings = of_shipped(load_yaml(RECIPE))
+    assert (settings["method"], settings["lr"], settings["batch_tokens"]) == ("full", 2e-3, 1024)
+    assert settings["model"].endswith("parent") and "vocab_size" not in settings and "d_model" not in settings
