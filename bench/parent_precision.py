@@ -39,8 +39,8 @@ Found = dict[tuple[str, int], dict[str, float]]
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--shipped", action="store_true", help="train the parent that ships, and no new model")
-    parser.add_argument("--pairs", default="en-de,en-fr,en-cs,en-ru", help="each is trained in both directions")
+    parser.add_argument("--shipped", action="store_true", help="train the parent that ships, on one pair")
+    parser.add_argument("--pairs", default="en-de,en-fr,en-cs,en-ru", help="a new parent learns each both ways")
     parser.add_argument("--steps", type=int, help="updates; an eighth of them warm up (default: parent.yaml's)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     given = parser.parse_args(argv)
@@ -67,7 +67,9 @@ def compare(folder: Path, pairs: Sequence[str], seeds: Sequence[int], settings: 
     settings: those of parent.yaml, whose text is the one made here. lines, tests: training and test lines of each pair.
     """
     texts = {pair: write_pair(folder, pair, lines, 100, tests, TEXT_SEED) for pair in pairs}
+    ways = 1
     if settings["model"] == "new":
+        ways = 2
         words = write_vocabulary_text(folder, LANGUAGES, lines, TEXT_SEED)
         settings = settings | {"vocab_text": [str(path) for path in words]}
     found: Found = {}
@@ -75,33 +77,35 @@ def compare(folder: Path, pairs: Sequence[str], seeds: Sequence[int], settings: 
         for precision in PRECISIONS:
             config = TrainConfig.from_dict({
                 **settings,
-                "train": _directions(texts, "train"),
+                "train": _directions(texts, "train", ways),
                 "valid": [],
                 "out": str(folder / f"{precision}-{seed}"),
                 "precision": precision,
                 "seed": seed,
             })  # fmt: skip
             result = train(config, quiet=True)
-            found[precision, seed] = _scores(config.out, texts, f"{precision} seed {seed}, {result.overflows} skipped")
+            title = f"{precision} seed {seed}, {result.overflows} skipped"
+            found[precision, seed] = _scores(config.out, _directions(texts, "test", ways), title)
     for direction in next(iter(found.values())):
         print(_difference(found, direction, seeds), flush=True)
     return found
 
 
-def _directions(texts: dict[str, dict[str, tuple[Path, Path]]], split: str) -> list[dict[str, str]]:
+def _directions(texts: dict[str, dict[str, tuple[Path, Path]]], split: str, ways: int) -> list[dict[str, str]]:
+    """Returns the pairs of a split, each in one direction or in both."""
     found = []
     for pair, files in texts.items():
-        ways = list(zip(pair.split("-"), map(str, files[split]), strict=True))
-        for (src, source), (tgt, target) in (ways, ways[::-1]):
+        sides = list(zip(pair.split("-"), map(str, files[split]), strict=True))
+        for (src, source), (tgt, target) in (sides, sides[::-1])[:ways]:
             found.append({"src_lang": src, "tgt_lang": tgt, "source": source, "target": target})
     return found
 
 
-def _scores(run: str, texts: dict[str, dict[str, tuple[Path, Path]]], title: str) -> dict[str, float]:
+def _scores(run: str, directions: list[dict[str, str]], title: str) -> dict[str, float]:
     """Returns the BLEU of each direction, and prints it."""
     found: dict[str, float] = {}
     shown, signatures = [], set()
-    for way in _directions(texts, "test"):
+    for way in directions:
         source, references = (Path(way[side]).read_text(encoding="utf-8").splitlines() for side in ("source", "target"))
         output = list(Translator(run, way["src_lang"], way["tgt_lang"]).stream(source))
         metric = bleu_metric(way["tgt_lang"])
