@@ -40,13 +40,8 @@ def test_each_precision_trains_with_each_seed_and_is_scored_both_ways(tmp_path, 
 
 
 def test_the_parent_that_ships_is_trained_whole_in_one_direction(tmp_path):
-    settings = of_shipped(load_yaml(RECIPE)) | {
-        "steps": 1,
-        "warmup": 0,
-        "batch_tokens": 32,
-        "beam": 1,
-        "max_length": 40,
-    }
+    few = {"steps": 1, "warmup": 0, "batch_tokens": 128, "beam": 1}
+    settings = of_shipped(load_yaml(RECIPE)) | few
     assert (settings["method"], settings["lr"], settings["dropout"]) == ("full", 2e-3, 0.05)
     found = compare(tmp_path, ["en-fi"], [1], settings, lines=2, tests=1)
     assert [*found["fp16", 1]] == ["en-fi"]
