@@ -68,6 +68,12 @@ def plan_of_run(
         return plan_for(model, config, longest, device, text)
     plan = Plan.load(given)
     plan.check(model)
+    held = storages_of(model)
+    for planned, there in zip((plan.storage, plan.tables), held, strict=True):
+        if there not in ("dense", planned):
+            raise InputError(
+                f"plan {given}: for weights in {planned}; the checkpoint has them in {there}; expected a plan made anew"
+            )
     assert config.memory is not None
     if plan.memory != (memory := parse_size(config.memory)):
         raise InputError(
@@ -95,7 +101,7 @@ def plan_of_run(
             f"plan {given}: for updates of {plan.batch_tokens} tokens; expected the {config.batch_tokens} of "
             "--batch-tokens"
         )
-    chosen = [] if storages_of(model) == ("dense", "dense") else ["quantized"]  # by naming such a checkpoint
+    chosen = [] if held == ("dense", "dense") else ["quantized"]  # by naming such a checkpoint
     forbidden = plan.forbidden([*config.allow, *chosen], config.optimizer)
     if forbidden:
         raise InputError(f"plan {given}: uses {forbidden}; expected --allow {forbidden} beside it")
