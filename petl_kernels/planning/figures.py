@@ -122,9 +122,9 @@ class Figures:
         return sum(self.always_by_purpose(levers).values())
 
     def always_by_purpose(self, levers: Levers) -> dict[str, int]:
-        aside = self._set_aside()
+        on_cpu = {"the model's own values": own_values(self.model), "text": self.request.host_data}
         return {
-            **({"the model's own values": aside} if aside else {}),
+            **{name: size for name, size in on_cpu.items() if size and self.kind == "cpu"},
             "frozen weights": self.weights.resident(levers.storage, levers.tables, levers.streamed),
             "trained parameters": sum(p.nbytes for p in self.trained),
             "their gradients": sum(map(GRADIENT_BYTES[levers.gradients], self.trained)),
@@ -141,10 +141,6 @@ class Figures:
     def fits_host(self, levers: Levers, pairs: int, tiers: tuple[int, ...]) -> bool:
         """Returns whether the host has room; where nothing limits it, it has."""
         return self.request.host is None or host_peak(self.on_host(levers, pairs, tiers)) <= self.request.host
-
-    def _set_aside(self) -> int:
-        """Returns the bytes of ``own_values`` where host memory is the device's."""
-        return own_values(self.model) if self.kind == "cpu" else 0
 
     def _optimizer_step(self, levers: Levers) -> int:
         """Returns the most that the optimiser's step adds: gradients that are widened for it, and its own scratch."""

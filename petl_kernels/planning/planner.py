@@ -61,7 +61,8 @@ def plan(
     cuda_graphs: leave out what a graph cannot hold, and count what graphs take (``graphs.graph_bytes``).
     packed: micro-batches are packed rows (``pack``) where the model reads them, of at most ``micro_tokens`` a side.
     host_memory: bytes of host memory beside a CUDA device, without Python's own; None is what is free where there is
-    such a device, else no limit. On a CPU ``memory`` is host memory. host_data: bytes of them that the data take.
+    such a device, else no limit. On a CPU ``memory`` is host memory. host_data: bytes of host memory, on a CPU of
+    ``memory``, that the caller's data take.
     Raises InputError: a memory that is no size, or that nothing fits into (with the least that can), a model of another
     family, an approximation that does not exist, a budget above what the device has.
     """
