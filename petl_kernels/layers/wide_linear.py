@@ -36,10 +36,10 @@ class WideLoRALinear(LoRALinear):
             return super().forward(x.float())
 
 
-WIDE: dict[type[nn.Linear], type[nn.Linear]] = {nn.Linear: WideLinear, LoRALinear: WideLoRALinear}
+WIDE: dict[type[nn.Module], type[nn.Linear]] = {nn.Linear: WideLinear, LoRALinear: WideLoRALinear}
 
 
-def widen_linears(model: Any) -> set[nn.Parameter]:
+def widen_linears(model: Any) -> set[Tensor]:
     """Makes those linear layers of ``model`` compute in fp32 that transformers keeps so in fp16; returns their weights.
 
     The weights are cast by whoever calls this. Bottleneck adapters of such a model compute in the dtype of their input.
@@ -47,7 +47,7 @@ def widen_linears(model: Any) -> set[nn.Parameter]:
     for path, module in list(base_modules(model)):
         if type(module) in WIDE and kept_in_fp32(model, path):
             module.__class__ = WIDE[type(module)]
-    found = {module.weight for module in model.modules() if type(module) in WIDE.values()}
+    found = {module.weight for module in model.modules() if isinstance(module, tuple(WIDE.values()))}
     for module in model.modules() if found else ():
         if isinstance(module, BottleneckAdapter):
             module.wide = True

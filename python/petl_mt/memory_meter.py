@@ -3,8 +3,8 @@
 memory    the most of what ``--memory`` counts. On the CPU: tensors (weights, gradients, the optimiser's state, what is
           kept for backward), the pages of streamed layers, and the tokenised text of training. On CUDA: what PyTorch's
           allocator holds of the card, and CUDA's own context.
-process   the most host memory that the system has given to this process (its resident set): Python, PyTorch, the text
-          as it is read and, on a CPU, the tensors too. No budget counts it.
+process   the most host memory that the system has given to this process (its resident set): Python, PyTorch, the lines
+          of the text and, on a CPU, the tensors too. No budget counts it.
 """
 
 from __future__ import annotations
