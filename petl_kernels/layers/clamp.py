@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def clamped(h: Tensor) -> Tensor:
-    """Returns h (...), cut in fp16 to 64,504 where any of it is infinite; nan stays."""
+    """Returns h (...), in fp16 cut to ±(65,504 - 1,000), rounded, where any of it is infinite; nan stays."""
     if h.dtype != torch.float16:
         return h
     limit = _limit(h)
