@@ -1,4 +1,4 @@
-"""Models of a shape with random weights in bf16: in memory on a device, or as a checkpoint's folder."""
+"""Models of a shape with random weights, values of bf16: in memory on a device, or as a checkpoint's folder."""
 
 from __future__ import annotations
 
@@ -32,8 +32,9 @@ def frozen_model(config, weights: dict[str, Tensor]) -> nn.Module:
     return model.to(like.device, like.dtype)  # buffers, too: positions in fp32 would make all that follows fp32
 
 
-def write_checkpoint(config, folder: Path, device: str = "cpu") -> None:
-    """Writes such weights to ``folder`` with their config, a file for each layer: no machine holds them all."""
+def write_checkpoint(config, folder: Path, device: str = "cpu", dtype: torch.dtype = torch.bfloat16) -> None:
+    """Writes such weights to ``folder`` in ``dtype`` with their config, a file for each layer: no machine holds them
+    all."""
     noise = _noise(device)
     files: dict[str, dict[str, nn.Parameter]] = {}
     for name, parameter in skeleton(config).named_parameters():
@@ -41,7 +42,7 @@ def write_checkpoint(config, folder: Path, device: str = "cpu") -> None:
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(folder)
     for part, parameters in files.items():
-        tensors = {name: _values(name, parameter.shape, noise) for name, parameter in parameters.items()}
+        tensors = {name: _values(name, parameter.shape, noise).to(dtype) for name, parameter in parameters.items()}
         safetensors.torch.save_file(tensors, folder / f"{part}.safetensors", metadata={"format": "pt"})
     places = {name: f"{part}.safetensors" for part, parameters in files.items() for name in parameters}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))

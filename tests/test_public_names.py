@@ -24,6 +24,7 @@ NAMES = {
     "petl_kernels.interop": "load_adapter save_adapter save_merged",
     "petl_kernels.interop.hf": "load_pretrained load_skeleton load_weights",
     "petl_kernels.interop.languages": "LanguagePair",
+    "petl_kernels.interop.quantize_checkpoint": "quantize_checkpoint",
     "petl_kernels.api": "adapt lean merge report trainable_parameters unmerge use_adapter Report",
 }
 

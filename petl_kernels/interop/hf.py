@@ -19,7 +19,7 @@ from petl_kernels import versions
 from petl_kernels.errors import InputError
 from petl_kernels.methods.owner import own, owner
 from petl_kernels.models.structure import set_parameter
-from petl_kernels.models.transformers_names import has_own_head, language_ids, target_ids
+from petl_kernels.models.transformers_names import has_own_head, kept_in_fp32, language_ids, target_ids
 from petl_kernels.ops.quantized import QuantizedTensor, parts_of, quantize
 from petl_kernels.weights.quantized_file import FILE as QUANTIZED_FILE
 from petl_kernels.weights.quantized_file import MARKER, VERSION, Stored, stored_tensors
@@ -60,7 +60,7 @@ def load_pretrained(path_or_id: str | os.PathLike, dtype: torch.dtype = torch.fl
     """
     if is_quantized(path_or_id):
         model, tokenizer = load_skeleton(path_or_id)
-        load_weights(path_or_id, model, lambda _, tensor: tensor.to(dtype, copy=True))
+        load_weights(path_or_id, model, lambda name, tensor: tensor.to(_dtype_of(model, name, dtype), copy=True))
         return _as_loaded(model, dtype), tokenizer
     name, folder, config = _checked(path_or_id)
     tokenizer = _load_tokenizer(name, folder)
@@ -72,6 +72,11 @@ def load_pretrained(path_or_id: str | os.PathLike, dtype: torch.dtype = torch.fl
 def is_quantized(path_or_id: str | os.PathLike) -> bool:
     """Returns whether this is the folder of a checkpoint that ``quantize_checkpoint`` has written."""
     return Path(path_or_id, QUANTIZED_FILE).is_file()
+
+
+def _dtype_of(model: nn.Module, name: str, dtype: torch.dtype) -> torch.dtype:
+    """Returns the dtype of the parameter ``name`` in a model that transformers loads in ``dtype``."""
+    return torch.float32 if dtype == torch.float16 and kept_in_fp32(model, name) else dtype
 
 
 def _as_loaded(model: nn.Module, dtype: torch.dtype) -> nn.Module:

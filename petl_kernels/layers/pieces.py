@@ -7,11 +7,14 @@ from typing import Any
 from torch import nn
 
 from petl_kernels.layers.frozen_linear import FrozenLinear
+from petl_kernels.layers.wide_linear import WIDE
 from petl_kernels.methods.lora import LoRALinear
 from petl_kernels.methods.pieces import Piece
 
 # Classes of linear layers whose forward depends on their input and parameters alone.
 LINEARS = (nn.Linear, LoRALinear, FrozenLinear)
+# Those that the rule of a layer runs: also such as leave autocast, at the end of a feed-forward network.
+BOUND = (*LINEARS, *WIDE.values())
 
 
 def active_piece(module: Any) -> Piece | None:

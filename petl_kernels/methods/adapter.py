@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 import threading
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -45,6 +46,7 @@ class BottleneckAdapter(Piece):
     """
 
     what = "adapter"
+    wide = False  # computes in the dtype of x, inside autocast, too: beside T5's sums, which leave the range of fp16
 
     def __init__(
         self,
@@ -69,6 +71,10 @@ class BottleneckAdapter(Piece):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Returns the adapter's result for x (..., d), added to ``residual`` (..., d), which is x itself when None."""
+        with torch.autocast(x.device.type, enabled=False) if self.wide else nullcontext():
+            return self._added(x, residual)
+
+    def _added(self, x: Tensor, residual: Tensor | None) -> Tensor:
         ln_weight, ln_bias, eps = (None, None, 1e-5) if self.norm is None else (*self.norm.parameters(), self.norm.eps)
         return ops.bottleneck_adapter(
             x,

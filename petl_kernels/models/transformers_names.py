@@ -139,6 +139,11 @@ def gone(name: str, what: str) -> InputError:
     return InputError(f"transformers {metadata.version('transformers')} has no {name}: {what} cannot work with it")
 
 
+def kept_in_fp32(model: Any, path: str) -> bool:
+    """Returns whether transformers keeps the module or parameter at ``path`` in fp32 where ``model`` is in fp16."""
+    return not set(getattr(model, "_keep_in_fp32_modules", None) or ()).isdisjoint(path.split("."))
+
+
 _OTHER_DROPOUTS = re.compile(r".*\.(ffn?_dropout|token_dropout|(ffn|expert_\d+)\.dropout)")
 
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from petl_kernels.errors import InputError
 from petl_kernels.planning.budget import smallest_budget
 from petl_kernels.planning.figures import Figures
+from petl_kernels.planning.host import no_room_on_host
 from petl_kernels.planning.levers import CHUNKS, EXACT, Candidate, Levers, Rounding, chunks_within, divisions
 from petl_kernels.planning.plan import APPROXIMATIONS, Plan, host_peak, levers_text
 from petl_kernels.units import format_below, format_least
@@ -173,10 +174,7 @@ class Chooser:
         found = [levers for levers in choices if self.figures.fits_host(levers, 1, tiers)]
         if not found:
             least = min(host_peak(self.figures.on_host(levers, 1, tiers)) for levers in choices)
-            raise InputError(
-                f"host_memory {format_below(self.request.host or 0, least)}: loading the model, and what stays on the "
-                f"host, take {format_least(least)}; expected at least that"
-            )
+            raise no_room_on_host(self.request.host or 0, least)
         return found
 
     def _with_peak(self, levers: Levers, tiers: tuple[int, ...]) -> Leanest:

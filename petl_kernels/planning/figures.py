@@ -19,13 +19,13 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
-from petl_kernels.methods.owner import records
 from petl_kernels.models.structure import describe
 from petl_kernels.planning import budget
 from petl_kernels.planning.beam_search import Search, SearchBytes, output_length
 from petl_kernels.planning.cost import Rates, Traffic, model_work, update_seconds
+from petl_kernels.planning.host import on_host, own_values
 from petl_kernels.planning.levers import STORAGES, Candidate, Levers, Request, streamed_layers
-from petl_kernels.planning.plan import LOADING, PRECISIONS, Plan, approximations_of, host_peak
+from petl_kernels.planning.plan import PRECISIONS, Plan, approximations_of, host_peak
 from petl_kernels.planning.resident import GRADIENT_BYTES, OPTIMIZER_BYTES, STEP_BYTES, FrozenWeights
 from petl_kernels.planning.simulate import Batch
 from petl_kernels.planning.step_bytes import StepBytes
@@ -122,9 +122,9 @@ class Figures:
         return sum(self.always_by_purpose(levers).values())
 
     def always_by_purpose(self, levers: Levers) -> dict[str, int]:
-        aside = self._set_aside()
+        on_cpu = {"the model's own values": own_values(self.model), "text": self.request.host_data}
         return {
-            **({"the model's own values": aside} if aside else {}),
+            **{name: size for name, size in on_cpu.items() if size and self.kind == "cpu"},
             "frozen weights": self.weights.resident(levers.storage, levers.tables, levers.streamed),
             "trained parameters": sum(p.nbytes for p in self.trained),
             "their gradients": sum(map(GRADIENT_BYTES[levers.gradients], self.trained)),
@@ -132,37 +132,15 @@ class Figures:
         }
 
     def on_host(self, levers: Levers, pairs: int, tiers: tuple[int, ...]) -> dict[str, int]:
-        """Returns the bytes of host memory beside a CUDA device, by purpose, and "while loading" all at that time.
-
-        While a checkpoint is loaded, all weights are in host memory, in their storage, with one tensor of the files or
-        one streamed layer that is moved; after that only what stays there. Python and libraries are not counted.
-        """
+        """Returns the bytes of host memory beside a CUDA device, as ``on_host`` does; none on a CPU."""
         if self.kind == "cpu":
             return {}
-        layers = self.weights.layer_sizes(levers.storage, levers.streamed)
-        own, data = self._own_values(), self.request.host_data
-        stays = {
-            "streamed layers": sum(layers),
-            "inputs of tier 5": tiers.count(5) * self.step.input_bytes(pairs),
-            "the model's own values": own,
-            "text": data,
-        }
-        moved = max(4 * max(p.numel() for p in self.model.parameters()), max(layers, default=0))
-        weights = self.weights.stored(levers.storage, levers.tables) + sum(p.nbytes for p in self.trained)
-        weights += sum(buffer.nbytes for buffer in self.model.buffers())
-        return {name: size for name, size in stays.items() if size} | {LOADING: weights + moved + own + data}
+        beside = tiers.count(5) * self.step.input_bytes(pairs), self.request.host_data
+        return on_host(self.model, self.weights, levers.storage, levers.tables, levers.streamed, *beside)
 
     def fits_host(self, levers: Levers, pairs: int, tiers: tuple[int, ...]) -> bool:
         """Returns whether the host has room; where nothing limits it, it has."""
         return self.request.host is None or host_peak(self.on_host(levers, pairs, tiers)) <= self.request.host
-
-    def _set_aside(self) -> int:
-        """Returns the bytes of ``_own_values`` where host memory is the device's."""
-        return self._own_values() if self.kind == "cpu" else 0
-
-    def _own_values(self) -> int:
-        """Returns the bytes of what adapters that train the model's own tensors have set aside in host memory."""
-        return sum(values.nbytes for record in records(self.model).values() for values in record.base.values())
 
     def _optimizer_step(self, levers: Levers) -> int:
         """Returns the most that the optimiser's step adds: gradients that are widened for it, and its own scratch."""
@@ -231,6 +209,7 @@ class Figures:
             search=search,
             host=self.on_host(levers, pairs, candidate.tiers),
             host_memory=self.request.host,
+            input_bytes=self.step.input_bytes(1),
         )
 
     def search(self, room: int) -> SearchBytes:

@@ -34,6 +34,7 @@ APPROXIMATIONS = {
     "bf16-gradients": "gradients of what is trained rounded to 16 bits between micro-batches",
 }
 LOADING = "while loading"  # the part of ``Plan.host`` that is there before the others
+INPUTS = "inputs of tier 5"  # the part of it that depends on tiers and rows
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 
 
@@ -50,6 +51,7 @@ class Plan:
     more: (budget, seconds, levers) of larger budgets that would be faster. search: bytes that an evaluation may take,
     and those that beam search takes. host: on CUDA, bytes of host memory by purpose, and "while loading" all of them at
     that time; empty on a CPU, where ``memory`` is host memory. host_memory: the limit for them, if there was one.
+    input_bytes: of one layer's input of one sentence pair, which tier 5 holds there.
     """
 
     model: str
@@ -81,6 +83,7 @@ class Plan:
     search: SearchBytes | None = None
     host: dict[str, int] = dataclasses.field(default_factory=dict[str, int])
     host_memory: int | None = None
+    input_bytes: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tables", self.tables or self.storage)
@@ -115,16 +118,18 @@ class Plan:
         """Returns the next plan that takes less and computes the same, at last without CUDA graphs; None after it."""
         if self.rows > 1:
             pairs = -(-self.rows // 2)
-            return dataclasses.replace(
-                self,
+            return self._with(
                 rows=pairs,
                 micro_tokens=pairs * self.longest,
                 micro_batches=-(-self.rows * self.micro_batches // pairs),
             )
         on_host = self.device.startswith("cuda") and not self.cuda_graphs
-        highest = (5 if on_host else 4,) * len(self.tiers)
-        if self.tiers != highest:
-            return dataclasses.replace(self, tiers=highest)
+        for tier in (5, 4) if on_host else (4,):
+            found = self._with(tiers=(tier,) * len(self.tiers))
+            if self.tiers == found.tiers:
+                break
+            if found.host_memory is None or host_peak(found.host) <= found.host_memory:
+                return found
         smaller = [chunk for chunk in CHUNKS if chunk < self.chunk_bytes]
         if smaller:
             return dataclasses.replace(self, chunk_bytes=smaller[0])
@@ -138,6 +143,15 @@ class Plan:
             raise InputError(
                 f"plan: for {self.model} with {self.parameters:,} parameters; the model is {found[0]} with {found[1]:,}"
             )
+
+    def _with(self, **changes: Any) -> Plan:
+        """Returns the plan with other rows or tiers, and what these take of the host."""
+        found = dataclasses.replace(self, **changes)
+        if not self.host or not self.input_bytes:  # a plan of an earlier version does not have them
+            return found
+        inputs = found.tiers.count(5) * found.rows * found.input_bytes
+        host = {name: size for name, size in self.host.items() if name != INPUTS}
+        return dataclasses.replace(found, host=({INPUTS: inputs} if inputs else {}) | host)
 
     def forbidden(self, allow: Sequence[str], optimizer: str) -> str:
         """Returns the first approximation that it uses and that is not allowed, or "".

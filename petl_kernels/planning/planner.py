@@ -25,8 +25,9 @@ from petl_kernels.planning.cards import Card
 from petl_kernels.planning.chooser import Chooser
 from petl_kernels.planning.cost import ASSUMED, measure_rates
 from petl_kernels.planning.figures import Figures, product_dtype
+from petl_kernels.planning.host import no_room_on_host, on_host
 from petl_kernels.planning.levers import Request, streamed_layers
-from petl_kernels.planning.plan import Plan, check_allow
+from petl_kernels.planning.plan import Plan, check_allow, host_peak
 from petl_kernels.planning.resident import OPTIMIZER_BYTES, FrozenWeights
 from petl_kernels.step.cap import check_memory
 from petl_kernels.step.graphs import check_device
@@ -60,7 +61,8 @@ def plan(
     cuda_graphs: leave out what a graph cannot hold, and count what graphs take (``graphs.graph_bytes``).
     packed: micro-batches are packed rows (``pack``) where the model reads them, of at most ``micro_tokens`` a side.
     host_memory: bytes of host memory beside a CUDA device, without Python's own; None is what is free where there is
-    such a device, else no limit. On a CPU ``memory`` is host memory. host_data: bytes of them that the data take.
+    such a device, else no limit. On a CPU ``memory`` is host memory. host_data: bytes of host memory, on a CPU of
+    ``memory``, that the caller's data take.
     Raises InputError: a memory that is no size, or that nothing fits into (with the least that can), a model of another
     family, an approximation that does not exist, a budget above what the device has.
     """
@@ -206,6 +208,7 @@ class SearchPlan:
     streamed: int
     device: str
     search: SearchBytes
+    host: dict[str, int] = dataclasses.field(default_factory=dict[str, int])  # as ``Plan.host``
 
 
 def plan_search(
@@ -217,12 +220,14 @@ def plan_search(
     device: torch.device,
     autocast: torch.dtype | None = None,
     refuse: bool = True,
+    host_memory: int | None = None,
 ) -> SearchPlan:
     """Returns the plan with the fewest streamed layers with which beam search of ``model`` fits ``memory`` bytes.
 
     model: possibly on the meta device. storages: of the frozen weights, in layers and in tables. longest: tokens of the
     longest sentence and of the longest translation. Where one such sentence does not fit: raises InputError, with the
-    least that works, or if not ``refuse`` returns the leanest plan, in which shorter sentences may fit.
+    least that works, or if not ``refuse`` returns the leanest plan, in which shorter sentences may fit. host_memory: of
+    ``host_limit``; raises InputError where the host has less than the weights take.
     """
     weights, kind = FrozenWeights(model, describe(model), device.type), device.type
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
@@ -230,15 +235,22 @@ def plan_search(
     one = search.always + search.of(longest, output_length(longest, longest))
     can_stream = weights.can_stream and (storages[0] == "dense" or kind == "cuda")
     needs: list[int] = []
+    hosts: list[int] = []
     found = None
     for streamed in streamed_layers(len(weights.layers)) if can_stream else (0,):
         always = weights.resident(*storages, streamed) + trained
         room = usable(memory, kind) - always
-        found = SearchPlan(*storages, streamed, kind, dataclasses.replace(search, memory=room))
+        host = on_host(model, weights, *storages, streamed) if kind == "cuda" else {}
+        hosts.append(host_peak(host))
+        if host_memory is not None and hosts[-1] > host_memory:
+            continue
+        found = SearchPlan(*storages, streamed, kind, dataclasses.replace(search, memory=room), host)
         if room >= one:
             return found
         needs.append(smallest_budget(always + one, kind))
-    if found is not None and not refuse:
+    if found is None:
+        raise no_room_on_host(host_memory or 0, min(hosts))
+    if not refuse:
         return found
     least = min(needs)
     raise InputError(

@@ -112,7 +112,8 @@ class TrainConfig:
     )
     host_memory: str | None = option(
         None,
-        "host memory that weights and text may take beside a CUDA device; on a CPU --memory is that",
+        "host memory that a plan may count beside a CUDA device, for weights and text; nothing enforces it, and "
+        "Python's own comes on top; on a CPU --memory is host memory",
         "SIZE",
         otherwise="what is free",
     )

@@ -1,10 +1,10 @@
 """The memory that a run takes, in two figures. Bar, log, README, result and tables call them so:
 
 memory    the most of what ``--memory`` counts. On the CPU: tensors (weights, gradients, the optimiser's state, what is
-          kept for backward) and the pages of streamed layers. On CUDA: what PyTorch's allocator holds of the card, and
-          CUDA's own context.
-process   the most host memory that the system has given to this process (its resident set): Python, PyTorch, the text
-          and, on a CPU, the tensors too. No budget counts it.
+          kept for backward), the pages of streamed layers, and the tokenised text of training. On CUDA: what PyTorch's
+          allocator holds of the card, and CUDA's own context.
+process   the most host memory that the system has given to this process (its resident set): Python, PyTorch, the lines
+          of the text and, on a CPU, the tensors too. No budget counts it.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ class MemoryMeter:
         gc.collect()
         self.device = device
         self.model: nn.Module | None = None
+        self.text_bytes = 0  # bytes of the tokenised text
         self._earlier = cap.count(device)
         self._most = 0
 
@@ -46,7 +47,8 @@ class MemoryMeter:
         """Returns ``memory`` in bytes since the last ``restart``; None on a CPU without the extension, which counts."""
         if self._earlier is None:
             return None
-        return max(0, cap.held_peak(self.device) - self._earlier) + self._pages()
+        text = self.text_bytes if self.device.type == "cpu" else 0
+        return max(0, cap.held_peak(self.device) - self._earlier) + self._pages() + text
 
     def memory(self) -> int | None:
         """Returns ``memory`` in bytes since the meter was made; None as in ``since_restart``."""

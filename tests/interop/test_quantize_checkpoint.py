@@ -78,6 +78,34 @@ def test_a_half_precision_checkpoint_keeps_its_dtype(saved, tmp_path):
     assert_same(load_pretrained(tmp_path / "out", torch.bfloat16)[0], expected)
 
 
+@pytest.mark.parametrize("family", ["t5", "mt5"])
+def test_in_fp16_it_keeps_in_fp32_what_transformers_keeps(saved, tmp_path, family):
+    """Where the last projection of T5 were in fp16, its outputs beyond 65,504 would be infinite."""
+    path = saved(family, torch.float16)
+    quantize_checkpoint(path, tmp_path / "out", "int8", "dense")
+    expected, _ = load_pretrained(path, torch.float16)
+    wide = [name for name, p in expected.named_parameters() if p.dtype == torch.float32]
+    assert wide and all(name.endswith("wo.weight") for name in wide)
+    quantize_model(expected.requires_grad_(False), "int8", "dense")
+    found, _ = load_pretrained(tmp_path / "out", torch.float16)
+    assert_same(found, expected)
+    plain, _ = load_pretrained(path, torch.float16)
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            quantized = found.get_parameter(name)
+            if isinstance(quantized, QuantizedTensor):
+                parameter.copy_(quantized.dequantize())
+        for model in (found, plain):
+            for name in wide:
+                weight = model.get_parameter(name)
+                scale = weight.scale if isinstance(weight, QuantizedTensor) else weight
+                scale.mul_(3e5)
+    outputs = []
+    plain.encoder.block[0].layer[-1].DenseReluDense.wo.register_forward_hook(lambda *args: outputs.append(args[-1]))
+    torch.testing.assert_close(logits(found), logits(plain), rtol=0.01, atol=0.01)
+    assert outputs[0].abs().max() > 70_000
+
+
 def test_transformers_never_takes_it_for_another_model(saved, tmp_path):
     quantize_checkpoint(saved("m2m100"), tmp_path / "out", "int8")
     for loader in (transformers.AutoModelForSeq2SeqLM, transformers.M2M100ForConditionalGeneration):

@@ -143,7 +143,7 @@ def test_gradient_accumulation(tier):
 
 
 @pytest.mark.parametrize("tier", TIERS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "seamless", "umt5"])
 @pytest.mark.parametrize("precision", ["bfloat16", "float16", "autocast"])
 def test_sixteen_bits(family, precision, tier):
     """The error against float64 is at most twice the plain model's own."""

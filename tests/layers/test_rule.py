@@ -185,7 +185,7 @@ def test_a_layer_that_the_rule_does_not_cover_runs_op_by_op_and_is_named():
     model = pk.lean(build("t5").to(torch.float16), 1)
     states = pk.report(model).layers
     assert {state.tier for state in states} == {1}
-    assert {state.composed for state in states} == {"T5 in fp16, which clamps between its blocks"}
+    assert {state.composed for state in states} == {"T5 with its last projection in fp16, which clamps behind it"}
     assert "lean op by op" in str(pk.report(model))
 
 

@@ -13,6 +13,7 @@ from petl_mt.cli import main
 from petl_mt.config import Pair, TrainConfig
 from petl_mt.data import IGNORE, encode_pairs
 from petl_mt.evaluate import fitting_length, validation_loss
+from petl_mt.inference import Translator
 from petl_mt.models.adapt import set_dropout
 from petl_mt.models.load import check_positions, decoder_start
 from petl_mt.train import train
@@ -22,6 +23,7 @@ from transformers import AutoModelForSeq2SeqLM
 from petl_kernels.errors import InputError
 from petl_kernels.interop.hf import load_pretrained
 from petl_kernels.interop.languages import LanguagePair
+from petl_kernels.layers.wide_linear import WideLinear
 
 _spec = importlib.util.spec_from_file_location("families", Path(__file__).parents[1] / "interop" / "conftest.py")
 families = importlib.util.module_from_spec(_spec)
@@ -148,3 +150,15 @@ def test_rates_of_activations_and_experts_stay(family):
     assert {rate for path, rate in rates.items() if path.endswith("attn_dropout")} == {0.3}
     others = {path: rate for path, rate in rates.items() if not path.endswith("attn_dropout")}
     assert len(others) >= 8 and set(others.values()) == {0.0}
+
+
+@pytest.mark.parametrize("checkpoint", ["t5"], indirect=True, scope="module")
+def test_a_t5_trained_whole_in_fp16_translates_under_a_budget_with_its_last_projections_in_fp32(
+    checkpoint, pair, tmp_path
+):
+    """A run without an adapter is loaded without being prepared for training."""
+    settings = {"model": str(checkpoint[0]), "out": str(tmp_path / "run"), "train": [pair], "method": "full"}
+    train(TrainConfig(**settings, precision="fp16", steps=1, beam=1, batch_tokens=300, max_length=60), quiet=True)
+    translator = Translator(tmp_path / "run", memory="64MiB")
+    wide = {path.rpartition(".")[2] for path, m in translator.model.named_modules() if isinstance(m, WideLinear)}
+    assert wide == {"wo"} and len(list(translator.stream(["one two"]))) == 1

@@ -16,7 +16,7 @@ from petl_mt.inference import Translator
 from petl_mt.models.adapt import prepare_model
 from petl_mt.runs import RunFolder
 from petl_mt.train import train
-from petl_mt.train.budget import plan_for
+from petl_mt.train.budget import plan_for, plan_of_run
 from petl_mt.train.loop import run_training
 from petl_mt.train.saved_bytes import measure_saved_bytes
 from petl_mt.train.setup import Setup, set_up
@@ -57,6 +57,22 @@ def assert_same_weights(found: dict, expected: dict, tolerance: float = 1e-4) ->
     assert found.keys() == expected.keys() and found
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=tolerance, atol=1e-6, msg=name)
+
+
+def test_on_a_cpu_the_text_is_part_of_the_budget(settings, tmp_path, monkeypatch):
+    """In the plan, in the limit of the allocator, and in what is told of memory."""
+    caps = []
+    monkeypatch.setattr(cap, "capped", lambda memory, device: caps.append(memory) or ExitStack())
+    with ExitStack() as limits:
+        found = set_up(TrainConfig(**settings, memory="4MiB", tier=1), RunFolder(tmp_path / "run"), limits=limits)
+    text = found.text.nbytes
+    assert found.plan is not None and text > 1000
+    assert found.plan.parts["text"] == text and caps == [2**22 - text] and found.plan.host == {}
+    assert (found.meter.since_restart() or 0) >= text + sum(p.nbytes for p in found.model.parameters())
+    found.plan.save(tmp_path / "plan.json")
+    config = dataclasses.replace(found.config, plan=str(tmp_path / "plan.json"))
+    with pytest.raises(InputError, match=r"memory 4 MiB: the tokenised text alone takes 5"):
+        plan_of_run(found.model, config, found.folder, 40, CPU, 5 * 2**20)
 
 
 def test_a_run_under_a_budget_ends_with_the_weights_of_one_without(settings, tmp_path):

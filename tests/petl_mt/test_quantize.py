@@ -13,6 +13,7 @@ from petl_mt.inference import Translator
 from petl_mt.runs import RunFolder
 from petl_mt.train import train
 from safetensors.torch import load_file
+from test_memory import saved_plan
 
 from petl_kernels.errors import InputError
 from petl_kernels.interop.hf import load_pretrained
@@ -86,3 +87,13 @@ def test_what_is_wrong_is_one_line(quantized, parent, tmp_path, capsys, monkeypa
     monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 100))
     assert "100 B are free on its disk; expected" in refused(model, out)
     assert not Path(out).exists()
+
+
+def test_layers_of_a_quantized_checkpoint_are_not_streamed_on_a_cpu(settings, parent, tmp_path):
+    """The least budget is told; a plan that streams, of the checkpoint that was quantized, is refused."""
+    with pytest.raises(InputError, match=r"^memory 100 KiB: .* expected at least"):
+        train(TrainConfig(**settings, memory="100KiB", tier=4), quiet=True)
+    dense = {**settings, "model": str(parent / "model")}
+    path = saved_plan(dense, tmp_path / "plan.json", "2MiB", streamed=2)
+    with pytest.raises(InputError, match=r"plan .*: for weights in dense; the checkpoint has them in int8; expected a"):
+        train(TrainConfig(**settings, memory="2MiB", plan=path), quiet=True)

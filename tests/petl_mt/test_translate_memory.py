@@ -11,7 +11,7 @@ import torch
 from petl_mt.cli import main
 from petl_mt.config import TrainConfig
 from petl_mt.evaluate import BatchLimit, until_it_fits
-from petl_mt.inference import Translator
+from petl_mt.inference import Translator, load
 from petl_mt.train import train
 from test_memory import saved_plan
 
@@ -95,6 +95,23 @@ def test_what_does_not_fit_is_one_line_with_the_least(settings, tmp_path, capsys
     assert "memory 20 KiB: to translate one sentence of 40 tokens with 1 beams needs" in error
     assert error.count("\n") == 1
     assert main([*command, "--memory", _least(tmp_path / "run")]) == 0
+
+
+def test_host_memory_is_that_of_a_plan(settings, tmp_path, capsys, text, monkeypatch):
+    """Beside a card the host is counted; on a CPU it is the budget's own memory."""
+    trained(settings, tmp_path / "run", steps=1)
+    command = ["score", "--run", str(tmp_path / "run"), "--test", text["test"].source, text["test"].target]
+    assert main([*command, "--host-memory", "1GiB"]) == 2
+    assert "host_memory: no effect without a budget; expected --memory with it" in capsys.readouterr().err
+    assert main([*command, "--memory", "2GiB", "--host-memory", "1GiB"]) == 2
+    assert "host_memory 1 GiB: below memory 2 GiB, which is host memory on a CPU" in capsys.readouterr().err
+    config = TrainConfig(**settings, host_memory="64KiB")
+    assert load._host_limit(config, CPU, 2**30, None) is None
+    assert load._host_limit(config, torch.device("cuda"), 2**30, None) == 2**16
+    assert load._host_limit(config, torch.device("cuda"), 2**30, "1MiB") == 2**20
+    monkeypatch.setattr("petl_mt.inference.load.resolve", lambda: torch.device("cuda"))
+    assert main([*command, "--memory", "2GiB", "--host-memory", "64KiB"]) == 2
+    assert "host_memory 64 KiB: loading the model, and what stays on the host, take" in capsys.readouterr().err
 
 
 def test_batches_shrink_until_they_fit():

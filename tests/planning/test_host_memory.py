@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from types import SimpleNamespace
@@ -14,8 +15,8 @@ from transformers import M2M100Config
 import petl_kernels as pk
 from petl_kernels.errors import InputError
 from petl_kernels.interop.hf import skeleton
-from petl_kernels.planning.plan import Plan, host_peak
-from petl_kernels.planning.planner import host_limit
+from petl_kernels.planning.plan import INPUTS, LOADING, Plan, host_peak
+from petl_kernels.planning.planner import host_limit, plan_search
 from petl_kernels.units import parse_size
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
@@ -58,6 +59,41 @@ def test_too_little_of_the_host_is_refused_and_the_bytes_are_in_the_file(tmp_pat
     (tmp_path / "plan.json").write_text(json.dumps(values | {"host": {"text": "much"}}))
     with pytest.raises(InputError, match="host is .* expected bytes by purpose"):
         Plan.load(tmp_path / "plan.json")
+
+
+def test_a_tighter_plan_is_counted_anew_and_stays_within_the_bound():
+    plan = dataclasses.replace(planned(), tiers=(1,) * 4, rows=8, micro_tokens=8 * 32, micro_batches=1)
+    one = plan.input_bytes
+    assert one == 32 * 128 * 4  # a sentence of 32 tokens, d 128, fp32
+    loading = plan.host.pop(LOADING)
+    assert plan.host == {}
+    plan.host[LOADING] = 0
+    found, seen = plan, []
+    while (found := found.tighter()) is not None:
+        seen.append((found.rows, found.tiers[0], found.host.get(INPUTS, 0)))
+    assert seen[:4] == [(4, 1, 0), (2, 1, 0), (1, 1, 0), (1, 5, 4 * one)]
+    assert {row[2] for row in seen[3:]} == {4 * one}
+    on_host = dataclasses.replace(plan, tiers=(5,) * 4, host={INPUTS: 32 * one, LOADING: 0})
+    halved = on_host.tighter()
+    assert halved is not None and halved.host == {INPUTS: 16 * one, LOADING: 0}
+    bound = dataclasses.replace(plan, rows=1, host_memory=4 * one - 1, host={LOADING: 4 * one - 1})
+    found = bound.tighter()
+    assert found is not None and found.tiers == (4,) * 4 and INPUTS not in found.host
+    assert found.tighter() is None or found.tighter().tiers == (4,) * 4
+    assert loading > 0
+
+
+def test_a_translation_counts_weights_as_training_does():
+    model = adapted()
+    whole = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    given = model, 2**30, ("dense", "dense"), 2, 32, CUDA
+    plan = plan_search(*given)
+    assert plan.streamed == 0 and plan.host == {LOADING: whole + 4 * 5000 * 128}
+    assert plan_search(*given, host_memory=host_peak(plan.host)) == plan
+    for refuse in (True, False):
+        with pytest.raises(InputError, match=r"host_memory 1 MiB: loading the model, .* take .*; expected at least"):
+            plan_search(*given, refuse=refuse, host_memory=2**20)
+    assert plan_search(*given[:-1], CPU).host == {}
 
 
 def test_on_a_cpu_memory_is_host_memory(monkeypatch):

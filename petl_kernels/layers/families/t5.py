@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from petl_kernels.layers.blocks import AttentionBlock, FeedForwardBlock
 from petl_kernels.layers.boundaries import is_packed
+from petl_kernels.layers.clamp import clamped
 from petl_kernels.layers.families.family import Family
 from petl_kernels.layers.source import shared_for_products
 from petl_kernels.models.transformers_names import (
@@ -48,7 +48,7 @@ class T5Blocks(Family):
         return attentions, self._feed_forward()
 
     def after_block(self, x: Tensor) -> Tensor:
-        return _finite(x)
+        return clamped(x)
 
     def finished(self, x: Tensor) -> Tensor:
         return x
@@ -195,12 +195,3 @@ class LeanUMT5Layer(T5Blocks):
 
 def _rate(dropout: nn.Dropout) -> float:
     return dropout.p if dropout.training else 0.0
-
-
-def _finite(x: Tensor) -> Tensor:
-    """Returns x, clamped in fp16, where the family's sums overflow."""
-    if x.dtype != torch.float16:
-        return x
-    largest = torch.finfo(x.dtype).max
-    limit = torch.where(torch.isinf(x).any(), largest - 1000, largest)
-    return x.clamp(-limit, limit)

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from petl_kernels.layers.blocks import AttentionBlock
 from petl_kernels.layers.boundaries import boundaries
+from petl_kernels.layers.clamp import clamped, clamped_backward
 from petl_kernels.layers.masks import as_added, is_causal
 from petl_kernels.layers.pieces import active_piece
 from petl_kernels.layers.rule.bottleneck import Bottleneck
@@ -40,6 +42,7 @@ class Attention:
         self.heads, self.scale = block.heads, float(block.scale)
         self.dropout, self.residual = float(block.dropout), Residual(name, block.residual_dropout)
         self.pre_norm, self.norm = block.pre_norm, Norm(name, block.norm)
+        self.clamps = block.adds_bias  # T5's family
         self.reader = self.norm
         if active_piece(block.norm) is not None:
             raise Unknown("an adapter on the norm of an attention")
@@ -112,18 +115,30 @@ class Attention:
         call.save(self.lse, lse)
         del q, raw
         y = self._adapted(self._read(o, call), call)
-        h, u = self.residual.add_and_norm(y, x, self.reader, call)
-        call.save(self.sum, h)
+        h, u = self._end(y, x, call)
         return (h, call.cast(u), k, v) if self.pre_norm else (u, u, k, v)
 
+    def _end(self, y: Tensor, x: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        """Returns h and the norm of it, and saves h as it is before it is clamped."""
+        if not self.clamps or torch.promote_types(y.dtype, x.dtype) != torch.float16:
+            h, u = self.residual.add_and_norm(y, x, self.reader, call)
+            call.save(self.sum, h)
+            return h, u
+        h = self.residual.add(y, x, call)
+        call.save(self.sum, h)
+        h = clamped(h)
+        return h, self.reader.forward(h, call)
+
     def recomputed_sum(self, x: Tensor, call: Call) -> Tensor:
-        """Returns h, saved or recomputed."""
+        """Returns h, saved or recomputed, as it is before it is clamped."""
         h = call.saved.get(self.sum.key)
         return self.residual.add(self._adapted(self._recomputed_read(call), call), x, call) if h is None else h
 
     def recomputed_output(self, h: Tensor, call: Call) -> Tensor:
         """Returns x of the next block, recomputed from h."""
-        return h if self.pre_norm else self.norm.recomputed(h, call)
+        if not self.pre_norm:
+            return self.norm.recomputed(h, call)
+        return clamped(h) if self.clamps else h
 
     def _project(self, u: Tensor, source: Tensor, call: Call) -> list[Tensor]:
         if not self.cross:
@@ -190,7 +205,11 @@ class Attention:
             assert dx is not None, "a gradient comes from the next block"
             du, dx = joined(du, dx), None
         dtype = call.saved[self.o.key].dtype
-        dx, dy = self.residual.norm_backward(du, dx, h, self.reader, dtype, call, gradients)
+        if self.clamps and h.dtype == torch.float16:
+            dx = clamped_backward(self.reader.backward(du, dx, clamped(h), call, gradients), h)
+            dy = self.residual.backward(dx, dtype, call)
+        else:
+            dx, dy = self.residual.norm_backward(du, dx, h, self.reader, dtype, call, gradients)
         return dx, self._out_backward(dy, call, gradients)
 
     def backward(

@@ -45,17 +45,19 @@ class FeedForward:
     """The feed-forward block, bound.
 
     inner: the network. after: the adapter that reads the last linear's output, beside: the one that reads u; or None.
-    end: the sum, and the norm of a post-norm block.
+    end: the sum, and the norm of a post-norm block. wide_out: whether the last linear computes in fp32 beside inputs in
+    fp16, as T5's does.
     """
 
-    def __init__(self, block: FeedForwardBlock):
+    def __init__(self, block: FeedForwardBlock, wide_out: bool):
         block.release_unused()
         self.block, self.pre_norm, self.norm = block, block.pre_norm, Norm(BLOCK, block.norm)
         named = {str(i): module for i, module in enumerate((*block.inputs, block.out))}
         self.linears = Linears(BLOCK, named).all
-        frozen = _is_frozen(block, self.linears)
+        frozen = not wide_out and _is_frozen(block, self.linears)
         wide = frozen and block.is_wide()
-        self.inner = Wide(block) if wide else Frozen(block) if frozen else Open(block)
+        self.inner = Wide(block) if wide else Frozen(block) if frozen else Open(block, wide_out)
+        self.wide_out = wide_out
         self.after, self.beside = _adapters(block, wide)
         if self.pre_norm and active_piece(block.norm) is not None:
             raise Unknown("an adapter on the norm before a feed-forward network")
@@ -83,7 +85,8 @@ class FeedForward:
 
     def backward(self, dy: Tensor, x: Tensor, call: Call, gradients: Gradients) -> tuple[Tensor, Tensor]:
         """Returns dx, without what comes through u, and du."""
-        dh, e = self.end.backward(dy, call.dtype or x.dtype, call, gradients)
+        dtype = torch.float32 if self.wide_out else call.dtype or x.dtype
+        dh, e = self.end.backward(dy, dtype, call, gradients)
         if self.after:
             e = self.after.backward(e, call.saved[READ.key], True, call, gradients)
         u = None
@@ -92,8 +95,8 @@ class FeedForward:
         du = self.inner.backward(e, u, call, gradients)
         if self.beside:
             assert u is not None, "an adapter beside the network reads u"
-            du = summed(du, self.beside.backward(e, u, False, call, gradients))
-        return dh, du
+            du = summed(du, self.beside.backward(e, u.to(e.dtype), False, call, gradients))
+        return dh.to(x.dtype), du
 
 
 class Sum:
@@ -257,7 +260,8 @@ class Wide:
 class Open:
     """Linears, activation and linear, one after the other."""
 
-    def __init__(self, block: FeedForwardBlock):
+    def __init__(self, block: FeedForwardBlock, wide_out: bool):
+        self.wide_out = wide_out
         names = ("z", "gate")[: len(block.inputs)]
         self.inputs = Linears(f"{BLOCK}.in", dict(zip(names, block.inputs, strict=True)))
         self.out = Linears(f"{BLOCK}.out", {"out": block.out})
@@ -280,10 +284,14 @@ class Open:
         hidden = self._activate(raw, call)
         if self.out.reads_input:
             call.save(HIDDEN, hidden)
-        (y,) = self.out.forward(hidden, call)
+        y = self._projected(hidden, call)
         if self.out.all[0].after is not None:
             call.save(PROJECTED, y)
         return self.out.all[0].scaled(y)
+
+    def _projected(self, hidden: Tensor, call: Call) -> Tensor:
+        (y,) = self.out.forward(hidden.float() if self.wide_out else hidden, call)
+        return y
 
     def _activate(self, raw: list[Tensor], call: Call) -> Tensor:
         zs = self._scaled(raw)
@@ -308,8 +316,12 @@ class Open:
             hidden = self._activate(raw, call)
         read = call.saved.get(PROJECTED.key)
         if self.out.all[0].after is not None and read is None:
-            (read,) = self.out.forward(self._activate(raw, call) if hidden is None else hidden, call)
+            read = self._projected(self._activate(raw, call) if hidden is None else hidden, call)
+        if self.wide_out and hidden is not None:
+            hidden = hidden.float()
         dhidden = self.out.backward([dy], hidden, [read], call, gradients, True)
+        if self.wide_out:
+            dhidden = call.cast(dhidden)
         seed = call.seeds.get(HIDDEN_SEED)
         if self.gated:
             zs = self._scaled(raw)

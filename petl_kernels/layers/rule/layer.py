@@ -17,6 +17,7 @@ from petl_kernels.layers.rule.call import Call, Gradients, joined
 from petl_kernels.layers.rule.feed_forward import FeedForward
 from petl_kernels.layers.rule.linears import Linear, Unknown
 from petl_kernels.layers.rule.watch import changed, stamps
+from petl_kernels.layers.wide_linear import WIDE
 from petl_kernels.ops.define import below_autograd
 
 # From tier WHOLE on a layer saves its input alone, and backward runs its forward pass again at tier WITHIN.
@@ -26,7 +27,8 @@ WHOLE, WITHIN = 4, 1
 class Rule:
     """The blocks of ``layer``, bound: a forward pass and its backward pass read the tensors that are in here.
 
-    path: that of the layer, for errors. x: an input like those that the rule is for, of which the dtype and the device
+    path: that of the layer, for errors. products: the dtype of products outside of autocast where it is not that of the
+    stream, as in T5 in fp16; or None. x: an input like those that the rule is for, of which the dtype and the device
     count. Raises Unknown for what the rule does not cover.
     """
 
@@ -39,7 +41,11 @@ class Rule:
         together = not any(map(is_foreign, hooks_on(layer))) and "forward" not in layer.__dict__
         for attention in self.attentions:
             attention.together = together
-        self.ffn = FeedForward(ffn)
+        self.products = None
+        wide_out = _has_wide_out(ffn, x)
+        if wide_out and not torch.is_autocast_enabled(x.device.type):
+            self.products = torch.float16
+        self.ffn = FeedForward(ffn, wide_out)
         self.blocks = [*self.attentions, self.ffn]
         self.pre_norm = self.ffn.pre_norm
         for block, following in itertools.pairwise(self.blocks):
@@ -58,18 +64,20 @@ class Rule:
         return self.ffn.holds() and all(attention.holds() for attention in self.attentions)
 
     def _refuse_dtypes(self, x: Tensor, is_t5: bool) -> None:
-        if is_t5 and x.dtype == torch.float16:
-            raise Unknown("T5 in fp16, which clamps between its blocks")
+        if is_t5 and x.dtype == torch.float16 and not self.ffn.wide_out:
+            raise Unknown("T5 with its last projection in fp16, which clamps behind it")
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             return
+        wanted = self.products or x.dtype
         for linear in self._linears():
-            if linear.weight.dtype != x.dtype:
-                raise Unknown(f"a weight in {linear.weight.dtype} beside inputs in {x.dtype}")
+            if linear.weight.dtype != wanted:
+                raise Unknown(f"a weight in {linear.weight.dtype} beside inputs in {wanted}")
 
     def _linears(self) -> Iterator[Linear]:
+        """Yields the linears that compute in the dtype of products."""
         for attention in self.attentions:
             yield from (*attention.named, *attention.out.all)
-        yield from self.ffn.linears
+        yield from self.ffn.linears[:-1] if self.ffn.wide_out else self.ffn.linears
 
     def __call__(
         self,
@@ -86,6 +94,7 @@ class Rule:
         x: (batch, tokens, d). source: (batch, source tokens, d), or None. mask, source_mask, and bias, that of the
         self-attention: as the model gives them to its layers.
         """
+        call.dtype = self.products or call.dtype
         for attention, own, added in zip(self.attentions, (mask, source_mask), (bias, None), strict=False):
             attention.set_visible(call, own, added, x)
         outputs = self._run(call, x, source)
@@ -146,6 +155,14 @@ class Rule:
         if self.pre_norm and du is not None:
             norm.parameters_backward(du, x, call, gradients)
         return None
+
+
+def _has_wide_out(ffn: FeedForwardBlock, x: Tensor) -> bool:
+    """Returns whether the network's last linear is in fp32 beside products in fp16, as transformers loads T5."""
+    if torch.is_autocast_enabled(x.device.type):
+        return type(ffn.out) in WIDE.values()
+    others = {linear.weight.dtype for linear in ffn.inputs}
+    return ffn.out.weight.dtype == torch.float32 and others == {torch.float16}
 
 
 class _OneNode(torch.autograd.Function):

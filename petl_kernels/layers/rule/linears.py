@@ -14,9 +14,10 @@ from typing import Any, Literal, overload
 from torch import Tensor, nn
 
 from petl_kernels.layers.border import Border
-from petl_kernels.layers.pieces import LINEARS, active_piece, has_other_hooks
+from petl_kernels.layers.pieces import BOUND, active_piece, has_other_hooks
 from petl_kernels.layers.rule.border import Bordered, bordered, release_trained
 from petl_kernels.layers.rule.call import Call, Gradients, Place, summed
+from petl_kernels.layers.wide_linear import WideLoRALinear
 from petl_kernels.methods.ia3 import Scale
 from petl_kernels.methods.lora import LoRALinear, LowRank
 from petl_kernels.ops.define import accumulate_dtype, run
@@ -34,7 +35,7 @@ class Linear:
     """
 
     def __init__(self, name: str, module: Any):
-        if type(module) not in LINEARS:
+        if type(module) not in BOUND:
             raise Unknown(f"a {type(module).__name__} in the place of a linear layer")
         if has_other_hooks(module):
             raise Unknown("a hook on a linear layer")
@@ -70,7 +71,7 @@ class Linear:
 
 
 def _lora(module: nn.Linear) -> LowRank | None:
-    if type(module) is not LoRALinear:
+    if type(module) not in (LoRALinear, WideLoRALinear):
         return None
     own: Any = module.lora
     return own.current()

@@ -78,6 +78,8 @@ def add_run(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     search.add_argument("--batch-tokens", type=int, metavar="N", help=told)
     told = "bytes that all of it may take, such as 8GiB (default: the run's)"
     search.add_argument("--memory", metavar="SIZE", help=told)
+    told = "host memory that weights may be counted with beside a CUDA device (default: the run's, or what is free)"
+    search.add_argument("--host-memory", metavar="SIZE", help=told)
     return text
 
 
@@ -88,5 +90,5 @@ def add_run_folder(group: argparse._ArgumentGroup) -> None:
 
 def search_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """Returns what ``add_run`` has added as keyword arguments of ``Translator``."""
-    names = ("src_lang", "tgt_lang", "beam", "max_length", "batch_tokens", "memory")
+    names = ("src_lang", "tgt_lang", "beam", "max_length", "batch_tokens", "memory", "host_memory")
     return {name: getattr(arguments, name) for name in names}

@@ -7,14 +7,17 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import petl_kernels as pk
 from petl_kernels.device import resolve
 from petl_kernels.interop.adapters import fill_adapter
 from petl_kernels.interop.hf import load_pretrained, load_skeleton
+from petl_kernels.layers.wide_linear import widen_linears
 from petl_kernels.models.structure import describe
 from petl_kernels.planning.load import load_planned
 from petl_kernels.planning.plan import Plan
-from petl_kernels.planning.planner import SearchPlan, plan_search
+from petl_kernels.planning.planner import SearchPlan, host_limit, plan_search
 from petl_kernels.planning.resident import SLOTS
 from petl_kernels.step import cap
 from petl_kernels.units import parse_size
@@ -53,19 +56,22 @@ def load_run_within(
     beam: int | None = None,
     max_length: int | None = None,
     refuse: bool = True,
+    host_memory: str | int | None = None,
 ) -> tuple[Any, Any, TrainConfig, SearchPlan]:
     """Returns (model, tokenizer, config, plan) of a run that translates inside ``memory`` bytes.
 
     The budget is enforced until ``limits`` ends. Weights are as training had them: dtypes, storage and lean layers;
     layers are streamed where nothing else fits. beam, max_length: those of the run where None. Raises InputError where
-    ``refuse`` is true and not even one sentence of ``max_length`` tokens fits.
+    ``refuse`` is true and not even one sentence of ``max_length`` tokens fits. host_memory: what weights may take of
+    the host beside a CUDA device; that of the run, or what is free, where None. Raises InputError where they take more.
     """
+    options = memory, limits, beam, max_length, refuse, host_memory
     if isinstance(path, TrainConfig):
-        return _load_within(RunFolder(Path(path.out)), path, None, memory, limits, beam, max_length, refuse)
+        return _load_within(RunFolder(Path(path.out)), path, None, *options)
     run = RunFolder(Path(path))
     config = run.read_config()
     with trained_weights(run, config) as weights:
-        return _load_within(run, config, weights, memory, limits, beam, max_length, refuse)
+        return _load_within(run, config, weights, *options)
 
 
 def _load_within(
@@ -77,11 +83,14 @@ def _load_within(
     beam: int | None,
     max_length: int | None,
     refuse: bool,
+    host_memory: str | int | None,
 ) -> tuple[Any, Any, TrainConfig, SearchPlan]:
     """weights: the run's adapter/ or model/; None for the model before training."""
     whole = weights is None or weights.name == run.model.name
     source = config.model if weights is None else weights if whole else config.model
     model, tokenizer = load_skeleton(source)
+    if whole and product_dtype(config) == torch.float16:
+        widen_linears(model)  # as in training, where the others become so when they are prepared
     like = copy.deepcopy(model).to("meta")
     like = like.requires_grad_(False) if whole else prepare_model(like, config)
     device = resolve()
@@ -94,6 +103,7 @@ def _load_within(
         device,
         product_dtype(config),
         refuse,
+        _host_limit(config, device, memory, host_memory),
     )
     if limits is not None:
         limits.enter_context(cap.capped(memory, device))
@@ -106,6 +116,13 @@ def _load_within(
             stream_layers(model, paths, SLOTS, folder, sorted(folder.glob("*.safetensors")) if folder else (), device)
         pk.lean(model.eval(), 1)
     return model.requires_grad_(False).to(device), tokenizer, config, plan
+
+
+def _host_limit(config: TrainConfig, device: torch.device, memory: int, host_memory: str | int | None) -> int | None:
+    """Returns what weights may take of the host; a limit of the run is one beside a card, and is none on a CPU."""
+    if host_memory is None and device.type == "cuda":
+        host_memory = config.host_memory
+    return host_limit(device, memory, host_memory)
 
 
 def _storages(like: Any, trained: tuple[str, str]) -> tuple[str, str]:

@@ -37,17 +37,22 @@ class Translator:
         batch_tokens: int | None = None,
         memory: str | int | None = None,
         limits: ExitStack | None = None,
+        host_memory: str | int | None = None,
     ) -> None:
         """Loads the run ``run``, its folder; a configuration stands for its model before training.
 
         memory: the budget in bytes, or as text such as "8GiB"; that of the run where None. It is enforced until
-        ``limits`` ends; without ``limits`` it only decides how weights are loaded and how large batches are. The other
-        options are those of the run where None. Raises InputError for what the run or the budget cannot give.
+        ``limits`` ends; without ``limits`` it only decides how weights are loaded and how large batches are.
+        host_memory: what the plan may count beside a CUDA device, under a budget; where None that of the run, or what
+        is free. The other options are those of the run where None. Raises InputError for what the run or the budget
+        cannot give.
         """
         check_one_process()
         for name, value in (("beam", beam), ("max_length", max_length), ("batch_tokens", batch_tokens)):
             check_count(name, value)
         budget = run_memory(run) if memory is None else parse_size(memory)
+        if host_memory is not None and budget is None:
+            raise InputError("host_memory: no effect without a budget; expected --memory with it")
         self.memory, self.autocast, search = None, nullcontext, None
         with hush():
             if budget is None:
@@ -55,7 +60,7 @@ class Translator:
                 self.model.to(resolve())
             else:
                 self.model, tokenizer, self.config, plan = load_run_within(
-                    run, budget, limits, beam, max_length, refuse=memory is not None
+                    run, budget, limits, beam, max_length, memory is not None, host_memory
                 )
                 self.memory, search = format_size(budget), plan.search
                 if (dtype := product_dtype(self.config)) is not None:

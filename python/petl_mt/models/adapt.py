@@ -10,6 +10,7 @@ from torch import nn
 
 import petl_kernels as pk
 from petl_kernels.errors import InputError
+from petl_kernels.layers.wide_linear import widen_linears
 from petl_kernels.methods import METHODS
 from petl_kernels.methods.base import Method
 from petl_kernels.models.structure import all_modules
@@ -18,7 +19,6 @@ from petl_kernels.ops.quantized import QuantizedTensor
 
 from ..config import TrainConfig
 from .precision import product_dtype
-from .wide_linear import WideLinear, widen_linears
 
 
 def prepare_model(model: nn.Module, config: TrainConfig) -> nn.Module:
@@ -86,11 +86,9 @@ def _is_of_transformers(module: nn.Module) -> bool:
 def cast_frozen_matrices(model: nn.Module, dtype: torch.dtype) -> None:
     """Casts frozen matrices to ``dtype``; vectors (biases, norms), which are small, and trained tensors stay.
 
-    In fp16, linear layers that transformers keeps in fp32 are in fp32, and compute in it: ``WideLinear``.
+    In fp16, linear layers that transformers keeps in fp32 are in fp32, and compute in it: ``widen_linears``.
     """
-    if dtype == torch.float16:
-        widen_linears(model)
-    wide = {id(module.weight) for module in model.modules() if isinstance(module, WideLinear)}
+    wide = widen_linears(model) if dtype == torch.float16 else set()
     for parameter in model.parameters():
         if not parameter.requires_grad and parameter.dim() > 1:
-            parameter.data = parameter.data.to(torch.float32 if id(parameter) in wide else dtype)
+            parameter.data = parameter.data.to(torch.float32 if parameter in wide else dtype)

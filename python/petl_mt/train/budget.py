@@ -61,15 +61,24 @@ def plan_of_run(
     model: as it will be trained, on the meta device. longest: tokens of the longest sentence, padding included. text:
     bytes of the tokenised text. Raises InputError for a plan that was made for something else.
     """
+    assert config.memory is not None
+    memory = parse_size(config.memory)
     given, own = config.plan, run.plan
     if given is None and own.exists() and torch.device(Plan.load(own).device).type == device.type:
         given = own  # resumed: the same storage and optimiser, whatever the rates are today
     if given is None:
         return plan_for(model, config, longest, device, text)
+    if device.type == "cpu" and text >= memory:
+        raise InputError(f"memory {format_below(memory, text)}: the tokenised text alone takes {format_least(text)}")
     plan = Plan.load(given)
     plan.check(model)
-    assert config.memory is not None
-    if plan.memory != (memory := parse_size(config.memory)):
+    held = storages_of(model)
+    for planned, there in zip((plan.storage, plan.tables), held, strict=True):
+        if there not in ("dense", planned):
+            raise InputError(
+                f"plan {given}: for weights in {planned}; the checkpoint has them in {there}; expected a plan made anew"
+            )
+    if plan.memory != memory:
         raise InputError(
             f"plan {given}: for {format_size(plan.memory)}; expected one for the {format_size(memory)} of --memory"
         )
@@ -95,7 +104,7 @@ def plan_of_run(
             f"plan {given}: for updates of {plan.batch_tokens} tokens; expected the {config.batch_tokens} of "
             "--batch-tokens"
         )
-    chosen = [] if storages_of(model) == ("dense", "dense") else ["quantized"]  # by naming such a checkpoint
+    chosen = [] if held == ("dense", "dense") else ["quantized"]  # by naming such a checkpoint
     forbidden = plan.forbidden([*config.allow, *chosen], config.optimizer)
     if forbidden:
         raise InputError(f"plan {given}: uses {forbidden}; expected --allow {forbidden} beside it")
@@ -166,5 +175,5 @@ def _fastest(
         cuda_graphs=graphs,
         packed=True,
         host_memory=config.host_memory,
-        host_data=text if device.type == "cuda" else 0,  # on a CPU no plan counts it
+        host_data=text,
     )

@@ -123,8 +123,10 @@ def set_up(
         longest = widened(int(text.train.lengths.max()), device)
         plan = plan_of_run(like, config, run, longest, device, text.nbytes)
         if limits is not None:
-            limits.enter_context(cap.capped(parse_size(config.memory), device))
+            left = parse_size(config.memory) - (text.nbytes if device.type == "cpu" else 0)
+            limits.enter_context(cap.capped(left, device))
             meter = MemoryMeter(device)  # what a budget counts begins here
+    meter.text_bytes = text.nbytes
     model = _load_weights(model, like, config, plan, run).to(device)
     meter.watch(model)
     if config.method != "full":
