@@ -58,3 +58,8 @@ if TYPE_CHECKING:
 
 else:
     Family = Mixin
+
+
+def rate(dropout: nn.Dropout) -> float:
+    """Returns the rate of a dropout that is in effect."""
+    return dropout.p if dropout.training else 0.0

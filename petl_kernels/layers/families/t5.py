@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from petl_kernels.layers.blocks import AttentionBlock, FeedForwardBlock
 from petl_kernels.layers.boundaries import is_packed
-from petl_kernels.layers.families.family import Family
+from petl_kernels.layers.families.family import Family, rate
 from petl_kernels.layers.source import shared_for_products
 from petl_kernels.models.transformers_names import (
     ACTIVATIONS,
@@ -27,6 +27,7 @@ from petl_kernels.models.transformers_names import (
     activation_name,
     lacking,
     of,
+    unknown_activation,
 )
 
 NAMES = (*T5_NAMES, *UMT5_NAMES)
@@ -80,7 +81,7 @@ class T5Blocks(Family):
             scale=1.0,
             causal=bool(attention.is_causal),
             dropout=attention.dropout if attention.training else 0.0,
-            residual_dropout=_rate(part.dropout),
+            residual_dropout=rate(part.dropout),
             pre_norm=True,
             adds_bias=True,
             borders=self.petl_lean.borders,
@@ -94,8 +95,8 @@ class T5Blocks(Family):
             out=ffn.wo,
             norm=part.layer_norm,
             activation=activation_name(ffn.act),
-            dropout=_rate(ffn.dropout),
-            residual_dropout=_rate(part.dropout),
+            dropout=rate(ffn.dropout),
+            residual_dropout=rate(part.dropout),
             pre_norm=True,
             wide=self.petl_lean.wide,
         )
@@ -124,16 +125,14 @@ class T5Blocks(Family):
         """Returns the rates of dropout that are in effect."""
         attentions = [layer.layer[0].SelfAttention, *(part.EncDecAttention for part in layer.layer[1:-1])]
         dropouts = [*(part.dropout for part in layer.layer), layer.layer[-1].DenseReluDense.dropout]
-        return [*map(_rate, dropouts), *(attention.dropout for attention in attentions if attention.training)]
+        return [*map(rate, dropouts), *(attention.dropout for attention in attentions if attention.training)]
 
     @staticmethod
     def uncovered(layer: Any) -> str:
         """Returns why a layer cannot be lean; "" when it can."""
         ffn = layer.layer[-1].DenseReluDense
         reason = lacking(layer.layer[0].SelfAttention, T5_ATTENTION) or lacking(ffn, T5_FEED_FORWARD)
-        if not reason and not activation_name(ffn.act):
-            return f"activation {type(ffn.act).__name__}"
-        return reason
+        return reason or unknown_activation(ffn.act)
 
 
 class LeanT5Layer(T5Blocks):
@@ -191,10 +190,6 @@ class LeanUMT5Layer(T5Blocks):
         bias = self._position_bias(hidden_states, attention_mask)
         source = shared_for_products(encoder_hidden_states)
         return self.run(kwargs, hidden_states, attention_mask, bias, source, encoder_attention_mask)
-
-
-def _rate(dropout: nn.Dropout) -> float:
-    return dropout.p if dropout.training else 0.0
 
 
 def _finite(x: Tensor) -> Tensor:
