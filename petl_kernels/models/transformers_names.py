@@ -114,6 +114,11 @@ def feed_forward_norm(layer: nn.Module) -> str:
     return "ffn_layer_norm" if hasattr(layer, "ffn_layer_norm") else "ff_layer_norm"
 
 
+def has_experts(layer: Any) -> bool:
+    """Returns whether the feed-forward network of a layer with ``ffn`` is a router with experts (NLLB-MoE)."""
+    return hasattr(layer.ffn, "experts")
+
+
 def class_that_runs(module: nn.Module) -> str:
     """Returns the class whose ``forward`` a call of ``module`` runs, as PyTorch or transformers have written it.
 

@@ -1,9 +1,10 @@
-"""Encoder and decoder layers of SeamlessM4T's text side, and the dense ones of NLLB-MoE.
+"""Encoder and decoder layers of SeamlessM4T's text side and of NLLB-MoE.
 
     h = x + drop(attn(LN(x)))
     y = h + drop(ffn(LN(h)))            the feed-forward network is a module of its own
 
-A decoder layer has a cross-attention between the two. A layer of NLLB-MoE with experts stays as it is.
+A decoder layer has a cross-attention between the two. In NLLB-MoE the network may be a router with experts, which
+stays the model's own.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from petl_kernels.layers.blocks import FeedForwardBlock
+from petl_kernels.layers.blocks import ExpertsBlock, FeedForwardBlock
 from petl_kernels.layers.families.family import rate
 from petl_kernels.layers.families.projected import NORMS, ProjectedLayer
 from petl_kernels.models.transformers_names import (
@@ -24,6 +25,7 @@ from petl_kernels.models.transformers_names import (
     NLLB_MOE_NAMES,
     activation_name,
     feed_forward_norm,
+    has_experts,
     lacking,
     of,
     unknown_activation,
@@ -56,14 +58,17 @@ class LeanM4TLayer(ProjectedLayer):
     def _attention_dropout(self) -> float:
         return rate(self.attn_dropout)
 
-    def _feed_forward(self) -> FeedForwardBlock:
+    def _feed_forward(self) -> FeedForwardBlock | ExpertsBlock:
+        norm, residual_dropout = getattr(self, feed_forward_norm(self)), rate(_last_dropout(self))
+        if has_experts(self):
+            return ExpertsBlock(norm, self.ffn, residual_dropout)
         return FeedForwardBlock(
             inputs=(self.ffn.fc1,),
             out=self.ffn.fc2,
-            norm=getattr(self, feed_forward_norm(self)),
+            norm=norm,
             activation=activation_name(self.ffn.act),
             dropout=rate(self.ffn.dropout),
-            residual_dropout=rate(_last_dropout(self)),
+            residual_dropout=residual_dropout,
             pre_norm=True,
             wide=self.petl_lean.wide,
         )
@@ -71,29 +76,33 @@ class LeanM4TLayer(ProjectedLayer):
     @classmethod
     def parts(cls, layer: Any) -> Iterator[tuple[str, nn.Module, frozenset[str]]]:
         yield from super().parts(layer)
-        norm = feed_forward_norm(layer)
-        yield norm, getattr(layer, norm), NORMS
         yield "attn_dropout", layer.attn_dropout, DROPOUTS
         yield _dropout_name(layer), _last_dropout(layer), DROPOUTS
+        if has_experts(layer):
+            return
+        norm = feed_forward_norm(layer)
+        yield norm, getattr(layer, norm), NORMS
         yield "ffn", layer.ffn, NETWORKS
         yield "ffn.dropout", layer.ffn.dropout, DROPOUTS
         yield "ffn.act", layer.ffn.act, frozenset(ACTIVATIONS)
 
     @classmethod
+    def called(cls, layer: Any) -> tuple[nn.Module, ...]:
+        return (getattr(layer, feed_forward_norm(layer)), layer.ffn) if has_experts(layer) else ()
+
+    @classmethod
     def rates(cls, layer: Any) -> list[float]:
-        dropouts = [layer.attn_dropout, _last_dropout(layer), layer.ffn.dropout]
+        dropouts = [layer.attn_dropout, _last_dropout(layer)]
+        if not has_experts(layer):
+            dropouts.append(layer.ffn.dropout)
         return [*map(rate, dropouts), *super().rates(layer)]
 
     @classmethod
     def uncovered(cls, layer: Any) -> str:
-        if hasattr(layer.ffn, "experts"):
-            return "a feed-forward network of experts"
-        return (
-            lacking(layer, ("attn_dropout", _dropout_name(layer)))
-            or lacking(layer.ffn, M4T_NETWORK)
-            or super().uncovered(layer)
-            or unknown_activation(layer.ffn.act)
-        )
+        reason = lacking(layer, ("attn_dropout", _dropout_name(layer))) or super().uncovered(layer)
+        if reason or has_experts(layer):
+            return reason
+        return lacking(layer.ffn, M4T_NETWORK) or unknown_activation(layer.ffn.act)
 
 
 def _dropout_name(layer: nn.Module) -> str:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from petl_kernels.layers.blocks import AttentionBlock, FeedForwardBlock
+from petl_kernels.layers.blocks import AttentionBlock, ExpertsBlock, FeedForwardBlock
 from petl_kernels.layers.families.family import Family
 from petl_kernels.layers.source import shared_for_products
 from petl_kernels.models.transformers_names import PROJECTED_ATTENTION, lacking
@@ -52,7 +52,7 @@ class ProjectedLayer(Family):
         source = shared_for_products(encoder_hidden_states)
         return self.run(kwargs, hidden_states, attention_mask, None, source, encoder_attention_mask)
 
-    def blocks(self, crosses: bool) -> tuple[list[AttentionBlock], FeedForwardBlock]:
+    def blocks(self, crosses: bool) -> tuple[list[AttentionBlock], FeedForwardBlock | ExpertsBlock]:
         """Returns the layer's blocks in their order; crosses: with the cross-attention, where the layer has one."""
         attentions = [self._attention("self_attn")]
         if crosses and hasattr(self, self.cross):
@@ -88,7 +88,7 @@ class ProjectedLayer(Family):
         """Returns the rate of the dropout in effect on what an attention adds."""
         raise NotImplementedError
 
-    def _feed_forward(self) -> FeedForwardBlock:
+    def _feed_forward(self) -> FeedForwardBlock | ExpertsBlock:
         raise NotImplementedError
 
     @classmethod

@@ -104,8 +104,8 @@ class T5Blocks(Family):
     def layer_index(self) -> int:
         return self.layer[0].SelfAttention.layer_idx
 
-    @staticmethod
-    def parts(layer: Any) -> Iterator[tuple[str, nn.Module, frozenset[str]]]:
+    @classmethod
+    def parts(cls, layer: Any) -> Iterator[tuple[str, nn.Module, frozenset[str]]]:
         """Yields (path, module, classes whose ``forward`` it may have) of what the lean forward does not call."""
         for i, part in enumerate(layer.layer):
             at = f"layer.{i}"
@@ -120,15 +120,15 @@ class T5Blocks(Family):
         yield f"{at}.DenseReluDense.dropout", ffn.dropout, DROPOUTS
         yield f"{at}.DenseReluDense.act", ffn.act, frozenset(ACTIVATIONS)
 
-    @staticmethod
-    def rates(layer: Any) -> list[float]:
+    @classmethod
+    def rates(cls, layer: Any) -> list[float]:
         """Returns the rates of dropout that are in effect."""
         attentions = [layer.layer[0].SelfAttention, *(part.EncDecAttention for part in layer.layer[1:-1])]
         dropouts = [*(part.dropout for part in layer.layer), layer.layer[-1].DenseReluDense.dropout]
         return [*map(rate, dropouts), *(attention.dropout for attention in attentions if attention.training)]
 
-    @staticmethod
-    def uncovered(layer: Any) -> str:
+    @classmethod
+    def uncovered(cls, layer: Any) -> str:
         """Returns why a layer cannot be lean; "" when it can."""
         ffn = layer.layer[-1].DenseReluDense
         reason = lacking(layer.layer[0].SelfAttention, T5_ATTENTION) or lacking(ffn, T5_FEED_FORWARD)

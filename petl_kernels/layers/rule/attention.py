@@ -31,8 +31,8 @@ from petl_kernels.ops.define import run
 class Attention:
     """One attention, bound. name: "self" or "cross", the first part of the keys of its saved tensors.
 
-    reader: the norm that reads h; of a pre-norm layer that of the next block, which the layer sets. together: whether
-    prefixes of all attentions are computed with this one's; the layer sets it.
+    reader: the norm that reads h; of a pre-norm layer that of the next block, which the layer sets; None where h leaves
+    the rule. together: whether prefixes of all attentions are computed with this one's; the layer sets it.
     """
 
     def __init__(self, name: str, block: AttentionBlock):
@@ -40,7 +40,7 @@ class Attention:
         self.heads, self.scale = block.heads, float(block.scale)
         self.dropout, self.residual = float(block.dropout), Residual(name, block.residual_dropout)
         self.pre_norm, self.norm = block.pre_norm, Norm(name, block.norm)
-        self.reader = self.norm
+        self.reader: Norm | None = self.norm
         if active_piece(block.norm) is not None:
             raise Unknown("an adapter on the norm of an attention")
         borders = block.borders or {}
@@ -112,18 +112,23 @@ class Attention:
         call.save(self.lse, lse)
         del q, raw
         y = self._adapted(self._read(o, call), call)
+        if self.reader is None:
+            h = self.residual.add(y, x, call)
+            return h, h, k, v
         h, u = self.residual.add_and_norm(y, x, self.reader, call)
         call.save(self.sum, h)
         return (h, call.cast(u), k, v) if self.pre_norm else (u, u, k, v)
 
-    def recomputed_sum(self, x: Tensor, call: Call) -> Tensor:
-        """Returns h, saved or recomputed."""
+    def recomputed_sum(self, x: Any, call: Call) -> Tensor | None:
+        """Returns h, saved or recomputed; None where nothing in the rule reads it."""
+        if self.reader is None:
+            return None
         h = call.saved.get(self.sum.key)
         return self.residual.add(self._adapted(self._recomputed_read(call), call), x, call) if h is None else h
 
-    def recomputed_output(self, h: Tensor, call: Call) -> Tensor:
+    def recomputed_output(self, h: Tensor | None, call: Call) -> Tensor | None:
         """Returns x of the next block, recomputed from h."""
-        return h if self.pre_norm else self.norm.recomputed(h, call)
+        return h if h is None or self.pre_norm else self.norm.recomputed(h, call)
 
     def _project(self, u: Tensor, source: Tensor, call: Call) -> list[Tensor]:
         if not self.cross:
@@ -179,17 +184,17 @@ class Attention:
 
     # ---- backward ---------------------------------------------------------------------------------------------------
 
-    def end_backward(
-        self, dx: Tensor | None, du: Tensor, h: Tensor, call: Call, gradients: Gradients
-    ) -> tuple[Tensor, Tensor]:
+    def end_backward(self, dx: Any, du: Any, h: Any, call: Call, gradients: Gradients) -> tuple[Tensor, Tensor]:
         """Returns dx, without what comes through u, and the gradient of o (batch, tokens, heads · head_dim).
 
         dx: the gradient of the next block's x, without what comes through its u. du: that of its u. h: of this block.
+        Without a reader dx is the gradient of h, and the others are None.
         """
-        if not self.pre_norm:
-            assert dx is not None, "a gradient comes from the next block"
-            du, dx = joined(du, dx), None
         dtype = call.saved[self.o.key].dtype
+        if self.reader is None:
+            return dx, self._out_backward(self.residual.backward(dx, dtype, call), call, gradients)
+        if not self.pre_norm:
+            du, dx = joined(du, dx), None
         dx, dy = self.residual.norm_backward(du, dx, h, self.reader, dtype, call, gradients)
         return dx, self._out_backward(dy, call, gradients)
 
