@@ -221,7 +221,8 @@ def checkpointed(layer: nn.Module, fn: Callable, x: Tensor, *inputs: Any, offloa
     if not offload:
         return checkpoint(fn, x, *inputs, use_reentrant=False)
     held = host_copy(x)
-    output = checkpoint(lambda *rest: fn(held.get(), *rest), *inputs, use_reentrant=False)
+    there = x.new_empty(0)  # a checkpoint keeps the random numbers of the devices that its arguments are on
+    output = checkpoint(lambda _, *rest: fn(held.get(), *rest), there, *inputs, use_reentrant=False)
     held.leave()
     return output
 

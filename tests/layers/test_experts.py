@@ -14,6 +14,7 @@ from transformers import NllbMoeConfig, NllbMoeForConditionalGeneration
 import petl_kernels as pk
 from petl_kernels.accounting.saved import saved_bytes
 from petl_kernels.errors import InputError
+from petl_kernels.layers import recompute
 from petl_kernels.layers.families.m4t import LeanM4TLayer
 from petl_kernels.layers.lean import LeanLayer
 from petl_kernels.methods import METHODS
@@ -101,7 +102,7 @@ def test_evaluation_with_gradients():
     assert model.model.encoder.layers[1].ffn.router.expert_capacity == 7  # of 3 · 7 tokens
 
 
-@pytest.mark.parametrize("method", ["lora", "adapter-sublayer", "full"])
+@pytest.mark.parametrize("method", ["lora", "full", pytest.param("adapter-sublayer", marks=pytest.mark.repeat)])
 def test_dropout(method):
     model = model_of(method, **DROPOUT, moe_token_dropout=0.2)
     inputs = ragged(model)
@@ -112,7 +113,7 @@ def test_dropout(method):
         assert difference < 1e-10, (tier, name, difference)
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", ["lora", pytest.param("full", marks=pytest.mark.repeat)])
 def test_op_by_op_gives_the_same(method, monkeypatch):
     model = model_of(method, second_expert_policy="random", output_router_logits=True)
     inputs = ragged(model)
@@ -123,14 +124,17 @@ def test_op_by_op_gives_the_same(method, monkeypatch):
         assert difference < 1e-9, (tier, name, difference)
 
 
-@pytest.mark.parametrize("tier", TIERS)
-def test_autocast(tier):
+@pytest.mark.parametrize("tier", [1, 2, pytest.param(5, marks=pytest.mark.repeat)])
+@pytest.mark.parametrize("precision", ["bfloat16", "float16", "autocast"])
+def test_sixteen_bits(precision, tier):
     """The error against float64 is at most twice the plain model's own."""
     exact = model_of()
     inputs = ragged(exact, rows=6)
     expected = step(exact, inputs)
     model = copy.deepcopy(exact).float()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+        if precision != "autocast":
+            model.to(getattr(torch, precision))
         plain = distance(step(model, inputs), expected)
         assert plain < 0.2
         assert distance(step(pk.lean(model, tier), inputs), expected) <= 2 * plain
@@ -219,6 +223,21 @@ def test_gradients_through_the_keys_of_a_cache():
         pk.lean(model, tier)
         difference, name = worst(gradients(), expected)
         assert difference < 1e-9, (tier, name, difference)
+
+
+@pytest.mark.parametrize("tier", [2, 5])
+def test_random_numbers_are_those_of_the_device(tier, monkeypatch):
+    """A checkpoint keeps those of its arguments' devices, and there need be no mask among these."""
+    seen = []
+
+    def checkpoint(fn, *inputs, **options):
+        seen.append([own.device.type for own in inputs if isinstance(own, torch.Tensor)])
+        return fn(*inputs)
+
+    monkeypatch.setattr(recompute, "checkpoint", checkpoint)
+    model = pk.lean(model_of(), tier)
+    model.model.encoder.layers[1](torch.randn(2, 5, 32, dtype=torch.float64), None)
+    assert seen == [["cpu"]]
 
 
 @pytest.mark.parametrize("tier", [1, 2, 5])
