@@ -34,7 +34,8 @@ class Report:
     serves it here. turned_down: a line for each backend that does not serve an op on this device in some dtype,
     because it was found to compute something else than the reference, or the card lacks the dtype. merge_error:
     ‖Ŵ - W‖ / ‖W‖, the largest, of quantized weights Ŵ that should be W with the adapter in it. layers: path, tier and,
-    for one that cannot be lean, the reason. loss: how the loss is computed.
+    for one that cannot be lean, the reason, for a lean one what in it is the model's own. loss: how the loss is
+    computed.
     """
 
     model: str
@@ -98,17 +99,18 @@ class Report:
 def _lean_lines(layers: tuple[LayerState, ...]) -> list[str]:
     tiers = Counter(layer.tier for layer in layers if layer.tier)
     lean = [f"lean: {n} of {len(layers)} layers at tier {tier}" for tier, n in sorted(tiers.items())]
-    reasons: dict[str, list[str]] = {}
-    for layer in layers:
-        if layer.reason:
-            reasons.setdefault(layer.reason, []).append(layer.path)
-    plain = [f"not lean: {paths[0]} and {len(paths) - 1} more: {why}" for why, paths in reasons.items()]
-    composed: dict[str, list[str]] = {}
-    for layer in layers:
-        if layer.composed:
-            composed.setdefault(layer.composed, []).append(layer.path)
-    plain += [f"lean op by op: {paths[0]} and {len(paths) - 1} more: {why}" for why, paths in composed.items()]
-    return [*(lean or ["lean: no layer"]), *(line.replace(" and 0 more", "") for line in plain)]
+    lines = lean or ["lean: no layer"]
+    for what, name in (("not lean", "reason"), ("lean op by op", "composed"), ("the model's own in", "own")):
+        paths: dict[str, list[str]] = {}
+        for layer in layers:
+            paths.setdefault(getattr(layer, name), []).append(layer.path)
+        lines += [_line(what, found, why) for why, found in paths.items() if why]
+    return lines
+
+
+def _line(what: str, paths: list[str], why: str) -> str:
+    more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+    return f"{what}: {paths[0]}{more}: {why}"
 
 
 def _loss_line(model: nn.Module) -> str:

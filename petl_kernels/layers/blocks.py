@@ -76,3 +76,16 @@ class FeedForwardBlock:
             return
         if not self.wide.serves(self.inputs[0], self.out, active_piece(self.out)):
             self.wide.undo()
+
+
+@dataclass(frozen=True)
+class ExpertsBlock:
+    """h = x + drop(network(norm(x), mask)), where ``network`` is the model's own module: a router and its experts.
+
+    mask: the self-attention's as the model gives it to its layers, from which the router leaves out padding. norm,
+    network: called as the layer's own forward calls them (``experts.py``).
+    """
+
+    norm: nn.Module
+    network: nn.Module
+    residual_dropout: float

@@ -31,13 +31,15 @@ TIERS = (1, 2, 3, 4, 5)
 class LayerState:
     """``tier`` is 0 for a layer that is as it was; ``reason`` says why, where it cannot be lean.
 
-    ``composed`` says why a lean layer runs op by op, where it has no rule of its own; empty where it has.
+    ``composed`` says why a lean layer runs op by op, where it has no rule of its own; empty where it has. ``own`` is
+    what of a lean layer runs as the model's own; empty where nothing does.
     """
 
     path: str
     tier: int
     reason: str
     composed: str = ""
+    own: str = ""
 
 
 def lean_layers(model: nn.Module, tier: int | Sequence[int]) -> None:
@@ -111,7 +113,8 @@ def _state(model: nn.Module, structure: Structure, layer: Layer) -> LayerState:
         return LayerState(layer.path, 0, reason)
     q: Any = model.get_submodule(layer.attentions[0].q)
     rule = module.bound().found(module, torch.empty(0, dtype=q.weight.dtype), len(layer.attentions) > 1)
-    return LayerState(layer.path, module.petl_lean.tier, "", rule if isinstance(rule, str) else "")
+    own = "" if layer.ffn.inputs else "a feed-forward network of experts"
+    return LayerState(layer.path, module.petl_lean.tier, "", rule if isinstance(rule, str) else "", own)
 
 
 def _tiers(tier: Any, layers: int) -> list[int]:

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from petl_kernels.errors import InputError
+from petl_kernels.layers.blocks import ExpertsBlock
 from petl_kernels.layers.border import Border, groups_of, renew
 from petl_kernels.layers.boundaries import is_packed
+from petl_kernels.layers.experts import experts_block
 from petl_kernels.layers.hooks import hooked_all
 from petl_kernels.layers.mixed_in import Mixin, bare, mixed, original_class
-from petl_kernels.layers.obstacles import obstacle, obstacle_of_graph
+from petl_kernels.layers.obstacles import family_of, obstacle, obstacle_of_graph
 from petl_kernels.layers.op_by_op import Attended, attention_block, feed_forward_block
 from petl_kernels.layers.recompute import checkpointed, forget, forget_all, saving
 from petl_kernels.layers.rule import Call, Rule, Unknown, Watch
@@ -102,6 +104,8 @@ class LeanLayer(Mixin):
         rule = self._rule(x, crosses=source is not None)
         if rule is not None:
             y, *keys = rule(Call(tier, x), x, mask, bias, source, source_mask, cache is not None)
+            if rule.experts is not None:
+                y = experts_block(self, rule.experts, y, mask, tier)
             y = self.finished(y)
         elif tier == 0:
             y, *keys = self.op_by_op(x, mask, bias, source, source_mask, 0)
@@ -132,7 +136,11 @@ class LeanLayer(Mixin):
                 x, k, v = attention_block(attention, x, attended, tier)
                 x = self.after_block(x)
                 keys += k, v
-            return self.finished(self.after_block(feed_forward_block(ffn, x, tier))), *keys
+            if isinstance(ffn, ExpertsBlock):
+                y = experts_block(self, ffn, x, mask, tier)
+            else:
+                y = feed_forward_block(ffn, x, tier)
+            return self.finished(self.after_block(y)), *keys
 
     def steps_aside(self, kwargs: dict) -> bool:
         """Returns whether the layer's own forward runs: to generate with a cache, or where there is an obstacle."""
@@ -214,7 +222,7 @@ class Bound:
     """The obstacle and the rules of a lean layer, valid until ``watch`` finds a change."""
 
     def __init__(self, layer: LeanLayer):
-        self.watch, self.obstacle = Watch(layer), obstacle(layer)
+        self.watch, self.obstacle = Watch(layer, family_of(layer).called(layer)), obstacle(layer)
         self._rules: dict[tuple, Rule | str] = {}
 
     def rule(self, layer: LeanLayer, x: Tensor, crosses: bool) -> Rule | None:

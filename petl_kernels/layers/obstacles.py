@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from petl_kernels.layers.blocks import ExpertsBlock
 from petl_kernels.layers.families import PLAIN, family_for
 from petl_kernels.layers.families.family import Family
 from petl_kernels.layers.hooks import hooked_all, hooks_on, is_foreign
@@ -39,7 +40,7 @@ def obstacle(layer: nn.Module) -> str:
     return (
         _unknown_forward(family, type(layer))
         or _changed_part(family, layer)
-        or _watched(layer)
+        or _watched(layer, set(family.called(layer)))
         or _piece_elsewhere(layer)
         or next((f"dropout {rate}, expected less than 1" for rate in family.rates(layer) if rate >= 1), "")
         or next((f"dropout {rate}, expected {RATES}" for rate in family.rates(layer) if not has_mask(rate)), "")
@@ -92,7 +93,10 @@ def _piece_elsewhere(layer: Any) -> str:
     attentions, ffn = layer.blocks(True)
     norms = {block.norm for block in (*attentions, ffn)}
     linears = {linear for block in attentions for linear in (block.q, block.k, block.v, block.out)}
-    hosts = {layer, *norms, *linears, *ffn.inputs, ffn.out}
+    called = {inner for module in family_of(layer).called(layer) for inner in module.modules()}
+    hosts = {layer, *norms, *linears, *called}
+    if not isinstance(ffn, ExpertsBlock):
+        hosts |= {*ffn.inputs, ffn.out}
     attended = {block.host for block in attentions}
     for path, module in layer.named_modules():
         piece = active_piece(module)
@@ -102,10 +106,13 @@ def _piece_elsewhere(layer: Any) -> str:
     return ""
 
 
-def _watched(module: nn.Module, path: str = "") -> str:
-    """Returns which module inside of ``module`` has a hook, another forward or a parametrization."""
+def _watched(module: nn.Module, called: set[nn.Module], path: str = "") -> str:
+    """Returns which module inside of ``module`` has a hook, another forward or a parametrization.
+
+    called: the modules that the lean forward calls, with all that is inside.
+    """
     for name, part in module._modules.items():
-        if part is None:
+        if part is None or part in called:
             continue
         own = part.__dict__
         if any(map(is_foreign, hooks_on(part))):
@@ -114,7 +121,7 @@ def _watched(module: nn.Module, path: str = "") -> str:
             return f"{path}{name} is a {type(part).__name__} with another forward"
         if "parametrizations" in part._modules:
             return f"a parametrization of {path}{name}"
-        found = _watched(part, f"{path}{name}.") if part._modules else ""
+        found = _watched(part, called, f"{path}{name}.") if part._modules else ""
         if found:
             return found
     return ""

@@ -166,6 +166,9 @@ def packed_obstacle(model: Any) -> str:
     """
     for name, stack in (("encoder", model.get_encoder()), ("decoder", model.get_decoder())):
         if class_that_runs(stack) not in STACKS:
+            experts = next((layer.own for layer in layer_states(model) if layer.own), "")
+            if experts:
+                return f"{experts}, which have places for so many tokens of a batch, padding among them"
             return f"the {name} is a {type(stack).__name__} with a forward of its own"
         layers = stack.layers if hasattr(stack, "layers") else stack.block
         if not all(isinstance(layer, LeanLayer) for layer in layers):

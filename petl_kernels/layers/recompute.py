@@ -221,19 +221,26 @@ def checkpointed(layer: nn.Module, fn: Callable, x: Tensor, *inputs: Any, offloa
     if not offload:
         return checkpoint(fn, x, *inputs, use_reentrant=False)
     held = host_copy(x)
-    output = checkpoint(lambda *rest: fn(held.get(), *rest), *inputs, use_reentrant=False)
+    there = x.new_empty(0)  # a checkpoint keeps the random numbers of the devices that its arguments are on
+    output = checkpoint(lambda _, *rest: fn(held.get(), *rest), there, *inputs, use_reentrant=False)
     held.leave()
     return output
 
 
 class _Repeated:
-    """``fn``, which raises RuntimeError from its second run on where ``layer`` has changed since its first."""
+    """``fn``, which raises RuntimeError from its second run on where ``layer`` has changed since its first.
+
+    What the first run itself changes is no change: a router of NLLB-MoE notes what it has places for.
+    """
 
     def __init__(self, layer: nn.Module, fn: Callable):
-        self.fn, self.seen, self.ran = fn, Seen((layer,), layer, graph=True), False
+        self.layer, self.fn = layer, fn
+        self.seen: Seen | None = None
 
     def __call__(self, *inputs):
-        if self.ran:
+        if self.seen is not None:
             self.seen.check()
-        self.ran = True
-        return self.fn(*inputs)
+            return self.fn(*inputs)
+        outputs = self.fn(*inputs)
+        self.seen = Seen((self.layer,), self.layer, graph=True)
+        return outputs

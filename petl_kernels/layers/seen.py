@@ -106,8 +106,9 @@ def _plain(value: Any) -> Any:
 
 
 def _heeds_mode(module: nn.Module, settings: dict[str, Any]) -> bool:
-    """Returns whether train and eval may differ: for a module with dropout or buffers, or of another library."""
-    rates = (value for key, value in settings.items() if key == "p" or "dropout" in key)
+    """Returns whether train and eval may differ: for a module with dropout, buffers or a setting for evaluation alone
+    (a router's), or of another library."""
+    rates = (value for key, value in settings.items() if key == "p" or "dropout" in key or "_eval_" in key)
     if any(isinstance(rate, float) and rate > 0 for rate in rates) or module._buffers:
         return True
     return not type(module).__module__.startswith(_LIBRARIES)

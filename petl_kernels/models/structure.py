@@ -19,7 +19,7 @@ from torch import nn
 
 from petl_kernels.errors import InputError, shown
 from petl_kernels.models.added import AddedModules, AddedParameters
-from petl_kernels.models.transformers_names import feed_forward_norm, heads_of
+from petl_kernels.models.transformers_names import feed_forward_norm, has_experts, heads_of
 
 _EXPECTED = (
     "expected an encoder-decoder of the BART family (M2M-100, NLLB, mBART, Marian), "
@@ -188,7 +188,7 @@ def _m4t_layer(model: nn.Module, side: str, path: str) -> Layer:
     if hasattr(module, "cross_attention"):
         attentions.append(attention("cross", "cross_attention"))
     norm = f"{path}.{feed_forward_norm(module)}"
-    if hasattr(module.ffn, "experts"):
+    if has_experts(module):
         return Layer(side, path, tuple(attentions), FeedForward((), f"{path}.ffn", norm))
     return Layer(side, path, tuple(attentions), FeedForward((f"{path}.ffn.fc1",), f"{path}.ffn.fc2", norm))
 

@@ -53,12 +53,11 @@ NLLB_MOE_NAMES = ("NllbMoe",)
 # Attributes that lean layers read of a layer and of its attentions, beside modules with parameters. A layer without one
 # of these stays plain, and ``pk.report`` names it (``lacking``).
 BART_LAYER = ("dropout", "activation_fn", "activation_dropout")
-BART_ATTENTION = ("scaling", "is_causal", "dropout")
+PROJECTED_ATTENTION = ("scaling", "is_causal", "dropout")  # of the BART family, SeamlessM4T and NLLB-MoE
 T5_ATTENTION = (
     "is_causal", "dropout", "has_relative_attention_bias", "relative_attention_max_distance", "compute_bias",
 )  # fmt: skip
 T5_FEED_FORWARD = ("act", "dropout")
-M4T_ATTENTION = ("scaling", "is_causal", "dropout")
 M4T_NETWORK = ("act", "dropout")
 
 # Classes of position embeddings whose ``forward`` is known: it looks up, for each token, the row of its place in its
@@ -97,6 +96,11 @@ def activation_name(module: nn.Module) -> str:
     return ACTIVATIONS.get(name, "")
 
 
+def unknown_activation(module: nn.Module) -> str:
+    """Returns a reason why an activation cannot be read; "" for one that the ops have."""
+    return "" if activation_name(module) else f"activation {type(module).__name__}"
+
+
 def activation_of(layer: Any) -> str:
     """Returns the ops' name for the activation of an encoder or decoder layer; "" for one that they do not have."""
     if hasattr(layer, "ffn"):
@@ -108,6 +112,11 @@ def activation_of(layer: Any) -> str:
 def feed_forward_norm(layer: nn.Module) -> str:
     """Returns the name of the norm before ``layer.ffn``: SeamlessM4T's, or NLLB-MoE's."""
     return "ffn_layer_norm" if hasattr(layer, "ffn_layer_norm") else "ff_layer_norm"
+
+
+def has_experts(layer: Any) -> bool:
+    """Returns whether the feed-forward network of a layer with ``ffn`` is a router with experts (NLLB-MoE)."""
+    return hasattr(layer.ffn, "experts")
 
 
 def class_that_runs(module: nn.Module) -> str:

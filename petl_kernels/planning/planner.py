@@ -149,7 +149,10 @@ def _check_model(model: nn.Module) -> None:
     experts = next((layer.ffn.out for layer in describe(model).layers if not layer.ffn.inputs), "")
     if experts:
         name = type(model).__name__
-        raise InputError(f"model {name}: {experts} is a network of experts, which no plan counts; expected no budget")
+        raise InputError(
+            f"model {name}: {experts} is a network of experts, and no plan counts the rows that each of them reads; "
+            "expected no budget"
+        )
 
 
 def _free_with(model: nn.Module, device: torch.device) -> int:

@@ -14,6 +14,7 @@ import petl_kernels as pk
 from petl_kernels.layers.lean import LeanLayer
 from petl_kernels.methods import METHODS
 
+TIERS = (1, 2, 3, 4, 5)
 SETTINGS = {"lora": {"rank": 3}, "prefix": {"length": 3}}
 SETTINGS |= {key: {"bottleneck": 5} for key in ("adapter", "adapter-sublayer", "pfeiffer", "parallel")}
 DROPOUT = {"dropout": 0.2, "attention_dropout": 0.15, "activation_dropout": 0.1}
@@ -128,6 +129,14 @@ def worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float,
         return ((found[name].double() - expected[name].double()).norm() / size).item()
 
     return max((difference(name), name) for name in expected)
+
+
+def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Returns the relative length of the difference over all gradients together."""
+    names = [name for name in expected if name != "loss"]
+    assert found.keys() == expected.keys()
+    difference = sum((found[name].double() - expected[name]).square().sum() for name in names)
+    return (difference / sum(expected[name].square().sum() for name in names)).sqrt().item()
 
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-9) -> None:

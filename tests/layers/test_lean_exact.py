@@ -12,9 +12,8 @@ import petl_kernels as pk
 from petl_kernels.methods import METHODS
 from petl_kernels.models.transformers_names import class_that_runs
 
-from .lean_cases import DROPOUT, adapted, exact_rms_norms, ragged, step, without_recomputation, worst
+from .lean_cases import DROPOUT, TIERS, adapted, distance, exact_rms_norms, ragged, step, without_recomputation, worst
 
-TIERS = (1, 2, 3, 4, 5)
 SOME = ("lora", "adapter-sublayer", "prefix", "full")
 
 
@@ -154,15 +153,7 @@ def test_sixteen_bits(family, precision, tier):
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
         if precision != "autocast":
             model.to(getattr(torch, precision))
-        plain = _distance(step(model, inputs), expected)
+        plain = distance(step(model, inputs), expected)
         assert plain < 0.2
-        lean = _distance(step(pk.lean(copy.deepcopy(model), tier), inputs), expected)
+        lean = distance(step(pk.lean(copy.deepcopy(model), tier), inputs), expected)
     assert lean <= 2 * plain, (lean, plain)
-
-
-def _distance(found, expected) -> float:
-    """Returns the relative length of the difference over all gradients together."""
-    names = [name for name in expected if name != "loss"]
-    assert found.keys() == expected.keys()
-    difference = sum((found[name].double() - expected[name]).square().sum() for name in names)
-    return (difference / sum(expected[name].square().sum() for name in names)).sqrt().item()

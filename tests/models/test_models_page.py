@@ -42,7 +42,8 @@ def test_a_row(model_type, monkeypatch):
     _, _, lean, packed, refused, trainer, _ = ROWS[model_type]
     model = pk.lean(build(model_type, monkeypatch), 2)
     tiers = {state.tier for state in pk.report(model).layers}
-    assert {"yes": {2}, "dense layers": {0, 2}, "no": {0}}[lean] == tiers
+    assert {"yes": {2}, "all but experts": {2}, "no": {0}}[lean] == tiers
+    assert (lean == "all but experts") == any("experts" in state.own for state in pk.report(model).layers)
     assert {"yes": True, "no": False}[packed] == (packing_obstacle(model) == "")
     assert {"yes": True, "no": False}[trainer] == (model_type in SUPPORTED)
     found = [method for method in METHODS if refuses(model_type, method, monkeypatch)]

@@ -119,7 +119,7 @@ def test_without_an_attention_function_a_prefix_is_refused():
 
 READ = [
     *(("m2m100", "", name) for name in names.BART_LAYER),
-    *(("m2m100", "self_attn", name) for name in names.BART_ATTENTION),
+    *(("m2m100", "self_attn", name) for name in names.PROJECTED_ATTENTION),
     *(("t5", "layer.0.SelfAttention", name) for name in names.T5_ATTENTION if name != "compute_bias"),  # a method
     *(("t5", "layer.-1.DenseReluDense", name) for name in names.T5_FEED_FORWARD),
 ]

@@ -4,11 +4,12 @@ A family is a class that is mixed in before the class of a layer, after ``LeanLa
 
     known                 names of the classes whose ``forward`` it stands for
     forward               with the signature of those, which runs ``LeanLayer.run``
-    blocks(crosses)       the attentions in their order and the feed-forward block, as they are now
+    blocks(crosses)       the attentions in their order and the feed-forward block, or that of experts, as they are now
     after_block(x)        what the family does with the output of each block
     finished(x)           what it does with the output of the last
     layer_index()         the layer's place in a cache
     parts(layer)          the modules that the lean forward reads and does not call
+    called(layer)         those that it calls, and so leaves as they are
     rates(layer)          the rates of dropout in effect
     uncovered(layer)      why a layer of the family cannot be lean; "" when it can
 """

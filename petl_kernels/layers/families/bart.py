@@ -14,26 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from petl_kernels.layers.blocks import AttentionBlock, FeedForwardBlock
-from petl_kernels.layers.families.family import Family
-from petl_kernels.layers.source import shared_for_products
+from petl_kernels.layers.blocks import FeedForwardBlock
+from petl_kernels.layers.families.projected import NORMS, ProjectedLayer
 from petl_kernels.models.transformers_names import (
     ACTIVATIONS,
-    BART_ATTENTION,
     BART_LAYER,
     BART_NAMES,
     activation_name,
     lacking,
     of,
+    unknown_activation,
 )
 
-ATTENTIONS, NORMS = of(BART_NAMES, "Attention"), frozenset(["LayerNorm"])
 
-
-class LeanBartLayer(Family):
+class LeanBartLayer(ProjectedLayer):
     """Mixed in before a layer class of the family."""
 
-    self_attn: Any
     fc1: nn.Module
     fc2: nn.Module
     final_layer_norm: nn.Module
@@ -42,61 +38,15 @@ class LeanBartLayer(Family):
     dropout: float
 
     known = of(BART_NAMES, "EncoderLayer", "DecoderLayer")
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        encoder_hidden_states: Tensor | None = None,
-        encoder_attention_mask: Tensor | None = None,
-        **kwargs,
-    ) -> Tensor:
-        if self.steps_aside(kwargs):
-            self.refuse_packed(attention_mask, kwargs)
-            if not hasattr(self, "encoder_attn"):
-                return super().forward(hidden_states, attention_mask, **kwargs)
-            return super().forward(
-                hidden_states,
-                attention_mask,
-                encoder_hidden_states,
-                encoder_attention_mask=encoder_attention_mask,
-                **kwargs,
-            )
-        source = shared_for_products(encoder_hidden_states)
-        return self.run(kwargs, hidden_states, attention_mask, None, source, encoder_attention_mask)
-
-    def blocks(self, crosses: bool) -> tuple[list[AttentionBlock], FeedForwardBlock]:
-        """Returns the layer's blocks in their order; crosses: with the cross-attention, where the layer has one."""
-        attentions = [self._attention("self_attn")]
-        if crosses and hasattr(self, "encoder_attn"):
-            attentions.append(self._attention("encoder_attn"))
-        return attentions, self._feed_forward()
-
-    def after_block(self, x: Tensor) -> Tensor:
-        return x
+    cross = "encoder_attn"
+    attentions = of(BART_NAMES, "Attention")
 
     def finished(self, x: Tensor) -> Tensor:
         """Returns the layer's output; the family's encoders clamp it in fp16."""
         return x if hasattr(self, "encoder_attn") else _finite(x)
 
-    def _attention(self, name: str) -> AttentionBlock:
-        attention = getattr(self, name)
-        return AttentionBlock(
-            host=attention,
-            q=attention.q_proj,
-            k=attention.k_proj,
-            v=attention.v_proj,
-            out=attention.out_proj,
-            norm=getattr(self, f"{name}_layer_norm"),
-            heads=attention.num_heads,
-            scale=attention.scaling,
-            causal=bool(attention.is_causal),
-            dropout=attention.dropout if attention.training else 0.0,
-            residual_dropout=self.dropout if self.training else 0.0,
-            pre_norm=self.petl_lean.pre_norm,
-            adds_bias=False,
-            borders=self.petl_lean.borders,
-        )
+    def _attention_dropout(self) -> float:
+        return self.dropout if self.training else 0.0
 
     def _feed_forward(self) -> FeedForwardBlock:
         return FeedForwardBlock(
@@ -110,37 +60,20 @@ class LeanBartLayer(Family):
             wide=self.petl_lean.wide,
         )
 
-    def layer_index(self) -> int:
-        return self.self_attn.layer_idx
-
-    @staticmethod
-    def parts(layer: Any) -> Iterator[tuple[str, nn.Module, frozenset[str]]]:
-        """Yields (name, module, classes whose ``forward`` it may have) of what the lean forward does not call."""
-        for name in ("self_attn", "encoder_attn"):
-            if hasattr(layer, name):
-                norm = f"{name}_layer_norm"
-                yield name, getattr(layer, name), ATTENTIONS
-                yield norm, getattr(layer, norm), NORMS
+    @classmethod
+    def parts(cls, layer: Any) -> Iterator[tuple[str, nn.Module, frozenset[str]]]:
+        yield from super().parts(layer)
         yield "final_layer_norm", layer.final_layer_norm, NORMS
         yield "activation_fn", layer.activation_fn, frozenset(ACTIVATIONS)
 
-    @staticmethod
-    def rates(layer: Any) -> list[float]:
-        """Returns the rates of dropout that are in effect."""
-        attentions = [getattr(layer, name) for name in ("self_attn", "encoder_attn") if hasattr(layer, name)]
+    @classmethod
+    def rates(cls, layer: Any) -> list[float]:
         own = [layer.dropout, layer.activation_dropout] if layer.training else []
-        return own + [attention.dropout for attention in attentions if attention.training]
+        return own + super().rates(layer)
 
-    @staticmethod
-    def uncovered(layer: Any) -> str:
-        """Returns why a layer cannot be lean; "" when it can."""
-        reason = lacking(layer, BART_LAYER)
-        for name in ("self_attn", "encoder_attn"):
-            if hasattr(layer, name):
-                reason = reason or lacking(getattr(layer, name), BART_ATTENTION)
-        if not reason and not activation_name(layer.activation_fn):
-            return f"activation {type(layer.activation_fn).__name__}"
-        return reason
+    @classmethod
+    def uncovered(cls, layer: Any) -> str:
+        return lacking(layer, BART_LAYER) or super().uncovered(layer) or unknown_activation(layer.activation_fn)
 
 
 def _finite(x: Tensor) -> Tensor:

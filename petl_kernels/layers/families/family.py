@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from petl_kernels.layers.blocks import AttentionBlock, FeedForwardBlock
+    from petl_kernels.layers.blocks import AttentionBlock, ExpertsBlock, FeedForwardBlock
     from petl_kernels.layers.border import Border
     from petl_kernels.layers.wide_ffn import WideFFN
 
@@ -26,20 +26,29 @@ if TYPE_CHECKING:
         @property
         def wide(self) -> WideFFN | None: ...
 
-    class Family(Mixin):
+
+class Family(Mixin):
+    """The base of a family's class."""
+
+    @classmethod
+    def called(cls, layer: Any) -> tuple[nn.Module, ...]:
+        """Returns the modules of ``layer`` that the lean forward calls, as the layer's own does."""
+        return ()
+
+    if TYPE_CHECKING:
         known: ClassVar[frozenset[str]]
 
         # What a family has.
-        def blocks(self, crosses: bool) -> tuple[list[AttentionBlock], FeedForwardBlock]: ...
+        def blocks(self, crosses: bool) -> tuple[list[AttentionBlock], FeedForwardBlock | ExpertsBlock]: ...
         def after_block(self, x: Tensor) -> Tensor: ...
         def finished(self, x: Tensor) -> Tensor: ...
         def layer_index(self) -> int: ...
-        @staticmethod
-        def parts(layer: Any) -> Iterator[tuple[str, nn.Module, frozenset[str]]]: ...
-        @staticmethod
-        def rates(layer: Any) -> list[float]: ...
-        @staticmethod
-        def uncovered(layer: Any) -> str: ...
+        @classmethod
+        def parts(cls, layer: Any) -> Iterator[tuple[str, nn.Module, frozenset[str]]]: ...
+        @classmethod
+        def rates(cls, layer: Any) -> list[float]: ...
+        @classmethod
+        def uncovered(cls, layer: Any) -> str: ...
 
         # What it has of ``LeanLayer``.
         @property
@@ -56,5 +65,7 @@ if TYPE_CHECKING:
             source_mask: Tensor | None,
         ) -> Tensor: ...
 
-else:
-    Family = Mixin
+
+def rate(dropout: nn.Dropout) -> float:
+    """Returns the rate of a dropout that is in effect."""
+    return dropout.p if dropout.training else 0.0

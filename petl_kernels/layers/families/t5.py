@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from petl_kernels.layers.blocks import AttentionBlock, FeedForwardBlock
 from petl_kernels.layers.boundaries import is_packed
 from petl_kernels.layers.clamp import clamped
-from petl_kernels.layers.families.family import Family
+from petl_kernels.layers.families.family import Family, rate
 from petl_kernels.layers.source import shared_for_products
 from petl_kernels.models.transformers_names import (
     ACTIVATIONS,
@@ -27,6 +27,7 @@ from petl_kernels.models.transformers_names import (
     activation_name,
     lacking,
     of,
+    unknown_activation,
 )
 
 NAMES = (*T5_NAMES, *UMT5_NAMES)
@@ -80,7 +81,7 @@ class T5Blocks(Family):
             scale=1.0,
             causal=bool(attention.is_causal),
             dropout=attention.dropout if attention.training else 0.0,
-            residual_dropout=_rate(part.dropout),
+            residual_dropout=rate(part.dropout),
             pre_norm=True,
             adds_bias=True,
             borders=self.petl_lean.borders,
@@ -94,8 +95,8 @@ class T5Blocks(Family):
             out=ffn.wo,
             norm=part.layer_norm,
             activation=activation_name(ffn.act),
-            dropout=_rate(ffn.dropout),
-            residual_dropout=_rate(part.dropout),
+            dropout=rate(ffn.dropout),
+            residual_dropout=rate(part.dropout),
             pre_norm=True,
             wide=self.petl_lean.wide,
         )
@@ -103,8 +104,8 @@ class T5Blocks(Family):
     def layer_index(self) -> int:
         return self.layer[0].SelfAttention.layer_idx
 
-    @staticmethod
-    def parts(layer: Any) -> Iterator[tuple[str, nn.Module, frozenset[str]]]:
+    @classmethod
+    def parts(cls, layer: Any) -> Iterator[tuple[str, nn.Module, frozenset[str]]]:
         """Yields (path, module, classes whose ``forward`` it may have) of what the lean forward does not call."""
         for i, part in enumerate(layer.layer):
             at = f"layer.{i}"
@@ -119,21 +120,19 @@ class T5Blocks(Family):
         yield f"{at}.DenseReluDense.dropout", ffn.dropout, DROPOUTS
         yield f"{at}.DenseReluDense.act", ffn.act, frozenset(ACTIVATIONS)
 
-    @staticmethod
-    def rates(layer: Any) -> list[float]:
+    @classmethod
+    def rates(cls, layer: Any) -> list[float]:
         """Returns the rates of dropout that are in effect."""
         attentions = [layer.layer[0].SelfAttention, *(part.EncDecAttention for part in layer.layer[1:-1])]
         dropouts = [*(part.dropout for part in layer.layer), layer.layer[-1].DenseReluDense.dropout]
-        return [*map(_rate, dropouts), *(attention.dropout for attention in attentions if attention.training)]
+        return [*map(rate, dropouts), *(attention.dropout for attention in attentions if attention.training)]
 
-    @staticmethod
-    def uncovered(layer: Any) -> str:
+    @classmethod
+    def uncovered(cls, layer: Any) -> str:
         """Returns why a layer cannot be lean; "" when it can."""
         ffn = layer.layer[-1].DenseReluDense
         reason = lacking(layer.layer[0].SelfAttention, T5_ATTENTION) or lacking(ffn, T5_FEED_FORWARD)
-        if not reason and not activation_name(ffn.act):
-            return f"activation {type(ffn.act).__name__}"
-        return reason
+        return reason or unknown_activation(ffn.act)
 
 
 class LeanT5Layer(T5Blocks):
@@ -193,5 +192,3 @@ class LeanUMT5Layer(T5Blocks):
         return self.run(kwargs, hidden_states, attention_mask, bias, source, encoder_attention_mask)
 
 
-def _rate(dropout: nn.Dropout) -> float:
-    return dropout.p if dropout.training else 0.0

@@ -10,7 +10,7 @@ the node saves (``call.SAVED``):
     o, lse                      attention's result and its normaliser           1 2 3
     bits                        one a hidden unit, where a ReLU let through     1 2 3
     end                         the sum before a norm that ends the layer       1 2 3
-    sum                         x + drop(out(o))                                1 2    (with an adapter on out: 1)
+    sum                         x + drop(out(o)), where a norm of it reads it   1 2    (with an adapter on out: 1)
     read                        what an adapter on an output projection reads   1 2    (after the last linear: 1 2 3)
     q, k, v                     before (IA)³ scales them                        1
     z, gate                     pre-activations of GELU, SiLU, gated blocks     1
@@ -20,7 +20,8 @@ the node saves (``call.SAVED``):
 The rest is recomputed: norms in one pass, q, k, v and pre-activations by their products, a sum by one product. Tiers 4
 and 5 save x alone; backward runs the forward pass at tier 1 first. Every tier also saves the seeds of its dropout,
 8 bytes each, and the keys and values of a prefix, which no token adds to. The network that computes prefixes is outside
-of the layers; a node of its own saves its hidden units.
+of the layers; a node of its own saves its hidden units. A layer with experts has a rule for its attentions alone: the
+norm behind them and the experts are outside (``layers/experts.py``).
 
     call.py          the table; what one forward pass saves; the gradients that backward collects
     norm.py          LayerNorm and RMSNorm

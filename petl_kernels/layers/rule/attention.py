@@ -33,8 +33,8 @@ from petl_kernels.ops.define import run
 class Attention:
     """One attention, bound. name: "self" or "cross", the first part of the keys of its saved tensors.
 
-    reader: the norm that reads h; of a pre-norm layer that of the next block, which the layer sets. together: whether
-    prefixes of all attentions are computed with this one's; the layer sets it.
+    reader: the norm that reads h; of a pre-norm layer that of the next block, which the layer sets; None where h leaves
+    the rule. together: whether prefixes of all attentions are computed with this one's; the layer sets it.
     """
 
     def __init__(self, name: str, block: AttentionBlock):
@@ -43,7 +43,7 @@ class Attention:
         self.dropout, self.residual = float(block.dropout), Residual(name, block.residual_dropout)
         self.pre_norm, self.norm = block.pre_norm, Norm(name, block.norm)
         self.clamps = block.adds_bias  # T5's family
-        self.reader = self.norm
+        self.reader: Norm | None = self.norm
         if active_piece(block.norm) is not None:
             raise Unknown("an adapter on the norm of an attention")
         borders = block.borders or {}
@@ -115,27 +115,34 @@ class Attention:
         call.save(self.lse, lse)
         del q, raw
         y = self._adapted(self._read(o, call), call)
-        h, u = self._end(y, x, call)
+        if self.reader is None:
+            h = self.residual.add(y, x, call)
+            return h, h, k, v
+        h, u = self._end(y, x, self.reader, call)
         return (h, call.cast(u), k, v) if self.pre_norm else (u, u, k, v)
 
-    def _end(self, y: Tensor, x: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    def _end(self, y: Tensor, x: Tensor, reader: Norm, call: Call) -> tuple[Tensor, Tensor]:
         """Returns h and the norm of it, and saves h as it is before it is clamped."""
         if not self.clamps or torch.promote_types(y.dtype, x.dtype) != torch.float16:
-            h, u = self.residual.add_and_norm(y, x, self.reader, call)
+            h, u = self.residual.add_and_norm(y, x, reader, call)
             call.save(self.sum, h)
             return h, u
         h = self.residual.add(y, x, call)
         call.save(self.sum, h)
         h = clamped(h)
-        return h, self.reader.forward(h, call)
+        return h, reader.forward(h, call)
 
-    def recomputed_sum(self, x: Tensor, call: Call) -> Tensor:
-        """Returns h, saved or recomputed, as it is before it is clamped."""
+    def recomputed_sum(self, x: Any, call: Call) -> Tensor | None:
+        """Returns h, saved or recomputed, as it is before it is clamped; None where nothing in the rule reads it."""
+        if self.reader is None:
+            return None
         h = call.saved.get(self.sum.key)
         return self.residual.add(self._adapted(self._recomputed_read(call), call), x, call) if h is None else h
 
-    def recomputed_output(self, h: Tensor, call: Call) -> Tensor:
+    def recomputed_output(self, h: Tensor | None, call: Call) -> Tensor | None:
         """Returns x of the next block, recomputed from h."""
+        if h is None:
+            return None
         if not self.pre_norm:
             return self.norm.recomputed(h, call)
         return clamped(h) if self.clamps else h
@@ -194,17 +201,17 @@ class Attention:
 
     # ---- backward ---------------------------------------------------------------------------------------------------
 
-    def end_backward(
-        self, dx: Tensor | None, du: Tensor, h: Tensor, call: Call, gradients: Gradients
-    ) -> tuple[Tensor, Tensor]:
+    def end_backward(self, dx: Any, du: Any, h: Any, call: Call, gradients: Gradients) -> tuple[Tensor, Tensor]:
         """Returns dx, without what comes through u, and the gradient of o (batch, tokens, heads · head_dim).
 
         dx: the gradient of the next block's x, without what comes through its u. du: that of its u. h: of this block.
+        Without a reader dx is the gradient of h, and the others are None.
         """
-        if not self.pre_norm:
-            assert dx is not None, "a gradient comes from the next block"
-            du, dx = joined(du, dx), None
         dtype = call.saved[self.o.key].dtype
+        if self.reader is None:
+            return dx, self._out_backward(self.residual.backward(dx, dtype, call), call, gradients)
+        if not self.pre_norm:
+            du, dx = joined(du, dx), None
         if self.clamps and h.dtype == torch.float16:
             dx = clamped_backward(self.reader.backward(du, dx, clamped(h), call, gradients), h)
             dy = self.residual.backward(dx, dtype, call)

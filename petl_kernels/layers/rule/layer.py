@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from petl_kernels.errors import InputError
-from petl_kernels.layers.blocks import AttentionBlock, FeedForwardBlock
+from petl_kernels.layers.blocks import AttentionBlock, ExpertsBlock, FeedForwardBlock
 from petl_kernels.layers.hooks import hooks_on, is_foreign
 from petl_kernels.layers.host_copy import host_copy
 from petl_kernels.layers.rule.attention import Attention
@@ -29,11 +29,17 @@ class Rule:
 
     path: that of the layer, for errors. products: the dtype of products outside of autocast where it is not that of the
     stream, as in T5 in fp16; or None. x: an input like those that the rule is for, of which the dtype and the device
-    count. Raises Unknown for what the rule does not cover.
+    count. experts: a feed-forward block that runs outside of the rule, which then ends before it. Raises Unknown for
+    what the rule does not cover.
     """
 
     def __init__(
-        self, layer: nn.Module, path: str, attentions: Sequence[AttentionBlock], ffn: FeedForwardBlock, x: Tensor
+        self,
+        layer: nn.Module,
+        path: str,
+        attentions: Sequence[AttentionBlock],
+        ffn: FeedForwardBlock | ExpertsBlock,
+        x: Tensor,
     ):
         self.path = path
         self.attentions = [Attention(*own) for own in zip(("self", "cross"), attentions, strict=False)]
@@ -41,16 +47,18 @@ class Rule:
         together = not any(map(is_foreign, hooks_on(layer))) and "forward" not in layer.__dict__
         for attention in self.attentions:
             attention.together = together
-        self.products = None
-        wide_out = _has_wide_out(ffn, x)
+        self.experts = ffn if isinstance(ffn, ExpertsBlock) else None
+        self.products, wide_out = None, self.experts is None and _has_wide_out(ffn, x)
         if wide_out and not torch.is_autocast_enabled(x.device.type):
             self.products = torch.float16
-        self.ffn = FeedForward(ffn, wide_out)
-        self.blocks = [*self.attentions, self.ffn]
-        self.pre_norm = self.ffn.pre_norm
-        for block, following in itertools.pairwise(self.blocks):
-            block.reader = following.norm if self.pre_norm else block.norm
-        bound = [tensor for block in self.blocks for tensor in block.bound]
+        self.ffn = None if isinstance(ffn, ExpertsBlock) else FeedForward(ffn, wide_out)
+        self.pre_norm = self.attentions[0].pre_norm
+        blocks = [*self.attentions, *([self.ffn] if self.ffn else [])]
+        if self.pre_norm:
+            readers = [block.norm for block in blocks[1:]]
+            for attention, reader in itertools.zip_longest(self.attentions, readers):
+                attention.reader = reader
+        bound = [tensor for block in blocks for tensor in block.bound]
         self.trained = list({id(tensor): tensor for tensor in bound if tensor.requires_grad}.values())
         self.bound = bound
         self.names = {id(own): f"{self.path}.{name}" for name, own in layer.named_parameters()}
@@ -61,7 +69,7 @@ class Rule:
 
     def holds(self) -> bool:
         """Returns whether weights in buffers are still there, which ``Watch`` does not compare."""
-        return self.ffn.holds() and all(attention.holds() for attention in self.attentions)
+        return all(block.holds() for block in (*self.attentions, self.ffn) if block)
 
     def _refuse_dtypes(self, x: Tensor, is_t5: bool) -> None:
         if is_t5 and x.dtype == torch.float16 and not self.ffn.wide_out:
@@ -77,7 +85,8 @@ class Rule:
         """Yields the linears that compute in the dtype of products."""
         for attention in self.attentions:
             yield from (*attention.named, *attention.out.all)
-        yield from self.ffn.linears[:-1] if self.ffn.wide_out else self.ffn.linears
+        if self.ffn:
+            yield from self.ffn.linears[:-1] if self.ffn.wide_out else self.ffn.linears
 
     def __call__(
         self,
@@ -91,8 +100,8 @@ class Rule:
     ) -> tuple[Tensor, ...]:
         """Returns y (batch, tokens, d); with_keys: also k and v (batch, heads, tokens, head_dim) of each attention.
 
-        x: (batch, tokens, d). source: (batch, source tokens, d), or None. mask, source_mask, and bias, that of the
-        self-attention: as the model gives them to its layers.
+        y: the layer's output, or what its experts read. x: (batch, tokens, d). source: (batch, source tokens, d), or
+        None. mask, source_mask, and bias, that of the self-attention: as the model gives them to its layers.
         """
         call.dtype = self.products or call.dtype
         for attention, own, added in zip(self.attentions, (mask, source_mask), (bias, None), strict=False):
@@ -114,7 +123,7 @@ class Rule:
         for attention in self.attentions:
             x, u, k, v = attention.forward(x, u, source if attention.cross else None, call)
             keys += k, v
-        return self.ffn.forward(x, u, call), *keys
+        return self.ffn.forward(x, u, call) if self.ffn else x, *keys
 
     def backward(
         self,
@@ -128,11 +137,13 @@ class Rule:
         need_dsource: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Returns dx and dsource where they are needed. dkeys: gradients of the k and v that ``forward`` returned."""
-        inputs, sums, dsource = [x], [], None
+        inputs: list[Tensor | None] = [x]
+        sums: list[Tensor | None] = []
+        dsource = None
         for attention in self.attentions:
             sums.append(attention.recomputed_sum(inputs[-1], call))
             inputs.append(attention.recomputed_output(sums[-1], call))
-        dx, du = self.ffn.backward(dy, inputs.pop(), call, gradients)
+        dx, du = self._end_backward(dy, inputs.pop(), call, gradients)
         for i in reversed(range(len(self.attentions))):
             attention = self.attentions[i]
             dx, do = attention.end_backward(dx, du, sums.pop(), call, gradients)
@@ -143,6 +154,15 @@ class Rule:
             du, found = attention.backward(do, *own, inputs.pop(), given, call, gradients, *needs)
             dsource = found if attention.cross else dsource
         return self._first_backward(dx, du, x, call, gradients, need_dx), dsource
+
+    def _end_backward(
+        self, dy: Tensor, h: Tensor | None, call: Call, gradients: Gradients
+    ) -> tuple[Tensor, Tensor | None]:
+        """Returns the gradient of the last attention's h, without what comes through the norm of it, and the norm's."""
+        if self.ffn is None:
+            return dy, None
+        assert h is not None, "the feed-forward block reads h"
+        return self.ffn.backward(dy, h, call, gradients)
 
     def _first_backward(
         self, dx: Tensor, du: Tensor | None, x: Tensor, call: Call, gradients: Gradients, need_dx: bool

@@ -7,7 +7,7 @@ What is slower, obstacles and the making of a rule, runs only where something ha
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from operator import is_
 from typing import Any
@@ -36,15 +36,18 @@ _DICTS = ("_parameters", "_modules", "_forward_hooks", "_forward_pre_hooks", "_b
 
 
 class Watch:
-    """The state of ``layer`` at the time when this is made."""
+    """The state of ``layer`` at the time when this is made. called: modules inside that are called as they then are."""
 
     __slots__ = ("modules", "dicts", "classes", "parameters", "before", "kinds")
 
-    def __init__(self, layer: nn.Module):
-        self.modules = list(layer.modules())
+    def __init__(self, layer: nn.Module, called: Iterable[nn.Module] = ()):
+        left = {inner for module in called for inner in module.modules()}
+        self.modules = [module for module in layer.modules() if module not in left]
         self.dicts = list(_dicts(self.modules))
         self.classes = list({type(module) for module in self.modules})
-        self.parameters = list(layer.parameters())
+        self.parameters = list(
+            dict.fromkeys(own for module in self.modules for own in module.parameters(recurse=False))
+        )
         self.before, self.kinds = values(self.dicts), self._kinds()
 
     def holds(self) -> bool:
