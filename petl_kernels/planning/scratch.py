@@ -46,8 +46,8 @@ def scratch_bytes(function: OpOverload, args: tuple[Any, ...], device: str = "cp
 
 
 def _linear_cross_entropy(given: Given) -> int:
-    weight, scale = given["weight"], given["logit_scale"]
-    if loss_by_words.serves(given["hidden"], weight, given["bias"], scale, given["need_dweight"]):
+    weight, scale, cap = given["weight"], given["logit_scale"], given["softcap"]
+    if loss_by_words.serves(given["hidden"], weight, given["bias"], scale, given["need_dweight"], cap):
         return _loss_by_words(given)
     return _loss_by_rows(given)
 
@@ -66,10 +66,13 @@ def _loss_by_words(given: Given) -> int:
 def _loss_by_rows(given: Given) -> int:
     hidden, d, chunk_bytes = given["hidden"], given["hidden"].shape[-1], given["chunk_bytes"]
     rows, words = hidden.numel() // d, out_features(given["weight"], d)
-    size = min(rows, max(1, chunk_bytes // (words * hidden.itemsize)))
+    buffers = 2 if given["softcap"] else 1  # the derivative of a cap beside the logits
+    size = min(rows, max(1, chunk_bytes // buffers // (words * hidden.itemsize)))
     size = -(-rows // -(-rows // max(1, size)))
     # the logits of a chunk and the gradient of its rows
-    total = size * (words + d) * hidden.itemsize
+    total = size * (buffers * words + d) * hidden.itemsize
+    if given["softcap"]:  # two wide copies of a few rows
+        total += 2 * -(-size // 16) * words * accumulate_dtype(hidden.dtype).itemsize
     sums = size * d * accumulate_dtype(hidden.dtype).itemsize
     block = max(1, min(words, chunk_bytes // 4 // (d * hidden.itemsize)))
     total += max(_products(size, d, words, hidden.dtype), product_bytes(block, size, d, hidden.dtype))
