@@ -16,16 +16,16 @@
 
 h (..., d), W (V, d), labels (...) int64, b (V,) or (1, V) or None; h bf16, fp16, fp32 or fp64, W and b of any such
 dtype. The scale comes before the bias, as T5 scales its hidden states (by 1/√d) and has no bias. A
-cap t keeps logits between -t and t, as Gemma's are. The loss is fp32
-(fp64 for fp64), logits are rounded to h's dtype as those of ``F.linear`` are, and all that follows them is fp32.
+cap t keeps logits between -t and t, as Gemma's are. The loss is fp32 (fp64 for fp64), logits are rounded to h's dtype
+as those of ``F.linear`` are, capped ones once more, and all that follows them is fp32.
 
 Rows whose label is ``ignore_index`` are taken out first: no work is done for them, their loss and gradient are 0. To
 find them, and labels that are out of range, the host waits for a CUDA device. With ``counted`` it does not: the first
 ``counted`` rows in the order (those that count, the others) are worked on, with a weight of 1 or 0.
 
 The rest goes one of two ways, each within `chunk_bytes` bytes of buffers:
-- a frozen, dense W of h's dtype, without bias, scale and cap, by words (``ops/loss_by_words.py``): two products over blocks
-  of many rows and some words, at any memory;
+- a frozen, dense W of h's dtype, without bias, scale and cap, by words (``ops/loss_by_words.py``): two products over
+  blocks of many rows and some words, at any memory;
 - all else, and fp16, by rows (``ops/loss_by_rows.py``): some rows and all words at a time. `chunk_bytes` is 32 MiB by
   default, and on a CPU 256 rows if that is more: a product of few rows waits there for W, which each chunk reads from
   memory twice. A W of another dtype than h is cast block by block; one of h's dtype is faster. A frozen W may be

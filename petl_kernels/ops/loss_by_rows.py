@@ -5,9 +5,10 @@
     dh = dz W,  dW += dzᵀ h,  db += Σ_rows dz               without the factor s
 
 The formulas are in ``ops/linear_cross_entropy.py``. One buffer holds a chunk's logits, and then, in place, dz:
-`chunk_bytes` bytes at most, but one row at least; with a cap half of that, since what dz is multiplied by takes as much. dW is added up, and a W of another dtype than h is cast, for each
-chunk in blocks of words that take `chunk_bytes` / 4 more. Each product is over a multiple of 64 words, and the
-remaining words have one of their own (``aligned_parts``); dh is then summed in the wide dtype.
+`chunk_bytes` bytes at most, but one row at least; with a cap half of that, since what dz is multiplied by takes as
+much. dW is added up, and a W of another dtype than h is cast, for each chunk in blocks of words that take
+`chunk_bytes` / 4 more. Each product is over a multiple of 64 words, and the remaining words have one of their own
+(``aligned_parts``); dh is then summed in the wide dtype.
 
 Saves: nothing of its own (``ops/linear_cross_entropy.py``).
 Source: chunks by rows as in Liger (arXiv 2410.10989).

@@ -36,7 +36,7 @@ LANGUAGES = {
     "mbart25": ("en_XX", "de_DE"),
 }
 CHECKPOINTS = ["nllb", "nllb-moe", "mbart50", "mbart25", "marian", "marian-separate"]
-CHECKPOINTS += ["t5", "t5-tied", "umt5", "byt5", "seamless"]
+CHECKPOINTS += ["t5", "t5-tied", "umt5", "byt5", "seamless", "t5gemma"]
 # Their losses, languages and tables are in the other tests; the run is that of another.
 LIKE_OTHERS = ("mbart25", "marian-separate", "t5-tied", "umt5")
 
