@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from petl_kernels.ops import loss_by_words
+from petl_kernels.ops.capped_attention import chunk_slices
 from petl_kernels.ops.define import accumulate_dtype
 from petl_kernels.ops.frozen_ffn import chunk_rows
 from petl_kernels.ops.linear_cross_entropy import SCALED_BYTES
@@ -213,6 +214,17 @@ def _attention(given: Given, buffers: int = 1) -> int:
     return torch.get_num_threads() * buffers * own * accumulate_dtype(q.dtype).itemsize
 
 
+def _capped_attention(given: Given, buffers: int = 4) -> int:
+    """Counts the scores of a chunk: capped and not, the cap's derivative and probabilities, and their gradients."""
+    q, k, prefix = given["q"], given["k"], given["prefix_k"]
+    columns, shared = k.shape[2] + (0 if prefix is None else prefix.shape[0]), q.shape[1] // k.shape[1]
+    sentences, parts = next(chunk_slices(q.shape[0], shared, q.shape[2], columns))
+    rows = (sentences.stop - sentences.start) * shared * (parts[0].stop - parts[0].start)
+    buffers += 2 if given["dropout"] else 0
+    sums = accumulate_dtype(q.dtype).itemsize
+    return rows * columns * buffers * sums + (sentences.stop - sentences.start) * 4 * columns * q.shape[3] * sums
+
+
 def _bottleneck_adapter(given: Given) -> int:
     x, down = given["x"], given["down"]
     rows = x.numel() // x.shape[-1]
@@ -241,6 +253,8 @@ _RULES: dict[str, Callable[[Given], int]] = {
     "parallel_ffn_backward": _parallel_ffn_backward,
     "attention": _attention,
     "attention_backward": lambda given: _attention(given, 2),
+    "capped_attention": _capped_attention,
+    "capped_attention_backward": lambda given: _capped_attention(given, 6),
     "bottleneck_adapter": _bottleneck_adapter,
     "bottleneck_adapter_backward": _bottleneck_adapter_backward,
 }
