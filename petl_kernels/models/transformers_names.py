@@ -49,6 +49,7 @@ T5_NAMES = ("MT5", "T5")
 UMT5_NAMES = ("UMT5",)
 M4T_NAMES = ("SeamlessM4T", "SeamlessM4Tv2")
 NLLB_MOE_NAMES = ("NllbMoe",)
+T5GEMMA_NAMES = ("T5Gemma",)
 
 # Attributes that lean layers read of a layer and of its attentions, beside modules with parameters. A layer without one
 # of these stays plain, and ``pk.report`` names it (``lacking``).
@@ -60,6 +61,12 @@ T5_ATTENTION = (
 T5_FEED_FORWARD = ("act", "dropout")
 M4T_ATTENTION = ("scaling", "is_causal", "dropout")
 M4T_NETWORK = ("act", "dropout")
+T5GEMMA_LAYER = ("dropout", "mlp")
+T5GEMMA_ATTENTION = ("scaling", "head_dim", "attention_dropout", "attn_logit_softcapping", "layer_idx")
+T5GEMMA_NETWORK = ("act_fn", "dropout")
+
+# Classes of norms that multiply by 1 + weight, in fp32, and return their input's dtype.
+OFFSET_NORMS = ("T5GemmaRMSNorm",)
 
 # Classes of position embeddings whose ``forward`` is known: it looks up, for each token, the row of its place in its
 # sentence in ``weight`` (behind ``offset`` rows), or as M2M-100 in ``weights``, where padding has a row of its own.
@@ -101,6 +108,8 @@ def activation_of(layer: Any) -> str:
     """Returns the ops' name for the activation of an encoder or decoder layer; "" for one that they do not have."""
     if hasattr(layer, "ffn"):
         return activation_name(layer.ffn.act)
+    if hasattr(layer, "mlp"):
+        return activation_name(layer.mlp.act_fn)
     function = getattr(layer, "activation_fn", None) or layer.layer[-1].DenseReluDense.act
     return activation_name(function)
 

@@ -256,7 +256,8 @@ class _Inputs:
             for b in range(*chunk.b.indices(self.q.shape[0]))
             for h in range(chunk.heads.start, chunk.heads.stop)
         ]
-        kept = torch.stack(masks).unflatten(0, (-1, chunk.heads.stop - chunk.heads.start))
+        kept = torch.stack(masks)
+        kept = kept.view(-1, chunk.heads.stop - chunk.heads.start, *kept.shape[1:])
         return kept.to(self.sums).mul_(philox.keep_scale(self.dropout))
 
 
@@ -277,7 +278,7 @@ def _with_prefix(own: Tensor, prefix: Tensor | None, group: int) -> Tensor:
 
 def _by_keys(rows: Tensor, keys: Tensor) -> Tensor:
     """Returns rows (batch, heads, queries, n) keys (batch, n, m), as one product a sentence."""
-    return (rows.flatten(1, 2) @ keys).unflatten(1, rows.shape[1:3])
+    return (rows.flatten(1, 2) @ keys).view(*rows.shape[:3], keys.shape[2])
 
 
 def _by_heads(weights: Tensor, rows: Tensor) -> Tensor:
@@ -330,8 +331,8 @@ def _backward_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     size, sums = 0 if prefix_k is None else prefix_k.shape, accumulate_dtype(q.dtype)
     dtype = q.dtype if prefix_k is None else sums
-    dprefix = tuple(q.new_empty(size, dtype=dtype) for _ in range(2))
-    return like_heads(q), like_heads(k), like_heads(v), *dprefix
+    dprefix_k, dprefix_v = (q.new_empty(size, dtype=dtype) for _ in range(2))
+    return like_heads(q), like_heads(k), like_heads(v), dprefix_k, dprefix_v
 
 
 def _save(ctx: Any, inputs: Sequence[Any], output: Any) -> None:

@@ -17,7 +17,7 @@ from .lean_cases import step, worst
 
 LEAN = {
     "bart", "blenderbot", "blenderbot-small", "m2m_100", "marian", "mbart", "mt5", "pegasus", "plbart",
-    "seamless_m4t", "seamless_m4t_v2", "speech_to_text", "t5", "umt5", "whisper",
+    "seamless_m4t", "seamless_m4t_v2", "speech_to_text", "t5", "t5gemma", "umt5", "whisper",
 }  # fmt: skip
 PARTLY = {"pegasus_x"}  # the decoder
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from petl_kernels.layers.blocks import AttentionBlock, FeedForwardBlock
     from petl_kernels.layers.border import Border
+    from petl_kernels.layers.rotary import Rotary
     from petl_kernels.layers.wide_ffn import WideFFN
 
     class State(Protocol):
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     class Family(Mixin):
         known: ClassVar[frozenset[str]]
+        functions: ClassVar[tuple[str, ...]]
 
         # What a family has.
         def blocks(self, crosses: bool) -> tuple[list[AttentionBlock], FeedForwardBlock]: ...
@@ -51,10 +53,13 @@ if TYPE_CHECKING:
             kwargs: dict[str, Any],
             x: Tensor,
             mask: Tensor | None,
-            bias: Tensor | None,
+            bias: Tensor | Rotary | None,
             source: Tensor | None,
             source_mask: Tensor | None,
         ) -> Tensor: ...
 
 else:
-    Family = Mixin
+
+    class Family(Mixin):
+        # Those whose masks the lean attention reads, also with a prefix.
+        functions = ("eager", "sdpa", "petl_prefix_eager", "petl_prefix_sdpa")
