@@ -62,6 +62,7 @@ def compute(
             _add_bias_gradient(buffer, block_bytes, dbias)
         if slopes is not None and (needs.hidden or needs.weight):
             buffer.mul_(slopes)
+        slopes = None  # before the products
         if needs.hidden:
             drows[index] = _project_back(buffer, weight, chunk, block_bytes)
         if needs.weight:

@@ -70,19 +70,24 @@ def _loss_by_rows(given: Given) -> int:
     buffers = 2 if given["softcap"] else 1  # the derivative of a cap beside the logits
     size = min(rows, max(1, chunk_bytes // buffers // (words * hidden.itemsize)))
     size = -(-rows // -(-rows // max(1, size)))
-    # the logits of a chunk and the gradient of its rows
-    total = size * (buffers * words + d) * hidden.itemsize
-    if given["softcap"]:  # two wide copies of a few rows
-        total += 2 * -(-size // 16) * words * accumulate_dtype(hidden.dtype).itemsize
     sums = size * d * accumulate_dtype(hidden.dtype).itemsize
     block = max(1, min(words, chunk_bytes // 4 // (d * hidden.itemsize)))
-    total += max(_products(size, d, words, hidden.dtype), product_bytes(block, size, d, hidden.dtype))
+    products = max(_products(size, d, words, hidden.dtype), product_bytes(block, size, d, hidden.dtype))
     if is_quantized(given["weight"]):  # the logits of a block of words, or what it adds to the gradient
-        total += _tile(given, block * d, hidden)
-        return total + max(size * block * hidden.itemsize, sums + size * d * hidden.itemsize)
-    if given["weight"][0].dtype != hidden.dtype:  # a block in the dtype of hidden
-        total += block * d * hidden.itemsize
-    return total + sums  # over blocks of words in a wider dtype
+        products += _tile(given, block * d, hidden)
+        products += max(size * block * hidden.itemsize, sums + size * d * hidden.itemsize)
+    else:
+        if given["weight"][0].dtype != hidden.dtype:  # a block in the dtype of hidden
+            products += block * d * hidden.itemsize
+        products += sums  # over blocks of words in a wider dtype
+    # the logits of a chunk and the gradient of its rows
+    return size * (words + d) * hidden.itemsize + max(products, _cap(given, size * words))
+
+
+def _cap(given: Given, logits: int) -> int:
+    """Counts the derivative of a cap on so many logits, and two wide copies of a few rows."""
+    dtype = given["hidden"].dtype
+    return logits * dtype.itemsize + 2 * -(-logits // 16) * accumulate_dtype(dtype).itemsize if given["softcap"] else 0
 
 
 def _products(rows: int, k: int, n: int, dtype: torch.dtype) -> int:

@@ -96,7 +96,7 @@ def build(family: str, attention: str = "sdpa", **settings):
         stack = {**_GEMMA, **settings}
         rates = {name: stack.pop(name) for name in ("dropout_rate", "attention_dropout") if name in stack}
         model = T5GemmaForConditionalGeneration(
-            T5GemmaConfig(encoder=dict(stack), decoder=dict(stack), vocab_size=99, **rates)
+            T5GemmaConfig(encoder=dict(stack), decoder=dict(stack), vocab_size=stack["vocab_size"], **rates)
         )
     else:
         config_class, model_class = {
