@@ -127,7 +127,7 @@ def test_lora_from_text_to_a_merged_folder(checkpoint, pair, tmp_path, precision
 
 @pytest.mark.parametrize("checkpoint", ["t5gemma"], indirect=True, scope="module")
 def test_t5gemma_under_a_budget(checkpoint, pair, tmp_path, capsys):
-    """Its configuration is nested: a plan from the config alone, and a run that is planned, translates and is scored."""
+    """Its configuration is nested: a plan from the config alone; a run that is planned, translates and is scored."""
     config = (Path(checkpoint[0]) / "config.json").read_text()
     (tmp_path / "config.json").write_text(config)
     given = ["--method", "lora", "--method-arg", "rank=2", "--memory", "3MiB", "--batch-tokens", "240"]
