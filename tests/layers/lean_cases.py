@@ -42,14 +42,14 @@ def exact_rms_norms(model: nn.Module) -> None:
     T5Gemma's probabilities and logits are in fp32 as well: this model's are not.
     """
     for module in model.modules():
-        is_norm = hasattr(module, "variance_epsilon") or type(module).__name__ == "T5GemmaRMSNorm"
+        is_norm = hasattr(module, "variance_epsilon") or type(module).__name__ in _GEMMA_NORMS
         if is_norm and type(module) not in _exact.values():
             cls = type(module)
             module.__class__ = _exact[cls] = _exact.get(cls) or _with_exact_forward(cls)
-        if hasattr(module, "attn_logit_softcapping"):
+        if type(module).__name__ in ("T5GemmaSelfAttention", "T5GemmaCrossAttention"):
             module.attends_exactly = True
             sys.modules[type(module).__module__].eager_attention_forward = _gemma_attention
-    if type(model).__name__ == "T5GemmaForConditionalGeneration":
+    if type(model).__name__ in ("T5GemmaForConditionalGeneration", "T5Gemma2ForConditionalGeneration"):
         model.loss_function = _exact_loss
 
 
@@ -73,12 +73,13 @@ def _gemma_attention(module, query, key, value, attention_mask, **kwargs):
     return output.transpose(1, 2), weights
 
 
+_GEMMA_NORMS = ("T5GemmaRMSNorm", "T5Gemma2RMSNorm")
 _exact: dict[type, type] = {}  # by transformers' own
 
 
 def _with_exact_forward(cls: type) -> type:
     """Returns a subclass that passes for code of transformers: lean layers step aside for any other."""
-    function = _exact_gemma_norm if cls.__name__ == "T5GemmaRMSNorm" else _exact_rms_norm
+    function = _exact_gemma_norm if cls.__name__ in _GEMMA_NORMS else _exact_rms_norm
     code = function.__code__.replace(co_filename=inspect.getfile(cls))
     forward = types.FunctionType(code, globals(), "forward")
     forward.__qualname__ = f"{cls.__name__}.forward"
