@@ -159,6 +159,7 @@ def reference_backward(
     for chunk in inputs.chunks():
         s, slope = inputs.scores(chunk)
         p, kept = s.softmax(-1), inputs.kept(chunk)
+        del s
         do_part, q_part = chunk.of_heads(do), chunk.of_heads(q)
         delta = (do_part.to(sums) * chunk.of_heads(o).to(sums)).sum(-1, keepdim=True)
         ds = _by_keys(do_part, inputs.values(chunk).mT).to(sums).mul_(kept).sub_(delta).mul_(p).mul_(scale)
@@ -237,7 +238,7 @@ class _Inputs:
         s, slope = _by_keys(chunk.of_heads(self.q), self.keys(chunk).mT).to(self.sums).mul_(self.scale), None
         if self.cap:
             t = s.div_(self.cap).tanh_()
-            slope, s = 1 - t.square(), t * self.cap
+            slope, s = t.square().neg_().add_(1), t.mul_(self.cap)
         if self.mask is not None:
             b = chunk.b if self.mask.shape[0] > 1 else slice(None)
             rows = chunk.rows if self.mask.shape[2] > 1 else slice(None)

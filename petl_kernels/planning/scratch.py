@@ -219,15 +219,16 @@ def _attention(given: Given, buffers: int = 1) -> int:
     return torch.get_num_threads() * buffers * own * accumulate_dtype(q.dtype).itemsize
 
 
-def _capped_attention(given: Given, buffers: int = 4) -> int:
-    """Counts the scores of a chunk: capped and not, the cap's derivative and probabilities, and their gradients."""
+def _capped_attention(given: Given, buffers: int = 3) -> int:
+    """Counts the scores of a chunk, the cap's derivative and probabilities, and their gradients; and its rows."""
     q, k, prefix = given["q"], given["k"], given["prefix_k"]
     columns, shared = k.shape[2] + (0 if prefix is None else prefix.shape[0]), q.shape[1] // k.shape[1]
     sentences, parts = next(chunk_slices(q.shape[0], shared, q.shape[2], columns))
     rows = (sentences.stop - sentences.start) * shared * (parts[0].stop - parts[0].start)
     buffers += 2 if given["dropout"] else 0
     sums = accumulate_dtype(q.dtype).itemsize
-    return rows * columns * buffers * sums + (sentences.stop - sentences.start) * 4 * columns * q.shape[3] * sums
+    keys = (sentences.stop - sentences.start) * columns
+    return (rows * columns * buffers + (4 * rows + 6 * keys) * q.shape[3]) * sums
 
 
 def _bottleneck_adapter(given: Given) -> int:
@@ -259,7 +260,7 @@ _RULES: dict[str, Callable[[Given], int]] = {
     "attention": _attention,
     "attention_backward": lambda given: _attention(given, 2),
     "capped_attention": _capped_attention,
-    "capped_attention_backward": lambda given: _capped_attention(given, 6),
+    "capped_attention_backward": lambda given: _capped_attention(given, 5),
     "bottleneck_adapter": _bottleneck_adapter,
     "bottleneck_adapter_backward": _bottleneck_adapter_backward,
 }

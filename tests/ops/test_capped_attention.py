@@ -6,12 +6,14 @@ import importlib
 
 import pytest
 import torch
+from planning.peaks import peak_bytes
 from torch.nn import functional as F
 from transformers.models.t5gemma.modeling_t5gemma import eager_attention_forward
 
 from petl_kernels import ops
 from petl_kernels.errors import InputError
 from petl_kernels.ops.cases.capped_attention import capped_attention_arguments
+from petl_kernels.planning.scratch import scratch_bytes
 
 from . import contract
 
@@ -161,3 +163,31 @@ def test_wrong_input(change, message):
     with pytest.raises(InputError) as error:
         ops.capped_attention(**given)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("chunk_bytes", [2**24, 100_000, 3000])
+@pytest.mark.parametrize("options", [{}, {"dropout": 0.1}, {"prefix": 5, "mask": False}], ids=str)
+def test_planned_bytes_are_at_least_the_measured_ones(options, chunk_bytes, monkeypatch):
+    """And at most some copies of keys and values more; a plan's slack is megabytes."""
+    monkeypatch.setattr(op, "CHUNK_BYTES", chunk_bytes)
+    given = capped_attention_arguments(contract.source(FP32), 3, 4, 2, 120, 130, 16, **options)
+    do = given.pop("do")
+    forward, backward = torch.ops.petl.capped_attention.default, torch.ops.petl.capped_attention_backward.default
+    arguments = tuple(given.values())
+    o = op.reference(*arguments)
+    calls = (
+        (forward, op.reference, arguments),
+        (
+            backward,
+            op.reference_backward,
+            (do, *arguments[:3], o, *arguments[3:]),
+        ),
+    )
+    for function, kernel, passed in calls:
+        living, results = [own for own in passed if isinstance(own, torch.Tensor)], []
+        peak = peak_bytes(lambda f=kernel, a=passed, r=results: r.append(f(*a)), living)
+        outputs = results[0] if isinstance(results[0], tuple) else results
+        inside = peak - sum(own.nbytes for own in (*living, *outputs))
+        planned = scratch_bytes(function, (*passed, ""))
+        assert inside <= planned + 4096, (inside, planned)
+        assert planned <= 2 * inside + 20 * given["q"].nbytes, (inside, planned)
