@@ -16,7 +16,8 @@ from petl_kernels.errors import InputError
 Rows = list[list[int]]
 
 _MARKS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
-_RESERVED = re.compile(r"\u2581?<extra_id_\d+>")  # of T5's and mT5's pretraining
+# Of T5's and mT5's pretraining, and of Gemma's.
+_RESERVED = re.compile(r"\u2581?<extra_id_\d+>|<unused\d+>|<(start|end)_of_turn>|<2mass>|\[@BOS@\]")
 
 
 class AddedWords:

@@ -19,7 +19,7 @@ from petl_kernels import versions
 from petl_kernels.errors import InputError
 from petl_kernels.methods.owner import own, owner
 from petl_kernels.models.structure import set_parameter
-from petl_kernels.models.transformers_names import has_own_head, kept_in_fp32, language_ids, target_ids
+from petl_kernels.models.transformers_names import has_own_head, kept_in_fp32, language_ids, sides, target_ids
 from petl_kernels.ops.quantized import QuantizedTensor, parts_of, quantize
 from petl_kernels.weights.quantized_file import FILE as QUANTIZED_FILE
 from petl_kernels.weights.quantized_file import MARKER, VERSION, Stored, stored_tensors
@@ -33,6 +33,7 @@ SUPPORTED = {
     "seamless_m4t": "SeamlessM4TForTextToText",
     "seamless_m4t_v2": "SeamlessM4Tv2ForTextToText",
     "t5": "T5ForConditionalGeneration",
+    "t5gemma": "T5GemmaForConditionalGeneration",
     "mt5": "MT5ForConditionalGeneration",
     "umt5": "UMT5ForConditionalGeneration",
 }
@@ -51,9 +52,9 @@ _TOKENIZER_FILES = ("tokenizer.json", "*.model", "*.spm", "vocab.json")
 def load_pretrained(path_or_id: str | os.PathLike, dtype: torch.dtype = torch.float32):
     """Returns (model, tokenizer) of a checkpoint folder or a hub id; the model is on the CPU, in eval mode, in `dtype`.
 
-    Classes: M2M-100 and NLLB, mBART and mBART-50, Marian, T5, ByT5, mT5, Aya-101, UMT5, MADLAD-400, NLLB-MoE and
-    SeamlessM4T's text to text. Layerdrop, which skips whole layers at random in training (0.05 in M2M-100's configs),
-    is set to 0: adapters must see the same layers in every step.
+    Classes: M2M-100 and NLLB, mBART and mBART-50, Marian, T5, ByT5, mT5, Aya-101, UMT5, MADLAD-400, NLLB-MoE,
+    SeamlessM4T's text to text and T5Gemma. Layerdrop, which skips whole layers at random in training (0.05 in
+    M2M-100's configs), is set to 0: adapters must see the same layers in every step.
 
     Raises InputError in one line: no such folder, not a checkpoint, a class that is not supported, weights that are
     quantized, damaged or do not fit the config, no tokenizer, a tokenizer with more tokens than the model.
@@ -243,6 +244,7 @@ def _without_values(parameter: nn.Parameter, source: str | Tensor, tensors: dict
 def _marks(tensors: dict[str, Stored], config) -> dict[str, float]:
     """Returns a number for each tensor, the same for tables of words with equal values, which transformers compares."""
     rows = {config.vocab_size, getattr(config, "decoder_vocab_size", None)}
+    rows |= {own.vocab_size for own in sides(config) or ()}
     marks: dict[str, float] = {}
     tables: list[str] = []
     for i, (key, tensor) in enumerate(tensors.items()):

@@ -24,6 +24,7 @@ import difflib
 import re
 from collections.abc import Iterable, Sequence
 from functools import partial
+from typing import Any
 
 from petl_kernels.errors import InputError
 from petl_kernels.interop.added_words import AddedWords
@@ -32,8 +33,11 @@ from petl_kernels.models.transformers_names import (
     ends_with_language,
     gone,
     has_pieces_apart,
+    has_words_like_languages,
     language_ids,
+    marks_of,
     pieces_of,
+    start_of_decoder,
     target_ids,
 )
 
@@ -135,11 +139,13 @@ class LanguagePair:
         self._targets = target_ids(tokenizer)
         if self._targets is not None:
             self._use_separate_vocabularies(model, self._targets)
+        if model.config.model_type == "t5gemma":
+            self._mark_as_gemma(model.config)
         if model.config.model_type in LANGUAGE_FIRST:
             self._tag_both_sides(tags, src_lang, tgt_lang)
         elif tags:
             self.tgt_token = find_language(tgt_lang, tags, "target")
-            self._source_head = self._prefix(self.tgt_token, tags)
+            self._source_head = [*self._source_head, *self._prefix(self.tgt_token, tags)]
 
     def _tag_both_sides(self, tags: dict[str, int], src_lang: str | None, tgt_lang: str | None) -> None:
         self.src_token = find_language(src_lang, tags, "source")
@@ -155,6 +161,16 @@ class LanguagePair:
         else:  # NLLB's legacy form too: generation is forced to begin with the language, so training must be
             self._target_head = [target]
             self.forced_bos_token_id = target
+
+    def _mark_as_gemma(self, config: Any) -> None:
+        """Sets up a source as the tokenizer marks it, with a begin and no end, and the id that the decoder begins
+        with, of the decoder's own configuration. Raises InputError where it has none."""
+        before, behind = marks_of(self.tokenizer)
+        if before or behind:
+            self._source_head, self.source_tail = before, behind
+        self.decoder_start_token_id = start_of_decoder(config)
+        if self.decoder_start_token_id is None:
+            raise InputError("model: its decoder's config has no bos_token_id; expected one (T5Gemma has 2)")
 
     def _use_separate_vocabularies(self, model, targets: dict[str, int]) -> None:
         """Sets up a Marian with a vocabulary for each side: labels and what is generated are ids of the target's.
@@ -279,7 +295,7 @@ def language_tokens(tokenizer) -> dict[str, int]:
     known = language_ids(tokenizer)
     if known is not None:
         return known | {token: i for token, i in added.items() if _ADDED_FORMS["m2m100"].fullmatch(token)}
-    vocabulary = tokenizer.get_vocab()
+    vocabulary = added if has_words_like_languages(tokenizer) else tokenizer.get_vocab()
     name = type(tokenizer).__name__
     if name.startswith("Marian"):
         forms = ["marian"]

@@ -44,11 +44,25 @@ class AttentionBlock:
 
 
 @dataclass(frozen=True)
+class CappedBlock(AttentionBlock):
+    """h = x + drop(post(out(attention(q, k, v)))), with a norm before it as well, and ``ops.capped_attention``.
+
+    Several heads of queries share keys and values, all of ``head_dim``; those of a self-attention are turned by their
+    positions. cap: that on the scores, or 0.
+    """
+
+    post: nn.Module
+    head_dim: int
+    cap: float
+
+
+@dataclass(frozen=True)
 class FeedForwardBlock:
     """h = x + drop(out(drop(act(inputs[0])) ⊙ inputs[1])), with a norm before it or after it.
 
     inputs: one linear; two where the block is gated, the activation's first. activation: the ops' name. dropout: the
-    rate on the hidden units. wide: the buffers with room for a parallel adapter, where there is one.
+    rate on the hidden units. wide: the buffers with room for a parallel adapter, where there is one. post: a norm of
+    the network's output, before it is added to x, or None.
     """
 
     inputs: tuple[Any, ...]
@@ -59,6 +73,7 @@ class FeedForwardBlock:
     residual_dropout: float
     pre_norm: bool
     wide: WideFFN | None
+    post: nn.Module | None = None
 
     def is_wide(self) -> bool:
         """Returns whether the network runs with its adapter inside; never in compiled graphs, which cannot compare the

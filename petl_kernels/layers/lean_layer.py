@@ -23,6 +23,7 @@ from petl_kernels.layers.mixed_in import Mixin, bare, mixed, original_class
 from petl_kernels.layers.obstacles import family_of, obstacle, obstacle_of_graph
 from petl_kernels.layers.op_by_op import Attended, attention_block, feed_forward_block
 from petl_kernels.layers.recompute import checkpointed, forget, forget_all, saving
+from petl_kernels.layers.rotary import Rotary
 from petl_kernels.layers.rule import Call, Rule, Unknown, Watch
 from petl_kernels.layers.uncompiled import uncompiled
 from petl_kernels.layers.wide_ffn import WideFFN
@@ -90,14 +91,14 @@ class LeanLayer(Mixin):
         kwargs: dict[str, Any],
         x: Tensor,
         mask: Tensor | None,
-        bias: Tensor | None,
+        bias: Tensor | Rotary | None,
         source: Tensor | None,
         source_mask: Tensor | None,
     ) -> Tensor:
         """Returns the layer's output (batch, tokens, d) of x, after ``steps_aside`` has returned False.
 
-        bias: the position bias. A cache among ``kwargs`` gets the keys and values that the layer's own forward puts
-        there.
+        bias: the position bias, or the rotation of positions. A cache among ``kwargs`` gets the keys and values that
+        the layer's own forward puts there.
         """
         cache = cache_in(kwargs)
         tier = self.petl_lean.tier if torch.is_grad_enabled() else 0
@@ -122,7 +123,7 @@ class LeanLayer(Mixin):
         self,
         x: Tensor,
         mask: Tensor | None,
-        bias: Tensor | None,
+        bias: Tensor | Rotary | None,
         source: Tensor | None,
         source_mask: Tensor | None,
         tier: int,

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from petl_kernels.layers.blocks import ExpertsBlock
-from petl_kernels.layers.families import PLAIN, family_for
+from petl_kernels.layers.families import family_for
 from petl_kernels.layers.families.family import Family
 from petl_kernels.layers.hooks import hooked_all, hooks_on, is_foreign
 from petl_kernels.layers.mixed_in import original_class
@@ -20,14 +20,9 @@ from petl_kernels.methods.prefix import Prefix
 from petl_kernels.models.transformers_names import attention_implementation, class_of, class_that_runs
 from petl_kernels.ops.philox import RATES, has_mask
 
-# Attention functions of transformers whose masks the lean attention reads, also with a prefix.
-ATTENTIONS = ("eager", "sdpa", "petl_prefix_eager", "petl_prefix_sdpa")
-
 
 def reason_of_build(family: str, module: nn.Module) -> str:
     """Returns why a layer of ``family`` cannot be lean, from how it is built."""
-    if family in PLAIN:
-        return PLAIN[family]
     known = family_for(family, type(module))
     return known.uncovered(module) or _unknown_forward(known, type(module))
 
@@ -83,8 +78,9 @@ def _changed_part(family: type[Family], layer: nn.Module) -> str:
         if hasattr(part, "weight") and part._parameters.get("weight") is None:
             return f"{name} has no weight of its own"
         config = getattr(part, "config", None)
-        if config is not None and attention_implementation(config) not in ATTENTIONS:
-            return f"attention implementation {attention_implementation(config)!r}, expected eager or sdpa"
+        if config is not None and attention_implementation(config) not in family.functions:
+            expected = " or ".join(name for name in family.functions if not name.startswith("petl"))
+            return f"attention implementation {attention_implementation(config)!r}, expected {expected}"
     return ""
 
 

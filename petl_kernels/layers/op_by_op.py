@@ -21,17 +21,20 @@ import torch
 from torch import Tensor, nn
 
 from petl_kernels import ops
-from petl_kernels.layers.blocks import AttentionBlock, FeedForwardBlock
+from petl_kernels.layers.blocks import AttentionBlock, CappedBlock, FeedForwardBlock
 from petl_kernels.layers.boundaries import boundaries
 from petl_kernels.layers.frozen_linear import FrozenLinear
 from petl_kernels.layers.masks import as_added, is_causal
 from petl_kernels.layers.pieces import active_piece, is_plain
 from petl_kernels.layers.recompute import recomputed_by, recomputed_if
+from petl_kernels.layers.rotary import Rotary, rotated
 from petl_kernels.layers.source import cast_for_products
 from petl_kernels.methods.adapter import ParallelAdapter, ReadInput
 from petl_kernels.methods.lora import LoRALinear
 from petl_kernels.methods.pieces import Piece
 from petl_kernels.methods.prefix import Prefix
+from petl_kernels.models.transformers_names import OFFSET_NORMS
+from petl_kernels.ops.define import accumulate_dtype
 
 # The first tier that recomputes each kind of step.
 NORMS, PRODUCTS, SUMS = 1, 2, 3
@@ -41,21 +44,25 @@ NORMS, PRODUCTS, SUMS = 1, 2, 3
 class Attended:
     """Holds what the queries of one attention attend to.
 
-    source: (batch, source tokens, d), or None for self-attention. mask, bias: as the model gives them to its layers.
+    source: (batch, source tokens, d), or None for self-attention. mask, bias, or a rotation: as the model gives them
+    to its layers.
     """
 
     source: Tensor | None = None
     mask: Tensor | None = None
-    bias: Tensor | None = None
+    bias: Tensor | Rotary | None = None
 
 
 def attention_block(block: AttentionBlock, x: Tensor, attended: Attended, tier: int) -> tuple[Tensor, Tensor, Tensor]:
     """Returns h (batch, tokens, d), and k and v (batch, heads, tokens, head_dim) for a cache."""
     u = _input_of_products(block, x, tier)
     o, k, v = _attention(block, u, attended, tier)
-    o = _before(block.out, o)
+    o = o if isinstance(block, CappedBlock) else _before(block.out, o)
     piece = _piece_after(block.out)
-    if piece is None and is_plain(block.out):
+    if isinstance(block, CappedBlock):
+        y = _norm(block.post, linear(block.out, o, tier >= SUMS), tier)
+        h = ops.dropout_add(y, x, block.residual_dropout)
+    elif piece is None and is_plain(block.out):
         h = recomputed_if(tier >= SUMS, partial(_project_and_add, block), o, x, reads=(block.out,))
     else:
         recomputes = tier >= SUMS and is_plain(block.out)
@@ -77,6 +84,7 @@ def feed_forward_block(block: FeedForwardBlock, x: Tensor, tier: int) -> Tensor:
         recomputes = tier >= PRODUCTS
         hidden = [linear(module, u, recomputes) for module in block.inputs]
         y = linear(block.out, recomputed_if(recomputes, partial(_activate, block), *hidden))
+    y = y if block.post is None else _norm(block.post, y, tier)
     h = ops.dropout_add(y, x, block.residual_dropout)
     return h if block.pre_norm else _norm_and_adapt(block.norm, h, tier)
 
@@ -105,7 +113,11 @@ def _norm(norm: Any, x: Tensor, tier: int, then: Callable[[Tensor], Tensor] = la
 
     An RMSNorm of 16 bits returns 16 bits, also for a wider x.
     """
-    if isinstance(norm, nn.LayerNorm):
+    if type(norm).__name__ in OFFSET_NORMS:
+        weights = (1 + norm.weight.to(accumulate_dtype(norm.weight.dtype)),)
+        y, *statistics = ops.rms_norm_with_statistics(x, weights[0], norm.eps)
+        from_statistics, then = ops.rms_norm_from_statistics, partial(_narrowed, x.dtype, then)
+    elif isinstance(norm, nn.LayerNorm):
         y, *statistics = ops.layer_norm_with_statistics(x, norm.weight, norm.bias, norm.eps)
         from_statistics, weights = ops.layer_norm_from_statistics, _present(norm.weight, norm.bias)
     else:
@@ -131,7 +143,10 @@ def _narrowed(dtype: torch.dtype, then: Callable[[Tensor], Tensor], y: Tensor) -
 
 def _attention(block: AttentionBlock, u: Tensor, attended: Attended, tier: int) -> tuple[Tensor, Tensor, Tensor]:
     """Returns o (batch, tokens, heads · head_dim), k and v (batch, heads, tokens, head_dim)."""
+    if isinstance(block, CappedBlock):
+        return _capped_attention(block, u, attended, tier)
     mask, bias = attended.mask, attended.bias
+    assert not isinstance(bias, Rotary), "a block without a cap has no rotation"
     packed = boundaries(mask, attended.source is None)
     if packed is not None or is_causal(mask):
         mask = None  # the op has arguments for both
@@ -139,7 +154,7 @@ def _attention(block: AttentionBlock, u: Tensor, attended: Attended, tier: int) 
     causal = block.causal and mask is None and q.shape[2] > 1
     if mask is not None:
         mask, bias = as_added(block, mask, bias, q.dtype)
-    given = causal, block.scale, block.dropout, None, *_prefix(block, q)
+    given = causal, block.scale, block.dropout, None, *_prefix(block, q, block.heads)
     if packed is None:
         o = ops.attention(q, k, v, mask, bias, *given)
     else:  # a packed row's position bias is one by distance
@@ -147,15 +162,30 @@ def _attention(block: AttentionBlock, u: Tensor, attended: Attended, tier: int) 
     return o.transpose(1, 2).reshape(*u.shape[:-1], -1), k, v
 
 
+def _capped_attention(block: CappedBlock, u: Tensor, attended: Attended, tier: int) -> tuple[Tensor, Tensor, Tensor]:
+    raw = _projections(block, u, attended.source, tier)
+    q, k, v = (y.unflatten(-1, (-1, block.head_dim)).transpose(1, 2) for y in raw)
+    if isinstance(attended.bias, Rotary):
+        q, k = (recomputed_if(tier >= PRODUCTS, partial(_rotated, attended.bias), own) for own in (q, k))
+    mask = None if attended.mask is None else as_added(block, attended.mask, None, q.dtype)[0]
+    own = block.cap, block.scale, block.dropout, None, *_prefix(block, q, k.shape[1])
+    o = ops.capped_attention(q, k, v, mask, *own)
+    return o.transpose(1, 2).reshape(*u.shape[:-1], -1), k, v
+
+
+def _rotated(rotary: Rotary, x: Tensor) -> Tensor:
+    return rotated(x, rotary)
+
+
 def _heads(y: Tensor, heads: int) -> Tensor:
     return y.view(*y.shape[:-1], heads, -1).transpose(1, 2)
 
 
-def _prefix(block: AttentionBlock, q: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _prefix(block: AttentionBlock, q: Tensor, heads: int) -> tuple[Tensor | None, Tensor | None]:
     piece = active_piece(block.host)
     if not isinstance(piece, Prefix):
         return None, None
-    k, v = (own.to(q.dtype).view(-1, block.heads, q.shape[-1]) for own in piece.folded())
+    k, v = (own.to(q.dtype).view(-1, heads, q.shape[-1]) for own in piece.folded())
     return k, v
 
 

@@ -11,6 +11,7 @@ from typing import ClassVar
 
 from torch import nn
 
+from petl_kernels.errors import InputError
 from petl_kernels.methods.base import Method
 from petl_kernels.models.structure import describe
 
@@ -28,6 +29,9 @@ class CrossAttention(Method):
             if attention.kind == "cross"
             for path in (*attention.linears, attention.norm)
         ]
+        if not modules:  # T5Gemma 2 has one attention over both sides
+            name = type(model).__name__
+            raise InputError(f"cross-attention: {name} has none that stands alone; expected another method")
         return [
             f"{path}.{name}"
             for path in modules

@@ -6,7 +6,8 @@ Four families, told apart by what their layers hold and not by class, so that no
 - "t5": T5, ByT5, mT5, Aya-101, UMT5, MADLAD-400. ``block.i.layer.j`` with SelfAttention, EncDecAttention,
   DenseReluDense and RMSNorms.
 - "m4t": SeamlessM4T's text side and NLLB-MoE. ``layers.i`` with self_attn, cross_attention, ffn and LayerNorms.
-- "gemma": T5Gemma. ``layers.i`` with self_attn, cross_attn, mlp, and RMSNorms before and behind each block.
+- "gemma": T5Gemma. ``layers.i`` with self_attn, cross_attn, mlp, and RMSNorms before and behind each block. T5Gemma 2
+  has one attention in place of the two, and its text side is described alone.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from petl_kernels.models.transformers_names import feed_forward_norm, has_expert
 
 _EXPECTED = (
     "expected an encoder-decoder of the BART family (M2M-100, NLLB, mBART, Marian), "
-    "of the T5 family (T5, mT5, UMT5, MADLAD-400), NLLB-MoE, SeamlessM4T's text to text or T5Gemma"
+    "of the T5 family (T5, mT5, UMT5, MADLAD-400), NLLB-MoE, SeamlessM4T's text to text, T5Gemma or T5Gemma 2"
 )
 
 
@@ -128,10 +129,14 @@ def describe(model: nn.Module) -> Structure:
 
 
 def _find_stack(model: nn.Module, side: str, stack_name: str, part: str) -> str | None:
-    """Returns the path of the side's stack, whose layers have a module ``part``; None where there is none."""
+    """Returns the path of the side's stack, whose layers have a module ``part``; None where there is none.
+
+    Its name is that of the side, alone or behind "text_", or "text_model" inside of the side.
+    """
     for path, module in model.named_modules():
         stack = getattr(module, stack_name, None)
-        named = path.rpartition(".")[2].removeprefix("text_") == side
+        parent, _, name = path.rpartition(".")
+        named = name.removeprefix("text_") == side or (name == "text_model" and parent.rpartition(".")[2] == side)
         if named and isinstance(stack, nn.ModuleList) and len(stack) and hasattr(stack[0], part):
             return path
     return None

@@ -49,6 +49,7 @@ T5_NAMES = ("MT5", "T5")
 UMT5_NAMES = ("UMT5",)
 M4T_NAMES = ("SeamlessM4T", "SeamlessM4Tv2")
 NLLB_MOE_NAMES = ("NllbMoe",)
+T5GEMMA_NAMES = ("T5Gemma",)
 
 # Attributes that lean layers read of a layer and of its attentions, beside modules with parameters. A layer without one
 # of these stays plain, and ``pk.report`` names it (``lacking``).
@@ -59,6 +60,12 @@ T5_ATTENTION = (
 )  # fmt: skip
 T5_FEED_FORWARD = ("act", "dropout")
 M4T_NETWORK = ("act", "dropout")
+T5GEMMA_LAYER = ("dropout", "mlp")
+T5GEMMA_ATTENTION = ("scaling", "head_dim", "attention_dropout", "attn_logit_softcapping", "layer_idx")
+T5GEMMA_NETWORK = ("act_fn", "dropout")
+
+# Classes of norms that multiply by 1 + weight, in fp32, and return their input's dtype.
+OFFSET_NORMS = ("T5GemmaRMSNorm",)
 
 # Classes of position embeddings whose ``forward`` is known: it looks up, for each token, the row of its place in its
 # sentence in ``weight`` (behind ``offset`` rows), or as M2M-100 in ``weights``, where padding has a row of its own.
@@ -105,6 +112,8 @@ def activation_of(layer: Any) -> str:
     """Returns the ops' name for the activation of an encoder or decoder layer; "" for one that they do not have."""
     if hasattr(layer, "ffn"):
         return activation_name(layer.ffn.act)
+    if hasattr(layer, "mlp"):
+        return activation_name(layer.mlp.act_fn)
     function = getattr(layer, "activation_fn", None) or layer.layer[-1].DenseReluDense.act
     return activation_name(function)
 
@@ -298,6 +307,18 @@ def self_attention_caches(cache: Any) -> list[Any]:
         raise gone(f"{error.name} of {type(cache).__name__}", "counting the bytes of beam search (--memory)") from error
 
 
+def lengthen(layer: Any, length: int) -> None:
+    """Gives ``layer``, one of ``self_attention_caches``, room for ``length`` tokens, whose values are not set.
+
+    One with a sliding window holds as many as the window has beside the token that reads them.
+    """
+    if (window := getattr(layer, "sliding_window", None)) is not None:
+        layer.cumulative_length, length = length, min(length, window - 1)
+    for name in ("keys", "values"):
+        held = getattr(layer, name)
+        setattr(layer, name, held.new_empty(*held.shape[:2], length, held.shape[3]))
+
+
 def cache_field(output: type) -> str:
     """Returns the name of the cache in a model's output: ``past_key_values`` up to transformers 5.23, ``cache`` since.
 
@@ -327,9 +348,9 @@ def model_of(cls: type, config: Any, dtype: torch.dtype) -> nn.Module:
 
 
 # Classes whose forward, read line by line, takes the cross-entropy of its logits and labels, ``CrossEntropyLoss()``,
-# and nothing else of either, with the logits from ``lm_head`` and perhaps ``final_logits_bias``. NLLB-MoE may add its
-# routers' losses to it (``adds_losses``). True: with labels, it returns a cache where the config has it. A class that
-# is not here computes its loss in its own way.
+# and nothing else of either, with the logits from ``lm_head`` and perhaps ``final_logits_bias``, or with T5Gemma's cap.
+# NLLB-MoE may add its routers' losses to it (``adds_losses``). True: with labels, it returns a cache in training, where
+# the config has it. A class that is not here computes its loss in its own way.
 LOSSES = {
     "BartForConditionalGeneration": False,
     "BigBirdPegasusForConditionalGeneration": False,
@@ -349,8 +370,26 @@ LOSSES = {
     "SeamlessM4TForTextToText": False,
     "SeamlessM4Tv2ForTextToText": False,
     "T5ForConditionalGeneration": True,
+    "T5GemmaForConditionalGeneration": False,
     "UMT5ForConditionalGeneration": True,
 }
+
+
+def own_loss_function(model: nn.Module) -> bool:
+    """Returns whether somebody has given ``model`` a loss function in the place of transformers' (``loss_function``).
+
+    If that is gone, returns False.
+    """
+    return vars(model).get("_loss_function") is not None
+
+
+# Classes of output projections that are a module around a linear layer, ``out_proj``, and compute nothing else.
+HEADS = ("T5GemmaLMHead",)
+
+
+def head_linear(head: Any) -> Any:
+    """Returns the linear layer of an output projection: ``head``, or the one in it where it is one of ``HEADS``."""
+    return head if type(head) is nn.Linear or class_of(type(head).forward) not in HEADS else head.out_proj
 
 
 def forward_owner(cls: type) -> type:
@@ -419,6 +458,47 @@ def _shift_function(model: nn.Module) -> Callable:
     raise InputError(
         f"model {type(model).__name__}: no rule to make decoder inputs from labels; expected decoder_input_ids"
     )
+
+
+def sides(config: Any) -> tuple[Any, Any] | None:
+    """Returns the configurations of encoder and decoder where each has one (T5Gemma), else None."""
+    found = getattr(config, "encoder", None), getattr(config, "decoder", None)
+    return found if all(hasattr(own, "vocab_size") for own in found) else None
+
+
+def set_depth(config: Any, name: str, depth: int) -> None:
+    """Sets the number of layers, and with it the kinds of attention that T5Gemma names for each (``layer_types``)."""
+    setattr(config, name, depth)
+    kinds = getattr(config, "layer_types", None)
+    if kinds:
+        config.layer_types = [kinds[i % len(kinds)] for i in range(depth)]
+
+
+def target_words(config: Any) -> int:
+    """Returns how many words a model chooses among."""
+    both = sides(config)
+    return config.vocab_size if both is None else both[1].vocab_size
+
+
+def start_of_decoder(config: Any) -> int | None:
+    """Returns the id that T5Gemma's decoder begins with, ``decoder.bos_token_id``; None for other models."""
+    both = sides(config)
+    return None if both is None else both[1].bos_token_id
+
+
+def marks_of(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Returns the ids that ``tokenizer`` itself puts before and behind a text: its begin and end of a sentence."""
+    found = tokenizer("")["input_ids"]
+    before, behind = ([mark] if mark in found else [] for mark in (tokenizer.bos_token_id, tokenizer.eos_token_id))
+    return before, behind
+
+
+def has_words_like_languages(tokenizer: Any) -> bool:
+    """Returns whether pieces of words look like languages ("en_US" in Gemma's vocabulary, which has code as well).
+
+    Added tokens may be languages still.
+    """
+    return type(tokenizer).__name__.startswith("Gemma")
 
 
 def has_own_head(config: Any) -> bool:

@@ -8,6 +8,7 @@ from petl_kernels.dispatch import available_backends, backend_of, use
 from petl_kernels.ops.activation import activation
 from petl_kernels.ops.attention import attention
 from petl_kernels.ops.bottleneck_adapter import bottleneck_adapter
+from petl_kernels.ops.capped_attention import capped_attention
 from petl_kernels.ops.dropout_add import dropout_add
 from petl_kernels.ops.dropout_add_norm import dropout_add_norm
 from petl_kernels.ops.frozen_ffn import frozen_ffn
@@ -32,6 +33,7 @@ OPS = (
     "rms_norm",
     "frozen_ffn",
     "attention",
+    "capped_attention",
     "activation",
     "gated_activation",
     "dropout_add",
@@ -52,6 +54,7 @@ __all__ = [
     "available_backends",
     "backend_of",
     "bottleneck_adapter",
+    "capped_attention",
     "dropout_add",
     "dropout_add_norm",
     "frozen_ffn",

@@ -1,6 +1,6 @@
 """The vocabulary loss of hidden states, which never holds all of their logits.
 
-    z     = s · (h Wᵀ) + b                              one row a token
+    z     = cap(s · (h Wᵀ)) + b                         one row a token; cap(x) = t · tanh(x / t), or x without a t
     loss  = a · (-log p_y) + c · Σ_v (-log p_v)         with p = softmax(z), y the label
           = log Σ_v exp z_v - a · z_y - c · Σ_v z_v     since a + c·V = 1
 
@@ -9,21 +9,23 @@
     "fairseq"             1 - ε - c      ε / (V - 1)    ε over the V - 1 other words
 
     dz_v  = (p_v - c - a · [v = y]) · dloss
-    dh    = s · dz W
-    dW    = s · dzᵀ h
+    dx_v  = dz_v · (1 - tanh²)          of the logit below the cap; dz_v without one
+    dh    = s · dx W
+    dW    = s · dxᵀ h
     db    = Σ_rows dz           (dW and db with fp32 sums over chunks)
 
 h (..., d), W (V, d), labels (...) int64, b (V,) or (1, V) or None; h bf16, fp16, fp32 or fp64, W and b of any such
-dtype. The scale comes before the bias, as T5 scales its hidden states (by 1/√d) and has no bias. The loss is fp32
-(fp64 for fp64), logits are rounded to h's dtype as those of ``F.linear`` are, and all that follows them is fp32.
+dtype. The scale comes before the bias, as T5 scales its hidden states (by 1/√d) and has no bias. A
+cap t keeps logits between -t and t, as Gemma's are. The loss is fp32 (fp64 for fp64), logits are rounded to h's dtype
+as those of ``F.linear`` are, capped ones once more, and all that follows them is fp32.
 
 Rows whose label is ``ignore_index`` are taken out first: no work is done for them, their loss and gradient are 0. To
 find them, and labels that are out of range, the host waits for a CUDA device. With ``counted`` it does not: the first
 ``counted`` rows in the order (those that count, the others) are worked on, with a weight of 1 or 0.
 
 The rest goes one of two ways, each within `chunk_bytes` bytes of buffers:
-- a frozen, dense W of h's dtype, without bias and scale, by words (``ops/loss_by_words.py``): two products over blocks
-  of many rows and some words, at any memory;
+- a frozen, dense W of h's dtype, without bias, scale and cap, by words (``ops/loss_by_words.py``): two products over
+  blocks of many rows and some words, at any memory;
 - all else, and fp16, by rows (``ops/loss_by_rows.py``): some rows and all words at a time. `chunk_bytes` is 32 MiB by
   default, and on a CPU 256 rows if that is more: a product of few rows waits there for W, which each chunk reads from
   memory twice. A W of another dtype than h is cast block by block; one of h's dtype is faster. A frozen W may be
@@ -74,6 +76,7 @@ def linear_cross_entropy(
     smoothing: str = "uniform",
     chunk_bytes: int | None = None,
     counted: int | None = None,
+    softcap: float = 0.0,
 ) -> Tensor:
     """Returns the cross entropy of ``logit_scale · (hidden weightᵀ) + bias``; hidden (..., d), labels (...).
 
@@ -82,10 +85,11 @@ def linear_cross_entropy(
     some rows at a time; they are never smaller than one row. None: 32 MiB, on a CPU at least 256 rows. ``counted``: how
     many labels are not ``ignore_index``, or a larger number: the host then does not wait for a CUDA device, and a CUDA
     graph can hold the call. There a wrong label, or a number that is too small, is an assertion of the device and no
-    InputError.
+    InputError. ``softcap``: the t of the cap on the logits, 0 for none.
 
     Raises InputError: shapes that do not fit, devices that differ, labels that are neither words nor ``ignore_index``,
-    a label smoothing outside [0, 1], an unknown reduction or smoothing, fewer ``counted`` than there are.
+    a label smoothing outside [0, 1], an unknown reduction or smoothing, fewer ``counted`` than there are,
+    a softcap below 0.
     """
     words = weight.shape[0] if weight.dim() else 0
     if bias is not None and tuple(bias.shape) == (1, words):
@@ -93,10 +97,12 @@ def linear_cross_entropy(
     _check(hidden, weight, labels, bias, label_smoothing, reduction, smoothing)
     if counted is not None and (type(counted) is not int or counted < 0):
         raise InputError(f"{OP}: counted is {counted!r}: expected how many labels count, a whole number")
+    if not softcap >= 0:
+        raise InputError(f"{OP}: softcap is {softcap}: expected a number above 0, or 0 for none")
     needs = (torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias))
     chunk_bytes = _usual_chunk(hidden, words) if chunk_bytes is None else chunk_bytes
     counted = ALL_ROWS if counted is None else counted
-    options = float(label_smoothing), smoothing, float(logit_scale), ignore_index, chunk_bytes, counted
+    options = float(label_smoothing), smoothing, float(logit_scale), ignore_index, chunk_bytes, counted, float(softcap)
     tensors = hidden, parts_of(weight), labels, bias
     loss, *_ = torch.ops.petl.linear_cross_entropy(*tensors, *options, reduction, *needs, active())
     return loss
@@ -184,7 +190,7 @@ def compute(
         counting, share, count = _first_rows(row_labels, words, options, sums)
         row_labels = row_labels.clamp(0, words - 1)  # of a row without a share
         dlosses = share if dlosses is None else dlosses * share
-    if loss_by_words.serves(hidden, weight, bias, options.logit_scale, needs.weight):
+    if loss_by_words.serves(hidden, weight, bias, options.logit_scale, needs.weight, options.softcap):
         losses, dhidden = loss_by_words.compute(
             kernels.words, rows, weight[0], row_labels, counting, dlosses, options, gradient=needs.hidden
         )
@@ -253,13 +259,14 @@ def _forward(
     ignore_index: int,
     chunk_bytes: int,
     counted: int,
+    softcap: float,
     reduction: str,
     need_dhidden: bool,
     need_dweight: bool,
     need_dbias: bool,
     backend: str,
 ) -> tuple[Tensor, ...]:
-    options = LossOptions(label_smoothing, smoothing, logit_scale, ignore_index, chunk_bytes, counted)
+    options = LossOptions(label_smoothing, smoothing, logit_scale, ignore_index, chunk_bytes, counted, softcap)
     needs = Needs(need_dhidden, need_dweight, need_dbias)
     if _deferred(reduction, needs):
         needs = NOTHING
@@ -298,12 +305,13 @@ def _backward(
     ignore_index: int,
     chunk_bytes: int,
     counted: int,
+    softcap: float,
     need_dhidden: bool,
     need_dweight: bool,
     need_dbias: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    options = LossOptions(label_smoothing, smoothing, logit_scale, ignore_index, chunk_bytes, counted)
+    options = LossOptions(label_smoothing, smoothing, logit_scale, ignore_index, chunk_bytes, counted, softcap)
     needs = Needs(need_dhidden, need_dweight, need_dbias)
     dlosses = dlosses.reshape(-1).contiguous()
     kernels = kernels_of(hidden.device, backend, hidden.dtype)
@@ -395,7 +403,10 @@ def _finished(ctx: Any, dloss: Tensor, needs: Needs) -> tuple[Tensor | None, Ten
     )
 
 
-_OPTIONS = "float label_smoothing, str smoothing, float logit_scale, int ignore_index, int chunk_bytes, int counted"
+_OPTIONS = (
+    "float label_smoothing, str smoothing, float logit_scale, int ignore_index, int chunk_bytes, int counted, "
+    "float softcap"
+)
 _NEEDS = "bool need_dhidden, bool need_dweight, bool need_dbias"
 
 define(

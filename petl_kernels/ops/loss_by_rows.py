@@ -1,12 +1,14 @@
-"""The vocabulary loss chunk of rows by chunk of rows: for a trained or quantized table, biases, scales, and fp16.
+"""The vocabulary loss chunk of rows by chunk of rows: for a trained or quantized table, biases, scales, caps and fp16.
 
     z = s · (h Wᵀ) + b, losses, and dz in place of z        for all words of some rows at a time
+    z = t · tanh(s · (h Wᵀ) / t) + b                        with a cap; dz is multiplied by 1 - tanh², kept beside z
     dh = dz W,  dW += dzᵀ h,  db += Σ_rows dz               without the factor s
 
 The formulas are in ``ops/linear_cross_entropy.py``. One buffer holds a chunk's logits, and then, in place, dz:
-`chunk_bytes` bytes at most, but one row at least. dW is added up, and a W of another dtype than h is cast, for each
-chunk in blocks of words that take `chunk_bytes` / 4 more. Each product is over a multiple of 64 words, and the
-remaining words have one of their own (``aligned_parts``); dh is then summed in the wide dtype.
+`chunk_bytes` bytes at most, but one row at least; with a cap half of that, since what dz is multiplied by takes as
+much. dW is added up, and a W of another dtype than h is cast, for each chunk in blocks of words that take
+`chunk_bytes` / 4 more. Each product is over a multiple of 64 words, and the remaining words have one of their own
+(``aligned_parts``); dh is then summed in the wide dtype.
 
 Saves: nothing of its own (``ops/linear_cross_entropy.py``).
 Source: chunks by rows as in Liger (arXiv 2410.10989).
@@ -49,17 +51,22 @@ def compute(
     drows = rows.new_zeros(rows.shape) if needs.hidden else empty(rows)
     dweight = losses.new_zeros(words, d) if needs.weight else empty(losses)
     dbias = losses.new_zeros(words) if needs.bias else empty(losses)
-    block_bytes, factors = options.chunk_bytes // 4, (*options.weights(words), options.logit_scale)
-    for index, buffer in chunks(rows, counting, words, options.chunk_bytes):
+    block_bytes, cap, scale = options.chunk_bytes // 4, options.softcap, options.logit_scale
+    factors = (*options.weights(words), 1.0 if cap else scale)
+    for index, buffer in chunks(rows, counting, words, options.chunk_bytes // (2 if cap else 1)):
         chunk, chunk_dlosses = rows[index], None if dlosses is None else dlosses[index]
         _project(chunk, weight, block_bytes, buffer)
+        slopes = cap_logits(buffer, scale, cap, any(needs)) if cap else None
         losses[index] = kernel(buffer, labels[index], bias, *factors, chunk_dlosses, any(needs))
+        if needs.bias:
+            _add_bias_gradient(buffer, block_bytes, dbias)
+        if slopes is not None and (needs.hidden or needs.weight):
+            buffer.mul_(slopes)
+        slopes = None  # before the products
         if needs.hidden:
             drows[index] = _project_back(buffer, weight, chunk, block_bytes)
         if needs.weight:
             _add_weight_gradient(buffer, chunk, block_bytes, dweight)
-        if needs.bias:
-            _add_bias_gradient(buffer, block_bytes, dbias)
     return losses, drows, dweight, dbias
 
 
@@ -78,6 +85,22 @@ def chunks(
     for first in range(0, count, size):
         last = min(first + size, count)
         yield slice(first, last) if counting is None else counting[first:last], buffer[: last - first, :words]
+
+
+def cap_logits(logits: Tensor, scale: float, softcap: float, gradient: bool) -> Tensor | None:
+    """Writes softcap · tanh(scale · logits / softcap) into ``logits`` (rows, V).
+
+    gradient: returns the derivative 1 - tanh² (rows, V) in the dtype of logits, in which it is rounded once.
+    """
+    slopes = torch.empty_like(logits) if gradient else None
+    size = max(1, logits.shape[0] // 16)  # wide copies of a few rows, not of the chunk
+    for first in range(0, logits.shape[0], size):
+        rows = slice(first, first + size)
+        t = logits[rows].to(accumulate_dtype(logits.dtype), copy=True).mul_(scale / softcap).tanh_()
+        logits[rows] = t * softcap
+        if slopes is not None:
+            slopes[rows] = t.square_().neg_().add_(1)
+    return slopes
 
 
 # A backend has a kernel for everything between the products, over one chunk of logits.

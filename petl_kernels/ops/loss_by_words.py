@@ -64,10 +64,12 @@ class Blocks(NamedTuple):
     words: int
 
 
-def serves(hidden: Tensor, weight: list[Tensor], bias: Tensor | None, scale: float, trained: bool) -> bool:
+def serves(
+    hidden: Tensor, weight: list[Tensor], bias: Tensor | None, scale: float, trained: bool, softcap: float = 0.0
+) -> bool:
     """Returns whether a loss of these tensors goes this way."""
     fits = not is_quantized(weight) and weight[0].dtype == hidden.dtype and weight[0].stride(1) == 1
-    return fits and hidden.dtype != torch.float16 and bias is None and scale == 1 and not trained
+    return fits and hidden.dtype != torch.float16 and bias is None and scale == 1 and not softcap and not trained
 
 
 def blocks_of(

@@ -18,6 +18,7 @@ class LossOptions:
     ignore_index: int
     chunk_bytes: int
     counted: int
+    softcap: float = 0.0
 
     def weights(self, words: int) -> tuple[float, float]:
         """Returns a and c of the formula for a table of so many words."""

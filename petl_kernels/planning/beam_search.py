@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from petl_kernels.models.transformers_names import cache_in, self_attention_caches
+from petl_kernels.models.transformers_names import cache_in, lengthen, self_attention_caches
 from petl_kernels.planning import simulate
 from petl_kernels.planning.peak import Ledger
 
@@ -171,11 +171,8 @@ class _Steps:
         if len(self.peaks) == 2:
             for layer in self_attention_caches(cache_in(kwargs)):
                 self.token_bytes = 2 * layer.keys.nbytes // layer.keys.shape[2]
-                layer.keys, layer.values = self._grown(layer.keys), self._grown(layer.values)
+                lengthen(layer, self.length)
         self.ledger.peak = self.ledger.live
-
-    def _grown(self, cache: Tensor) -> Tensor:
-        return cache.new_empty(*cache.shape[:2], self.length, cache.shape[3])
 
 
 class _Answers(TorchDispatchMode):

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from petl_kernels.models.structure import Attention, Layer, Structure
-from petl_kernels.models.transformers_names import activation_of
+from petl_kernels.models.transformers_names import activation_of, head_linear
 from petl_kernels.ops.product import product_into
 from petl_kernels.planning.simulate import Batch
 
@@ -92,7 +92,7 @@ class Traffic:
 def model_work(model: nn.Module, structure: Structure) -> ModelWork:
     head = getattr(model, "lm_head", None)
     layers = tuple(_layer_work(model, structure, layer) for layer in structure.layers)
-    return ModelWork(layers, 0 if head is None else head.weight.numel())
+    return ModelWork(layers, 0 if head is None else head_linear(head).weight.numel())
 
 
 def _layer_work(model: nn.Module, structure: Structure, layer: Layer) -> LayerWork:

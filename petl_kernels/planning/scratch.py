@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from petl_kernels.ops import loss_by_words
+from petl_kernels.ops.capped_attention import chunk_slices
 from petl_kernels.ops.define import accumulate_dtype
 from petl_kernels.ops.frozen_ffn import chunk_rows
 from petl_kernels.ops.linear_cross_entropy import SCALED_BYTES
@@ -46,8 +47,8 @@ def scratch_bytes(function: OpOverload, args: tuple[Any, ...], device: str = "cp
 
 
 def _linear_cross_entropy(given: Given) -> int:
-    weight, scale = given["weight"], given["logit_scale"]
-    if loss_by_words.serves(given["hidden"], weight, given["bias"], scale, given["need_dweight"]):
+    weight, scale, cap = given["weight"], given["logit_scale"], given["softcap"]
+    if loss_by_words.serves(given["hidden"], weight, given["bias"], scale, given["need_dweight"], cap):
         return _loss_by_words(given)
     return _loss_by_rows(given)
 
@@ -66,19 +67,27 @@ def _loss_by_words(given: Given) -> int:
 def _loss_by_rows(given: Given) -> int:
     hidden, d, chunk_bytes = given["hidden"], given["hidden"].shape[-1], given["chunk_bytes"]
     rows, words = hidden.numel() // d, out_features(given["weight"], d)
-    size = min(rows, max(1, chunk_bytes // (words * hidden.itemsize)))
+    buffers = 2 if given["softcap"] else 1  # the derivative of a cap beside the logits
+    size = min(rows, max(1, chunk_bytes // buffers // (words * hidden.itemsize)))
     size = -(-rows // -(-rows // max(1, size)))
-    # the logits of a chunk and the gradient of its rows
-    total = size * (words + d) * hidden.itemsize
     sums = size * d * accumulate_dtype(hidden.dtype).itemsize
     block = max(1, min(words, chunk_bytes // 4 // (d * hidden.itemsize)))
-    total += max(_products(size, d, words, hidden.dtype), product_bytes(block, size, d, hidden.dtype))
+    products = max(_products(size, d, words, hidden.dtype), product_bytes(block, size, d, hidden.dtype))
     if is_quantized(given["weight"]):  # the logits of a block of words, or what it adds to the gradient
-        total += _tile(given, block * d, hidden)
-        return total + max(size * block * hidden.itemsize, sums + size * d * hidden.itemsize)
-    if given["weight"][0].dtype != hidden.dtype:  # a block in the dtype of hidden
-        total += block * d * hidden.itemsize
-    return total + sums  # over blocks of words in a wider dtype
+        products += _tile(given, block * d, hidden)
+        products += max(size * block * hidden.itemsize, sums + size * d * hidden.itemsize)
+    else:
+        if given["weight"][0].dtype != hidden.dtype:  # a block in the dtype of hidden
+            products += block * d * hidden.itemsize
+        products += sums  # over blocks of words in a wider dtype
+    # the logits of a chunk and the gradient of its rows
+    return size * (words + d) * hidden.itemsize + max(products, _cap(given, size * words))
+
+
+def _cap(given: Given, logits: int) -> int:
+    """Counts the derivative of a cap on so many logits, and two wide copies of a few rows."""
+    dtype = given["hidden"].dtype
+    return logits * dtype.itemsize + 2 * -(-logits // 16) * accumulate_dtype(dtype).itemsize if given["softcap"] else 0
 
 
 def _products(rows: int, k: int, n: int, dtype: torch.dtype) -> int:
@@ -210,6 +219,18 @@ def _attention(given: Given, buffers: int = 1) -> int:
     return torch.get_num_threads() * buffers * own * accumulate_dtype(q.dtype).itemsize
 
 
+def _capped_attention(given: Given, buffers: int = 3) -> int:
+    """Counts the scores of a chunk, the cap's derivative and probabilities, and their gradients; and its rows."""
+    q, k, prefix = given["q"], given["k"], given["prefix_k"]
+    columns, shared = k.shape[2] + (0 if prefix is None else prefix.shape[0]), q.shape[1] // k.shape[1]
+    sentences, parts = next(chunk_slices(q.shape[0], shared, q.shape[2], columns))
+    rows = (sentences.stop - sentences.start) * shared * (parts[0].stop - parts[0].start)
+    buffers += 2 if given["dropout"] else 0
+    sums = accumulate_dtype(q.dtype).itemsize
+    keys = (sentences.stop - sentences.start) * columns
+    return (rows * columns * buffers + (4 * rows + 6 * keys) * q.shape[3]) * sums
+
+
 def _bottleneck_adapter(given: Given) -> int:
     x, down = given["x"], given["down"]
     rows = x.numel() // x.shape[-1]
@@ -238,6 +259,8 @@ _RULES: dict[str, Callable[[Given], int]] = {
     "parallel_ffn_backward": _parallel_ffn_backward,
     "attention": _attention,
     "attention_backward": lambda given: _attention(given, 2),
+    "capped_attention": _capped_attention,
+    "capped_attention_backward": lambda given: _capped_attention(given, 5),
     "bottleneck_adapter": _bottleneck_adapter,
     "bottleneck_adapter_backward": _bottleneck_adapter_backward,
 }

@@ -26,7 +26,7 @@ from petl_kernels.layers.mixed_in import original_class
 from petl_kernels.methods.adapt import adapt
 from petl_kernels.methods.owner import active_name, records
 from petl_kernels.models.structure import all_modules
-from petl_kernels.models.transformers_names import drop_no_layer, model_of
+from petl_kernels.models.transformers_names import drop_no_layer, model_of, set_depth, sides
 from petl_kernels.planning.peak import Ledger
 from petl_kernels.step.gradients import RoundedGradients
 from petl_kernels.weights.quantized import quantize_model, storages_of
@@ -76,8 +76,8 @@ def shallow(
     ``model`` holds in 8 or 4 bits already stays so.
     """
     config = copy.deepcopy(model.config)
-    for name, depth in zip(_depth_names(config), (encoder, decoder), strict=True):
-        setattr(config, name, depth)
+    for (own, name), depth in zip(_depths(config), (encoder, decoder), strict=True):
+        set_depth(own, name, depth)
     no_layerdrop(config)  # drawn layer by layer, and the worst step drops none
     like = model_of(original_class(type(model)), config, torch.float32)
     given = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
@@ -200,14 +200,17 @@ def set_tiers(model: nn.Module, tiers: Sequence[int], device: str = "cpu") -> No
 
 def depths(config: Any) -> tuple[int, int]:
     """Returns the numbers of layers of encoder and decoder."""
-    encoder, decoder = _depth_names(config)
-    return int(getattr(config, encoder)), int(getattr(config, decoder))
+    (encoder, first), (decoder, second) = _depths(config)
+    return int(getattr(encoder, first)), int(getattr(decoder, second))
 
 
-def _depth_names(config: Any) -> tuple[str, str]:
-    for names in _DEPTHS:
-        if all(getattr(config, name, None) is not None for name in names):
-            return names
+def _depths(config: Any) -> tuple[tuple[Any, str], tuple[Any, str]]:
+    """Returns (the configuration, the name in it) of the number of layers, for encoder and decoder."""
+    if (both := sides(config)) is not None:
+        return (both[0], "num_hidden_layers"), (both[1], "num_hidden_layers")
+    for encoder, decoder in _DEPTHS:
+        if getattr(config, encoder, None) is not None and getattr(config, decoder, None) is not None:
+            return (config, encoder), (config, decoder)
     raise InputError(f"config of {type(config).__name__}: no numbers of layers; expected an encoder-decoder's")
 
 
@@ -240,7 +243,7 @@ def _set_rates(like: nn.Module, model: nn.Module) -> None:
     modules = dict(all_modules(model))
     for path, module in all_modules(like):
         known = modules.get(path, modules.get(_LAYER.sub(r"\1.0.", path + ".")[:-1]))
-        for rate in ("p", "dropout", "stored_dropout", "activation_dropout"):
+        for rate in ("p", "dropout", "attention_dropout", "stored_dropout", "activation_dropout"):
             value = getattr(known, rate, None)
-            if isinstance(value, float) and isinstance(vars(module).get(rate), float):
+            if isinstance(value, float) and isinstance(vars(module).get(rate), (int, float)):
                 setattr(module, rate, value)

@@ -10,6 +10,7 @@ from petl_kernels.errors import InputError
 from petl_kernels.layers.lean import LeanLayer, narrow
 from petl_kernels.methods.owner import records
 from petl_kernels.models.structure import base_modules
+from petl_kernels.models.transformers_names import head_linear
 from petl_kernels.ops.quantized import STORAGES, QuantizedTensor, quantize
 
 
@@ -69,6 +70,7 @@ def storages_of(model: nn.Module) -> tuple[str, str]:
 def is_table(model: nn.Module, owners: list[nn.Module]) -> bool:
     """Returns whether the weight that ``owners`` hold is one of token embeddings or of the output projection."""
     head = getattr(model, "lm_head", None)
+    head = None if head is None else head_linear(head)
     return any(isinstance(owner, nn.Embedding) or owner is head for owner in owners)
 
 

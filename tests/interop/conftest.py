@@ -11,6 +11,7 @@ import pytest
 import sentencepiece
 import torch
 import transformers
+from tokenizers import processors
 
 WORDS = """the a house tree dog cat runs sees big small red blue over under river stone bread water sun moon
 ein eine Haus Baum Hund Katze läuft sieht groß klein rot blau über unter Fluss Stein Brot Wasser Sonne Mond
@@ -83,6 +84,17 @@ def make_tokenizer(family: str, folder: Path):
         return transformers.MarianTokenizer(str(source), str(target), str(folder / "vocab.json"))
     if family == "byt5":
         return transformers.ByT5Tokenizer()
+    if family == "t5gemma":
+        pieces = pieces_of(train_pieces(folder / "pieces.model", model_type="bpe"))[3:]
+        marks = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "en_US", "zh_CN"]  # two pieces of words, as Gemma has
+        vocabulary = {word: i for i, word in enumerate([*marks, *pieces])}
+        cuts = [(piece[:cut], piece[cut:]) for piece in pieces for cut in range(1, len(piece))]
+        merges = [pair for pair in cuts if vocabulary.keys() >= set(pair)]
+        tokenizer = transformers.GemmaTokenizer(vocab=vocabulary, merges=merges)
+        tokenizer.add_tokens(["<start_of_turn>", "<unused0>"], special_tokens=True)
+        begin = processors.TemplateProcessing("<bos> $A", "<bos> $A <bos> $B", [("<bos>", 2)])
+        tokenizer.backend_tokenizer.post_processor = begin
+        return tokenizer
     tags = ["<2en>", "<2sw>", "<2de>"] if family == "madlad" else []
     train_pieces(
         folder / "spiece.model", pad_id=0, eos_id=1, unk_id=2, bos_id=-1, user_defined_symbols=tags, vocab_size=95
@@ -126,6 +138,21 @@ def make_model(family: str, vocab_size: int, layers: int = 1, seed: int = 0):
     elif family.startswith("marian"):
         ids = {"pad_token_id": vocab_size - 1, "decoder_start_token_id": vocab_size - 1, "eos_token_id": 0}
         model = transformers.MarianMTModel(transformers.MarianConfig(**bart | ids))
+    elif family == "t5gemma":
+        stack = {
+            "vocab_size": vocab_size,
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 6,
+            "query_pre_attn_scalar": 6,
+            "sliding_window": 3,
+            "initializer_range": 0.2,
+        }
+        config = transformers.T5GemmaConfig(encoder=dict(stack), decoder=dict(stack), vocab_size=vocab_size)
+        model = transformers.T5GemmaForConditionalGeneration(config)
     else:
         shape = {
             "vocab_size": vocab_size,
@@ -162,7 +189,7 @@ def spread(model):
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:
                 parameter.add_(0.2 * torch.randn_like(parameter))
-            elif "T5" in type(model).__name__ and "relative" not in name:  # no d^-0.5 in its attention
+            elif "T5For" in type(model).__name__ and "relative" not in name:  # no d^-0.5 in its attention
                 parameter.copy_(0.2 * torch.randn_like(parameter))
         if hasattr(model, "final_logits_bias"):
             model.final_logits_bias.normal_()

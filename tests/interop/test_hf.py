@@ -29,7 +29,7 @@ def refused(path, *words):
     assert all(str(word) in str(error.value) for word in (path, *words)), str(error.value)
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "t5-tied", "mt5", "umt5", "byt5", "nllb-moe", "seamless"])
+@pytest.mark.parametrize("family", [*FAMILIES, "t5-tied", "mt5", "umt5", "byt5", "nllb-moe", "seamless", "t5gemma"])
 def test_loads_what_transformers_saved(checkpoint, family):
     model, tokenizer, path = checkpoint(family)
     loaded, loaded_tokenizer = load_pretrained(path)

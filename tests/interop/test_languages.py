@@ -121,7 +121,28 @@ def test_seamless_has_languages_of_three_letters(make):
     assert LanguagePair(model, tokenizer, "en", "zh-TW").tgt_token == "__cmn_Hant__"
 
 
-@pytest.mark.parametrize("family", ["m2m100", "nllb", "nllb-moe", "mbart50", "marian", "madlad", "umt5", "byt5"])
+def test_t5gemma_begins_a_source_and_ends_a_target(make):
+    """Its vocabulary has words that look like mBART's languages; what is reserved is text like any other."""
+    model, tokenizer = make("t5gemma")
+    pair = LanguagePair(model, tokenizer, "en", "sw")
+    assert (pair.src_token, pair.tgt_token) == (None, None) and "en_US" in tokenizer.get_vocab()
+    texts = ["the big dog", "Haus groß  rot", "en_US", ""]
+    assert pair.encode_source(texts) == tokenizer(texts)["input_ids"] and pair.encode_source([""]) == [[2]]
+    assert pair.encode_target(texts) == [[*row[1:], 1] for row in tokenizer(texts)["input_ids"]]
+    (row,) = pair.encode_target(["a <eos> dog<start_of_turn> <unused0> <pad>"])
+    assert row[-1] == 1 and not set(tokenizer.added_tokens_decoder) - {3} & set(row[:-1])
+    labels = torch.tensor(pair.encode_target(["the dog"]))
+    start = model.prepare_decoder_input_ids_from_labels(labels)[0, 0]
+    assert pair.generate_kwargs() == {"decoder_start_token_id": start} == {"decoder_start_token_id": 2}
+    model.config.decoder.bos_token_id = None
+    with pytest.raises(InputError, match="its decoder's config has no bos_token_id; expected one"):
+        LanguagePair(model, tokenizer, "en", "sw")
+
+
+DECODED = ["m2m100", "nllb", "nllb-moe", "mbart50", "marian", "madlad", "umt5", "byt5", "t5gemma"]
+
+
+@pytest.mark.parametrize("family", DECODED)
 def test_decode_gives_the_text_back(make, family):
     model, tokenizer = make(family)
     pair = LanguagePair(model, tokenizer, "en", "de")

@@ -21,6 +21,7 @@ from petl_kernels.models.transformers_names import LOSSES
 from .loss_models import WORDS, assert_same_gradients, gradients, labelled, tiny
 
 M2M, MBART = "M2M100ForConditionalGeneration", "MBartForConditionalGeneration"
+T5GEMMA = "T5GemmaForConditionalGeneration"
 
 
 def lean_and_plain(name: str, cls: type | None = None) -> tuple[nn.Module, nn.Module]:
@@ -191,6 +192,55 @@ def test_options_are_those_of_cross_entropy(smoothing, reduction, head):
     assert_same_gradients(gradients(lean, found.loss.sum()), gradients(plain, expected.sum()))
     assert list(found) == list(output)
     torch.testing.assert_close(lean(**labelled(), **options, return_dict=False)[:2], (found.loss, output.logits))
+
+
+@pytest.mark.parametrize("head", ["plain", "hooked", "hooked inside", "own loss function"])
+@pytest.mark.parametrize(("smoothing", "reduction"), [(0.3, "sum"), (0.3, "mean"), (0.0, "none")])
+def test_options_with_capped_logits(smoothing, reduction, head):
+    lean, plain = lean_and_plain(T5GEMMA)
+    lean.config.decoder.final_logit_softcapping = plain.config.decoder.final_logit_softcapping = 0.8
+    if head != "own loss function":
+        del lean._loss_function
+    if head.startswith("hooked"):
+        hooked = lean.lm_head if head == "hooked" else lean.lm_head.out_proj
+        hooked.register_forward_hook(lambda *_: None)
+        assert loss_states(lean) == [(lean, False, "a hook on lm_head")]
+    options = {"label_smoothing": smoothing, "reduction": reduction}
+    labels = labelled()["labels"]
+    found, output = lean(**labelled(), **options), plain(**labelled())
+    assert output.logits.abs().max() < 0.8
+    expected = F.cross_entropy(output.logits.flatten(0, 1), labels.flatten(), **options)
+    expected = expected.view(labels.shape) if reduction == "none" else expected
+    torch.testing.assert_close(found.loss, expected.to(found.loss.dtype))
+    assert_same_gradients(gradients(lean, found.loss.sum()), gradients(plain, expected.sum()))
+    torch.testing.assert_close(found.logits, output.logits)
+
+
+def test_a_mean_over_the_items_of_several_batches():
+    """transformers' Trainer gives their number to models that take it."""
+    lean, plain = lean_and_plain(T5GEMMA)
+    del lean._loss_function
+    expected = plain(**labelled()).loss * 6 / 10
+    found = lean(**labelled(), num_items_in_batch=10).loss
+    torch.testing.assert_close(found, expected.float())
+    assert_same_gradients(gradients(lean, found), gradients(plain, expected))
+    with pytest.raises(InputError, match="^reduction: beside num_items_in_batch, which divides a sum; expected one"):
+        lean(**labelled(), num_items_in_batch=10, reduction="sum")
+
+
+@pytest.mark.parametrize("change", ["+ 1", "* 2", "/ 2", "tanh"])
+def test_other_steps_than_a_cap_read_the_logits(change, monkeypatch):
+    """The loss of logits that something else was done to is that of the values."""
+
+    def other(logits, labels, vocab_size, **kwargs):
+        changed = {"+ 1": logits + 1, "* 2": logits * 2, "/ 2": logits / 2, "tanh": torch.tanh(logits)}[change]
+        return F.cross_entropy(changed.view(-1, vocab_size), labels.view(-1))
+
+    lean, plain = lean_and_plain(T5GEMMA)
+    lean.loss_function = plain.loss_function = other
+    found, expected = lean(**labelled()).loss, plain(**labelled()).loss
+    torch.testing.assert_close(found, expected)
+    assert_same_gradients(gradients(lean, found), gradients(plain, expected))
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])

@@ -21,7 +21,7 @@ from .conftest import FAMILIES, logits
 _C = pytest.importorskip("petl_kernels._C")
 
 
-@pytest.fixture(params=[*FAMILIES, "t5-tied", "madlad", "umt5"])
+@pytest.fixture(params=[*FAMILIES, "t5-tied", "madlad", "umt5", "t5gemma"])
 def saved(request, make, tmp_path):
     model, tokenizer = make(request.param)
     model.save_pretrained(tmp_path)

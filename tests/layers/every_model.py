@@ -109,6 +109,19 @@ SETTINGS = {
     | {"router_jitter_noise": 0.0},
     "t5": {**_T5, "feed_forward_proj": "gated-gelu"},
     "t5gemma": {"encoder": _STACK, "decoder": {**_STACK, "cross_attention_hidden_size": 16}, "vocab_size": WORDS},
+    "t5gemma2": {
+        "encoder": {
+            "text_config": _STACK,
+            "vision_config": {
+                **{"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1},
+                **{"image_size": 8, "patch_size": 4},
+            },
+            "mm_tokens_per_image": 4,
+            **{f"{name}_index": WORDS - 1 - i for i, name in enumerate(("image_token", "boi_token", "eoi_token"))},
+        },
+        "decoder": _STACK,
+        **{"image_token_index": WORDS - 1, "eoi_token_index": WORDS - 3},
+    },
     "umt5": _T5,
     "whisper": {**_SOUND, "max_source_positions": SOURCE},
 }  # fmt: skip
@@ -122,7 +135,6 @@ UNTRIED = {
     "speech-encoder-decoder": _SPEECH,
     "pop2piano": "music: T5's layers under another name, which stay as they are",
     "speecht5": _SPEECH,
-    "t5gemma2": "pictures too, with an encoder of its own",
     **dict.fromkeys(
         (
             "audioflamingo3", "canary", "cohere_asr", "dia", "fun_asr_nano", "glmasr", "granite_speech",

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import inspect
+import sys
 import types
 
 import torch
+import torch.nn.functional as F
 from methods.models import build
 from torch import Tensor, nn
+from transformers.models.t5gemma import modeling_t5gemma
 
 import petl_kernels as pk
 from petl_kernels.layers.lean import LeanLayer
@@ -34,22 +37,51 @@ def adapted(family: str, method: str, attention: str = "sdpa", dtype=torch.float
 
 
 def exact_rms_norms(model: nn.Module) -> None:
-    """Makes T5's norms exact: they take the mean square in fp32, in float64 too.
+    """Makes the norms of T5 and T5Gemma exact: they take the mean square in fp32, in float64 too.
 
     The norms of this model get a forward that is, and is the same in fewer bits; other models keep transformers' own.
+    T5Gemma's probabilities and logits are in fp32 as well: this model's are not.
     """
     for module in model.modules():
-        if hasattr(module, "variance_epsilon") and type(module) not in _exact.values():
+        is_norm = hasattr(module, "variance_epsilon") or type(module).__name__ in _GEMMA_NORMS
+        if is_norm and type(module) not in _exact.values():
             cls = type(module)
             module.__class__ = _exact[cls] = _exact.get(cls) or _with_exact_forward(cls)
+        if type(module).__name__ in ("T5GemmaSelfAttention", "T5GemmaCrossAttention"):
+            module.attends_exactly = True
+            sys.modules[type(module).__module__].eager_attention_forward = _gemma_attention
+    if type(model).__name__ in ("T5GemmaForConditionalGeneration", "T5Gemma2ForConditionalGeneration"):
+        model.loss_function = _exact_loss
 
 
+def _exact_loss(logits: Tensor, labels: Tensor, vocab_size: int, **kwargs) -> Tensor:
+    return F.cross_entropy(logits.view(-1, vocab_size), labels.view(-1))
+
+
+_own_gemma_attention = modeling_t5gemma.eager_attention_forward
+
+
+def _gemma_attention(module, query, key, value, attention_mask, **kwargs):
+    """T5Gemma's attention function, with the softmax in the dtype of the scores for modules that are to be exact."""
+    if not getattr(module, "attends_exactly", False) or query.dtype != torch.float64:
+        return _own_gemma_attention(module, query, key, value, attention_mask, **kwargs)
+    shared, cap = query.shape[1] // key.shape[1], kwargs["softcap"]
+    key, value = (own.repeat_interleave(shared, 1) for own in (key, value))
+    scores = query @ key.mT * kwargs["scaling"]
+    scores = scores if cap is None else cap * torch.tanh(scores / cap)
+    weights = (scores if attention_mask is None else scores + attention_mask).softmax(-1)
+    output = F.dropout(weights, kwargs["dropout"], module.training) @ value
+    return output.transpose(1, 2), weights
+
+
+_GEMMA_NORMS = ("T5GemmaRMSNorm", "T5Gemma2RMSNorm")
 _exact: dict[type, type] = {}  # by transformers' own
 
 
 def _with_exact_forward(cls: type) -> type:
     """Returns a subclass that passes for code of transformers: lean layers step aside for any other."""
-    code = _exact_rms_norm.__code__.replace(co_filename=inspect.getfile(cls))
+    function = _exact_gemma_norm if cls.__name__ in _GEMMA_NORMS else _exact_rms_norm
+    code = function.__code__.replace(co_filename=inspect.getfile(cls))
     forward = types.FunctionType(code, globals(), "forward")
     forward.__qualname__ = f"{cls.__name__}.forward"
     members = {"__module__": cls.__module__, "forward": forward, "__reduce_ex__": _reduced}
@@ -71,6 +103,12 @@ def _exact_rms_norm(self, x: Tensor) -> Tensor:
     if self.weight.dtype in (torch.float16, torch.bfloat16):
         normalised = normalised.to(self.weight.dtype)
     return self.weight * normalised
+
+
+def _exact_gemma_norm(self, x: Tensor) -> Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    gain = 1 + self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps) * gain).type_as(x)
 
 
 def ragged(model: nn.Module, side: str = "right", rows: int = 3) -> dict[str, Tensor]:

@@ -16,8 +16,8 @@ from .every_model import SETTINGS, UNTRIED, WORDS, build, classes, inputs_of, sh
 from .lean_cases import step, worst
 
 LEAN = {
-    "bart", "blenderbot", "blenderbot-small", "m2m_100", "marian", "mbart", "mt5", "nllb-moe", "pegasus",
-    "plbart", "seamless_m4t", "seamless_m4t_v2", "speech_to_text", "t5", "umt5", "whisper",
+    "bart", "blenderbot", "blenderbot-small", "m2m_100", "marian", "mbart", "mt5", "nllb-moe", "pegasus", "plbart",
+    "seamless_m4t", "seamless_m4t_v2", "speech_to_text", "t5", "t5gemma", "umt5", "whisper",
 }  # fmt: skip
 PARTLY = {"pegasus_x"}  # the decoder
 

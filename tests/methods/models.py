@@ -19,12 +19,14 @@ from transformers import (
     SeamlessM4TForTextToText,
     T5Config,
     T5ForConditionalGeneration,
+    T5GemmaConfig,
+    T5GemmaForConditionalGeneration,
     UMT5Config,
     UMT5ForConditionalGeneration,
 )
 
 FAMILIES = ("m2m100", "mbart", "marian", "t5")
-RELATIVES = ("bart", "mt5", "umt5", "seamless")  # of the same structure in other classes
+RELATIVES = ("bart", "mt5", "umt5", "seamless", "t5gemma")  # of the same structure in other classes
 _BART = {
     "vocab_size": 99,
     "d_model": 32,
@@ -41,6 +43,20 @@ _BART = {
     "decoder_layerdrop": 0.0,
     "init_std": 0.15,
     "scale_embedding": True,
+}
+_GEMMA = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "intermediate_size": 56,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "query_pre_attn_scalar": 12,
+    "sliding_window": 3,
+    "attn_logit_softcapping": 2.0,
+    "final_logit_softcapping": 5.0,
+    "initializer_range": 0.15,
 }
 
 
@@ -75,6 +91,12 @@ def build(family: str, attention: str = "sdpa", **settings):
         given = {names.get(name, name): value for name, value in {**_BART, **settings}.items()}
         model = SeamlessM4TForTextToText(
             SeamlessM4TConfig(**given, pad_token_id=1, activation_dropout=0.0, attn_implementation=attention)
+        )
+    elif family == "t5gemma":  # always with its eager attention; the first layer of a side has a window of three tokens
+        stack = {**_GEMMA, **settings}
+        rates = {name: stack.pop(name) for name in ("dropout_rate", "attention_dropout") if name in stack}
+        model = T5GemmaForConditionalGeneration(
+            T5GemmaConfig(encoder=dict(stack), decoder=dict(stack), vocab_size=stack["vocab_size"], **rates)
         )
     else:
         config_class, model_class = {

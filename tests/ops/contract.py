@@ -15,8 +15,8 @@ CPU = torch.device("cpu")
 BACKENDS = [name for name in ("reference", "cpu") if dispatch.load_error(name) is None]
 # The backends for ``assert_parity``. The reference is compared with itself, and runs beside that of the kernels, too.
 HELD = BACKENDS if BACKENDS == ["reference"] else [*BACKENDS[1:], pytest.param("reference", marks=pytest.mark.repeat)]
-# Ops that have no C++ kernel: no layer runs them on a CPU unless a test forces it.
-FOR_CARDS = ("lora_border",)
+# Ops that have no C++ kernel: no layer runs them on a CPU unless a test forces it, or plain PyTorch serves.
+FOR_CARDS = ("lora_border", "capped_attention")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

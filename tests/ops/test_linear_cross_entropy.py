@@ -27,7 +27,8 @@ DEFAULTS = (
     -100,
     400,
     -1,
-)  # label_smoothing, smoothing, logit_scale, ignore_index, chunk_bytes, counted
+    0.0,
+)  # label_smoothing, smoothing, logit_scale, ignore_index, chunk_bytes, counted, softcap
 
 
 def arguments_of(dtype, seed=0, **options) -> dict:
@@ -62,6 +63,45 @@ def test_values_and_gradients(backend, dtype, rows, smoothing, words, bias):
     smooth = {"label_smoothing": 0.0} if smoothing == "no" else {"smoothing": smoothing}
     options = {"words": words, "bias": bias, "logit_scale": 0.7, "dlosses": words == 131, "chunk_rows": 50}
     contract.assert_parity(OP, backend, arguments_of(dtype, rows=rows, **options, **smooth))
+
+
+@pytest.mark.parametrize("backend", contract.HELD)
+@pytest.mark.parametrize("dtype", contract.DTYPES, ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_capped_logits(backend, dtype, bias):
+    """t · tanh(z / t), with logits on both sides of the cap."""
+    options = {"rows": (3, 11), "words": 131, "bias": bias, "softcap": 1.5, "logit_scale": 0.7, "chunk_rows": 9}
+    contract.assert_parity(OP, backend, arguments_of(dtype, **options))
+
+
+@pytest.mark.parametrize("smoothing", ["uniform", "fairseq"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("trained", ["hidden", "hidden weight bias"])
+def test_capped_logits_are_the_formula(reduction, smoothing, trained):
+    """In float64, with the table frozen, too: it goes by rows then."""
+    tensors, labels = leaves_of(contract.source(FP64))
+    labels[0, 1] = -100
+    for name in trained.split():
+        tensors[name].requires_grad_()
+    bias = tensors["bias"] if "bias" in trained else None
+    hidden, weight, cap = tensors["hidden"], tensors["weight"], 0.7
+    logits = cap * torch.tanh(F.linear(hidden, weight) / cap)
+    eye = torch.eye(13, dtype=FP64)
+    options = {"label_smoothing": 0.2, "smoothing": smoothing, "reduction": reduction}
+    expected = loss_of(logits, eye, labels, bias, **options)
+    found = ops.linear_cross_entropy(hidden, weight, labels, bias, softcap=cap, chunk_bytes=400, **options)
+    torch.testing.assert_close(found, expected)
+    leaves = [tensors[name] for name in trained.split()]
+    dloss = torch.randn_like(expected)
+    for one, other in zip(*(torch.autograd.grad(loss, leaves, dloss) for loss in (found, expected)), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_cap_of_logits_below_zero():
+    hidden, weight, labels = torch.randn(7, 4), torch.randn(11, 4), torch.arange(7)
+    for cap in (-1.0, float("nan")):
+        with pytest.raises(InputError, match="^linear_cross_entropy: softcap is .*: expected a number above 0"):
+            ops.linear_cross_entropy(hidden, weight, labels, softcap=cap)
 
 
 @pytest.mark.parametrize("backend", contract.HELD)

@@ -220,6 +220,7 @@ def test_what_goes_by_rows():
     assert not loss_by_words.serves(hidden, [weight], None, 1.0, True)
     assert not loss_by_words.serves(hidden, [weight], torch.zeros(9), 1.0, False)
     assert not loss_by_words.serves(hidden, [weight], None, 0.5, False)
+    assert not loss_by_words.serves(hidden, [weight], None, 1.0, False, 30.0)
     assert not loss_by_words.serves(hidden, [weight.bfloat16()], None, 1.0, False)
     assert not loss_by_words.serves(hidden.to(half), [weight.to(half)], None, 1.0, False)
     assert not loss_by_words.serves(hidden, [torch.randn(8, 9).T], None, 1.0, False)

@@ -38,7 +38,7 @@ LANGUAGES = {
     "mbart25": ("en_XX", "de_DE"),
 }
 CHECKPOINTS = ["nllb", "nllb-moe", "mbart50", "mbart25", "marian", "marian-separate"]
-CHECKPOINTS += ["t5", "t5-tied", "umt5", "byt5", "seamless"]
+CHECKPOINTS += ["t5", "t5-tied", "umt5", "byt5", "seamless", "t5gemma"]
 # Their losses, languages and tables are in the other tests; the run is that of another.
 MARKS = dict.fromkeys(("mbart25", "marian-separate", "t5-tied", "umt5"), pytest.mark.repeat)  # as others are
 MARKS |= dict.fromkeys(("byt5", "nllb-moe", "seamless"), pytest.mark.slow)
@@ -126,6 +126,27 @@ def test_lora_from_text_to_a_merged_folder(checkpoint, pair, tmp_path, precision
     assert len(hypotheses) == 40 and not any("<" in line or "__" in line for line in hypotheses)
     assert main(["merge", "--run", str(tmp_path / "run"), "--out", str(tmp_path / "merged")]) == 0
     AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "merged")
+
+
+@pytest.mark.parametrize("checkpoint", ["t5gemma"], indirect=True, scope="module")
+def test_t5gemma_under_a_budget(checkpoint, pair, tmp_path, capsys):
+    """Its configuration is nested: a plan from the config alone; a run that is planned, translates and is scored."""
+    config = (Path(checkpoint[0]) / "config.json").read_text()
+    (tmp_path / "config.json").write_text(config)
+    given = ["--method", "lora", "--method-arg", "rank=2", "--memory", "3MiB", "--batch-tokens", "240"]
+    given += ["--max-length", "60", "--tier", "3", "--beam", "2"]
+    plan = ["plan", "--model", str(tmp_path / "config.json"), "--device", "cpu", "--json", str(tmp_path / "plan.json")]
+    assert main([*plan, *given]) == 0 and "frozen weights" in capsys.readouterr().out
+    config = TrainConfig(
+        model=str(checkpoint[0]), out=str(tmp_path / "run"), train=[pair], method="lora", method_args={"rank": 2},
+        steps=3, batch_tokens=240, max_length=60, lr=3e-3, beam=2, memory="3MiB", tier=3, label_smoothing=0.1,
+    )  # fmt: skip
+    assert train(config, quiet=True).steps == 3
+    run = ["--run", str(tmp_path / "run")]
+    out = tmp_path / "translations"
+    assert main(["translate", *run, "--in", pair.source, "--out", str(out)]) == 0
+    assert len(out.read_text(encoding="utf-8").splitlines()) == 40
+    assert main(["score", *run, "--test", pair.source, pair.target]) == 0 and "chrF" in capsys.readouterr().out
 
 
 def test_dropout_settings_reach_every_family(checkpoint):

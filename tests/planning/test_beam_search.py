@@ -32,6 +32,8 @@ CASES = {
     "t5, beam 5": ("t5", 5, "dense", 6, 40, 24),
     "t5, greedy": ("t5", 1, "dense", 16, 12, 24),
     "t5, beam 5, int8": ("t5", 5, "int8", 6, 24, 24),
+    "t5gemma, beam 5": ("t5gemma", 5, "dense", 6, 40, 24),
+    "t5gemma, greedy": ("t5gemma", 1, "dense", 16, 12, 24),
 }
 MARKS = {"m2m100, greedy": pytest.mark.slow, "m2m100, beam 5, int8": (), "t5, beam 5": pytest.mark.slow}
 
@@ -58,6 +60,15 @@ def made(family: str, storage: str):
                 feed_forward_proj="gated-gelu", decoder_start_token_id=0,
             )
         )  # fmt: skip
+    elif family == "t5gemma":
+        stack = {
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "head_dim": 32,
+            "num_hidden_layers": 3,
+            "sliding_window": 99,
+        }
+        model = build(family, vocab_size=2000, **stack)
     else:
         model = build(family, **WIDE)
     model = pk.adapt(model, pk.LoRA(rank=8, targets=("q", "v") if family == "t5" else ("q_proj", "v_proj")))

@@ -73,12 +73,16 @@ CASES = {
         "m2m100", pk.Adapter(bottleneck=32, parallel=True), (2,) * 5, torch.bfloat16, None, "int8",
     ),
     "t5, LoRA, tier 1": ("t5", pk.LoRA(rank=8, targets=("q", "v")), (1,) * 5, torch.float32, None),
+    "t5gemma, LoRA, tier 1": ("t5gemma", pk.LoRA(rank=8), (1,) * 5, torch.float32, None),
+    "t5gemma, adapters, tier 3": ("t5gemma", pk.Adapter(bottleneck=32), (3,) * 5, torch.bfloat16, None),
+    "t5gemma, prefix, tier 4": ("t5gemma", pk.PrefixTuning(length=8), (4,) * 5, torch.float32, None, "int8"),
+    "t5gemma, cross-attention, tier 2": ("t5gemma", pk.CrossAttention(), (2,) * 5, torch.float32, torch.bfloat16),
 }  # fmt: skip
 FIRST = (
     "m2m100, LoRA, int8 layers, NF4 tables",
     "m2m100, wide adapters, bf16 gradients",
 )  # T5 has packed rows below
-SECOND = "m2m100, LoRA, tier 1", "mbart, prefix, tier 4"
+SECOND = "m2m100, LoRA, tier 1", "mbart, prefix, tier 4", "t5gemma, LoRA, tier 1"
 
 
 def figures_of(model, *training, **options) -> Figures:
@@ -94,6 +98,11 @@ def made(family: str, method, dtype: torch.dtype, storage: str = "dense", tables
             feed_forward_proj="gated-gelu", decoder_start_token_id=0,
         )  # fmt: skip
         model = T5ForConditionalGeneration(config)
+    elif family == "t5gemma":
+        stack = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_hidden_layers": 3}
+        model = build(family, vocab_size=4000, **stack)
+        del model.model.decoder.layers[2:]
+        model.config.decoder.num_hidden_layers = 2
     else:
         model = build(family, **WIDE)
     model = pk.adapt(model.to(dtype), method)

@@ -3,6 +3,7 @@
 A family is a class that is mixed in before the class of a layer, after ``LeanLayer``. It has
 
     known                 names of the classes whose ``forward`` it stands for
+    functions             names of transformers' attention functions whose numbers it has
     forward               with the signature of those, which runs ``LeanLayer.run``
     blocks(crosses)       the attentions in their order and the feed-forward block, or that of experts, as they are now
     after_block(x)        what the family does with the output of each block
@@ -22,6 +23,7 @@ from petl_kernels.layers.families.bart import LeanBartLayer
 from petl_kernels.layers.families.family import Family
 from petl_kernels.layers.families.m4t import LeanM4TLayer
 from petl_kernels.layers.families.t5 import LeanT5Layer, LeanUMT5Layer
+from petl_kernels.layers.families.t5gemma import LeanT5GemmaLayer
 from petl_kernels.layers.mixed_in import original_class
 from petl_kernels.models.transformers_names import class_of
 
@@ -30,10 +32,8 @@ FAMILIES: dict[str, tuple[type[Family], ...]] = {
     "bart": (LeanBartLayer,),
     "t5": (LeanT5Layer, LeanUMT5Layer),
     "m4t": (LeanM4TLayer,),
+    "gemma": (LeanT5GemmaLayer,),
 }
-
-# Families that methods adapt and no lean layer stands for, and why.
-PLAIN = {"gemma": "rotary positions, shared keys and capped scores, which lean layers do not have"}
 
 
 def family_for(family: str, cls: type[nn.Module]) -> type[Family]:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from petl_kernels.layers.blocks import AttentionBlock, ExpertsBlock, FeedForwardBlock
     from petl_kernels.layers.border import Border
+    from petl_kernels.layers.rotary import Rotary
     from petl_kernels.layers.wide_ffn import WideFFN
 
     class State(Protocol):
@@ -34,6 +35,9 @@ class Family(Mixin):
     def called(cls, layer: Any) -> tuple[nn.Module, ...]:
         """Returns the modules of ``layer`` that the lean forward calls, as the layer's own does."""
         return ()
+
+    # Attention functions of transformers whose masks the lean attention reads, also with a prefix.
+    functions: ClassVar[tuple[str, ...]] = ("eager", "sdpa", "petl_prefix_eager", "petl_prefix_sdpa")
 
     if TYPE_CHECKING:
         known: ClassVar[frozenset[str]]
@@ -60,7 +64,7 @@ class Family(Mixin):
             kwargs: dict[str, Any],
             x: Tensor,
             mask: Tensor | None,
-            bias: Tensor | None,
+            bias: Tensor | Rotary | None,
             source: Tensor | None,
             source_mask: Tensor | None,
         ) -> Tensor: ...

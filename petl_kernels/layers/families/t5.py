@@ -190,5 +190,3 @@ class LeanUMT5Layer(T5Blocks):
         bias = self._position_bias(hidden_states, attention_mask)
         source = shared_for_products(encoder_hidden_states)
         return self.run(kwargs, hidden_states, attention_mask, bias, source, encoder_attention_mask)
-
-

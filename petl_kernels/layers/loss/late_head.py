@@ -11,6 +11,7 @@ from petl_kernels.layers.loss.late_logits import LateLogits
 from petl_kernels.layers.loss.obstacles import head_obstacle
 from petl_kernels.layers.loss.projection import ForwardPass, Projection
 from petl_kernels.layers.uncompiled import uncompiled
+from petl_kernels.models.transformers_names import head_linear
 
 OPTIONS = ("label_smoothing", "reduction", "counted")  # of the loss, beside labels
 # The model whose forward pass runs in this thread, and what stands for its output projection.
@@ -48,7 +49,8 @@ class LateHead(nn.Linear):
     def __call__(self, *args, **kwargs) -> Tensor:
         obstacle = head_obstacle(self.petl_head)
         if not obstacle:
-            operands: tuple[Any, ...] = *args, *kwargs.values(), self.petl_head.weight, self.petl_forward
+            weight = head_linear(self.petl_head).weight
+            operands: tuple[Any, ...] = *args, *kwargs.values(), weight, self.petl_forward
             return LateLogits.of(Projection(*operands))
         if self.petl_options:
             raise RuntimeError(f"loss with {', '.join(OPTIONS)}: {obstacle}, since the forward pass has begun")

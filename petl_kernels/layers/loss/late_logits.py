@@ -154,9 +154,34 @@ def _view(late: LateLogits, *shape: Any) -> LateLogits:
 def _add(late: LateLogits, bias: Any) -> LateLogits:
     projection = late.projection
     fits = isinstance(bias, Tensor) and bias.shape == (1, late.shape[-1]) and bias.device == late.device
-    if not projection.forward.running or projection.bias is not None or not fits:
+    if not _grows(late) or projection.bias is not None or projection.steps or not fits:
         return NotImplemented
     return LateLogits.of(projection.with_bias(bias))
+
+
+def _grows(late: LateLogits) -> bool:
+    """Returns whether something can be done to the logits before they have values: as the projection gave them."""
+    projection = late.projection
+    as_given = late.shape == projection.shape and late.dtype == projection.dtype
+    return projection.forward.running and late.petl_made is None and as_given
+
+
+def _divide(late: Any, number: Any) -> LateLogits:
+    return _with_step(late, "divide", number)
+
+
+def _tanh(late: LateLogits) -> LateLogits:
+    return _with_step(late, "tanh", 1.0)
+
+
+def _multiply(late: Any, number: Any) -> LateLogits:
+    return _with_step(late, "multiply", number)
+
+
+def _with_step(late: Any, name: str, number: Any) -> LateLogits:
+    if not isinstance(late, LateLogits) or not isinstance(number, (int, float)) or not _grows(late):
+        return NotImplemented
+    return LateLogits.of(late.projection.with_step(name, float(number)))
 
 
 def _cross_entropy(
@@ -170,12 +195,15 @@ def _cross_entropy(
     label_smoothing: float = 0.0,
 ) -> Tensor:
     projection = late.projection
-    usual = (size_average, ignore_index, reduce, reduction, label_smoothing) == (None, -100, None, "mean", 0.0)
-    cross_entropy = projection.forward.cross_entropy
-    if cross_entropy is None or not isinstance(late, LateLogits) or weight is not None or not usual:
+    usual = (size_average, ignore_index, reduce, label_smoothing) == (None, -100, None, 0.0)
+    cross_entropy, softcap = projection.forward.cross_entropy, projection.softcap
+    if cross_entropy is None or softcap is None or not isinstance(late, LateLogits) or weight is not None or not usual:
+        return NotImplemented
+    if reduction not in ("mean", "sum") or (softcap and projection.bias is not None):  # the op caps before a bias
         return NotImplemented
     hidden = projection.hidden.view(*labels.shape, -1)
-    return cross_entropy(hidden, projection.weight, labels, projection.bias)
+    loss = cross_entropy(hidden, projection.weight, labels, projection.bias, softcap, reduction)
+    return loss.float() if (late.dtype, loss.dtype) == (torch.float32, torch.float64) else loss  # as the model has it
 
 
 _LATE = {
@@ -185,6 +213,12 @@ _LATE = {
     Tensor.view: _view,
     Tensor.add: _add,
     Tensor.__add__: _add,
+    Tensor.__truediv__: _divide,
+    Tensor.div: _divide,
+    torch.tanh: _tanh,
+    Tensor.tanh: _tanh,
+    Tensor.__mul__: _multiply,
+    Tensor.mul: _multiply,
     F.cross_entropy: _cross_entropy,
 }
 

@@ -35,6 +35,7 @@ from petl_kernels.models.transformers_names import (
     cache_of,
     decoder_inputs,
     has_cache_beside_loss,
+    own_loss_function,
 )
 
 _NOT_WHOLE = "after pk.lean a model's loss is not part of compiled graphs: fullgraph=True is not supported"
@@ -79,6 +80,8 @@ class LeanLoss(Mixin):
                 f"{', '.join(options)}: beside output_router_logits, whose losses are added to a mean over tokens; "
                 "expected output_router_logits=False"
             )
+        if "reduction" in options and kwargs.get("num_items_in_batch") is not None:
+            raise InputError("reduction: beside num_items_in_batch, which divides a sum; expected one of the two")
         kwargs = without_waiting(self, kwargs)
         if not leaves_out_cache(self, kwargs):
             return self._loss(kwargs, options)
@@ -89,7 +92,8 @@ class LeanLoss(Mixin):
         return with_cache(output, late_cache(self, lambda: cache_of(self._loss(cached, options))))
 
     def _loss(self, kwargs: dict, options: dict) -> Any:
-        if not head_obstacle(self._modules["lm_head"]):
+        replaced = bool(options) and own_loss_function(self)  # it would not heed them
+        if not head_obstacle(self._modules["lm_head"]) and not replaced:
             return self._without_logits(kwargs, options)
         return self._from_logits(kwargs, options) if options else super().forward(**kwargs)
 
@@ -128,11 +132,14 @@ def _cross_entropy(
     weight: Tensor,
     labels: Tensor,
     bias: Tensor | None,
+    softcap: float,
+    reduction: str,
 ) -> Tensor:
     """Returns the loss of a forward pass. labels: (tokens,); shape: that of the labels that the model got."""
+    options = {"reduction": reduction, **options}
     if hasattr(model, "petl_chunk_bytes"):  # of a plan, or of tier "auto"
         options = {**options, "chunk_bytes": model.petl_chunk_bytes}
-    loss = ops.linear_cross_entropy(hidden, weight, labels, bias, **options)
+    loss = ops.linear_cross_entropy(hidden, weight, labels, bias, softcap=softcap, **options)
     return loss.view(shape) if options.get("reduction") == "none" else loss
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from petl_kernels.layers.hooks import hooked_all, hooks_on
-from petl_kernels.models.transformers_names import forward_owner, knows_loss
+from petl_kernels.models.transformers_names import forward_owner, head_linear, knows_loss
 
 
 def class_obstacle(module: nn.Module) -> str:
@@ -24,13 +24,17 @@ def class_obstacle(module: nn.Module) -> str:
 
 def head_obstacle(head: nn.Module | None) -> str:
     """Returns why the loss needs the product of ``head``, an output projection."""
-    if type(head) is not nn.Linear or head.bias is not None:
-        return f"lm_head is a {type(head).__name__}{' with a bias' if type(head) is nn.Linear else ''}"
-    if "forward" in vars(head):
-        return "the forward of lm_head is replaced"
-    if hooks_on(head) or hooked_all():
-        return "a hook on lm_head"
-    return ""
+    linear: Any = None if head is None else head_linear(head)
+    modules: tuple[Any, ...] = head, linear
+    name = "lm_head" if linear is head else "lm_head.out_proj"
+    if type(linear) is not nn.Linear or linear.bias is not None:
+        return f"{name} is a {type(linear).__name__}{' with a bias' if type(linear) is nn.Linear else ''}"
+    for module in modules:
+        if "forward" in vars(module):
+            return "the forward of lm_head is replaced"
+        if hooks_on(module):
+            return "a hook on lm_head"
+    return "a hook on lm_head" if hooked_all() else ""
 
 
 def replaced_forward(model: nn.Module) -> str:

@@ -9,17 +9,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+CrossEntropy = Callable[[Tensor, Tensor, Tensor, "Tensor | None", float, str], Tensor]
+# What Gemma's models do to logits, step by step: divide by a number t, take tanh, multiply by t.
+Steps = tuple[tuple[str, float], ...]
+
 
 class ForwardPass:
     """One forward pass of a model with labels.
 
-    While it is ``running``, the sum of logits and a bias, and their cross-entropy, need no values either. The latter is
-    ``cross_entropy(hidden, weight, labels, bias)``, with a row of hidden for each label.
+    While it is ``running``, the sum of logits and a bias, a cap on them, and their cross-entropy, need no values
+    either. The latter is ``cross_entropy(hidden, weight, labels, bias, softcap, reduction)``, with a row of hidden for
+    each label.
     """
 
-    def __init__(self, cross_entropy: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]):
+    def __init__(self, cross_entropy: CrossEntropy):
         self.running = True
-        self.cross_entropy: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] | None = cross_entropy
+        self.cross_entropy: CrossEntropy | None = cross_entropy
 
     def end(self) -> None:
         self.running, self.cross_entropy = False, None
@@ -28,11 +33,13 @@ class ForwardPass:
 class Projection:
     """The operands of logits: ``hidden`` (..., d), ``weight`` (words, d), ``bias`` (1, words) or None.
 
-    Autocast and inference mode are those of the time when it is made.
+    steps: what is done to their sum, in order: ("divide", t), ("tanh", 1.0) and ("multiply", t). Autocast and inference
+    mode are those of the time when it is made.
     """
 
     def __init__(self, hidden: Tensor, weight: Tensor, forward: ForwardPass):
         self.hidden, self.weight, self.bias = hidden, weight, None
+        self.steps: Steps = ()
         self.forward = forward
         self.autocast = autocast_now(hidden.device.type)
         self.inference = torch.is_inference_mode_enabled()
@@ -43,6 +50,20 @@ class Projection:
         other = Projection.__new__(Projection)
         other.__dict__.update(self.__dict__, bias=bias, _seen=[*self._seen, ("bias", bias, _state(bias))])
         return other
+
+    def with_step(self, name: str, number: float = 1.0) -> Projection:
+        """Returns the same projection with one more of the ``steps``."""
+        other = Projection.__new__(Projection)
+        other.__dict__.update(self.__dict__, steps=(*self.steps, (name, number)))
+        return other
+
+    @property
+    def softcap(self) -> float | None:
+        """The t of t · tanh(logits / t), 0 for logits as they are; None where the steps are no such cap."""
+        if not self.steps:
+            return 0.0
+        t = self.steps[0][1]
+        return t if self.steps == (("divide", t), ("tanh", 1.0), ("multiply", t)) and t > 0 else None
 
     @property
     def shape(self) -> torch.Size:
@@ -69,7 +90,17 @@ class Projection:
         bias = self.bias if bias is None else bias
         with self.autocast():
             product = F.linear(hidden, weight)
-            return product if bias is None else product + bias
+            product = product if bias is None else product + bias
+            for name, number in self.steps:
+                product = _STEPS[name](product, number)
+            return product
+
+
+_STEPS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "divide": lambda logits, number: logits / number,
+    "tanh": lambda logits, _: torch.tanh(logits),
+    "multiply": lambda logits, number: logits * number,
+}
 
 
 def autocast_now(device: str) -> functools.partial:

@@ -7,11 +7,14 @@ the node saves (``call.SAVED``):
     x                           the layer's input                               1 2 3 4, on the host: 5
     mean, rstd                  of each norm, 4 bytes a token each              1 2 3
     latent                      x Aᵀ of LoRA, Σ r values a token                1 2 3
-    o, lse                      attention's result and its normaliser           1 2 3
+    o, lse                      attention's result and its normaliser           1 2 3  (capped attention has no lse)
     bits                        one a hidden unit, where a ReLU let through     1 2 3
-    end                         the sum before a norm that ends the layer       1 2 3
+    end                         the sum before a norm that ends the layer, or   1 2 3
+                                the network's output before one behind it
     sum                         x + drop(out(o)), where a norm of it reads it   1 2    (with an adapter on out: 1)
-    read                        what an adapter on an output projection reads   1 2    (after the last linear: 1 2 3)
+                                                                                       (with a norm behind out: none)
+    read                        what an adapter, or a norm, behind an output    1 2    (after the last linear: 1 2 3)
+                                projection reads
     q, k, v                     before (IA)³ scales them                        1
     z, gate                     pre-activations of GELU, SiLU, gated blocks     1
     hidden                      act(z), where the last linear's adapter reads   1
@@ -30,6 +33,7 @@ norm behind them and the experts are outside (``layers/experts.py``).
     border.py        linears in one product, with LoRA in a border of their weights
     bottleneck.py    bottleneck adapters on an output projection or beside the feed-forward network
     attention.py     the attention block
+    capped_attention.py  that of T5Gemma
     prefix.py        the prefixes of a kind of attention, computed once a forward pass
     feed_forward.py  the feed-forward block
     watch.py         the comparison of a layer with what its rule was made from

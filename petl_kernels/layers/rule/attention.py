@@ -85,7 +85,7 @@ class Attention:
         """Returns whether weights in borders are still there."""
         return all(own.bordered.holds() for own in self.linears if own.bordered)
 
-    def set_visible(self, call: Call, mask: Tensor | None, bias: Tensor | None, x: Tensor) -> None:
+    def set_visible(self, call: Call, mask: Tensor | None, bias: Any, x: Tensor) -> None:
         """Puts into ``call`` what the queries attend to: mask and bias as the kernels read them, the boundaries of a
         packed row, and the prefix."""
         packed = boundaries(mask, not self.cross)
@@ -109,10 +109,8 @@ class Attention:
         raw = self._project(u, u if source is None else source, call)
         for place, y in zip(self.places, raw, strict=True):
             call.save(place, y)
-        q, k, v = self._heads(raw)
-        o, lse = self._attend(q, k, v, call)
-        call.save(self.o, o)
-        call.save(self.lse, lse)
+        q, k, v = self._heads(raw, call)
+        o = self._attend(q, k, v, call)
         del q, raw
         y = self._adapted(self._read(o, call), call)
         if self.reader is None:
@@ -152,14 +150,18 @@ class Attention:
             return self.linears[0].forward(u, call)
         return [*self.linears[0].forward(u, call), *self.linears[1].forward(source, call)]
 
-    def _heads(self, raw: list[Tensor]) -> list[Tensor]:
+    def _heads(self, raw: list[Tensor], call: Call) -> list[Tensor]:
         if self.scales:
             raw = [linear.scaled(y) for linear, y in zip(self.named, raw, strict=True)]
         return [y.view(y.shape[0], y.shape[1], self.heads, -1).transpose(1, 2) for y in raw]
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+        """Returns o (batch, heads, tokens, head_dim), and saves what backward reads of it."""
         bias, *packed = self._bias_and_boundaries(call)
-        return run("attention", q, k, v, *self._attention_inputs(call, bias), *packed, call.backend)
+        o, lse = run("attention", q, k, v, *self._attention_inputs(call, bias), *packed, call.backend)
+        call.save(self.o, o)
+        call.save(self.lse, lse)
+        return o
 
     def _bias_and_boundaries(self, call: Call) -> tuple[Tensor | None, ...]:
         """Returns the bias by query and key, the boundaries of queries and keys, and a packed row's bias by distance;
@@ -182,7 +184,7 @@ class Attention:
 
     def _read(self, o: Tensor, call: Call) -> Tensor:
         """Returns the output of the projection, which an adapter on it reads."""
-        (raw,) = self.out.forward(_rows(o), call)
+        (raw,) = self.out.forward(rows_of(o), call)
         read = self.out.all[0].scaled(raw)
         if self.adapter:
             call.save(self.read, read)
@@ -242,15 +244,20 @@ class Attention:
         if any(y is None for y in raw):
             assert u is not None and seen is not None, "u is there where products are recomputed"
             raw = self._project(u, seen, call)
-        q, k, v = self._heads(raw)
+        q, k, v = self._heads(raw, call)
         dq, dk, dv = self._attention_backward(do, q, k, v, call, gradients)
         del do, q, k, v
         dk, dv = summed(dk, dk_more), summed(dv, dv_more)
-        dys = [_rows(grad) for grad in (dq, dk, dv)]
+        dq, dk = self._before_heads(dq, dk, call)
+        dys = [rows_of(grad) for grad in (dq, dk, dv)]
         if not self.cross:
             return self.linears[0].backward(dys, u, raw, call, gradients, need_du), None
         du = self.linears[0].backward(dys[:1], u, raw[:1], call, gradients, need_du)
         return du, self.linears[1].backward(dys[1:], seen, raw[1:], call, gradients, need_dsource)
+
+    def _before_heads(self, dq: Tensor, dk: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        """Returns the gradients of q and k that the linears give, from those of q and k that the attention reads."""
+        return dq, dk
 
     def _recomputed_u(self, x: Tensor, call: Call) -> Tensor | None:
         """Returns u in the dtype of products, where backward reads it or recomputes the products."""
@@ -261,7 +268,7 @@ class Attention:
 
     def _out_backward(self, dy: Tensor, call: Call, gradients: Gradients) -> Tensor:
         """Returns the gradient of o (batch, tokens, heads · head_dim) from that of what is added to x."""
-        o, raw = _rows(call.saved[self.o.key]), None
+        o, raw = rows_of(call.saved[self.o.key]), None
         if self.adapter:
             dy = self.adapter.backward(dy, self._recomputed_read(call), True, call, gradients)
         elif self.out.all[0].after is not None:
@@ -305,6 +312,6 @@ def _adapter(piece) -> Bottleneck | None:
     return Bottleneck(piece)
 
 
-def _rows(o: Tensor) -> Tensor:
+def rows_of(o: Tensor) -> Tensor:
     """Returns o (batch, heads, tokens, head_dim) as (batch, tokens, heads · head_dim)."""
     return o.transpose(1, 2).reshape(o.shape[0], o.shape[2], -1)

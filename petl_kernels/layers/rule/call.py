@@ -9,6 +9,7 @@ from torch import Tensor
 
 from petl_kernels.dispatch import active
 from petl_kernels.layers.boundaries import Boundaries
+from petl_kernels.layers.rotary import Rotary
 from petl_kernels.ops import philox
 
 # Name of a tensor -> the last tier that saves it. ``adapted_...`` are the exceptions of the package's table.
@@ -24,6 +25,7 @@ SAVED = {
     "sum": 2,
     "read": 2,
     "adapted_sum": 1,
+    "normed_sum": 0,
     "q": 1,
     "k": 1,
     "v": 1,
@@ -58,6 +60,7 @@ class Call:
         "boundaries",
         "causal",
         "prefixes",
+        "rotary",
         "seeds",
         "saved",
     )
@@ -72,6 +75,7 @@ class Call:
         self.boundaries: dict[str, Boundaries] = {}
         self.causal: dict[str, bool] = {}
         self.prefixes: dict[str, tuple[Tensor, Tensor]] = {}
+        self.rotary: Rotary | None = None
         self.seeds: dict[str, Tensor] = {}
         self.saved: dict[str, Tensor] = {}
 

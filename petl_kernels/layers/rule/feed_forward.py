@@ -62,7 +62,10 @@ class FeedForward:
         if self.pre_norm and active_piece(block.norm) is not None:
             raise Unknown("an adapter on the norm before a feed-forward network")
         residual = Residual(BLOCK, block.residual_dropout)
-        self.end = Sum(residual) if self.pre_norm else SumAndNorm(residual, self.norm, active_piece(block.norm))
+        if block.post is not None:
+            self.end = NormAndSum(residual, Norm(f"{BLOCK}.post", block.post), self.after)
+        else:
+            self.end = Sum(residual) if self.pre_norm else SumAndNorm(residual, self.norm, active_piece(block.norm))
         self.reads_u = self.inner.reads_u or self.beside is not None
         adapters = [adapter for adapter in (self.after, self.beside) if adapter is not None]
         self.bound = [tensor for part in (self.norm, self.inner, *adapters, self.end) for tensor in part.bound]
@@ -111,6 +114,26 @@ class Sum:
     def backward(self, dh: Tensor, dtype: torch.dtype, call: Call, gradients: Gradients) -> tuple[Tensor, Tensor]:
         """Returns the gradients of x and of y, the latter in ``dtype``."""
         return dh, self.residual.backward(dh, dtype, call)
+
+
+class NormAndSum:
+    """The end of a layer with a norm behind its network: h = x + drop(post(y)).
+
+    after: the adapter that y is the output of, or None: y is saved then only as what the adapter reads.
+    """
+
+    def __init__(self, residual: Residual, post: Norm, after: Bottleneck | None):
+        self.residual, self.post, self.after, self.bound = residual, post, after, post.bound
+
+    def forward(self, y: Tensor, x: Tensor, call: Call) -> Tensor:
+        if self.after is None:
+            call.save(END, y)
+        return self.residual.add(self.post.forward(y, call), x, call)
+
+    def backward(self, dh: Tensor, dtype: torch.dtype, call: Call, gradients: Gradients) -> tuple[Tensor, Tensor]:
+        """Returns the gradients of x and of y, the latter in ``dtype``."""
+        y = call.saved[END.key] if self.after is None else self.after.forward(call.saved[READ.key], None, call)
+        return dh, self.post.backward(self.residual.backward(dh, dtype, call), None, y, call, gradients)
 
 
 class SumAndNorm:

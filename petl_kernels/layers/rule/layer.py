@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from petl_kernels.errors import InputError
-from petl_kernels.layers.blocks import AttentionBlock, ExpertsBlock, FeedForwardBlock
+from petl_kernels.layers.blocks import AttentionBlock, CappedBlock, ExpertsBlock, FeedForwardBlock
 from petl_kernels.layers.hooks import hooks_on, is_foreign
 from petl_kernels.layers.host_copy import host_copy
+from petl_kernels.layers.rotary import Rotary
 from petl_kernels.layers.rule.attention import Attention
 from petl_kernels.layers.rule.call import Call, Gradients, joined
+from petl_kernels.layers.rule.capped_attention import CappedAttention
 from petl_kernels.layers.rule.feed_forward import FeedForward
 from petl_kernels.layers.rule.linears import Linear, Unknown
 from petl_kernels.layers.rule.watch import changed, stamps
@@ -42,7 +44,7 @@ class Rule:
         x: Tensor,
     ):
         self.path = path
-        self.attentions = [Attention(*own) for own in zip(("self", "cross"), attentions, strict=False)]
+        self.attentions = [_attention(*own) for own in zip(("self", "cross"), attentions, strict=False)]
         # hooks of others may put parameters there only while the layer runs
         together = not any(map(is_foreign, hooks_on(layer))) and "forward" not in layer.__dict__
         for attention in self.attentions:
@@ -93,7 +95,7 @@ class Rule:
         call: Call,
         x: Tensor,
         mask: Tensor | None,
-        bias: Tensor | None,
+        bias: Tensor | Rotary | None,
         source: Tensor | None,
         source_mask: Tensor | None,
         with_keys: bool,
@@ -101,7 +103,8 @@ class Rule:
         """Returns y (batch, tokens, d); with_keys: also k and v (batch, heads, tokens, head_dim) of each attention.
 
         y: the layer's output, or what its experts read. x: (batch, tokens, d). source: (batch, source tokens, d), or
-        None. mask, source_mask, and bias, that of the self-attention: as the model gives them to its layers.
+        None. mask, source_mask, and bias, that of the self-attention or its rotation: as the model gives them to its
+        layers.
         """
         call.dtype = self.products or call.dtype
         for attention, own, added in zip(self.attentions, (mask, source_mask), (bias, None), strict=False):
@@ -185,6 +188,10 @@ def _has_wide_out(ffn: FeedForwardBlock, x: Tensor) -> bool:
     return ffn.out.weight.dtype == torch.float32 and others == {torch.float16}
 
 
+def _attention(name: str, block: AttentionBlock) -> Attention:
+    return CappedAttention(name, block) if isinstance(block, CappedBlock) else Attention(name, block)
+
+
 class _OneNode(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rule: Rule, call: Call, wanted: list[Tensor], x: Tensor, source: Tensor | None, *_):
@@ -197,7 +204,7 @@ class _OneNode(torch.autograd.Function):
         if held is not None:
             held.leave()
         ctx.held, ctx.names = held, list(call.saved)
-        seen = [own for own in (*call.masks.values(), *call.biases.values()) if own is not None]
+        seen = [own for own in (*call.masks.values(), *call.biases.values(), *(call.rotary or ())) if own is not None]
         ctx.save_for_backward(None if held is not None else x, source, *wanted, *seen, *call.saved.values())
         call.saved = {}
         return outputs

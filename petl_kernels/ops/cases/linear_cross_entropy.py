@@ -26,6 +26,7 @@ def linear_cross_entropy_arguments(
     weight_dtype: torch.dtype | None = None,
     counted: int = -1,
     frozen: bool = False,
+    softcap: float = 0.0,
 ) -> Given:
     labels = torch.randint(0, words, rows, generator=draw.generator)
     labels.view(-1)[2::5] = -100
@@ -40,6 +41,7 @@ def linear_cross_entropy_arguments(
         "ignore_index": -100,
         "chunk_bytes": chunk_rows * words * draw.dtype.itemsize,
         "counted": counted,
+        "softcap": softcap,
         "dlosses": draw(labels.numel(), dtype=torch.float32) if dlosses else None,
         "frozen": frozen,
     }
@@ -76,4 +78,8 @@ def _frozen_table(device: torch.device, dtype: torch.dtype) -> Given:
     return given
 
 
-CASES = {"linear_cross_entropy": OpCases((_uniform, _fairseq_scaled_rows, _no_smoothing, _frozen_table), run)}
+def _capped(device: torch.device, dtype: torch.dtype) -> Given:
+    return linear_cross_entropy_arguments(Source(device, dtype), (17,), logit_scale=0.5, softcap=1.5)
+
+
+CASES = {"linear_cross_entropy": OpCases((_uniform, _fairseq_scaled_rows, _no_smoothing, _frozen_table, _capped), run)}

@@ -63,8 +63,9 @@ def _check_dense(model: Any, name: str, settings: Method) -> None:
 def set_dropout(model: nn.Module, dropout: float | None, attention_dropout: float | None) -> None:
     """Sets the rates of a model; None leaves one as it is.
 
-    Families keep rates as numbers on attentions and layers (BART's), or as Dropout modules as well (T5's). Rates behind
-    activations and of experts' tokens, which some configurations have beside ``dropout``, stay as they are.
+    Families keep rates as numbers on attentions and layers (BART's), or as Dropout modules as well (T5's, T5Gemma's).
+    Rates behind activations and of experts' tokens, which some configurations have beside ``dropout``, stay as they
+    are.
     """
     for path, module in all_modules(model):
         if is_activation_dropout(path):
@@ -77,6 +78,8 @@ def set_dropout(model: nn.Module, dropout: float | None, attention_dropout: floa
             module.p = rate
         elif isinstance(getattr(module, "dropout", None), float) and _is_of_transformers(module):
             cast("Any", module).dropout = rate
+        elif is_attention and hasattr(module, "attention_dropout") and _is_of_transformers(module):
+            cast("Any", module).attention_dropout = rate  # T5Gemma's
 
 
 def _is_of_transformers(module: nn.Module) -> bool:

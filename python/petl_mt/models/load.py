@@ -10,6 +10,8 @@ import torch
 
 from petl_kernels.errors import InputError
 from petl_kernels.interop.hf import load_pretrained, load_skeleton, positions
+from petl_kernels.models.structure import describe
+from petl_kernels.models.transformers_names import target_words
 
 from ..config import TrainConfig
 from ..data import Text, read_lines
@@ -55,9 +57,14 @@ def check_positions(model, max_length: int) -> None:
         raise InputError(f"max_length {max_length}: the model has {limit} positions; expected at most as many")
 
 
+def width(model) -> int:
+    """Returns how many values the states of ``model`` have."""
+    return describe(model).d_model
+
+
 def decoder_start(model, language) -> int:
     """Returns the id that the decoder begins with: of the language for mBART-25, else of the model."""
-    for start in (language.decoder_start_token_id, model.config.decoder_start_token_id):
+    for start in (language.decoder_start_token_id, getattr(model.config, "decoder_start_token_id", None)):
         if start is not None:
             return start
     raise InputError("model: its config has no decoder_start_token_id; expected one (mBART-50 has 2)")
@@ -65,5 +72,6 @@ def decoder_start(model, language) -> int:
 
 def check_beam(beam: int, model) -> None:
     """Raises InputError for more beams than words: a search chooses its beams among the words that may come first."""
-    if not 1 <= beam <= model.config.vocab_size:
-        raise InputError(f"beam {beam}: expected 1 to {model.config.vocab_size}, the words of the model")
+    words = target_words(model.config)
+    if not 1 <= beam <= words:
+        raise InputError(f"beam {beam}: expected 1 to {words}, the words of the model")

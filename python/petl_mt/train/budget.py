@@ -22,7 +22,7 @@ from petl_kernels.weights.quantized import storages_of
 
 from ..config import UNCAPTURED, TrainConfig
 from ..models.adapt import prepare_model
-from ..models.load import check_beam, check_positions
+from ..models.load import check_beam, check_positions, width
 from ..models.precision import product_dtype, with_precision
 from ..runs import RunFolder
 from ..silence import hush
@@ -49,7 +49,7 @@ def plan_without_text(config: TrainConfig, device: str | None = None) -> Plan:
         model = cast("Any", load_outline(config.model))
     check_positions(model, config.max_length)
     check_beam(config.beam, model)
-    config = with_precision(config.resolve(model.config.hidden_size), place)
+    config = with_precision(config.resolve(width(model)), place)
     return plan_for(prepare_model(model, config), config, widened(config.max_length, place), place)
 
 

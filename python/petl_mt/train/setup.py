@@ -28,7 +28,7 @@ from ..evaluate import BatchLimit
 from ..json_file import write_json
 from ..memory_meter import MemoryMeter
 from ..models.adapt import prepare_model
-from ..models.load import check_beam, check_positions, is_read_later, load_model
+from ..models.load import check_beam, check_positions, is_read_later, load_model, width
 from ..models.precision import precision_of, with_precision
 from ..models.streamed_layers import folder_for_layers
 from ..runs import RunFolder
@@ -107,7 +107,7 @@ def set_up(
     vocabulary = run.vocabulary if resuming and run.vocabulary.is_dir() else None
     model, tokenizer = load_model(config, vocabulary, lines.train, quiet)
     check_positions(model, config.max_length)
-    config = config.resolve(model.config.hidden_size)
+    config = config.resolve(width(model))
     if before is not None:
         run.check_same(config)
     check_beam(config.beam, model)
