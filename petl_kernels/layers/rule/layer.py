@@ -50,7 +50,7 @@ class Rule:
         for attention in self.attentions:
             attention.together = together
         self.experts = ffn if isinstance(ffn, ExpertsBlock) else None
-        self.products, wide_out = None, self.experts is None and _has_wide_out(ffn, x)
+        self.products, wide_out = None, not isinstance(ffn, ExpertsBlock) and _has_wide_out(ffn, x)
         if wide_out and not torch.is_autocast_enabled(x.device.type):
             self.products = torch.float16
         self.ffn = None if isinstance(ffn, ExpertsBlock) else FeedForward(ffn, wide_out)
@@ -74,7 +74,7 @@ class Rule:
         return all(block.holds() for block in (*self.attentions, self.ffn) if block)
 
     def _refuse_dtypes(self, x: Tensor, is_t5: bool) -> None:
-        if is_t5 and x.dtype == torch.float16 and not self.ffn.wide_out:
+        if is_t5 and x.dtype == torch.float16 and not (self.ffn and self.ffn.wide_out):
             raise Unknown("T5 with its last projection in fp16, which clamps behind it")
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             return
