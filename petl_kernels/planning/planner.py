@@ -85,8 +85,9 @@ def card_planner(model: nn.Module, request: Request) -> Callable[[Card, bool], P
 
     model: as ``plan`` takes it. request: for a CUDA device, which need not be here. The plan is the fastest inside the
     card's memory by the card's rates; its bytes are counted once for all cards. The function raises InputError where
-    nothing fits, with the least that can.
+    nothing fits, with the least that can. Raises InputError for a model with experts.
     """
+    _check_model(model)
     dtype = product_dtype(model, request.autocast)
     figures = Figures(model, request, ASSUMED)
 
@@ -230,8 +231,9 @@ def plan_search(
     model: possibly on the meta device. storages: of the frozen weights, in layers and in tables. longest: tokens of the
     longest sentence and of the longest translation. Where one such sentence does not fit: raises InputError, with the
     least that works, or if not ``refuse`` returns the leanest plan, in which shorter sentences may fit. host_memory: of
-    ``host_limit``; raises InputError where the host has less than the weights take.
+    ``host_limit``; raises InputError where the host has less than the weights take, and for a model with experts.
     """
+    _check_model(model)
     weights, kind = FrozenWeights(model, describe(model), device.type), device.type
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     search = Search(model, beam, 1, autocast).bytes(0, longest)

@@ -20,6 +20,8 @@ from petl_kernels.layers.lean import LeanLayer
 from petl_kernels.methods import METHODS
 from petl_kernels.models.structure import describe
 from petl_kernels.models.transformers_names import cache_of
+from petl_kernels.planning.levers import Request
+from petl_kernels.planning.planner import card_planner, plan_search
 from petl_kernels.weights.streamed import stream_layers
 
 from .lean_cases import DROPOUT, SETTINGS, TIERS, distance, ragged, step, without_recomputation, worst
@@ -312,8 +314,15 @@ def test_what_has_no_place_in_experts():
     assert not any(hasattr(module, "petl") for name, module in model.named_modules() if in_experts(name))
     with pytest.raises(InputError, match=r"^adapter parallel: model.encoder.layers.1.ffn is a network of experts"):
         model_of("parallel")
-    with pytest.raises(InputError, match=r"model.encoder.layers.1.ffn is a network of experts, and no plan counts"):
-        pk.plan(model, "1GiB", 64)
+    plans = (
+        lambda: pk.plan(model, "1GiB", 64),
+        lambda: pk.lean(model, "auto"),
+        lambda: card_planner(model, Request(64, 8, device=torch.device("cuda"))),
+        lambda: plan_search(model, 2**30, ("dense", "dense"), 2, 8, torch.device("cpu")),
+    )
+    for plan in plans:
+        with pytest.raises(InputError, match=r"model.encoder.layers.1.ffn is a network of experts, and no plan counts"):
+            plan()
 
 
 def test_search_finds_the_same_words():
