@@ -41,7 +41,7 @@ class Attention:
         self.dropout, self.residual = float(block.dropout), Residual(name, block.residual_dropout)
         self.pre_norm, self.norm = block.pre_norm, Norm(name, block.norm)
         self.reader = self.norm
-        if active_piece(block.norm) is not None:
+        if self.norm.piece is not None:
             raise Unknown("an adapter on the norm of an attention")
         borders = block.borders or {}
         self.linears = [Linears(group, named, borders.get(group)) for group, named in self._groups()]

@@ -1,4 +1,9 @@
-"""LayerNorm and RMSNorm of a block. Their statistics are saved, and the output is recomputed from these."""
+"""LayerNorm and RMSNorm of a block. Their statistics are saved, and the output is recomputed from these.
+
+SSF's γ and β behind a LayerNorm are inside its weight and bias, γ ⊙ w and γ ⊙ b + β, which are made anew for each use:
+the ops then take one pass, and the gradients of w and b that they return give those of γ and β. An RMSNorm has no
+bias: β is added to its output.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from petl_kernels.layers.pieces import active_piece
 from petl_kernels.layers.rule.call import Call, Gradients, Place
-from petl_kernels.ops.define import run
+from petl_kernels.methods.ssf import ScaleShift
+from petl_kernels.ops.define import accumulate_dtype, run
 
 
 class Norm:
-    """u = norm(x), for x (..., d). An RMSNorm of 16 bits returns 16 bits, also for a wider x."""
+    """u = norm(x), for x (..., d). An RMSNorm of 16 bits returns 16 bits, also for a wider x.
+
+    scale, shift: SSF's γ and β, or None. piece: what another adapter has put on the norm.
+    """
 
     def __init__(self, block: str, norm: Any):
         self.mean, self.rstd = Place(block, "mean"), Place(block, "rstd")
@@ -21,7 +31,12 @@ class Norm:
         self.weight: Tensor = norm.weight
         self.bias: Tensor | None = norm.bias if self.centred else None
         self.eps: float = norm.eps if self.centred else norm.variance_epsilon
-        self.bound = [tensor for tensor in (self.weight, self.bias) if tensor is not None]
+        piece = active_piece(norm)
+        by_ssf = isinstance(piece, ScaleShift)
+        self.scale, self.shift = (piece.scale, piece.shift) if by_ssf else (None, None)
+        self.piece = None if by_ssf else piece
+        own = self.weight, self.bias, self.scale, self.shift
+        self.bound = [tensor for tensor in own if tensor is not None]
         self.room: tuple[int, ...] = ()  # one number: free columns behind each row of the output
 
     def named(self, block: str) -> Norm:
@@ -30,33 +45,43 @@ class Norm:
         other.mean, other.rstd = Place(block, "mean"), Place(block, "rstd")
         return other
 
+    def affine(self) -> tuple[Tensor, Tensor | None]:
+        """Returns the weight and the bias with SSF's γ and β inside."""
+        if self.scale is None:
+            return self.weight, self.bias
+        weight = (self.weight * self.scale).to(self.weight.dtype)
+        if self.bias is None:
+            return weight, None
+        bias = self.bias * self.scale
+        return weight, (bias if self.shift is None else bias + self.shift).to(self.bias.dtype)
+
     def forward(self, x: Tensor, call: Call) -> Tensor:
         """Returns u, and saves the statistics."""
+        weight, bias = self.affine()
         if self.centred:
-            u, mean, rstd = run("layer_norm", x, self.weight, self.bias, self.eps, call.backend, *self.room)
+            u, mean, rstd = run("layer_norm", x, weight, bias, self.eps, call.backend, *self.room)
             call.save(self.mean, mean)
         else:
-            u, rstd = run("rms_norm", x, self.weight, self.eps, call.backend, *self.room)
+            u, rstd = run("rms_norm", x, weight, self.eps, call.backend, *self.room)
         call.save(self.rstd, rstd)
-        return self._narrowed(u, x)
+        return self._finished(u, x)
 
     def recomputed(self, x: Tensor, call: Call) -> Tensor:
         """Returns u from x and the saved statistics."""
-        rstd = call.saved[self.rstd.key]
+        rstd, (weight, bias) = call.saved[self.rstd.key], self.affine()
         if self.centred:
             mean = call.saved[self.mean.key]
-            own = self.weight, self.bias, call.backend, *self.room
-            return run("layer_norm_from_statistics", x, mean, rstd, *own)
-        return self._narrowed(run("rms_norm_from_statistics", x, rstd, self.weight, call.backend, *self.room), x)
+            return run("layer_norm_from_statistics", x, mean, rstd, weight, bias, call.backend, *self.room)
+        return self._finished(run("rms_norm_from_statistics", x, rstd, weight, call.backend, *self.room), x)
 
     def forward_sum(self, y: Tensor, x: Tensor, rate: float, seed: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
         """Returns h = x + drop(y) and norm(h)."""
-        own = self.weight, self.bias, self.eps, rate, seed, self.centred
+        own = *self.affine(), self.eps, rate, seed, self.centred
         h, u, mean, rstd = run("dropout_add_norm", y, x, *own, call.backend, *self.room)
         if self.centred:
             call.save(self.mean, mean)
         call.save(self.rstd, rstd)
-        return h, self._narrowed(u, h)
+        return h, self._finished(u, h)
 
     def backward_sum(
         self,
@@ -73,13 +98,12 @@ class Norm:
 
         du: the gradient of norm(h). dh: what h gets from elsewhere, or None.
         """
-        needs = gradients.wants(self.weight), gradients.wants(self.bias)
+        needs = self._needs(gradients)
         mean = call.saved[self.mean.key] if self.centred else None
-        own = mean, call.saved[self.rstd.key], self.weight
+        own = mean, call.saved[self.rstd.key], self.affine()[0]
         dropout = dtype, rate, seed
         dx, dy, *found = run("dropout_add_norm_backward", du, dh, h, *own, *dropout, *needs, call.backend)
-        if needs[0] or needs[1]:
-            self._add(found, gradients)
+        self._add(found, du, gradients)
         return dx, dy
 
     def backward(self, du: Tensor, dx: Tensor | None, x: Tensor, call: Call, gradients: Gradients) -> Tensor:
@@ -87,23 +111,47 @@ class Norm:
         return self.backward_sum(du, dx, x, None, 0.0, None, call, gradients)[0]
 
     def parameters_backward(self, du: Tensor, x: Tensor, call: Call, gradients: Gradients) -> None:
-        """Adds the gradients of weight and bias alone."""
-        needs = gradients.wants(self.weight), gradients.wants(self.bias)
+        """Adds the gradients of weight and bias alone, or of γ and β."""
+        needs = self._needs(gradients)
         if not any(needs):
             return
-        du, rstd = du.to(torch.promote_types(x.dtype, self.weight.dtype)), call.saved[self.rstd.key]
+        du, rstd, weight = (
+            du.to(torch.promote_types(x.dtype, self.weight.dtype)),
+            call.saved[self.rstd.key],
+            self.affine()[0],
+        )
         if self.centred:
-            own = call.saved[self.mean.key], rstd, self.weight, False, *needs
+            own = call.saved[self.mean.key], rstd, weight, False, *needs
             _, *found = run("layer_norm_backward", du, x, *own, call.backend)
         else:
-            _, *found = run("rms_norm_backward", du, x, rstd, self.weight, False, needs[0], call.backend)
-        self._add(found, gradients)
+            _, *found = run("rms_norm_backward", du, x, rstd, weight, False, needs[0], call.backend)
+        self._add(found, du, gradients)
 
-    def _add(self, found: list[Tensor], gradients: Gradients) -> None:
-        """Adds the gradients of weight and bias; they are of size 0 where they are not wanted."""
-        for parameter, gradient in zip(self.bound, found, strict=False):
-            gradients.add(parameter, gradient)
+    def _needs(self, gradients: Gradients) -> tuple[bool, bool]:
+        """Returns whether the gradients of the weight and of the bias are needed."""
+        by_ssf = gradients.wants(self.scale)
+        has_bias = self.bias is not None
+        return (
+            gradients.wants(self.weight) or by_ssf,
+            gradients.wants(self.bias) or (has_bias and (by_ssf or gradients.wants(self.shift))),
+        )
 
-    def _narrowed(self, u: Tensor, x: Tensor) -> Tensor:
+    def _add(self, found: list[Tensor], du: Tensor, gradients: Gradients) -> None:
+        """Adds the gradients of weight and bias, or of γ and β from them. Those that are not needed are of size 0."""
+        dweight, dbias = found[0], found[1] if self.bias is not None else None
+        if self.scale is None:
+            gradients.add(self.weight, dweight)
+            gradients.add(self.bias, dbias) if dbias is not None else None
+            return
+        if gradients.wants(self.scale):
+            dscale = dweight * self.weight
+            gradients.add(self.scale, dscale if dbias is None else dscale + dbias * self.bias)
+        if gradients.wants(self.shift):
+            rows = du.reshape(-1, du.shape[-1])
+            gradients.add(self.shift, rows.sum(0, dtype=accumulate_dtype(du.dtype)) if dbias is None else dbias)
+
+    def _finished(self, u: Tensor, x: Tensor) -> Tensor:
+        """Returns u in its dtype, and with β where the bias does not hold it."""
         narrow = not self.centred and self.weight.dtype.itemsize == 2 and self.weight.dtype != x.dtype
-        return u.to(self.weight.dtype) if narrow else u
+        u = u.to(self.weight.dtype) if narrow else u
+        return u if self.shift is None or self.bias is not None else u.add_(self.shift.to(u.dtype))
