@@ -7,6 +7,7 @@ Merging gives W' = diag(γ) W and b' = γ ⊙ b + β; a norm's weight and bias i
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -98,7 +99,20 @@ class SSF(Method):
             piece = host.petl[name]
             scale = piece.scale.detach()
             weight = wide_copy(host.weight)
-            yield f"{path}.weight", weight.mul_(scale if weight.dim() == 1 else scale[:, None])
+            if weight.dim() == 1 and _adds_one(host):
+                yield f"{path}.weight", weight.add_(1).mul_(scale).sub_(1)
+            else:
+                yield f"{path}.weight", weight.mul_(scale if weight.dim() == 1 else scale[:, None])
             if getattr(host, "bias", None) is not None:
                 bias = wide_copy(host.bias).mul_(scale)
                 yield f"{path}.bias", bias if piece.shift is None else bias.add_(piece.shift.detach())
+
+
+def _adds_one(norm: Any) -> bool:
+    """Returns whether ``norm`` multiplies by 1 + its weight, as Gemma's do."""
+    if getattr(norm, "bias", None) is not None:
+        return False
+    other = copy.deepcopy(norm)
+    with torch.no_grad():
+        other.weight.zero_()
+        return bool(other.forward(torch.ones_like(other.weight)[None]).any())

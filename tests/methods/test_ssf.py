@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from transformers import T5GemmaConfig, T5GemmaForConditionalGeneration, T5GemmaModuleConfig
 
 import petl_kernels as pk
 from petl_kernels.errors import InputError
@@ -94,3 +95,23 @@ def test_noise_moves_the_start_and_only_where_it_is_wanted():
 def test_wrong_settings(settings, message):
     with pytest.raises(InputError, match=message):
         pk.SSF(**settings)
+
+
+def test_a_norm_that_multiplies_by_one_and_its_weight_is_merged():
+    """T5Gemma's norms compute x̂ ⊙ (1 + w): γ is put into w as γ ⊙ (1 + w) - 1."""
+    config = T5GemmaConfig(
+        encoder=(module := T5GemmaModuleConfig(
+            vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=8,
+        )), decoder=module, vocab_size=60,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = pk.adapt(T5GemmaForConditionalGeneration(config).eval(), pk.SSF(shift=False))
+    for parameter in pk.trainable_parameters(model):
+        nn.init.normal_(parameter, mean=1.0, std=0.2)
+    ids = torch.randint(5, 60, (2, 7))
+    inputs = {"input_ids": ids, "decoder_input_ids": ids}
+    with torch.no_grad():
+        adapted = model(**inputs).logits
+        pk.merge(model)
+        torch.testing.assert_close(model(**inputs).logits, adapted, atol=1e-5, rtol=1e-4)
