@@ -6,8 +6,8 @@ import pytest
 
 NAMES = {
     "petl_kernels": (
-        "Adapter BitFit CrossAttention FullFineTuning IA3 InputError LayerNormTuning LoRA Plan PrefixTuning adapt lean "
-        "linear_cross_entropy load_adapter merge nn ops pack parity plan report save_adapter save_merged "
+        "Adapter BitFit CrossAttention FullFineTuning IA3 InputError LayerNormTuning LoRA Plan PrefixTuning SSF adapt "
+        "lean linear_cross_entropy load_adapter merge nn ops pack parity plan report save_adapter save_merged "
         "trainable_parameters unmerge use_adapter"
     ),
     "petl_kernels.ops": (

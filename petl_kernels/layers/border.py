@@ -19,6 +19,7 @@ from petl_kernels.layers.buffers import Buffers, Place, are_dense, are_frozen
 from petl_kernels.layers.pieces import LINEARS
 from petl_kernels.methods.ia3 import Scale
 from petl_kernels.methods.lora import LoRALinear, LowRank
+from petl_kernels.methods.ssf import ScaleShift
 from petl_kernels.models.structure import Layer
 from petl_kernels.ops.lora_border import room
 
@@ -127,7 +128,7 @@ def _lora(linear: nn.Linear) -> Mapping[str, LowRank]:
 
 
 def _is_scaled(linear: Any) -> bool:
-    return hasattr(linear, "petl") and any(isinstance(piece, Scale) for piece in linear.petl.values())
+    return hasattr(linear, "petl") and any(isinstance(piece, (Scale, ScaleShift)) for piece in linear.petl.values())
 
 
 def room_for(linears: Sequence[nn.Linear]) -> int:

@@ -24,6 +24,7 @@ class Scale(Piece):
     """The vector l of one linear layer: (out, 1), or (1, in) when it multiplies the input."""
 
     what = "(IA)³"
+    decays = False  # l is a vector in the shape of PEFT's files, and means nothing at 0
 
     def __init__(self, linear: nn.Linear, feedforward: bool):
         super().__init__()

@@ -37,6 +37,7 @@ class Piece(nn.Module):
     """
 
     what: str = ""  # its name in reports
+    decays: bool = True  # whether weight decay may draw its matrices to zero; vectors have none anyway
 
     def before(self, host: nn.Module, args: tuple) -> tuple | None:
         """Returns the host's arguments, changed; None leaves them."""

@@ -160,6 +160,7 @@ BESIDE_LORA = {
     "bitfit": (pk.BitFit, 100),
     "prefix": (lambda: pk.PrefixTuning(length=4), 100),
     "layer": (lambda: pk.Adapter(bottleneck=64), 2150),
+    "ssf": (pk.SSF, 5_030),
     "sublayer": (lambda: pk.Adapter(bottleneck=64, placement="sublayer"), 2200),
 }
 

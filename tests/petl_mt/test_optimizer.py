@@ -7,16 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from methods.models import build
 from petl_mt.cli import main
 from petl_mt.config import TrainConfig
 from petl_mt.runs import RunFolder
 from petl_mt.runs.checkpoint import Checkpoints
 from petl_mt.train import train
-from petl_mt.train.optimizer import make_optimizer
+from petl_mt.train.optimizer import make_optimizer, undecayed
 from petl_mt.train.setup import set_up
 from test_resume import Killed, assert_same_run, kill_at
 from torch import nn
 
+import petl_kernels as pk
 from petl_kernels.planning.resident import OPTIMIZER_BYTES, SMALLEST_8BIT
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (extra 8bit)")
@@ -45,7 +47,8 @@ def wide(settings, wide_parent) -> dict:
 def made(name: str, **settings) -> tuple[list[nn.Parameter], torch.optim.Optimizer]:
     torch.manual_seed(0)
     parameters = [nn.Parameter(torch.randn(shape)) for shape in SHAPES]
-    return parameters, make_optimizer(parameters, TrainConfig(**{"lr": 1e-2, **settings}), name)
+    vectors = [p for p in parameters if p.dim() <= 1]
+    return parameters, make_optimizer(parameters, vectors, TrainConfig(**{"lr": 1e-2, **settings}), name)
 
 
 def steps(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, count: int = 3) -> None:
@@ -79,7 +82,7 @@ def test_bytes_of_state_are_those_that_a_plan_counts():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_step_on_a_gpu_needs_nothing_beside_its_state():
     parameters = [nn.Parameter(torch.randn(4096, 1024, device="cuda"))]
-    optimizer = make_optimizer(parameters, TrainConfig(lr=1e-2), "adamw8bit")
+    optimizer = make_optimizer(parameters, [], TrainConfig(lr=1e-2), "adamw8bit")
     steps(parameters, optimizer, 1)
     assert state_bytes(optimizer) == 2 * 4 * 256 + OPTIMIZER_BYTES["adamw8bit"](parameters[0])
     torch.cuda.reset_peak_memory_stats()
@@ -96,6 +99,15 @@ def test_steps_are_nearly_those_of_adamw():
     for old, a, b in zip(before, exact[0], rounded[0], strict=True):
         moved = (a - old).norm()
         assert (a - b).norm() < (0.05 if a.numel() >= SMALLEST_8BIT else 1e-5) * moved
+
+
+@pytest.mark.parametrize(("method", "kept"), [(pk.IA3(), "ia3_l"), (pk.SSF(), "ssf"), (pk.LoRA(rank=1), "none")])
+def test_scales_have_no_weight_decay(method, kept):
+    """LoRA of rank 1 has matrices of one row, and (IA)³ vectors of two dimensions."""
+    model = pk.adapt(build("m2m100"), method)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    found = undecayed(model)
+    assert len(found) == (0 if kept == "none" else len(trained))
 
 
 def test_weight_decay_is_for_matrices_and_the_rate_is_that_of_the_step():

@@ -44,7 +44,7 @@ class Attention:
         self.pre_norm, self.norm = block.pre_norm, Norm(name, block.norm)
         self.clamps = block.adds_bias  # T5's family
         self.reader: Norm | None = self.norm
-        if active_piece(block.norm) is not None:
+        if self.norm.piece is not None:
             raise Unknown("an adapter on the norm of an attention")
         borders = block.borders or {}
         self.linears = [Linears(group, named, borders.get(group)) for group, named in self._groups()]

@@ -14,6 +14,7 @@ from petl_kernels.layers.masks import as_added
 from petl_kernels.layers.rotary import Rotary, rotated, rotated_back
 from petl_kernels.layers.rule.attention import Attention, rows_of
 from petl_kernels.layers.rule.call import Call, Gradients, Place
+from petl_kernels.layers.rule.linears import Unknown
 from petl_kernels.layers.rule.norm import Norm
 from petl_kernels.layers.rule.prefix import keys_and_values
 from petl_kernels.ops.define import run
@@ -26,6 +27,8 @@ class CappedAttention(Attention):
         super().__init__(name, block)
         self.head_dim, self.cap = block.head_dim, float(block.cap)
         self.post = Norm(f"{name}.post", block.post)
+        if self.post.piece is not None:
+            raise Unknown("an adapter on the norm behind an attention")
         self.sum = Place(name, "normed_sum")
         self.bound += self.post.bound
 

@@ -29,6 +29,7 @@ from petl_kernels.layers.rule.residual import Residual
 from petl_kernels.methods.adapter import BottleneckAdapter, ParallelAdapter, PostNormPfeiffer, ReadInput
 from petl_kernels.methods.ia3 import Scale
 from petl_kernels.methods.pieces import Piece
+from petl_kernels.methods.ssf import ScaleShift
 from petl_kernels.ops.define import run
 from petl_kernels.ops.frozen_ffn import what_to_keep
 from petl_kernels.ops.parallel_ffn import fill
@@ -59,13 +60,13 @@ class FeedForward:
         self.inner = Wide(block) if wide else Frozen(block) if frozen else Open(block, wide_out)
         self.wide_out = wide_out
         self.after, self.beside = _adapters(block, wide)
-        if self.pre_norm and active_piece(block.norm) is not None:
+        if self.pre_norm and self.norm.piece is not None:
             raise Unknown("an adapter on the norm before a feed-forward network")
         residual = Residual(BLOCK, block.residual_dropout)
         if block.post is not None:
             self.end = NormAndSum(residual, Norm(f"{BLOCK}.post", block.post), self.after)
         else:
-            self.end = Sum(residual) if self.pre_norm else SumAndNorm(residual, self.norm, active_piece(block.norm))
+            self.end = Sum(residual) if self.pre_norm else SumAndNorm(residual, self.norm, self.norm.piece)
         self.reads_u = self.inner.reads_u or self.beside is not None
         adapters = [adapter for adapter in (self.after, self.beside) if adapter is not None]
         self.bound = [tensor for part in (self.norm, self.inner, *adapters, self.end) for tensor in part.bound]
@@ -123,6 +124,8 @@ class NormAndSum:
     """
 
     def __init__(self, residual: Residual, post: Norm, after: Bottleneck | None):
+        if post.piece is not None:
+            raise Unknown("an adapter on the norm behind a feed-forward network")
         self.residual, self.post, self.after, self.bound = residual, post, after, post.bound
 
     def forward(self, y: Tensor, x: Tensor, call: Call) -> Tensor:
@@ -366,9 +369,9 @@ def _adapters(block: FeedForwardBlock, wide: bool) -> tuple[Bottleneck | None, B
     piece = active_piece(block.out)
     for module in block.inputs:
         own = active_piece(module)
-        if own is not None and not isinstance(own, ReadInput) and not isinstance(own, Scale):
+        if own is not None and not isinstance(own, (ReadInput, Scale, ScaleShift)):
             raise Unknown(f"a {type(own).__name__} on the first linear of the feed-forward block")
-    if piece is None or wide or isinstance(piece, Scale):
+    if piece is None or wide or isinstance(piece, (Scale, ScaleShift)):
         return None, None
     if type(piece) is ParallelAdapter:
         return None, Bottleneck(piece)

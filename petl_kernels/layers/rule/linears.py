@@ -1,9 +1,9 @@
 """Linear layers that read one input, with their adapters.
 
-    y = ((x ⊙ l_in) Wᵀ + c + scale · drop(x) Aᵀ Bᵀ) ⊙ l_out
+    y = ((x ⊙ l_in) Wᵀ + c + scale · drop(x) Aᵀ Bᵀ) ⊙ l_out + β
 
-All but W may be absent: LoRA (A, B) beside a frozen W, (IA)³'s l before or after, the bias c. W is frozen, dense or
-quantized, or trained. Linears with LoRA at one rate of dropout are one product with stacked A.
+All but W may be absent: LoRA (A, B) beside a frozen W, (IA)³'s l before or after, SSF's l_out and β, the bias c.
+W is frozen, dense or quantized, or trained. Linears with LoRA at one rate of dropout are one product with stacked A.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from petl_kernels.layers.rule.call import Call, Gradients, Place, summed
 from petl_kernels.layers.wide_linear import WideLoRALinear
 from petl_kernels.methods.ia3 import Scale
 from petl_kernels.methods.lora import LoRALinear, LowRank
+from petl_kernels.methods.ssf import ScaleShift
 from petl_kernels.ops.define import accumulate_dtype, run
 from petl_kernels.ops.quantized import parts_of
 
@@ -31,7 +32,7 @@ class Unknown(Exception):
 class Linear:
     """One linear layer, bound. name: that of its output among the saved tensors.
 
-    piece: what an adapter other than LoRA and (IA)³ has put on it. bound: the tensors that backward reads.
+    piece: what an adapter other than LoRA, (IA)³ and SSF has put on it. bound: the tensors that backward reads.
     """
 
     def __init__(self, name: str, module: Any):
@@ -53,9 +54,11 @@ class Linear:
             self.dropout = lora.dropout if module.training else 0.0
         piece = active_piece(module)
         self.before: Tensor | None = piece.scale if isinstance(piece, Scale) and piece.feedforward else None
-        self.after: Tensor | None = piece.scale if isinstance(piece, Scale) and not piece.feedforward else None
-        self.piece = None if isinstance(piece, Scale) else piece
-        own = [*self.parts, self.bias, self.before, self.after]
+        after = isinstance(piece, ScaleShift) or (isinstance(piece, Scale) and not piece.feedforward)
+        self.after: Tensor | None = piece.scale if after else None
+        self.shift: Tensor | None = piece.shift if isinstance(piece, ScaleShift) else None
+        self.piece = None if isinstance(piece, (Scale, ScaleShift)) else piece
+        own = [*self.parts, self.bias, self.before, self.after, self.shift]
         if self.lora is not None:
             own += self.lora
         self.bound = [tensor for tensor in own if tensor is not None]
@@ -66,8 +69,10 @@ class Linear:
         return self.lora is not None or self.before is not None or self.weight.requires_grad
 
     def scaled(self, y: Tensor) -> Tensor:
-        """Returns y ⊙ l_out."""
-        return y if self.after is None else y * self.after.flatten().to(y.dtype)
+        """Returns y ⊙ l_out + β."""
+        if self.after is not None:
+            y = y * self.after.flatten().to(y.dtype)
+        return y if self.shift is None else y.add_(self.shift.to(y.dtype))
 
 
 def _lora(module: nn.Linear) -> LowRank | None:
@@ -187,6 +192,8 @@ class Linears:
             return self.bordered.backward(dys, x, call, gradients, need_dx)
         own = {}
         for linear, dy, y in zip(self.all, dys, raw, strict=True):
+            if gradients.wants(linear.shift):
+                gradients.add(linear.shift, _summed_rows(dy))
             own[linear.name] = dy if linear.after is None else _scale_backward(linear.after, dy, y, gradients)
         dx = None
         for group in self.groups:
@@ -219,5 +226,9 @@ def _before_backward(linear: Linear | Group, dx: Tensor, x: Tensor, gradients: G
 def _scale_backward(scale: Tensor, dy: Tensor, x: Tensor, gradients: Gradients) -> Tensor:
     """Returns dx of y = x ⊙ l, and adds the gradient of l."""
     if gradients.wants(scale):
-        gradients.add(scale, (dy * x).reshape(-1, x.shape[-1]).sum(0, dtype=accumulate_dtype(x.dtype)))
+        gradients.add(scale, _summed_rows(dy * x))
     return dy * scale.flatten().to(dy.dtype)
+
+
+def _summed_rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).sum(0, dtype=accumulate_dtype(x.dtype))

@@ -9,6 +9,7 @@ from torch import nn
 
 from petl_kernels import versions
 from petl_kernels.errors import InputError
+from petl_kernels.methods.pieces import Piece
 
 from ..config import TrainConfig, require_bitsandbytes
 
@@ -32,11 +33,21 @@ def make_accelerator(precision: str):
     return accelerator
 
 
-def make_optimizer(parameters: list[nn.Parameter], config: TrainConfig, name: str) -> torch.optim.Optimizer:
-    """Returns AdamW as ``name``, "adamw" or "adamw8bit", has it; weight decay is on matrices alone."""
+def undecayed(model: nn.Module) -> list[nn.Parameter]:
+    """Returns the trained parameters without weight decay: vectors, and what a piece keeps from it."""
+    pieces = [module for module in model.modules() if isinstance(module, Piece) and not module.decays]
+    kept = {parameter for piece in pieces for parameter in piece.parameters()}
+    return [p for p in model.parameters() if p.requires_grad and (p.dim() <= 1 or p in kept)]
+
+
+def make_optimizer(
+    parameters: list[nn.Parameter], without_decay: list[nn.Parameter], config: TrainConfig, name: str
+) -> torch.optim.Optimizer:
+    """Returns AdamW as ``name``, "adamw" or "adamw8bit", has it. without_decay: those of ``parameters`` without it."""
+    kept = set(without_decay)
     groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+        {"params": [p for p in parameters if p not in kept], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p in kept], "weight_decay": 0.0},
     ]
     settings = {"params": [g for g in groups if g["params"]], "lr": config.lr, "betas": config.betas, "eps": 1e-6}
     if name == "adamw":

@@ -37,7 +37,7 @@ from ..runs.lock import locked
 from ..runs.log import RunLog
 from .batching import choose_packing, longest_captured
 from .budget import plan_of_run, widened, width_multiple
-from .optimizer import make_accelerator, make_optimizer
+from .optimizer import make_accelerator, make_optimizer, undecayed
 from .progress import Progress
 from .resume import checkpoint_to_resume, with_settings_of
 from .step_log import StepLog
@@ -133,7 +133,7 @@ def set_up(
         stored_parameters = pk.report(model).stored
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer_name = plan.optimizer if plan else config.optimizer
-    optimizer = accelerator.prepare(make_optimizer(parameters, config, optimizer_name))
+    optimizer = accelerator.prepare(make_optimizer(parameters, undecayed(model), config, optimizer_name))
 
     # the folder, and the state that a resumed run goes on from
     _check_space(run, parameters, optimizer_name)
