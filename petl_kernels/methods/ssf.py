@@ -47,7 +47,8 @@ class ScaleShift(Piece):
         return scaled if self.shift is None else scaled + self.shift.to(y.dtype)
 
     def state(self) -> dict[str, Tensor]:
-        return {"ssf_scale": self.scale} | ({} if self.shift is None else {"ssf_shift": self.shift})
+        found: dict[str, Tensor] = {"ssf_scale": self.scale}
+        return found if self.shift is None else found | {"ssf_shift": self.shift}
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from petl_mt.config_file import load_yaml
 
 from bench.parent_precision import RECIPE, compare, of_shipped
@@ -23,6 +24,7 @@ TINY = {
 }
 
 
+@pytest.mark.slow
 def test_each_precision_trains_with_each_seed_and_is_scored_both_ways(tmp_path, capsys):
     found = compare(tmp_path, ["en-de"], [1, 2], load_yaml(RECIPE) | TINY, lines=30, tests=2)
     assert [*found] == [("fp32", 1), ("fp16", 1), ("fp32", 2), ("fp16", 2)]
@@ -39,6 +41,7 @@ def test_each_precision_trains_with_each_seed_and_is_scored_both_ways(tmp_path, 
     assert [line.partition(":")[0] for line in said[4:]] == ["en-de", "de-en"] and "fp16 - fp32 " in said[5]
 
 
+@pytest.mark.slow
 def test_the_parent_that_ships_is_trained_whole_in_one_direction(tmp_path):
     few = {"steps": 1, "warmup": 0, "batch_tokens": 128, "beam": 1}
     settings = of_shipped(load_yaml(RECIPE)) | few

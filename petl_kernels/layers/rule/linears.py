@@ -54,9 +54,10 @@ class Linear:
             self.dropout = lora.dropout if module.training else 0.0
         piece = active_piece(module)
         self.before: Tensor | None = piece.scale if isinstance(piece, Scale) and piece.feedforward else None
-        after = isinstance(piece, ScaleShift) or (isinstance(piece, Scale) and not piece.feedforward)
-        self.after: Tensor | None = piece.scale if after else None
-        self.shift: Tensor | None = piece.shift if isinstance(piece, ScaleShift) else None
+        self.after: Tensor | None = piece.scale if isinstance(piece, Scale) and not piece.feedforward else None
+        self.shift: Tensor | None = None
+        if isinstance(piece, ScaleShift):
+            self.after, self.shift = piece.scale, piece.shift
         self.piece = None if isinstance(piece, (Scale, ScaleShift)) else piece
         own = [*self.parts, self.bias, self.before, self.after, self.shift]
         if self.lora is not None:

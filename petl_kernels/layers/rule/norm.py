@@ -154,7 +154,7 @@ class Norm:
             return
         if gradients.wants(self.scale):
             dscale = dweight * self.gain
-            gradients.add(self.scale, dscale if dbias is None else dscale + dbias * self.bias)
+            gradients.add(self.scale, dscale if dbias is None or self.bias is None else dscale + dbias * self.bias)
         if gradients.wants(self.shift):
             rows = du.reshape(-1, du.shape[-1])
             gradients.add(self.shift, rows.sum(0, dtype=accumulate_dtype(du.dtype)) if dbias is None else dbias)
