@@ -217,6 +217,7 @@ def test_both_sides_train_on_the_same_weights_and_words(checkpoint):
     assert ours.loss == pytest.approx(peft.loss, rel=0.02) == pytest.approx(math.log(200), rel=0.1)
 
 
+@pytest.mark.slow
 def test_ours_goes_on_in_smaller_parts_where_a_step_finds_no_room(checkpoint, monkeypatch):
     """The trainer's own way: the result has the plan that the updates ended with."""
     run, parts = update.Update._backward, []

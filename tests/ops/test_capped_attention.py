@@ -165,7 +165,7 @@ def test_wrong_input(change, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("chunk_bytes", [2**24, 100_000, 3000])
+@pytest.mark.parametrize("chunk_bytes", [2**24, 100_000, pytest.param(3000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("options", [{}, {"dropout": 0.1}, {"prefix": 5, "mask": False}], ids=str)
 def test_planned_bytes_are_at_least_the_measured_ones(options, chunk_bytes, monkeypatch):
     """And at most some copies of keys and values more; a plan's slack is megabytes."""

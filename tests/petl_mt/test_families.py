@@ -41,7 +41,7 @@ CHECKPOINTS = ["nllb", "nllb-moe", "mbart50", "mbart25", "marian", "marian-separ
 CHECKPOINTS += ["t5", "t5-tied", "umt5", "byt5", "seamless", "t5gemma"]
 # Their losses, languages and tables are in the other tests; the run is that of another.
 MARKS = dict.fromkeys(("mbart25", "marian-separate", "t5-tied", "umt5"), pytest.mark.repeat)  # as others are
-MARKS |= dict.fromkeys(("byt5", "nllb-moe", "seamless"), pytest.mark.slow)
+MARKS |= dict.fromkeys(("byt5", "nllb-moe", "seamless", "t5gemma"), pytest.mark.slow)
 
 
 @pytest.fixture(scope="module", params=CHECKPOINTS)
@@ -128,6 +128,7 @@ def test_lora_from_text_to_a_merged_folder(checkpoint, pair, tmp_path, precision
     AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "merged")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpoint", ["t5gemma"], indirect=True, scope="module")
 def test_t5gemma_under_a_budget(checkpoint, pair, tmp_path, capsys):
     """Its configuration is nested: a plan from the config alone; a run that is planned, translates and is scored."""
@@ -173,6 +174,7 @@ def test_rates_of_activations_and_experts_stay(family):
     assert len(others) >= 8 and set(others.values()) == {0.0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpoint", ["t5"], indirect=True, scope="module")
 def test_a_t5_trained_whole_in_fp16_translates_under_a_budget_with_its_last_projections_in_fp32(
     checkpoint, pair, tmp_path

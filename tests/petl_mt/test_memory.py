@@ -59,6 +59,7 @@ def assert_same_weights(found: dict, expected: dict, tolerance: float = 1e-4) ->
         torch.testing.assert_close(found[name], tensor, rtol=tolerance, atol=1e-6, msg=name)
 
 
+@pytest.mark.slow
 def test_on_a_cpu_the_text_is_part_of_the_budget(settings, tmp_path, monkeypatch):
     """In the plan, in the limit of the allocator, and in what is told of memory."""
     caps = []

@@ -89,6 +89,7 @@ def test_what_is_wrong_is_one_line(quantized, parent, tmp_path, capsys, monkeypa
     assert not Path(out).exists()
 
 
+@pytest.mark.slow
 def test_layers_of_a_quantized_checkpoint_are_not_streamed_on_a_cpu(settings, parent, tmp_path):
     """The least budget is told; a plan that streams, of the checkpoint that was quantized, is refused."""
     with pytest.raises(InputError, match=r"^memory 100 KiB: .* expected at least"):

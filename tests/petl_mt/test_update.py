@@ -57,6 +57,7 @@ def test_graphs_train_to_the_same_losses(settings, tmp_path, graphs, accumulate)
     assert isinstance(loop.optimizer.param_groups[0]["lr"], float)
 
 
+@pytest.mark.slow
 def test_graphs_give_their_memory_back_to_an_evaluation_in_a_budget(settings, tmp_path, graphs):
     settings |= {"steps": 4, "eval_every": 2, "memory": "64MiB"}
     loop = training(settings, out=str(tmp_path / "run"), cuda_graphs=True)
