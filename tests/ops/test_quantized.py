@@ -607,7 +607,7 @@ def test_opcheck_of_the_ops():
     w2 = quantize(weight_of((8, 6)), "nf4").parts()
     contract.opcheck(petl.frozen_ffn.default, (x, parts["int8"], bias, w2, None, [], "relu", "bits"))
     contract.opcheck(petl.frozen_ffn.default, (x, parts["nf4"], None, w2, None, parts["int8"], "gelu", "x"))
-    labels, options = torch.tensor([0, 5, 2]), (0.1, "uniform", 1.0, -100, 1024, -1, "mean")
+    labels, options = torch.tensor([0, 5, 2]), (0.1, "uniform", 1.0, -100, 1024, -1, 0.0, "mean")
     for own in parts.values():
         contract.opcheck(petl.linear_cross_entropy.default, (x, own, labels, None, *options, True, False, False))
 

@@ -52,7 +52,7 @@ def test_what_it_says_of_this_machine(monkeypatch, capsys):
     for word in ("torch 2", "transformers", "device: ", "extension: ", "backend reference: available"):
         assert word in report
     if dispatch.load_error("cpu") is None:
-        assert "served by plain PyTorch: lora_border\n" in report
+        assert "served by plain PyTorch: lora_border, capped_attention\n" in report
         found = lines_of(report)
         assert [line[:2] for line in found] == [
             [kind, op] for kind in ("bfloat16", "float32", "float16") for op in HERE
