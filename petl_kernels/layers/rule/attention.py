@@ -106,7 +106,7 @@ class Attention:
         raw = self._project(u, u if source is None else source, call)
         for place, y in zip(self.places, raw, strict=True):
             call.save(place, y)
-        q, k, v = self._heads(raw)
+        q, k, v = self._heads(raw, call)
         o, lse = self._attend(q, k, v, call)
         call.save(self.o, o)
         call.save(self.lse, lse)
@@ -130,9 +130,9 @@ class Attention:
             return self.linears[0].forward(u, call)
         return [*self.linears[0].forward(u, call), *self.linears[1].forward(source, call)]
 
-    def _heads(self, raw: list[Tensor]) -> list[Tensor]:
+    def _heads(self, raw: list[Tensor], call: Call) -> list[Tensor]:
         if self.scales:
-            raw = [linear.scaled(y) for linear, y in zip(self.named, raw, strict=True)]
+            raw = [linear.scaled(y, call) for linear, y in zip(self.named, raw, strict=True)]
         return [y.view(y.shape[0], y.shape[1], self.heads, -1).transpose(1, 2) for y in raw]
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
@@ -161,7 +161,7 @@ class Attention:
     def _read(self, o: Tensor, call: Call) -> Tensor:
         """Returns the output of the projection, which an adapter on it reads."""
         (raw,) = self.out.forward(_rows(o), call)
-        read = self.out.all[0].scaled(raw)
+        read = self.out.all[0].scaled(raw, call)
         if self.adapter:
             call.save(self.read, read)
         elif self.out.all[0].after is not None:
@@ -175,7 +175,7 @@ class Attention:
         read = call.saved.get(self.read.key)
         if read is None:
             return self._read(call.saved[self.o.key], call)
-        return read if self.adapter else self.out.all[0].scaled(read)
+        return read if self.adapter else self.out.all[0].scaled(read, call)
 
     # ---- backward ---------------------------------------------------------------------------------------------------
 
@@ -216,7 +216,7 @@ class Attention:
         if any(y is None for y in raw):
             assert u is not None and seen is not None, "u is there where products are recomputed"
             raw = self._project(u, seen, call)
-        q, k, v = self._heads(raw)
+        q, k, v = self._heads(raw, call)
         dq, dk, dv = self._attention_backward(do, q, k, v, call, gradients)
         del do, q, k, v
         dk, dv = summed(dk, dk_more), summed(dv, dv_more)
