@@ -159,7 +159,7 @@ def test_small_changes_of_a_length_count_in_16_bits():
         assert torch.equal(raw, F.linear(x, out.weight, out.bias))
         out.lora["default"].magnitude.mul_(1.003)
         found, by_rule = out(x), Linear("v", out).scaled(raw, Call(2, x))
-    assert torch.equal(found, by_rule) and (found != raw).double().mean() > 0.4
+    assert torch.equal(found, by_rule) and (found != raw).double().mean() > 0.2
     exact = bias + 1.003 * (raw - bias)
     torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=0)  # half a unit, of a sum in fp32
 
