@@ -74,7 +74,7 @@ LORA = {
     "megatron_config": [(REFUSED, {"megatron_config": {"x": 1}})],
     "trainable_token_indices": [(REFUSED, {"trainable_token_indices": [1]})],
     "use_dora": [
-        {"use_dora": True, **TARGETS, "bias": "lora_only"},
+        {"use_dora": True, "target_modules": ["q_proj", "fc2"], "bias": "lora_only"},
         {"use_dora": True, "use_rslora": True, "rank_pattern": {"v_proj": 4}},
         (REFUSED, {"lora_dropout": 0.1, "use_dora": True}),
     ],
