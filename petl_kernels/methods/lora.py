@@ -11,7 +11,8 @@ DoRA (arXiv 2402.09353) trains the length of each row of W + scale · B A as wel
     y = g ⊙ (x Wᵀ + scale · x Aᵀ Bᵀ) + c        g = m / ‖W + scale · B A‖, by rows, of which backward takes the norm
                                                  as a constant
 
-m (out,) starts at ‖W‖, of the weight that is there when the adapter is made, so training starts from the base model.
+m (out,) starts at ‖W‖, so training starts from the base model; m of an adapter that has not been trained follows where
+the base is quantized or cast (``with_lengths_that_follow``).
 g is in fp32 or wider, whatever the dtype of x: 16 bits have no number between 1 and 1.004. Merging gives g ⊙ (W +
 scale · B A).
 """
@@ -22,11 +23,13 @@ import copy
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from petl_kernels import ops
@@ -284,7 +287,7 @@ class LoRA(Method):
 
     def inject(self, model: nn.Module, name: str) -> None:
         targets = self.resolve(model)
-        lengths = {path: _row_lengths(path, _target(model, path)) for path in targets} if self.dora else {}
+        lengths = {path: _directed_lengths(path, _target(model, path)) for path in targets} if self.dora else {}
         for path, (rank, scale) in targets.items():
             module: Any = model.get_submodule(path)
             if isinstance(module, nn.Embedding):
@@ -379,20 +382,47 @@ def _merged(weight: Tensor, piece: LowRank | EmbeddingLowRank) -> Tensor:
     return total
 
 
-@torch.no_grad()
-def _row_lengths(path: str, linear: nn.Linear) -> Tensor:
-    """Returns ‖W‖ by rows (out,), as the first forward pass finds it. Raises InputError for a row of zeros."""
-    weight, dtype = linear.weight, piece_dtype(linear.weight)
-    a, b = (
-        torch.zeros(size, dtype=dtype, device=weight.device) for size in ((1, weight.shape[1]), (weight.shape[0], 1))
-    )
-    lengths = ops.lora_norm(weight, a, b, 1.0)
-    if type(lengths) is Tensor and not lengths.is_meta and not bool(lengths.all()):  # fake ones have no values
+@contextmanager
+def with_lengths_that_follow(model: nn.Module) -> Iterator[None]:
+    """Lets DoRA that has not been trained yet start at the norms of the weights that this block leaves."""
+    linears: list[Any] = [module for module in model.modules() if isinstance(module, LoRALinear)]
+    places = [(linear, piece) for linear in linears for piece in linear.lora.values()]
+    at_start = [(linear, piece.magnitude) for linear, piece in places if _is_at_start(linear, piece)]
+    yield
+    with torch.no_grad():
+        for linear, magnitude in at_start:
+            magnitude.copy_(_row_lengths(linear))
+
+
+def _is_at_start(linear: LoRALinear, piece: Any) -> bool:
+    if piece.magnitude is None or not _has_values(piece.magnitude) or piece.B.any():
+        return False
+    return torch.equal(piece.magnitude, _row_lengths(linear))
+
+
+def _has_values(tensor: Tensor) -> bool:
+    return not tensor.is_meta and not isinstance(tensor, FakeTensor)
+
+
+def _directed_lengths(path: str, linear: nn.Linear) -> Tensor:
+    """Returns ‖W‖ by rows (out,). Raises InputError for a row of zeros."""
+    lengths = _row_lengths(linear)
+    if _has_values(lengths) and not lengths.all():
         row = int((lengths == 0).nonzero()[0])
         raise InputError(
             f"lora target {path!r} with dora: row {row} is zeros and has no direction, expected LoRA there"
         )
     return lengths
+
+
+@torch.no_grad()
+def _row_lengths(linear: nn.Linear) -> Tensor:
+    """Returns ‖W‖ by rows (out,), bit for bit as a forward pass finds it where B is 0."""
+    weight, dtype = linear.weight, piece_dtype(linear.weight)
+    a, b = (
+        torch.zeros(size, dtype=dtype, device=weight.device) for size in ((1, weight.shape[1]), (weight.shape[0], 1))
+    )
+    return ops.lora_norm(weight, a, b, 1.0)
 
 
 def _check_dora_dropout(rate: float) -> None:

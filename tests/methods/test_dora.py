@@ -15,6 +15,7 @@ from petl_kernels.layers.rule.call import Call
 from petl_kernels.layers.rule.linears import Linear
 from petl_kernels.methods import adapter_state
 from petl_kernels.methods.lora import LoRALinear
+from petl_kernels.weights.quantized import quantize_model
 
 from .models import build, logits, train_a_little
 
@@ -162,6 +163,19 @@ def test_small_changes_of_a_length_count_in_16_bits():
     assert torch.equal(found, by_rule) and (found != raw).double().mean() > 0.2
     exact = bias + 1.003 * (raw - bias)
     torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=0)  # half a unit, of a sum in fp32
+
+
+@pytest.mark.parametrize("storage", ["int8", "nf4"])
+def test_an_untrained_adapter_follows_where_the_base_is_quantized(storage):
+    model = pk.adapt(build("mbart"), pk.LoRA(rank=2, dora=True), name="trained")
+    shaken(model)
+    pk.adapt(model, pk.LoRA(rank=2, dora=True), name="new")
+    before = adapter_state(model, "trained")["model.encoder.layers.0.self_attn.q_proj.lora_magnitude_vector"].clone()
+    quantize_model(model, storage)
+    adapted = logits(model)
+    assert torch.equal(adapted, logits(pk.use_adapter(model, None)))
+    after = adapter_state(model, "trained")["model.encoder.layers.0.self_attn.q_proj.lora_magnitude_vector"]
+    assert torch.equal(after, before)
 
 
 @pytest.mark.parametrize(

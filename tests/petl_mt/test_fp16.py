@@ -248,6 +248,16 @@ def distance(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) 
     return (difference / torch.stack([value.norm() for value in expected.values()]).norm()).item()
 
 
+@pytest.mark.parametrize("family", ["mbart", "t5"])
+def test_dora_starts_from_the_model_that_is_cast(family):
+    """m follows where frozen matrices are cast after the adapter has been made."""
+    model = prepare_model(build(family), TrainConfig(method="dora", precision="bf16", dropout=0.0)).eval()
+    inputs = ragged(model)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        adapted = model(**inputs).logits
+        assert torch.equal(adapted, pk.use_adapter(model, None)(**inputs).logits)
+
+
 @pytest.mark.parametrize("tier", [0, 2])
 def test_the_last_projection_of_t5_computes_in_fp32(tier):
     """Outputs beyond the range of fp16 reach the next norm, as in a model that transformers has loaded in fp16."""

@@ -19,8 +19,8 @@ the node saves (``call.SAVED``):
 
 The rest is recomputed: norms in one pass, q, k, v and pre-activations by their products, a sum by one product. Tiers 4
 and 5 save x alone; backward runs the forward pass at tier 1 first. Every tier also saves the seeds of its dropout,
-8 bytes each, DoRA's norms of rows, 4 bytes each, and the keys and values of a prefix, which no token adds to. The network that computes prefixes is outside
-of the layers; a node of its own saves its hidden units.
+8 bytes each, DoRA's norms of rows, 4 bytes each, and the keys and values of a prefix, which no token adds to. The
+network that computes prefixes is outside of the layers; a node of its own saves its hidden units.
 
     call.py          the table; what one forward pass saves; the gradients that backward collects
     norm.py          LayerNorm and RMSNorm

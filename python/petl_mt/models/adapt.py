@@ -12,6 +12,7 @@ import petl_kernels as pk
 from petl_kernels.errors import InputError
 from petl_kernels.methods import METHODS
 from petl_kernels.methods.base import Method
+from petl_kernels.methods.lora import with_lengths_that_follow
 from petl_kernels.models.structure import all_modules
 from petl_kernels.models.transformers_names import is_activation_dropout
 from petl_kernels.ops.quantized import QuantizedTensor
@@ -91,6 +92,7 @@ def cast_frozen_matrices(model: nn.Module, dtype: torch.dtype) -> None:
     if dtype == torch.float16:
         widen_linears(model)
     wide = {id(module.weight) for module in model.modules() if isinstance(module, WideLinear)}
-    for parameter in model.parameters():
-        if not parameter.requires_grad and parameter.dim() > 1:
-            parameter.data = parameter.data.to(torch.float32 if id(parameter) in wide else dtype)
+    with with_lengths_that_follow(model):
+        for parameter in model.parameters():
+            if not parameter.requires_grad and parameter.dim() > 1:
+                parameter.data = parameter.data.to(torch.float32 if id(parameter) in wide else dtype)
