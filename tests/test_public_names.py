@@ -14,7 +14,7 @@ NAMES = {
         "OPS QuantisedTensor activation attention available_backends backend_of bottleneck_adapter dropout_add "
         "dropout_add_norm frozen_ffn frozen_linear gated_activation layer_norm layer_norm_from_statistics "
         "layer_norm_with_statistics linear_cross_entropy lora_linear lora_linear_grouped parallel_ffn quantise "
-        "quantised_embedding rms_norm rms_norm_from_statistics rms_norm_with_statistics use"
+        "quantised_embedding lora_norm rms_norm rms_norm_from_statistics rms_norm_with_statistics use"
     ),
     "petl_kernels.nn": "BottleneckAdapter FrozenLinear GroupedLoRALinear LinearCrossEntropy LoRALinear",
     "petl_kernels.methods": (

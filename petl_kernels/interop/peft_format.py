@@ -41,7 +41,6 @@ _UNSUPPORTED = {
         "target_parameters",
         "trainable_token_indices",
         "use_bdlora",
-        "use_dora",
         "use_qalora",
         "velora_config",
     ),
@@ -62,6 +61,7 @@ _READ = {
         "r",
         "rank_pattern",
         "target_modules",
+        "use_dora",
         "use_rslora",
     ),
     "IA3": ("exclude_modules", "feedforward_modules", "target_modules"),
@@ -163,7 +163,7 @@ def _lora_settings(model: nn.Module, config: LoRA) -> dict:
         "rank_pattern": config.rank_pattern,
         "alpha_pattern": {key: _whole(alpha) for key, alpha in config.alpha_pattern.items()},
         "use_rslora": config.rslora,
-        "use_dora": False,
+        "use_dora": config.dora,
         "bias": config.bias,
         "fan_in_fan_out": False,
         "init_lora_weights": True,
@@ -189,6 +189,8 @@ def _read_lora(content: dict, tensors: dict[str, Tensor], model: nn.Module) -> t
     if content.get("bias") not in (None, "none", "lora_only"):
         raise InputError(f"bias = {content['bias']!r} is not supported, only 'none' and 'lora_only'; {_INSTEAD}")
     _check_alphas(content)
+    if content.get("use_dora") and content.get("lora_dropout"):
+        raise InputError(f"lora_dropout = {content['lora_dropout']!r} with use_dora is not supported; {_INSTEAD}")
     config = LoRA(
         rank=content.get("r", 8),
         alpha=_number(content, "lora_alpha", 8),
@@ -198,6 +200,7 @@ def _read_lora(content: dict, tensors: dict[str, Tensor], model: nn.Module) -> t
         alpha_pattern=_patterns(content, "alpha_pattern", (int, float)),
         rslora=bool(content.get("use_rslora")),
         bias=content.get("bias") or "none",
+        dora=bool(content.get("use_dora")),
     )
     _check_ranks(model, config)
     state = {}
@@ -207,7 +210,7 @@ def _read_lora(content: dict, tensors: dict[str, Tensor], model: nn.Module) -> t
             state[path] = tensor
         elif path.endswith(".base_layer") and last == "bias":
             state[f"{path.removesuffix('.base_layer')}.bias"] = tensor
-        elif last in ("lora_embedding_A", "lora_embedding_B"):
+        elif last in ("lora_embedding_A", "lora_embedding_B") or (last == "lora_magnitude_vector" and config.dora):
             state[key] = tensor
         else:
             raise InputError(f"{WEIGHTS} holds {_PREFIX + key!r}, which LoRA does not have")

@@ -97,7 +97,7 @@ def _serves_all(border: Border, linears: Sequence[nn.Linear]) -> bool:
 
 def wants_border(linears: Sequence[nn.Linear], device: str | None = None) -> bool:
     """Returns whether one product for ``linears`` saves something and is possible: their weights are frozen, dense and
-    of one dtype, device and input, and no adapter of theirs has dropout.
+    of one dtype, device and input, and no adapter of theirs has dropout or is DoRA.
 
     device: the kind that they will be on, where they are not there yet.
     """
@@ -113,7 +113,9 @@ def wants_border(linears: Sequence[nn.Linear], device: str | None = None) -> boo
         return False
     if (device or _KIND.get() or weights[0].device.type) not in DEVICES:
         return False
-    if any(piece.stored_dropout > 0 for piece in pieces) or any(map(_is_scaled, linears)):
+    if any(piece.stored_dropout > 0 or piece.magnitude is not None for piece in pieces):
+        return False
+    if any(map(_is_scaled, linears)):
         return False
     return len(linears) > 1 or bool(pieces)
 

@@ -30,7 +30,7 @@ from petl_kernels.layers.recompute import recomputed_by, recomputed_if
 from petl_kernels.layers.rotary import Rotary, rotated
 from petl_kernels.layers.source import cast_for_products
 from petl_kernels.methods.adapter import ParallelAdapter, ReadInput
-from petl_kernels.methods.lora import LoRALinear
+from petl_kernels.methods.lora import LoRALinear, lora_linears
 from petl_kernels.methods.pieces import Piece
 from petl_kernels.methods.prefix import Prefix
 from petl_kernels.models.transformers_names import OFFSET_NORMS
@@ -283,17 +283,7 @@ def linears(modules: Sequence[nn.Module], x: Tensor, recomputes: bool) -> list[T
 
 
 def _grouped_lora(modules: list[Any], x: Tensor) -> tuple[Tensor, ...]:
-    pieces = [module.lora.current() for module in modules]
-    ys = ops.lora_linear_grouped(
-        x,
-        [module.weight for module in modules],
-        [module.bias for module in modules],
-        [piece.A for piece in pieces],
-        [piece.B for piece in pieces],
-        [piece.scale for piece in pieces],
-        _lora_dropout(modules[0]),
-    )
-    return tuple(ys)
+    return tuple(lora_linears(modules, x, _lora_dropout(modules[0])))
 
 
 def _has_lora(module: nn.Module) -> bool:

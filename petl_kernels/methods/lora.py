@@ -5,6 +5,16 @@ rows get E[i] + scale · B A[:, i], with A (r, vocabulary) from 0 and B (dim, r)
 
 Merging puts W + scale · B A into the base. Where the weight is tied (the output projection with the embeddings), the
 tie is first dissolved: only the module that carries the LoRA changes.
+
+DoRA (arXiv 2402.09353) trains the length of each row of W + scale · B A as well:
+
+    y = g ⊙ (x Wᵀ + scale · x Aᵀ Bᵀ) + c        g = m / ‖W + scale · B A‖, by rows, of which backward takes the norm
+                                                 as a constant
+
+m (out,) starts at ‖W‖, so training starts from the base model; m of an adapter that has not been trained follows where
+the base is quantized or cast (``with_lengths_that_follow``).
+g is in fp32 or wider, whatever the dtype of x: 16 bits have no number between 1 and 1.004. Merging gives g ⊙ (W +
+scale · B A).
 """
 
 from __future__ import annotations
@@ -12,16 +22,18 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from petl_kernels import ops
-from petl_kernels.errors import InputError
+from petl_kernels.errors import InputError, shown
 from petl_kernels.methods.base import Method, check_size, setting
 from petl_kernels.methods.pieces import Named, Piece, attach, piece_dtype
 from petl_kernels.methods.targets import find_targets
@@ -32,16 +44,17 @@ from petl_kernels.ops.quantized import tiles
 
 
 class LowRank(Piece):
-    """A and B of one linear layer. A (r, in), B (out, r)."""
+    """A and B of one linear layer. A (r, in), B (out, r). magnitude: m (out,) of DoRA; None for LoRA."""
 
     what = "LoRA"
 
-    def __init__(self, linear: nn.Linear, rank: int, scale: float, dropout: float):
+    def __init__(self, linear: nn.Linear, rank: int, scale: float, dropout: float, magnitude: Tensor | None = None):
         super().__init__()
         place = {"device": linear.weight.device, "dtype": piece_dtype(linear.weight)}
         self.stored_scale, self.stored_dropout = scale, dropout
         self.A = nn.Parameter(torch.empty(rank, linear.in_features, **place))
         self.B = nn.Parameter(torch.zeros(linear.out_features, rank, **place))
+        self.magnitude = None if magnitude is None else nn.Parameter(magnitude)
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
     # Ops take rates below 1. A rate of 1 drops all of x in training, which a scale of 0 gives without dividing by 0.
@@ -56,10 +69,19 @@ class LowRank(Piece):
 
     @dropout.setter
     def dropout(self, rate: float) -> None:
+        if self.magnitude is not None:
+            _check_dora_dropout(rate)
         self.stored_dropout = rate
 
     def state(self) -> dict[str, Tensor]:
-        return {"lora_A": self.A, "lora_B": self.B}
+        found: dict[str, Tensor] = {"lora_A": self.A, "lora_B": self.B}
+        return found if self.magnitude is None else {**found, "lora_magnitude_vector": self.magnitude}
+
+    def factor(self, weight: Tensor) -> Tensor | None:
+        """Returns g (out,) of DoRA, in fp32 or wider; None for LoRA."""
+        if self.magnitude is None:
+            return None
+        return self.magnitude / ops.lora_norm(weight, self.A, self.B, self.stored_scale)
 
     def delta(self, rows: slice = slice(None)) -> Tensor:
         """Returns ``rows`` of scale · B A, (out, in)."""
@@ -100,18 +122,20 @@ class LoRALinear(nn.Linear):
         layer._original = None
         return layer
 
-    def add(self, name: str, rank: int, scale: float, dropout: float = 0.0) -> None:
-        """Adds an adapter, not yet active. Raises InputError for a rank that is no size or larger than the layer."""
+    def add(self, name: str, rank: int, scale: float, dropout: float = 0.0, magnitude: Tensor | None = None) -> None:
+        """Adds an adapter, not yet active; with ``magnitude`` (out,) it is DoRA.
+
+        Raises InputError for a rank that is no size or larger than the layer.
+        """
         check_rank(f"{self.out_features} x {self.in_features} linear", rank, self.in_features, self.out_features)
-        self.lora[name] = LowRank(self, rank, scale, dropout).train(self.training)
+        self.lora[name] = LowRank(self, rank, scale, dropout, magnitude).train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
         piece: Any = self.lora.current()
         if piece is None:  # the plain layer; its weight is trained where another adapter of the model trains the base
             plain = F.linear if self.weight.requires_grad else ops.frozen_linear
             return plain(x, self.weight, self.bias)
-        dropout = piece.dropout if self.training else 0.0
-        return ops.lora_linear(x, self.weight, self.bias, piece.A, piece.B, piece.scale, dropout)
+        return lora_linears([self], x, piece.dropout if self.training else 0.0)[0]
 
     def merge(self) -> float | None:
         """Puts the active adapter into the weight. The original is kept, so ``unmerge`` restores it bit for bit.
@@ -132,6 +156,30 @@ class LoRALinear(nn.Linear):
             raise InputError("LoRALinear.unmerge: no adapter is merged")
         self.lora.active, (self.weight,) = self._original
         self._original = None
+
+
+def lora_linears(linears: Sequence[Any], x: Tensor, dropout: float) -> list[Tensor]:
+    """Returns the output of each ``LoRALinear`` with its active adapter, as one op that reads x once."""
+    pieces = [linear.lora.current() for linear in linears]
+    ys = ops.lora_linear_grouped(
+        x,
+        [linear.weight for linear in linears],
+        [linear.bias for linear in linears],
+        [piece.A for piece in pieces],
+        [piece.B for piece in pieces],
+        [piece.scale for piece in pieces],
+        dropout,
+    )
+    return [_rescaled(y, linear, piece) for y, linear, piece in zip(ys, linears, pieces, strict=True)]
+
+
+def _rescaled(y: Tensor, linear: LoRALinear, piece: LowRank) -> Tensor:
+    """Returns g ⊙ y + (1 - g) ⊙ c of DoRA, rounded once to the dtype of y, for y with the bias c; y itself for LoRA."""
+    factor = piece.factor(linear.weight)
+    if factor is None:
+        return y
+    changed = y * factor
+    return (changed if linear.bias is None else changed + (1 - factor) * linear.bias).to(y.dtype)
 
 
 class GroupedLoRALinear(nn.Module):
@@ -156,16 +204,8 @@ class GroupedLoRALinear(nn.Module):
         return cls([LoRALinear.from_linear(linear, rank, alpha, dropout) for linear in linears])
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        adapters = [linear.lora.current() for linear in self.linears]
-        return ops.lora_linear_grouped(
-            x,
-            [linear.weight for linear in self.linears],
-            [linear.bias for linear in self.linears],
-            [piece.A for piece in adapters],
-            [piece.B for piece in adapters],
-            [piece.scale for piece in adapters],
-            adapters[0].dropout if self.training else 0.0,
-        )
+        linears = list(self.linears)
+        return lora_linears(linears, x, linears[0].lora.current().dropout if self.training else 0.0)
 
 
 class EmbeddingLowRank(Piece):
@@ -201,6 +241,7 @@ class LoRA(Method):
     rank_pattern, alpha_pattern: other ranks and alphas for some modules, by a regular expression for the path's end.
     rslora: scale = alpha / √rank (arXiv 2312.03732) in place of alpha / rank.
     bias: "none", or "lora_only": the targets' own biases are trained as well.
+    dora: the length of each row is trained beside its direction; on linear layers, without dropout.
     """
 
     rank: int = setting(16, "rank of the change")
@@ -213,12 +254,16 @@ class LoRA(Method):
     alpha_pattern: dict[str, float] = setting(dict, "other alphas, the same way")
     rslora: bool = setting(False, "the change counts alpha / square root of rank")
     bias: str = setting("none", "none, or lora_only: the targets' biases are trained, too")
+    dora: bool = setting(False, "the length of each of the weight's rows is trained, too; without dropout")
 
     method: ClassVar[str] = "lora"
     trains: ClassVar[str] = "a low-rank change of linear layers: q and v of every attention"
     peft_type: ClassVar[str] = "LORA"
     size_field: ClassVar[str] = "rank"
     ops: ClassVar[tuple[str, ...]] = ("lora_linear",)
+    variants: ClassVar[dict[str, tuple[dict[str, Any], str]]] = {
+        "dora": ({"dora": True}, "a low-rank change of the same layers, and the length of each of their rows")
+    }
 
     def __post_init__(self):
         check_size("lora", "rank", self.rank)
@@ -231,13 +276,19 @@ class LoRA(Method):
                 raise InputError(f"lora alpha {alpha!r}: expected a number above 0")
         if self.bias not in ("none", "lora_only"):
             raise InputError(f"lora bias {self.bias!r}: expected 'none' or 'lora_only'")
+        if not isinstance(self.dora, bool):
+            raise InputError(f"lora dora {shown(self.dora)}: expected True or False")
+        if self.dora:
+            _check_dora_dropout(self.dropout)
         if isinstance(self.targets, (list, tuple)):
             object.__setattr__(self, "targets", tuple(self.targets))
             if not self.targets:
                 raise InputError("lora targets (): expected at least one module name")
 
     def inject(self, model: nn.Module, name: str) -> None:
-        for path, (rank, scale) in self.resolve(model).items():
+        targets = self.resolve(model)
+        lengths = {path: _directed_lengths(path, _target(model, path)) for path in targets} if self.dora else {}
+        for path, (rank, scale) in targets.items():
             module: Any = model.get_submodule(path)
             if isinstance(module, nn.Embedding):
                 attach(module, name, EmbeddingLowRank(module, rank, scale))
@@ -246,7 +297,7 @@ class LoRA(Method):
                 parent, _, child = path.rpartition(".")
                 module = LoRALinear.wrap(module)
                 setattr(model.get_submodule(parent), child, module)
-            module.add(name, rank, scale, self.dropout)
+            module.add(name, rank, scale, self.dropout, lengths.get(path))
 
     def resolve(self, model: nn.Module) -> dict[str, tuple[int, float]]:
         """Returns path -> (rank, scale) of every target."""
@@ -256,6 +307,8 @@ class LoRA(Method):
             alpha = _by_pattern(self.alpha_pattern, path, self.alpha)
             target = _target(model, path)
             _check_plain(path, target)
+            if self.dora and isinstance(target, nn.Embedding):
+                raise InputError(f"lora target {path!r} with dora: an embedding, expected linear layers")
             check_rank(repr(path), rank, *_shape(target))
             found[path] = (rank, alpha / (math.sqrt(rank) if self.rslora else rank))
         return found
@@ -278,8 +331,9 @@ class LoRA(Method):
         return [f"{path}.bias" for path in paths if getattr(model.get_submodule(path), "bias", None) is not None]
 
     def count(self, model: nn.Module) -> int:
-        low_rank = sum(rank * sum(_shape(_target(model, path))) for path, (rank, _) in self.resolve(model).items())
-        return low_rank + super().count(model)
+        targets = {path: (rank, *_shape(_target(model, path))) for path, (rank, _) in self.resolve(model).items()}
+        own = sum(rank * (inputs + outputs) + self.dora * outputs for rank, inputs, outputs in targets.values())
+        return own + super().count(model)
 
     def computes(self, model: nn.Module) -> dict[str, object]:
         targets = {f"(rank, scale) of {path!r}": values for path, values in self.resolve(model).items()}
@@ -318,11 +372,62 @@ def check_rank(what: str, rank: int, n_in: int, n_out: int) -> None:
 
 @torch.no_grad()
 def _merged(weight: Tensor, piece: LowRank | EmbeddingLowRank) -> Tensor:
-    """Returns W + scale · B A, summed in fp32 or wider; the second term in tiles."""
+    """Returns W + scale · B A, summed in fp32 or wider, the second term in tiles; with DoRA g ⊙ that."""
     total = wide_copy(weight)
+    factor = piece.factor(weight) if isinstance(piece, LowRank) else None
     for rows in tiles(total.shape[0], total.shape[1], total.dtype):
         total[rows] += piece.delta(rows)
+        if factor is not None:
+            total[rows] *= factor[rows, None]
     return total
+
+
+@contextmanager
+def with_lengths_that_follow(model: nn.Module) -> Iterator[None]:
+    """Lets DoRA that has not been trained yet start at the norms of the weights that this block leaves."""
+    linears: list[Any] = [module for module in model.modules() if isinstance(module, LoRALinear)]
+    places = [(linear, piece) for linear in linears for piece in linear.lora.values()]
+    at_start = [(linear, piece.magnitude) for linear, piece in places if _is_at_start(linear, piece)]
+    yield
+    with torch.no_grad():
+        for linear, magnitude in at_start:
+            magnitude.copy_(_row_lengths(linear))
+
+
+def _is_at_start(linear: LoRALinear, piece: Any) -> bool:
+    if piece.magnitude is None or not _has_values(piece.magnitude) or piece.B.any():
+        return False
+    return torch.equal(piece.magnitude, _row_lengths(linear))
+
+
+def _has_values(tensor: Tensor) -> bool:
+    return not tensor.is_meta and not isinstance(tensor, FakeTensor)
+
+
+def _directed_lengths(path: str, linear: nn.Linear) -> Tensor:
+    """Returns ‖W‖ by rows (out,). Raises InputError for a row of zeros."""
+    lengths = _row_lengths(linear)
+    if _has_values(lengths) and not lengths.all():
+        row = int((lengths == 0).nonzero()[0])
+        raise InputError(
+            f"lora target {path!r} with dora: row {row} is zeros and has no direction, expected LoRA there"
+        )
+    return lengths
+
+
+@torch.no_grad()
+def _row_lengths(linear: nn.Linear) -> Tensor:
+    """Returns ‖W‖ by rows (out,), bit for bit as a forward pass finds it where B is 0."""
+    weight, dtype = linear.weight, piece_dtype(linear.weight)
+    a, b = (
+        torch.zeros(size, dtype=dtype, device=weight.device) for size in ((1, weight.shape[1]), (weight.shape[0], 1))
+    )
+    return ops.lora_norm(weight, a, b, 1.0)
+
+
+def _check_dora_dropout(rate: float) -> None:
+    if rate != 0:
+        raise InputError(f"lora dropout {rate!r} with dora: it would take W twice, for x and for drop(x); expected 0")
 
 
 def _shape(module: nn.Linear | nn.Embedding) -> tuple[int, int]:

@@ -17,6 +17,7 @@ from petl_kernels.ops.gated_activation import gated_activation
 from petl_kernels.ops.layer_norm import layer_norm, layer_norm_from_statistics, layer_norm_with_statistics
 from petl_kernels.ops.linear_cross_entropy import linear_cross_entropy
 from petl_kernels.ops.lora_linear import lora_linear, lora_linear_grouped
+from petl_kernels.ops.lora_norm import lora_norm
 from petl_kernels.ops.parallel_ffn import parallel_ffn
 from petl_kernels.ops.quantized import QuantizedTensor, quantize, quantized_embedding
 from petl_kernels.ops.rms_norm import rms_norm, rms_norm_from_statistics, rms_norm_with_statistics
@@ -66,6 +67,7 @@ __all__ = [
     "linear_cross_entropy",
     "lora_linear",
     "lora_linear_grouped",
+    "lora_norm",
     "parallel_ffn",
     "quantize",
     "quantized_embedding",

@@ -19,6 +19,7 @@ from petl_kernels.ops.define import accumulate_dtype
 from petl_kernels.ops.frozen_ffn import chunk_rows
 from petl_kernels.ops.linear_cross_entropy import SCALED_BYTES
 from petl_kernels.ops.lora_border import CUDA_PARTS
+from petl_kernels.ops.lora_norm import norm_dtype, tile_bytes
 from petl_kernels.ops.product import product_bytes
 from petl_kernels.ops.quantized import CUDA_TILE_BYTES, TILE_BYTES, in_features, is_quantized, out_features, split_parts
 
@@ -132,6 +133,14 @@ def _lora_products(given: Given) -> int:
     d, ranks = x.shape[-1], sum(a.shape[0] for a in given["a"])
     widths = [out_features(weight, d) for weight in split_parts(given["weights"])]
     return max(_products(x.numel() // max(1, d), d, n, x.dtype) for n in (ranks, *widths))
+
+
+def _lora_norm(given: Given) -> int:
+    """Counts a tile of W in the dtype of sums and the same one with the change, and copies of A and B."""
+    a, b = given["a"], given["b"]
+    wide = norm_dtype(given["weight"], a, b).itemsize
+    tile = min(b.shape[0] * a.shape[1] * wide, max(tile_bytes(given["device"]), a.shape[1] * wide))
+    return 2 * tile + sum(own.numel() * wide for own in (a, b) if own.dtype.itemsize < wide)
 
 
 def _lora_border(given: Given) -> int:
@@ -251,6 +260,7 @@ _RULES: dict[str, Callable[[Given], int]] = {
     "frozen_linear_backward": _frozen_linear_backward,
     "lora_linear": _lora_linear,
     "lora_linear_backward": _lora_linear_backward,
+    "lora_norm": _lora_norm,
     "lora_border": _lora_border,
     "lora_border_backward": _lora_border_backward,
     "frozen_ffn": _frozen_ffn,

@@ -8,6 +8,7 @@ from torch import nn
 
 from petl_kernels.errors import InputError
 from petl_kernels.layers.lean import LeanLayer, narrow
+from petl_kernels.methods.lora import with_lengths_that_follow
 from petl_kernels.methods.owner import records
 from petl_kernels.models.structure import base_modules
 from petl_kernels.models.transformers_names import head_linear
@@ -35,13 +36,14 @@ def quantize_model(model: nn.Module, storage: str, tables: str | None = None) ->
         for module in model.modules():
             if isinstance(module, LeanLayer):
                 narrow(module)
-    for owners in places:
-        weight: Any = owners[0].weight
-        wanted = storage_of(model, owners, storage, tables)
-        if wanted != "dense" and not isinstance(weight, QuantizedTensor):
-            quantized = nn.Parameter(quantize(weight, wanted), requires_grad=False)
-            for owner in owners:
-                owner.weight = quantized
+    with with_lengths_that_follow(model):
+        for owners in places:
+            weight: Any = owners[0].weight
+            wanted = storage_of(model, owners, storage, tables)
+            if wanted != "dense" and not isinstance(weight, QuantizedTensor):
+                quantized = nn.Parameter(quantize(weight, wanted), requires_grad=False)
+                for owner in owners:
+                    owner.weight = quantized
     return model
 
 

@@ -79,6 +79,7 @@ def lora_cases(family):
         "head": {"targets": (q, head), "rank": 2},
         "embeddings": {"targets": ("embed_tokens",), "rank": 2},
         "biases": {"targets": (q, ffn), "bias": "lora_only"},
+        "dora": {"targets": (q, v, ffn), "rank": 3, "alpha": 5.0, "dora": True},
     }
 
 
@@ -117,6 +118,7 @@ def peft_cases(family):
         "embeddings": {"target_modules": ["embed_tokens"]},
         "biases": {"target_modules": [q, ffn], "bias": "lora_only"},
         "gaussian": {"target_modules": [q], "init_lora_weights": "gaussian"},
+        "dora": {"target_modules": [q, v, ffn], "use_dora": True, "bias": "lora_only"},
     }
 
 
@@ -251,7 +253,7 @@ def change_config(folder, **changes):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("use_dora", True),
+        ("use_bdlora", {"nblocks": 2}),
         ("modules_to_save", ["lm_head"]),
         ("lora_bias", True),
         ("layer_replication", [[0, 1]]),

@@ -73,7 +73,11 @@ LORA = {
     "modules_to_save": [(REFUSED, {"modules_to_save": ["lm_head"]})],
     "megatron_config": [(REFUSED, {"megatron_config": {"x": 1}})],
     "trainable_token_indices": [(REFUSED, {"trainable_token_indices": [1]})],
-    "use_dora": [(REFUSED, {"use_dora": True})],
+    "use_dora": [
+        {"use_dora": True, "target_modules": ["q_proj", "fc2"], "bias": "lora_only"},
+        {"use_dora": True, "use_rslora": True, "rank_pattern": {"v_proj": 4}},
+        (REFUSED, {"lora_dropout": 0.1, "use_dora": True}),
+    ],
     "velora_config": [(REFUSED, {"velora_config": {"num_groups": 2}})],
     "alora_invocation_tokens": [(REFUSED, {"alora_invocation_tokens": [5]})],
     "use_qalora": [(REFUSED, {"use_qalora": True})],

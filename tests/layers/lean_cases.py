@@ -18,7 +18,7 @@ from petl_kernels.layers.lean import LeanLayer
 from petl_kernels.methods import METHODS
 
 TIERS = (1, 2, 3, 4, 5)
-SETTINGS = {"lora": {"rank": 3}, "prefix": {"length": 3}}
+SETTINGS = {"lora": {"rank": 3}, "dora": {"rank": 3}, "prefix": {"length": 3}}
 SETTINGS |= {key: {"bottleneck": 5} for key in ("adapter", "adapter-sublayer", "pfeiffer", "parallel")}
 DROPOUT = {"dropout": 0.2, "attention_dropout": 0.15, "activation_dropout": 0.1}
 

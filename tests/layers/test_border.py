@@ -107,6 +107,20 @@ def test_lora_dropout_leaves_the_linears_apart(ran):
     assert ran["lora_linear"] and not ran["lora_border"]
 
 
+def test_dora_leaves_the_linears_apart(ran):
+    """Also where it comes to a model that has borders."""
+    model = adapted("m2m100", "dora")
+    assert borders(pk.lean(model, 1)) == []
+    assert all(border.border_bytes(model, layer, "cuda") == 0 for layer in describe(model).layers)
+    model = pk.lean(adapted("m2m100", "lora"), 1)
+    pk.adapt(model, pk.LoRA(rank=2, dora=True), name="dora")
+    inputs = ragged(model)
+    ran.clear()
+    found = step(model.train(), inputs)
+    assert ran["lora_linear"] and not ran["lora_border"]
+    assert worst(found, step(pk.lean(model, 0), inputs))[0] < 1e-9
+
+
 def test_dropout_that_is_set_afterwards(ran):
     model = pk.lean(adapted("m2m100", "lora"), 1)
     for linear in projections(model).values():

@@ -158,6 +158,7 @@ def test_the_encoding_is_kept_once_under_autocast(base):
 
 BESIDE_LORA = {
     "bitfit": (pk.BitFit, 100),
+    "dora": (lambda: pk.LoRA(rank=16, dora=True), 0),
     "prefix": (lambda: pk.PrefixTuning(length=4), 100),
     "layer": (lambda: pk.Adapter(bottleneck=64), 2150),
     "ssf": (pk.SSF, 5_030),

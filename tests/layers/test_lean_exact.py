@@ -68,23 +68,41 @@ def test_exact_norms_are_those_of_one_model():
     assert exact(x.double()).dtype == torch.float64 and (exact(x.double()) - own(x.double())).abs().max() > 1e-9
 
 
+@pytest.mark.parametrize("family", [pytest.param("mbart", marks=pytest.mark.repeat), "marian", "t5"])
+def test_dora_on_every_linear_with_trained_biases(family):
+    """Factors on the output projections and in the feed-forward networks, gated and not."""
+    model = pk.adapt(build(family).double(), pk.LoRA(rank=2, targets="all-linear", bias="lora_only", dora=True))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in pk.trainable_parameters(model):
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator).to(parameter))
+    exact_rms_norms(model)
+    inputs = ragged(model.train())
+    plain = step(pk.lean(model, 0), inputs)
+    for tier in TIERS:
+        difference, name = worst(step(pk.lean(model, tier), inputs), plain)
+        assert difference < 1e-9, (tier, name, difference)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_peft(family):
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_peft(family, dora):
     peft = pytest.importorskip("peft")
     targets = ["q", "v"] if family == "t5" else ["q_proj", "v_proj"]
     theirs = build(family).double()
     exact_rms_norms(theirs)
     theirs = peft.get_peft_model(
-        theirs, peft.LoraConfig(r=3, lora_alpha=6, target_modules=targets, init_lora_weights=False)
+        theirs, peft.LoraConfig(r=3, lora_alpha=6, target_modules=targets, init_lora_weights=False, use_dora=dora)
     ).train()
     ours = build(family).double()
     exact_rms_norms(ours)
-    pk.adapt(ours, pk.LoRA(rank=3, alpha=6.0))
+    pk.adapt(ours, pk.LoRA(rank=3, alpha=6.0, dora=dora))
     names = {}
     for name, parameter in theirs.named_parameters():
         if parameter.requires_grad:
             own = name.removeprefix("base_model.model.").replace(".lora_A.default.weight", ".lora.default.A")
-            names[name] = own = own.replace(".lora_B.default.weight", ".lora.default.B")
+            own = own.replace(".lora_B.default.weight", ".lora.default.B")
+            names[name] = own = own.replace(".lora_magnitude_vector.default.weight", ".lora.default.magnitude")
             with torch.no_grad():
                 ours.get_parameter(own).copy_(parameter)
     inputs = ragged(ours)
@@ -146,7 +164,17 @@ def test_gradient_accumulation(tier):
 @pytest.mark.parametrize("precision", ["bfloat16", "float16", "autocast"])
 def test_sixteen_bits(family, precision, tier):
     """The error against float64 is at most twice the plain model's own."""
-    exact = adapted(family, "lora")
+    _assert_sixteen_bits(family, "lora", precision, tier)
+
+
+@pytest.mark.parametrize(("family", "tier"), [("mbart", 2), ("t5", 3)])
+@pytest.mark.parametrize("precision", ["bfloat16", "float16", "autocast"])
+def test_sixteen_bits_of_dora(family, precision, tier):
+    _assert_sixteen_bits(family, "dora", precision, tier)
+
+
+def _assert_sixteen_bits(family, method, precision, tier):
+    exact = adapted(family, method)
     inputs = ragged(exact, rows=6)
     expected = step(exact, inputs)
     model = copy.deepcopy(exact).float()  # another dtype would start with other adapters

@@ -14,7 +14,7 @@ from petl_kernels.methods import METHODS, adapter_state, load_adapter_state
 
 from .models import FAMILIES, RELATIVES, batch, build, logits, train_a_little
 
-SMALL = {"lora": {"rank": 3}, "prefix": {"length": 5}}
+SMALL = {"lora": {"rank": 3}, "dora": {"rank": 3}, "prefix": {"length": 5}}
 SMALL |= {key: {"bottleneck": 5} for key in ("adapter", "adapter-sublayer", "pfeiffer", "parallel")}
 NEAR_START = ("adapter", "adapter-sublayer", "pfeiffer", "parallel")
 

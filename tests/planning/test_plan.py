@@ -47,6 +47,7 @@ CASES = {
     "mbart, prefix, tier 4": ("mbart", pk.PrefixTuning(length=8), (4,) * 5, torch.float32, None),
     "marian, BitFit, tier 2": ("marian", pk.BitFit(), (2,) * 5, torch.float32, None),
     "marian, cross-attention, tiers 4 and 1": ("marian", pk.CrossAttention(), (4, 4, 1, 1, 1), torch.float32, None),
+    "mbart, DoRA, int8, tier 2": ("mbart", pk.LoRA(rank=8, dora=True), (2,) * 5, torch.bfloat16, None, "int8"),
     "bart, LoRA, tiers 3 and 2": ("bart", pk.LoRA(rank=8), (3, 3, 3, 2, 2), torch.float32, None),
     "m2m100, sub-layer adapters, autocast": (
         "m2m100", pk.Adapter(bottleneck=16, placement="sublayer"), (1,) * 5, torch.float32, torch.bfloat16,

@@ -46,7 +46,7 @@ def quantized_names(model: nn.Module) -> set[str]:
 
 @storages
 @families
-@pytest.mark.parametrize("method", ["lora", "adapter"])
+@pytest.mark.parametrize("method", ["lora", "dora", "adapter"])
 def test_training_is_that_of_the_dequantized_weights(family, method, storage):
     model = quantize_model(adapted(family, method, dtype=FP32), storage)
     exact_rms_norms(model)

@@ -26,7 +26,7 @@ from petl_kernels.weights.streamed import copies_hide, stream_layers, unstream
 
 _C = pytest.importorskip("petl_kernels._C")
 TIERS = (0, 1, 2, 3, 4, 5)
-METHODS = ("lora", "adapter", "prefix", "bitfit")
+METHODS = ("lora", "dora", "adapter", "prefix", "bitfit")
 
 
 class Copies:

@@ -22,14 +22,14 @@ the node saves (``call.SAVED``):
 
 The rest is recomputed: norms in one pass, q, k, v and pre-activations by their products, a sum by one product. Tiers 4
 and 5 save x alone; backward runs the forward pass at tier 1 first. Every tier also saves the seeds of its dropout,
-8 bytes each, and the keys and values of a prefix, which no token adds to. The network that computes prefixes is outside
-of the layers; a node of its own saves its hidden units. A layer with experts has a rule for its attentions alone: the
-norm behind them and the experts are outside (``layers/experts.py``).
+8 bytes each, DoRA's norms of rows, 4 bytes each, and the keys and values of a prefix, which no token adds to. The
+network that computes prefixes is outside of the layers; a node of its own saves its hidden units. A layer with experts
+has a rule for its attentions alone: the norm behind them and the experts are outside (``layers/experts.py``).
 
     call.py          the table; what one forward pass saves; the gradients that backward collects
     norm.py          LayerNorm and RMSNorm
     residual.py      the sum that ends a block, in one pass with the norm that reads it
-    linears.py       linear layers that read one input: frozen, trained, LoRA, (IA)³, quantized
+    linears.py       linear layers that read one input: frozen, trained, LoRA, DoRA, (IA)³, SSF, quantized
     border.py        linears in one product, with LoRA in a border of their weights
     bottleneck.py    bottleneck adapters on an output projection or beside the feed-forward network
     attention.py     the attention block

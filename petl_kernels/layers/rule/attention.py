@@ -152,7 +152,7 @@ class Attention:
 
     def _heads(self, raw: list[Tensor], call: Call) -> list[Tensor]:
         if self.scales:
-            raw = [linear.scaled(y) for linear, y in zip(self.named, raw, strict=True)]
+            raw = [linear.scaled(y, call) for linear, y in zip(self.named, raw, strict=True)]
         return [y.view(y.shape[0], y.shape[1], self.heads, -1).transpose(1, 2) for y in raw]
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
@@ -185,7 +185,7 @@ class Attention:
     def _read(self, o: Tensor, call: Call) -> Tensor:
         """Returns the output of the projection, which an adapter on it reads."""
         (raw,) = self.out.forward(rows_of(o), call)
-        read = self.out.all[0].scaled(raw)
+        read = self.out.all[0].scaled(raw, call)
         if self.adapter:
             call.save(self.read, read)
         elif self.out.all[0].after is not None:
@@ -199,7 +199,7 @@ class Attention:
         read = call.saved.get(self.read.key)
         if read is None:
             return self._read(call.saved[self.o.key], call)
-        return read if self.adapter else self.out.all[0].scaled(read)
+        return read if self.adapter else self.out.all[0].scaled(read, call)
 
     # ---- backward ---------------------------------------------------------------------------------------------------
 

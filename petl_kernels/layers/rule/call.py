@@ -47,7 +47,8 @@ class Place:
 class Call:
     """One forward pass: its tier, seeds and dtypes, and the tensors that it saves, by "<block>.<name>".
 
-    dtype: that of products; None where x has it already. backend: the one that ``ops.use`` has chosen.
+    dtype: that of products; None where x has it already. backend: the one that ``ops.use`` has chosen. norms: the norms
+    of rows that DoRA divides by, of each linear that has it.
     """
 
     __slots__ = (
@@ -62,6 +63,7 @@ class Call:
         "prefixes",
         "rotary",
         "seeds",
+        "norms",
         "saved",
     )
 
@@ -77,6 +79,7 @@ class Call:
         self.prefixes: dict[str, tuple[Tensor, Tensor]] = {}
         self.rotary: Rotary | None = None
         self.seeds: dict[str, Tensor] = {}
+        self.norms: dict[object, Tensor] = {}
         self.saved: dict[str, Tensor] = {}
 
     def save(self, place: Place, tensor: Tensor) -> None:

@@ -43,7 +43,7 @@ class CappedAttention(Attention):
 
     def _heads(self, raw: list[Tensor], call: Call) -> list[Tensor]:
         if self.scales:
-            raw = [linear.scaled(y) for linear, y in zip(self.named, raw, strict=True)]
+            raw = [linear.scaled(y, call) for linear, y in zip(self.named, raw, strict=True)]
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in raw)
         if self.cross or call.rotary is None:
             return [q, k, v]
@@ -76,7 +76,7 @@ class CappedAttention(Attention):
 
     def _read(self, o: Tensor, call: Call) -> Tensor:
         (raw,) = self.out.forward(rows_of(o), call)
-        read = self.out.all[0].scaled(raw)
+        read = self.out.all[0].scaled(raw, call)
         call.save(self.read, read if self.adapter else raw)
         return read
 

@@ -313,14 +313,14 @@ class Open:
         y = self._projected(hidden, call)
         if self.out.all[0].after is not None:
             call.save(PROJECTED, y)
-        return self.out.all[0].scaled(y)
+        return self.out.all[0].scaled(y, call)
 
     def _projected(self, hidden: Tensor, call: Call) -> Tensor:
         (y,) = self.out.forward(hidden.float() if self.wide_out else hidden, call)
         return y
 
     def _activate(self, raw: list[Tensor], call: Call) -> Tensor:
-        zs = self._scaled(raw)
+        zs = self._scaled(raw, call)
         seed = call.seed(HIDDEN_SEED, self.dropout)
         if self.gated:
             return run("gated_activation", *zs, self.activation, self.dropout, seed, call.backend)
@@ -329,8 +329,8 @@ class Open:
             call.save(BITS, bits)
         return hidden
 
-    def _scaled(self, raw: list[Tensor]) -> list[Tensor]:
-        return [linear.scaled(y) for linear, y in zip(self.inputs.all, raw, strict=True)]
+    def _scaled(self, raw: list[Tensor], call: Call) -> list[Tensor]:
+        return [linear.scaled(y, call) for linear, y in zip(self.inputs.all, raw, strict=True)]
 
     def backward(self, dy: Tensor, u: Tensor | None, call: Call, gradients: Gradients) -> Tensor:
         raw: list[Any] = [call.saved.get(place.key) for place in (Z, GATE)[: len(self.inputs.all)]]
@@ -350,10 +350,10 @@ class Open:
             dhidden = call.cast(dhidden)
         seed = call.seeds.get(HIDDEN_SEED)
         if self.gated:
-            zs = self._scaled(raw)
+            zs = self._scaled(raw, call)
             dzs = run("gated_activation_backward", dhidden, *zs, self.activation, self.dropout, seed, call.backend)
         else:
-            saved = call.saved[BITS.key] if self.bits else self._scaled(raw)[0]
+            saved = call.saved[BITS.key] if self.bits else self._scaled(raw, call)[0]
             dzs = [run("activation_backward", dhidden, saved, self.activation, self.dropout, seed, call.backend)]
         return self.inputs.backward(list(dzs), u, raw, call, gradients, True)
 

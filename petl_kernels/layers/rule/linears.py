@@ -2,7 +2,8 @@
 
     y = ((x ⊙ l_in) Wᵀ + c + scale · drop(x) Aᵀ Bᵀ) ⊙ l_out + β
 
-All but W may be absent: LoRA (A, B) beside a frozen W, (IA)³'s l before or after, SSF's l_out and β, the bias c.
+All but W may be absent: LoRA (A, B) beside a frozen W, (IA)³'s l before or after, SSF's l_out and β, the bias c. With
+DoRA l_out is g = m / ‖W + scale · B A‖, and β is (1 - g) ⊙ c, as g leaves the bias out; both are in fp32 or wider.
 W is frozen, dense or quantized, or trained. Linears with LoRA at one rate of dropout are one product with stacked A.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, overload
 
+import torch
 from torch import Tensor, nn
 
 from petl_kernels.layers.border import Border
@@ -32,7 +34,8 @@ class Unknown(Exception):
 class Linear:
     """One linear layer, bound. name: that of its output among the saved tensors.
 
-    piece: what an adapter other than LoRA, (IA)³ and SSF has put on it. bound: the tensors that backward reads.
+    piece: what an adapter other than LoRA, (IA)³ and SSF has put on it. after: l_out, or m of DoRA, which ``directed``
+    says. bound: the tensors that backward reads.
     """
 
     def __init__(self, name: str, module: Any):
@@ -46,7 +49,7 @@ class Linear:
         self.parts = parts_of(self.weight)
         lora = _lora(module)
         self.lora: tuple[Tensor, Tensor] | None = None
-        self.dropout, self.scale = 0.0, 1.0
+        self.dropout, self.scale, self.directed = 0.0, 1.0, False
         if lora is not None:
             if self.weight.requires_grad:
                 raise Unknown("LoRA on a weight that is trained")
@@ -59,6 +62,10 @@ class Linear:
         if isinstance(piece, ScaleShift):
             self.after, self.shift = piece.scale, piece.shift
         self.piece = None if isinstance(piece, (Scale, ScaleShift)) else piece
+        if lora is not None and lora.magnitude is not None:
+            if self.after is not None or self.before is not None:
+                raise Unknown("DoRA on a linear layer that another adapter scales")
+            self.after, self.directed = lora.magnitude, True
         own = [*self.parts, self.bias, self.before, self.after, self.shift]
         if self.lora is not None:
             own += self.lora
@@ -69,11 +76,52 @@ class Linear:
         """Whether backward reads the input."""
         return self.lora is not None or self.before is not None or self.weight.requires_grad
 
-    def scaled(self, y: Tensor) -> Tensor:
+    def scaled(self, y: Tensor, call: Call) -> Tensor:
         """Returns y ⊙ l_out + β."""
+        if self.directed:
+            return self._directed(y, call)
         if self.after is not None:
             y = y * self.after.flatten().to(y.dtype)
         return y if self.shift is None else y.add_(self.shift.to(y.dtype))
+
+    def _directed(self, y: Tensor, call: Call) -> Tensor:
+        """Returns g ⊙ y + (1 - g) ⊙ c, rounded once."""
+        factor = self._factor(call)
+        if self.bias is None:
+            return torch.mul(y, factor, out=torch.empty_like(y))
+        return torch.addcmul((1 - factor) * self.bias, y, factor, out=torch.empty_like(y))
+
+    def _factor(self, call: Call) -> Tensor:
+        assert self.after is not None, "DoRA has m"
+        return self.after / self.norms(call)
+
+    def norms(self, call: Call) -> Tensor:
+        """Returns ‖W + scale · B A‖ (out,) of DoRA in fp32 or wider, found once in a forward pass and its backward."""
+        found = call.norms.get(self)
+        if found is None:
+            assert self.lora is not None, "DoRA is LoRA"
+            found = call.norms[self] = run("lora_norm", self.parts, *self.lora, self.scale, call.backend)
+        return found
+
+    def scaled_backward(self, dy: Tensor, y: Tensor | None, call: Call, gradients: Gradients) -> Tensor:
+        """Returns the gradient of y from that of y ⊙ l_out + β, and adds those of l_out (of m) and β.
+
+        y: None without an l_out.
+        """
+        if gradients.wants(self.shift):
+            gradients.add(self.shift, _summed_rows(dy))
+        if self.after is None:
+            return dy
+        assert y is not None, "the output before l_out is there"
+        if not self.directed:
+            return _scale_backward(self.after, dy, y, gradients)
+        factor, dfactor = self._factor(call), _summed_rows(dy * y)
+        if self.bias is not None:  # its gradient through y comes with that of the product
+            sums = _summed_rows(dy)
+            dfactor -= sums * self.bias
+            gradients.add(self.bias, (1 - factor) * sums)
+        gradients.add(self.after, dfactor / self.norms(call))
+        return torch.mul(dy, factor, out=torch.empty_like(dy))
 
 
 def _lora(module: nn.Linear) -> LowRank | None:
@@ -193,9 +241,7 @@ class Linears:
             return self.bordered.backward(dys, x, call, gradients, need_dx)
         own = {}
         for linear, dy, y in zip(self.all, dys, raw, strict=True):
-            if gradients.wants(linear.shift):
-                gradients.add(linear.shift, _summed_rows(dy))
-            own[linear.name] = dy if linear.after is None else _scale_backward(linear.after, dy, y, gradients)
+            own[linear.name] = linear.scaled_backward(dy, y, call, gradients)
         dx = None
         for group in self.groups:
             grads = [own[linear.name] for linear in group.linears]

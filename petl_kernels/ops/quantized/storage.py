@@ -108,9 +108,9 @@ def part_rows(parts: list[Tensor], rows: slice, columns: int) -> list[Tensor]:
     return [*(part[first // n : -(-last // n)] for part, n in zip((data, absmax, scale), values, strict=True)), offset]
 
 
-def tiles(rows: int, columns: int, dtype: torch.dtype) -> Iterator[slice]:
-    """Yields the rows of a (rows, columns) weight in tiles of at most TILE_BYTES in ``dtype``, but one row at least."""
-    size = max(1, TILE_BYTES // (columns * dtype.itemsize))
+def tiles(rows: int, columns: int, dtype: torch.dtype, most: int = TILE_BYTES) -> Iterator[slice]:
+    """Yields the rows of a (rows, columns) weight in tiles of at most ``most`` bytes in ``dtype``, or of one row."""
+    size = max(1, most // (columns * dtype.itemsize))
     return (slice(first, min(first + size, rows)) for first in range(0, rows, size))
 
 

@@ -13,6 +13,7 @@ from petl_kernels.errors import InputError
 from petl_kernels.layers.wide_linear import widen_linears
 from petl_kernels.methods import METHODS
 from petl_kernels.methods.base import Method
+from petl_kernels.methods.lora import with_lengths_that_follow
 from petl_kernels.models.structure import all_modules
 from petl_kernels.models.transformers_names import is_activation_dropout
 from petl_kernels.ops.quantized import QuantizedTensor
@@ -92,6 +93,7 @@ def cast_frozen_matrices(model: nn.Module, dtype: torch.dtype) -> None:
     In fp16, linear layers that transformers keeps in fp32 are in fp32, and compute in it: ``widen_linears``.
     """
     wide = widen_linears(model) if dtype == torch.float16 else set()
-    for parameter in model.parameters():
-        if not parameter.requires_grad and parameter.dim() > 1:
-            parameter.data = parameter.data.to(torch.float32 if parameter in wide else dtype)
+    with with_lengths_that_follow(model):
+        for parameter in model.parameters():
+            if not parameter.requires_grad and parameter.dim() > 1:
+                parameter.data = parameter.data.to(torch.float32 if parameter in wide else dtype)
