@@ -265,10 +265,9 @@ def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     return (difference / torch.stack([value.norm() for value in expected.values()]).norm()).item()
 
 
-@pytest.mark.parametrize("family", ["mbart", "t5"])
-def test_dora_starts_from_the_model_that_is_cast(family):
+def test_dora_starts_from_the_model_that_is_cast():
     """m follows where frozen matrices are cast after the adapter has been made."""
-    model = prepare_model(build(family), TrainConfig(method="dora", precision="bf16", dropout=0.0)).eval()
+    model = prepare_model(build("mbart"), TrainConfig(method="dora", precision="bf16", dropout=0.0)).eval()
     inputs = ragged(model)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         adapted = model(**inputs).logits
