@@ -36,6 +36,7 @@ def test_float64(family, method):
         for tier in tiers:
             difference, name = worst(step(pk.lean(model, tier), inputs), plain)
             assert difference < 1e-9, (side, tier, name, difference)
+            assert [layer.reason for layer in pk.report(model).layers if layer.tier != tier] == [], tier
 
 
 @pytest.mark.parametrize("method", ["lora", "prefix", "full"])
