@@ -9,11 +9,12 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-RATES = ("p", "dropout", "stored_dropout", "activation_dropout")
+RATES = ("p", "dropout", "attention_dropout", "stored_dropout", "activation_dropout")
 
 
 def kind_of(model: torch.nn.Module) -> str:
     """Returns all of ``model`` that its bytes depend on, as a key: class, configuration, tensors, rates, method."""
+    from petl_kernels.layers.wide_linear import is_widened
     from petl_kernels.methods.owner import active_name, records
 
     tensors = [
@@ -22,7 +23,7 @@ def kind_of(model: torch.nn.Module) -> str:
     ]
     rates = [(name, *(getattr(m, rate, None) for rate in RATES)) for name, m in model.named_modules()]
     method = None if active_name(model) is None else records(model)[active_name(model)].config
-    return repr((type(model), model.config.to_json_string(), tensors, rates, method))
+    return repr((type(model), model.config.to_json_string(), tensors, rates, method, is_widened(model)))
 
 
 @contextmanager

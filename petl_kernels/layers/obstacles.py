@@ -90,7 +90,8 @@ def _piece_elsewhere(layer: Any) -> str:
     norms = {block.norm for block in (*attentions, ffn)}
     linears = {linear for block in attentions for linear in (block.q, block.k, block.v, block.out)}
     called = {inner for module in family_of(layer).called(layer) for inner in module.modules()}
-    hosts = {layer, *norms, *linears, *called}
+    behind = {block.post for block in (*attentions, ffn) if getattr(block, "post", None) is not None}
+    hosts = {layer, *norms, *behind, *linears, *called}
     if not isinstance(ffn, ExpertsBlock):
         hosts |= {*ffn.inputs, ffn.out}
     attended = {block.host for block in attentions}

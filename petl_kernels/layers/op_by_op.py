@@ -60,7 +60,7 @@ def attention_block(block: AttentionBlock, x: Tensor, attended: Attended, tier: 
     o = o if isinstance(block, CappedBlock) else _before(block.out, o)
     piece = _piece_after(block.out)
     if isinstance(block, CappedBlock):
-        y = _norm(block.post, linear(block.out, o, tier >= SUMS), tier)
+        y = _norm_and_adapt(block.post, linear(block.out, o, tier >= SUMS), tier)
         h = ops.dropout_add(y, x, block.residual_dropout)
     elif piece is None and is_plain(block.out):
         h = recomputed_if(tier >= SUMS, partial(_project_and_add, block), o, x, reads=(block.out,))
@@ -84,7 +84,7 @@ def feed_forward_block(block: FeedForwardBlock, x: Tensor, tier: int) -> Tensor:
         recomputes = tier >= PRODUCTS
         hidden = [linear(module, u, recomputes) for module in block.inputs]
         y = linear(block.out, recomputed_if(recomputes, partial(_activate, block), *hidden))
-    y = y if block.post is None else _norm(block.post, y, tier)
+    y = y if block.post is None else _norm_and_adapt(block.post, y, tier)
     h = ops.dropout_add(y, x, block.residual_dropout)
     return h if block.pre_norm else _norm_and_adapt(block.norm, h, tier)
 

@@ -52,3 +52,8 @@ def widen_linears(model: Any) -> set[Tensor]:
         if isinstance(module, BottleneckAdapter):
             module.wide = True
     return found
+
+
+def is_widened(model: nn.Module) -> bool:
+    """Returns whether ``widen_linears`` has found linear layers in ``model``."""
+    return any(type(module) in WIDE.values() for module in model.modules())

@@ -57,5 +57,5 @@ class Ledger(TorchDispatchMode):
     ) -> Any:
         result = function(*args, **(kwargs or {}))
         self._enter_all(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
-        self.peak = max(self.peak, self.live + scratch_bytes(function, args, self.device))
+        self.peak = max(self.peak, self.live + scratch_bytes(function, args, self.device, kwargs))
         return result

@@ -31,20 +31,25 @@ BLOCKS = {"kMaxRows": 256, "kMaxSlices": 16}  # common.h
 QUANTIZED = {"kBackRows": 1024}  # quantized.cpp
 
 
-def scratch_bytes(function: OpOverload, args: tuple[Any, ...], device: str = "cpu") -> int:
-    """Returns the bytes for ``function``, an overload of ``torch.ops.petl``, called with ``args``; 0 for any other.
+def scratch_bytes(
+    function: OpOverload, args: tuple[Any, ...], device: str = "cpu", kwargs: dict[str, Any] | None = None
+) -> int:
+    """Returns the bytes for ``function``, of ``torch.ops.petl`` or a sum, called with args and kwargs; 0 for any other.
 
     device: "cpu" or "cuda", whose kernels are counted wherever ``args`` are.
     """
-    name = function.name()
-    if not name.startswith("petl::"):
-        return 0
-    rule = _RULES.get(name.removeprefix("petl::"))
+    rule = _RULES.get(function.name().removeprefix("petl::"))
     if rule is None:
         return 0
     arguments = function._schema.arguments  # pyright: ignore[reportPrivateUsage]
     given: Given = {argument.name: value for argument, value in zip(arguments, args, strict=False)}
-    return rule({**given, "device": device})
+    return rule({**given, **(kwargs or {}), "device": device})
+
+
+def _sum(given: Given) -> int:
+    """Counts the copy in the wider dtype that PyTorch's CPU kernel makes of what it sums."""
+    x, dtype = given["self"], given.get("dtype") or given["self"].dtype
+    return x.numel() * dtype.itemsize if given["device"] == "cpu" and dtype != x.dtype else 0
 
 
 def _linear_cross_entropy(given: Given) -> int:
@@ -254,6 +259,7 @@ def _bottleneck_adapter_backward(given: Given) -> int:
 
 
 _RULES: dict[str, Callable[[Given], int]] = {
+    "aten::sum.dim_IntList": _sum,
     "linear_cross_entropy": _linear_cross_entropy,
     "linear_cross_entropy_scaled": _scaled,
     "frozen_linear": _frozen_linear,

@@ -23,6 +23,7 @@ from petl_kernels.layers.border import as_on
 from petl_kernels.layers.lean_model import lean_model
 from petl_kernels.layers.loss.lean_loss import packing_obstacle
 from petl_kernels.layers.mixed_in import original_class
+from petl_kernels.layers.wide_linear import is_widened, widen_linears
 from petl_kernels.methods.adapt import adapt
 from petl_kernels.methods.owner import active_name, records
 from petl_kernels.models.structure import all_modules
@@ -88,6 +89,8 @@ def shallow(
             parameter.requires_grad_(key in given and given[key].requires_grad)
     else:
         adapt(like, records(model)[name].config)
+    if is_widened(model):
+        widen_linears(like)
     _set_rates(like, model)
     drop_no_layer(like)
     wanted = tuple(

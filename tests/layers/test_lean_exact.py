@@ -36,6 +36,7 @@ def test_float64(family, method):
         for tier in tiers:
             difference, name = worst(step(pk.lean(model, tier), inputs), plain)
             assert difference < 1e-9, (side, tier, name, difference)
+            assert [layer.reason for layer in pk.report(model).layers if layer.tier != tier] == [], tier
 
 
 @pytest.mark.parametrize("method", ["lora", "prefix", "full"])
@@ -45,6 +46,20 @@ def test_float64_with_additive_masks(family, method):
     inputs = ragged(model)
     plain = step(model, inputs)
     for tier in TIERS:
+        difference, name = worst(step(pk.lean(model, tier), inputs), plain)
+        assert difference < 1e-9, (tier, name, difference)
+
+
+@pytest.mark.parametrize("family", ["m2m100", pytest.param("t5", marks=pytest.mark.repeat), "t5gemma"])
+def test_norms_and_biases_that_are_trained_beside_ssf(family):
+    model = adapted(family, "ssf")
+    own = [p for name, p in model.named_parameters() if p.dim() == 1 and ".petl." not in name]
+    for parameter in own:
+        parameter.requires_grad_(True)
+    inputs = ragged(model)
+    plain = step(model, inputs)
+    assert all(parameter.grad is not None for parameter in own)
+    for tier in (1, 3):
         difference, name = worst(step(pk.lean(model, tier), inputs), plain)
         assert difference < 1e-9, (tier, name, difference)
 

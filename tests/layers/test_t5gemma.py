@@ -100,6 +100,18 @@ def test_dropout(method):
         assert difference < 1e-10, (tier, name, difference)
 
 
+def test_ssf_behind_the_norms_of_outputs():
+    """By the rule and op by op; T5Gemma is the family with norms that no block reads."""
+    model = adapted("t5gemma", "ssf")
+    inputs = ragged(model)
+    plain = step(model, inputs)
+    assert worst(step(without_recomputation(pk.lean(copy.deepcopy(model), 1)), inputs), plain)[0] < 1e-9
+    for tier in TIERS:
+        assert worst(step(pk.lean(model, tier), inputs), plain)[0] < 1e-9, tier
+        states = pk.report(model).layers
+        assert all((state.tier, state.reason, state.composed) == (tier, "", "") for state in states), states[0]
+
+
 def test_rates_are_those_of_the_model():
     model = pk.lean(adapted("t5gemma", "lora", dropout_rate=0.2, attention_dropout=0.15), 1)
     for layer in (*model.get_encoder().layers, *model.get_decoder().layers):

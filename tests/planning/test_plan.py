@@ -11,6 +11,7 @@ import re
 import pytest
 import torch
 from methods.models import build
+from petl_mt.models.adapt import cast_frozen_matrices
 
 import petl_kernels as pk
 from petl_kernels.errors import InputError
@@ -74,6 +75,9 @@ CASES = {
         "m2m100", pk.Adapter(bottleneck=32, parallel=True), (2,) * 5, torch.bfloat16, None, "int8",
     ),
     "t5, LoRA, tier 1": ("t5", pk.LoRA(rank=8, targets=("q", "v")), (1,) * 5, torch.float32, None),
+    "t5, LoRA in fp16, tier 4": ("t5", pk.LoRA(rank=8, targets=("q", "v")), (4,) * 5, torch.float16, torch.float16),
+    "m2m100, SSF, tier 2": ("m2m100", pk.SSF(), (2,) * 5, torch.bfloat16, None),
+    "t5gemma, SSF, tier 3": ("t5gemma", pk.SSF(), (3,) * 5, torch.float32, None),
     "t5gemma, LoRA, tier 1": ("t5gemma", pk.LoRA(rank=8), (1,) * 5, torch.float32, None),
     "t5gemma, adapters, tier 3": ("t5gemma", pk.Adapter(bottleneck=32), (3,) * 5, torch.bfloat16, None),
     "t5gemma, prefix, tier 4": ("t5gemma", pk.PrefixTuning(length=8), (4,) * 5, torch.float32, None, "int8"),
@@ -83,7 +87,7 @@ FIRST = (
     "m2m100, LoRA, int8 layers, NF4 tables",
     "m2m100, wide adapters, bf16 gradients",
 )  # T5 has packed rows below
-SECOND = "m2m100, LoRA, tier 1", "mbart, prefix, tier 4", "t5gemma, LoRA, tier 1"
+SECOND = "m2m100, LoRA, tier 1", "mbart, prefix, tier 4", "t5gemma, LoRA, tier 1", "t5, LoRA in fp16, tier 4"
 
 
 def figures_of(model, *training, **options) -> Figures:
@@ -106,6 +110,10 @@ def made(family: str, method, dtype: torch.dtype, storage: str = "dense", tables
         model.config.decoder.num_hidden_layers = 2
     else:
         model = build(family, **WIDE)
+    if dtype == torch.float16:  # as the trainer has it
+        model = pk.adapt(model, method)
+        cast_frozen_matrices(model, dtype)
+        return model
     model = pk.adapt(model.to(dtype), method)
     return model if storage == (tables or storage) == "dense" else quantize_model(model, storage, tables)
 
@@ -134,7 +142,7 @@ def measured_peak(
         if packed:
             inputs = pk.pack([(row, row, row) for row in ids.numpy()])
         _C.reset_cpu_peak()
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast is not None):
+        with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
             loss = model(**inputs, label_smoothing=0.1, reduction="sum").loss
         loss.backward()
         del loss

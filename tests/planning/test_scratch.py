@@ -138,3 +138,9 @@ def test_the_kernels_cut_their_work_as_it_is_counted(file, constants):
     for name, value in constants.items():
         found = re.search(rf"constexpr int64_t [^;]*\b{name} = ([\d <]+)", text)
         assert found and eval(found[1]) == value, name
+
+
+def test_a_sum_in_a_wider_dtype_is_of_a_copy_on_a_cpu():
+    function, x = torch.ops.aten.sum.dim_IntList, torch.zeros(300, 64, dtype=BF16)
+    assert scratch_bytes(function, (x, [0]), "cpu", {"dtype": FP32}) == 4 * x.numel()
+    assert not any(scratch_bytes(function, (x, [0]), *rest) for rest in (("cuda", {"dtype": FP32}), ("cpu", None)))

@@ -145,13 +145,17 @@ class Norm:
         )
 
     def _add(self, found: list[Tensor], du: Tensor, gradients: Gradients) -> None:
-        """Adds the gradients of weight and bias, or of γ and β from them. Those that are not needed are of size 0."""
+        """Adds the gradients of weight and bias, and of γ and β from them. Those that are not needed are of size 0."""
         dweight, dbias = found[0], found[1] if self.bias is not None else None
         if self.scale is None:
             gradients.add(self.weight, dweight)
             if dbias is not None:
                 gradients.add(self.bias, dbias)
             return
+        if gradients.wants(self.weight):
+            gradients.add(self.weight, dweight * self.scale)
+        if dbias is not None and gradients.wants(self.bias):
+            gradients.add(self.bias, dbias * self.scale)
         if gradients.wants(self.scale):
             dscale = dweight * self.gain
             gradients.add(self.scale, dscale if dbias is None or self.bias is None else dscale + dbias * self.bias)
