@@ -295,7 +295,7 @@ def test_autograd_through_the_public_op():
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
 
 
-@pytest.mark.parametrize("queries", [33, 65])  # in one program and in blocks
+@pytest.mark.parametrize("queries", [33, pytest.param(65, marks=pytest.mark.slow)])  # in one program and in blocks
 def test_gradients_of_attention_are_written_side_by_side(triton, queries):
     """In rows of q, k and v that hold more beside them, from q, k and v that lie so, too."""
     given = parity.attention_arguments(

@@ -234,6 +234,7 @@ def test_ours_goes_on_in_smaller_parts_where_a_step_finds_no_room(checkpoint, mo
     assert not found.failure and found.loss == pytest.approx(math.log(200), rel=0.1)
 
 
+@pytest.mark.slow
 def test_a_plan_that_approximates_nothing_is_no_result_of_its_own(checkpoint):
     assert trial.measure(tiny(checkpoint, 64 * MIB, allow=("quantized",))).failure == "the plan approximates nothing"
 

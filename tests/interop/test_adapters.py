@@ -127,7 +127,15 @@ def heads(family):
 
 
 @pytest.mark.parametrize("case", heads("t5"))
-@pytest.mark.parametrize("family", [*FAMILIES, "t5-tied", "mt5"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        *(
+            name if name != "mbart50" else pytest.param(name, marks=pytest.mark.slow)
+            for name in (*FAMILIES, "t5-tied", "mt5")
+        )
+    ],
+)
 def test_merged_folder_is_a_plain_checkpoint(make, tmp_path, family, case):
     model, tokenizer = make(family)
     plain = logits(model)

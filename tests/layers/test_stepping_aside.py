@@ -279,7 +279,7 @@ def test_a_cache_with_words_in_it_is_the_layers_own(ran):
 
 
 @pytest.mark.parametrize("kind", ["2-D", "bool", "least"])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", pytest.param("eager", marks=pytest.mark.slow)])
 def test_a_source_of_nothing_but_padding(attention, kind):
     for family in ("m2m100", "bart", "t5", "seamless"):
         for dtype, limit in ((torch.float64, 1e-9), (torch.bfloat16, 5e-2), (torch.float16, 1e-2)):
@@ -404,7 +404,7 @@ def _gradients(model, inputs, change=lambda model: None) -> dict[str, torch.Tens
 
 
 @pytest.mark.parametrize("change", BETWEEN)
-@pytest.mark.parametrize("family", ["m2m100", "t5"])
+@pytest.mark.parametrize("family", ["m2m100", pytest.param("t5", marks=pytest.mark.slow)])
 def test_what_changes_before_backward_does_not_count(family, change):
     """Backward reads the tensors of its own forward pass."""
     for tier in (1, 2, 3, 4, 5):

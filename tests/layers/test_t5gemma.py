@@ -88,6 +88,7 @@ def test_each_tier_saves_less_than_the_one_before():
     assert found[2] < found[0] / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "adapter-sublayer", "parallel", "prefix", "full"])
 def test_dropout(method):
     """Each layer's rule draws the masks of the ops that it stands for: all tiers agree with autograd over those ops."""
@@ -177,6 +178,7 @@ def test_op_by_op_where_the_rule_does_not_serve():
             assert difference < 1e-9, (method, tier, name, difference)
 
 
+@pytest.mark.slow
 def test_compiled():
     torch._dynamo.reset()
     model = pk.lean(adapted("t5gemma", "lora"), 2)

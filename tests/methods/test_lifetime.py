@@ -40,7 +40,12 @@ def through_a_file(model):
     return torch.load(file, weights_only=False)
 
 
-@pytest.mark.parametrize("method", METHODS)
+# One of each way to be in a model: pieces on linears and layers, tensors of the base, keys and values, all.
+FEW = ("lora", "adapter", "bitfit", "prefix", "full")
+QUICK = [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
+
+
+@pytest.mark.parametrize("method", QUICK)
 def test_copies_are_models_of_their_own(method):
     model = adapted("t5", method)
     train_a_little(model)
@@ -55,7 +60,7 @@ def test_copies_are_models_of_their_own(method):
         assert torch.equal(logits(again), logits(pk.use_adapter(copy.deepcopy(model), None)))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", QUICK)
 def test_a_state_comes_back(method):
     """Strictly, with every adapter, into a model whose adapters have other values."""
 

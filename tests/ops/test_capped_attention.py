@@ -86,6 +86,7 @@ def test_the_error_is_at_most_twice_that_of_transformers(dtype):
         assert errors[0] <= 2 * errors[1] + 1e-6 * right.norm()
 
 
+@pytest.mark.slow
 def test_dropout_is_that_of_its_seed(monkeypatch):
     """Chunks change nothing, the share is the rate, and gradients are those of the masked probabilities."""
     given = capped_attention_arguments(contract.source(FP64), prefix=2, dropout=0.3, keys=200, queries=30)

@@ -73,6 +73,7 @@ def test_a_row_has_the_plan_that_petl_mt_plan_makes_on_such_a_card(tiny, monkeyp
     assert row.plan.cuda_graphs and row.tokens_a_second == 64 / row.plan.seconds
 
 
+@pytest.mark.slow
 def test_cards_and_dtypes(tiny):
     found = list(plan_rows(["T4", "H200"], [tiny], TrainConfig(**SETTINGS), ["lora"]))
     assert [(row.card, row.model, row.plan.precision) for row in found] == [

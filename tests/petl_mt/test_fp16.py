@@ -143,6 +143,7 @@ def test_an_update_that_overflows_is_skipped_counted_and_told(settings, overflow
     assert json.loads((Path(settings["out"]) / "result.json").read_text())["overflows"] == 1
 
 
+@pytest.mark.slow
 def test_a_run_that_overflowed_resumes_with_the_same_bits(settings, tmp_path, overflowing, monkeypatch):
     overflowing(2, 5)
     settings |= {"precision": "fp16", "steps": 8, "eval_every": 3}

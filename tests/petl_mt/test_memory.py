@@ -188,6 +188,7 @@ def test_a_run_with_bf16_gradients_goes_on_with_the_same_bits(settings, tmp_path
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_step_that_is_tried_again_forgets_what_it_had_of_bf16_gradients(settings, tmp_path):
     loop = training(settings, tmp_path / "run", **gradient_plan(settings, tmp_path / "plan.json"))
     backward, calls = loop.update._backward, []
@@ -220,6 +221,7 @@ def metrics(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
     [

@@ -135,6 +135,7 @@ def test_a_resumed_run_keeps_its_plan(settings, tmp_path, monkeypatch):
     assert_same_run(settings["out"], tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_new_model_resumes_with_its_vocabulary(settings, text, tmp_path, monkeypatch):
     settings |= {"model": "new", "method": None, "method_args": {}, "vocab_size": 60, "d_model": 16, "layers": 1,
                  "heads": 2}  # fmt: skip

@@ -84,6 +84,7 @@ def _least(run: Path) -> str:
     raise AssertionError("1 KiB was enough")
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_one_line_with_the_least(settings, tmp_path, capsys, text):
     trained(settings, tmp_path / "run", steps=1)
     pair = text["test"]

@@ -43,7 +43,7 @@ def losses(settings: dict, out: Path, **changes) -> list[float]:
     return run_training(training(settings, out=str(out), **changes)).losses
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [2, pytest.param(1, marks=pytest.mark.slow)])
 def test_graphs_train_to_the_same_losses(settings, tmp_path, graphs, accumulate):
     """Rows are filled up to few shapes; the optimiser's step and the validation loss have graphs, too."""
     settings |= {"dropout": 0.0, "method_args": {"rank": 2}, "steps": 8, "eval_every": 4, "accumulate": accumulate}
@@ -158,6 +158,7 @@ def test_a_run_of_an_earlier_version_goes_on_without(settings, tmp_path, graphs,
     assert loop.config.cuda_graphs is False
 
 
+@pytest.mark.slow
 def test_a_plan_that_was_made_without_graphs_is_refused(settings, tmp_path, graphs):
     settings |= {"memory": "64MiB"}
     loop = training(settings, out=str(tmp_path / "run"))

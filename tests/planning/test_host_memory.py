@@ -83,6 +83,7 @@ def test_a_tighter_plan_is_counted_anew_and_stays_within_the_bound():
     assert loading > 0
 
 
+@pytest.mark.slow
 def test_a_translation_counts_weights_as_training_does():
     model = adapted()
     whole = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
