@@ -47,6 +47,11 @@ TWICE = (
 
 # A second of the interpreter or more each, of what others show in part.
 SLOW = (
+    "frozen_ffn-quantized",
+    "lora_linear-quantized",
+    "gated_activation-silu-dropout",
+    "dropout_add-3x11-rows",
+    "attention-packed",
     "lora_linear-strided",
     "bottleneck_adapter-129-rows-gelu-offset",
     "frozen_ffn-gelu-recomputed",

@@ -255,6 +255,7 @@ def test_a_trial_without_room_is_a_result(checkpoint):
     assert result.out_of_memory and result.failure == "out of memory" and result.seconds == []
 
 
+@pytest.mark.slow
 def test_a_trial_that_takes_too_long_is_ended(checkpoint):
     began = time.monotonic()
     result = trial.run(tiny(checkpoint, 64 * MIB), 0.01)

@@ -131,7 +131,7 @@ def heads(family):
     "family",
     [
         *(
-            name if name != "mbart50" else pytest.param(name, marks=pytest.mark.slow)
+            name if name not in ("mbart50", "nllb", "mt5") else pytest.param(name, marks=pytest.mark.slow)
             for name in (*FAMILIES, "t5-tied", "mt5")
         )
     ],

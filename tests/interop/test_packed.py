@@ -25,7 +25,7 @@ from petl_kernels.layers.loss.lean_loss import packing_obstacle
 from petl_kernels.methods import METHODS
 
 FAMILIES = ("m2m100", "mbart", "bart", "marian", "pegasus", "blenderbot", "t5", "mt5", "umt5", "seamless")
-LIKE_OTHERS = ("bart", "pegasus", "blenderbot", "mt5")  # mbart and t5
+LIKE_OTHERS = ("bart", "mbart", "pegasus", "blenderbot", "mt5", "umt5")  # m2m100, marian and t5
 LENGTHS = [(5, 4), (1, 7), (9, 2), (3, 3), (9, 1)]
 _MORE = {
     "pegasus": (PegasusConfig, PegasusForConditionalGeneration, {"decoder_start_token_id": 0, "pad_token_id": 0}),

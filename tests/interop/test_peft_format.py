@@ -86,8 +86,11 @@ def lora_cases(family):
 CASES = sorted(lora_cases("t5"))
 
 
+QUICK_FAMILIES = [name if name in ("m2m100", "t5") else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+
+
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", QUICK_FAMILIES)
 def test_peft_reads_our_lora(make, tmp_path, family, case):
     model, _ = make(family)
     plain = logits(model)
@@ -123,9 +126,7 @@ def peft_cases(family):
 
 
 @pytest.mark.parametrize("case", sorted(peft_cases("t5")))
-@pytest.mark.parametrize(
-    "family", [name if name in ("m2m100", "t5") else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
-)
+@pytest.mark.parametrize("family", QUICK_FAMILIES)
 def test_we_read_lora_of_peft(make, tmp_path, family, case):
     model, _ = make(family, layers=2)
     config = peft.LoraConfig(task_type="SEQ_2_SEQ_LM", **{"r": 2, "lora_alpha": 3} | peft_cases(family)[case])

@@ -50,7 +50,13 @@ def in_experts(name: str) -> bool:
     return ".experts." in name or ".router." in name
 
 
-@pytest.mark.parametrize("method", [method for method in METHODS if method != "parallel"])
+FEW = ("lora", "adapter", "prefix", "full")
+
+
+@pytest.mark.parametrize(
+    "method",
+    [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in METHODS if name != "parallel"],
+)
 @pytest.mark.parametrize("routers", [pytest.param(False, marks=pytest.mark.repeat), True])
 def test_loss_and_gradients(method, routers):
     """With the routers' losses and without; only methods that train all of the base, or all its biases, reach

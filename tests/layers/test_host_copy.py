@@ -63,7 +63,11 @@ def assert_same(found: dict, expected: dict) -> None:
         assert torch.equal(found[name], value), name
 
 
-@pytest.mark.parametrize("method", METHODS)
+FEW = ("lora", "adapter", "prefix", "full")
+QUICK = [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
+
+
+@pytest.mark.parametrize("method", QUICK)
 def test_tier_5_is_tier_4_bit_for_bit(method, copies):
     for family in ("m2m100", "t5"):
         model = adapted(family, method, dtype=torch.float32, **(DROPOUT if family == "m2m100" else {}))

@@ -21,7 +21,9 @@ def marks_of(family: str, method: str):
     """Relatives have a family's layers in other classes: some methods show that they are lean, the repeats have all."""
     if method == "lora":
         return pytest.mark.check
-    return pytest.mark.repeat if family in RELATIVES and method not in SOME else ()
+    if method in SOME or family in ("m2m100", "t5"):
+        return ()
+    return pytest.mark.repeat if family in RELATIVES else pytest.mark.slow
 
 
 @pytest.mark.parametrize(

@@ -161,6 +161,7 @@ print(*[str(w.message) for w in caught if "petl_kernels" in str(w.message)], sep
 """
 
 
+@pytest.mark.slow
 def test_without_the_extension_the_reference_serves_and_says_so_once():
     run = subprocess.run([sys.executable, "-c", WITHOUT_EXTENSION], capture_output=True, text=True, check=True)
     served, *messages = run.stdout.splitlines()

@@ -72,6 +72,7 @@ def training_lines(pair: str) -> list[tuple[str, str]]:
     return parallel_lines(("en", "fi"), "train", 3000, f"1 {pair}")
 
 
+@pytest.mark.slow
 def test_no_test_line_stands_in_training_text():
     train = [row for pair in ("en-fi", "en-de") for row in training_lines(pair)]
     for split in ("valid", "test"):

@@ -209,6 +209,7 @@ def test_a_step_that_is_tried_again_forgets_what_it_had_of_bf16_gradients(settin
     torch.testing.assert_close(loop.update.clip(1.0), expected, rtol=0.01, atol=0)
 
 
+@pytest.mark.slow
 def test_a_plan_with_bf16_gradients_that_asks_too_much_is_tightened(settings, tmp_path, capsys):
     options = gradient_plan(settings, tmp_path / "plan.json", "900KiB", tiers=(1, 1))
     path = Path(options["plan"])

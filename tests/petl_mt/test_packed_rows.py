@@ -80,6 +80,7 @@ def test_packed_runs_are_padded_runs_without_padding(tiny, tmp_path, monkeypatch
     ]
 
 
+@pytest.mark.slow
 def test_micro_batches_are_rows_of_at_most_so_many_tokens(tiny, tmp_path):
     whole, parts = run(tiny), training(tiny, out=str(tmp_path / "parts"))
     parts.update.micro_tokens = 48  # as a plan says

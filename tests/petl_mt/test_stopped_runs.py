@@ -132,6 +132,7 @@ def test_the_weights_of_a_stopped_full_run_are_not_loaded_outside_of_its_budget(
         assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
 
 
+@pytest.mark.slow
 def test_a_stopped_run_merges_and_scores(settings, text, monkeypatch, tmp_path, capsys):
     out = stopped(settings, monkeypatch)
     test = text["test"]
@@ -265,6 +266,7 @@ def test_a_plan_is_found_from_another_folder(settings, tmp_path, monkeypatch):
         run.check_same(_with_absolute_paths(config))
 
 
+@pytest.mark.slow
 def test_longer_is_the_longer_run(settings, tmp_path):
     """Where rates do not depend on the number of steps, 5 steps and then 8 end bit by bit as 8 do."""
     settings |= {"schedule": "inverse-sqrt", "warmup": 2, "eval_every": 8}
@@ -276,6 +278,7 @@ def test_longer_is_the_longer_run(settings, tmp_path):
     assert RunFolder(Path(out)).read_config().steps == 8 and RunFolder(Path(out)).finished_step() == 8
 
 
+@pytest.mark.slow
 def test_rates_follow_the_new_end_and_warmup_stays(settings, capsys):
     settings |= {"steps": 4}
     train(TrainConfig(**settings), quiet=True)

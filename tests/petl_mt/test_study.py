@@ -269,6 +269,7 @@ def test_unequal_test_files_are_refused_before_anything_is_written(config, tmp_p
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_command(config, capsys):
     base = config.base
     arguments = [

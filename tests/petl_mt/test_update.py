@@ -241,6 +241,7 @@ def test_more_shapes_than_graphs_are_told_once(settings, tmp_path, graphs, monke
     assert len(said) == 1 and said[0].endswith("shapes are captured, those of others run as they are")
 
 
+@pytest.mark.slow
 def test_a_tightened_plan_may_have_no_room_for_graphs(settings, tmp_path, graphs, monkeypatch):
     loop = training(settings, out=str(tmp_path / "run"), cuda_graphs=True, memory="64MiB")
     said = []
