@@ -166,7 +166,9 @@ BESIDE_LORA = {
 }
 
 
-@pytest.mark.parametrize("method", BESIDE_LORA)
+@pytest.mark.parametrize(
+    "method", [name if name == "ssf" else pytest.param(name, marks=pytest.mark.slow) for name in BESIDE_LORA]
+)
 def test_other_methods_against_lora(base, method):
     """Bytes a token and layer over LoRA's tier 2: the slope over two batches, since prefixes save some for no token."""
     make, allowed = BESIDE_LORA[method]

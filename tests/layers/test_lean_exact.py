@@ -21,9 +21,11 @@ def marks_of(family: str, method: str):
     """Relatives have a family's layers in other classes: some methods show that they are lean, the repeats have all."""
     if method == "lora":
         return pytest.mark.check
-    if method in SOME or family in ("m2m100", "t5"):
+    if family in ("m2m100", "t5"):
         return ()
-    return pytest.mark.repeat if family in RELATIVES else pytest.mark.slow
+    if family in RELATIVES:
+        return pytest.mark.slow if method in SOME else pytest.mark.repeat
+    return () if method in SOME else pytest.mark.slow
 
 
 @pytest.mark.parametrize(
@@ -130,7 +132,14 @@ def test_peft(family, dora):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("method", ["lora", "adapter-sublayer", "parallel", "prefix", "full"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "lora",
+        "prefix",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("adapter-sublayer", "parallel", "full")),
+    ],
+)
 def test_dropout(family, method):
     """Each layer's rule draws the masks of the ops that it stands for: all tiers agree with autograd over those ops.
 

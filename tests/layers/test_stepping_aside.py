@@ -322,6 +322,7 @@ def test_a_row_of_nothing_but_minus_infinity():
 # ---- threads -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "tier"), [("lora", 2), ("parallel", 3), ("parallel", 0), ("adapter", 5)])
 def test_one_model_in_several_threads(method, tier):
     model = pk.lean(adapted("m2m100", method), tier)

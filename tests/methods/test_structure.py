@@ -119,6 +119,7 @@ def test_shares_of_the_published_models(name, shares):
     assert 0.14 <= percent(LoRA(rank=8)) <= 0.245
 
 
+@pytest.mark.slow
 def test_needs_no_transformers():
     code = "import sys; sys.modules['transformers'] = None; import petl_kernels.api, petl_kernels.nn; print('fine')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -35,6 +35,7 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_process_has_its_own_memory():
     """The memory of one process does not count for the next."""
     (one, much, threads), (other, little, _) = in_own_process(take, 300), in_own_process(take, 1)

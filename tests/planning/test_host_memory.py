@@ -32,6 +32,7 @@ def planned(host_memory: str | None = None, **more) -> Plan:
     return pk.plan(adapted(), "2GiB", 256, max_length=32, device="cuda", tier=1, host_memory=host_memory, **more)
 
 
+@pytest.mark.slow
 def test_bytes_of_the_host_are_counted_and_shown():
     plan = planned(host_data=1000)
     model, table = adapted(), 4 * 5000 * 128

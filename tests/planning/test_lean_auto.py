@@ -47,6 +47,7 @@ def test_less_memory_is_leaner_and_weights_stay(model):
     assert owner(model).streamed is None
 
 
+@pytest.mark.slow
 def test_a_step_stays_inside(model):
     pytest.importorskip("petl_kernels._C")
     pk.lean(model, "auto", memory=40 * MIB, **BATCH)

@@ -292,6 +292,7 @@ def test_one_layer_a_side_is_counted_with_a_second_like_it():
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tier", [0, *(pytest.param(tier, marks=pytest.mark.repeat) for tier in (2, 4))])
 def test_more_layers_cost_what_the_first_ones_do(tier):
     """The counts at one and two layers a side give those of four, as the simulation of the whole model does."""
