@@ -19,6 +19,7 @@ def m2m100():
     return build("m2m100")
 
 
+@pytest.mark.slow
 def test_all_methods_on_one_model(model):
     base, outputs = logits(model), {}
     for key in METHODS:

@@ -50,7 +50,9 @@ def test_gradients_are_those_of_the_weights_that_they_make(model_type):
     assert all(state.tier == tier and bool(state.reason) == (tier == 0) for state in pk.report(model).layers)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [name if name in ("lora", "prefix") else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
+)
 @pytest.mark.parametrize("model_type", MODELS)
 def test_every_method_trains_or_is_refused(model_type, method):
     try:

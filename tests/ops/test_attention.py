@@ -353,7 +353,10 @@ def test_chunks_are_contiguous_runs():
 ABSENT = ("mask", "bias", "prefix_k", "prefix_v", "dropout", "seed")
 
 
-@pytest.mark.parametrize("form", ["everything", pytest.param("bare", marks=pytest.mark.repeat), "packed"])
+@pytest.mark.parametrize(
+    "form",
+    ["everything", pytest.param("bare", marks=pytest.mark.repeat), pytest.param("packed", marks=pytest.mark.slow)],
+)
 def test_opcheck(form):
     given = arguments_of(FP32, batch=2, heads=2, queries=5, keys=4, d=8, mask="rows", bias=1, prefix=2, dropout=0.2)
     if form == "packed":

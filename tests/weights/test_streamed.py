@@ -82,7 +82,7 @@ def assert_same(found: dict, expected: dict) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("family", ["m2m100", "marian", "t5"])
+@pytest.mark.parametrize("family", ["m2m100", pytest.param("marian", marks=pytest.mark.slow), "t5"])
 def test_loss_and_gradients_are_those_of_the_model_in_memory(family, method, streamed):
     plain = adapted(family, method, dtype=torch.float32)
     other = copy.deepcopy(plain)
