@@ -173,6 +173,7 @@ def test_the_table_has_every_setting(kind):
 CASES = [(kind, case) for kind, (*_, table) in KINDS.items() for cases in table.values() for case in cases]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "case"), CASES)
 def test_a_setting_is_exact_or_refused(model, usual, kind, case, tmp_path):
     if isinstance(case, tuple):

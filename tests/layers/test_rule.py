@@ -191,6 +191,7 @@ def test_a_layer_that_the_rule_does_not_cover_runs_op_by_op_and_is_named():
     assert "lean op by op" in str(pk.report(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "adapter-sublayer", "parallel", "prefix", "ia3", "full"])
 @pytest.mark.parametrize("family", ["m2m100", "marian", "t5"])
 def test_op_by_op_gives_the_same(family, method, monkeypatch):

@@ -72,6 +72,7 @@ def test_layer_norms_by_target(model, family):
         pk.adapt(model, pk.LayerNormTuning(targets=("fc9",)), name="b")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", KEYS)
 def test_several_on_one_model_keep_apart(model, key):
     base = logits(model)

@@ -136,6 +136,7 @@ def cases(family: str) -> dict[str, tuple[str, ...]]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", cases("m2m100"))
 def test_merges_ties_included(family, case, tmp_path):
     model = build(family)

@@ -37,6 +37,7 @@ def refuses(model_type: str, method: str, monkeypatch) -> bool:
     return False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ROWS)
 def test_a_row(model_type, monkeypatch):
     _, _, lean, packed, refused, trainer, _ = ROWS[model_type]

@@ -76,6 +76,7 @@ def test_on_a_cpu_the_text_is_part_of_the_budget(settings, tmp_path, monkeypatch
         plan_of_run(found.model, config, found.folder, 40, CPU, 5 * 2**20)
 
 
+@pytest.mark.slow
 def test_a_run_under_a_budget_ends_with_the_weights_of_one_without(settings, tmp_path):
     free, expected = run(settings, tmp_path / "free")
     tight, found = run(settings, tmp_path / "tight", memory="1MiB", tier=1)
