@@ -142,20 +142,28 @@ def _find_stack(model: nn.Module, side: str, stack_name: str, part: str) -> str 
     return None
 
 
+def _attentions(
+    module: Any, path: str, side: str, cross: str, norm: str = "{}_layer_norm", out: str = "out"
+) -> tuple[Attention, ...]:
+    """Returns the self-attention of a layer, and its cross-attention ``cross`` where it has one.
+
+    norm: the name of an attention's norm, with {} for that of the attention. out: that of its output projection, before
+    "_proj", as those of q, k and v.
+    """
+    found = []
+    for kind, name in ((side, "self_attn"), ("cross", cross)):
+        if hasattr(module, name):
+            at = f"{path}.{name}"
+            q, k, v, o = (f"{at}.{own}_proj" for own in ("q", "k", "v", out))
+            heads, head_dim = heads_of(getattr(module, name))
+            found.append(Attention(kind, at, q, k, v, o, f"{path}.{norm.format(name)}", heads, head_dim))
+    return tuple(found)
+
+
 def _bart_layer(model: nn.Module, side: str, path: str) -> Layer:
-    module = model.get_submodule(path)
-
-    def attention(kind: str, name: str) -> Attention:
-        attn, at = getattr(module, name), f"{path}.{name}"
-        q, k, v, out = (f"{at}.{p}_proj" for p in ("q", "k", "v", "out"))
-        heads, head_dim = heads_of(attn)
-        return Attention(kind, at, q, k, v, out, f"{path}.{name}_layer_norm", heads, head_dim)
-
-    attentions = [attention(side, "self_attn")]
-    if hasattr(module, "encoder_attn"):
-        attentions.append(attention("cross", "encoder_attn"))
+    attentions = _attentions(model.get_submodule(path), path, side, "encoder_attn")
     ffn = FeedForward((f"{path}.fc1",), f"{path}.fc2", f"{path}.final_layer_norm")
-    return Layer(side, path, tuple(attentions), ffn)
+    return Layer(side, path, attentions, ffn)
 
 
 def _t5_layer(model: nn.Module, side: str, path: str) -> Layer:
@@ -182,37 +190,17 @@ def _t5_layer(model: nn.Module, side: str, path: str) -> Layer:
 
 def _m4t_layer(model: nn.Module, side: str, path: str) -> Layer:
     module: Any = model.get_submodule(path)
-
-    def attention(kind: str, name: str) -> Attention:
-        attn, at = getattr(module, name), f"{path}.{name}"
-        q, k, v, out = (f"{at}.{p}_proj" for p in ("q", "k", "v", "out"))
-        heads, head_dim = heads_of(attn)
-        return Attention(kind, at, q, k, v, out, f"{at}_layer_norm", heads, head_dim)
-
-    attentions = [attention(side, "self_attn")]
-    if hasattr(module, "cross_attention"):
-        attentions.append(attention("cross", "cross_attention"))
-    norm = f"{path}.{feed_forward_norm(module)}"
+    attentions, norm = _attentions(module, path, side, "cross_attention"), f"{path}.{feed_forward_norm(module)}"
     if has_experts(module):
-        return Layer(side, path, tuple(attentions), FeedForward((), f"{path}.ffn", norm))
-    return Layer(side, path, tuple(attentions), FeedForward((f"{path}.ffn.fc1",), f"{path}.ffn.fc2", norm))
+        return Layer(side, path, attentions, FeedForward((), f"{path}.ffn", norm))
+    return Layer(side, path, attentions, FeedForward((f"{path}.ffn.fc1",), f"{path}.ffn.fc2", norm))
 
 
 def _gemma_layer(model: nn.Module, side: str, path: str) -> Layer:
-    module: Any = model.get_submodule(path)
-
-    def attention(kind: str, name: str) -> Attention:
-        attn, at = getattr(module, name), f"{path}.{name}"
-        q, k, v, out = (f"{at}.{p}_proj" for p in ("q", "k", "v", "o"))
-        heads, head_dim = heads_of(attn)
-        return Attention(kind, at, q, k, v, out, f"{path}.pre_{name}_layernorm", heads, head_dim)
-
-    attentions = [attention(side, "self_attn")]
-    if hasattr(module, "cross_attn"):
-        attentions.append(attention("cross", "cross_attn"))
+    attentions = _attentions(model.get_submodule(path), path, side, "cross_attn", "pre_{}_layernorm", "o")
     inputs = (f"{path}.mlp.gate_proj", f"{path}.mlp.up_proj")
     ffn = FeedForward(inputs, f"{path}.mlp.down_proj", f"{path}.pre_feedforward_layernorm")
-    return Layer(side, path, tuple(attentions), ffn)
+    return Layer(side, path, attentions, ffn)
 
 
 # The name of each family, the list of layers in its stacks, what a layer of it has, and how one is read.

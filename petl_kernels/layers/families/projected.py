@@ -1,4 +1,4 @@
-"""What layers of the BART family and of SeamlessM4T's have in common: all but their feed-forward networks.
+"""The base of the layers of the BART family and of SeamlessM4T's: all but their feed-forward networks.
 
 A layer has a self-attention, in a decoder a cross-attention, and a feed-forward network. An attention has q_proj,
 k_proj, v_proj and out_proj, and its norm is named after it.

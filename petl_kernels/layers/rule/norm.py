@@ -52,7 +52,7 @@ class Norm:
 
     @property
     def gain(self) -> Tensor:
-        """What the normalised x is multiplied by, without SSF."""
+        """The factor of the normalised x, without SSF's."""
         return 1 + self.weight.to(accumulate_dtype(self.weight.dtype)) if self.offset else self.weight
 
     def affine(self) -> tuple[Tensor, Tensor | None]:
