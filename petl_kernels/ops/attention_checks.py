@@ -25,13 +25,7 @@ def check(
     prefix_v: Tensor | None,
 ) -> None:
     op = "attention"
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.dim() != 4:
-            raise InputError(f"{op}: {name} has shape {shape(tensor)}: expected (batch, heads, length, features)")
-        check_floating(op, name, tensor)
-        if tensor.dtype != q.dtype and not autocasts(q):
-            raise InputError(f"{op}: {name} has dtype {tensor.dtype}: expected that of q, {q.dtype}")
-        check_device(op, name, tensor, q)
+    check_heads(op, q, k, v)
     batch, heads, queries, features = q.shape
     keys = k.shape[2]
     for name, tensor in (("k", k), ("v", v)):
@@ -48,7 +42,7 @@ def check(
     if bias is not None:
         _check_broadcast("bias", bias, ((batch, 1), (heads,), (queries,), (keys,)), q)
         check_floating(op, "bias", bias)
-    prefix = _check_prefix(prefix_k, prefix_v, q)
+    prefix = check_prefix(op, prefix_k, prefix_v, q, heads)
     philox.check_rate(op, dropout)
     probabilities = batch * heads * queries * mask_columns(prefix, keys)[1]
     if dropout and probabilities >= philox.MAX_ELEMENTS:
@@ -64,20 +58,31 @@ def _check_broadcast(name: str, tensor: Tensor, allowed: tuple[tuple[int, ...], 
     check_device("attention", name, tensor, q)
 
 
-def _check_prefix(prefix_k: Tensor | None, prefix_v: Tensor | None, q: Tensor) -> int:
-    """Refuses prefixes that do not fit q, and returns their length."""
+def check_heads(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Refuses q, k and v that are not of four dimensions, one floating-point dtype and one device."""
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dim() != 4:
+            raise InputError(f"{op}: {name} has shape {shape(tensor)}: expected (batch, heads, length, features)")
+        check_floating(op, name, tensor)
+        if tensor.dtype != q.dtype and not autocasts(q):
+            raise InputError(f"{op}: {name} has dtype {tensor.dtype}: expected that of q, {q.dtype}")
+        check_device(op, name, tensor, q)
+
+
+def check_prefix(op: str, prefix_k: Tensor | None, prefix_v: Tensor | None, q: Tensor, heads: int) -> int:
+    """Refuses prefixes that do not fit q and ``heads`` heads of keys, and returns their length."""
     if prefix_k is None or prefix_v is None:
         if prefix_k is not prefix_v:
             missing = "prefix_k" if prefix_k is None else "prefix_v"
-            raise InputError(f"attention: {missing} is None and the other half is not: expected both or none")
+            raise InputError(f"{op}: {missing} is None and the other half is not: expected both or none")
         return 0
-    _, heads, _, features = q.shape
+    features = q.shape[3]
     for name, tensor in (("prefix_k", prefix_k), ("prefix_v", prefix_v)):
         if tensor.dim() != 3 or tuple(tensor.shape) != (prefix_k.shape[0], heads, features):
             length = prefix_k.shape[0] if name == "prefix_v" else "prefix"
-            raise InputError(f"attention: {name} has shape {shape(tensor)}: expected ({length}, {heads}, {features})")
-        check_floating("attention", name, tensor)
-        check_device("attention", name, tensor, q)
+            raise InputError(f"{op}: {name} has shape {shape(tensor)}: expected ({length}, {heads}, {features})")
+        check_floating(op, name, tensor)
+        check_device(op, name, tensor, q)
     return prefix_k.shape[0]
 
 

@@ -32,8 +32,9 @@ from torch import Tensor
 from petl_kernels.dispatch import active, dispatch, register
 from petl_kernels.errors import InputError
 from petl_kernels.ops import philox
+from petl_kernels.ops.attention_checks import check_heads, check_prefix
 from petl_kernels.ops.attention_reference import CHUNK_BYTES, like_heads
-from petl_kernels.ops.checks import autocasts, check_device, check_floating, shape
+from petl_kernels.ops.checks import check_device, shape
 from petl_kernels.ops.define import accumulate_dtype, define, differentiate, empty
 
 OP = "capped_attention"
@@ -76,13 +77,7 @@ def _check(
     prefix_k: Tensor | None,
     prefix_v: Tensor | None,
 ) -> None:
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.dim() != 4:
-            raise InputError(f"{OP}: {name} has shape {shape(tensor)}: expected (batch, heads, length, features)")
-        check_floating(OP, name, tensor)
-        if tensor.dtype != q.dtype and not autocasts(q):
-            raise InputError(f"{OP}: {name} has dtype {tensor.dtype}: expected that of q, {q.dtype}")
-        check_device(OP, name, tensor, q)
+    check_heads(OP, q, k, v)
     batch, heads, queries, features = q.shape
     groups, keys = k.shape[1:3]
     if tuple(k.shape) != (batch, groups, keys, features) or not groups or heads % groups:
@@ -101,11 +96,7 @@ def _check(
                 f"{queries} or 1, {keys})"
             )
         check_device(OP, "mask", mask, q)
-    if (prefix_k is None) != (prefix_v is None):
-        raise InputError(f"{OP}: one half of the prefix is None: expected both or none")
-    for name, tensor in (("prefix_k", prefix_k), ("prefix_v", prefix_v)):
-        if tensor is not None and (tensor.dim() != 3 or tuple(tensor.shape[1:]) != (groups, features)):
-            raise InputError(f"{OP}: {name} has shape {shape(tensor)}: expected (length, {groups}, {features})")
+    check_prefix(OP, prefix_k, prefix_v, q, groups)
     if not cap >= 0:
         raise InputError(f"{OP}: cap is {cap}: expected a number above 0, or 0 for none")
 

@@ -150,7 +150,7 @@ WRONG = [
     ({"v": torch.zeros(2, 2, 12, 8)}, "v has shape (2, 2, 12, 8): expected that of k, (2, 2, 13, 8)"),
     ({"mask": torch.ones(2, 1, 9, 13).bool()}, "mask is torch.bool of shape (2, 1, 9, 13): expected constants to add"),
     ({"mask": torch.ones(2, 4, 9, 13)}, "expected constants to add, (2 or 1, 1, 9 or 1, 13)"),
-    ({"prefix_k": torch.zeros(3, 2, 8)}, "one half of the prefix is None: expected both or none"),
+    ({"prefix_k": torch.zeros(3, 2, 8)}, "prefix_v is None and the other half is not: expected both or none"),
     ({"prefix_k": torch.zeros(3, 4, 8), "prefix_v": torch.zeros(3, 4, 8)}, "prefix_k has shape (3, 4, 8): expected"),
     ({"cap": -1.0}, "cap is -1.0: expected a number above 0, or 0 for none"),
     ({"dropout": 1.0}, "dropout is 1.0: expected a number in [0, 1)"),
