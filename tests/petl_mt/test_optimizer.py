@@ -110,6 +110,24 @@ def test_scales_have_no_weight_decay(method, kept):
     assert len(found) == (0 if kept == "none" else len(trained))
 
 
+@pytest.mark.parametrize(("method", "told"), [("ia3", True), ("bitfit", False)])
+def test_a_run_whose_factors_decayed_goes_on_without_and_says_so(settings, monkeypatch, capsys, method, told):
+    settings |= {"method": method, "method_args": {}, "weight_decay": 0.1, "steps": 2}
+    train(TrainConfig(**settings), quiet=True)
+    load = Checkpoints.load
+
+    def of_an_earlier_version(self, *given) -> dict:
+        return {key: value for key, value in load(self, *given).items() if key != "vectors_decay"}
+
+    line = "weight decay has drawn its factors to 0 up to step 2, and leaves them now"
+    monkeypatch.setattr(Checkpoints, "load", of_an_earlier_version)
+    train(TrainConfig(**{**settings, "steps": 4}), resume=True)
+    assert (line in capsys.readouterr().err) == told
+    monkeypatch.undo()
+    train(TrainConfig(**{**settings, "steps": 6}), resume=True)
+    assert line not in capsys.readouterr().err
+
+
 def test_weight_decay_is_for_matrices_and_the_rate_is_that_of_the_step():
     parameters, optimizer = made("adamw8bit", weight_decay=0.5)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5, 0.0]

@@ -22,4 +22,5 @@ class Progress:
     plain_saved_bytes_per_token: float | None = None
     overflows: int = 0  # updates that were skipped, in fp16
     loss_scale: dict[str, Any] | None = None  # in fp16, see ``LossScale.state``
+    vectors_decay: bool = True  # as in runs of earlier versions, whose weight decay took (IA)³'s factors, too
     packed: bool | None = None  # whether batches are packed rows; decided once, when the run begins

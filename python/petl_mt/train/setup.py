@@ -143,10 +143,11 @@ def set_up(
         latest, more = checkpoint_to_resume(checkpoints, config, before)
         notes += more
     _prepare_folder(run, config, before, tokenizer, lines.sums, limits)
-    progress = Progress()
+    progress = Progress(vectors_decay=False)
     if latest is not None:
         progress = Progress(**checkpoints.load(latest, model, optimizer))
         progress.packed = bool(progress.packed)  # runs of earlier versions have padded batches
+        notes += _no_more_decay(progress, model, config)
 
     log = RunLog(run.path, config.steps, progress.step, config.tensorboard, quiet)
     for line in [*notes, *(count.line() for count in text.counts)]:
@@ -211,6 +212,14 @@ def _load_weights(
         else:
             pk.lean(model, 1 if config.tier is None else config.tier)
     return model
+
+
+def _no_more_decay(progress: Progress, model: nn.Module, config: TrainConfig) -> list[str]:
+    """Returns a line where a run of an earlier version goes on without the decay of vectors in two dimensions."""
+    before, progress.vectors_decay = progress.vectors_decay, False
+    if not before or not config.weight_decay or all(p.dim() <= 1 for p in undecayed(model)):
+        return []
+    return [f"{config.method}: weight decay has drawn its factors to 0 up to step {progress.step}, and leaves them now"]
 
 
 def _check_space(run: RunFolder, parameters: list[nn.Parameter], optimizer: str) -> None:
